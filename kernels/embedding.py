@@ -1,0 +1,81 @@
+"""Token embedding whose weight gradient is summed over tokens in FP32.
+
+`y[i] = W[ids[i]]`; `dW[v] = sum of dy[i] over ids[i] == v`. A frequent token meets hundreds of gradients in one step:
+summed in BF16 the small ones vanish, so dW is built in FP32 and handed to the weight-gradient queue like every
+linear's (`kernels/deferred.py`). Shapes: ids [...] int64, W [vocab, hidden], y [..., hidden].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.bench_entry import Bench
+from kernels.deferred import accumulate_grad, push
+
+
+def embedding_reference(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of `weight` picked by `ids`: [...] int64, [vocab, hidden] -> [..., hidden]."""
+    return weight.index_select(0, ids.reshape(-1)).unflatten(0, ids.shape)
+
+
+def embedding_wgrad_reference(ids: Tensor, dy: Tensor, vocab: int) -> Tensor:
+    """[tokens] int64, [tokens, hidden] -> [vocab, hidden] FP32, summed in FP32 in token order."""
+    dw = torch.zeros(vocab, dy.shape[-1], dtype=torch.float32, device=dy.device)
+    return dw.index_add_(0, ids, dy.float())
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(ids)
+        return embedding_reference(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, None]:
+        (ids,) = ctx.saved_tensors
+        weight = ctx.weight
+
+        def wgrad() -> None:
+            dw = embedding_wgrad_reference(ids.reshape(-1), dy.reshape(-1, dy.shape[-1]), weight.shape[0])
+            accumulate_grad(weight, dw)
+
+        push(wgrad)
+        return None, None
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """Look up `ids` in `weight`; the gradient reaches `weight` through the weight-gradient queue.
+
+    Args:
+        ids: [...] int64, each in [0, vocab).
+        weight: [vocab, hidden], any float dtype.
+    Returns:
+        [..., hidden] in the dtype of `weight`.
+    """
+    y: Tensor = _Embedding.apply(ids, weight)
+    return y
+
+
+def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 2048, (2048,), generator=generator).to(device)
+    return ids, torch.randn(2048, 256, generator=generator).to(device)
+
+
+BENCH = (
+    Bench(
+        name="embedding",
+        make_inputs=_bench_inputs,
+        run=embedding_reference,
+        peer=torch.nn.functional.embedding,
+        peer_name="torch embedding",
+        # A gather copies bits.
+        tolerance=0.0,
+        flops=0.0,
+        bytes=2 * 2048 * 256 * 4.0,
+    ),
+)

@@ -1,0 +1,211 @@
+"""Ours against `transformers`' independent DeepSeek-V3, FP32: logits, every parameter's gradient, and MTP.
+
+Both models hold the same weights (moved by `train.checkpoint.hf`, so the name mapping is proved on the way).
+Tolerances are the issue's: 1e-5 on logits and 1e-4 on gradients, relative Frobenius. FP32 rounding alone explains
+about sqrt(depth of the longest sum) * 6e-8 < 1e-6; the slack is for the different order of sums.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers.modeling_layers import MtpModel
+
+from kernels.rope import YarnScaling
+from train.checkpoint.hf import from_hf, to_hf
+from train.model.config import ModelConfig
+from train.model.init import initialize
+from train.model.precision import Precision
+from train.model.transformer import Transformer
+
+BASE: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 3,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 14,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "max_position_embeddings": 4096,
+    "num_nextn_predict_layers": 1,
+}
+YARN = YarnScaling(
+    factor=40.0,
+    original_max_position_embeddings=64,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+)
+CASES: dict[str, dict[str, Any]] = {
+    "groups 4, top 2": {},
+    "no query latent": {"q_lora_rank": None},
+    # A single normalised gate is the constant 1: the router's true gradient is 0 and rounding noise would be compared.
+    "one group, top 1": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 1, "norm_topk_prob": False},
+    "one group, top 4": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 4},
+    "groups 4, top 3, two shared, gates not normalised": {
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+    },
+    "YaRN": {"rope_scaling": YARN},
+    "dense only": {"first_k_dense_replace": 3},
+    "experts everywhere": {"first_k_dense_replace": 0},
+}
+
+
+def hf_config(config: ModelConfig) -> DeepseekV3Config:
+    """The same model as a `transformers` config."""
+    rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    if config.rope_scaling is not None:
+        rope = {"rope_theta": config.rope_theta, "rope_type": "yarn", **vars(config.rope_scaling)}
+    same = {name: getattr(config, name) for name in BASE}
+    return DeepseekV3Config(
+        **same,
+        num_key_value_heads=config.num_attention_heads,
+        rope_parameters=rope,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        tie_word_embeddings=False,
+    )
+
+
+def released_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`transformers` stacks experts in memory; the released layout has one tensor per expert and half."""
+    out = {}
+    for name, tensor in tensors.items():
+        if match := re.fullmatch(r"(.*mlp\.experts\.)(gate_up|down)_proj", name):
+            for expert, stacked in enumerate(tensor.unbind(0)):
+                halves = (
+                    zip(("gate", "up"), stacked.chunk(2), strict=True)
+                    if match[2] == "gate_up"
+                    else [("down", stacked)]
+                )
+                out |= {f"{match[1]}{expert}.{half}_proj.weight": part for half, part in halves}
+        else:
+            out[name] = tensor
+    return out
+
+
+def pair(case: dict[str, Any]) -> tuple[DeepseekV3ForCausalLM, Transformer]:
+    """An oracle with lively random weights (biases of the router too) and ours with the same."""
+    config = ModelConfig(**{**BASE, **case})
+    oracle = DeepseekV3ForCausalLM(hf_config(config))
+    with torch.no_grad():
+        for name, tensor in oracle.state_dict().items():
+            if "norm" in name:
+                tensor.uniform_(0.5, 1.5)
+            elif "e_score" in name:
+                tensor.uniform_(-0.2, 0.2)
+            else:
+                tensor.normal_(std=0.15)
+    ours = Transformer(config, Precision("fp32"))
+    initialize(ours, seed=0, std=0.15)
+    load(ours, dict(oracle.state_dict()))
+    return oracle, ours
+
+
+def load(ours: Transformer, released: dict[str, Tensor]) -> None:
+    """Load weights in the released layout; MTP stays as it is when the source has none."""
+    result = ours.load_state_dict(from_hf(released_names(released), ours.config), strict=False)
+    assert not result.unexpected_keys
+    assert all(name.startswith("mtp.") for name in result.missing_keys)
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).detach().norm() / expected.detach().norm())
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_logits_and_every_gradient_agree_with_transformers(case: dict[str, Any]) -> None:
+    oracle, ours = pair(case)
+    ids = torch.randint(0, BASE["vocab_size"], (2, 37))
+    weight = torch.randn(2, 37, BASE["vocab_size"])
+
+    expected = oracle(input_ids=ids).logits
+    actual = ours.logits(ours(ids).hidden)
+    assert relative(actual, expected) < 1e-5
+
+    (expected * weight).sum().backward()
+    (actual * weight).sum().backward()
+    grads = {n: p.grad for n, p in oracle.named_parameters() if p.grad is not None}
+    wanted = from_hf(released_names(grads), ours.config)
+    mine = {n: p.grad for n, p in ours.named_parameters() if not n.startswith("mtp.") and p.grad is not None}
+    assert mine.keys() == wanted.keys()
+    errors = {name: relative(mine[name], wanted[name]) for name in mine}
+    assert max(errors.values()) < 1e-4, max(errors.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_mtp_depths_agree_with_transformers(depth: int) -> None:
+    # transformers numbers MTP layers from 0, so experts must start at layer 0 for its MTP block to have any.
+    oracle, ours = pair({"first_k_dense_replace": 0, "num_nextn_predict_layers": depth})
+    mtp = MtpModel(oracle, depth)
+    with torch.no_grad():
+        for name, tensor in mtp.named_parameters():
+            tensor.uniform_(0.5, 1.5) if "norm" in name else tensor.normal_(std=0.15)
+    released = dict(oracle.state_dict())
+    for k in range(depth):
+        layer = f"model.layers.{ours.config.num_hidden_layers + k}."
+        for name, tensor in mtp.layers[k].state_dict().items():
+            renamed = name.removeprefix("mtp_block.").replace("post_norm", "shared_head.norm")
+            released[layer + renamed] = tensor
+    missing = ours.load_state_dict(from_hf(released_names(released), ours.config)).missing_keys
+    assert not missing
+
+    ids = torch.randint(0, BASE["vocab_size"], (2, 23))
+    hidden = oracle.model(input_ids=ids).last_hidden_state
+    output = ours(ids)
+    assert len(output.mtp_hidden) == depth
+    for k, mine in enumerate(output.mtp_hidden, start=1):
+        positions = torch.arange(ids.shape[1] - k)[None]
+        hidden = mtp.forward_layer(
+            k - 1, hidden[:, : ids.shape[1] - k], positions, None, input_ids=ids[:, k:]
+        )
+        assert relative(ours.logits(mine), mtp._project_to_logits(hidden)) < 1e-5
+    weight = torch.randn_like(hidden)
+    (hidden * weight).sum().backward()
+    (output.mtp_hidden[-1] * weight).sum().backward()
+    grad = oracle.get_input_embeddings().weight.grad
+    mine_grad = ours.embed_tokens.weight.grad
+    assert relative(mine_grad, grad) < 1e-4  # type: ignore[arg-type]
+    for k in range(depth):
+        theirs = {n: p.grad for n, p in mtp.layers[k].named_parameters()}
+        eh = ours.get_parameter(f"mtp.{ours.config.num_hidden_layers + k}.eh_proj.weight")
+        assert relative(eh.grad, theirs["eh_proj.weight"]) < 1e-4
+
+
+def test_hf_names_round_trip() -> None:
+    _, ours = pair({})
+    tensors = dict(ours.state_dict())
+    released = to_hf(tensors, ours.config)
+    assert "model.layers.3.shared_head.head.weight" in released
+    back = from_hf(released, ours.config)
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+
+def test_a_missing_part_of_a_fused_parameter_is_named() -> None:
+    _, ours = pair({})
+    released = to_hf(dict(ours.state_dict()), ours.config)
+    del released["model.layers.1.mlp.experts.5.up_proj.weight"]
+    with pytest.raises(ValueError, match=r"lacks model\.layers\.1\.mlp\.experts\.5\.up_proj\.weight"):
+        from_hf(released, ours.config)

@@ -1,0 +1,125 @@
+"""The model as a whole: its size at full scale, initial values by name, MTP shapes, causality, document masks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from train.config import compose
+from train.model.config import ModelConfig
+from train.model.init import initialize
+from train.model.moe import Experts
+from train.model.precision import Precision
+from train.model.transformer import Transformer
+
+TINY = ModelConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_hidden_layers=2,
+    first_k_dense_replace=1,
+    num_attention_heads=2,
+    q_lora_rank=16,
+    kv_lora_rank=8,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    routed_scaling_factor=2.5,
+    max_position_embeddings=64,
+    num_nextn_predict_layers=2,
+    initializer_range=0.1,
+)
+
+
+def model(config: ModelConfig = TINY, seed: int = 0) -> Transformer:
+    built = Transformer(config, Precision("fp32"))
+    initialize(built, seed=seed, std=config.initializer_range)
+    return built
+
+
+def test_v3_671b_has_exactly_the_published_number_of_parameters() -> None:
+    config = compose(["model=v3_671b"]).model
+    with torch.device("meta"):
+        v3 = Transformer(config, Precision("fp8"))
+    mtp = sum(p.numel() for p in v3.mtp.parameters())
+    main = sum(p.numel() for p in v3.parameters()) - mtp
+    assert main == 671_026_419_200
+    # One MoE layer, eh_proj and three norms (fact sheet, section 1).
+    assert mtp == 11_610_068_224
+
+
+def test_initial_values_depend_on_seed_and_name_only() -> None:
+    deep = model(replace(TINY, num_hidden_layers=3))
+    shallow = model()
+    same = set(dict(shallow.named_parameters())) & set(dict(deep.named_parameters()))
+    assert "layers.1.mlp.experts.gate_up_proj" in same
+    for name in same:
+        assert torch.equal(deep.get_parameter(name), shallow.get_parameter(name)), name
+    other = model(seed=1)
+    assert not torch.equal(other.lm_head.weight, shallow.lm_head.weight)
+
+
+def test_an_expert_has_the_same_values_whatever_stack_it_is_in() -> None:
+    class Holder(torch.nn.Module):
+        def __init__(self, experts: range) -> None:
+            super().__init__()
+            self.experts = Experts(TINY, Precision("fp32"), experts)
+
+    whole, half = Holder(range(4)), Holder(range(2, 4))
+    for part in (whole, half):
+        initialize(part, seed=0, std=0.1)
+    assert torch.equal(whole.experts.down_proj[2:], half.experts.down_proj)
+
+
+def test_initial_spread_is_the_configured_one() -> None:
+    weight = model(replace(TINY, hidden_size=256)).lm_head.weight
+    # The standard deviation of n normal draws has relative error 1/sqrt(2n) = 0.6 % at n = 15,616; five of those.
+    assert abs(float(weight.std()) / TINY.initializer_range - 1) < 5 * 0.006
+
+
+def test_no_output_depends_on_a_later_token() -> None:
+    net = model()
+    ids = torch.randint(0, TINY.vocab_size, (1, 16), generator=torch.Generator().manual_seed(1))
+    changed = ids.clone()
+    changed[0, 10] = (changed[0, 10] + 1) % TINY.vocab_size
+    before, after = net(ids), net(changed)
+    assert torch.equal(before.hidden[:, :10], after.hidden[:, :10])
+    assert not torch.equal(before.hidden[:, 10:], after.hidden[:, 10:])
+    for depth, (old, new) in enumerate(zip(before.mtp_hidden, after.mtp_hidden, strict=True), start=1):
+        # Depth k at position i has read token i + k.
+        assert old.shape[1] == 16 - depth
+        assert torch.equal(old[:, : 10 - depth], new[:, : 10 - depth])
+        assert not torch.equal(old[:, 10 - depth], new[:, 10 - depth])
+
+
+def test_document_ids_cut_attention_between_documents() -> None:
+    net = model()
+    generator = torch.Generator().manual_seed(2)
+    first, second = torch.randint(0, TINY.vocab_size, (2, 1, 8), generator=generator)
+    packed = torch.cat((first, second), dim=1)
+    documents = torch.tensor([[0] * 8 + [1] * 8])
+    alone = net(first).hidden
+    masked = net(packed, documents).hidden
+    # Same numbers up to the order of FP32 sums over a wider (masked) row of scores.
+    torch.testing.assert_close(masked[:, :8], alone, rtol=1e-5, atol=1e-6)
+    open_attention = net(packed).hidden
+    assert (open_attention[:, 8:] - masked[:, 8:]).abs().max() > 1e-3
+
+
+def test_phases_compose_to_the_block() -> None:
+    net = model()
+    block = net.layers["1"]
+    hidden = torch.randn(2, 6, TINY.hidden_size, generator=torch.Generator().manual_seed(3))
+    attended = block.attend(hidden, None)
+    routed = block.route(attended)
+    dispatched = block.dispatch(routed)
+    combined = block.combine(routed, dispatched, block.experts(dispatched))
+    whole, routing = block(hidden, None)
+    assert torch.equal(whole, combined)
+    assert int(routing.counts.sum()) == 2 * 6 * TINY.num_experts_per_tok

@@ -1,0 +1,1 @@
+"""The training floor: model, data, optimizer, checkpoints, observation, and the trainer that joins them."""

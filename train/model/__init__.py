@@ -1,0 +1,1 @@
+"""The DeepSeek-V3 model as pure math: attention, experts, blocks, multi-token prediction. Imports `kernels` only."""

@@ -1,0 +1,94 @@
+"""Multi-head Latent Attention (arXiv:2412.19437 §2.1.1, eq. 1-11).
+
+    c_Q, c_KV, k_R = W_DQ h, W_DKV h, W_KR h        one GEMM: `q_kv_a_proj`, rows [q latent | kv latent | rope key]
+    q_C, q_R       = W_UQ norm(c_Q), RoPE(W_QR norm(c_Q))
+    k_C, v_C       = W_UK norm(c_KV), W_UV norm(c_KV)
+    o              = softmax([q_C; q_R] [k_C; k_R]^T * scale) v_C          k_R is one vector for all heads
+    u              = W_O o
+
+Shapes: sequences, tokens, heads; qk = qk_nope_head_dim + qk_rope_head_dim. Without a query latent
+(`q_lora_rank=None`) the first rows of `q_kv_a_proj` are the heads' queries themselves and `q_b_proj` is absent.
+The block scales of FP8 split cleanly at 1536, a multiple of 128. Not here: KV cache, context parallelism.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kernels.attention import causal_attention
+from kernels.rope import apply_rope, rope_tables, yarn_softmax_factor
+from train.model.config import ModelConfig
+from train.model.layers import Linear, RMSNorm
+from train.model.precision import Precision
+
+
+class RopeTables:
+    """cos and sin for one model, computed once per (length, device): [tokens, qk_rope_head_dim / 2] FP32."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def at(self, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Tables for positions 0 .. num_tokens - 1."""
+        key = (num_tokens, device)
+        if key not in self._tables:
+            cos, sin = rope_tables(
+                num_tokens,
+                self._config.qk_rope_head_dim,
+                self._config.rope_theta,
+                yarn=self._config.rope_scaling,
+            )
+            self._tables[key] = (cos.to(device), sin.to(device))
+        return self._tables[key]
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """qk_head_dim^-0.5, times m^2 under YaRN (fact: 0.0721688 and 0.135234 for V3)."""
+    scale = float(config.qk_head_dim**-0.5)
+    if config.rope_scaling is not None:
+        scale *= yarn_softmax_factor(config.rope_scaling)
+    return scale
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """MLA over whole sequences; parameters as in the released checkpoint, the down-projections fused."""
+
+    def __init__(self, config: ModelConfig, precision: Precision, rope: RopeTables) -> None:
+        super().__init__()
+        self.config, self.rope, self.scale = config, rope, softmax_scale(config)
+        heads, kv_rank, rope_dim = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
+        self.a_widths = (config.q_width, kv_rank, rope_dim)
+        self.q_kv_a_proj = Linear(config.hidden_size, sum(self.a_widths), precision)
+        if config.q_lora_rank is not None:
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps, precision)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, precision)
+        self.kv_a_layernorm = RMSNorm(kv_rank, config.rms_norm_eps, precision)
+        self.kv_b_proj = Linear(kv_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), precision)
+        self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size, precision)
+
+    def forward(self, x: Tensor, document_ids: Tensor | None) -> Tensor:
+        """[sequences, tokens, hidden] -> the same; `document_ids` [sequences, tokens] limits attention if given."""
+        config = self.config
+        num_sequences, num_tokens, _ = x.shape
+        cos, sin = self.rope.at(num_tokens, x.device)
+        q, kv_latent, k_rope = self.q_kv_a_proj(x).split(self.a_widths, dim=-1)
+        if config.q_lora_rank is not None:
+            q = self.q_b_proj(self.q_a_layernorm(q))
+        kv = self.kv_b_proj(self.kv_a_layernorm(kv_latent))
+
+        q = self._heads(q)  # [sequences, heads, tokens, qk]
+        q_nope, q_rope = q.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
+        q = torch.cat((q_nope, apply_rope(q_rope, cos, sin)), dim=-1)
+        k_nope, v = self._heads(kv).split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
+        k_rope = apply_rope(k_rope.unsqueeze(1), cos, sin)  # [sequences, 1, tokens, rope]
+        k = torch.cat((k_nope, k_rope.expand(-1, config.num_attention_heads, -1, -1)), dim=-1)
+
+        o = causal_attention(q, k, v, scale=self.scale, document_ids=document_ids)
+        u: Tensor = self.o_proj(o.transpose(1, 2).reshape(num_sequences, num_tokens, -1))
+        return u
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[sequences, tokens, heads * dim] -> [sequences, heads, tokens, dim]."""
+        return x.unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)

@@ -1,0 +1,123 @@
+"""The model's hyper-parameters under their Hugging Face names (arXiv:2412.19437 §4.2).
+
+One frozen dataclass describes every member of the family; `configs/model/*.yaml` holds the values.
+What is *not* here: precision (`precision.py`), sequence length (data), schedules (optim), parallel layout.
+Every impossible combination is refused at construction with the field, its value and the fix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kernels.rope import YarnScaling
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of one DeepSeek-V3-style model; field names are those of the released `config.json`.
+
+    `q_lora_rank=None` drops the query latent (V2-Lite style). `n_group=1` switches node-limited routing off.
+    `num_nextn_predict_layers` is D, the MTP depth (§2.2). `initializer_range` is a standard deviation.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    first_k_dense_replace: int
+    num_attention_heads: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    max_position_embeddings: int
+    q_lora_rank: int | None = None
+    n_shared_experts: int = 1
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    num_nextn_predict_layers: int = 1
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: YarnScaling | None = None
+    initializer_range: float = 0.006
+
+    def __post_init__(self) -> None:
+        self._check_positive()
+        self._check_attention()
+        self._check_experts()
+
+    def _check_positive(self) -> None:
+        zero_allowed = ("first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts")
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if value < 0 or (value == 0 and name not in zero_allowed):
+                raise ValueError(f"model.{name}={value} must be positive; choose a value above zero")
+
+    def _check_attention(self) -> None:
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(
+                f"model.qk_rope_head_dim={self.qk_rope_head_dim} must be even: RoPE rotates pairs; "
+                f"use {self.qk_rope_head_dim + 1}"
+            )
+
+    def _check_experts(self) -> None:
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            raise ValueError(
+                f"model.first_k_dense_replace={self.first_k_dense_replace} exceeds "
+                f"model.num_hidden_layers={self.num_hidden_layers}; lower it"
+            )
+        if self.n_routed_experts % self.n_group:
+            raise ValueError(
+                f"model.n_routed_experts={self.n_routed_experts} is not a multiple of model.n_group={self.n_group}; "
+                "choose a divisor"
+            )
+        if self.topk_group > self.n_group:
+            raise ValueError(
+                f"model.topk_group={self.topk_group} exceeds model.n_group={self.n_group}; lower topk_group"
+            )
+        if self.n_group > 1 and self.experts_per_group < 2:
+            raise ValueError(
+                f"model.n_group={self.n_group} leaves {self.experts_per_group} expert a group, but a group is scored "
+                "by its two best; use fewer groups"
+            )
+        reachable = self.topk_group * self.experts_per_group
+        if self.num_experts_per_tok > reachable:
+            raise ValueError(
+                f"model.num_experts_per_tok={self.num_experts_per_tok} exceeds the {reachable} experts of the "
+                f"model.topk_group={self.topk_group} chosen groups; raise topk_group or lower num_experts_per_tok"
+            )
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Query/key width of one head: position-free part plus rotary part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def q_width(self) -> int:
+        """Width of the query part of the fused first projection: the latent, or all heads when there is none."""
+        return self.q_lora_rank or self.num_attention_heads * self.qk_head_dim
+
+    @property
+    def experts_per_group(self) -> int:
+        """Routed experts in one group (one group per node, §2.1.2)."""
+        return self.n_routed_experts // self.n_group
+
+    def is_moe(self, layer_id: int) -> bool:
+        """Whether a layer carries experts; an MTP layer (numbered on) is of the kind of the last main layer."""
+        return min(layer_id, self.num_hidden_layers - 1) >= self.first_k_dense_replace
+
+    @property
+    def layer_ids(self) -> range:
+        """Ids of the main model's layers."""
+        return range(self.num_hidden_layers)
+
+    @property
+    def mtp_layer_ids(self) -> range:
+        """Ids of the MTP layers, numbered on as in the released checkpoint (layer 61 of V3)."""
+        return range(self.num_hidden_layers, self.num_hidden_layers + self.num_nextn_predict_layers)

@@ -1,0 +1,139 @@
+"""DeepSeekMoE: router, experts, and the door to expert parallelism (arXiv:2412.19437 §2.1.2, eq. 12-20).
+
+    s_i = sigmoid(u . e_i)                         FP32, `Router`
+    choose 8 of 256 by s_i + b_i in the 4 best groups; gate g_i = 2.5 s_i / sum of the chosen s_j
+    h'  = u + shared(u) + sum_i g_i FFN_i(u)
+
+Where tokens meet experts is the business of a `TokenDispatcher`, a protocol owned here: `LocalDispatcher` serves one
+process; an expert-parallel one satisfies the same protocol without being imported. No token is ever dropped.
+
+Shapes: tokens = sequences * tokens of a micro-batch; rows = dispatched token copies, grouped by local expert, each
+group padded with zeros to 128 rows. Not here: the bias update (`train/optim/balance.py`), loss weights (`train/losses.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kernels.permute import Grouping, combine_tokens, group_tokens, grouping
+from kernels.router import expert_counts, gate_weights, select_experts, sequence_balance
+from kernels.swiglu import swiglu
+from train.model.config import ModelConfig
+from train.model.precision import Precision
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The router's decision for one micro-batch of one layer.
+
+    topk_ids [tokens, topk] int64; gates [tokens, topk] FP32; counts [experts] int64, tokens per expert;
+    balance: FP32 scalar, sum over sequences of sum_i f_i P_i (eq. 17-20, without alpha).
+    """
+
+    topk_ids: Tensor
+    gates: Tensor
+    counts: Tensor
+    balance: Tensor
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Token copies where their experts live.
+
+    rows [rows, hidden], grouped by local expert, zero padded; group_ends [local_experts] int32; the rest is what
+    `combine` needs to bring results home.
+    """
+
+    rows: Tensor
+    group_ends: Tensor
+    gates: Tensor
+    grouping: Grouping
+
+
+class TokenDispatcher(Protocol):
+    """Brings tokens to experts and results back."""
+
+    def dispatch(self, tokens: Tensor, routing: Routing) -> Dispatched:
+        """[tokens, hidden] -> rows grouped by local expert."""
+        ...
+
+    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
+        """Expert outputs [rows, hidden] -> [tokens, hidden], summed with the gates."""
+        ...
+
+
+class LocalDispatcher:
+    """All experts on this process: dispatch is a permutation, combine its weighted inverse."""
+
+    def __init__(self, n_routed_experts: int) -> None:
+        self.n_routed_experts = n_routed_experts
+
+    def dispatch(self, tokens: Tensor, routing: Routing) -> Dispatched:
+        """[tokens, hidden] -> [rows, hidden] grouped by expert."""
+        slots = grouping(routing.topk_ids, self.n_routed_experts)
+        return Dispatched(group_tokens(tokens, slots), slots.group_ends, routing.gates, slots)
+
+    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
+        """[rows, hidden] -> [tokens, hidden] = sum over the chosen experts of gate * row."""
+        return combine_tokens(rows, dispatched.gates, dispatched.grouping)
+
+
+class Router(nn.Module):
+    """FP32 sigmoid router with bias-only selection; named `mlp.gate` in the checkpoint.
+
+    `e_score_correction_bias` [experts] FP32 is no parameter: `balance.update_bias` moves it after each step.
+    """
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: ModelConfig, precision: Precision) -> None:
+        super().__init__()
+        self.config, self.precision = config, precision
+        shape = (config.n_routed_experts, config.hidden_size)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32))
+        bias = torch.zeros(config.n_routed_experts, dtype=torch.float32)
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def forward(self, x: Tensor) -> Routing:
+        """[sequences, tokens, hidden] -> Routing over sequences * tokens."""
+        config = self.config
+        scores = self.precision.high(x.float(), self.weight).sigmoid()  # [sequences, tokens, experts] fp32
+        flat = scores.flatten(0, 1)
+        ids = select_experts(
+            flat.detach(),
+            self.e_score_correction_bias,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            topk=config.num_experts_per_tok,
+        )
+        gates = gate_weights(flat, ids, scale=config.routed_scaling_factor, normalize=config.norm_topk_prob)
+        return Routing(
+            topk_ids=ids,
+            gates=gates,
+            counts=expert_counts(ids, config.n_routed_experts),
+            balance=sequence_balance(scores, config.num_experts_per_tok),
+        )
+
+
+class Experts(nn.Module):
+    """The routed experts held by this process, stored stacked: one grouped GEMM serves them all.
+
+    gate_up_proj [experts, 2 * moe_intermediate, hidden], gate rows first; down_proj [experts, hidden, moe_intermediate].
+    `first_expert` is the global id of expert 0 of the stack, so that initial values do not depend on the layout.
+    """
+
+    def __init__(self, config: ModelConfig, precision: Precision, experts: range) -> None:
+        super().__init__()
+        self.precision, self.first_expert = precision, experts.start
+        hidden, inter, dtype = config.hidden_size, config.moe_intermediate_size, precision.dtype
+        self.gate_up_proj = nn.Parameter(torch.empty(len(experts), 2 * inter, hidden, dtype=dtype))
+        self.down_proj = nn.Parameter(torch.empty(len(experts), hidden, inter, dtype=dtype))
+
+    def forward(self, rows: Tensor, group_ends: Tensor) -> Tensor:
+        """[rows, hidden] grouped by expert -> [rows, hidden]."""
+        gate_up = self.precision.grouped_linear(rows, self.gate_up_proj, group_ends)
+        return self.precision.grouped_linear(swiglu(gate_up), self.down_proj, group_ends)
