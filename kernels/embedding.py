@@ -18,7 +18,7 @@ from kernels.deferred import accumulate_grad, push
 
 def embedding_reference(ids: Tensor, weight: Tensor) -> Tensor:
     """Rows of `weight` picked by `ids`: [...] int64, [vocab, hidden] -> [..., hidden]."""
-    return weight.index_select(0, ids.reshape(-1)).unflatten(0, ids.shape)
+    return weight.index_select(0, ids.reshape(-1)).view(*ids.shape, weight.shape[-1])
 
 
 def embedding_wgrad_reference(ids: Tensor, dy: Tensor, vocab: int) -> Tensor:
@@ -56,7 +56,7 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [..., hidden] in the dtype of `weight`.
     """
-    y: Tensor = _Embedding.apply(ids, weight)
+    y: Tensor = _Embedding.apply(ids, weight)  # type: ignore[no-untyped-call]
     return y
 
 

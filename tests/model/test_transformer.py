@@ -47,8 +47,9 @@ def test_v3_671b_has_exactly_the_published_number_of_parameters() -> None:
     config = compose(["model=v3_671b"]).model
     with torch.device("meta"):
         v3 = Transformer(config, Precision("fp8"))
-    mtp = sum(p.numel() for p in v3.mtp.parameters())
-    main = sum(p.numel() for p in v3.parameters()) - mtp
+    # The published count takes in each router's selection bias, which is a buffer here: 58 x 256 of them.
+    mtp = sum(tensor.numel() for tensor in v3.mtp.state_dict().values())
+    main = sum(tensor.numel() for tensor in v3.state_dict().values()) - mtp
     assert main == 671_026_419_200
     # One MoE layer, eh_proj and three norms (fact sheet, section 1).
     assert mtp == 11_610_068_224
@@ -80,7 +81,7 @@ def test_an_expert_has_the_same_values_whatever_stack_it_is_in() -> None:
 def test_initial_spread_is_the_configured_one() -> None:
     weight = model(replace(TINY, hidden_size=256)).lm_head.weight
     # The standard deviation of n normal draws has relative error 1/sqrt(2n) = 0.6 % at n = 15,616; five of those.
-    assert abs(float(weight.std()) / TINY.initializer_range - 1) < 5 * 0.006
+    assert abs(float(weight.detach().std()) / TINY.initializer_range - 1) < 5 * 0.006
 
 
 def test_no_output_depends_on_a_later_token() -> None:

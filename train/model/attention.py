@@ -91,4 +91,4 @@ class MultiHeadLatentAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """[sequences, tokens, heads * dim] -> [sequences, heads, tokens, dim]."""
-        return x.unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:-1], self.config.num_attention_heads, -1).transpose(1, 2)

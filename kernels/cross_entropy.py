@@ -1,0 +1,113 @@
+"""Softmax cross entropy as a sum over the rows that have a target.
+
+arXiv:2412.19437 §2.2 eq. 24 (per-depth MTP loss) and the main next-token loss. The sum is returned, not the
+mean: gradients are divided once by the global number of targets, after they are reduced. The softmax is fp32;
+rows are taken in chunks, so no fp32 copy of all logits ever lives. Backward recomputes the softmax from the
+logits and one log-sum-exp per row.
+
+Shapes: logits [rows, vocab]; labels [rows]. Rows may be sharded on any axis, vocab on none.
+It does not project hidden states to logits and does not count its targets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.bench_entry import Bench
+
+IGNORE = -100
+# Elements of one fp32 chunk: 1 MiB, which stays in a core's L2 cache.
+_CHUNK_ELEMENTS = 1 << 18
+
+
+def cross_entropy_sum_reference(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy from an fp32 log-softmax of everything. Same arguments as `cross_entropy_sum`."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    valid = labels != IGNORE
+    picked = wide.log_softmax(-1).gather(1, labels.where(valid, 0)[:, None])[:, 0]  # [rows]
+    return -picked.where(valid, 0.0).sum()
+
+
+def _chunk_rows(vocab: int) -> int:
+    return max(1, _CHUNK_ELEMENTS // vocab)
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        rows = _chunk_rows(logits.shape[1])
+        log_sums = [chunk.to(wide).logsumexp(-1) for chunk in logits.split(rows)]
+        log_sum = torch.cat(log_sums) if log_sums else logits.new_zeros(0, dtype=wide)  # [rows]
+        valid = labels != IGNORE
+        picked = logits.gather(1, labels.where(valid, 0)[:, None])[:, 0]  # [rows]
+        ctx.save_for_backward(logits, labels, log_sum)
+        return (log_sum - picked).where(valid, 0.0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        logits, labels, log_sum = ctx.saved_tensors
+        rows = _chunk_rows(logits.shape[1])
+        row_grad = grads[0] * (labels != IGNORE)[:, None]  # [rows, 1]
+        target = labels.where(labels != IGNORE, 0)[:, None]
+        grad = torch.empty_like(logits)  # [rows, vocab]
+        chunks = (t.split(rows) for t in (logits, log_sum, target, row_grad, grad))
+        for chunk, chunk_sum, chunk_target, chunk_grad, out in zip(*chunks, strict=True):
+            probability = (chunk - chunk_sum[:, None]).exp_()
+            probability.scatter_add_(1, chunk_target, torch.full_like(chunk_sum, -1.0)[:, None])
+            torch.mul(probability, chunk_grad, out=probability)
+            out.copy_(probability)
+        return grad, None
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of -log softmax(logits)[label] over the rows whose label is not IGNORE.
+
+    Args:
+        logits: [rows, vocab], any float dtype.
+        labels: [rows] int64 token ids, IGNORE (-100) where there is no target.
+    Returns:
+        fp32 scalar, nats; 0 with zero gradients where no row has a target. The gradient has logits.dtype.
+    Source: arXiv:2412.19437 eq. 24.
+    """
+    valid = labels != IGNORE
+    in_range = (labels >= 0) & (labels < logits.shape[1])
+    # Our own invariant (the store checks ids against the vocabulary); this form does not synchronise a GPU.
+    torch._assert_async((in_range | ~valid).all(), "cross_entropy_sum: a label lies outside the vocabulary")
+    loss: Tensor = _CrossEntropySum.apply(logits, labels)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2048, 2048, generator=generator).to(device, torch.bfloat16)
+    labels = torch.randint(2048, (2048,), generator=generator).to(device)
+    return logits.requires_grad_(), labels
+
+
+def _run(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.autograd.grad(cross_entropy_sum(logits, labels), logits)[0]
+
+
+def _peer(logits: Tensor, labels: Tensor) -> Tensor:
+    loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
+    return torch.autograd.grad(loss, logits)[0]
+
+
+BENCH = (
+    Bench(
+        name="cross_entropy forward+backward",
+        make_inputs=_bench_inputs,
+        run=_run,
+        peer=_peer,
+        peer_name="F.cross_entropy on fp32 logits",
+        # Both round one fp32 gradient to bf16: at most one rounding (2^-8) apart.
+        tolerance=2**-8,
+        flops=8.0 * 2048 * 2048,
+        bytes=3 * 2.0 * 2048 * 2048,
+    ),
+)

@@ -1,0 +1,116 @@
+"""Weight gradients that run later: the W slot of zero-bubble pipeline schedules (arXiv:2412.19437 §3.2.1).
+
+Zero-bubble schedules split backward into input gradients (now) and weight gradients (when a stage would
+idle). Asking autograd twice would run every custom linear twice, because `ctx.needs_input_grad` does not
+change between the passes. So the linears here compute dgrad in backward and `push` their wgrad as a closure.
+While a schedule holds `deferred()` open the closures queue up, and `PipelineStage(dw_builder=deferred.take)`
+runs them in the W slot; otherwise a pushed closure runs at once. `check_drained()` belongs before gradients
+are read.
+
+The queue is a plain global, not a thread-local one: on CUDA, autograd runs backward on threads of its own.
+Weight gradients reach the weight through `accumulate_grad`, so autograd's accumulation hooks do not fire for
+them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+Closure = Callable[[], None]
+
+
+class WgradQueue:
+    """First-in first-out queue of weight-gradient closures; each runs exactly once."""
+
+    def __init__(self) -> None:
+        self._queued: deque[Closure] = deque()
+        self._taken = 0
+
+    def push(self, closure: Closure) -> None:
+        """Append one closure."""
+        self._queued.append(closure)
+
+    def take(self) -> Closure:
+        """Remove all closures queued now and return one callable that runs them in order, once."""
+        batch, self._queued = self._queued, deque()
+        self._taken += len(batch)
+
+        def run() -> None:
+            while batch:
+                batch.popleft()()
+                self._taken -= 1
+
+        return run
+
+    def pending(self) -> int:
+        """Number of closures not yet run, whether still queued or already taken."""
+        return len(self._queued) + self._taken
+
+
+_queue = WgradQueue()
+# One entry per open `deferred()` block.
+_open_blocks: list[WgradQueue] = []
+
+
+@contextmanager
+def deferred() -> Iterator[WgradQueue]:
+    """Queue weight gradients instead of running them inside backward, until the block ends."""
+    _open_blocks.append(_queue)
+    try:
+        yield _queue
+    finally:
+        _open_blocks.pop()
+
+
+def push(closure: Closure) -> None:
+    """Run `closure` at once, or queue it while a `deferred()` block is open."""
+    if _open_blocks:
+        _queue.push(closure)
+    else:
+        closure()
+
+
+def take() -> Closure:
+    """Take what is queued now; the result runs it in order. The `dw_builder` of a pipeline stage."""
+    return _queue.take()
+
+
+def pending() -> int:
+    """Number of weight gradients not yet run."""
+    return _queue.pending()
+
+
+def check_drained() -> None:
+    """Refuse to go on while weight gradients are missing.
+
+    Raises:
+        RuntimeError: closures are still queued or taken but not run (message shows how many).
+    """
+    if pending():
+        raise RuntimeError(
+            f"{pending()} weight gradients were pushed but never run: gradients are incomplete. "
+            "Run kernels.deferred.take()() after the last backward, or check the schedule's W slots."
+        )
+
+
+@torch.no_grad()
+def accumulate_grad(weight: Tensor, dw: Tensor) -> None:
+    """Add a weight gradient into `weight.main_grad` if the weight has one, else into `weight.grad`.
+
+    Args:
+        weight: the parameter; `main_grad`, where present, is an fp32 tensor of its shape.
+        dw: the weight's shape, fp32.
+    Source: §3.3.3, gradients accumulate in FP32; `main_grad` is Megatron-LM's name for that buffer.
+    """
+    main_grad: Tensor | None = getattr(weight, "main_grad", None)
+    if main_grad is not None:
+        main_grad.add_(dw)
+    elif weight.grad is None:
+        weight.grad = dw.to(weight.dtype)
+    else:
+        weight.grad.add_(dw)

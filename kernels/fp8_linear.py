@@ -1,0 +1,275 @@
+"""The linear layer and its three GEMMs, in FP8 or in the input's precision (arXiv:2412.19437 §3.3.1).
+
+    fprop:  y  = x @ W.T          x in 1x128 tiles (one token, 128 channels),    W in 128x128 blocks
+    dgrad:  dx = dy @ W           dy in 1x128 tiles (one token, 128 channels),   the same blocks, transposed
+    wgrad:  dW = dy.T @ x         dy and x in 128x1 tiles (128 tokens, one channel), FP32 result
+
+Every FP8 operand is E4M3. The FP8 linears keep only x's E4M3 payload and scales for backward, and regroup
+them for wgrad. The FP8 weight is made once per optimizer step (`weight_fp8`). Backward computes dgrad and
+hands wgrad to `kernels.deferred`; the weight gradient reaches `weight.main_grad` there, and autograd sees
+None for the weight.
+
+Shapes: x [..., in], weight [out, in]; grouped: x [rows, in] sorted by expert as `kernels.gemm_grouped` lays
+out, weight [groups, out, in]. No bias: the model has none. Which linears run in FP8 is the model's choice,
+not this file's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import deferred
+from kernels.bench_entry import Bench
+from kernels.formats import Quantized
+from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
+from kernels.gemm_grouped import group_rows, grouped_gemm_tile_block, grouped_gemm_tile_tile
+from kernels.quantize import quantize_blocks, quantize_tiles, quantize_tiles_transposed, requantize_transposed
+
+
+def weight_fp8(weight: Tensor, *, power_of_two: bool) -> Quantized:
+    """The FP8 copy of a weight, made at first use after each in-place update and kept on the weight.
+
+    An optimizer that writes `weight.copy_(...)` under `torch.no_grad()` raises the version counter, which the
+    next call notices. Writing through `weight.data` does not raise it and would leave a stale copy: do not.
+
+    Args:
+        weight: [out, in] or [groups, out, in], fp32 or bf16.
+        power_of_two: round scales up to powers of two.
+    Returns:
+        128x128 blocks of the weight.
+    Source: arXiv:2412.19437 §3.3.2; DeepGEMM casts weights once per step too.
+    """
+    key = (weight._version, weight.data_ptr(), power_of_two)
+    cached: tuple[tuple[int, int, bool], Quantized] | None = getattr(weight, "_fp8_copy", None)
+    if cached is None or cached[0] != key:
+        cached = (key, quantize_blocks(weight, power_of_two=power_of_two))
+        weight._fp8_copy = cached  # type: ignore[attr-defined]
+    return cached[1]
+
+
+def _keep_weight(ctx: Any, weight: Tensor) -> None:
+    """Hold the weight itself: under activation checkpoints `save_for_backward` returns a detached copy."""
+    ctx.weight, ctx.weight_version = weight, weight._version
+
+
+def _kept_weight(ctx: Any) -> Tensor:
+    weight: Tensor = ctx.weight
+    assert weight._version == ctx.weight_version, "a weight was changed between forward and backward"
+    return weight
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        _keep_weight(ctx, weight)
+        return x @ weight.to(x.dtype).t()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (x,), weight = ctx.saved_tensors, _kept_weight(ctx)
+        if weight.requires_grad:
+            deferred.push(lambda: deferred.accumulate_grad(weight, dy.t().float() @ x.float()))
+        return dy @ weight.to(dy.dtype), None
+
+
+class _Fp8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, power_of_two: bool) -> Tensor:
+        xq = quantize_tiles(x, power_of_two=power_of_two)
+        ctx.save_for_backward(xq.payload, xq.scale)
+        ctx.power_of_two = power_of_two
+        _keep_weight(ctx, weight)
+        return gemm_tile_block(xq, weight_fp8(weight, power_of_two=power_of_two), out_dtype=x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        xq, weight = Quantized(*ctx.saved_tensors), _kept_weight(ctx)
+        power_of_two: bool = ctx.power_of_two
+        if weight.requires_grad:
+            dyq_t = quantize_tiles_transposed(dy, power_of_two=power_of_two)  # [out, rows]
+
+            def wgrad() -> None:
+                xq_t = requantize_transposed(xq, power_of_two=power_of_two)  # [in, rows]
+                deferred.accumulate_grad(weight, gemm_tile_tile(dyq_t, xq_t))
+
+            deferred.push(wgrad)
+        dyq = quantize_tiles(dy, power_of_two=power_of_two)
+        weight_t = weight_fp8(weight, power_of_two=power_of_two).transposed_blocks()  # [in, out]
+        return gemm_tile_block(dyq, weight_t, out_dtype=dy.dtype), None, None
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, group_ends)
+        _keep_weight(ctx, weight)
+        return _grouped_matmul(x, weight.to(x.dtype).mT, group_ends)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        (x, group_ends), weight = ctx.saved_tensors, _kept_weight(ctx)
+
+        def wgrad() -> None:
+            dw = torch.zeros(weight.shape, dtype=torch.float32, device=dy.device)
+            for dw_g, rows in zip(dw, group_rows(group_ends, groups=len(dw), rows=len(dy)), strict=True):
+                torch.mm(dy[rows].t().float(), x[rows].float(), out=dw_g)
+            deferred.accumulate_grad(weight, dw)
+
+        if weight.requires_grad:
+            deferred.push(wgrad)
+        return _grouped_matmul(dy, weight.to(dy.dtype), group_ends), None, None
+
+
+class _GroupedFp8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        group_ends: Tensor,
+        power_of_two: bool,
+    ) -> Tensor:
+        xq = quantize_tiles(x, power_of_two=power_of_two)
+        ctx.save_for_backward(xq.payload, xq.scale, group_ends)
+        ctx.power_of_two = power_of_two
+        _keep_weight(ctx, weight)
+        wq = weight_fp8(weight, power_of_two=power_of_two)
+        return grouped_gemm_tile_block(xq, wq, group_ends, out_dtype=x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        (payload, scale, group_ends), weight = ctx.saved_tensors, _kept_weight(ctx)
+        power_of_two: bool = ctx.power_of_two
+        if weight.requires_grad:
+            dyq_t = quantize_tiles_transposed(dy, power_of_two=power_of_two)  # [out, rows]
+
+            def wgrad() -> None:
+                xq = Quantized(payload, scale)
+                xq_t = requantize_transposed(xq, power_of_two=power_of_two)  # [in, rows]
+                deferred.accumulate_grad(weight, grouped_gemm_tile_tile(dyq_t, xq_t, group_ends))
+
+            deferred.push(wgrad)
+        dyq = quantize_tiles(dy, power_of_two=power_of_two)
+        weight_t = weight_fp8(weight, power_of_two=power_of_two).transposed_blocks()  # [groups, in, out]
+        return grouped_gemm_tile_block(dyq, weight_t, group_ends, out_dtype=dy.dtype), None, None, None
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T in x's dtype, with a deferred FP32 wgrad.
+
+    Args:
+        x: [..., in] fp32 or bf16.
+        weight: [out, in]; converted to x's dtype where it differs (a bf16 router weight with fp32 x).
+    Returns:
+        [..., out] in x's dtype.
+    Raises:
+        ValueError: shapes do not fit (message shows both).
+    """
+    _check_features(x, weight, grouped=False)
+    y: Tensor = _Linear.apply(x.flatten(0, -2), weight)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def fp8_linear(x: Tensor, weight: Tensor, *, power_of_two: bool) -> Tensor:
+    """x @ weight.T with all three GEMMs in FP8.
+
+    Args:
+        x: [..., in] fp32 or bf16.
+        weight: [out, in] fp32 or bf16.
+        power_of_two: round all scales up to powers of two.
+    Returns:
+        [..., out] in x's dtype.
+    Raises:
+        ValueError: shapes do not fit (message shows both).
+    Source: arXiv:2412.19437 §3.3.1, figure 6.
+    """
+    _check_features(x, weight, grouped=False)
+    y: Tensor = _Fp8Linear.apply(x.flatten(0, -2), weight, power_of_two)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def grouped_linear(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
+    """x[rows of g] @ weight[g].T for every expert g in x's dtype, with a deferred FP32 wgrad.
+
+    Args:
+        x: [rows, in] fp32 or bf16, sorted by expert, padding rows zero.
+        weight: [groups, out, in].
+        group_ends: [groups] int32, exclusive end rows, multiples of 128.
+    Returns:
+        [rows, out] in x's dtype; zeros from `group_ends[-1]` on.
+    Raises:
+        ValueError: shapes do not fit, or bad `group_ends`.
+    """
+    _check_features(x, weight, grouped=True)
+    y: Tensor = _GroupedLinear.apply(x, weight, group_ends)  # type: ignore[no-untyped-call]
+    return y
+
+
+def grouped_fp8_linear(x: Tensor, weight: Tensor, group_ends: Tensor, *, power_of_two: bool) -> Tensor:
+    """x[rows of g] @ weight[g].T for every expert g with all three GEMMs in FP8.
+
+    Args:
+        x: [rows, in] fp32 or bf16, sorted by expert, padding rows zero.
+        weight: [groups, out, in] fp32 or bf16.
+        group_ends: [groups] int32, exclusive end rows, multiples of 128.
+        power_of_two: round all scales up to powers of two.
+    Returns:
+        [rows, out] in x's dtype; zeros from `group_ends[-1]` on.
+    Raises:
+        ValueError: shapes do not fit, or bad `group_ends`.
+    """
+    _check_features(x, weight, grouped=True)
+    y: Tensor = _GroupedFp8Linear.apply(x, weight, group_ends, power_of_two)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _grouped_matmul(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
+    """x[rows of g] @ weight[g], weight [groups, in, out]; rows of no group are zero."""
+    out = x.new_zeros(x.shape[0], weight.shape[-1])
+    for w, rows in zip(weight, group_rows(group_ends, groups=len(weight), rows=len(x)), strict=True):
+        torch.mm(x[rows], w, out=out[rows])
+    return out
+
+
+def _check_features(x: Tensor, weight: Tensor, *, grouped: bool) -> None:
+    fits = (x.dim() == 2 and weight.dim() == 3) if grouped else (x.dim() >= 2 and weight.dim() == 2)
+    if not fits or x.shape[-1] != weight.shape[-1]:
+        expected = "[rows, in] and [groups, out, in]" if grouped else "[..., in] and [out, in]"
+        raise ValueError(f"x and weight must be {expected}, got {list(x.shape)} and {list(weight.shape)}")
+
+
+def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(2048, 512, generator=generator, device=device)
+    w = torch.randn(512, 512, generator=generator, device=device)
+    return x, w, torch.randn(2048, 512, generator=generator, device=device)
+
+
+def _gradients(layer: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor, dy: Tensor) -> Tensor:
+    """dx and dW of one forward and backward, stacked along rows."""
+    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+    layer(x, w).backward(dy)
+    assert x.grad is not None
+    assert w.grad is not None
+    return torch.cat([x.grad, w.grad])
+
+
+BENCH = (
+    Bench(
+        name="fp8_linear forward+backward",
+        make_inputs=_bench_inputs,
+        run=partial(_gradients, partial(fp8_linear, power_of_two=False)),
+        peer=partial(_gradients, torch.nn.functional.linear),
+        peer_name="torch.nn.functional.linear, FP32",
+        # docs/numerics.md expects 0.037 for dx and 0.0445 for dW.
+        tolerance=0.0455,
+        flops=6.0 * 2048 * 512 * 512,
+        bytes=4.0 * (5 * 2048 * 512 + 2 * 512 * 512),
+    ),
+)

@@ -1,0 +1,146 @@
+"""FP8 matrix products with promotion to FP32 every 128 terms (arXiv:2412.19437 §3.3.2, figure 7b).
+
+For each tile t of 128 contraction elements:
+
+    partial = payload_a[:, t] @ payload_b[:, t].T       products of unscaled E4M3 numbers, summed in FP32
+    out    += partial * (scale_a[t] * scale_b[t])       the promotion: both scales, then one FP32 addition
+
+- `gemm_tile_block`: activations (1x128) times weights (128x128): fprop, and dgrad with the weight transposed.
+- `gemm_tile_tile`: both operands 1x128 along tokens: wgrad.
+
+Both operands are contracted over their last dim, [m, k] and [n, k]; m, n and k need not be multiples of 128.
+The MMA of a GPU keeps about 14 bits inside a partial sum; here the partial sum is a full FP32 one, so what
+`docs/numerics.md` bounds is quantisation plus FP32 accumulation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.bench_entry import Bench
+from kernels.formats import TILE, Quantized, ceil_div, decode_e4m3
+from kernels.quantize import dequantize_blocks, dequantize_tiles, quantize_blocks, quantize_tiles
+
+
+def add_tile_block(out: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> None:
+    """Add the tile-by-block product of decoded payloads to `out`.
+
+    Args:
+        out: [m, n] fp32, the accumulator, changed in place.
+        a: [m, k] fp32, unscaled.
+        a_scale: [ceil(k/128), m].
+        b: [n, k] fp32, unscaled.
+        b_scale: [ceil(n/128), ceil(k/128)].
+    """
+    n = b.shape[0]
+    whole_blocks = n // TILE
+    whole = whole_blocks * TILE
+    partial = torch.empty_like(out, memory_format=torch.contiguous_format)
+    for t in range(len(a_scale)):
+        tile = slice(t * TILE, (t + 1) * TILE)
+        torch.mm(a[:, tile], b[:, tile].t(), out=partial)
+        scale = a_scale[t][:, None] * b_scale[:, t]  # [m, n_blocks]
+        if whole:
+            blocks = partial[:, :whole].unflatten(1, (whole_blocks, TILE))
+            out_blocks = out[:, :whole].unflatten(1, (whole_blocks, TILE))
+            out_blocks.addcmul_(blocks, scale[:, :whole_blocks, None])
+        if whole < n:
+            out[:, whole:].addcmul_(partial[:, whole:], scale[:, -1:])
+
+
+def add_tile_tile(out: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> None:
+    """Add the tile-by-tile product of decoded payloads to `out`.
+
+    Args:
+        out: [m, n] fp32, the accumulator, changed in place.
+        a: [m, k] fp32, unscaled.
+        a_scale: [ceil(k/128), m].
+        b: [n, k] fp32, unscaled.
+        b_scale: [ceil(k/128), n].
+    """
+    partial = torch.empty_like(out, memory_format=torch.contiguous_format)
+    scale = torch.empty_like(partial)
+    for t in range(len(a_scale)):
+        tile = slice(t * TILE, (t + 1) * TILE)
+        torch.mm(a[:, tile], b[:, tile].t(), out=partial)
+        torch.mul(a_scale[t][:, None], b_scale[t], out=scale)
+        out.addcmul_(partial, scale)
+
+
+def gemm_tile_block(a: Quantized, b: Quantized, *, out_dtype: torch.dtype) -> Tensor:
+    """a @ b.T for activations in 1x128 tiles and a weight in 128x128 blocks.
+
+    Args:
+        a: payload [m, k], scale [ceil(k/128), m].
+        b: payload [n, k], scale [ceil(n/128), ceil(k/128)].
+        out_dtype: dtype of the result; the accumulator is fp32 whatever it is.
+    Returns:
+        [m, n] out_dtype.
+    Raises:
+        ValueError: the contraction dims differ (message shows both).
+    Source: arXiv:2412.19437 §3.3.2; DeepGEMM multiplies the two scales first, as here.
+    """
+    _check_contraction(a, b)
+    out = a.scale.new_zeros(a.payload.shape[0], b.payload.shape[0])
+    add_tile_block(out, decode_e4m3(a.payload), a.scale, decode_e4m3(b.payload), b.scale)
+    return out.to(out_dtype)
+
+
+def gemm_tile_tile(a: Quantized, b: Quantized) -> Tensor:
+    """a @ b.T for two operands in 1x128 tiles; the result is a weight gradient and stays FP32.
+
+    Args:
+        a: payload [m, k], scale [ceil(k/128), m].
+        b: payload [n, k], scale [ceil(k/128), n].
+    Returns:
+        [m, n] fp32.
+    Raises:
+        ValueError: the contraction dims differ (message shows both).
+    Source: arXiv:2412.19437 §3.3.2, §3.5.2.
+    """
+    _check_contraction(a, b)
+    out = a.scale.new_zeros(a.payload.shape[0], b.payload.shape[0])
+    add_tile_tile(out, decode_e4m3(a.payload), a.scale, decode_e4m3(b.payload), b.scale)
+    return out
+
+
+def _check_contraction(a: Quantized, b: Quantized) -> None:
+    k_a, k_b = a.payload.shape[-1], b.payload.shape[-1]
+    if k_a != k_b:
+        raise ValueError(f"a and b contract their last dims, got {k_a} and {k_b}; transpose one operand")
+    assert a.scale.shape == (ceil_div(k_a, TILE), a.payload.shape[0]), (a.payload.shape, a.scale.shape)
+
+
+def _bench_inputs(device: torch.device) -> tuple[Quantized, Quantized, Quantized, Tensor, Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    a = quantize_tiles(torch.randn(2048, 512, generator=generator, device=device), power_of_two=False)
+    w = torch.randn(512, 512, generator=generator, device=device)
+    blocks, tiles = quantize_blocks(w, power_of_two=False), quantize_tiles(w, power_of_two=False)
+    return a, blocks, tiles, dequantize_tiles(a), dequantize_blocks(blocks)
+
+
+BENCH = (
+    Bench(
+        name="gemm_tile_block",
+        make_inputs=_bench_inputs,
+        run=lambda a, blocks, tiles, x, w: gemm_tile_block(a, blocks, out_dtype=torch.float32),
+        peer=lambda a, blocks, tiles, x, w: x @ w.t(),
+        peer_name="torch.matmul, FP32, dequantised before",
+        # FP32 accumulation in another order: sqrt(512) roundings of 2^-24; measured 2.5e-7.
+        tolerance=22.7 * 2**-24,
+        flops=2.0 * 2048 * 512 * 512,
+        bytes=2048 * 512 + 512 * 512 + 4.0 * 2048 * 512,
+    ),
+    Bench(
+        name="gemm_tile_tile",
+        make_inputs=_bench_inputs,
+        run=lambda a, blocks, tiles, x, w: gemm_tile_tile(a, tiles),
+        peer=lambda a, blocks, tiles, x, w: x @ dequantize_tiles(tiles).t(),
+        peer_name="dequantise, torch.matmul, FP32",
+        # As above.
+        tolerance=22.7 * 2**-24,
+        flops=2.0 * 2048 * 512 * 512,
+        bytes=2048 * 512 + 512 * 512 + 4.0 * 2048 * 512,
+    ),
+)

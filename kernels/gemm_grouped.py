@@ -1,0 +1,118 @@
+"""Grouped FP8 products: one GEMM per expert over rows sorted by expert (arXiv:2412.19437 §3.3.2).
+
+`group_ends[g]` is the exclusive end row of group g; its rows start where group g-1 ends. Ends are multiples
+of 128 (rows between a group's tokens and its end are zeros), so that no 1x128 tile along rows straddles two
+experts. A group may be empty. Rows from `group_ends[-1]` on belong to nobody: their outputs are zero.
+
+- `grouped_gemm_tile_block`: rows times each expert's weight: fprop and dgrad.
+- `grouped_gemm_tile_tile`: contraction over each expert's rows: wgrad, one matrix per expert.
+
+The layout is DeepGEMM's: contiguous along M for fprop and dgrad, grouped along K for wgrad.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from kernels.bench_entry import Bench
+from kernels.formats import TILE, Quantized, decode_e4m3
+from kernels.gemm_fp8 import add_tile_block, add_tile_tile
+from kernels.quantize import dequantize_blocks, dequantize_tiles, quantize_blocks, quantize_tiles
+
+
+def group_rows(group_ends: Tensor, *, groups: int, rows: int) -> list[slice]:
+    """The rows of each group, read on the host: free on CPU, a synchronisation elsewhere.
+
+    Args:
+        group_ends: [groups] int32, exclusive end rows, multiples of 128, not decreasing.
+        groups: how many groups the other operand has.
+        rows: how many rows the grouped tensor has.
+    Returns:
+        One slice per group; empty groups have empty slices.
+    Raises:
+        ValueError: not one end per group, or an end is not a multiple of 128, decreases, or exceeds `rows`.
+    """
+    ends = group_ends.tolist()
+    slices = [slice(start, end) for start, end in pairwise([0, *ends])]
+    misplaced = any(s.stop % TILE or s.stop < s.start or s.stop > rows for s in slices)
+    if misplaced or len(slices) != groups:
+        raise ValueError(
+            f"group_ends must be {groups} non-decreasing multiples of {TILE} up to {rows} rows, got {ends}; "
+            f"pad every group to {TILE} rows with zeros"
+        )
+    return slices
+
+
+def grouped_gemm_tile_block(
+    a: Quantized, b: Quantized, group_ends: Tensor, *, out_dtype: torch.dtype
+) -> Tensor:
+    """a[rows of g] @ b[g].T for every group g.
+
+    Args:
+        a: payload [rows, k], scale [ceil(k/128), rows].
+        b: payload [groups, n, k], scale [groups, ceil(n/128), ceil(k/128)].
+        group_ends: [groups] int32, see `group_rows`.
+        out_dtype: dtype of the result; the accumulator is fp32 whatever it is.
+    Returns:
+        [rows, n] out_dtype; zeros from `group_ends[-1]` on.
+    Raises:
+        ValueError: bad `group_ends`, or contraction dims that differ (message shows both).
+    """
+    (rows, k), (groups, n, k_b) = a.payload.shape, b.payload.shape
+    if k != k_b:
+        raise ValueError(f"a and b contract their last dims, got {k} and {k_b}; transpose one operand")
+    out = a.scale.new_zeros(rows, n)
+    a_values, b_values = decode_e4m3(a.payload), decode_e4m3(b.payload)
+    for g, part in enumerate(group_rows(group_ends, groups=groups, rows=rows)):
+        add_tile_block(out[part], a_values[part], a.scale[:, part], b_values[g], b.scale[g])
+    return out.to(out_dtype)
+
+
+def grouped_gemm_tile_tile(a: Quantized, b: Quantized, group_ends: Tensor) -> Tensor:
+    """a[:, rows of g] @ b[:, rows of g].T for every group g.
+
+    Args:
+        a: payload [m, rows], scale [ceil(rows/128), m].
+        b: payload [n, rows], scale [ceil(rows/128), n].
+        group_ends: [groups] int32, see `group_rows`.
+    Returns:
+        [groups, m, n] fp32; zeros for empty groups.
+    Raises:
+        ValueError: bad `group_ends`, or row counts that differ (message shows both).
+    """
+    (m, rows), (n, rows_b) = a.payload.shape, b.payload.shape
+    if rows != rows_b:
+        raise ValueError(f"a and b contract their last dims, got {rows} and {rows_b} rows; they must agree")
+    groups = len(group_ends)
+    out = a.scale.new_zeros(groups, m, n)
+    a_values, b_values = decode_e4m3(a.payload), decode_e4m3(b.payload)
+    for g, part in enumerate(group_rows(group_ends, groups=groups, rows=rows)):
+        tiles = slice(part.start // TILE, part.stop // TILE)
+        add_tile_tile(out[g], a_values[:, part], a.scale[tiles], b_values[:, part], b.scale[tiles])
+    return out
+
+
+def _bench_inputs(device: torch.device) -> tuple[Quantized, Quantized, Tensor, Tensor, Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    a = quantize_tiles(torch.randn(8 * 512, 512, generator=generator, device=device), power_of_two=False)
+    b = quantize_blocks(torch.randn(8, 256, 512, generator=generator, device=device), power_of_two=False)
+    group_ends = torch.arange(512, 8 * 512 + 1, 512, dtype=torch.int32, device=device)
+    return a, b, group_ends, dequantize_tiles(a).view(8, 512, 512), dequantize_blocks(b)
+
+
+BENCH = (
+    Bench(
+        name="grouped_gemm_tile_block",
+        make_inputs=_bench_inputs,
+        run=lambda a, b, ends, x, w: grouped_gemm_tile_block(a, b, ends, out_dtype=torch.float32),
+        peer=lambda a, b, ends, x, w: torch.bmm(x, w.mT).flatten(0, 1),
+        peer_name="torch.bmm, FP32, dequantised before",
+        # FP32 accumulation in another order: sqrt(512) roundings of 2^-24; measured 2.5e-7.
+        tolerance=22.7 * 2**-24,
+        flops=2.0 * 8 * 512 * 256 * 512,
+        bytes=8 * (512 * 512 + 256 * 512 + 4.0 * 512 * 256),
+    ),
+)

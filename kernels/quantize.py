@@ -1,0 +1,210 @@
+"""Online quantisation to E4M3 in 1x128 tiles and 128x128 blocks (arXiv:2412.19437 §3.3.2, §3.5.2, figure 7a).
+
+    scale   = amax(tile) / 448, optionally rounded up to a power of two; 1 for a tile of zeros
+    payload = round_to_e4m3(clamp(x / scale, -448, 448))
+
+Scales come from the tensor at hand, never from earlier steps. Rules at the edges:
+
+- No amax floor such as 1e-4: it would erase small gradients. Only the scale itself is kept a normal FP32
+  number.
+- Rounding a power-of-two scale *up* keeps every payload within 448; it costs at most one bit of range below.
+- NaN or infinity in a tile makes the tile's scale non-finite, hence the whole tile NaN after dequantising:
+  guards see it.
+- A last tile may be short (576 = 4*128 + 64); its scale covers the elements there are.
+
+Shapes: rows = tokens (or output features), cols = the contraction dim. `quantize_tiles_transposed` groups
+along rows instead, for wgrad, whose contraction runs over tokens. Error bounds are derived in
+`docs/numerics.md`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.bench_entry import Bench
+from kernels.formats import E4M3_MAX, TILE, Quantized, ceil_div, decode_e4m3
+
+SMALLEST_SCALE = 2.0**-126
+
+
+def _scale_of(amax: Tensor, *, power_of_two: bool) -> Tensor:
+    """fp32 scale per tile from the tile's largest magnitude, fp32, any shape."""
+    scale = (amax / E4M3_MAX).clamp_min(SMALLEST_SCALE)
+    if power_of_two:
+        # Adding all mantissa bits carries into the exponent unless they were zero: rounded up.
+        rounded = (scale.view(torch.int32) + 0x007FFFFF).bitwise_and_(0x7F800000).view(torch.float32)
+        scale = torch.where(scale.isfinite(), rounded, scale)
+    return torch.where(amax == 0, 1.0, scale)
+
+
+def _to_e4m3(scaled: Tensor) -> Tensor:
+    """Round to nearest even, in place up to the cast; the clamp is for torch 2.11, where overflow is NaN."""
+    return scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def quantize_tiles(x: Tensor, *, power_of_two: bool) -> Quantized:
+    """Quantise with one scale per row and 128 columns: operands whose contraction runs over columns.
+
+    Args:
+        x: [rows, cols] fp32 or bf16.
+        power_of_two: round scales up to powers of two.
+    Returns:
+        payload [rows, cols], scale [ceil(cols/128), rows].
+    Raises:
+        ValueError: x is not a matrix.
+    Source: arXiv:2412.19437 §3.3.2 (activations, activation gradients).
+    """
+    _check_matrix("x", x)
+    x = x.detach().float()
+    tiles = x.split(TILE, dim=1)
+    amax = torch.stack([tile.abs().amax(dim=1) for tile in tiles])  # [col_tiles, rows]
+    scale = _scale_of(amax, power_of_two=power_of_two)
+    scaled = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for tile, out, tile_scale in zip(tiles, scaled.split(TILE, dim=1), scale, strict=True):
+        torch.div(tile, tile_scale[:, None], out=out)
+    return Quantized(_to_e4m3(scaled), scale)
+
+
+def quantize_tiles_transposed(x: Tensor, *, power_of_two: bool) -> Quantized:
+    """Quantise with one scale per 128 rows and column, stored transposed: both operands of wgrad.
+
+    Args:
+        x: [rows, cols] fp32 or bf16; rows are tokens and become the contraction dim.
+        power_of_two: round scales up to powers of two.
+    Returns:
+        payload [cols, rows], scale [ceil(rows/128), cols]: the 1x128 tiles of x transposed.
+    Raises:
+        ValueError: x is not a matrix.
+    Source: arXiv:2412.19437 §3.3.2, §3.5.2 (128x1 grouping for the backward pass).
+    """
+    _check_matrix("x", x)
+    x = x.detach().float()
+    rows, cols = x.shape
+    tiles = x.split(TILE, dim=0)[: ceil_div(rows, TILE)]
+    amax = torch.stack([tile.abs().amax(dim=0) for tile in tiles]) if tiles else x.new_zeros(0, cols)
+    scale = _scale_of(amax, power_of_two=power_of_two)  # [row_tiles, cols]
+    scaled = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for tile, out, tile_scale in zip(tiles, scaled.split(TILE, dim=0), scale, strict=False):
+        torch.div(tile, tile_scale, out=out)
+    payload = _to_e4m3(scaled).view(torch.uint8).t().contiguous()  # [cols, rows]
+    return Quantized(payload.view(torch.float8_e4m3fn), scale)
+
+
+def requantize_transposed(q: Quantized, *, power_of_two: bool) -> Quantized:
+    """Regroup 1x128 tiles as 128x1: dequantise, transpose, quantise again.
+
+    With power-of-two scales the second rounding is exact for every element that does not fall below the
+    normal range of its new tile (`docs/numerics.md`); with FP32 scales it is one more rounding.
+
+    Args:
+        q: payload [rows, cols], tile scales [ceil(cols/128), rows].
+        power_of_two: round the new scales up to powers of two.
+    Returns:
+        payload [cols, rows], scale [ceil(rows/128), cols].
+    Source: arXiv:2412.19437 §3.5.2 (transposition of the cached activation for wgrad).
+    """
+    return quantize_tiles_transposed(dequantize_tiles(q), power_of_two=power_of_two)
+
+
+def quantize_blocks(w: Tensor, *, power_of_two: bool) -> Quantized:
+    """Quantise with one scale per 128x128 block: weights.
+
+    Args:
+        w: [..., rows, cols] fp32 or bf16; a leading dim holds experts.
+        power_of_two: round scales up to powers of two.
+    Returns:
+        payload [..., rows, cols], scale [..., ceil(rows/128), ceil(cols/128)].
+    Raises:
+        ValueError: w has fewer than two dims.
+    Source: arXiv:2412.19437 §3.3.2 (weights).
+    """
+    if w.dim() < 2:
+        raise ValueError(f"w must be [..., rows, cols], got shape {list(w.shape)}")
+    blocks = _as_blocks(w.detach().float())  # [..., row_blocks, 128, col_blocks, 128]
+    scale = _scale_of(blocks.abs().amax(dim=(-3, -1)), power_of_two=power_of_two)
+    scaled = (blocks / scale[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
+    return Quantized(_to_e4m3(scaled)[..., : w.shape[-2], : w.shape[-1]].contiguous(), scale)
+
+
+def dequantize_tiles(q: Quantized) -> Tensor:
+    """fp32 values of a tensor in 1x128 tiles: [rows, cols]."""
+    values = decode_e4m3(q.payload)
+    for tile, tile_scale in zip(values.split(TILE, dim=1), q.scale, strict=False):
+        tile.mul_(tile_scale[:, None])
+    return values
+
+
+def dequantize_blocks(q: Quantized) -> Tensor:
+    """fp32 values of a tensor in 128x128 blocks: [..., rows, cols]."""
+    blocks = _as_blocks(decode_e4m3(q.payload))
+    values = (blocks * q.scale[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
+    return values[..., : q.payload.shape[-2], : q.payload.shape[-1]].contiguous()
+
+
+def _as_blocks(w: Tensor) -> Tensor:
+    """View [..., rows, cols] as [..., row_blocks, 128, col_blocks, 128], zero-padded where ragged."""
+    rows, cols = w.shape[-2:]
+    row_blocks, col_blocks = ceil_div(rows, TILE), ceil_div(cols, TILE)
+    if rows % TILE or cols % TILE:
+        w = F.pad(w, (0, col_blocks * TILE - cols, 0, row_blocks * TILE - rows))
+    return w.reshape(*w.shape[:-2], row_blocks, TILE, col_blocks, TILE)
+
+
+def _check_matrix(name: str, x: Tensor) -> None:
+    if x.dim() != 2:
+        raise ValueError(
+            f"{name} must be [rows, cols], got shape {list(x.shape)}; flatten leading dims first"
+        )
+
+
+def _bench_inputs(device: torch.device) -> tuple[Tensor]:
+    return (torch.randn(2048, 512, generator=torch.Generator(device).manual_seed(0), device=device),)
+
+
+def _peer_tiles(x: Tensor) -> Tensor:
+    tiles = x.view(len(x), -1, TILE)
+    scaled = tiles / (tiles.abs().amax(-1, keepdim=True) / E4M3_MAX)
+    return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view_as(x)
+
+
+def _peer_blocks(w: Tensor) -> Tensor:
+    scale = F.max_pool2d(w.abs()[None], TILE)[0] / E4M3_MAX
+    scaled = w / scale.repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
+    return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+# The peers round the same quotients, so payloads are bit-equal. Each reads FP32 and writes E4M3.
+BENCH = (
+    Bench(
+        name="quantize_tiles",
+        make_inputs=_bench_inputs,
+        run=lambda x: quantize_tiles(x, power_of_two=False).payload,
+        peer=_peer_tiles,
+        peer_name="one view [rows, tiles, 128]",
+        tolerance=0.0,
+        flops=0.0,
+        bytes=5.0 * 2048 * 512,
+    ),
+    Bench(
+        name="quantize_tiles_transposed",
+        make_inputs=_bench_inputs,
+        run=lambda x: quantize_tiles_transposed(x, power_of_two=False).payload,
+        peer=lambda x: quantize_tiles(x.t().contiguous(), power_of_two=False).payload,
+        peer_name="transpose in FP32, then quantize_tiles",
+        tolerance=0.0,
+        flops=0.0,
+        bytes=5.0 * 2048 * 512,
+    ),
+    Bench(
+        name="quantize_blocks",
+        make_inputs=_bench_inputs,
+        run=lambda w: quantize_blocks(w, power_of_two=False).payload,
+        peer=_peer_blocks,
+        peer_name="max_pool2d and repeated scales",
+        tolerance=0.0,
+        flops=0.0,
+        bytes=5.0 * 2048 * 512,
+    ),
+)

@@ -1,0 +1,1 @@
+"""Entrypoints: parse arguments, turn configuration into frozen dataclasses, call one function."""

@@ -1,0 +1,126 @@
+"""Causal attention equals a softmax written out in fp64, never looks ahead, and never crosses a document."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.attention import causal_attention, causal_attention_reference
+
+
+def inputs(tokens: int, qk_dim: int, v_dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v as the model makes them: [sequences, heads, tokens, dim], heads beside each other in memory."""
+    dims = (qk_dim, qk_dim, v_dim)
+    return [torch.randn(2, tokens, 3, dim).to(dtype).transpose(1, 2).requires_grad_() for dim in dims]
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, scale: float, document_ids: Tensor | None) -> Tensor:
+    """Query by query in fp64, over exactly the keys it may read."""
+    q, k, v = q.double(), k.double(), v.double()
+    sequences = []
+    for s in range(q.shape[0]):
+        rows = []
+        for t in range(q.shape[2]):
+            keys = [
+                j for j in range(t + 1) if document_ids is None or document_ids[s, j] == document_ids[s, t]
+            ]
+            weights = torch.stack([(q[s, :, t] * k[s, :, j]).sum(-1) * scale for j in keys], -1).softmax(-1)
+            rows.append(sum(weights[:, n, None] * v[s, :, j] for n, j in enumerate(keys)))
+        sequences.append(torch.stack(rows, 1))
+    return torch.stack(sequences)
+
+
+def documents(tokens: int) -> Tensor:
+    """Sequence 0 holds three documents, sequence 1 one."""
+    first = torch.arange(tokens) * 3 // max(tokens, 3)
+    return torch.stack((first, torch.zeros_like(first)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("tokens", "qk_dim", "v_dim"), [(1, 8, 4), (17, 12, 20), (33, 24, 16)])
+def test_fp32_output_and_gradients_equal_the_written_out_softmax(
+    tokens: int, qk_dim: int, v_dim: int, masked: bool
+) -> None:
+    leaves = inputs(tokens, qk_dim, v_dim, torch.float32)
+    document_ids = documents(tokens) if masked else None
+    o = causal_attention(*leaves, scale=0.3, document_ids=document_ids)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    expected = naive(exact[0], exact[1], exact[2], 0.3, document_ids)
+    grad = torch.randn_like(o)
+    got = torch.autograd.grad(o, leaves, grad)
+    want = torch.autograd.grad(expected, exact, grad.double())
+    # Sums of at most 33 terms in fp32: 33 * 2^-24 = 2e-6 relative, a few such in a row.
+    torch.testing.assert_close(o.double(), expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("tokens", [63, 129])
+def test_bf16_output_and_gradients_stay_within_their_roundings(tokens: int, masked: bool) -> None:
+    leaves = inputs(tokens, 96, 64, torch.bfloat16)
+    document_ids = documents(tokens) if masked else None
+    o = causal_attention(*leaves, scale=96**-0.5, document_ids=document_ids)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    expected = causal_attention_reference(
+        exact[0], exact[1], exact[2], scale=96**-0.5, document_ids=document_ids
+    )
+    grad = torch.randn_like(o)
+    got = torch.autograd.grad(o, leaves, grad)
+    want = torch.autograd.grad(expected, exact, grad.double())
+    for a, b in zip((o, *got), (expected, *want), strict=True):
+        assert a.dtype == torch.bfloat16
+        # Scores, probabilities, their gradient and the result are each rounded to bf16 once, at most 2^-8 and
+        # 2^-8 / sqrt(3) in the mean square: sqrt(4 / 3) * 2^-8 < 2^-7.
+        assert float((a.double() - b).detach().norm() / b.detach().norm()) < 2**-7
+
+
+def test_gradients_in_fp64() -> None:
+    leaves = [x.detach().double().requires_grad_() for x in inputs(4, 3, 2, torch.float64)]
+    document_ids = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: causal_attention(q, k, v, scale=0.7, document_ids=document_ids), leaves
+    )
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: causal_attention(q, k, v, scale=0.7, document_ids=None), leaves
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_later_tokens_and_other_documents_change_no_bit(dtype: torch.dtype) -> None:
+    q, k, v = (x.detach() for x in inputs(32, 16, 8, dtype))
+    before = causal_attention(q, k, v, scale=0.25, document_ids=None)
+    k[:, :, 20:], v[:, :, 20:] = 7.0, -7.0
+    after = causal_attention(q, k, v, scale=0.25, document_ids=None)
+    assert torch.equal(before[:, :, :20], after[:, :, :20])
+    assert not torch.equal(before[:, :, 20:], after[:, :, 20:])
+
+    document_ids = (torch.arange(32) >= 10).long().expand(2, 32)
+    before = causal_attention(q, k, v, scale=0.25, document_ids=document_ids)
+    k[:, :, :10], v[:, :, :10] = 3.0, -3.0
+    after = causal_attention(q, k, v, scale=0.25, document_ids=document_ids)
+    assert torch.equal(before[:, :, 10:], after[:, :, 10:])
+    assert not torch.equal(before[:, :, :10], after[:, :, :10])
+
+
+def test_backward_repeats_to_the_bit() -> None:
+    leaves = inputs(129, 24, 16, torch.bfloat16)
+    grads = []
+    for _ in range(3):
+        o = causal_attention(*leaves, scale=0.2, document_ids=None)
+        grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(o.sum(), leaves)]))
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[0], grads[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_a_nan_in_q_k_or_v_reaches_the_output(dtype: torch.dtype, broken: int) -> None:
+    qkv = [x.detach() for x in inputs(16, 8, 8, dtype)]
+    qkv[broken][0, 1, 5] = float("nan")
+    o = causal_attention(*qkv, scale=0.25, document_ids=None)
+    assert bool(o[0, 1, 5].isnan().all())
+    # Another sequence and another head do not see it.
+    assert bool(o[1].isfinite().all())
+    assert bool(o[0, 0].isfinite().all())

@@ -1,0 +1,149 @@
+"""Our parameter names <-> those of the released Hugging Face checkpoint, in memory.
+
+Ours differ in three ways only: no leading `model.`; linears stored fused where one GEMM serves (`q_kv_a_proj` =
+[q_a | kv_a_proj_with_mqa], `gate_up_proj` = [gate | up], experts stacked); the MTP layer's parts grouped as
+`mtp.L.block.*` and `mtp.L.norm`. Row and column order inside each tensor is the released one, `eh_proj` included.
+
+Pure functions over dicts of tensors; they serve weights and gradients alike. Splitting returns views, joining copies.
+Not here: files, dtypes, FP8 scales, streaming (a conversion command does that).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from train.model.config import ModelConfig
+
+_SHARED_COPIES = {"embed_tokens.weight": "embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+
+
+def to_hf(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Rename and split our tensors into the released names.
+
+    Args:
+        tensors: our name -> tensor, e.g. `dict(model.state_dict())`.
+        config: of the model.
+    Returns:
+        Released name -> tensor. MTP layers also carry their stored copies of embedding and head.
+    """
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        for hf_name, part in _split(name, tensor, config):
+            out[_released_name(hf_name)] = part
+    for layer_id in config.mtp_layer_ids:
+        for copy, source in _SHARED_COPIES.items():
+            if source in tensors:
+                out[f"model.layers.{layer_id}.{copy}"] = tensors[source]
+    return out
+
+
+def from_hf(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Inverse of `to_hf`.
+
+    Raises:
+        ValueError: a tensor that a fused parameter needs is missing (names it).
+    """
+    pending = {_our_name(name, config): tensor for name, tensor in tensors.items()}
+    pending = {name: tensor for name, tensor in pending.items() if not _is_shared_copy(name)}
+    out: dict[str, Tensor] = {}
+    for name in list(pending):
+        if name not in pending:
+            continue
+        target, sources = _fusion_of(name, config)
+        missing = [source for source in sources if source not in pending]
+        if missing:
+            lacking = _released_name(missing[0])
+            raise ValueError(
+                f"checkpoint lacks {lacking}, a part of {target}: it is incomplete; fetch it again"
+            )
+        parts = [pending.pop(source) for source in sources]
+        out[target] = parts[0] if len(parts) == 1 else _join(target, parts, config)
+    return out
+
+
+def _split(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    if name.endswith("self_attn.q_kv_a_proj.weight"):
+        stem = name.removesuffix("q_kv_a_proj.weight")
+        q, kv = tensor.split((config.q_width, config.kv_lora_rank + config.qk_rope_head_dim))
+        yield f"{stem}{_q_name(config)}.weight", q
+        yield f"{stem}kv_a_proj_with_mqa.weight", kv
+    elif name.endswith("mlp.experts.gate_up_proj"):
+        stem = name.removesuffix("gate_up_proj")
+        for expert, stacked in enumerate(tensor.unbind(0)):
+            gate, up = stacked.chunk(2)
+            yield f"{stem}{expert}.gate_proj.weight", gate
+            yield f"{stem}{expert}.up_proj.weight", up
+    elif name.endswith("mlp.experts.down_proj"):
+        stem = name.removesuffix("down_proj")
+        for expert, down in enumerate(tensor.unbind(0)):
+            yield f"{stem}{expert}.down_proj.weight", down
+    elif name.endswith("gate_up_proj.weight"):
+        stem = name.removesuffix("gate_up_proj.weight")
+        gate, up = tensor.chunk(2)
+        yield f"{stem}gate_proj.weight", gate
+        yield f"{stem}up_proj.weight", up
+    else:
+        yield name, tensor
+
+
+def _fusion_of(name: str, config: ModelConfig) -> tuple[str, list[str]]:
+    """The fused parameter that `name` (ours, unfused) belongs to, and all its parts in order."""
+    q = _q_name(config)
+    if match := re.fullmatch(rf"(.*self_attn\.)({q}|kv_a_proj_with_mqa)\.weight", name):
+        stem = match[1]
+        return f"{stem}q_kv_a_proj.weight", [f"{stem}{q}.weight", f"{stem}kv_a_proj_with_mqa.weight"]
+    if match := re.fullmatch(r"(.*mlp\.experts\.)\d+\.(gate|up|down)_proj\.weight", name):
+        stem, experts = match[1], range(config.n_routed_experts)
+        if match[2] == "down":
+            return f"{stem}down_proj", [f"{stem}{e}.down_proj.weight" for e in experts]
+        parts = [f"{stem}{e}.{half}_proj.weight" for e in experts for half in ("gate", "up")]
+        return f"{stem}gate_up_proj", parts
+    if match := re.fullmatch(r"(.*)(gate|up)_proj\.weight", name):
+        return f"{match[1]}gate_up_proj.weight", [f"{match[1]}gate_proj.weight", f"{match[1]}up_proj.weight"]
+    return name, [name]
+
+
+def _join(target: str, parts: list[Tensor], config: ModelConfig) -> Tensor:
+    if ".mlp.experts." not in target:
+        return torch.cat(parts)
+    if target.endswith("down_proj"):
+        return torch.stack(parts)
+    rows = torch.cat(parts)
+    return rows.view(config.n_routed_experts, -1, rows.shape[-1])
+
+
+def _q_name(config: ModelConfig) -> str:
+    return "q_a_proj" if config.q_lora_rank is not None else "q_proj"
+
+
+def _released_name(name: str) -> str:
+    if name == "lm_head.weight":
+        return name
+    if match := re.fullmatch(r"mtp\.(\d+)\.(.*)", name):
+        layer_id, rest = match.groups()
+        rest = rest.removeprefix("block.") if rest.startswith("block.") else rest
+        rest = "shared_head.norm.weight" if rest == "norm.weight" else rest
+        return f"model.layers.{layer_id}.{rest}"
+    return f"model.{name}"
+
+
+def _our_name(name: str, config: ModelConfig) -> str:
+    name = name.removeprefix("model.")
+    match = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
+    if match is None or int(match[1]) not in config.mtp_layer_ids:
+        return name
+    layer_id, rest = match.groups()
+    if rest == "shared_head.norm.weight":
+        return f"mtp.{layer_id}.norm.weight"
+    if rest in _SHARED_COPIES or rest.split(".")[0] in ("enorm", "hnorm", "eh_proj"):
+        return f"mtp.{layer_id}.{rest}"
+    return f"mtp.{layer_id}.block.{rest}"
+
+
+def _is_shared_copy(name: str) -> bool:
+    match = re.fullmatch(r"mtp\.\d+\.(.*)", name)
+    return match is not None and match[1] in _SHARED_COPIES
