@@ -93,9 +93,7 @@ def _bench_inputs(device: torch.device) -> tuple[Tensor, ...]:
 
 
 def _run(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
-    adamw_update(
-        master, grad, exp_avg, exp_avg_sq, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=2
-    )
+    adamw_update(master, grad, exp_avg, exp_avg_sq, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=2)
     return master
 
 

@@ -33,9 +33,7 @@ def _mask(tokens: int, document_ids: Tensor | None, like: Tensor) -> Tensor:
     return mask.masked_fill(~same_document, float("-inf"))
 
 
-def causal_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_ids: Tensor | None
-) -> Tensor:
+def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_ids: Tensor | None) -> Tensor:
     """Attention with every score written out, fp32 inside. Same arguments as `causal_attention`."""
     q32, k32, v32 = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
     scores: Tensor = q32 @ k32.transpose(-1, -2) * scale  # [sequences, heads, tokens, tokens]

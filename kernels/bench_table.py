@@ -86,9 +86,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _seconds(
-    function: Callable[..., Tensor], inputs: tuple[Any, ...], device: torch.device, calls: int
-) -> float:
+def _seconds(function: Callable[..., Tensor], inputs: tuple[Any, ...], device: torch.device, calls: int) -> float:
     """Wall time of one call, averaged over `calls`."""
     _wait(device)
     start = time.perf_counter()
@@ -145,11 +143,7 @@ def _number(value: float | None, spec: str) -> str:
 
 def render(rows: Sequence[Row], device: torch.device) -> str:
     """The table as text, under a heading that names device and threads."""
-    where = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     lines = [
         f"torch {torch.__version__}, {where}",
         f"{'kernel':<34} {'parity':>9} {'us':>10} {'TFLOP/s':>8} {'GB/s':>7} {'x peer':>7}  peer",

@@ -46,9 +46,7 @@ def group_rows(group_ends: Tensor, *, groups: int, rows: int) -> list[slice]:
     return slices
 
 
-def grouped_gemm_tile_block(
-    a: Quantized, b: Quantized, group_ends: Tensor, *, out_dtype: torch.dtype
-) -> Tensor:
+def grouped_gemm_tile_block(a: Quantized, b: Quantized, group_ends: Tensor, *, out_dtype: torch.dtype) -> Tensor:
     """a[rows of g] @ b[g].T for every group g.
 
     Args:

@@ -154,9 +154,7 @@ def _as_blocks(w: Tensor) -> Tensor:
 
 def _check_matrix(name: str, x: Tensor) -> None:
     if x.dim() != 2:
-        raise ValueError(
-            f"{name} must be [rows, cols], got shape {list(x.shape)}; flatten leading dims first"
-        )
+        raise ValueError(f"{name} must be [rows, cols], got shape {list(x.shape)}; flatten leading dims first")
 
 
 def _bench_inputs(device: torch.device) -> tuple[Tensor]:

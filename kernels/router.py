@@ -83,9 +83,7 @@ def expert_counts(ids: Tensor, experts: int) -> Tensor:
         [experts] int64, tokens. Integers, so any order of addition gives the same.
     """
     flat = ids.flatten()
-    return torch.zeros(experts, dtype=torch.int64, device=ids.device).scatter_add_(
-        0, flat, torch.ones_like(flat)
-    )
+    return torch.zeros(experts, dtype=torch.int64, device=ids.device).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 def sequence_balance(scores: Tensor, topk: int) -> Tensor:
@@ -103,17 +101,13 @@ def sequence_balance(scores: Tensor, topk: int) -> Tensor:
     """
     _, tokens, experts = scores.shape
     chosen = _best(scores.detach(), topk).flatten(1)  # [sequences, tokens * topk]
-    counts = torch.zeros_like(scores[:, 0]).scatter_add_(
-        1, chosen, torch.ones_like(chosen, dtype=scores.dtype)
-    )
+    counts = torch.zeros_like(scores[:, 0]).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=scores.dtype))
     f = counts * (experts / (topk * tokens))  # eq. 18 [sequences, experts]
     p = (scores / scores.sum(-1, keepdim=True)).mean(1)  # eq. 19-20 [sequences, experts]
     return (f * p).sum()  # eq. 17
 
 
-def select_experts_reference(
-    scores: Tensor, bias: Tensor, *, n_group: int, topk_group: int, topk: int
-) -> Tensor:
+def select_experts_reference(scores: Tensor, bias: Tensor, *, n_group: int, topk_group: int, topk: int) -> Tensor:
     """The same choice token by token in Python. Same arguments as `select_experts`."""
     size = scores.shape[-1] // n_group
     rows = []
@@ -134,9 +128,7 @@ def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _run(scores: Tensor, bias: Tensor) -> Tensor:
     ids = select_experts(scores, bias, n_group=4, topk_group=2, topk=2)
-    return scores.new_zeros(scores.shape).scatter_(
-        1, ids, gate_weights(scores, ids, scale=2.5, normalize=True)
-    )
+    return scores.new_zeros(scores.shape).scatter_(1, ids, gate_weights(scores, ids, scale=2.5, normalize=True))
 
 
 def _peer(scores: Tensor, bias: Tensor) -> Tensor:

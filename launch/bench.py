@@ -19,12 +19,8 @@ def main() -> int:
     """Measure, print, and say by the exit status whether every parity check is green."""
     benches = bench_table.entries()
     names = [bench.name for bench in benches]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--only", metavar="NAME", choices=names, help="measure one entry; one of: " + ", ".join(names)
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="NAME", choices=names, help="measure one entry; one of: " + ", ".join(names))
     parser.add_argument("--csv", metavar="PATH", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

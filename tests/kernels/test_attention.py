@@ -22,9 +22,7 @@ def naive(q: Tensor, k: Tensor, v: Tensor, scale: float, document_ids: Tensor | 
     for s in range(q.shape[0]):
         rows = []
         for t in range(q.shape[2]):
-            keys = [
-                j for j in range(t + 1) if document_ids is None or document_ids[s, j] == document_ids[s, t]
-            ]
+            keys = [j for j in range(t + 1) if document_ids is None or document_ids[s, j] == document_ids[s, t]]
             weights = torch.stack([(q[s, :, t] * k[s, :, j]).sum(-1) * scale for j in keys], -1).softmax(-1)
             rows.append(sum(weights[:, n, None] * v[s, :, j] for n, j in enumerate(keys)))
         sequences.append(torch.stack(rows, 1))
@@ -63,9 +61,7 @@ def test_bf16_output_and_gradients_stay_within_their_roundings(tokens: int, mask
     document_ids = documents(tokens) if masked else None
     o = causal_attention(*leaves, scale=96**-0.5, document_ids=document_ids)
     exact = [x.detach().double().requires_grad_() for x in leaves]
-    expected = causal_attention_reference(
-        exact[0], exact[1], exact[2], scale=96**-0.5, document_ids=document_ids
-    )
+    expected = causal_attention_reference(exact[0], exact[1], exact[2], scale=96**-0.5, document_ids=document_ids)
     grad = torch.randn_like(o)
     got = torch.autograd.grad(o, leaves, grad)
     want = torch.autograd.grad(expected, exact, grad.double())
@@ -82,9 +78,7 @@ def test_gradients_in_fp64() -> None:
     assert torch.autograd.gradcheck(
         lambda q, k, v: causal_attention(q, k, v, scale=0.7, document_ids=document_ids), leaves
     )
-    assert torch.autograd.gradcheck(
-        lambda q, k, v: causal_attention(q, k, v, scale=0.7, document_ids=None), leaves
-    )
+    assert torch.autograd.gradcheck(lambda q, k, v: causal_attention(q, k, v, scale=0.7, document_ids=None), leaves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -47,9 +47,7 @@ def test_every_autograd_or_update_kernel_file_has_an_entry() -> None:
 
 @pytest.mark.parametrize("bench", bench_table.entries(), ids=lambda bench: bench.name)
 def test_every_entry_agrees_with_its_peer(bench: Bench) -> None:
-    error = bench_table.relative_error(
-        bench.run(*bench.make_inputs(CPU)), bench.peer(*bench.make_inputs(CPU))
-    )
+    error = bench_table.relative_error(bench.run(*bench.make_inputs(CPU)), bench.peer(*bench.make_inputs(CPU)))
     # The tolerance stands, with its origin, beside each entry.
     assert error <= bench.tolerance
     assert bench.flops + bench.bytes > 0

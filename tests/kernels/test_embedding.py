@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kernels.embedding import embedding, embedding_reference
 from kernels.deferred import deferred, take
+from kernels.embedding import embedding, embedding_reference
 
 
 def test_rows_equal_the_reference_and_torch() -> None:

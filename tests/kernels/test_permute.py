@@ -64,9 +64,7 @@ def test_bound_of_rows_is_reached_by_the_worst_routing() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("kind", "tokens", "topk"), CASES)
-def test_group_then_combine_is_identity_for_unit_gates(
-    kind: str, tokens: int, topk: int, dtype: torch.dtype
-) -> None:
+def test_group_then_combine_is_identity_for_unit_gates(kind: str, tokens: int, topk: int, dtype: torch.dtype) -> None:
     x = torch.randn(tokens, 24).to(dtype)
     layout = grouping(route(kind, tokens, topk), EXPERTS)
     rows = group_tokens(x, layout)
@@ -92,9 +90,7 @@ def test_padding_rows_are_zero_even_where_memory_was_poisoned(dtype: torch.dtype
 
 
 @pytest.mark.parametrize(("kind", "tokens", "topk"), CASES)
-def test_outputs_and_gradients_equal_dense_one_hot_products_in_fp64(
-    kind: str, tokens: int, topk: int
-) -> None:
+def test_outputs_and_gradients_equal_dense_one_hot_products_in_fp64(kind: str, tokens: int, topk: int) -> None:
     layout = grouping(route(kind, tokens, topk), EXPERTS)
     x = torch.randn(tokens, 24, requires_grad=True)
     gates = torch.rand(tokens, topk, requires_grad=True)

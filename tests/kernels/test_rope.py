@@ -53,9 +53,7 @@ def transformers_config(dim: int, theta: float, yarn: YarnScaling | None) -> Dee
         (16, 10000.0, YarnScaling(8.0, 128, 32.0, 1.0, 1.0, 0.0)),
     ],
 )
-def test_tables_and_softmax_factor_are_those_of_transformers(
-    dim: int, theta: float, yarn: YarnScaling | None
-) -> None:
+def test_tables_and_softmax_factor_are_those_of_transformers(dim: int, theta: float, yarn: YarnScaling | None) -> None:
     config = transformers_config(dim, theta, yarn)
     positions = torch.arange(300)[None]
     expected_cos, expected_sin = DeepseekV3RotaryEmbedding(config)(torch.zeros(1), positions)

@@ -80,9 +80,7 @@ def test_ids_gates_and_gradient_are_those_of_transformers(
     x = theirs.detach().clone().requires_grad_()
     _, expected_gates, expected_ids = router(theirs)
     scores = (x @ router.weight.detach().T).sigmoid()
-    ids = select_experts(
-        scores, router.e_score_correction_bias, n_group=n_group, topk_group=topk_group, topk=topk
-    )
+    ids = select_experts(scores, router.e_score_correction_bias, n_group=n_group, topk_group=topk_group, topk=topk)
     gates = gate_weights(scores, ids, scale=2.5, normalize=normalize)
     dense = torch.zeros(63, 16).scatter(1, ids, gates)
     expected = torch.zeros(63, 16).scatter(1, expected_ids, expected_gates)
@@ -100,9 +98,7 @@ def test_ids_gates_and_gradient_are_those_of_transformers(
     groups=st.sampled_from([(1, 1, 8), (2, 1, 4), (4, 2, 2), (4, 3, 1), (3, 2, 5)]),
     topk=st.integers(1, 2),
 )
-def test_choice_equals_a_python_loop_also_with_ties(
-    seed: int, groups: tuple[int, int, int], topk: int
-) -> None:
+def test_choice_equals_a_python_loop_also_with_ties(seed: int, groups: tuple[int, int, int], topk: int) -> None:
     n_group, topk_group, size = groups
     generator = torch.Generator().manual_seed(seed)
     # Multiples of 1/4: ties are common, and sums of two are exact.
@@ -123,9 +119,7 @@ def test_gate_gradient_in_fp64_and_ids_carry_none() -> None:
     ids = select_experts(scores, torch.zeros(8, dtype=torch.float64), n_group=4, topk_group=2, topk=3)
     assert not ids.requires_grad
     for normalize in (True, False):
-        assert torch.autograd.gradcheck(
-            lambda s, n=normalize: gate_weights(s, ids, scale=2.5, normalize=n), scores
-        )
+        assert torch.autograd.gradcheck(lambda s, n=normalize: gate_weights(s, ids, scale=2.5, normalize=n), scores)
 
 
 def test_gates_of_scores_that_are_all_zero_stay_finite() -> None:
@@ -171,9 +165,7 @@ def test_balance_loss_and_gradient_equal_the_equations_written_out() -> None:
     for sequence in scores:
         for i in range(10):
             # Eq. 18: the indicator is a constant, only P carries a gradient.
-            chosen = sum(
-                i in sorted(range(10), key=lambda j, r=row: -r[j])[:topk] for row in sequence.tolist()
-            )
+            chosen = sum(i in sorted(range(10), key=lambda j, r=row: -r[j])[:topk] for row in sequence.tolist())
             f = 10 / (topk * 21) * chosen
             p = sum(row[i] / row.sum() for row in sequence) / 21
             total = total + f * p
