@@ -95,9 +95,7 @@ def released_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if match := re.fullmatch(r"(.*mlp\.experts\.)(gate_up|down)_proj", name):
             for expert, stacked in enumerate(tensor.unbind(0)):
                 halves = (
-                    zip(("gate", "up"), stacked.chunk(2), strict=True)
-                    if match[2] == "gate_up"
-                    else [("down", stacked)]
+                    zip(("gate", "up"), stacked.chunk(2), strict=True) if match[2] == "gate_up" else [("down", stacked)]
                 )
                 out |= {f"{match[1]}{expert}.{half}_proj.weight": part for half, part in halves}
         else:
@@ -177,9 +175,7 @@ def test_mtp_depths_agree_with_transformers(depth: int) -> None:
     assert len(output.mtp_hidden) == depth
     for k, mine in enumerate(output.mtp_hidden, start=1):
         positions = torch.arange(ids.shape[1] - k)[None]
-        hidden = mtp.forward_layer(
-            k - 1, hidden[:, : ids.shape[1] - k], positions, None, input_ids=ids[:, k:]
-        )
+        hidden = mtp.forward_layer(k - 1, hidden[:, : ids.shape[1] - k], positions, None, input_ids=ids[:, k:])
         assert relative(ours.logits(mine), mtp._project_to_logits(hidden)) < 1e-5
     weight = torch.randn_like(hidden)
     (hidden * weight).sum().backward()

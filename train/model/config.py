@@ -17,7 +17,8 @@ class ModelConfig:
     """Shape of one DeepSeek-V3-style model; field names are those of the released `config.json`.
 
     `q_lora_rank=None` drops the query latent (V2-Lite style). `n_group=1` switches node-limited routing off.
-    `num_nextn_predict_layers` is D, the MTP depth (§2.2). `initializer_range` is a standard deviation.
+    `num_nextn_predict_layers` is D, the MTP depth (§2.2). `initializer_range` is the standard deviation of the initial
+    weights; `embedding_initializer_range` sets the embedding's apart for short runs (None: the same, as V3 has it).
     """
 
     vocab_size: int
@@ -45,6 +46,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: YarnScaling | None = None
     initializer_range: float = 0.006
+    embedding_initializer_range: float | None = None
 
     def __post_init__(self) -> None:
         self._check_positive()

@@ -2,7 +2,9 @@
 
 Each tensor (each expert of a stack) draws from its own generator, seeded by (seed, name): the values depend neither on
 the order of construction nor on which process holds the layer or the expert. Norm gains start at 1; biases of the
-router at 0.
+router at 0. The embedding may be given a spread of its own: with V3's one value a token's own embedding enters the
+residual stream an order of magnitude below the first attention output, which trillions of tokens mend and a few hundred
+steps do not (docs/decisions/0004-embedding-spread.md).
 """
 
 from __future__ import annotations
@@ -27,13 +29,14 @@ def _draw(out: Tensor, *, std: float, seed: int, name: str) -> None:
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, *, seed: int, std: float) -> None:
+def initialize(model: nn.Module, *, seed: int, std: float, embedding_std: float | None = None) -> None:
     """Set every parameter of `model` in place.
 
     Args:
         model: a Transformer or a stage of one; names must be those of the whole model.
         seed: run seed.
         std: standard deviation of the normal draws (`initializer_range`).
+        embedding_std: that of the token embedding; None for `std`.
     """
     for module_name, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -44,7 +47,8 @@ def initialize(model: nn.Module, *, seed: int, std: float) -> None:
                 for index, expert in enumerate(parameter.unbind(0)):
                     _draw(expert, std=std, seed=seed, name=f"{name}.{module.first_expert + index}")
             else:
-                _draw(parameter, std=std, seed=seed, name=name)
+                own = embedding_std if name.startswith("embed_tokens") else None
+                _draw(parameter, std=std if own is None else own, seed=seed, name=name)
         for leaf, buffer in module.named_buffers(recurse=False):
             if leaf == "e_score_correction_bias":
                 buffer.zero_()

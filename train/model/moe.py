@@ -8,7 +8,8 @@ Where tokens meet experts is the business of a `TokenDispatcher`, a protocol own
 process; an expert-parallel one satisfies the same protocol without being imported. No token is ever dropped.
 
 Shapes: tokens = sequences * tokens of a micro-batch; rows = dispatched token copies, grouped by local expert, each
-group padded with zeros to 128 rows. Not here: the bias update (`train/optim/balance.py`), loss weights (`train/losses.py`).
+group padded with zeros to 128 rows. Not here: the bias update (`train/optim/balance.py`) and the weights of losses
+(`train/losses.py`).
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """The routed experts held by this process, stored stacked: one grouped GEMM serves them all.
 
-    gate_up_proj [experts, 2 * moe_intermediate, hidden], gate rows first; down_proj [experts, hidden, moe_intermediate].
+    gate_up_proj [experts, 2 * moe_intermediate, hidden], gate rows first;
+    down_proj [experts, hidden, moe_intermediate].
     `first_expert` is the global id of expert 0 of the stack, so that initial values do not depend on the layout.
     """
 

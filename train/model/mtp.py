@@ -42,9 +42,7 @@ class MultiTokenPredictor(nn.Module):
         self.block = make_block(config, precision, rope, dispatcher, layer_id=layer_id)
         self.norm = RMSNorm(hidden, eps, precision)
 
-    def forward(
-        self, previous: Tensor, embeds: Tensor, document_ids: Tensor | None
-    ) -> tuple[Tensor, Routing | None]:
+    def forward(self, previous: Tensor, embeds: Tensor, document_ids: Tensor | None) -> tuple[Tensor, Routing | None]:
         """h^{k-1} and Emb(t_{i+k}), both [sequences, T - k, hidden] -> (h^k normed, routing)."""
         joined = torch.cat((self.enorm(embeds), self.hnorm(previous)), dim=-1)
         hidden, routing = self.block(self.eh_proj(joined), document_ids)

@@ -37,9 +37,7 @@ class ModelOutput:
 class Transformer(nn.Module):
     """The whole model of one process. Parameter names are the released ones without the leading `model.`."""
 
-    def __init__(
-        self, config: ModelConfig, precision: Precision, dispatcher: TokenDispatcher | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, precision: Precision, dispatcher: TokenDispatcher | None = None) -> None:
         super().__init__()
         self.config, self.precision = config, precision
         dispatcher = dispatcher or LocalDispatcher(config.n_routed_experts)
@@ -51,10 +49,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
         self.lm_head = HighLinear(config.hidden_size, config.vocab_size, precision)
         self.mtp = nn.ModuleDict(
-            {
-                str(i): MultiTokenPredictor(config, precision, rope, dispatcher, layer_id=i)
-                for i in config.mtp_layer_ids
-            }
+            {str(i): MultiTokenPredictor(config, precision, rope, dispatcher, layer_id=i) for i in config.mtp_layer_ids}
         )
 
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> ModelOutput:
