@@ -1,0 +1,75 @@
+"""Turn text into tokenised stores.
+
+    python launch/prepare.py --source data/king_james_bible/text.jsonl --out stores/demo
+
+What a source may be: train/data/sources.py. What is written: train/data/ingest.py. Bad input ends with one
+sentence and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# `python launch/prepare.py` puts launch/ on the path, not the repository.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+BAD_INPUT = 2
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Tokenise text into stores for pre-training.")
+    parser.add_argument("--source", required=True, help="file, folder or hub dataset (owner/name[:config])")
+    parser.add_argument("--out", required=True, type=Path, help="folder to make")
+    parser.add_argument("--text-field", default="text", help="field that holds the text (default: text)")
+    parser.add_argument("--split", default="train", help="split of a hub dataset (default: train)")
+    parser.add_argument("--tokenizer", default="bpe", help="bpe (train one), deepseek, or a tokenizer.json")
+    parser.add_argument("--vocab-size", type=int, default=1024, help="ids of a trained one (default: 1024)")
+    parser.add_argument("--heldout", type=float, default=0.1, help="share of documents kept out (default: 0.1)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that tokenise (default: 1)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Prepare stores as the command line says; returns the exit code."""
+    options = parse(arguments)
+    # Worker processes do the parallel work; threads inside a forked tokeniser would be refused with a
+    # warning.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if options.workers <= 1 else "false")
+    # Imported late: --help should not wait for `datasets`.
+    import datasets
+
+    from train.data.ingest import Recipe, prepare
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        recipe = Recipe(
+            source=options.source,
+            text_field=options.text_field,
+            split=options.split,
+            tokenizer=options.tokenizer,
+            vocab_size=options.vocab_size,
+            heldout=options.heldout,
+        )
+        prepared = prepare(recipe, options.out, workers=options.workers)
+    except ValueError as error:
+        print(f"prepare: {error}", file=sys.stderr)
+        return BAD_INPUT
+    print(f"{options.out}: {'reused, it was made from the same inputs' if prepared.reused else 'made'}")
+    for store in filter(None, (prepared.train, prepared.heldout)):
+        manifest = store.manifest
+        print(
+            f"  {store.path.name}: {manifest.documents} documents, {manifest.tokens} tokens, "
+            f"{manifest.text_bytes} bytes of text ({manifest.text_bytes / manifest.tokens:.2f} a token), "
+            f"vocabulary {manifest.vocab_size}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

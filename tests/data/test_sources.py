@@ -1,0 +1,160 @@
+"""Sources: every kind gives the same documents, and every bad one is refused in one sentence."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+
+from train.data.sources import open_documents, texts_of
+
+TEXTS = ["first line\nsecond line", "zwei: äöü 😀", "  third, with spaces  "]
+
+
+def read(source: Path | str, tmp_path: Path, *, text_field: str = "text") -> list[str]:
+    documents = open_documents(str(source), split="train", text_field=text_field, cache=tmp_path / "cache")
+    return list(texts_of(documents.table, documents.text_field))
+
+
+def jsonl(texts: list[str]) -> str:
+    return "".join(json.dumps({"text": text, "n": n}) + "\n" for n, text in enumerate(texts))
+
+
+def write(path: Path, contents: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(contents.encode() if isinstance(contents, str) else contents)
+    return path
+
+
+def refusal(source: Path | str, tmp_path: Path, *, text_field: str = "text") -> str:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  (callers check the message)
+        read(source, tmp_path, text_field=text_field)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_jsonl_json_gzip_parquet_and_csv_give_the_same_documents(tmp_path: Path) -> None:
+    table = pa.table({"n": [0, 1, 2], "text": TEXTS})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    pyarrow.csv.write_csv(table, tmp_path / "a.csv")
+    files = [
+        write(tmp_path / "a.jsonl", jsonl(TEXTS)),
+        write(tmp_path / "b.jsonl.gz", gzip.compress(jsonl(TEXTS).encode())),
+        write(tmp_path / "c.json", json.dumps([{"text": text} for text in TEXTS])),
+        tmp_path / "a.parquet",
+        tmp_path / "a.csv",
+    ]
+    for file in files:
+        assert read(file, tmp_path) == TEXTS, file
+
+
+def test_txt_documents_are_separated_by_blank_lines(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.txt", "one\nstill one\n\ntwo\n\n\n\nthree")
+    assert read(file, tmp_path) == ["one\nstill one", "two", "three"]
+
+
+def test_a_folder_is_read_in_order_of_its_names(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "b.jsonl", jsonl(["2"]))
+    write(tmp_path / "in" / "sub" / "c.jsonl.gz", gzip.compress(jsonl(["3"]).encode()))
+    write(tmp_path / "in" / "a.jsonl", jsonl(["1"]))
+    write(tmp_path / "in" / "README", "not data")
+    documents = open_documents(str(tmp_path / "in"), split="train", text_field="text", cache=tmp_path / "cache")
+    assert list(texts_of(documents.table, "text")) == ["1", "2", "3"]
+    assert list(documents.hashes) == ["a.jsonl", "b.jsonl", "sub/c.jsonl.gz"]
+
+
+def test_another_field_can_hold_the_text(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", '{"body": "x", "text": "y"}\n')
+    assert read(file, tmp_path, text_field="body") == ["x"]
+
+
+def test_blank_lines_of_jsonl_are_no_documents(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a.jsonl", '{"text": "a"}\n\n\n{"text": "b"}\n'), tmp_path) == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "none/none.parquet", "./none", "none/"])
+def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
+    assert "source: there is no file or folder" in refusal(f"{tmp_path}/{name}", tmp_path)
+
+
+def test_a_hub_dataset_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
+    # The suite runs offline (conftest.py).
+    message = refusal("nobody/nothing", tmp_path)
+    assert "'nobody/nothing' (split 'train') is no file here and cannot be loaded from the hub" in message
+    assert "or pass a local file" in message
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet", "a.csv"])
+def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
+    assert "a." in (message := refusal(write(tmp_path / name, ""), tmp_path))
+    assert "is an empty corpus; pass files with text in them" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "contents"), [("a.txt", "\n\n\n"), ("a.jsonl", "\n\n"), ("a.jsonl.gz", gzip.compress(b""))]
+)
+def test_a_file_without_documents_is_refused(tmp_path: Path, name: str, contents: str | bytes) -> None:
+    assert "is an empty corpus" in refusal(write(tmp_path / name, contents), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("contents", "where"),
+    [
+        ('{"text": "a"}\nnot json\n{"text": "b"}\n', "a.jsonl, line 2, is unreadable (Expecting value"),
+        ('{"text": "a"}\n{"text": "b"}\n{"text": "c', "a.jsonl, line 3, is unreadable (Unterminated string"),
+        ('{"text": "a"}\n"b"\n', "a.jsonl, line 2, is unreadable (it is not a JSON object"),
+    ],
+)
+def test_an_unreadable_json_line_is_named(tmp_path: Path, contents: str, where: str) -> None:
+    message = refusal(write(tmp_path / "a.jsonl", contents), tmp_path)
+    assert where in message
+    assert message.endswith("repair or remove the line")
+
+
+def test_a_truncated_gzip_file_is_refused(tmp_path: Path) -> None:
+    contents = gzip.compress(jsonl(TEXTS * 50).encode())
+    message = refusal(write(tmp_path / "a.jsonl.gz", contents[: len(contents) // 2]), tmp_path)
+    assert "a.jsonl.gz, after line" in message
+    assert "ended before the end-of-stream marker" in message
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.txt"])
+def test_a_file_of_another_kind_than_its_name_is_refused(tmp_path: Path, name: str) -> None:
+    message = refusal(write(tmp_path / name, b"\xff\xfe not what it says"), tmp_path)
+    assert f"{name} cannot be read as" in message
+
+
+def test_a_missing_field_is_refused_and_the_present_ones_named(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path / "a.jsonl", '{"body": "x", "id": 1}\n'), tmp_path)
+    assert "has no field 'text'; it has body, id: choose one with --text-field" in message
+
+
+def test_a_document_without_the_field_is_named(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path / "a.jsonl", jsonl(["x"] * 1500) + '{"n": 1}\n'), tmp_path)
+    assert "document 1501 of" in message
+    assert "has no 'text'; repair or remove it" in message
+
+
+@pytest.mark.parametrize("value", ["5", "[1, 2]", '{"a": 1}'])
+def test_a_field_that_is_not_text_is_refused(tmp_path: Path, value: str) -> None:
+    message = refusal(write(tmp_path / "a.jsonl", f'{{"text": {value}}}\n'), tmp_path)
+    assert "'text' of" in message
+    assert "not text; choose another" in message
+
+
+def test_a_folder_of_two_kinds_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.txt", "a")
+    write(tmp_path / "in" / "b.jsonl", jsonl(["b"]))
+    assert "is not made of files of one known kind" in refusal(tmp_path / "in", tmp_path)
+
+
+def test_a_folder_without_data_and_an_unknown_kind_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.pdf", "a")
+    assert "holds none of .jsonl .json .parquet .csv .txt" in refusal(tmp_path / "in", tmp_path)
+    assert "is not made of files of one known kind" in refusal(tmp_path / "in" / "a.pdf", tmp_path)

@@ -1,0 +1,66 @@
+"""The one object that leaves the data room: input ids, labels and, when asked for, document ids.
+
+A training sample is a window of ``sequence_length + 1`` consecutive tokens of the packed stream: position i
+of the input is asked for token i + 1, so ``input_ids = window[:-1]`` and ``labels = window[1:]``
+(next-token prediction, arXiv:2412.19437 §2.2; multi-token prediction shifts the same labels further by
+itself).
+
+Shapes: sequences = samples in the batch (the data-parallel dim), tokens = sequence_length.
+
+It does not move anything to a device and knows nothing of losses: dividing by the number of targets is the
+step's work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one step or of one evaluation call.
+
+    Args:
+        input_ids: [sequences, tokens] int64.
+        labels: [sequences, tokens] int64; IGNORE_INDEX where there is no target.
+        document_ids: [sequences, tokens] int64, counted from 0 inside each window, or None when attention
+            is not limited to a document. Input positions with equal ids belong to the same document.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    document_ids: Tensor | None = None
+
+    @property
+    def num_targets(self) -> int:
+        """Number of positions with a target."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+
+def batch_from_windows(windows: NDArray[np.int64], documents: NDArray[np.int64], *, mask_documents: bool) -> Batch:
+    """Split windows of the packed stream into inputs and labels.
+
+    Args:
+        windows: [sequences, tokens + 1] token ids; a negative value means "no token here" and becomes input
+            0 and label IGNORE_INDEX.
+        documents: [sequences, tokens + 1] running number of the document each token belongs to.
+        mask_documents: whether the batch carries document ids.
+    Returns:
+        A Batch of [sequences, tokens].
+    """
+    tokens = torch.from_numpy(windows)  # [sequences, tokens + 1]
+    inputs = tokens[:, :-1].clamp(min=0)  # [sequences, tokens]
+    labels = tokens[:, 1:].clone()  # [sequences, tokens]
+    labels[labels < 0] = IGNORE_INDEX
+    document_ids = None
+    if mask_documents:
+        numbers = torch.from_numpy(documents)[:, :-1]  # [sequences, tokens]
+        document_ids = numbers - numbers[:, :1]
+    return Batch(input_ids=inputs, labels=labels, document_ids=document_ids)
