@@ -1,0 +1,1 @@
+"""The parallel floor: it knows tensors, modules and meshes, never a model and never the trainer."""
