@@ -57,9 +57,7 @@ def from_hf(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Ten
         missing = [source for source in sources if source not in pending]
         if missing:
             lacking = _released_name(missing[0])
-            raise ValueError(
-                f"checkpoint lacks {lacking}, a part of {target}: it is incomplete; fetch it again"
-            )
+            raise ValueError(f"checkpoint lacks {lacking}, a part of {target}: it is incomplete; fetch it again")
         parts = [pending.pop(source) for source in sources]
         out[target] = parts[0] if len(parts) == 1 else _join(target, parts, config)
     return out

@@ -1,0 +1,1 @@
+"""Checkpoints: torch DCP with safetensors payloads and JSON, published atomically; no pickle is ever read."""

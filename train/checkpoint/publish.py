@@ -1,0 +1,264 @@
+"""The directory side of checkpoints: manifest, atomic publication, pruning, search for the newest one.
+
+A published checkpoint is a directory `step_00000010` that holds
+
+    shard-*.safetensors   tensors
+    state.json            everything else
+    manifest.json         bytes and sha256 of every other file, name, shape and dtype of every tensor, and a
+                          sha256 of the manifest itself
+
+Everything is written and fsynced under a hidden name first; one rename makes it visible. So a name of the
+form `step_*` is a whole checkpoint, whatever moment the process was killed at. Hidden names on the way:
+
+    .writing-step_*    not finished: worthless, swept away by the next save
+    .replaced-step_*   the older checkpoint of a step saved again: valid until the newer one is visible
+    .pruned-step_*     being deleted: worthless
+
+The hashes guard against accidents (a torn write, a flipped bit, a lost file), not against an author of
+checkpoints. What guards against that one is that nothing here or in `train.checkpoint.dcp` can execute what
+it reads.
+
+One process writes into a directory at a time; any number may read. No torch here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+SHARD_SUFFIX = ".safetensors"
+
+_STEP_NAME = re.compile(r"step_(\d{8,})")
+_WRITING, _REPLACED, _PRUNED = ".writing-", ".replaced-", ".pruned-"
+
+
+def step_name(step: int) -> str:
+    """Directory name of a checkpoint.
+
+    Args:
+        step: optimizer steps finished.
+    Returns:
+        'step_00000010' for 10.
+    """
+    return f"step_{step:08d}"
+
+
+def writing_path(target: Path) -> Path:
+    """The hidden directory in which `target` is prepared.
+
+    Args:
+        target: the checkpoint's final path.
+    Returns:
+        its sibling '.writing-<name>'.
+    """
+    return target.with_name(_WRITING + target.name)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON and wait until it is on the disk.
+
+    Args:
+        path: file to create.
+        value: what `json.dumps` accepts.
+    """
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_manifest(directory: Path, tensors: dict[str, dict[str, Any]]) -> None:
+    """Hash every file of a finished directory into its manifest.
+
+    Args:
+        directory: holds the shards and the state.
+        tensors: name -> {'shape': list of int, 'dtype': str}.
+    """
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(directory.iterdir())
+        if path.name != MANIFEST
+    }
+    body = {"format": FORMAT, "files": files, "tensors": tensors}
+    write_json(directory / MANIFEST, body | {"sha256": _sha256_of_body(body)})
+
+
+def publish(target: Path) -> None:
+    """Make the prepared directory of `target` visible, in place of an older one of the same name.
+
+    Args:
+        target: final path; `writing_path(target)` holds the complete, fsynced files.
+    """
+    _fsync_directory(writing_path(target))
+    replaced = target.with_name(_REPLACED + target.name)
+    if target.exists():
+        os.rename(target, replaced)
+    os.rename(writing_path(target), target)
+    _fsync_directory(target.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def sweep(directory: Path) -> None:
+    """Clear away the worthless directories that a killed process left behind.
+
+    Args:
+        directory: holds the checkpoints; may be missing. The caller must be its only writer.
+    """
+    for path in _entries(directory):
+        was_replaced = path.name.startswith(_REPLACED) and path.with_name(path.name.removeprefix(_REPLACED)).exists()
+        if was_replaced or path.name.startswith((_WRITING, _PRUNED)):
+            shutil.rmtree(path)
+
+
+def prune(directory: Path, *, keep: int, newest: Path) -> None:
+    """Delete all but the newest checkpoints.
+
+    A directory loses its published name before its first file is deleted.
+
+    Args:
+        directory: holds the checkpoints.
+        keep: how many stay, at least 1.
+        newest: the one just published; it stays even if others bear higher steps.
+    """
+    others = [path for path in _published(directory) if path != newest]
+    for path in others[keep - 1 :]:
+        doomed = path.with_name(_PRUNED + path.name)
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def latest(directory: Path) -> Path | None:
+    """The newest checkpoint whose manifest and files verify.
+
+    Damaged ones are passed over, each with a logged warning that names the file and what is wrong with it.
+    Nothing on the disk is changed.
+
+    Args:
+        directory: holds the checkpoints; may be missing.
+    Returns:
+        its path, or None.
+    """
+    for path in _published(directory):
+        try:
+            verify(path)
+        except ValueError as damage:
+            logger.warning("passed over: %s", damage)
+        else:
+            return path
+    return None
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's manifest and compare every file with it.
+
+    Args:
+        path: the checkpoint.
+    Returns:
+        the manifest.
+    Raises:
+        ValueError: names the first file that is missing, damaged, or present but not in the manifest.
+    """
+    manifest = _read_manifest(path)
+    for name, expected in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise _damage(file, "is missing")
+        num_bytes = file.stat().st_size
+        if num_bytes != expected["bytes"]:
+            raise _damage(file, f"has {num_bytes} bytes where the manifest says {expected['bytes']}")
+        if _sha256(file) != expected["sha256"]:
+            raise _damage(file, "does not have the sha256 of the manifest")
+    for file in path.iterdir():
+        # DCP's reader takes every safetensors file of the directory, so a stray one would be loaded.
+        if file.name.endswith(SHARD_SUFFIX) and file.name not in manifest["files"]:
+            raise _damage(file, "is not in the manifest")
+    return manifest
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+    Returns:
+        its value.
+    Raises:
+        ValueError: the file is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise _damage(path, "is missing") from None
+    except (ValueError, RecursionError) as error:
+        raise _damage(path, f"is not JSON ({error})") from None
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    manifest = read_json(file)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise _damage(file, f"is not a manifest of format {FORMAT}")
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    if manifest.get("sha256") != _sha256_of_body(body):
+        raise _damage(file, "does not have its own sha256")
+    files: Any = manifest.get("files")
+    tensors: Any = manifest.get("tensors")
+    if not _are_entries(files, {"bytes", "sha256"}) or not _are_entries(tensors, {"shape", "dtype"}):
+        raise _damage(file, "lacks an entry for a file or a tensor")
+    if STATE not in files or not all(Path(name).name == name for name in files):
+        raise _damage(file, f"must name {STATE} and only files of its own directory")
+    return manifest
+
+
+def _are_entries(entries: Any, keys: set[str]) -> bool:
+    return isinstance(entries, dict) and all(isinstance(e, dict) and e.keys() == keys for e in entries.values())
+
+
+def _damage(file: Path, what: str) -> ValueError:
+    return ValueError(
+        f"checkpoint {file.parent} is damaged: {file.name} {what}; "
+        "delete this checkpoint to continue from the one before it"
+    )
+
+
+def _published(directory: Path) -> list[Path]:
+    """Checkpoints from the highest step down, with those whose replacement never became visible."""
+    by_step: dict[int, Path] = {}
+    for path in _entries(directory):
+        match = _STEP_NAME.fullmatch(path.name.removeprefix(_REPLACED))
+        if match and path.is_dir() and (path.name == match[0] or int(match[1]) not in by_step):
+            by_step[int(match[1])] = path
+    return [by_step[step] for step in sorted(by_step, reverse=True)]
+
+
+def _entries(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of_body(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _fsync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
