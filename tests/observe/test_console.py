@@ -1,0 +1,68 @@
+"""The console shows loss, MTP loss, tokens/s, MaxVio and ETA, and says no more than that."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from train.observe.console import ConsoleSink
+from train.observe.metrics import Record
+
+
+def record(step: int) -> Record:
+    """100 tokens and 0.5 s a step."""
+    return {
+        "step": step,
+        "tokens_seen": 100 * step,
+        "time_unix_s": 1000.0 + 0.5 * step,
+        "loss/main": 3.2144,
+        "loss/mtp": 3.8756,
+        "speed/tokens_per_s": 12345.6,
+        "moe/max_violation_ratio": 0.3149,
+    }
+
+
+def show(*, terminal: bool, steps: range, every_steps: int = 10, width: int = 110) -> str:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=width, color_system=None)
+    sink = ConsoleSink(progress=True, every_steps=every_steps, total_tokens=13_000, name="tiny_fp8", console=console)
+    for step in steps:
+        sink.write(record(step))
+    sink.event({"event": "checkpoint", "step": steps[-1]})
+    sink.event({"event": "skip", "step": steps[-1]})
+    sink.close()
+    return screen.getvalue()
+
+
+def test_without_a_terminal_there_is_one_line_every_few_steps():
+    lines = show(terminal=False, steps=range(1, 26)).splitlines()
+    # Steps 10 and 20 are due; step 25 is the last one known when something is announced.
+    assert [line.split()[2] for line in lines[:3]] == ["10", "20", "25"]
+    assert lines[3] == "tiny_fp8  step 25 skipped: loss or gradient not finite"
+    assert len(lines) == 4
+
+
+def test_a_line_holds_every_number_and_a_right_eta():
+    line = show(terminal=False, steps=range(1, 11)).splitlines()[0]
+    # 13 000 - 1 000 tokens to come at 200 tokens/s is a minute.
+    assert line.split("  ")[-5:] == ["loss 3.214", "mtp 3.876", "MaxVio 0.31", "12.3k tok/s", "ETA 1:00"]
+
+
+def test_a_terminal_gets_a_bar_with_the_same_numbers():
+    text = show(terminal=True, steps=range(1, 66))
+    last = text[text.rindex("tiny_fp8") :]
+    assert "━" in last
+    assert " 50 %" in last
+    for part in ("loss 3.214", "mtp 3.876", "12.3k tok/s", "MaxVio 0.31", "ETA 0:32"):
+        assert part in last
+
+
+def test_a_record_without_optional_numbers_is_shown():
+    screen = io.StringIO()
+    sink = ConsoleSink(
+        progress=True, every_steps=1, total_tokens=None, name="x", console=Console(file=screen, width=80)
+    )
+    sink.write({"step": 1, "tokens_seen": 10, "time_unix_s": 0.0, "eval/bits_per_byte": 1.81})
+    sink.close()
+    assert screen.getvalue().splitlines()[1] == "x  step 1: held-out 1.8100 bits per byte"

@@ -1,0 +1,246 @@
+"""metrics.jsonl stays true through kill -9, torn lines and resumes that repeat steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from train.observe.metrics import Record
+from train.observe.sinks import JsonlSink, ObserveConfig, Sinks, open_sinks, read_events, read_run
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# A "training run" whose numbers are a pure function of the step, with a checkpoint every 16 steps.
+# Its records are large (a table of 64 x 64 doubles, some 80 kB), so that SIGKILL does cut lines short.
+WORKER = """
+import math, sys
+from pathlib import Path
+from train.observe.sinks import JsonlSink, read_run
+run_dir = Path(sys.argv[1])
+sink = JsonlSink(run_dir / "metrics.jsonl")
+checkpoint = max(sink.last_step, 0) // 16 * 16
+sink.event({"event": "resume" if checkpoint else "start", "step": checkpoint})
+step = checkpoint
+while True:
+    step += 1
+    table = [[(step + i) / 7 for i in range(64)]] * 64
+    appended = sink.write({"step": step, "tokens_seen": 7 * step, "time_unix_s": 0.5, "loss/main": 1 / step,
+                            "grad/norm": math.sqrt(step), "moe/expert_load": table})
+    if appended:
+        print(step, flush=True)
+    if step % 16 == 0:
+        sink.event({"event": "checkpoint", "step": step})
+    if sink.replays_differing:
+        raise SystemExit("a replayed step differed")
+"""
+
+
+def record(step: int, loss: float | None = None) -> Record:
+    value = 1 / step if loss is None else loss
+    return {
+        "step": step,
+        "tokens_seen": 7 * step,
+        "time_unix_s": float(step),
+        "loss/main": value,
+        "optim/lr": 1e-3,
+    }
+
+
+def logged(run_dir: Path, steps: range) -> JsonlSink:
+    sink = JsonlSink(run_dir / "metrics.jsonl")
+    for step in steps:
+        sink.write(record(step))
+    return sink
+
+
+def test_kill_minus_nine_at_any_moment_leaves_every_step_exactly_once(tmp_path: Path):
+    moments = random.Random(9)
+    torn, survivors = 0, 0
+    for _ in range(10):
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+        worker = subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(tmp_path)], stdout=subprocess.PIPE, env=environment, text=True
+        )
+        assert worker.stdout is not None
+        # Wait for a few new steps, then strike at a random moment of the next one.
+        new_steps = [worker.stdout.readline() for _ in range(moments.randint(1, 12))]
+        time.sleep(moments.uniform(0.0, 0.008))
+        worker.kill()
+        worker.communicate()
+        assert worker.returncode == -9
+        torn += not (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")
+        records = read_run(tmp_path)
+        steps = [r["step"] for r in records]
+        assert steps == list(range(1, len(steps) + 1))
+        assert all(r["loss/main"] == 1 / r["step"] and r["grad/norm"] == math.sqrt(r["step"]) for r in records)
+        # What the worker had reported as written is there, and so is all that was there before.
+        assert len(steps) >= max(int(new_steps[-1]), survivors + len(new_steps))
+        survivors = len(steps)
+    kinds = [event["event"] for event in read_events(tmp_path)]
+    assert survivors > 16
+    assert "resume" in kinds
+    assert "replay_differs" not in kinds
+    print(f"{survivors} steps over 10 kills, {torn} of them left a torn line")
+
+
+def test_a_line_torn_at_any_byte_is_ignored_and_finished(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    logged(tmp_path, range(1, 4)).close()
+    whole = path.read_bytes()
+    start = whole[:-1].rindex(b"\n") + 1
+    for cut in range(start + 1, len(whole)):
+        path.write_bytes(whole[:cut])
+        # Cut at the newline alone, the record is complete; cut anywhere before, it is gone.
+        expected = [1, 2, 3] if cut == len(whole) - 1 else [1, 2]
+        assert [r["step"] for r in read_run(tmp_path)] == expected
+        sink = logged(tmp_path, range(3, 5))
+        sink.close()
+        assert sink.replays_equal == len(expected) - 2
+        assert [r["step"] for r in read_run(tmp_path)] == [1, 2, 3, 4]
+        assert path.read_bytes().startswith(whole[:cut] + b"\n")
+
+
+def test_an_equal_replay_writes_nothing(tmp_path: Path):
+    logged(tmp_path, range(1, 11)).close()
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    # The wall clock of a replay is another one; it is not part of the promise.
+    assert [sink.write(record(step) | {"time_unix_s": 99.0}) for step in range(6, 13)] == [False] * 5 + [True] * 2
+    assert (sink.replays_equal, sink.replays_differing) == (5, 0)
+    sink.close()
+    after = (tmp_path / "metrics.jsonl").read_bytes()
+    assert after.startswith(before)
+    assert after.count(b"\n") == before.count(b"\n") + 2
+
+
+def test_a_replay_that_differs_by_one_bit_is_told_once_and_never_a_second_record(tmp_path: Path):
+    logged(tmp_path, range(1, 11)).close()
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    nudged = math.nextafter(1 / 7, 1)
+    for step in range(6, 11):
+        assert not sink.write(record(step, nudged if step == 7 else None))
+    sink.close()
+    assert (sink.replays_equal, sink.replays_differing) == (4, 1)
+    assert [r["step"] for r in read_run(tmp_path)] == list(range(1, 11))
+    assert read_run(tmp_path)[6]["loss/main"] == 1 / 7
+    (event,) = read_events(tmp_path)
+    assert (event["event"], event["step"]) == ("replay_differs", 7)
+    assert (event["logged"]["loss/main"], event["replayed"]["loss/main"]) == (1 / 7, nudged)
+
+
+REPLAYED = ["tokens_seen", "loss/main", "loss/mtp", "loss/balance", "loss/total", "grad/norm", "optim/lr"]
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+def test_each_promised_field_is_compared(tmp_path: Path, name: str):
+    sink = logged(tmp_path, range(1, 2))
+    sink.write(record(2) | {name: 123455})
+    sink.close()
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.write(record(2) | {name: 123456})
+    sink.close()
+    assert sink.replays_differing == 1
+
+
+def test_a_skipped_step_replays_as_equal(tmp_path: Path):
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.write(record(1, math.nan))
+    sink.close()
+    again = JsonlSink(tmp_path / "metrics.jsonl")
+    again.write(record(1, math.nan))
+    again.close()
+    assert (again.replays_equal, again.replays_differing) == (1, 0)
+
+
+def test_steps_increase_within_a_process(tmp_path: Path):
+    sink = logged(tmp_path, range(1, 4))
+    for step in (3, 2):
+        with pytest.raises(AssertionError, match="steps must increase"):
+            sink.write(record(step))
+    sink.close()
+
+
+def test_a_second_process_on_the_same_run_is_refused(tmp_path: Path):
+    first = logged(tmp_path, range(1, 4))
+    second = JsonlSink(tmp_path / "metrics.jsonl")
+    second.write(record(4))
+    with pytest.raises(ValueError, match="another process uses the same run directory"):
+        first.write(record(4))
+    first.close()
+    second.close()
+    assert [r["step"] for r in read_run(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_sinks_keep_events_apart_from_records_and_write_the_run_card(tmp_path: Path):
+    config = ObserveConfig(progress=False, console_every_steps=100, wandb="off", wandb_project="test")
+    with open_sinks(config, tmp_path / "new" / "run", {"name": "tiny_bf16", "tokens_total": 70}) as sinks:
+        sinks.event("start", step=0)
+        assert sinks.write(record(1))
+        sinks.event("checkpoint", step=1, path="checkpoints/step_00000001")
+    with open_sinks(config, tmp_path / "new" / "run", {"name": "tiny_bf16", "tokens_total": 70}) as sinks:
+        sinks.event("resume", step=0)
+        assert not sinks.write(record(1))
+        assert sinks.write(record(2))
+    run_dir = tmp_path / "new" / "run"
+    assert [r["step"] for r in read_run(run_dir)] == [1, 2]
+    assert [e["event"] for e in read_events(run_dir)] == ["start", "checkpoint", "resume"]
+    assert read_events(run_dir)[1]["path"] == "checkpoints/step_00000001"
+    assert json.loads((run_dir / "run_card.json").read_text())["name"] == "tiny_bf16"
+
+
+class Listener:
+    """A mirror that remembers."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.events: list[str] = []
+        self.closed = False
+
+    def write(self, record: Record) -> None:
+        self.steps.append(record["step"])
+
+    def event(self, event: Record) -> None:
+        self.events.append(event["event"])
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_the_console_follows_a_replay_but_wandb_sees_each_step_once(tmp_path: Path):
+    logged(tmp_path, range(1, 6)).close()
+    console, wandb = Listener(), Listener()
+    with Sinks(JsonlSink(tmp_path / "metrics.jsonl"), console=console, wandb=wandb) as sinks:
+        sinks.event("resume", step=3)
+        for step in range(4, 8):
+            sinks.write(record(step))
+    assert console.steps == [4, 5, 6, 7]
+    assert wandb.steps == [6, 7]
+    assert console.events == wandb.events == ["resume"]
+    assert console.closed
+    assert wandb.closed
+
+
+def test_an_undeclared_event_is_an_assertion_error(tmp_path: Path):
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    with pytest.raises(AssertionError, match="party"):
+        sink.event({"event": "party", "step": 1})
+    sink.close()
+
+
+def test_reading_a_directory_without_metrics_says_what_to_do(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"has no metrics\.jsonl: give the directory of a run"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(("field", "value"), [("console_every_steps", 0), ("wandb", "onlin")])
+def test_a_bad_observe_config_names_field_and_value(field: str, value: object):
+    with pytest.raises(ValueError, match=rf"{field} is .*{value}"):
+        ObserveConfig(**{field: value})

@@ -1,0 +1,194 @@
+"""The wandb mirror: a real offline run, and the ways in which a mirror fails without training noticing."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from train.observe.metrics import Record
+from train.observe.wandb_sink import WandbSink
+
+# Longer than any pause of a noisy machine; only a hang reaches it.
+PATIENCE_S = 60.0
+
+
+def record(step: int) -> Record:
+    return {
+        "step": step,
+        "tokens_seen": 7 * step,
+        "time_unix_s": 0.5,
+        "loss/main": 1 / step,
+        "moe/expert_load": [[1.0, 1.0]],
+    }
+
+
+class FakeWandb(types.ModuleType):
+    """A wandb whose `init` and `log` do what a test wants; `hang` blocks until the test ends."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.logged: list[tuple[int, Record]] = []
+        self.init_arguments: dict[str, object] = {}
+        self.summary: dict[str, int] = {}
+        self.finished = False
+        self.logged_in = True
+        self.released = threading.Event()
+        self.reached = threading.Event()
+        self.on_init = self.on_log = lambda: None
+
+    def hang(self) -> None:
+        self.reached.set()
+        self.released.wait(PATIENCE_S)
+
+    def login(self, *, prompt: bool) -> bool:
+        assert not prompt
+        return self.logged_in
+
+    def init(self, **arguments: object) -> FakeWandb:
+        self.init_arguments = arguments
+        self.on_init()
+        return self
+
+    def log(self, values: Record, step: int) -> None:
+        self.on_log()
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.finished = True
+
+    def Settings(self, **arguments: object) -> dict[str, object]:
+        return arguments
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandb]:
+    module = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    yield module
+    module.released.set()
+
+
+def open_sink(run_dir: Path, mode: str = "offline", **limits: float) -> WandbSink:
+    return WandbSink(mode, project="test", run_dir=run_dir, run_card={"name": "tiny"}, **limits)
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def raise_error() -> None:
+    raise RuntimeError("the server is on fire")
+
+
+def test_a_real_offline_run_lies_in_the_run_directory(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    sink = open_sink(tmp_path)
+    for step in range(1, 30):
+        sink.write(record(step))
+    sink.event({"event": "checkpoint", "step": 29})
+    sink.close()
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    # wandb's log is a binary protocol with the names in clear text; its process writes on for a moment.
+    deadline = time.monotonic() + PATIENCE_S
+    while b"event/checkpoint" not in file.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert b"event/checkpoint" in file.read_bytes()
+    assert file.read_bytes().count(b"loss/main") >= 29
+    assert warnings_of(caplog) == []
+
+
+def test_names_and_steps_are_those_of_the_file(fake: FakeWandb, tmp_path: Path):
+    sink = open_sink(tmp_path)
+    for step in range(1, 6):
+        sink.write(record(step))
+    sink.event({"event": "stop", "step": 5})
+    sink.close()
+    scalars = [{name: value for name, value in record(s).items() if name != "moe/expert_load"} for s in range(1, 6)]
+    assert fake.logged == list(enumerate(scalars, start=1))
+    assert fake.summary == {"event/stop": 5}
+    assert fake.finished
+    assert fake.init_arguments["mode"] == "offline"
+    assert fake.init_arguments["config"] == {"name": "tiny"}
+
+
+def test_online_without_a_key_records_offline(fake: FakeWandb, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    fake.logged_in = False
+    sink = open_sink(tmp_path, "online")
+    sink.write(record(1))
+    sink.close()
+    assert fake.init_arguments["mode"] == "offline"
+    assert len(fake.logged) == 1
+    assert len(warnings_of(caplog)) == 1
+
+
+@pytest.mark.parametrize("place", ["on_init", "on_log"])
+def test_a_failure_gives_one_warning_and_turns_the_mirror_off(
+    fake: FakeWandb, tmp_path: Path, caplog: pytest.LogCaptureFixture, place: str
+):
+    setattr(fake, place, raise_error)
+    sink = open_sink(tmp_path)
+    for step in range(1, 200):
+        sink.write(record(step))
+    sink.close()
+    for step in range(200, 300):
+        sink.write(record(step))
+    assert not sink.active
+    (warning,) = warnings_of(caplog)
+    assert "RuntimeError: the server is on fire" in warning
+    assert "metrics.jsonl stays complete" in warning
+
+
+@pytest.mark.parametrize("place", ["on_init", "on_log"])
+def test_a_hanging_server_never_blocks_training_and_close_is_bounded(
+    fake: FakeWandb, tmp_path: Path, caplog: pytest.LogCaptureFixture, place: str
+):
+    setattr(fake, place, fake.hang)
+    sink = open_sink(tmp_path, queue_records=10_000, close_timeout_s=0.05)
+    sink.write(record(1))
+    assert fake.reached.wait(PATIENCE_S)
+    for step in range(2, 1000):
+        sink.write(record(step))
+    sink.close()
+    # The server still hangs: `write` and `close` came back all the same.
+    assert not fake.released.is_set()
+    assert fake.logged == []
+    (warning,) = warnings_of(caplog)
+    assert "did not finish within 0.05 s" in warning
+
+
+def test_a_mirror_that_falls_behind_is_turned_off_instead_of_filling_memory(
+    fake: FakeWandb, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    fake.on_log = fake.hang
+    sink = open_sink(tmp_path, queue_records=5)
+    for step in range(1, 100):
+        sink.write(record(step))
+    assert not sink.active
+    sink.close()
+    assert not fake.released.is_set()
+    (warning,) = warnings_of(caplog)
+    assert "5 records behind" in warning
+
+
+def test_a_missing_wandb_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    sink = open_sink(tmp_path)
+    sink.write(record(1))
+    sink.close()
+    (warning,) = warnings_of(caplog)
+    assert "pip install wandb" in warning
+
+
+def test_training_without_a_mirror_never_imports_wandb():
+    code = "import sys, train.observe.sinks, train.observe.dashboard; sys.exit('wandb' in sys.modules)"
+    root = Path(__file__).resolve().parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

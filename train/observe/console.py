@@ -1,0 +1,152 @@
+"""What a person sees while a run trains: a progress bar on a terminal, elsewhere a line every few steps.
+
+    tiny_fp8  ━━━━━━━━━━━━╸━━━━━━━━━━  42 %  loss 3.214  mtp 3.876  MaxVio 0.31  12.3k tok/s  ETA 1:42
+
+ETA = tokens still to come over the tokens per second of this process so far. Quiet by intent: checkpoints
+are not announced, a resume, a skipped step, a replay that differs and the end of the run are.
+"""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from train.observe.metrics import Record
+
+# Redraws per second at most: steps of a tiny model are faster than an eye or a slow ssh link.
+_MAX_REDRAWS_PER_S = 8.0
+
+_STATUS = {
+    "loss/main": "loss {:.3f}",
+    "loss/mtp": "mtp {:.3f}",
+    "moe/max_violation_ratio": "MaxVio {:.2f}",
+}
+
+_ANNOUNCED = {
+    "resume": "resumed at step {step}",
+    "skip": "step {step} skipped: loss or gradient not finite",
+    "stop": "stopped after step {step}",
+    "replay_differs": "step {step} repeated after the resume does not give the logged numbers",
+}
+
+
+class ConsoleSink:
+    """Progress bar or plain lines; needs nothing but the records.
+
+    Args:
+        progress: draw a bar if the console is a terminal.
+        every_steps: plain lines this often otherwise.
+        total_tokens: token budget of the run; None when unknown (then no ETA).
+        name: of the run.
+        console: where to draw; stdout by default.
+    """
+
+    def __init__(
+        self,
+        *,
+        progress: bool,
+        every_steps: int,
+        total_tokens: int | None,
+        name: str,
+        console: Console | None = None,
+    ) -> None:
+        self._console = console or Console(highlight=False)
+        self._every_steps = every_steps
+        self._total_tokens = total_tokens
+        self._name = name
+        self._first: Record | None = None
+        self._last_drawn_unix_s = 0.0
+        self._pending: Record | None = None
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        if progress and self._console.is_terminal:
+            self._start_bar()
+
+    def write(self, record: Record) -> None:
+        """Show one step record, if it is due."""
+        self._first = self._first or record
+        self._pending = record
+        due = record["step"] % self._every_steps == 0
+        if self._bar:
+            due = record["time_unix_s"] - self._last_drawn_unix_s >= 1.0 / _MAX_REDRAWS_PER_S
+        if due:
+            self._draw()
+        if "eval/bits_per_byte" in record:
+            self._say(f"step {record['step']}: held-out {record['eval/bits_per_byte']:.4f} bits per byte")
+
+    def event(self, event: Record) -> None:
+        """Say what a person should know."""
+        if event["event"] in _ANNOUNCED:
+            self._say(_ANNOUNCED[event["event"]].format(step=event["step"]))
+
+    def close(self) -> None:
+        """Draw the last record and give the terminal back."""
+        self._draw()
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def _start_bar(self) -> None:
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}", markup=True),
+            BarColumn(bar_width=None),
+            TextColumn("[dim]{task.percentage:>3.0f} %" if self._total_tokens else "[dim]{task.completed:,} tokens"),
+            TextColumn("{task.fields[status]}"),
+            console=self._console,
+            auto_refresh=False,
+            expand=True,
+        )
+        self._task = self._bar.add_task(self._name, total=self._total_tokens, status="")
+        self._bar.start()
+
+    def _draw(self) -> None:
+        record, self._pending = self._pending, None
+        if record is None:
+            return
+        if self._bar:
+            self._last_drawn_unix_s = record["time_unix_s"]
+            self._bar.update(self._task, completed=record["tokens_seen"], status=self._status(record))
+            self._bar.refresh()
+        else:
+            self._console.print(
+                f"{self._name}  step {record['step']:>5}  {self._status(record)}",
+                markup=False,
+                soft_wrap=True,
+            )
+
+    def _say(self, sentence: str) -> None:
+        if not self._bar:
+            self._draw()
+        self._console.print(f"{self._name}  {sentence}", markup=False, soft_wrap=True)
+
+    def _status(self, record: Record) -> str:
+        parts = [text.format(record[name]) for name, text in _STATUS.items() if name in record]
+        if "speed/tokens_per_s" in record:
+            parts.append(f"{_short(record['speed/tokens_per_s'])} tok/s")
+        eta_s = self._eta_s(record)
+        if eta_s is not None:
+            parts.append(f"ETA {_clock(eta_s)}")
+        return "  ".join(parts)
+
+    def _eta_s(self, record: Record) -> float | None:
+        if self._total_tokens is None or self._first is None:
+            return None
+        tokens = record["tokens_seen"] - self._first["tokens_seen"]
+        seconds = record["time_unix_s"] - self._first["time_unix_s"]
+        remaining = max(self._total_tokens - record["tokens_seen"], 0)
+        return remaining * seconds / tokens if tokens > 0 and seconds > 0 else None
+
+
+def _short(value: float) -> str:
+    """12345.6 -> '12.3k'."""
+    for scale, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:.1f}{letter}"
+    return f"{value:.0f}"
+
+
+def _clock(seconds: float) -> str:
+    """3725 -> '1:02:05'."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

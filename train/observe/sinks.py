@@ -1,0 +1,272 @@
+"""Where a run's records go: one JSONL file that is the truth, and mirrors of it for eyes and for wandb.
+
+    runs/<name>/metrics.jsonl    one line per optimizer step, and one per event (a line with the key "event")
+    runs/<name>/run_card.json    what the run is: name, precision, model, device (keys: `dashboard.py`)
+
+Promises of the file:
+- Append-only; a line goes out in one write. Killing the process (kill -9) loses at most the line being
+  written, by cutting it short. The next process finishes a torn line with a newline; readers ignore it.
+- Steps strictly increase. A resumed run repeats the steps between its checkpoint and the last logged step:
+  their numbers are compared with the logged ones and not written again; a difference is told by an event.
+- Events reach the disk (fsync) before training goes on, step records when the kernel pleases. A power cut may
+  lose the steps after the last checkpoint event; the resumed run repeats and writes them. An fsync per step
+  could cost more than a small model's step.
+
+Only one process of a run (rank 0) opens sinks. This file does not draw: `dashboard.py` does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+from train.observe.console import ConsoleSink
+from train.observe.metrics import EVENTS, METRICS, Record, check_record, encode, same_bits
+from train.observe.wandb_sink import WandbSink
+
+METRICS_FILE = "metrics.jsonl"
+RUN_CARD_FILE = "run_card.json"
+_REPLAYED = tuple(name for name, metric in METRICS.items() if metric.replayed)
+
+
+@dataclass(frozen=True)
+class ObserveConfig:
+    """How a run reports.
+
+    progress: draw a progress bar when stdout is a terminal.
+    console_every_steps: where there is no bar, print a line this often.
+    wandb: whether to mirror to wandb; offline needs neither account nor network.
+    wandb_project: where wandb files the run.
+    """
+
+    progress: bool = True
+    console_every_steps: int = 10
+    wandb: Literal["off", "offline", "online"] = "offline"
+    wandb_project: str = "v3fp8"
+
+    def __post_init__(self) -> None:
+        if self.console_every_steps < 1:
+            raise ValueError(f"console_every_steps is {self.console_every_steps}: it must be at least 1")
+        if self.wandb not in ("off", "offline", "online"):
+            raise ValueError(f"wandb is {self.wandb!r}: it must be off, offline or online")
+
+
+class Sink(Protocol):
+    """A mirror of the JSONL file. Nothing it does may raise because of a terminal, a network or a server."""
+
+    def write(self, record: Record) -> None:
+        """Take one step record."""
+
+    def event(self, event: Record) -> None:
+        """Take one event."""
+
+    def close(self) -> None:
+        """Finish within a bounded time."""
+
+
+class JsonlSink:
+    """Appends to metrics.jsonl and proves that a resumed run repeats what is logged.
+
+    Attributes:
+        last_step: the last step in the file, -1 when there is none.
+        replays_equal: repeated steps that gave the logged bits.
+        replays_differing: repeated steps that did not, or that the file lacks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        self._size = os.fstat(self._file).st_size
+        if self._size and os.pread(self._file, 1, self._size - 1) != b"\n":
+            self._append(b"\n")
+        self._logged = {record["step"]: _replayed_part(record) for record in read_lines(path) if "event" not in record}
+        self.last_step: int = max(self._logged, default=-1)
+        self.replays_equal = 0
+        self.replays_differing = 0
+        self._previous_step = -1
+
+    def write(self, record: Record) -> bool:
+        """Append one step record, or compare it with the logged one if this step is already in the file.
+
+        Args:
+            record: declared metrics (`metrics.py`); `step` increases within a process.
+        Returns:
+            Whether the record was appended.
+        Raises:
+            ValueError: another process writes to the file.
+            OSError: the disk does not take the line.
+        """
+        check_record(record)
+        step = record["step"]
+        assert step > self._previous_step, f"step {step} after step {self._previous_step}: steps must increase"
+        self._previous_step = step
+        if step <= self.last_step:
+            self._compare(step, _replayed_part(record))
+            return False
+        self._logged.clear()
+        self._append_line(record)
+        self.last_step = step
+        return True
+
+    def event(self, event: Record) -> None:
+        """Append one event and wait until it, and so every line before it, is on disk."""
+        assert event["event"] in EVENTS, f"undeclared event {event['event']!r}: declare it in metrics.py"
+        self._append_line(event)
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Sync and close; calling it again does nothing."""
+        if self._file >= 0:
+            os.fsync(self._file)
+            os.close(self._file)
+            self._file = -1
+
+    def _compare(self, step: int, replayed: Record) -> None:
+        logged = self._logged.pop(step, None)
+        names = replayed.keys() | (logged or {}).keys()
+        if logged is not None and all(same_bits(logged.get(name), replayed.get(name)) for name in names):
+            self.replays_equal += 1
+            return
+        self.replays_differing += 1
+        self.event({"event": "replay_differs", "step": step, "logged": logged, "replayed": replayed})
+
+    def _append_line(self, line: Mapping[str, Any]) -> None:
+        self._append(encode(line).encode() + b"\n")
+
+    def _append(self, data: bytes) -> None:
+        grown = os.fstat(self._file).st_size - self._size
+        if grown:
+            raise ValueError(
+                f"{self.path} changed by {grown} bytes that this process did not write: another process uses "
+                f"the same run directory. Stop it, or give this run a name of its own."
+            )
+        written = os.write(self._file, data)
+        self._size += written
+        if written < len(data):
+            raise OSError(f"{self.path}: only {written} of {len(data)} bytes were written; is the disk full?")
+
+
+class Sinks:
+    """The file and its mirrors; use it as a context manager so that the terminal is given back.
+
+    Attributes:
+        jsonl: the truth.
+    """
+
+    def __init__(self, jsonl: JsonlSink, *, console: Sink | None, wandb: Sink | None) -> None:
+        self.jsonl = jsonl
+        self._console = console
+        self._wandb = wandb
+
+    def write(self, record: Record) -> bool:
+        """Write one step record everywhere; wandb never sees a step twice.
+
+        Returns:
+            Whether it was new; False for a step repeated after a resume.
+        """
+        appended = self.jsonl.write(record)
+        if self._console:
+            self._console.write(record)
+        if self._wandb and appended:
+            self._wandb.write(record)
+        return appended
+
+    def event(self, kind: str, *, step: int, **details: Any) -> None:
+        """Note that something happened after `step` steps; `kind` is one of `metrics.EVENTS`."""
+        event = {"event": kind, "step": step, "time_unix_s": time.time(), **details}
+        self.jsonl.event(event)
+        for mirror in (self._console, self._wandb):
+            if mirror:
+                mirror.event(event)
+
+    def close(self) -> None:
+        """Close the file first, then the mirrors, each within a bounded time."""
+        self.jsonl.close()
+        for mirror in (self._console, self._wandb):
+            if mirror:
+                mirror.close()
+
+    def __enter__(self) -> Sinks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_sinks(config: ObserveConfig, run_dir: Path, run_card: Mapping[str, Any]) -> Sinks:
+    """Write the run card and open the run's sinks; appends when the run directory already has records.
+
+    Args:
+        config: which mirrors to open.
+        run_dir: runs/<name>, made if missing.
+        run_card: JSON-able; its keys are listed in `dashboard.py`; `tokens_total` gives the console its ETA.
+    Returns:
+        Sinks, to be closed by the caller.
+    """
+    jsonl = JsonlSink(run_dir / METRICS_FILE)
+    draft = run_dir / f"{RUN_CARD_FILE}.tmp"
+    draft.write_text(json.dumps(run_card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.replace(run_dir / RUN_CARD_FILE)
+    console = ConsoleSink(
+        progress=config.progress,
+        every_steps=config.console_every_steps,
+        total_tokens=run_card.get("tokens_total"),
+        name=str(run_card.get("name", run_dir.name)),
+    )
+    wandb = None
+    if config.wandb != "off":
+        wandb = WandbSink(config.wandb, project=config.wandb_project, run_dir=run_dir, run_card=run_card)
+    return Sinks(jsonl, console=console, wandb=wandb)
+
+
+def read_run(run_dir: Path) -> list[Record]:
+    """The step records of a run, steps strictly increasing.
+
+    Raises:
+        ValueError: the directory has no metrics.jsonl.
+    """
+    return [line for line in _lines_of_run(run_dir) if "event" not in line]
+
+
+def read_events(run_dir: Path) -> list[Record]:
+    """The events of a run, in the order they happened.
+
+    Raises:
+        ValueError: the directory has no metrics.jsonl.
+    """
+    return [line for line in _lines_of_run(run_dir) if "event" in line]
+
+
+def read_lines(path: Path) -> Iterator[Record]:
+    """Every whole line of a metrics file; torn ones (cut short by kill -9) are left out."""
+    with path.open("rb") as lines:
+        for text in lines:
+            # A cut line cannot parse as an object, because its closing brace comes last.
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict):
+                yield line
+
+
+def _lines_of_run(run_dir: Path) -> Iterator[Record]:
+    path = run_dir / METRICS_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{run_dir} has no {METRICS_FILE}: give the directory of a run that has started, such as runs/tiny_bf16"
+        )
+    return read_lines(path)
+
+
+def _replayed_part(record: Record) -> Record:
+    return {name: record[name] for name in _REPLAYED if name in record}

@@ -1,0 +1,135 @@
+"""Mirror of the run's records to wandb, under the same names; the only file that imports wandb.
+
+wandb talks to another process and perhaps to a server, so it may be slow, hang or raise. Training must not
+notice: a daemon thread owns wandb, training only puts small dicts into a bounded queue. On the first
+failure, or when the thread falls a whole queue behind, the mirror says so once and turns itself off;
+metrics.jsonl stays complete without it.
+
+Online without credentials becomes offline: the files lie in <run directory>/wandb, and `wandb sync` sends
+them later. Tables (expert load) are not mirrored; events are, as the run's summary `event/<kind>` = last
+step of that kind.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from train.observe.metrics import METRICS, Record
+
+_log = logging.getLogger(__name__)
+
+# A step record without tables is under a kilobyte, so a full queue holds a few megabytes.
+QUEUE_RECORDS = 4096
+# wandb's own limits; beyond finish_timeout the unsent rest stays on disk for `wandb sync`.
+INIT_TIMEOUT_S = 30.0
+FINISH_TIMEOUT_S = 20.0
+CLOSE_TIMEOUT_S = 30.0
+
+
+class WandbSink:
+    """Sends records to wandb from a thread of its own.
+
+    Args:
+        mode: "offline" or "online".
+        project: wandb project.
+        run_dir: wandb keeps its files in its folder `wandb`; its name is the run's name.
+        run_card: sent as the run's config.
+        queue_records: capacity of the queue.
+        close_timeout_s: how long `close` waits for the thread.
+    """
+
+    def __init__(
+        self,
+        mode: Literal["offline", "online"],
+        *,
+        project: str,
+        run_dir: Path,
+        run_card: Mapping[str, Any],
+        queue_records: int = QUEUE_RECORDS,
+        close_timeout_s: float = CLOSE_TIMEOUT_S,
+    ) -> None:
+        self._mode: Literal["offline", "online"] = mode
+        self._project = project
+        self._run_dir = run_dir
+        self._run_card = dict(run_card)
+        self._close_timeout_s = close_timeout_s
+        self._queue: queue.Queue[Record | None] = queue.Queue(maxsize=queue_records)
+        self._off = threading.Event()
+        self._one_warning = threading.Lock()
+        self._thread = threading.Thread(target=self._mirror, name="wandb mirror", daemon=True)
+        self._thread.start()
+
+    @property
+    def active(self) -> bool:
+        """Whether records still go to wandb."""
+        return not self._off.is_set()
+
+    def write(self, record: Record) -> None:
+        """Hand over one step record; returns at once."""
+        self._put({name: value for name, value in record.items() if METRICS[name].kind != "table"})
+
+    def event(self, event: Record) -> None:
+        """Hand over one event; returns at once."""
+        self._put({"event": event["event"], "step": event["step"]})
+
+    def close(self) -> None:
+        """Let the thread finish, for at most `close_timeout_s`."""
+        self._put(None)
+        if self.active:
+            self._thread.join(self._close_timeout_s)
+        if self._thread.is_alive():
+            self._turn_off(f"it did not finish within {self._close_timeout_s:g} s")
+        self._off.set()
+
+    def _put(self, item: Record | None) -> None:
+        if self.active:
+            try:
+                self._queue.put_nowait(item)
+            except queue.Full:
+                self._turn_off(f"it is {self._queue.maxsize} records behind")
+
+    def _turn_off(self, reason: str) -> None:
+        with self._one_warning:
+            if self.active:
+                _log.warning("The wandb mirror is off: %s. Training goes on; metrics.jsonl stays complete.", reason)
+                self._off.set()
+
+    def _mirror(self) -> None:
+        """Body of the thread."""
+        try:
+            self._send_all()
+        except ModuleNotFoundError as error:
+            self._turn_off(f"{error}; install it with `pip install wandb`, or set observe.wandb=off")
+        # The one place that goes on after any error: a mirror must never stop the run.
+        except Exception as error:  # noqa: BLE001
+            self._turn_off(f"{type(error).__name__}: {error}")
+
+    def _send_all(self) -> None:
+        import wandb
+
+        mode = self._mode
+        if mode == "online" and not wandb.login(prompt=False):
+            _log.warning("wandb has no API key: recording offline. `wandb login`, then `wandb sync` the folder.")
+            mode = "offline"
+        settings = wandb.Settings(
+            silent=True, console="off", init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S
+        )
+        run = wandb.init(
+            mode=mode,
+            project=self._project,
+            name=self._run_dir.name,
+            dir=self._run_dir,
+            config=self._run_card,
+            settings=settings,
+        )
+        while self.active and (item := self._queue.get()) is not None:
+            if "event" in item:
+                run.summary[f"event/{item['event']}"] = item["step"]
+            else:
+                run.log(item, step=item["step"])
+        run.finish()
