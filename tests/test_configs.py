@@ -1,0 +1,234 @@
+"""Every YAML under configs/ composes and validates, and every model has the size its file states.
+
+The parameter count is an independent closed form, written from the report's equations (arXiv:2412.19437 §2.1,
+§2.2) and not from the code of the model; the meta-device model must agree with it. Exact integers everywhere.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from train.config import CONFIGS, PretrainConfig, compose
+from train.model.config import ModelConfig
+from train.model.precision import Precision
+from train.model.transformer import Transformer
+from train.optim.schedules import at
+
+BASE_GROUPS = ("model", "precision", "data", "schedule", "optim", "observe", "checkpoint")
+GROUP_FILES = sorted(CONFIGS.glob("*/*.yaml"))
+TILE = 128
+
+
+def option(path: Path) -> str:
+    """The override that chooses a file: model=tiny, +cluster=h100_1."""
+    plus = "+" if path.parent.name == "cluster" else ""
+    return f"{plus}{path.parent.name}={path.stem}"
+
+
+def model_config(name: str) -> ModelConfig:
+    """A model with a schedule and data that fit any of them."""
+    return compose([f"model={name}"]).model
+
+
+def attention_parameters(m: ModelConfig) -> int:
+    """MLA, eq. 1-11: down- and up-projections of queries, keys and values, two latent norms, output."""
+    heads, qk = m.num_attention_heads, m.qk_nope_head_dim + m.qk_rope_head_dim
+    if m.q_lora_rank is None:
+        queries = m.hidden_size * heads * qk
+    else:
+        queries = m.hidden_size * m.q_lora_rank + m.q_lora_rank + m.q_lora_rank * heads * qk
+    keys_values = m.hidden_size * (m.kv_lora_rank + m.qk_rope_head_dim) + m.kv_lora_rank
+    keys_values += m.kv_lora_rank * heads * (m.qk_nope_head_dim + m.v_head_dim)
+    return queries + keys_values + heads * m.v_head_dim * m.hidden_size
+
+
+def layer_parameters(m: ModelConfig, *, routed_experts: int | None) -> int:
+    """Two norms, MLA, and a dense FFN (None) or router, shared and so many routed experts (eq. 12)."""
+    block = attention_parameters(m) + 2 * m.hidden_size
+    if routed_experts is None:
+        return block + 3 * m.hidden_size * m.intermediate_size
+    expert = 3 * m.hidden_size * m.moe_intermediate_size
+    router = m.n_routed_experts * (m.hidden_size + 1)  # with the bias that only chooses
+    return block + router + (m.n_shared_experts + routed_experts) * expert
+
+
+def main_parameters(m: ModelConfig, *, routed_experts: int) -> int:
+    """Embedding, layers, final norm, head; without MTP."""
+    moe_layers = m.num_hidden_layers - m.first_k_dense_replace
+    dense = m.first_k_dense_replace * layer_parameters(m, routed_experts=None)
+    moe = moe_layers * layer_parameters(m, routed_experts=routed_experts)
+    return 2 * m.vocab_size * m.hidden_size + dense + moe + m.hidden_size
+
+
+def total_parameters(m: ModelConfig) -> int:
+    """All experts, without MTP."""
+    return main_parameters(m, routed_experts=m.n_routed_experts)
+
+
+def active_parameters(m: ModelConfig) -> int:
+    """Touched by one token, with embedding and head, without MTP."""
+    return main_parameters(m, routed_experts=m.num_experts_per_tok)
+
+
+def mtp_parameters(m: ModelConfig) -> int:
+    """Eq. 21-23: each depth has a block, M_k and three norms; embedding and head are the main model's."""
+    depth = layer_parameters(m, routed_experts=m.n_routed_experts) + 2 * m.hidden_size**2 + 3 * m.hidden_size
+    return m.num_nextn_predict_layers * depth
+
+
+# name: (total without MTP, active with embedding and head, MTP); V3's first is the released checkpoint's.
+SIZES = {
+    "v3_671b": (671_026_419_200, 37_552_297_472, 11_610_068_224),
+    "v3_16b": (15_790_268_544, 2_744_934_528, 592_195_136),
+    "small": (2_302_302_176, 815_945_696, 129_327_904),
+    "tiny": (6_487_312, 4_128_016, 2_338_568),
+    "ragged_test": (3_908_422, 3_701_062, 3_922_828),
+}
+
+
+@pytest.mark.parametrize("path", GROUP_FILES, ids=option)
+def test_every_option_of_every_group_composes(path: Path) -> None:
+    config = compose([option(path)])
+    group = path.parent.name
+    if group in BASE_GROUPS:
+        section = getattr(config, group)
+        for name, written in yaml.safe_load(path.read_text()).items():
+            assert hasattr(section, name)
+            if isinstance(written, int | float | bool):
+                assert getattr(section, name) == written, f"{option(path)}: {name} did not arrive"
+
+
+@pytest.mark.parametrize("model", sorted(SIZES))
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+def test_every_model_composes_in_every_precision_on_the_cluster(model: str, precision: str) -> None:
+    """What the command line names wins over the cluster file."""
+    config = compose(["+cluster=h100_1", f"model={model}", f"precision={precision}"])
+    assert config.model == model_config(model)
+    assert config.precision.name == precision
+    assert config.run.device == "cuda"
+    assert config.data.sequence_length == 4096
+
+
+def test_the_groups_are_the_fields_of_the_configuration() -> None:
+    folders = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    fields = set(PretrainConfig.__dataclass_fields__) - {"run"}
+    assert folders == fields | {"cluster", "experiment"}
+    assert sorted(CONFIGS.rglob("*.y*ml")) == sorted([*GROUP_FILES, CONFIGS / "pretrain.yaml"])
+
+
+def test_the_closed_form_gives_the_released_size_of_v3() -> None:
+    assert total_parameters(model_config("v3_671b")) == 671_026_419_200
+
+
+@pytest.mark.parametrize("name", sorted(SIZES))
+def test_each_model_has_the_size_its_file_states(name: str) -> None:
+    assert {path.stem for path in (CONFIGS / "model").glob("*.yaml")} == set(SIZES)
+    m = model_config(name)
+    assert (total_parameters(m), active_parameters(m), mtp_parameters(m)) == SIZES[name]
+
+
+@pytest.mark.parametrize("name", sorted(SIZES))
+def test_the_model_built_on_meta_has_the_closed_form_size(name: str) -> None:
+    m = model_config(name)
+    with torch.device("meta"):
+        model = Transformer(m, Precision("bf16"))
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    sizes = {tensor: value.numel() for tensor, value in held.items()}
+    assert sum(size for tensor, size in sizes.items() if not tensor.startswith("mtp.")) == total_parameters(m)
+    assert sum(size for tensor, size in sizes.items() if tensor.startswith("mtp.")) == mtp_parameters(m)
+
+
+def test_what_the_sizes_of_v3_do_not_pin() -> None:
+    """The numbers of §2.1.2 and §4.2 that no parameter count shows."""
+    m = model_config("v3_671b")
+    assert (m.num_attention_heads, m.qk_nope_head_dim, m.qk_rope_head_dim, m.v_head_dim) == (
+        128,
+        128,
+        64,
+        128,
+    )
+    assert (m.n_group, m.topk_group, m.num_experts_per_tok, m.norm_topk_prob) == (8, 4, 8, True)
+    assert (m.routed_scaling_factor, m.initializer_range, m.rms_norm_eps, m.rope_theta) == (
+        2.5,
+        0.006,
+        1e-6,
+        1e4,
+    )
+    # Plain RoPE at 4096 tokens: YaRN comes with context extension (§4.3).
+    assert (m.rope_scaling, m.max_position_embeddings) == (None, 4096)
+
+
+def test_v3_16b_is_of_the_size_of_the_report_ablations() -> None:
+    m = model_config("v3_16b")
+    assert 15e9 < total_parameters(m) < 17e9
+    assert 2e9 < active_parameters(m) < 3e9
+
+
+def test_every_contraction_of_tiny_fills_tiles() -> None:
+    m = model_config("tiny")
+    contractions = {
+        "hidden": m.hidden_size,
+        "q latent": m.q_lora_rank or 0,
+        "kv latent": m.kv_lora_rank,
+        "heads x v": m.num_attention_heads * m.v_head_dim,
+        "intermediate": m.intermediate_size,
+        "expert intermediate": m.moe_intermediate_size,
+    }
+    assert {name: k for name, k in contractions.items() if k < 2 * TILE or k % TILE} == {}
+
+
+def test_ragged_test_is_ragged_where_v3_is() -> None:
+    m = model_config("ragged_test")
+    assert m.q_lora_rank is not None
+    assert m.q_lora_rank + m.kv_lora_rank + m.qk_rope_head_dim == 2112
+    assert m.kv_lora_rank + m.qk_rope_head_dim == 576
+    ragged = (2112, 576, m.hidden_size, m.num_attention_heads * m.v_head_dim, m.moe_intermediate_size)
+    assert all(k % TILE for k in ragged)
+
+
+def test_small_leaves_half_of_an_80_gb_gpu_to_activations() -> None:
+    """Weight 2, E4M3 copies 1 + 1, master 4, gradient 4, moments 2 + 2 bytes a parameter, MTP included."""
+    m = model_config("small")
+    state_bytes = (2 + 1 + 1 + 4 + 4 + 2 + 2) * (total_parameters(m) + mtp_parameters(m))
+    assert state_bytes == 38_906_081_280
+    assert state_bytes < 80e9 / 2
+    assert 1e9 < total_parameters(m) < 3e9
+
+
+@pytest.mark.parametrize(
+    ("tokens_seen", "lr", "batch", "gamma", "mtp_weight"),
+    [
+        (0, 2.2e-4, 3072, 0.001, 0.3),
+        (469e9, 2.2e-4, 15360, 0.001, 0.3),
+        (10e12 - 1, 2.2e-4, 15360, 0.001, 0.3),
+        (10e12, 2.2e-4, 15360, 0.001, 0.1),
+        (14.3e12, 2.2e-5, 15360, 0.0, 0.1),
+        (14.633e12, 7.3e-6, 15360, 0.0, 0.1),
+    ],
+)
+def test_the_v3_schedule_has_the_report_values_at_its_break_points(
+    tokens_seen: float, lr: float, batch: int, gamma: float, mtp_weight: float
+) -> None:
+    """§4.2, after the warm-up; alpha is constant."""
+    schedule = compose(["model=v3_671b", "data=text", "schedule=v3"]).schedule
+    now = at(schedule, step=2000, tokens_seen=int(tokens_seen))
+    assert (now.lr, now.batch_sequences, now.bias_speed, now.mtp_weight) == (lr, batch, gamma, mtp_weight)
+    assert now.balance_alpha == 1e-4
+    assert schedule.total_tokens == 14_800_000_000_000
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+@pytest.mark.parametrize("total_tokens", [10**6, 10**12])
+def test_one_override_shortens_a_run_and_keeps_its_shape(name: str, total_tokens: int) -> None:
+    """Break points are shares of the budget: each stays within half a token of its share."""
+    full = compose([f"schedule={name}"]).schedule
+    cut = compose([f"schedule={name}", f"schedule.total_tokens={total_tokens}"]).schedule
+    for point in ("constant_until_tokens", "decay_until_tokens", "final_from_tokens", "batch_ramp_tokens"):
+        share = getattr(full, point) / full.total_tokens
+        # Each side is rounded to a whole token once.
+        rounding = 0.5 / full.total_tokens * cut.total_tokens + 0.5
+        assert abs(getattr(cut, point) - share * cut.total_tokens) <= rounding

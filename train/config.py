@@ -1,0 +1,368 @@
+"""The configuration of a run: from YAML and command line to frozen dataclasses. Hydra stops here.
+
+    configs/*.yaml + overrides  --Hydra-->  plain dicts  --build-->  PretrainConfig (frozen, checked)
+
+`configs/` holds values only, one group per field of `PretrainConfig`; each group's dataclass lives in the
+room that uses it. A mistake is refused with one sentence that names the key and the nearest valid one, before
+anything is allocated: unknown groups, options and keys, keys given twice, wrong types, values that contradict
+each other. Nothing is ever ignored.
+
+Not here: the meaning of the values (their rooms), the launcher's environment (`launch/`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from train.checkpoint.dcp import CheckpointConfig
+from train.data.stream import DataConfig
+from train.model.config import ModelConfig
+from train.model.precision import Precision
+from train.observe.sinks import ObserveConfig
+from train.optim.adamw import OptimConfig
+from train.optim.schedules import ScheduleConfig
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+ROOT_FILE = "pretrain"
+# Groups without an entry in the defaults list: only so does `+cluster=h100_1` compose.
+APPENDED_GROUPS = ("cluster",)
+
+
+# `${share:${.total_tokens},0.1}`: break points that follow the budget, so that one override shortens a run.
+OmegaConf.register_new_resolver("share", lambda total, share: round(total * share), replace=True)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How one process runs: names, seeds, device, and when it stops or looks up.
+
+    Args:
+        name: the run's folder below `directory`.
+        directory: where runs are kept.
+        seed: decides initial values and data order.
+        device: 'auto' takes a CUDA GPU when there is one.
+        deterministic: use torch's deterministic algorithms, so that a resumed run is bit-equal.
+        threads: CPU threads of torch, part of every bit-equality promise; None leaves torch's choice.
+        micro_batch_sequences: sequences of one forward and backward; the batch is a multiple of it.
+        resume: continue from the newest checkpoint of the same run, if there is one.
+        max_consecutive_nonfinite: stop, with a checkpoint, after this many skipped steps in a row.
+        eval_every_steps: score the held-out store every so many steps, besides the end; 0 for the end only.
+    Raises:
+        ConfigError: a field is out of range.
+    """
+
+    name: str
+    directory: str
+    seed: int
+    device: Literal["auto", "cpu", "cuda"]
+    deterministic: bool
+    threads: int | None
+    micro_batch_sequences: int
+    resume: bool
+    max_consecutive_nonfinite: int
+    eval_every_steps: int
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ConfigError(f"run.name={self.name!r} names a folder: use letters, digits, '.', '_' and '-' only")
+        if not self.directory:
+            raise ConfigError("run.directory is empty: name a folder, such as runs")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"run.seed={self.seed} is out of range: choose one between 0 and 2**63 - 1")
+        lowest = {
+            "threads": 1,
+            "micro_batch_sequences": 1,
+            "max_consecutive_nonfinite": 1,
+            "eval_every_steps": 0,
+        }
+        for field, low in lowest.items():
+            value = getattr(self, field)
+            if value is not None and value < low:
+                raise ConfigError(f"run.{field}={value} is too small: use {low} or more")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything a pre-training run depends on; one field for each group under `configs/`."""
+
+    model: ModelConfig
+    precision: Precision
+    data: DataConfig
+    schedule: ScheduleConfig
+    optim: OptimConfig
+    observe: ObserveConfig
+    checkpoint: CheckpointConfig
+    run: RunConfig
+
+    def __post_init__(self) -> None:
+        self._check_sequence()
+        self._check_batch()
+        if self.data.heldout is None and self.run.eval_every_steps:
+            raise ConfigError(
+                f"run.eval_every_steps={self.run.eval_every_steps} asks for scores but data.heldout is null: "
+                "name a held-out store, or set run.eval_every_steps=0"
+            )
+
+    def _check_sequence(self) -> None:
+        length, limit = self.data.sequence_length, self.model.max_position_embeddings
+        if length > limit:
+            raise ConfigError(
+                f"data.sequence_length={length} exceeds "
+                f"model.max_position_embeddings={limit}: shorten the first or raise the second"
+            )
+        depth = self.model.num_nextn_predict_layers
+        if length <= depth:
+            raise ConfigError(
+                f"data.sequence_length={length} leaves no target at MTP depth "
+                f"model.num_nextn_predict_layers={depth}: use a sequence longer than {depth}"
+            )
+
+    def _check_batch(self) -> None:
+        multiple, micro = self.schedule.batch_multiple_sequences, self.run.micro_batch_sequences
+        if multiple % micro:
+            raise ConfigError(
+                f"schedule.batch_multiple_sequences={multiple} is not a multiple of "
+                f"run.micro_batch_sequences={micro}, so a step would not split into micro-batches: "
+                f"use {-(-multiple // micro) * micro}"
+            )
+        step_tokens = self.schedule.batch_start_sequences * self.data.sequence_length
+        if self.schedule.total_tokens < step_tokens:
+            raise ConfigError(
+                f"schedule.total_tokens={self.schedule.total_tokens} is less than one step's {step_tokens} "
+                "tokens (schedule.batch_start_sequences x data.sequence_length): raise it"
+            )
+
+
+def compose(overrides: list[str]) -> PretrainConfig:
+    """Compose `configs/pretrain.yaml` with the command line's overrides, from any working directory.
+
+    Args:
+        overrides: Hydra's grammar: `model=small` chooses an option, `schedule.lr_peak=3e-4` sets a value,
+            `+cluster=h100_1` applies a cluster.
+    Returns:
+        The frozen, checked configuration.
+    Raises:
+        ConfigError: any mistake, in one sentence.
+    """
+    _check_overrides(overrides)
+    try:
+        with hydra.initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
+            tree = hydra.compose(ROOT_FILE, overrides)
+        values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"configs/: {' '.join(str(error).split())}") from error
+    return _build_root(values)
+
+
+def to_yaml(config: PretrainConfig) -> str:
+    """The configuration as YAML, every value resolved; `from_yaml` reads it back."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def from_yaml(text: str) -> PretrainConfig:
+    """Read what `to_yaml` wrote, such as the `config.yaml` of a run directory.
+
+    Raises:
+        ConfigError: the text is not such a file, or was written by a version with other fields.
+    """
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(text), resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"config.yaml: {' '.join(str(error).split())}") from error
+    return _build_root(values)
+
+
+def _build_root(values: object) -> PretrainConfig:
+    try:
+        config = build(PretrainConfig, values, "")
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    assert isinstance(config, PretrainConfig)
+    return config
+
+
+def build(kind: Any, value: object, path: str) -> object:
+    """Convert a plain value, as YAML gives it, to a type: dataclass, tuple, Optional, Literal or scalar.
+
+    Args:
+        kind: the wanted type.
+        value: dict, list or scalar.
+        path: dotted name of the value, for messages.
+    Returns:
+        A value of that type. An int is a legal float and an integral float a legal int (14.8e12 tokens);
+        nothing else is converted.
+    Raises:
+        ConfigError: unknown, missing or mistyped.
+    """
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, path)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return build(inner, value, path)
+    if origin is Literal:
+        if value not in arguments:
+            options = ", ".join(map(str, arguments))
+            near = _nearest(str(value), [str(argument) for argument in arguments])
+            raise ConfigError(f"{path}={value} is not one of {options}: did you mean {path}={near}?")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(arguments):
+            raise ConfigError(f"{path}={value} must be a list of {len(arguments)} values")
+        return tuple(
+            build(argument, item, f"{path}[{index}]")
+            for index, (argument, item) in enumerate(zip(arguments, value, strict=True))
+        )
+    return _build_scalar(kind, value, path)
+
+
+def _build_dataclass(kind: Any, value: object, path: str) -> object:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{path}={value} must be a section with the fields {', '.join(_hints(kind))}")
+    hints = _hints(kind)
+    prefix = f"{path}." if path else ""
+    for name in value:
+        if name not in hints:
+            raise _unknown_key(f"{prefix}{name}")
+    required = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    for name in required:
+        if name not in value:
+            raise ConfigError(f"{prefix}{name} is missing: give it a value, as the other files of its group do")
+    return kind(**{name: build(hints[name], item, f"{prefix}{name}") for name, item in value.items()})
+
+
+SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _build_scalar(kind: type, value: object, path: str) -> object:
+    assert kind in SCALARS, (kind, path)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value) if abs(value) < 1e300 else math.inf
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path}={value} must be a finite number")
+    if type(value) is not kind:
+        quote = f"; to mean the text, write '{path}=\"{value}\"'" if kind is str else ""
+        raise ConfigError(f"{path}={value} must be {SCALARS[kind]}, not {type(value).__name__}{quote}")
+    return value
+
+
+def _check_overrides(overrides: list[str]) -> None:
+    parser = OverridesParser.create()
+    seen: dict[str, str] = {}
+    for text in overrides:
+        refusal = ConfigError(
+            f"{text!r} is not an override: write key=value, such as schedule.lr_peak=1e-3 or model=tiny"
+        )
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            raise refusal from error
+        key = str(override.key_or_group)
+        if not key:
+            raise refusal
+        if key in seen:
+            raise ConfigError(f"{key} is given twice, as {seen[key]!r} and {text!r}: keep one")
+        seen[key] = text
+        _check_override(override, text, key)
+
+
+def _check_override(override: Override, text: str, key: str) -> None:
+    if override.is_delete():
+        raise ConfigError(f"{text!r} would delete {key}: nothing can be deleted, set {key} to another value")
+    if override.is_sweep_override():
+        raise ConfigError(f"{text!r} sweeps over several values: give one value a run")
+    if override.package is not None:
+        raise ConfigError(f"{text!r} moves a group to another place: write {key}=... without '@'")
+    if key in _groups():
+        _check_option(override, key)
+    else:
+        _check_key(key, override.value())
+
+
+def _check_key(key: str, value: object) -> None:
+    """Refuse an unknown key, or one inside `model.rope_scaling={factor: 4, ...}`."""
+    if key not in _dotted_names(PretrainConfig, ""):
+        raise _unknown_key(key)
+    for inner, item in value.items() if isinstance(value, dict) else ():
+        _check_key(f"{key}.{inner}", item)
+
+
+def _check_option(override: Override, group: str) -> None:
+    options = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    choice = "null" if override.value() is None else str(override.value())
+    plus, with_plus = ("+", "with") if group in APPENDED_GROUPS else ("", "without")
+    if choice not in options:
+        near = _nearest(choice, options)
+        raise ConfigError(f"{group}={choice} does not exist: did you mean {plus}{group}={near}? ({', '.join(options)})")
+    if override.is_add() != bool(plus):
+        raise ConfigError(f"{override.input_line!r}: write {plus}{group}={choice}, {with_plus} the plus sign")
+
+
+def _groups() -> list[str]:
+    return sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """Field name -> resolved type, in order of declaration."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _dotted_names(kind: Any, prefix: str) -> Iterator[str]:
+    """Every settable name: `schedule.lr_peak`, `model.rope_scaling`, `model.rope_scaling.factor`."""
+    for name, hint in _hints(kind).items():
+        inner = [argument for argument in (hint, *get_args(hint)) if dataclasses.is_dataclass(argument)]
+        if not inner or inner[0] is not hint:
+            yield f"{prefix}{name}"
+        for section in inner:
+            yield from _dotted_names(section, f"{prefix}{name}.")
+
+
+def _unknown_key(key: str) -> ConfigError:
+    names = list(_dotted_names(PretrainConfig, ""))
+    inside = [name for name in names if name.startswith(f"{key}.")]
+    if inside:
+        return ConfigError(f"{key} is a section: set its fields one by one, such as {inside[0]}")
+    if "." in key:
+        near = _nearest(key, names)
+    else:
+        # Without a section it is a group's name, or a field whose section was forgotten.
+        by_leaf = {name.rpartition(".")[2]: name for name in reversed(names)}
+        leaf = _nearest(key, [*_groups(), *by_leaf])
+        near = by_leaf.get(leaf, leaf)
+    return ConfigError(f"{key} is not a configuration key: did you mean {near}?")
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    """The most similar name; there is always one."""
+    return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
