@@ -1,0 +1,67 @@
+"""A small tokenised store and the command line of a small run, shared by the system tests."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from train.data.ingest import Recipe, prepare
+
+WORDS = [
+    "the",
+    "king",
+    "said",
+    "unto",
+    "his",
+    "people",
+    "behold",
+    "this",
+    "day",
+    "is",
+    "a",
+    "day",
+    "of",
+    "the",
+    "lord",
+    "and",
+    "he",
+    "went",
+    "out",
+    "from",
+    "thence",
+]
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stores `train` and `heldout` of 60 short documents with some order in them."""
+    folder = tmp_path_factory.mktemp("text")
+    source, chooser = folder / "text.jsonl", random.Random(0)
+    with source.open("w") as lines:
+        for _ in range(60):
+            text = " ".join(chooser.choice(WORDS[i % 5 :]) for i in range(120))
+            lines.write(json.dumps({"text": text}) + "\n")
+    prepare(Recipe(source=str(source), vocab_size=300), folder / "store")
+    return folder / "store"
+
+
+@pytest.fixture(scope="session")
+def small_run(store: Path) -> list[str]:
+    """Overrides of a run of 24 steps of 2 x 32 tokens, one thread, a checkpoint every 5 steps."""
+    return [
+        "experiment=tiny",
+        "model.num_hidden_layers=2",
+        f"data.store={store / 'train'}",
+        f"data.heldout={store / 'heldout'}",
+        "data.sequence_length=32",
+        "schedule.total_tokens=1536",
+        "schedule.batch_start_sequences=2",
+        "schedule.batch_full_sequences=2",
+        "run.micro_batch_sequences=1",
+        "run.threads=1",
+        "checkpoint.every_steps=5",
+        "observe.wandb=off",
+    ]

@@ -1,0 +1,91 @@
+"""`make demo`'s own program with a budget of 20 steps: every part runs, and everything it promises is printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train.observe.sinks import read_run
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS, TOKENS = 20, 64
+SHORT = [
+    f"data.sequence_length={TOKENS}",
+    f"schedule.total_tokens={STEPS * 2 * TOKENS}",
+    "schedule.batch_start_sequences=2",
+    "schedule.batch_full_sequences=2",
+    "run.micro_batch_sequences=2",
+    "run.threads=1",
+    "run.device=cpu",
+]
+
+
+def demo(place: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(place / "launch/demo.py"), *SHORT],
+        cwd=place,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(place)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    place = tmp_path_factory.mktemp("checkout")
+    for name in ("configs", "data", "kernels", "launch", "parallel", "train"):
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    done = demo(place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return place, done.stdout
+
+
+def test_both_runs_saw_the_same_tokens_for_twenty_steps(ran: tuple[Path, str]) -> None:
+    place, _ = ran
+    bf16, fp8 = (read_run(place / "runs/demo" / name) for name in ("bf16", "fp8"))
+    assert [r["step"] for r in bf16] == [r["step"] for r in fp8] == list(range(1, STEPS + 1))
+    assert bf16[-1]["tokens_seen"] == fp8[-1]["tokens_seen"] == STEPS * 2 * TOKENS
+    # Same tokens and initial values: the first losses differ by FP8's rounding of one forward only (a few per mille
+    # of ln 512), while two different batches would differ by more than a hundredth.
+    assert abs(bf16[0]["loss/main"] / fp8[0]["loss/main"] - 1) < 0.01
+    assert bf16[0]["loss/main"] != fp8[0]["loss/main"], "FP8 must not be BF16 under another name"
+
+
+def test_scores_baselines_and_gap_are_printed(ran: tuple[Path, str]) -> None:
+    place, output = ran
+    for name in ("bf16", "fp8", "bigram", "unigram", "xz"):
+        assert re.search(rf"{name}.*?\d\.\d{{3}}", output), output
+    assert re.search(r"smoothed loss gap [+-]\d+\.\d\d%", output)
+    summary = json.loads((place / "runs/demo/fp8/summary.json").read_text())
+    assert f"{summary['heldout_bits_per_byte']:.3f}" in output
+
+
+def test_the_page_is_self_contained_and_shows_both_runs(ran: tuple[Path, str]) -> None:
+    place, output = ran
+    page = place / "runs/demo/loss_curves.html"
+    assert str(page) in output
+    text = page.read_text(encoding="utf-8")
+    assert "bf16" in text
+    assert "fp8" in text
+    assert not re.search(r"(src|href)=[\"']https?://", text)
+
+
+def test_a_finished_demo_is_shown_again_without_training(ran: tuple[Path, str]) -> None:
+    place, output = ran
+    metrics = (place / "runs/demo/bf16/metrics.jsonl").read_text()
+    again = demo(place)
+    assert again.returncode == 0
+    records = [line for line in metrics.splitlines() if '"event"' not in line]
+    after = (place / "runs/demo/bf16/metrics.jsonl").read_text().splitlines()
+    assert [line for line in after if '"event"' not in line] == records
+    assert re.findall(r"\d\.\d{3}", again.stdout) == re.findall(r"\d\.\d{3}", output)

@@ -1,0 +1,130 @@
+"""Crash safety, proved by killing the run: what resumes is bit for bit the run that was never broken.
+
+Equality is exact (deterministic algorithms, one thread): losses of every step, and every tensor of the last
+checkpoint: parameters, FP32 masters, moments, router biases, RNG.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from train.checkpoint.publish import latest
+from train.observe.sinks import read_events, read_run
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 24
+TIMEOUT_S = 300
+
+
+def start(overrides: list[str], directory: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "launch/pretrain.py", *overrides, f"run.directory={directory}", "run.name=run"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, output
+
+
+def wait_until(process: subprocess.Popen[str], run: Path, reached: Callable[[int], bool]) -> None:
+    """Until the log shows a step that satisfies `reached`; the process must still be at work."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists():
+            records = read_run(run)
+            if records and reached(records[-1]["step"]):
+                return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    raise AssertionError("the run made no progress")
+
+
+def losses(run: Path) -> dict[int, tuple[float, float, float]]:
+    return {r["step"]: (r["loss/main"], r["loss/mtp"], r["grad/norm"]) for r in read_run(run)}
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = latest(run / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.name == f"step_{STEPS:08d}"
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in checkpoint.glob("*.safetensors"):
+        tensors |= load_file(shard)
+    return tensors
+
+
+@pytest.fixture(scope="module", params=["bf16", "fp8"])
+def overrides(request: pytest.FixtureRequest, small_run: list[str]) -> list[str]:
+    return [*small_run, f"precision={request.param}"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("unbroken")
+    finish(start(overrides, directory))
+    return directory / "run"
+
+
+def assert_same_run(broken: Path, unbroken: Path) -> None:
+    assert list(losses(broken)) == list(range(1, STEPS + 1)), "every step once, in order"
+    assert losses(broken) == losses(unbroken)
+    expected, actual = state(unbroken), state(broken)
+    assert actual.keys() == expected.keys()
+    assert {name.partition(".")[0] for name in expected} == {"model", "optim", "rng"}
+    assert any("e_score_correction_bias" in name for name in expected)
+    different = [name for name in expected if not torch.equal(actual[name], expected[name])]
+    assert not different
+    assert not [event for event in read_events(broken) if event["event"] == "replay_differs"]
+
+
+def test_kill_9_loses_only_the_steps_since_the_last_save(overrides: list[str], unbroken: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    # Killed twice: between the saves at 5 and 10, and between those at 15 and 20.
+    for low, high in ((7, 10), (17, 20)):
+        process = start(overrides, tmp_path)
+        wait_until(process, run, lambda step, low=low: step >= low)
+        process.send_signal(signal.SIGKILL)
+        process.wait(TIMEOUT_S)
+        logged = read_run(run)[-1]["step"]
+        saved = latest(run / "checkpoints")
+        assert saved is not None
+        # At most the interval that was under way, and one that was still being written.
+        assert logged - int(saved.name.removeprefix("step_")) < 2 * 5, (logged, saved.name, high)
+    finish(start(overrides, tmp_path))
+    assert_same_run(run, unbroken)
+    resumed = [event["step"] for event in read_events(run) if event["event"] == "resume"]
+    assert len(resumed) == 2
+    assert all(step % 5 == 0 for step in resumed)
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_0(overrides: list[str], unbroken: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(overrides, tmp_path)
+    wait_until(process, run, lambda step: step >= 8)
+    process.terminate()
+    finish(process)
+    stopped = read_run(run)[-1]["step"]
+    assert stopped < STEPS
+    saved = latest(run / "checkpoints")
+    assert saved is not None
+    assert saved.name == f"step_{stopped:08d}", "nothing done is lost"
+    finish(start(overrides, tmp_path))
+    assert_same_run(run, unbroken)
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_the_field(overrides: list[str], unbroken: Path) -> None:
+    changed = [*overrides, "model.routed_scaling_factor=3.5"]
+    process = start(changed, unbroken.parent)
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 2
+    assert "saved with another model: routed_scaling_factor was 1.25, now 3.5" in output
+    assert "Traceback" not in output

@@ -1,0 +1,121 @@
+"""Losses as sums: the report's normalisation, and independence of how a step is cut into micro-batches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from train.data.batch import IGNORE_INDEX, Batch
+from train.losses import LossWeights, loss_sums
+from train.model.config import ModelConfig
+from train.model.init import initialize
+from train.model.precision import Precision
+from train.model.transformer import Transformer
+from train.optim.adamw import AdamW, OptimConfig
+from train.optim.schedules import Now
+from train.step import StepGradients, compute_gradients
+
+CONFIG = ModelConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_hidden_layers=2,
+    first_k_dense_replace=1,
+    num_attention_heads=2,
+    q_lora_rank=16,
+    kv_lora_rank=8,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    max_position_embeddings=64,
+    num_nextn_predict_layers=2,
+    initializer_range=0.1,
+)
+NOW = Now(lr=1e-3, batch_sequences=4, bias_speed=1e-3, mtp_weight=0.3, balance_alpha=0.01)
+
+
+def model() -> Transformer:
+    net = Transformer(CONFIG, Precision("fp32"))
+    initialize(net, seed=0, std=CONFIG.initializer_range)
+    return net
+
+
+def batch() -> Batch:
+    """Four sequences with 12, 9, 0 and 12 targets."""
+    tokens = torch.randint(0, CONFIG.vocab_size, (4, 13), generator=torch.Generator().manual_seed(0))
+    labels = tokens[:, 1:].clone()
+    labels[1, :3] = IGNORE_INDEX
+    labels[2] = IGNORE_INDEX
+    return Batch(tokens[:, :-1].contiguous(), labels)
+
+
+def gradients(pieces: list[slice]) -> tuple[StepGradients, dict[str, torch.Tensor]]:
+    net = model()
+    optimizer = AdamW(net.named_parameters(), replace(OptimConfig(), clip_norm=1e9))
+    whole = batch()
+    parts = [Batch(whole.input_ids[p], whole.labels[p]) for p in pieces]
+    result = compute_gradients(net, optimizer, parts, num_targets=whole.num_targets, now=NOW)
+    return result, {name: p.main_grad.clone() for name, p in net.named_parameters()}
+
+
+def test_total_is_the_reports_objective_times_the_number_of_targets() -> None:
+    net, data = model(), batch()
+    output = net(data.input_ids)
+    weights = LossWeights(mtp_weight=0.3, balance_alpha=0.01, num_targets=data.num_targets, num_sequences=4)
+    losses = loss_sums(net, output, data.labels, weights)
+
+    def nll(hidden: torch.Tensor, labels: torch.Tensor) -> float:
+        logits = net.logits(hidden).double().flatten(0, 1)
+        return float(F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum").detach())
+
+    main = nll(output.hidden, data.labels)
+    mtp = [nll(hidden, data.labels[:, k:]) for k, hidden in enumerate(output.mtp_hidden, start=1)]
+    balance = sum(float(routing.balance.detach()) for routing in output.routings.values())
+    assert data.num_targets == 33
+    # Equation 24: every depth divides by the main model's N, though it has fewer targets; the balance loss is a mean
+    # over the 4 sequences.
+    objective = main / 33 + 0.3 * (mtp[0] + mtp[1]) / 2 / 33 + 0.01 * balance / 4
+    # FP32 sums of about 100 terms against FP64: 100 * 2^-24 = 6e-6.
+    assert math.isclose(float(losses.total.detach()) / 33, objective, rel_tol=6e-6)
+
+
+def test_gradients_do_not_depend_on_the_cut_into_micro_batches() -> None:
+    whole, whole_grads = gradients([slice(0, 4)])
+    # The third piece has no target at all; it still carries balance loss.
+    cut, cut_grads = gradients([slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 4)])
+    for name, expected in whole_grads.items():
+        error = float((cut_grads[name] - expected).norm() / expected.norm().clamp(min=1e-12))
+        # FP32 sums in another order; the longest has 48 tokens x 61 logits.
+        assert error < 1e-5, (name, error)
+    assert math.isclose(float(whole.loss_total), float(cut.loss_total), rel_tol=1e-5)
+    assert whole.counts.keys() == cut.counts.keys() == {1, 2, 3}
+    # Layer 1 sees 48 tokens x 2 experts; MTP layers 44 and 40 tokens.
+    assert [int(whole.counts[i].sum()) for i in (1, 2, 3)] == [96, 88, 80]
+    assert all(torch.equal(whole.counts[i], cut.counts[i]) for i in whole.counts)
+
+
+def test_a_step_without_any_target_is_finite_and_has_no_gradient() -> None:
+    net = model()
+    optimizer = AdamW(net.named_parameters(), OptimConfig())
+    whole = batch()
+    empty = Batch(whole.input_ids, torch.full_like(whole.labels, IGNORE_INDEX))
+    result = compute_gradients(net, optimizer, [empty], num_targets=0, now=NOW)
+    assert bool(result.finite)
+    assert float(result.loss_main) == 0.0
+    assert all(not p.main_grad.any() for p in net.parameters())
+
+
+def test_a_non_finite_loss_is_flagged() -> None:
+    net = model()
+    optimizer = AdamW(net.named_parameters(), OptimConfig())
+    with torch.no_grad():
+        net.lm_head.weight[3, 3] = float("nan")
+    whole = batch()
+    result = compute_gradients(net, optimizer, [whole], num_targets=whole.num_targets, now=NOW)
+    assert not bool(result.finite)

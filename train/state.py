@@ -1,0 +1,49 @@
+"""Where a run stands: the few integers from which everything else follows.
+
+Every schedule is a pure function of (step, tokens seen), the data order one of (seed, position).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Counters after `step` optimizer steps.
+
+    step: steps taken, skipped ones included. tokens_seen: main-model input tokens consumed. sequences_seen: position in
+    the data order. skipped_steps / consecutive_skips: steps whose loss or gradient was not finite. updates: optimizer
+    updates applied (the t of Adam's bias correction).
+    """
+
+    step: int = 0
+    tokens_seen: int = 0
+    sequences_seen: int = 0
+    skipped_steps: int = 0
+    consecutive_skips: int = 0
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates applied so far."""
+        return self.step - self.skipped_steps
+
+    def advance(self, *, sequences: int, tokens: int, finite: bool) -> TrainState:
+        """The state after one more step over `sequences` and `tokens`, applied if `finite`, else skipped."""
+        return replace(
+            self,
+            step=self.step + 1,
+            tokens_seen=self.tokens_seen + tokens,
+            sequences_seen=self.sequences_seen + sequences,
+            skipped_steps=self.skipped_steps + (not finite),
+            consecutive_skips=0 if finite else self.consecutive_skips + 1,
+        )
+
+    def to_json(self) -> dict[str, int]:
+        """Plain dict for `state.json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, int]) -> TrainState:
+        """Inverse of `to_json`."""
+        return cls(**values)
