@@ -1,0 +1,38 @@
+# make demo   train a tiny DeepSeek-V3 in BF16 and in FP8 on the text in this repository, and compare the two
+# make test   lint, types, import contracts and every CPU test
+# make check  the first three of these only
+# make clean  remove caches (never runs/ nor stores/)
+# A fresh machine needs Python 3.11 to 3.13 and nothing else: .ci/setup makes .venv. PYTHON=... names another Python.
+
+BIN := .venv/bin
+WORKERS ?= 2
+# More arguments for pytest or for the demo, e.g. make test ARGS="-k router".
+ARGS ?=
+START := $(shell date +%s)
+export PYTHON
+
+.PHONY: demo test check clean setup setup-dev
+
+demo: setup
+	@$(BIN)/python launch/demo.py $(ARGS)
+	@echo "make demo: $$(( $$(date +%s) - $(START) )) s"
+
+test: check
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=10 $(ARGS)
+	@echo "make test: $$(( $$(date +%s) - $(START) )) s"
+
+check: setup-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+clean:
+	@rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist ./*.egg-info
+	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+setup:
+	@.ci/setup run
+
+setup-dev:
+	@.ci/setup dev

@@ -1,0 +1,86 @@
+"""What every test stands on: one seed, deterministic algorithms, poisoned memory, no network.
+
+- `torch.empty` returns NaN: torch fills uninitialised memory while deterministic algorithms are on, so that
+  an output that a kernel forgot to write shows at once.
+- Every test starts from the same seed, whichever tests ran before it in the same worker; hypothesis draws the
+  same examples every time and has no deadline (machines are noisy).
+- Hugging Face libraries and wandb are told that there is no network, before anything imports them.
+- `run_command` runs an entrypoint or a command of the README in a fresh process, from the repository's root.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    # cuBLAS is deterministic only with a fixed workspace; read when CUDA starts.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+}
+os.environ.update(OFFLINE)
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+SEED = 20241227
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+torch.use_deterministic_algorithms(True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+# One thread a worker: pytest-xdist runs one worker per core, and bit-equality promises name the thread count.
+torch.set_num_threads(1)
+settings.register_profile("deterministic", derandomize=True, deadline=None)
+settings.load_profile("deterministic")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Give every test the same random state, and switch back on what another test left off."""
+    random.seed(SEED)
+    np.random.seed(SEED)  # noqa: NPY002  (libraries read the global state)
+    torch.manual_seed(SEED)
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run_command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `python ARGUMENTS` from the repository's root, offline, in one thread.
+
+    Returns:
+        A function (*arguments, timeout_s=300, check=True, **environment) -> CompletedProcess with text
+        output; with `check`, a non-zero exit fails the test and shows both streams.
+    """
+
+    def run(
+        *arguments: str | Path, timeout_s: float = 300, check: bool = True, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=REPOSITORY,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        if check and done.returncode:
+            pytest.fail(f"{arguments} exited with {done.returncode}\n{done.stdout}\n{done.stderr}", pytrace=False)
+        return done
+
+    return run

@@ -1,0 +1,426 @@
+"""The house rules, each as a test: what people agree on in calm is kept in haste.
+
+Import floors are contracts in pyproject.toml (`lint-imports`), style is ruff's, types are mypy's; here stands
+what those tools cannot say. A failure names every offender and the cure; the last test plants an offence
+against each rule and sees it turn red.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import re
+import subprocess
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("kernels", "parallel", "train", "launch")
+MAX_FILE_LINES = 500
+MAX_FUNCTION_LINES = 60
+MAX_PARAMETERS = 8
+MAX_ENTRYPOINT_LINES = 80
+
+# Files in kernels/ that are no kernels: formats, the queue, the bench table, the choice of backend.
+NOT_KERNELS = ("__init__", "formats", "backend", "deferred", "bench_entry", "bench_table")
+# Kernel files whose arithmetic is all in other kernel files, which have references: name -> what it composes.
+COMPOSITIONS = {"fp8_linear": ("gemm_fp8", "gemm_grouped", "quantize")}
+# Functions that may read a device value inside the step, and why.
+HOST_READS = {
+    "kernels/gemm_grouped.py:group_rows": "plain torch slices by group; a device kernel would not",
+}
+# Where the environment may be read.
+ENVIRONMENT_HOMES = ("launch/", "kernels/backend.py")
+
+
+def none_of(offenders: list[str], cure: str) -> None:
+    """Fail with every offender on a line of its own."""
+    assert not offenders, "\n".join([cure, *sorted(set(offenders))])
+
+
+def sources(*rooms: str) -> list[Path]:
+    """Python files below some folders of the repository."""
+    return sorted(path for room in rooms for path in (ROOT / room).rglob("*.py"))
+
+
+def kernel_files() -> list[Path]:
+    return [path for path in sources("kernels") if path.stem not in NOT_KERNELS]
+
+
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def place(path: Path, node: ast.AST | None = None) -> str:
+    line = f":{node.lineno}" if node is not None and hasattr(node, "lineno") else ""
+    return f"{path.relative_to(ROOT)}{line}"
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Every function of a file but device code (`@triton.jit`, `@gluon.jit`)."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            decorators = {ast.unparse(decorator).partition("(")[0] for decorator in node.decorator_list}
+            if not decorators & {"triton.jit", "gluon.jit"}:
+                yield node
+
+
+def dotted(node: ast.AST) -> str:
+    """`os.environ` for the expression os.environ; '' for anything that is no dotted name."""
+    return ast.unparse(node) if isinstance(node, ast.Attribute | ast.Name) else ""
+
+
+def imported(path: Path) -> Iterator[tuple[ast.AST, str]]:
+    """(node, dotted name) of everything a file imports: `import a.b` and `from a import b` both give a.b."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def test_no_file_is_longer_than_the_limit() -> None:
+    offenders = [
+        f"{place(path)}: {length} lines"
+        for path in sources(*ROOMS, "tests")
+        if (length := len(path.read_text().splitlines())) > MAX_FILE_LINES
+    ]
+    none_of(offenders, f"split by idea: {MAX_FILE_LINES} lines a file")
+
+
+def test_no_function_is_longer_than_the_limit() -> None:
+    offenders = [
+        f"{place(path, node)}: {node.name} has {length} lines"
+        for path in sources(*ROOMS, "tests")
+        for node in functions(path)
+        if (length := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION_LINES
+    ]
+    none_of(offenders, f"split by idea: {MAX_FUNCTION_LINES} lines a function")
+
+
+def test_no_function_has_more_parameters_than_the_limit() -> None:
+    offenders = []
+    for path in sources(*ROOMS):
+        for node in functions(path):
+            names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            names = [name for name in names if name not in ("self", "cls", "ctx")]
+            if len(names) > MAX_PARAMETERS:
+                offenders.append(f"{place(path, node)}: {node.name} takes {len(names)}")
+    none_of(offenders, "group them in a frozen dataclass")
+
+
+def test_init_files_hold_a_docstring_only() -> None:
+    offenders = []
+    for path in sources(*ROOMS):
+        if path.name == "__init__.py":
+            body = tree(path).body
+            if len(body) != 1 or ast.get_docstring(tree(path)) is None:
+                offenders.append(f"{place(path)}: {len(body)} statements, expected one docstring")
+    none_of(offenders, "move the code to a module of its own")
+
+
+def test_tests_are_no_packages() -> None:
+    """pytest imports them by file (importmode=importlib), so basenames may repeat."""
+    none_of([place(path) for path in sources("tests") if path.name == "__init__.py"], "delete it")
+
+
+def test_every_folder_of_code_is_a_package() -> None:
+    folders = {path.parent for path in sources(*ROOMS)}
+    offenders = [place(folder) for folder in folders if not (folder / "__init__.py").exists()]
+    none_of(offenders, "add an __init__.py with a docstring: packaging and mypy look for it")
+
+
+def test_module_docstrings_teach() -> None:
+    """What it computes, where that stands in the paper, what it does not do: more than one line."""
+    offenders = []
+    for path in sources(*ROOMS):
+        text = ast.get_docstring(tree(path)) or ""
+        if path.name != "__init__.py" and (len(text) < 160 or len(text.splitlines()) < 3):
+            offenders.append(f"{place(path)}: {len(text)} characters in {len(text.splitlines())} lines")
+    none_of(offenders, "say what it computes, where that stands in the paper, what it leaves out")
+
+
+def test_public_names_have_docstrings() -> None:
+    offenders = []
+    for path in sources(*ROOMS):
+        for scope in ast.walk(tree(path)):
+            if not isinstance(scope, ast.Module | ast.ClassDef):
+                continue
+            if isinstance(scope, ast.ClassDef) and scope.name.startswith("_"):
+                continue
+            for node in scope.body:
+                documented = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+                if documented and ast.get_docstring(node) is None:
+                    offenders.append(f"{place(path, node)}: {node.name}")
+    none_of(offenders, "write the docstring: one line, then Args, Returns, Raises where they apply")
+
+
+def test_nothing_is_a_stub() -> None:
+    """A function does what it says: no NotImplementedError, no empty body outside a Protocol."""
+    offenders = []
+    for path in sources(*ROOMS):
+        protocols = [
+            node
+            for node in ast.walk(tree(path))
+            if isinstance(node, ast.ClassDef) and any("Protocol" in ast.unparse(base) for base in node.bases)
+        ]
+        promised = {(n.lineno, n.name) for p in protocols for n in p.body if isinstance(n, ast.FunctionDef)}
+        for node in functions(path):
+            body = [s for s in node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+            empty = all(isinstance(statement, ast.Pass) for statement in body)
+            if empty and (node.lineno, node.name) not in promised:
+                offenders.append(f"{place(path, node)}: {node.name} is empty")
+        if "NotImplementedError" in path.read_text():
+            offenders.append(f"{place(path)}: NotImplementedError")
+    none_of(offenders, "write it or leave it out")
+
+
+@pytest.mark.parametrize("path", kernel_files(), ids=lambda path: path.stem)
+def test_every_kernel_has_a_reference_a_test_and_a_bench_entry(path: Path) -> None:
+    """A hand-written kernel or backward is checked against a `*_reference` in its own file.
+
+    A file of plain torch that autograd differentiates is its own reference; a composition imports its own.
+    """
+    from kernels.bench_entry import Bench
+
+    source = path.read_text()
+    has_reference = any(node.name.endswith("_reference") for node in functions(path))
+    hand_written = "autograd.Function" in source or "triton.jit" in source or "gluon.jit" in source
+    if path.stem in COMPOSITIONS:
+        names = {name for _, name in imported(path)}
+        for part in COMPOSITIONS[path.stem]:
+            assert any(name.startswith(f"kernels.{part}.") for name in names), f"does not compose {part}"
+    else:
+        assert has_reference or not hand_written, f"{place(path)} needs a *_reference"
+    assert (ROOT / f"tests/kernels/test_{path.stem}.py").exists(), f"tests/kernels/test_{path.stem}.py is missing"
+    bench = importlib.import_module(f"kernels.{path.stem}").BENCH
+    assert isinstance(bench, tuple)
+    assert bench, f"{place(path)} has an empty BENCH"
+    assert all(isinstance(entry, Bench) for entry in bench)
+
+
+def test_the_rooms_are_ours() -> None:
+    """PyPI has a package called `kernels`; if it is installed, one of the two hides the other."""
+    offenders = []
+    for room in ROOMS:
+        if (ROOT / room).is_dir():
+            spec = importlib.util.find_spec(room)
+            origin = spec.origin if spec else None
+            if origin is None or not Path(origin).is_relative_to(ROOT):
+                offenders.append(f"{room} resolves to {origin}: reinstall with `pip install --no-deps --editable .`")
+    none_of(offenders, "reinstall: pip install --no-deps --editable .")
+    installed = {(distribution.name or "").lower() for distribution in importlib.metadata.distributions()}
+    assert "kernels" not in installed, "a foreign package hides ours: run `pip uninstall kernels`"
+
+
+def test_no_entrypoint_shadows_an_installed_module() -> None:
+    """`python launch/x.py` puts launch/ first on the path: any `import x` would find the script."""
+    scripts = [path for path in sources("launch") if path.stem != "__init__"]
+    none_of([place(path) for path in scripts if importlib.util.find_spec(path.stem)], "rename the script")
+
+
+def test_entrypoints_are_short() -> None:
+    offenders = [
+        f"{place(path)}: {length} lines"
+        for path in sources("launch")
+        if (length := len(path.read_text().splitlines())) >= MAX_ENTRYPOINT_LINES
+    ]
+    none_of(offenders, f"parse, build the configuration, call one function: under {MAX_ENTRYPOINT_LINES} lines")
+
+
+def test_the_environment_is_read_at_the_door() -> None:
+    offenders = []
+    for path in sources(*ROOMS):
+        if place(path).startswith(ENVIRONMENT_HOMES):
+            continue
+        uses = [(node, dotted(node)) for node in ast.walk(tree(path))]
+        for node, name in [*uses, *imported(path)]:
+            if name in ("os.environ", "os.getenv", "os.putenv"):
+                offenders.append(f"{place(path, node)}: {name}")
+    none_of(offenders, "pass a field of the configuration")
+
+
+def test_nothing_unpickles() -> None:
+    forbidden = ("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "torch.load", "torch.save")
+    offenders = []
+    for path in sources(*ROOMS):
+        uses = [(node, dotted(node)) for node in ast.walk(tree(path))]
+        for node, name in [*uses, *imported(path)]:
+            if any(name == word or name.startswith(f"{word}.") for word in forbidden):
+                offenders.append(f"{place(path, node)}: {name}")
+        if "allow_pickle=True" in path.read_text():
+            offenders.append(f"{place(path)}: allow_pickle=True")
+    none_of(offenders, "tensors go through safetensors, the rest through JSON")
+
+
+def test_the_step_never_waits_for_the_device() -> None:
+    """No value is read back inside forward, backward and update; references and the bench table may."""
+    step = sources("kernels", "parallel", "train/model", "train/optim")
+    step += [path for path in sources("train") if place(path) in ("train/step.py", "train/losses.py")]
+    offenders = [
+        f"{place(path, node)}: .{node.attr} in {function.name}"
+        for path in step
+        if path.stem != "bench_table"
+        for function in functions(path)
+        if not function.name.endswith("_reference") and f"{place(path)}:{function.name}" not in HOST_READS
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute) and node.attr in ("item", "tolist", "cpu", "synchronize")
+    ]
+    none_of(offenders, "keep it on the device, or read it back after the step")
+
+
+@pytest.mark.parametrize("key", sorted(HOST_READS))
+def test_each_exception_is_still_needed(key: str) -> None:
+    file, _, name = key.partition(":")
+    if (ROOT / file).exists():
+        assert name in [node.name for node in functions(ROOT / file)]
+
+
+def text_files() -> list[Path]:
+    """What people read or run: code, configs, documents, build files."""
+    found = [p for d in (*ROOMS, "tests", "configs", "docs", "requirements", ".ci") for p in (ROOT / d).rglob("*")]
+    found += [p for p in ROOT.glob("*") if p.suffix in (".md", ".toml", ".yaml") or p.name == "Makefile"]
+    return sorted(p for p in found if p.is_file() and p.suffix not in (".pyc", ".png", ".svg", ".html"))
+
+
+def test_no_file_names_a_folder_of_one_machine() -> None:
+    machine = re.compile(r"(?<![\w.~/}-])/(?:home|root|work|Users|mnt|opt|scratch)/\w")
+    offenders = [
+        f"{place(path)}:{number}: {line.strip()}"
+        for path in text_files()
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if machine.search(line)
+    ]
+    none_of(offenders, "derive it from __file__ or take it from the configuration")
+
+
+def named_paths(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, path) of each file of ours that a text names, and of each relative Markdown link."""
+    folders = "|".join((*ROOMS, "tests", "configs", "docs", "requirements", r"\.ci"))
+    mention = re.compile(rf"(?<![\w./*-])(?:{folders})/[\w./*-]*\.(?:py|md|yaml|txt|png|jsonl|html)\b")
+    link = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)")
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        yield from ((number, match) for match in mention.findall(line))
+        if path.suffix == ".md":
+            targets = [(path.parent / target).resolve() for target in link.findall(line)]
+            yield from ((number, str(target.relative_to(ROOT.resolve()))) for target in targets)
+
+
+def test_every_file_that_a_text_names_exists() -> None:
+    offenders = [
+        f"{place(path)}:{number}: {name}"
+        for path in text_files()
+        # pyproject.toml names the homes of banned interfaces before they are built.
+        if path.name not in ("CHANGELOG.md", "pyproject.toml") and path != Path(__file__)
+        for number, name in named_paths(path)
+        if not any(ROOT.glob(name))
+    ]
+    none_of(offenders, "the file is gone or was never there")
+
+
+def test_every_test_that_a_document_names_exists() -> None:
+    """docs/promises.md says which test proves what: `tests/model/test_oracle.py::test_name`."""
+    reference = re.compile(r"(tests/[\w/]+\.py)::(test_\w+)")
+    offenders = []
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for file, name in reference.findall(document.read_text()):
+            path = ROOT / file
+            if not path.exists() or name not in [node.name for node in functions(path)]:
+                offenders.append(f"{place(document)}: {file}::{name}")
+    none_of(offenders, "the promise has lost its test")
+
+
+def pins() -> dict[str, str]:
+    """Package -> exact version, from requirements/."""
+    found: dict[str, str] = {}
+    for path in sorted((ROOT / "requirements").glob("*.txt")):
+        for line in path.read_text().splitlines():
+            if line and not line.startswith(("#", "-")):
+                requirement = Requirement(line)
+                (clause,) = requirement.specifier
+                assert clause.operator == "==", f"{place(path)}: {line} is no exact version"
+                assert requirement.name not in found, f"{requirement.name} is pinned twice"
+                found[requirement.name] = clause.version
+    return found
+
+
+def test_the_pins_are_exact_and_inside_the_supported_ranges() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = pins()
+    optional = project["optional-dependencies"]
+    # pre-commit, deepspeed and Transformer Engine are for those who want them; neither command installs them.
+    wanted = [*project["dependencies"], *optional["deepseek"], *optional["dev"]]
+    for requirement in map(Requirement, wanted):
+        if requirement.name != "pre-commit":
+            assert requirement.specifier.contains(pinned[requirement.name]), f"{requirement}: {pinned}"
+    assert (pinned["torch"], pinned["triton"]) == ("2.13.0", "3.7.1")
+
+
+def test_the_commands_are_executable() -> None:
+    for name in (".ci/run", ".ci/setup"):
+        assert (ROOT / name).stat().st_mode & 0o111, f"chmod +x {name}"
+    make = subprocess.run(["make", "--dry-run", "demo", "test"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert make.returncode == 0, make.stderr
+    for command in ("ruff check", "ruff format --check", "mypy", "lint-imports", "pytest", "launch/demo.py"):
+        assert command in make.stdout
+
+
+def test_uninitialised_memory_is_poisoned_and_algorithms_are_deterministic() -> None:
+    """tests/conftest.py switches both on; a kernel that leaves a hole shows NaN in every test."""
+    assert torch.empty(1000).isnan().all()
+    assert torch.empty(10, dtype=torch.bfloat16).isnan().all()
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.get_num_threads() == 1
+
+
+# Rule -> an offence against it, as file and text below an otherwise empty repository.
+OFFENCES = [
+    (test_no_file_is_longer_than_the_limit, "train/a.py", "x = 1\n" * 501),
+    (test_no_function_is_longer_than_the_limit, "train/a.py", "def f():\n" + "    x = 1\n" * 60),
+    (
+        test_no_function_has_more_parameters_than_the_limit,
+        "train/a.py",
+        "def f(a, b, c, d, e, *, f, g, h, i): 1",
+    ),
+    (test_init_files_hold_a_docstring_only, "train/__init__.py", '"""Room."""\n__version__ = "1"\n'),
+    (test_tests_are_no_packages, "tests/__init__.py", ""),
+    (test_every_folder_of_code_is_a_package, "train/data/a.py", ""),
+    (test_module_docstrings_teach, "train/a.py", '"""Pads stuff."""\n'),
+    (test_public_names_have_docstrings, "train/a.py", "class A:\n    def f(self): return 1\n"),
+    (test_nothing_is_a_stub, "train/a.py", 'def f():\n    """Later."""\n    ...\n'),
+    (test_nothing_is_a_stub, "train/a.py", "def f():\n    raise NotImplementedError\n"),
+    (test_no_entrypoint_shadows_an_installed_module, "launch/numpy.py", ""),
+    (test_entrypoints_are_short, "launch/a.py", "x = 1\n" * 80),
+    (test_the_environment_is_read_at_the_door, "train/a.py", "import os\nos.environ['A']\n"),
+    (test_the_environment_is_read_at_the_door, "train/a.py", "from os import getenv\n"),
+    (test_nothing_unpickles, "train/a.py", "import pickle\n"),
+    (test_nothing_unpickles, "train/a.py", "import torch as t, torch\ntorch.load('a')\n"),
+    (test_the_step_never_waits_for_the_device, "kernels/a.py", "def f(x):\n    return x.sum().item()\n"),
+    (test_no_file_names_a_folder_of_one_machine, "configs/a.yaml", "store: /" + "home/me/text\n"),
+    (test_every_file_that_a_text_names_exists, "docs/a.md", "See `train/" + "gone.py`.\n"),
+    (test_every_file_that_a_text_names_exists, "docs/a.md", "[there](gone.md)\n"),
+    (test_every_test_that_a_document_names_exists, "docs/a.md", "tests/" + "gone.py::test_x\n"),
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "file", "text"), OFFENCES, ids=[f"{rule.__name__}-{file}" for rule, file, _ in OFFENCES]
+)
+def test_each_rule_turns_red(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: Callable[[], None], file: str, text: str
+) -> None:
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    rule()
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(AssertionError, match=re.escape(file.rpartition("/")[0])):
+        rule()
