@@ -99,7 +99,7 @@ CONTRADICTIONS = {
     ),
     "budget below one step": (
         ["schedule.total_tokens=100"],
-        "schedule.total_tokens=100 is less than one step's 1024 tokens",
+        "schedule.total_tokens=100 is less than one step's 512 tokens",
     ),
     "scores of nothing": (
         ["data.heldout=null", "run.eval_every_steps=5"],
@@ -139,7 +139,7 @@ def test_a_contradiction_is_one_sentence(overrides: list[str], sentence: str) ->
 # File below configs/, text to replace, replacement, what the sentence must say.
 FILE_MISTAKES = {
     "unknown field": ("model/tiny.yaml", "hidden_size:", "hiden_size:", "did you mean model.hidden_size?"),
-    "missing field": ("model/tiny.yaml", "vocab_size: 2048", "", "model.vocab_size is missing"),
+    "missing field": ("model/tiny.yaml", "vocab_size: 1024", "", "model.vocab_size is missing"),
     "wrong type": (
         "optim/adamw.yaml",
         "clip_norm: 1.0",

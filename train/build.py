@@ -46,8 +46,9 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def set_determinism(*, deterministic: bool, threads: int | None) -> None:
-    """Bit-equal repeats need deterministic algorithms and a fixed thread count; both are part of the run card."""
+def set_determinism(*, seed: int, deterministic: bool, threads: int | None) -> None:
+    """Bit-equal repeats need one seed, deterministic algorithms and a fixed thread count; all are on the run card."""
+    torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic)
     # Filling every torch.empty with NaN is for tests; here it would cost a pass over each activation.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -88,8 +89,9 @@ def build(config: PretrainConfig) -> Parts:
     """
     device = choose_device(config.run.device)
     stream, heldout = open_stores(config)
-    set_determinism(deterministic=config.run.deterministic, threads=config.run.threads)
-    model = build_model(config.model, config.precision, seed=config.run.seed, device=device)
+    run = config.run
+    set_determinism(seed=run.seed, deterministic=run.deterministic, threads=run.threads)
+    model = build_model(config.model, config.precision, seed=run.seed, device=device)
     optimizer = AdamW(model.named_parameters(), config.optim)
     return Parts(device=device, model=model, optimizer=optimizer, stream=stream, heldout=heldout)
 

@@ -21,7 +21,8 @@ from train.checkpoint.publish import latest
 from train.observe.sinks import read_events, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 24
+# As in the fixture `small_run`.
+STEPS, EVERY = 24, 5
 TIMEOUT_S = 300
 
 
@@ -88,22 +89,23 @@ def assert_same_run(broken: Path, unbroken: Path) -> None:
 
 def test_kill_9_loses_only_the_steps_since_the_last_save(overrides: list[str], unbroken: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    # Killed twice: between the saves at 5 and 10, and between those at 15 and 20.
-    for low, high in ((7, 10), (17, 20)):
+    # Killed twice, each time some steps after a new checkpoint was published.
+    for published in ("step_00000005", "step_00000015"):
         process = start(overrides, tmp_path)
-        wait_until(process, run, lambda step, low=low: step >= low)
+        checkpoint = run / "checkpoints" / published
+        wait_until(process, run, lambda step, path=checkpoint: path.exists() and step % EVERY in (2, 3))
         process.send_signal(signal.SIGKILL)
         process.wait(TIMEOUT_S)
         logged = read_run(run)[-1]["step"]
         saved = latest(run / "checkpoints")
         assert saved is not None
-        # At most the interval that was under way, and one that was still being written.
-        assert logged - int(saved.name.removeprefix("step_")) < 2 * 5, (logged, saved.name, high)
+        # At most the interval under way, and the one before it while its save is still being written.
+        assert logged - int(saved.name.removeprefix("step_")) < 2 * EVERY, (logged, saved.name)
     finish(start(overrides, tmp_path))
     assert_same_run(run, unbroken)
     resumed = [event["step"] for event in read_events(run) if event["event"] == "resume"]
     assert len(resumed) == 2
-    assert all(step % 5 == 0 for step in resumed)
+    assert all(step % EVERY == 0 for step in resumed)
 
 
 def test_sigterm_finishes_the_step_saves_and_exits_0(overrides: list[str], unbroken: Path, tmp_path: Path) -> None:
