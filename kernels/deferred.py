@@ -40,6 +40,8 @@ class WgradQueue:
         batch, self._queued = self._queued, deque()
         self._taken += len(batch)
 
+        # A schedule's W slot may run with gradients enabled; a weight gradient is never differentiated.
+        @torch.no_grad()
         def run() -> None:
             while batch:
                 batch.popleft()()

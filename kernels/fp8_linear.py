@@ -74,7 +74,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (x,), weight = ctx.saved_tensors, _kept_weight(ctx)
         if weight.requires_grad:
-            deferred.push(lambda: deferred.accumulate_grad(weight, dy.t().float() @ x.float()))
+            deferred.push(lambda: deferred.accumulate_grad(weight, _wgrad(dy, x)))
         return dy @ weight.to(dy.dtype), None
 
 
@@ -116,10 +116,8 @@ class _GroupedLinear(torch.autograd.Function):
         (x, group_ends), weight = ctx.saved_tensors, _kept_weight(ctx)
 
         def wgrad() -> None:
-            dw = torch.zeros(weight.shape, dtype=torch.float32, device=dy.device)
-            for dw_g, rows in zip(dw, group_rows(group_ends, groups=len(dw), rows=len(dy)), strict=True):
-                torch.mm(dy[rows].t().float(), x[rows].float(), out=dw_g)
-            deferred.accumulate_grad(weight, dw)
+            groups = group_rows(group_ends, groups=len(weight), rows=len(dy))
+            deferred.accumulate_grad(weight, torch.stack([_wgrad(dy[rows], x[rows]) for rows in groups]))
 
         if weight.requires_grad:
             deferred.push(wgrad)
@@ -227,6 +225,13 @@ def grouped_fp8_linear(x: Tensor, weight: Tensor, group_ends: Tensor, *, power_o
     _check_features(x, weight, grouped=True)
     y: Tensor = _GroupedFp8Linear.apply(x, weight, group_ends, power_of_two)  # type: ignore[no-untyped-call]
     return y
+
+
+def _wgrad(dy: Tensor, x: Tensor) -> Tensor:
+    """dy.T @ x in FP32. On CUDA the tensor cores take BF16 operands and give FP32; CPUs have no such GEMM."""
+    if dy.is_cuda and dy.dtype == torch.bfloat16:
+        return torch.mm(dy.t(), x, out_dtype=torch.float32)
+    return dy.t().float() @ x.float()
 
 
 def _grouped_matmul(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:

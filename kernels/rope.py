@@ -116,7 +116,7 @@ def apply_rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _rotate(x: Tensor, turns: Tensor) -> Tensor:
     """Multiply each pair, read as a complex number, by its turn."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # [..., tokens, dim / 2] complex
+    pairs = torch.view_as_complex(wide.contiguous().unflatten(-1, (-1, 2)))  # [..., tokens, dim / 2] complex
     return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 

@@ -54,6 +54,7 @@ def fixed_seed() -> None:
     np.random.seed(SEED)  # noqa: NPY002  (libraries read the global state)
     torch.manual_seed(SEED)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     torch.set_num_threads(1)
 
 

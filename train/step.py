@@ -6,7 +6,8 @@
     b_i += gamma * sign(mean load - load_i)                            `train/optim/balance.py`
 
 The step is cut in two, because the caller must read one flag in between: a step whose gradients are not finite is
-skipped. Nothing in here waits for the device.
+skipped. Nothing in here waits for the device but the reference grouped GEMMs, which read their group ends
+(`kernels/gemm_grouped.py`).
 """
 
 from __future__ import annotations

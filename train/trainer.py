@@ -4,15 +4,17 @@ A run is determined by its configuration, its seed and three counters (`TrainSta
 step and tokens, data order is a pure function of (seed, position). So a resumed run goes on bit for bit (with
 deterministic algorithms and the same thread count).
 
-The host waits for the device once a step, when it reads whether the gradients are finite.
+The host waits for the device when it reads whether the gradients are finite, and again for the record of the step.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +47,7 @@ class Trainer:
         self.saver = Saver(self.directory / "checkpoints", config.checkpoint)
         self.saved_step: int | None = None
         self.announce_step: int | None = None
+        self.changed: dict[str, list[object]] = {}
 
     def fit(self) -> TrainState:
         """Train until the budget is spent or SIGTERM asks for the end; leaves a checkpoint of the last step.
@@ -55,12 +58,13 @@ class Trainer:
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
         with open_sinks(self.config.observe, self.directory, run_card(self.config, self.parts)) as sinks:
-            sinks.event("resume" if self.state.step else "start", step=self.state.step)
+            changed = {"changed": self.changed} if self.changed else {}
+            sinks.event("resume" if self.state.step else "start", step=self.state.step, **changed)
             try:
                 with TerminationGuard() as termination:
                     while not (self.budget_is_spent() or termination.requested):
                         self.take_step(sinks)
-                self.finish(sinks)
+                    self.finish(sinks)
             finally:
                 self.saver.close()
         return self.state
@@ -83,7 +87,9 @@ class Trainer:
             apply_update(self.parts.model, self.parts.optimizer, gradients, now=now, update=update)
         tokens = batch.input_ids.numel()
         self.state = self.state.advance(sequences=now.batch_sequences, tokens=tokens, finite=finite)
-        record = self.record(gradients, now, tokens_per_s=tokens / (time.perf_counter() - started))
+        record = self.record(gradients, now)
+        # The losses have been read, so the device has finished the step, optimizer included.
+        record["speed/tokens_per_s"] = tokens / (time.perf_counter() - started)
         if self.evaluation_is_due():
             record["eval/bits_per_byte"] = self.evaluate()
         sinks.write(record)
@@ -103,7 +109,7 @@ class Trainer:
                 document_ids=None if ids is None else ids[piece].to(device, non_blocking=True),
             )
 
-    def record(self, gradients: StepGradients, now: Now, *, tokens_per_s: float) -> dict[str, object]:
+    def record(self, gradients: StepGradients, now: Now) -> dict[str, object]:
         """The step's line in the log; names are declared in `train/observe/metrics.py`."""
         losses = torch.stack(
             (
@@ -123,7 +129,6 @@ class Trainer:
             "schedule/batch_sequences": now.batch_sequences,
             "schedule/bias_speed": now.bias_speed,
             "schedule/mtp_weight": now.mtp_weight,
-            "speed/tokens_per_s": tokens_per_s,
             "guard/skipped_steps": self.state.skipped_steps,
         }
         if gradients.counts:
@@ -173,6 +178,7 @@ class Trainer:
             self.parts.heldout,
             sequence_length=self.config.data.sequence_length,
             batch_sequences=self.config.run.micro_batch_sequences,
+            mask_documents=self.config.data.mask_documents,
         )
 
     def negative_log_likelihood(self, batch: Batch) -> tuple[float, int]:
@@ -186,15 +192,12 @@ class Trainer:
         """Every tensor of the run's state, by name: live tensors, so loading fills them in place."""
         model = {f"model.{name}": tensor for name, tensor in self.parts.model.state_dict().items()}
         optimizer = {f"optim.{name}": tensor for name, tensor in self.parts.optimizer.state_tensors().items()}
-        rng = {"rng.cpu": torch.get_rng_state()}
-        if self.parts.device.type == "cuda":
-            rng["rng.cuda"] = torch.cuda.get_rng_state(self.parts.device)
-        return model | optimizer | rng
+        return model | optimizer | {"rng.cpu": torch.get_rng_state()}
 
     def save(self, sinks: Sinks) -> None:
         """Stage a checkpoint of this step, after the one before it is published; writing goes on behind."""
         self.published(sinks)
-        state = self.identity() | {"train_state": self.state.to_json()}
+        state = {"identity": self.identity(), "config": asdict(self.config), "train_state": self.state.to_json()}
         self.saver.save_async(self.state.step, self.tensors(), state)
         self.saved_step = self.announce_step = self.state.step
 
@@ -207,34 +210,46 @@ class Trainer:
 
     def identity(self) -> dict[str, object]:
         """What must be the same when a checkpoint is taken up again."""
+        data = self.config.data
         return {
             "model": asdict(self.config.model),
+            "precision": asdict(self.config.precision),
             "store": store_hashes(self.parts.stream.store),
             "seed": self.config.run.seed,
+            # The position in the data order counts windows of this length over this stream.
+            "data": {name: getattr(data, name) for name in ("sequence_length", "fim_rate", "mask_documents")},
         }
 
     def resume(self) -> None:
-        """Take up the newest whole checkpoint of this run's directory, if there is one and resuming is on.
+        """Take up the newest whole checkpoint of this run's directory, if there is one.
+
+        Fields that may change between two processes of a run (budget, schedule, batch, threads...) and did are noted
+        in the log with the `resume` event.
 
         Raises:
-            ValueError: the checkpoint belongs to another model, store or seed.
+            ValueError: the checkpoint belongs to another model, precision, store, seed or data order, or
+                `run.resume` is off and the directory already holds a run.
         """
-        path = latest(self.directory / "checkpoints") if self.config.run.resume else None
+        if not self.config.run.resume and any(self.directory.glob("*")):
+            raise ValueError(
+                f"run.resume=false, but {self.directory} already holds a run; choose another run.name or move it away"
+            )
+        path = latest(self.directory / "checkpoints")
         if path is None:
             return
         tensors = self.tensors()
         saved = load(path, tensors)
         for key, value in self.identity().items():
-            if saved[key] != value:
+            old = saved["identity"].get(key)
+            if old != value:
                 raise ValueError(
-                    f"{path} was saved with another {key}: {_difference(saved[key], value)}; "
+                    f"{path} was saved with another {key}: {_difference(old, value)}; "
                     "choose another run.name, or give back the old value"
                 )
         torch.set_rng_state(tensors["rng.cpu"])
-        if "rng.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.parts.device)
         self.state = TrainState.from_json(saved["train_state"])
         self.saved_step = self.state.step
+        self.changed = _changed_fields(saved["config"], _as_json(asdict(self.config)))
         self.nonfinite.skipped_steps = self.state.skipped_steps
         self.nonfinite.consecutive_skips = self.state.consecutive_skips
 
@@ -242,6 +257,21 @@ class Trainer:
 def _difference(old: object, new: object) -> str:
     """The first field in which two values differ, or the values themselves."""
     if isinstance(old, dict) and isinstance(new, dict):
-        key = next(key for key in new if old.get(key) != new[key])
-        return f"{key} was {old.get(key)}, now {new[key]}"
+        key = next(key for key in (*new, *old) if old.get(key) != new.get(key))
+        return f"{key} was {old.get(key)}, now {new.get(key)}"
     return f"was {old}, now {new}"
+
+
+def _as_json(value: object) -> Any:
+    """The value as it comes back from a JSON file: tuples become lists."""
+    return json.loads(json.dumps(value))
+
+
+def _changed_fields(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[object]]:
+    """`section.field` -> [old, new], for every field that differs."""
+    pairs = {
+        f"{section}.{name}": [old.get(section, {}).get(name), value]
+        for section, fields in new.items()
+        for name, value in fields.items()
+    }
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -7,7 +7,7 @@ top-k choices turn roundings into jumps. That drift is the floor: no precision c
     gate    |mean over seeds of gap(FP8, BF16)| <= floor + 0.25 %
 
 gap = mean relative difference of the EMA-0.9 losses over the second half of the run (`train/observe/compare.py`);
-0.25 % is the report's bound (arXiv:2412.19437 §3.3). The planted defect shows that the gate can turn red.
+0.25 % is the report's bound (arXiv:2412.19437 §3.3). A planted defect shows that the gate can turn red.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+import kernels.fp8_linear
+from kernels.formats import Quantized
 from train.build import build
 from train.config import PretrainConfig, compose
 from train.observe.compare import PAPER_GAP, mean_smoothed_gap
@@ -55,7 +57,8 @@ def train(base: PretrainConfig, *, precision: str, seed: int, micro: int = SEQUE
     name = f"{precision}-{seed}-{micro}"
     config = replace(
         base,
-        precision=replace(base.precision, name=precision),
+        # The shipped recipe of that name, power-of-two scales included.
+        precision=compose([f"precision={precision}"]).precision,
         run=replace(base.run, name=name, seed=seed, micro_batch_sequences=micro),
     )
     Trainer(config, build(config)).fit()
@@ -81,6 +84,24 @@ def test_fp8_loss_stays_within_the_noise_floor_plus_a_quarter_percent(
     gaps = [mean_smoothed_gap(train(base, precision="fp8", seed=seed), bf16[seed]) for seed in SEEDS]
     mean = sum(gaps) / len(gaps)
     print(f"floor {floor:.4%}; FP8 gaps {', '.join(f'{gap:+.4%}' for gap in gaps)}; mean {mean:+.4%}")
+    assert floor < PAPER_GAP, "a floor above the bound would make the gate empty"
     assert abs(mean) <= floor + PAPER_GAP
     # The model learned something, so that the comparison is about training and not about initial values.
     assert bf16[0][-1]["loss/main"] < bf16[0][0]["loss/main"] - 1.0
+
+
+def test_a_wgrad_that_drops_a_tile_turns_the_gate_red(
+    base: PretrainConfig, bf16: dict[int, list[Record]], floor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = kernels.fp8_linear.requantize_transposed
+
+    def dropping(q: Quantized, *, power_of_two: bool) -> Quantized:
+        regrouped = whole(q, power_of_two=power_of_two)
+        scale = regrouped.scale.clone()
+        scale[0] = 0.0  # the first 128 tokens of every weight gradient
+        return Quantized(regrouped.payload, scale)
+
+    monkeypatch.setattr(kernels.fp8_linear, "requantize_transposed", dropping)
+    defective = replace(base, run=replace(base.run, directory=f"{base.run.directory}-defective"))
+    gap = mean_smoothed_gap(train(defective, precision="fp8", seed=0), bf16[0])
+    assert abs(gap) > floor + PAPER_GAP

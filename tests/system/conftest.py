@@ -62,6 +62,7 @@ def small_run(store: Path) -> list[str]:
         "schedule.batch_full_sequences=2",
         "run.micro_batch_sequences=1",
         "run.threads=1",
+        "run.device=cpu",
         "checkpoint.every_steps=5",
         "observe.wandb=off",
     ]

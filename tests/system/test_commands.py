@@ -78,10 +78,11 @@ def test_a_mistyped_key_is_refused_as_the_document_shows(workplace: Path) -> Non
     text = (ROOT / "docs/first_hour.md").read_text(encoding="utf-8")
     shown = re.search(r"^\$ torchrun (launch/pretrain.py .*)\n(pretrain: .*)$", text, flags=re.MULTILINE)
     assert shown is not None
+    before = sorted(workplace.glob("runs/*"))
     done = run(f"python {shown[1]}", workplace)
     assert done.returncode == 2
     assert done.stderr.strip() == shown[2]
-    assert not (workplace / "runs").exists() or "lr_peek" not in done.stdout
+    assert sorted(workplace.glob("runs/*")) == before, "refused before anything is made"
 
 
 def test_the_h100_cluster_says_what_it_needs_or_composes(workplace: Path) -> None:

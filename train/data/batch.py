@@ -20,7 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-IGNORE_INDEX = -100
+from kernels.cross_entropy import IGNORE
+
+IGNORE_INDEX = IGNORE
 
 
 @dataclass(frozen=True)

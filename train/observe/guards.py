@@ -54,8 +54,8 @@ class NonFiniteGuard:
         if self.consecutive_skips >= self.max_consecutive:
             raise TrainingStopped(
                 f"step {step}: loss or gradient was not finite {self.consecutive_skips} steps in a row "
-                f"(limit {self.max_consecutive}). Resume from an earlier checkpoint with a lower "
-                f"learning rate, or with precision=bf16 to learn whether FP8 is the cause."
+                f"(limit {self.max_consecutive}). Look at the last losses in metrics.jsonl, then "
+                f"start a new run with a lower learning rate, or with precision=bf16 to learn whether FP8 is the cause."
             )
 
 

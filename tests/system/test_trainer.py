@@ -1,0 +1,297 @@
+"""The trainer's promises on a small run, in process: schedules followed, bad steps skipped, evaluation without trace.
+
+Also what it refuses: stores that do not fit, a resumed run with another data order, a directory in use.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train.build
+import train.trainer
+from kernels.deferred import deferred, take
+from train.build import build, choose_device
+from train.checkpoint.dcp import Saver
+from train.checkpoint.publish import latest
+from train.config import PretrainConfig, compose
+from train.data.ingest import Recipe, prepare
+from train.data.stream import iterate_windows
+from train.losses import LossWeights, loss_sums
+from train.observe.guards import TrainingStopped
+from train.observe.sinks import read_events, read_run
+from train.optim.schedules import at
+from train.step import StepGradients, apply_update, compute_gradients, routers
+from train.trainer import Trainer
+
+
+@pytest.fixture
+def config(small_run: list[str], tmp_path: Path) -> PretrainConfig:
+    kept = [item for item in small_run if not item.startswith("schedule.total_tokens")]
+    return compose([*kept, "schedule.total_tokens=640", f"run.directory={tmp_path}", "run.name=run"])
+
+
+def trainer_of(config: PretrainConfig) -> Trainer:
+    trainer = Trainer(config, build(config))
+    trainer.resume()
+    return trainer
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+
+
+def test_every_step_follows_the_schedules(config: PretrainConfig) -> None:
+    config = replace(
+        config,
+        schedule=replace(
+            config.schedule,
+            total_tokens=1600,
+            batch_full_sequences=6,
+            batch_ramp_tokens=1000,
+            batch_multiple_sequences=1,
+            warmup_steps=3,
+            constant_until_tokens=600,
+            decay_until_tokens=1200,
+            final_from_tokens=1400,
+            mtp_weight_until_tokens=800,
+            bias_speed_until_tokens=900,
+        ),
+    )
+    trainer_of(config).fit()
+    records = read_run(Path(config.run.directory) / "run")
+    tokens = 0
+    for step, record in enumerate(records):
+        now = at(config.schedule, step=step, tokens_seen=tokens)
+        assert record["optim/lr"] == now.lr
+        assert record["schedule/batch_sequences"] == now.batch_sequences
+        assert record["schedule/bias_speed"] == now.bias_speed
+        assert record["schedule/mtp_weight"] == now.mtp_weight
+        tokens += now.batch_sequences * config.data.sequence_length
+        assert record["tokens_seen"] == tokens
+    assert {r["schedule/batch_sequences"] for r in records} == {2, 3, 4, 5, 6}
+    assert {r["schedule/mtp_weight"] for r in records} == {0.3, 0.1}
+    assert records[-2]["tokens_seen"] < 1600 <= records[-1]["tokens_seen"]
+
+
+def test_the_learning_rate_and_gamma_of_the_step_are_applied(config: PretrainConfig) -> None:
+    trainer = trainer_of(config)
+    parts = trainer.parts
+    batch = parts.stream.take(0, 2)
+    now = replace(at(config.schedule, step=50, tokens_seen=0), lr=1e-3, bias_speed=0.25)
+    gradients = compute_gradients(parts.model, parts.optimizer, [batch], num_targets=batch.num_targets, now=now)
+    before = parts.optimizer.state_tensors()["master.lm_head.weight"].clone()
+    apply_update(parts.model, parts.optimizer, gradients, now=now, update=1)
+    moved = (parts.optimizer.state_tensors()["master.lm_head.weight"] - before).abs()
+    # Adam's first update is lr * g / (|g| + eps) plus decay of 0.1 * |w| * lr: no element moves further.
+    assert moved.max() <= 1e-3 * (1 + 0.1 * before.abs().max()) * 1.01
+    assert moved.max() > 0.5e-3
+    for layer_id, router in routers(parts.model).items():
+        counts = gradients.counts[layer_id]
+        direction = torch.sign(counts.double().mean() - counts.double())
+        assert torch.equal(router.e_score_correction_bias, 0.25 * direction.float())
+
+
+def test_the_bias_balances_a_skewed_router_and_gamma_0_does_not(config: PretrainConfig) -> None:
+    def violations(gamma: float) -> list[float]:
+        parts = build(config)
+        parts.model.requires_grad_(requires_grad=False)
+        for router in routers(parts.model).values():
+            # Every token likes expert 0: its weight follows the mean direction of the normed hidden states.
+            router.e_score_correction_bias[0] = 0.5
+        parts.model.requires_grad_(requires_grad=True)
+        seen = []
+        for step in range(60):
+            batch = parts.stream.take(2 * step, 2)
+            now = replace(at(config.schedule, step=step, tokens_seen=0), lr=0.0, bias_speed=gamma)
+            gradients = compute_gradients(parts.model, parts.optimizer, [batch], num_targets=batch.num_targets, now=now)
+            apply_update(parts.model, parts.optimizer, gradients, now=now, update=step + 1)
+            counts = gradients.counts[1].double()
+            seen.append(float(counts.max() / counts.mean() - 1))
+        return seen
+
+    still, moving = violations(0.0), violations(0.02)
+    # 8 experts, top 2: an expert that every token takes has 4 times the mean load, MaxVio 3.
+    assert still[0] == moving[0] == 3.0
+    assert min(still) > 2.5
+    assert sum(moving[-10:]) / 10 < 1.0
+
+
+def test_a_bad_step_is_skipped_and_counted(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = {4, 5, 8}
+    trainer = trainer_of(config)
+    updates: list[int] = []
+
+    def compute(*args: object, **kwargs: object) -> StepGradients:
+        gradients = compute_gradients(*args, **kwargs)  # type: ignore[arg-type]
+        is_bad = trainer.state.step + 1 in bad
+        return replace(gradients, finite=gradients.finite & (not is_bad))
+
+    def update(*args: object, **kwargs: int) -> None:
+        updates.append(kwargs["update"])
+        apply_update(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train.trainer, "compute_gradients", compute)
+    monkeypatch.setattr(train.trainer, "apply_update", update)
+    state = trainer.fit()
+    assert (state.step, state.skipped_steps, state.consecutive_skips) == (10, 3, 0)
+    # Adam's bias correction counts updates, not steps.
+    assert updates == list(range(1, 8))
+    assert [r["guard/skipped_steps"] for r in read_run(trainer.directory)] == [0, 0, 0, 1, 2, 2, 2, 3, 3, 3]
+    assert [e["step"] for e in read_events(trainer.directory) if e["event"] == "skip"] == [4, 5, 8]
+
+
+def test_nan_stops_after_k_steps_with_a_checkpoint_and_untouched_weights(config: PretrainConfig) -> None:
+    config = replace(config, run=replace(config.run, max_consecutive_nonfinite=3))
+    trainer = trainer_of(config)
+    with torch.no_grad():
+        trainer.parts.model.lm_head.weight[0, 0] = math.nan
+    before = weights(trainer)
+    with pytest.raises(TrainingStopped, match="not finite 3 steps in a row"):
+        trainer.fit()
+    after = weights(trainer)
+    assert all(torch.equal(before[n].nan_to_num(7.0), after[n].nan_to_num(7.0)) for n in before if n != "rng.cpu")
+    saved = latest(trainer.directory / "checkpoints")
+    assert saved is not None
+    assert saved.name == "step_00000003"
+
+
+def test_evaluation_leaves_no_trace_and_scores_what_fp64_scores(config: PretrainConfig) -> None:
+    plain = trainer_of(config)
+    plain.fit()
+    looked = trainer_of(replace(config, run=replace(config.run, name="looked", eval_every_steps=1)))
+    looked.fit()
+    losses = [[(r["loss/main"], r["grad/norm"]) for r in read_run(t.directory)] for t in (plain, looked)]
+    assert losses[0] == losses[1]
+    heldout, model = plain.parts.heldout, plain.parts.model
+    assert heldout is not None
+    nats = 0.0
+    with torch.no_grad():
+        for batch in iterate_windows(heldout, sequence_length=32, batch_sequences=1):
+            logits = model.logits(model(batch.input_ids).hidden).double()
+            nats += float(F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum"))
+    bits = nats / math.log(2) / heldout.manifest.text_bytes
+    # FP32 log-softmax over 1024 logits against FP64: 1e-6 relative.
+    assert read_run(plain.directory)[-1]["eval/bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_the_random_state_is_resumed(config: PretrainConfig) -> None:
+    trainer = trainer_of(config)
+    torch.rand(5)
+    trainer.fit()
+    expected = torch.rand(3)
+    torch.manual_seed(99)
+    trainer_of(config)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_sigterm_during_the_last_save_is_survived(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Saver.save_async
+
+    def terminated(self: Saver, *args: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        original(self, *args)  # type: ignore[arg-type]
+
+    trainer = trainer_of(config)
+    monkeypatch.setattr(Saver, "save_async", terminated)
+    assert trainer.fit().step == 10 or trainer.state.step == 5
+    saved = latest(trainer.directory / "checkpoints")
+    assert saved is not None
+    assert saved.name == f"step_{trainer.state.step:08d}"
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("seed was 1234, now 7|another seed", ["run.seed=7"]),
+        ("another precision: name was bf16, now fp8", ["precision=fp8"]),
+        ("another data: fim_rate was 0.1, now 0.5", ["data.fim_rate=0.5"]),
+        ("another data: sequence_length was 32, now 64", ["data.sequence_length=64"]),
+    ],
+)
+def test_a_run_is_not_resumed_with_another(
+    field: str, change: list[str], config: PretrainConfig, small_run: list[str]
+) -> None:
+    trainer_of(config).fit()
+    kept = [o for o in small_run if o.split("=")[0] not in {c.split("=")[0] for c in change}]
+    other = compose([*kept, *change, f"run.directory={config.run.directory}", "run.name=run"])
+    with pytest.raises(ValueError, match=field):
+        trainer_of(other)
+
+
+def test_a_changed_schedule_is_noted_when_resuming(config: PretrainConfig) -> None:
+    trainer_of(config).fit()
+    longer = replace(config, schedule=replace(config.schedule, total_tokens=704))
+    trainer_of(longer).fit()
+    (resumed,) = [e for e in read_events(Path(config.run.directory) / "run") if e["event"] == "resume"]
+    assert resumed["changed"] == {"schedule.total_tokens": [640, 704]}
+
+
+def test_a_used_directory_is_refused_when_resuming_is_off(config: PretrainConfig) -> None:
+    trainer_of(config).fit()
+    with pytest.raises(ValueError, match="already holds a run"):
+        trainer_of(replace(config, run=replace(config.run, resume=False)))
+
+
+def test_stores_that_do_not_fit_are_refused_before_the_model_is_made(
+    config: PretrainConfig, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the model was built")
+
+    monkeypatch.setattr(train.build, "build_model", never)
+    source = tmp_path / "other.jsonl"
+    source.write_text("\n".join(json.dumps({"text": f"another text, number {i}"}) for i in range(40)))
+    foreign = prepare(Recipe(source=str(source), vocab_size=280), tmp_path / "foreign")
+    cases = {
+        "vocab": replace(config, model=replace(config.model, vocab_size=200)),
+        "tokeni": replace(config, data=replace(config.data, heldout=str(foreign.train.path))),
+        "not a tokenised store": replace(config, data=replace(config.data, store=str(tmp_path / "nowhere"))),
+        "fewer than one sample": replace(
+            config,
+            model=replace(config.model, max_position_embeddings=100_000),
+            data=replace(config.data, sequence_length=100_000),
+            schedule=replace(config.schedule, total_tokens=10**6),
+        ),
+    }
+    for message, bad in cases.items():
+        with pytest.raises(ValueError, match=message):
+            build(bad)
+
+
+def test_device_auto_takes_a_gpu_when_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto").type == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(ValueError, match="shows no CUDA GPU"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_every_weight_gradient_of_the_model_waits_in_the_queue(precision: str, config: PretrainConfig) -> None:
+    model = build(replace(config, precision=compose([f"precision={precision}"]).precision)).model
+    tokens = torch.randint(0, 300, (2, 33), generator=torch.Generator().manual_seed(0))
+    step = LossWeights(mtp_weight=0.3, balance_alpha=1e-4, num_targets=64, num_sequences=2)
+    matrices = {name: p for name, p in model.named_parameters() if p.ndim > 1}
+
+    def backward() -> None:
+        loss_sums(model, model(tokens[:, :-1]), tokens[:, 1:], step).total.backward()
+
+    backward()
+    at_once = {name: p.main_grad.clone() for name, p in matrices.items()}
+    for parameter in matrices.values():
+        parameter.main_grad.zero_()
+    with deferred():
+        backward()
+        assert not any(p.main_grad.any() for p in matrices.values())
+        take()()
+    different = [name for name, p in matrices.items() if not torch.equal(p.main_grad, at_once[name])]
+    assert not different
