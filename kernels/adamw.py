@@ -1,6 +1,6 @@
 """AdamW on FP32 masters, with moments stored in BF16 or FP32.
 
-arXiv:2412.19437 §3.3.2 (BF16 moments, FP32 masters and gradients) and §4.2 (betas 0.9 and 0.95, decay 0.1).
+arXiv:2412.19437 §3.3.3 (BF16 moments, FP32 masters and gradients) and §4.2 (betas 0.9 and 0.95, decay 0.1).
 Everything is computed in fp32; a BF16 moment is rounded once, when it is stored.
 
 Shapes: all four tensors share one shape, any, and may be sharded on any axis: the update is elementwise.
@@ -71,7 +71,7 @@ def adamw_update(
         exp_avg: first moment, fp32 or bf16.
         exp_avg_sq: second moment, same dtype as exp_avg.
         hyper: lr, betas, eps, weight_decay and step, see `AdamWHyper`.
-    Source: arXiv:1711.05101 Algorithm 2; arXiv:2412.19437 §3.3.2.
+    Source: arXiv:1711.05101 Algorithm 2; arXiv:2412.19437 §3.3.3.
     """
     lr, (beta1, beta2), step = hyper["lr"], hyper["betas"], hyper["step"]
     assert step >= 1, step

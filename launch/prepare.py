@@ -13,9 +13,6 @@ import os
 import sys
 from pathlib import Path
 
-# `python launch/prepare.py` puts launch/ on the path, not the repository.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 BAD_INPUT = 2
 
 

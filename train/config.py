@@ -175,21 +175,8 @@ def compose(overrides: list[str]) -> PretrainConfig:
 
 
 def to_yaml(config: PretrainConfig) -> str:
-    """The configuration as YAML, every value resolved; `from_yaml` reads it back."""
+    """The configuration as YAML, every value resolved."""
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
-
-
-def from_yaml(text: str) -> PretrainConfig:
-    """Read what `to_yaml` wrote, such as the `config.yaml` of a run directory.
-
-    Raises:
-        ConfigError: the text is not such a file, or was written by a version with other fields.
-    """
-    try:
-        values = OmegaConf.to_container(OmegaConf.create(text), resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"config.yaml: {' '.join(str(error).split())}") from error
-    return _build_root(values)
 
 
 def _build_root(values: object) -> PretrainConfig:

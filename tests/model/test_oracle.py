@@ -199,6 +199,14 @@ def test_hf_names_round_trip() -> None:
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
+def test_an_expert_that_the_configuration_lacks_is_named() -> None:
+    _, ours = pair({})
+    released = to_hf(dict(ours.state_dict()), ours.config)
+    fewer = ModelConfig(**{**BASE, "n_routed_experts": 4, "n_group": 2})
+    with pytest.raises(ValueError, match=r"experts\.4\.gate_proj\.weight, but model\.n_routed_experts=4"):
+        from_hf(released, fewer)
+
+
 def test_a_missing_part_of_a_fused_parameter_is_named() -> None:
     _, ours = pair({})
     released = to_hf(dict(ours.state_dict()), ours.config)

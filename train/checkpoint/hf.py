@@ -45,8 +45,10 @@ def from_hf(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Ten
     """Inverse of `to_hf`.
 
     Raises:
-        ValueError: a tensor that a fused parameter needs is missing (names it).
+        ValueError: a tensor that a fused parameter needs is missing (names it), or belongs to an expert that the
+            configuration does not have.
     """
+    _refuse_surplus_experts(tensors, config)
     pending = {_our_name(name, config): tensor for name, tensor in tensors.items()}
     pending = {name: tensor for name, tensor in pending.items() if not _is_shared_copy(name)}
     out: dict[str, Tensor] = {}
@@ -61,6 +63,16 @@ def from_hf(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Ten
         parts = [pending.pop(source) for source in sources]
         out[target] = parts[0] if len(parts) == 1 else _join(target, parts, config)
     return out
+
+
+def _refuse_surplus_experts(tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
+    for name in tensors:
+        match = re.search(r"\.mlp\.experts\.(\d+)\.", name)
+        if match and int(match[1]) >= config.n_routed_experts:
+            raise ValueError(
+                f"checkpoint holds {name}, but model.n_routed_experts={config.n_routed_experts}; "
+                "use the checkpoint's own configuration"
+            )
 
 
 def _split(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:

@@ -23,7 +23,7 @@ from kernels.fp8_linear import fp8_linear, grouped_fp8_linear, grouped_linear, l
 class Precision:
     """Which arithmetic the linears use.
 
-    `power_of_two_scales` rounds every FP8 scale up to a power of two (§3.3.2 states it for the inputs of o_proj and
+    `power_of_two_scales` rounds every FP8 scale up to a power of two (§3.3.3 states it for the inputs of o_proj and
     of the expert up-projection; we use it everywhere: then 1x128 -> 128x1 re-quantisation is exact).
     """
 

@@ -7,9 +7,9 @@ Each trained parameter gets four companions:
     exp_avg      bf16 (or fp32), first moment
     exp_avg_sq   bf16 (or fp32), second moment
 
-Two roads lead into `main_grad`. The weights of linears are added by `kernels.deferred.accumulate_grad`, in
-FP32, by the wgrad closures. Everything else (embedding, norms, router) comes out of autograd as `.grad`; a
-hook installed here moves it over as soon as autograd has finished the tensor. So after any number of
+Two roads lead into `main_grad`. Matrices (linears, router, embedding) are added by
+`kernels.deferred.accumulate_grad`, in FP32, by the wgrad closures. Norm gains come out of autograd as `.grad`;
+a hook installed here moves it over as soon as autograd has finished the tensor. So after any number of
 micro-batches `main_grad` is the sum.
 
 Weight decay spares the norm gains and every other parameter with fewer than two dims: a gain decays towards
