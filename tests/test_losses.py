@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from tests.tiny_model import TINY
 from train.data.batch import IGNORE_INDEX, Batch
 from train.losses import LossWeights, loss_sums
-from train.model.config import ModelConfig
 from train.model.init import initialize
 from train.model.precision import Precision
 from train.model.transformer import Transformer
@@ -18,37 +18,18 @@ from train.optim.adamw import AdamW, OptimConfig
 from train.optim.schedules import Now
 from train.step import StepGradients, compute_gradients
 
-CONFIG = ModelConfig(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    moe_intermediate_size=16,
-    num_hidden_layers=2,
-    first_k_dense_replace=1,
-    num_attention_heads=2,
-    q_lora_rank=16,
-    kv_lora_rank=8,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=4,
-    v_head_dim=8,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    max_position_embeddings=64,
-    num_nextn_predict_layers=2,
-    initializer_range=0.1,
-)
 NOW = Now(lr=1e-3, batch_sequences=4, bias_speed=1e-3, mtp_weight=0.3, balance_alpha=0.01)
 
 
 def model() -> Transformer:
-    net = Transformer(CONFIG, Precision("fp32"))
-    initialize(net, seed=0, std=CONFIG.initializer_range)
+    net = Transformer(TINY, Precision("fp32"))
+    initialize(net, seed=0, std=TINY.initializer_range)
     return net
 
 
 def batch() -> Batch:
     """Four sequences with 12, 9, 0 and 12 targets."""
-    tokens = torch.randint(0, CONFIG.vocab_size, (4, 13), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, TINY.vocab_size, (4, 13), generator=torch.Generator().manual_seed(0))
     labels = tokens[:, 1:].clone()
     labels[1, :3] = IGNORE_INDEX
     labels[2] = IGNORE_INDEX

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 
 from train.data.ingest import Recipe, prepare
 
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = [
     "the",
     "king",
@@ -66,3 +68,12 @@ def small_run(store: Path) -> list[str]:
         "checkpoint.every_steps=5",
         "observe.wandb=off",
     ]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a command can see, so that its runs and stores do not land in the repository."""
+    place = tmp_path_factory.mktemp("checkout")
+    for name in ("configs", "data", "kernels", "launch", "parallel", "train"):
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return place

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,15 +31,6 @@ def shell_blocks(document: str) -> list[str]:
     return [line for line in lines if line]
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a command can see, so that runs and stores do not land in the checkout."""
-    place = tmp_path_factory.mktemp("checkout")
-    for name in ("configs", "data", "kernels", "launch", "parallel", "train"):
-        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return place
-
-
 def run(command: str, place: Path) -> subprocess.CompletedProcess[str]:
     words = shlex.split(command)
     if "launch/pretrain.py" in words and "--config" not in words:
@@ -61,35 +51,35 @@ def run(command: str, place: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_command_of_the_document_runs(document: str, workplace: Path) -> None:
+def test_every_command_of_the_document_runs(document: str, checkout: Path) -> None:
     commands = shell_blocks(document)
     assert commands
     ran = 0
     for command in commands:
         if command.startswith((". ", "make ", "git ", "cd ")) or command == "make demo":
             continue
-        done = run(command, workplace)
+        done = run(command, checkout)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         ran += 1
     assert ran >= 3
 
 
-def test_a_mistyped_key_is_refused_as_the_document_shows(workplace: Path) -> None:
+def test_a_mistyped_key_is_refused_as_the_document_shows(checkout: Path) -> None:
     text = (ROOT / "docs/first_hour.md").read_text(encoding="utf-8")
     shown = re.search(r"^\$ torchrun (launch/pretrain.py .*)\n(pretrain: .*)$", text, flags=re.MULTILINE)
     assert shown is not None
-    before = sorted(workplace.glob("runs/*"))
-    done = run(f"python {shown[1]}", workplace)
+    before = sorted(checkout.glob("runs/*"))
+    done = run(f"python {shown[1]}", checkout)
     assert done.returncode == 2
     assert done.stderr.strip() == shown[2]
-    assert sorted(workplace.glob("runs/*")) == before, "refused before anything is made"
+    assert sorted(checkout.glob("runs/*")) == before, "refused before anything is made"
 
 
-def test_the_h100_cluster_says_what_it_needs_or_composes(workplace: Path) -> None:
-    done = run("python launch/pretrain.py +cluster=h100_1 --config", workplace)
+def test_the_h100_cluster_says_what_it_needs_or_composes(checkout: Path) -> None:
+    done = run("python launch/pretrain.py +cluster=h100_1 --config", checkout)
     assert done.returncode == 0, done.stderr
     assert "device: cuda" in done.stdout
-    refused = run("python launch/pretrain.py +cluster=h100_1 run.device=cuda", workplace)
+    refused = run("python launch/pretrain.py +cluster=h100_1 run.device=cuda", checkout)
     assert refused.returncode == 2
     assert refused.stderr.startswith("pretrain: ")
     assert len(refused.stderr.strip().splitlines()) == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ import pytest
 
 from train.observe.sinks import read_run
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS, TOKENS = 20, 64
 SHORT = [
     f"data.sequence_length={TOKENS}",
@@ -46,13 +44,10 @@ def table(output: str) -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    place = tmp_path_factory.mktemp("checkout")
-    for name in ("configs", "data", "kernels", "launch", "parallel", "train"):
-        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
-    done = demo(place)
+def ran(checkout: Path) -> tuple[Path, str]:
+    done = demo(checkout)
     assert done.returncode == 0, done.stdout + done.stderr
-    return place, done.stdout
+    return checkout, done.stdout
 
 
 def test_both_runs_saw_the_same_tokens_for_twenty_steps(ran: tuple[Path, str]) -> None:
