@@ -412,6 +412,30 @@ OFFENCES = [
 ]
 
 
+def test_the_kernel_rule_turns_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hand-written backward without a reference, then one with a reference and no test."""
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    kernel = tmp_path / "kernels/a.py"
+    kernel.parent.mkdir()
+    kernel.write_text("class A(torch.autograd.Function):\n    pass\n")
+    with pytest.raises(AssertionError, match="needs a \\*_reference"):
+        test_every_kernel_has_a_reference_a_test_and_a_bench_entry(kernel)
+    referenced = kernel.with_name("b.py")
+    referenced.write_text("class A(torch.autograd.Function):\n    pass\ndef a_reference(): 1\n")
+    with pytest.raises(AssertionError, match=r"test_b\.py is missing"):
+        test_every_kernel_has_a_reference_a_test_and_a_bench_entry(referenced)
+
+
+def test_the_name_guard_turns_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A distribution called `kernels` appears on the path."""
+    metadata = tmp_path / "kernels-0.17.2.dist-info/METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(AssertionError, match="pip uninstall kernels"):
+        test_the_rooms_are_ours()
+
+
 @pytest.mark.parametrize(
     ("rule", "file", "text"), OFFENCES, ids=[f"{rule.__name__}-{file}" for rule, file, _ in OFFENCES]
 )

@@ -6,6 +6,7 @@ import gzip
 import json
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
@@ -81,6 +82,21 @@ def test_blank_lines_of_jsonl_are_no_documents(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["none.jsonl", "none/none.parquet", "./none", "none/"])
 def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
     assert "source: there is no file or folder" in refusal(f"{tmp_path}/{name}", tmp_path)
+
+
+def test_a_hub_dataset_is_read_through_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def hub(name: str, config: str | None, *, split: str) -> datasets.Dataset:
+        asked.append((name, config, split))
+        return datasets.Dataset.from_dict({"text": TEXTS})
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    documents = open_documents("owner/name:small", split="train[:1%]", text_field="text", cache=tmp_path / "cache")
+    assert list(texts_of(documents.table, "text")) == TEXTS
+    assert asked == [("owner/name", "small", "train[:1%]")]
+    (source,) = documents.hashes
+    assert source == "owner/name:small@train[:1%]"
 
 
 def test_a_hub_dataset_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
