@@ -12,39 +12,17 @@ import pytest
 from train.data.ingest import Recipe, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = [
-    "the",
-    "king",
-    "said",
-    "unto",
-    "his",
-    "people",
-    "behold",
-    "this",
-    "day",
-    "is",
-    "a",
-    "day",
-    "of",
-    "the",
-    "lord",
-    "and",
-    "he",
-    "went",
-    "out",
-    "from",
-    "thence",
-]
+PROSE = "the king said unto his people behold this day is a day of the lord and he went out from thence"
 
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stores `train` and `heldout` of 60 short documents with some order in them."""
     folder = tmp_path_factory.mktemp("text")
-    source, chooser = folder / "text.jsonl", random.Random(0)
+    source, chooser, words = folder / "text.jsonl", random.Random(0), PROSE.split()
     with source.open("w") as lines:
         for _ in range(60):
-            text = " ".join(chooser.choice(WORDS[i % 5 :]) for i in range(120))
+            text = " ".join(chooser.choice(words[i % 5 :]) for i in range(120))
             lines.write(json.dumps({"text": text}) + "\n")
     prepare(Recipe(source=str(source), vocab_size=300), folder / "store")
     return folder / "store"
