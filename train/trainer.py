@@ -25,7 +25,7 @@ from train.checkpoint.dcp import Saver, latest, load
 from train.config import PretrainConfig, to_yaml
 from train.data.batch import Batch
 from train.evaluate.score import bits_per_byte
-from train.observe.guards import NonFiniteGuard, TerminationGuard, TrainingStopped
+from train.observe.guards import TerminationGuard, TrainingStopped, check_consecutive_skips
 from train.observe.sinks import Sinks, open_sinks
 from train.optim.balance import max_violation
 from train.optim.schedules import Now, at
@@ -43,7 +43,6 @@ class Trainer:
         self.config, self.parts = config, parts
         self.directory = Path(config.run.directory) / config.run.name
         self.state = TrainState()
-        self.nonfinite = NonFiniteGuard(config.run.max_consecutive_nonfinite)
         self.saver = Saver(self.directory / "checkpoints", config.checkpoint)
         self.saved_step: int | None = None
         self.announce_step: int | None = None
@@ -93,7 +92,7 @@ class Trainer:
         if self.evaluation_is_due():
             record["eval/bits_per_byte"] = self.evaluate()
         sinks.write(record)
-        self.guard(finite, sinks)
+        self.guard(sinks)
         if self.state.step % self.config.checkpoint.every_steps == 0:
             self.save(sinks)
 
@@ -138,12 +137,14 @@ class Trainer:
             record["moe/expert_load"] = [[round(x, 4) for x in layer] for layer in load.tolist()]
         return record
 
-    def guard(self, finite: bool, sinks: Sinks) -> None:
+    def guard(self, sinks: Sinks) -> None:
         """Note a skipped step; after too many in a row save and stop."""
-        if not finite:
-            sinks.event("skip", step=self.state.step)
+        if not self.state.consecutive_skips:
+            return
+        sinks.event("skip", step=self.state.step)
         try:
-            self.nonfinite.observe(finite, self.state.step)
+            limit = self.config.run.max_consecutive_nonfinite
+            check_consecutive_skips(self.state.consecutive_skips, limit=limit, step=self.state.step)
         except TrainingStopped as stopped:
             self.save(sinks)
             self.published(sinks)
@@ -250,8 +251,6 @@ class Trainer:
         self.state = TrainState.from_json(saved["train_state"])
         self.saved_step = self.state.step
         self.changed = _changed_fields(saved["config"], _as_json(asdict(self.config)))
-        self.nonfinite.skipped_steps = self.state.skipped_steps
-        self.nonfinite.consecutive_skips = self.state.consecutive_skips
 
 
 def _difference(old: object, new: object) -> str:

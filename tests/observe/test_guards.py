@@ -7,31 +7,14 @@ import signal
 
 import pytest
 
-from train.observe.guards import NonFiniteGuard, TerminationGuard, TrainingStopped
+from train.observe.guards import TerminationGuard, TrainingStopped, check_consecutive_skips
 
 
-def test_only_steps_in_a_row_stop_the_run():
-    guard = NonFiniteGuard(3)
-    for step, finite in enumerate([False, False, True, False, False, True], start=1):
-        guard.observe(finite, step)
-    assert (guard.skipped_steps, guard.consecutive_skips) == (4, 0)
-    guard.observe(finite=False, step=7)
-    guard.observe(finite=False, step=8)
+def test_the_run_stops_at_the_limit_and_not_before():
+    for skips in (0, 1, 2):
+        check_consecutive_skips(skips, limit=3, step=8)
     with pytest.raises(TrainingStopped, match=r"step 9: .* not finite 3 steps in a row"):
-        guard.observe(finite=False, step=9)
-    assert (guard.skipped_steps, guard.consecutive_skips) == (7, 3)
-
-
-def test_a_resumed_run_keeps_its_count():
-    guard = NonFiniteGuard(3, skipped_steps=5, consecutive_skips=2)
-    with pytest.raises(TrainingStopped):
-        guard.observe(finite=False, step=20)
-    assert guard.skipped_steps == 6
-
-
-def test_a_limit_below_one_is_refused():
-    with pytest.raises(ValueError, match="max_consecutive is 0"):
-        NonFiniteGuard(0)
+        check_consecutive_skips(3, limit=3, step=9)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

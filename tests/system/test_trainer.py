@@ -159,6 +159,9 @@ def test_nan_stops_after_k_steps_with_a_checkpoint_and_untouched_weights(config:
     saved = latest(trainer.directory / "checkpoints")
     assert saved is not None
     assert saved.name == "step_00000003"
+    # The count travels with the checkpoint: the resumed run stops after one more bad step, not after three.
+    with pytest.raises(TrainingStopped, match=r"step 4: .* not finite 4 steps in a row"):
+        trainer_of(config).fit()
 
 
 def test_evaluation_leaves_no_trace_and_scores_what_fp64_scores(config: PretrainConfig) -> None:

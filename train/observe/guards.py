@@ -1,8 +1,7 @@
 """Two guards of a training loop: one against numbers that are not finite, one against being killed mid-step.
 
-NonFiniteGuard counts the steps whose loss or gradient is not finite. The trainer skips such a step; after
-several in a row skipping no longer helps and the guard stops the run with `TrainingStopped`, so that a
-person looks at it.
+The trainer skips and counts a step whose loss or gradient is not finite. After several in a row skipping no longer
+helps: `check_consecutive_skips` stops the run with `TrainingStopped`, so that a person looks at it.
 
 TerminationGuard turns SIGTERM (a scheduler's notice) and the first Ctrl-C into a flag that the loop reads
 between steps: the step in flight is finished, a checkpoint is saved, the process exits 0. A second Ctrl-C
@@ -22,41 +21,22 @@ class TrainingStopped(RuntimeError):
     """The run cannot usefully go on; the message says why and what to try."""
 
 
-class NonFiniteGuard:
-    """Counts skipped steps and stops the run after `max_consecutive` in a row.
+def check_consecutive_skips(skips: int, *, limit: int, step: int) -> None:
+    """Stop a run that no longer takes a step.
 
-    Attributes:
-        skipped_steps: skipped since the run began, over all its processes.
-        consecutive_skips: length of the current row.
+    Args:
+        skips: steps skipped in a row up to now, this one included (`TrainState.consecutive_skips`).
+        limit: so many in a row are too many.
+        step: the last step, for the message.
+    Raises:
+        TrainingStopped: `skips` has reached `limit`.
     """
-
-    def __init__(self, max_consecutive: int, *, skipped_steps: int = 0, consecutive_skips: int = 0) -> None:
-        if max_consecutive < 1:
-            raise ValueError(f"max_consecutive is {max_consecutive}: it must be at least 1")
-        self.max_consecutive = max_consecutive
-        self.skipped_steps = skipped_steps
-        self.consecutive_skips = consecutive_skips
-
-    def observe(self, finite: bool, step: int) -> None:
-        """Take note of one step.
-
-        Args:
-            finite: whether the step's loss and gradient norm were finite.
-            step: the step's number, for the message.
-        Raises:
-            TrainingStopped: this was the `max_consecutive`-th step in a row that was not finite.
-        """
-        if finite:
-            self.consecutive_skips = 0
-            return
-        self.skipped_steps += 1
-        self.consecutive_skips += 1
-        if self.consecutive_skips >= self.max_consecutive:
-            raise TrainingStopped(
-                f"step {step}: loss or gradient was not finite {self.consecutive_skips} steps in a row "
-                f"(limit {self.max_consecutive}). Look at the last losses in metrics.jsonl, then "
-                f"start a new run with a lower learning rate, or with precision=bf16 to learn whether FP8 is the cause."
-            )
+    if skips >= limit:
+        raise TrainingStopped(
+            f"step {step}: loss or gradient was not finite {skips} steps in a row (limit {limit}). Look at the last "
+            "losses in metrics.jsonl, then start a new run with a lower learning rate, or with precision=bf16 to learn "
+            "whether FP8 is the cause."
+        )
 
 
 class TerminationGuard:
