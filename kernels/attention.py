@@ -9,12 +9,18 @@ qk 96 and v 64 take 4.3 ms against 18.7 fused; qk 96 and v 96 take 4.9 against 1
 input's dtype once before the fp32 softmax, as in Hugging Face's eager attention (relative error of a bf16
 output 3.3e-3 on normal inputs; fused 1.9e-3).
 
+The CPU path is two operators (`kernels/operators.py`) with the signature of a fused kernel. Their fake versions stand
+for the GPU on purpose: they keep one fp32 log-sum-exp per query where the real CPU one keeps a row of probabilities,
+and lay o out as [sequences, tokens, heads, v_dim], as the fused kernel does; so a plan made on a laptop counts what a
+GPU would hold. FLOPs are those of the causal half, without the scores that a fused backward computes again.
+
 Shapes: q, k [sequences, heads, tokens, qk_dim]; v [sequences, heads, tokens, v_dim]. Sequences and heads may
 be sharded. It does not rotate queries, does not hold a key-value cache and has no dropout.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.bench_entry import Bench
+from kernels.operators import operator
 
 
 def _mask(tokens: int, document_ids: Tensor | None, like: Tensor) -> Tensor:
@@ -42,32 +49,83 @@ def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float,
     return o.to(q.dtype)
 
 
-class _BatchedGemmAttention(torch.autograd.Function):
-    """One GEMM batch entry per (sequence, head); `rows` below counts them."""
+def _batched_gemm_forward(
+    q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """o and the probabilities; one GEMM batch entry per (sequence, head), `rows` below counts them."""
+    mask = _mask(q.shape[-2], document_ids, q)
+    mask = mask.expand(-1, q.shape[1], -1, -1).flatten(0, 1) if mask.shape[0] > 1 else mask[0]
+    q3, k3, v3 = (x.flatten(0, 1) for x in (q, k, v))  # [rows, tokens, dim]
+    probabilities = torch.baddbmm(mask, q3, k3.mT, alpha=scale).softmax(-1)  # [rows, tokens, tokens]
+    return torch.bmm(probabilities, v3).unflatten(0, q.shape[:2]), probabilities
 
+
+def _batched_gemm_backward(
+    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, probabilities: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; a fused kernel would read o, this one has the probabilities."""
+    grad_o, q3, k3, v3 = (x.flatten(0, 1) for x in (grad_o, q, k, v))  # [rows, tokens, dim]
+    grad_v = torch.bmm(probabilities.mT, grad_o)
+    grad_p = torch.bmm(grad_o, v3.mT)  # [rows, tokens, tokens]
+    grad_s = torch.ops.aten._softmax_backward_data(grad_p, probabilities, -1, grad_p.dtype)
+    # beta=0: the first operand only gives the shape, its values (and NaN) are ignored.
+    grad_q = torch.baddbmm(q3, grad_s, k3, beta=0, alpha=scale)
+    grad_k = torch.baddbmm(k3, grad_s.mT, q3, beta=0, alpha=scale)
+    return grad_q.unflatten(0, q.shape[:2]), grad_k.unflatten(0, q.shape[:2]), grad_v.unflatten(0, q.shape[:2])
+
+
+def _allocate_fused_forward(
+    q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    sequences, heads, tokens, _ = q.shape
+    o = q.new_empty(sequences, tokens, heads, v.shape[-1]).transpose(1, 2)
+    return o, q.new_empty(sequences, heads, tokens, dtype=torch.float32)
+
+
+def _allocate_fused_backward(
+    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _forward_flops(q: Sequence[int], k: object, v: Sequence[int], *_: object, out_shape: object) -> int:
+    sequences, heads, tokens, qk_dim = q
+    return sequences * heads * tokens**2 * (qk_dim + v[-1])
+
+
+def _backward_flops(
+    grad_o: object, q: Sequence[int], k: object, v: Sequence[int], *_: object, out_shape: object
+) -> int:
+    return 2 * _forward_flops(q, k, v, out_shape=out_shape)
+
+
+_attention = operator("attention", _batched_gemm_forward, fake=_allocate_fused_forward, flops=_forward_flops)
+_attention_backward = operator(
+    "attention_backward", _batched_gemm_backward, fake=_allocate_fused_backward, flops=_backward_flops
+)
+
+
+# The core under every name it may run by: what recomputation keeps instead of running it twice.
+CORE_OPERATORS = (
+    torch.ops.v3fp8.attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+)
+
+
+class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-        mask = mask.expand(-1, q.shape[1], -1, -1).flatten(0, 1) if mask.shape[0] > 1 else mask[0]
-        q3, k3, v3 = (x.flatten(0, 1) for x in (q, k, v))  # [rows, tokens, dim]
-        probabilities = torch.baddbmm(mask, q3, k3.mT, alpha=scale).softmax(-1)  # [rows, tokens, tokens]
-        ctx.save_for_backward(q3, k3, v3, probabilities)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, scale: float) -> Tensor:
+        o, statistics = _attention(q, k, v, document_ids, scale)
+        ctx.save_for_backward(q, k, v, o, statistics)
         ctx.scale = scale
-        o: Tensor = torch.bmm(probabilities, v3).unflatten(0, q.shape[:2])
         return o
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q3, k3, v3, probabilities = ctx.saved_tensors
-        batch = grads[0].shape[:2]
-        grad_o = grads[0].flatten(0, 1)  # [rows, tokens, v_dim]
-        grad_v = torch.bmm(probabilities.mT, grad_o)
-        grad_p = torch.bmm(grad_o, v3.mT)  # [rows, tokens, tokens]
-        grad_s = torch.ops.aten._softmax_backward_data(grad_p, probabilities, -1, grad_p.dtype)
-        # beta=0: the first operand only gives the shape, its values (and NaN) are ignored.
-        grad_q = torch.baddbmm(q3, grad_s, k3, beta=0, alpha=ctx.scale)
-        grad_k = torch.baddbmm(k3, grad_s.mT, q3, beta=0, alpha=ctx.scale)
-        grad_q, grad_k, grad_v = (g.unflatten(0, batch) for g in (grad_q, grad_k, grad_v))
-        return grad_q, grad_k, grad_v, None, None
+        q, k, v, o, statistics = ctx.saved_tensors
+        return *_attention_backward(grads[0], q, k, v, o, statistics, ctx.scale), None, None
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_ids: Tensor | None) -> Tensor:
@@ -85,10 +143,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_
     """
     if q.is_cuda and document_ids is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    mask = _mask(q.shape[-2], document_ids, q)
     if q.is_cuda:
+        mask = _mask(q.shape[-2], document_ids, q)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    o: Tensor = _BatchedGemmAttention.apply(q, k, v, mask, scale)  # type: ignore[no-untyped-call]
+    o: Tensor = _Attention.apply(q, k, v, document_ids, scale)  # type: ignore[no-untyped-call]
     return o
 
 

@@ -3,7 +3,8 @@
 arXiv:2412.19437 §2.2 eq. 24 (per-depth MTP loss) and the main next-token loss. The sum is returned, not the
 mean: gradients are divided once by the global number of targets, after they are reduced. The softmax is fp32;
 rows are taken in chunks, so no fp32 copy of all logits ever lives. Backward recomputes the softmax from the
-logits and one log-sum-exp per row.
+logits and one log-sum-exp per row. Forward and backward are one operator each (`kernels/operators.py`): a fake run
+sees no chunks.
 
 Shapes: logits [rows, vocab]; labels [rows]. Rows may be sharded on any axis, vocab on none.
 It does not project hidden states to logits and does not count its targets.
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.bench_entry import Bench
+from kernels.operators import operator
 
 IGNORE = -100
 # Elements of one fp32 chunk: 1 MiB on a CPU, which stays in a core's L2 cache; 256 MiB on a GPU, where each chunk costs
@@ -38,32 +40,54 @@ def _chunk_rows(logits: Tensor) -> int:
     return max(1, elements // logits.shape[1])
 
 
+def chunked_forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum and one log-sum-exp per row."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    log_sums = [chunk.to(wide).logsumexp(-1) for chunk in logits.split(_chunk_rows(logits))]
+    log_sum = torch.cat(log_sums) if log_sums else logits.new_zeros(0, dtype=wide)  # [rows]
+    valid = labels != IGNORE
+    picked = logits.gather(1, labels.where(valid, 0)[:, None])[:, 0]  # [rows]
+    return (log_sum - picked).where(valid, 0.0).sum(), log_sum
+
+
+def chunked_backward(grad_sum: Tensor, logits: Tensor, labels: Tensor, log_sum: Tensor) -> Tensor:
+    """The gradient of the logits, the softmax made again chunk by chunk."""
+    rows = _chunk_rows(logits)
+    row_grad = grad_sum * (labels != IGNORE)[:, None]  # [rows, 1]
+    target = labels.where(labels != IGNORE, 0)[:, None]
+    grad = torch.empty_like(logits)  # [rows, vocab]
+    chunks = (t.split(rows) for t in (logits, log_sum, target, row_grad, grad))
+    for chunk, chunk_sum, chunk_target, chunk_grad, out in zip(*chunks, strict=True):
+        probability = (chunk - chunk_sum[:, None]).exp_()
+        probability.scatter_add_(1, chunk_target, torch.full_like(chunk_sum, -1.0)[:, None])
+        torch.mul(probability, chunk_grad, out=probability)
+        out.copy_(probability)
+    return grad
+
+
+def _allocate_sums(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty((), dtype=wide), logits.new_empty(logits.shape[0], dtype=wide)
+
+
+def _allocate_grad(grad_sum: Tensor, logits: Tensor, labels: Tensor, log_sum: Tensor) -> Tensor:
+    return torch.empty_like(logits)
+
+
+_cross_entropy = operator("cross_entropy", chunked_forward, fake=_allocate_sums)
+_cross_entropy_backward = operator("cross_entropy_backward", chunked_backward, fake=_allocate_grad)
+
+
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        rows = _chunk_rows(logits)
-        log_sums = [chunk.to(wide).logsumexp(-1) for chunk in logits.split(rows)]
-        log_sum = torch.cat(log_sums) if log_sums else logits.new_zeros(0, dtype=wide)  # [rows]
-        valid = labels != IGNORE
-        picked = logits.gather(1, labels.where(valid, 0)[:, None])[:, 0]  # [rows]
+        loss, log_sum = _cross_entropy(logits, labels)
         ctx.save_for_backward(logits, labels, log_sum)
-        return (log_sum - picked).where(valid, 0.0).sum()
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        logits, labels, log_sum = ctx.saved_tensors
-        rows = _chunk_rows(logits)
-        row_grad = grads[0] * (labels != IGNORE)[:, None]  # [rows, 1]
-        target = labels.where(labels != IGNORE, 0)[:, None]
-        grad = torch.empty_like(logits)  # [rows, vocab]
-        chunks = (t.split(rows) for t in (logits, log_sum, target, row_grad, grad))
-        for chunk, chunk_sum, chunk_target, chunk_grad, out in zip(*chunks, strict=True):
-            probability = (chunk - chunk_sum[:, None]).exp_()
-            probability.scatter_add_(1, chunk_target, torch.full_like(chunk_sum, -1.0)[:, None])
-            torch.mul(probability, chunk_grad, out=probability)
-            out.copy_(probability)
-        return grad, None
+        return _cross_entropy_backward(grads[0], *ctx.saved_tensors), None
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Token embedding whose weight gradient is summed over tokens in FP32.
 
 `y[i] = W[ids[i]]`; `dW[v] = sum of dy[i] over ids[i] == v`. A frequent token meets hundreds of gradients in one step:
-summed in BF16 the small ones vanish, so dW is built in FP32 and handed to the weight-gradient queue like every
-linear's (`kernels/deferred.py`). Shapes: ids [...] int64, W [vocab, hidden], y [..., hidden].
+summed in BF16 the small ones vanish, so dW is summed in FP32, by a closure in the weight-gradient queue like every
+linear's (`kernels/deferred.py`). Rows go straight into `main_grad`: a dW of its own would be 3.7 GB at V3's size.
+Shapes: ids [...] int64, W [vocab, hidden], y [..., hidden].
 """
 
 from __future__ import annotations
@@ -40,8 +41,12 @@ class _Embedding(torch.autograd.Function):
         weight = ctx.weight
 
         def wgrad() -> None:
-            dw = embedding_wgrad_reference(ids.reshape(-1), dy.reshape(-1, dy.shape[-1]), weight.shape[0])
-            accumulate_grad(weight, dw)
+            tokens, rows = ids.reshape(-1), dy.reshape(-1, dy.shape[-1])
+            main_grad: Tensor | None = getattr(weight, "main_grad", None)
+            if main_grad is None:
+                accumulate_grad(weight, embedding_wgrad_reference(tokens, rows, weight.shape[0]))
+            else:
+                main_grad.index_add_(0, tokens, rows.float())
 
         push(wgrad)
         return None, None

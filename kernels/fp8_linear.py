@@ -16,7 +16,7 @@ not this file's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from kernels.bench_entry import Bench
 from kernels.formats import Quantized
 from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
 from kernels.gemm_grouped import group_rows, grouped_gemm_tile_block, grouped_gemm_tile_tile
+from kernels.operators import operator
 from kernels.quantize import quantize_blocks, quantize_tiles, quantize_tiles_transposed, requantize_transposed
 
 
@@ -44,7 +45,8 @@ def weight_fp8(weight: Tensor, *, power_of_two: bool) -> Quantized:
         128x128 blocks of the weight.
     Source: arXiv:2412.19437 §3.3.2; DeepGEMM casts weights once per step too.
     """
-    key = (weight._version, weight.data_ptr(), power_of_two)
+    # The storage's address, for a fake tensor has no data pointer.
+    key = (weight._version, weight.untyped_storage()._cdata, power_of_two)
     cached: tuple[tuple[int, int, bool], Quantized] | None = getattr(weight, "_fp8_copy", None)
     if cached is None or cached[0] != key:
         cached = (key, quantize_blocks(weight, power_of_two=power_of_two))
@@ -63,19 +65,66 @@ def _kept_weight(ctx: Any) -> Tensor:
     return weight
 
 
+def wgrad_reference(dy: Tensor, x: Tensor) -> Tensor:
+    """dy.T @ x in FP32. On CUDA the tensor cores take BF16 operands and give FP32; CPUs have no such GEMM."""
+    if dy.is_cuda and dy.dtype == torch.bfloat16:
+        return torch.mm(dy.t(), x, out_dtype=torch.float32)
+    return dy.t().float() @ x.float()
+
+
+def grouped_matmul_reference(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
+    """x[rows of g] @ weight[g], weight [groups, in, out]; rows of no group are zero."""
+    out = x.new_zeros(x.shape[0], weight.shape[-1])
+    for w, rows in zip(weight, group_rows(group_ends, groups=len(weight), rows=len(x)), strict=True):
+        torch.mm(x[rows], w, out=out[rows])
+    return out
+
+
+def grouped_wgrad_reference(dy: Tensor, x: Tensor, group_ends: Tensor) -> Tensor:
+    """dy[rows of g].T @ x[rows of g] in FP32: [groups, out, in]."""
+    groups = group_rows(group_ends, groups=len(group_ends), rows=len(dy))
+    return torch.stack([wgrad_reference(dy[rows], x[rows]) for rows in groups])
+
+
+def _allocate_wgrad(dy: Tensor, x: Tensor) -> Tensor:
+    return dy.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32)
+
+
+def _allocate_rows(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[-1])
+
+
+def _allocate_wgrads(dy: Tensor, x: Tensor, group_ends: Tensor) -> Tensor:
+    return dy.new_empty(len(group_ends), dy.shape[1], x.shape[1], dtype=torch.float32)
+
+
+def _wgrad_flops(dy: Sequence[int], x: Sequence[int], *_: object, out_shape: object) -> int:
+    return 2 * dy[0] * dy[1] * x[1]
+
+
+def _row_flops(x: Sequence[int], weight: Sequence[int], *_: object, out_shape: object) -> int:
+    return 2 * x[0] * x[1] * weight[-1]
+
+
+_wgrad = operator("wgrad", wgrad_reference, fake=_allocate_wgrad, flops=_wgrad_flops)
+_grouped_matmul = operator("grouped_matmul", grouped_matmul_reference, fake=_allocate_rows, flops=_row_flops)
+_grouped_wgrad = operator("grouped_wgrad", grouped_wgrad_reference, fake=_allocate_wgrads, flops=_wgrad_flops)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        # Kept as it came: a router's BF16 input costs half of its FP32 copy.
         ctx.save_for_backward(x)
         _keep_weight(ctx, weight)
-        return x @ weight.to(x.dtype).t()
+        return x.to(dtype) @ weight.to(dtype).t()
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         (x,), weight = ctx.saved_tensors, _kept_weight(ctx)
         if weight.requires_grad:
-            deferred.push(lambda: deferred.accumulate_grad(weight, _wgrad(dy, x)))
-        return dy @ weight.to(dy.dtype), None
+            deferred.push(lambda: deferred.accumulate_grad(weight, _wgrad(dy, x.to(dy.dtype))))
+        return (dy @ weight.to(dy.dtype)).to(x.dtype), None, None
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -115,12 +164,8 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         (x, group_ends), weight = ctx.saved_tensors, _kept_weight(ctx)
 
-        def wgrad() -> None:
-            groups = group_rows(group_ends, groups=len(weight), rows=len(dy))
-            deferred.accumulate_grad(weight, torch.stack([_wgrad(dy[rows], x[rows]) for rows in groups]))
-
         if weight.requires_grad:
-            deferred.push(wgrad)
+            deferred.push(lambda: deferred.accumulate_grad(weight, _grouped_wgrad(dy, x, group_ends)))
         return _grouped_matmul(dy, weight.to(dy.dtype), group_ends), None, None
 
 
@@ -158,19 +203,20 @@ class _GroupedFp8Linear(torch.autograd.Function):
         return grouped_gemm_tile_block(dyq, weight_t, group_ends, out_dtype=dy.dtype), None, None, None
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T in x's dtype, with a deferred FP32 wgrad.
+def linear(x: Tensor, weight: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """x @ weight.T in one dtype, with a deferred FP32 wgrad.
 
     Args:
         x: [..., in] fp32 or bf16.
-        weight: [out, in]; converted to x's dtype where it differs (a bf16 router weight with fp32 x).
+        weight: [out, in] fp32 or bf16.
+        dtype: of the product; both operands are converted to it where they differ. None: x's.
     Returns:
-        [..., out] in x's dtype.
+        [..., out] in that dtype.
     Raises:
         ValueError: shapes do not fit (message shows both).
     """
     _check_features(x, weight, grouped=False)
-    y: Tensor = _Linear.apply(x.flatten(0, -2), weight)  # type: ignore[no-untyped-call]
+    y: Tensor = _Linear.apply(x.flatten(0, -2), weight, dtype or x.dtype)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -225,21 +271,6 @@ def grouped_fp8_linear(x: Tensor, weight: Tensor, group_ends: Tensor, *, power_o
     _check_features(x, weight, grouped=True)
     y: Tensor = _GroupedFp8Linear.apply(x, weight, group_ends, power_of_two)  # type: ignore[no-untyped-call]
     return y
-
-
-def _wgrad(dy: Tensor, x: Tensor) -> Tensor:
-    """dy.T @ x in FP32. On CUDA the tensor cores take BF16 operands and give FP32; CPUs have no such GEMM."""
-    if dy.is_cuda and dy.dtype == torch.bfloat16:
-        return torch.mm(dy.t(), x, out_dtype=torch.float32)
-    return dy.t().float() @ x.float()
-
-
-def _grouped_matmul(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
-    """x[rows of g] @ weight[g], weight [groups, in, out]; rows of no group are zero."""
-    out = x.new_zeros(x.shape[0], weight.shape[-1])
-    for w, rows in zip(weight, group_rows(group_ends, groups=len(weight), rows=len(x)), strict=True):
-        torch.mm(x[rows], w, out=out[rows])
-    return out
 
 
 def _check_features(x: Tensor, weight: Tensor, *, grouped: bool) -> None:

@@ -10,16 +10,20 @@ For each tile t of 128 contraction elements:
 
 Both operands are contracted over their last dim, [m, k] and [n, k]; m, n and k need not be multiples of 128.
 The MMA of a GPU keeps about 14 bits inside a partial sum; here the partial sum is a full FP32 one, so what
-`docs/numerics.md` bounds is quantisation plus FP32 accumulation.
+`docs/numerics.md` bounds is quantisation plus FP32 accumulation. Each product is one operator
+(`kernels/operators.py`) that allocates its result only; FLOPs are 2 m n k.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kernels.bench_entry import Bench
 from kernels.formats import TILE, Quantized, ceil_div, decode_e4m3
+from kernels.operators import operator
 from kernels.quantize import dequantize_blocks, dequantize_tiles, quantize_blocks, quantize_tiles
 
 
@@ -68,6 +72,36 @@ def add_tile_tile(out: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: T
         out.addcmul_(partial, scale)
 
 
+def gemm_tile_block_reference(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Decode, then tile by tile. Same arguments as `gemm_tile_block`, payloads and scales apart."""
+    out = a_scale.new_zeros(a.shape[0], b.shape[0])
+    add_tile_block(out, decode_e4m3(a), a_scale, decode_e4m3(b), b_scale)
+    return out.to(out_dtype)
+
+
+def gemm_tile_tile_reference(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
+    """Decode, then tile by tile. Same arguments as `gemm_tile_tile`, payloads and scales apart."""
+    out = a_scale.new_zeros(a.shape[0], b.shape[0])
+    add_tile_tile(out, decode_e4m3(a), a_scale, decode_e4m3(b), b_scale)
+    return out
+
+
+def _allocate_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=out_dtype)
+
+
+def _allocate_wgrad(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=torch.float32)
+
+
+def _product_flops(a: Sequence[int], a_scale: object, b: Sequence[int], *_: object, out_shape: object) -> int:
+    return 2 * a[0] * b[0] * a[1]
+
+
+_gemm_tile_block = operator("gemm_tile_block", gemm_tile_block_reference, fake=_allocate_product, flops=_product_flops)
+_gemm_tile_tile = operator("gemm_tile_tile", gemm_tile_tile_reference, fake=_allocate_wgrad, flops=_product_flops)
+
+
 def gemm_tile_block(a: Quantized, b: Quantized, *, out_dtype: torch.dtype) -> Tensor:
     """a @ b.T for activations in 1x128 tiles and a weight in 128x128 blocks.
 
@@ -82,9 +116,7 @@ def gemm_tile_block(a: Quantized, b: Quantized, *, out_dtype: torch.dtype) -> Te
     Source: arXiv:2412.19437 §3.3.2; DeepGEMM multiplies the two scales first, as here.
     """
     _check_contraction(a, b)
-    out = a.scale.new_zeros(a.payload.shape[0], b.payload.shape[0])
-    add_tile_block(out, decode_e4m3(a.payload), a.scale, decode_e4m3(b.payload), b.scale)
-    return out.to(out_dtype)
+    return _gemm_tile_block(a.payload, a.scale, b.payload, b.scale, out_dtype)
 
 
 def gemm_tile_tile(a: Quantized, b: Quantized) -> Tensor:
@@ -100,9 +132,7 @@ def gemm_tile_tile(a: Quantized, b: Quantized) -> Tensor:
     Source: arXiv:2412.19437 §3.3.2, §3.5.2.
     """
     _check_contraction(a, b)
-    out = a.scale.new_zeros(a.payload.shape[0], b.payload.shape[0])
-    add_tile_tile(out, decode_e4m3(a.payload), a.scale, decode_e4m3(b.payload), b.scale)
-    return out
+    return _gemm_tile_tile(a.payload, a.scale, b.payload, b.scale)
 
 
 def _check_contraction(a: Quantized, b: Quantized) -> None:

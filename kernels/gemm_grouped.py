@@ -7,11 +7,14 @@ experts. A group may be empty. Rows from `group_ends[-1]` on belong to nobody: t
 - `grouped_gemm_tile_block`: rows times each expert's weight: fprop and dgrad.
 - `grouped_gemm_tile_tile`: contraction over each expert's rows: wgrad, one matrix per expert.
 
-The layout is DeepGEMM's: contiguous along M for fprop and dgrad, grouped along K for wgrad.
+The layout is DeepGEMM's: contiguous along M for fprop and dgrad, grouped along K for wgrad. Each product is one
+operator (`kernels/operators.py`): `group_ends` is read inside its real version only, and its FLOPs are those of all
+rows, padding included (what group a row belongs to is a value, not a shape).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -20,6 +23,7 @@ from torch import Tensor
 from kernels.bench_entry import Bench
 from kernels.formats import TILE, Quantized, decode_e4m3
 from kernels.gemm_fp8 import add_tile_block, add_tile_tile
+from kernels.operators import operator
 from kernels.quantize import dequantize_blocks, dequantize_tiles, quantize_blocks, quantize_tiles
 
 
@@ -46,6 +50,57 @@ def group_rows(group_ends: Tensor, *, groups: int, rows: int) -> list[slice]:
     return slices
 
 
+def grouped_gemm_tile_block_reference(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, group_ends: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    """Group by group. Same arguments as `grouped_gemm_tile_block`, payloads and scales apart."""
+    rows, groups, n = a.shape[0], b.shape[0], b.shape[1]
+    out = a_scale.new_zeros(rows, n)
+    a_values, b_values = decode_e4m3(a), decode_e4m3(b)
+    for g, part in enumerate(group_rows(group_ends, groups=groups, rows=rows)):
+        add_tile_block(out[part], a_values[part], a_scale[:, part], b_values[g], b_scale[g])
+    return out.to(out_dtype)
+
+
+def grouped_gemm_tile_tile_reference(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, group_ends: Tensor
+) -> Tensor:
+    """Group by group. Same arguments as `grouped_gemm_tile_tile`, payloads and scales apart."""
+    groups, (m, rows), n = len(group_ends), a.shape, b.shape[0]
+    out = a_scale.new_zeros(groups, m, n)
+    a_values, b_values = decode_e4m3(a), decode_e4m3(b)
+    for g, part in enumerate(group_rows(group_ends, groups=groups, rows=rows)):
+        tiles = slice(part.start // TILE, part.stop // TILE)
+        add_tile_tile(out[g], a_values[:, part], a_scale[tiles], b_values[:, part], b_scale[tiles])
+    return out
+
+
+def _allocate_rows(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, group_ends: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1], dtype=out_dtype)
+
+
+def _allocate_wgrads(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, group_ends: Tensor) -> Tensor:
+    return a.new_empty(len(group_ends), a.shape[0], b.shape[0], dtype=torch.float32)
+
+
+def _row_flops(a: Sequence[int], a_scale: object, b: Sequence[int], *_: object, out_shape: object) -> int:
+    return 2 * a[0] * b[1] * a[1]
+
+
+def _wgrad_flops(a: Sequence[int], a_scale: object, b: Sequence[int], *_: object, out_shape: object) -> int:
+    return 2 * a[0] * b[0] * a[1]
+
+
+_grouped_gemm_tile_block = operator(
+    "grouped_gemm_tile_block", grouped_gemm_tile_block_reference, fake=_allocate_rows, flops=_row_flops
+)
+_grouped_gemm_tile_tile = operator(
+    "grouped_gemm_tile_tile", grouped_gemm_tile_tile_reference, fake=_allocate_wgrads, flops=_wgrad_flops
+)
+
+
 def grouped_gemm_tile_block(a: Quantized, b: Quantized, group_ends: Tensor, *, out_dtype: torch.dtype) -> Tensor:
     """a[rows of g] @ b[g].T for every group g.
 
@@ -59,14 +114,10 @@ def grouped_gemm_tile_block(a: Quantized, b: Quantized, group_ends: Tensor, *, o
     Raises:
         ValueError: bad `group_ends`, or contraction dims that differ (message shows both).
     """
-    (rows, k), (groups, n, k_b) = a.payload.shape, b.payload.shape
+    k, k_b = a.payload.shape[-1], b.payload.shape[-1]
     if k != k_b:
         raise ValueError(f"a and b contract their last dims, got {k} and {k_b}; transpose one operand")
-    out = a.scale.new_zeros(rows, n)
-    a_values, b_values = decode_e4m3(a.payload), decode_e4m3(b.payload)
-    for g, part in enumerate(group_rows(group_ends, groups=groups, rows=rows)):
-        add_tile_block(out[part], a_values[part], a.scale[:, part], b_values[g], b.scale[g])
-    return out.to(out_dtype)
+    return _grouped_gemm_tile_block(a.payload, a.scale, b.payload, b.scale, group_ends, out_dtype)
 
 
 def grouped_gemm_tile_tile(a: Quantized, b: Quantized, group_ends: Tensor) -> Tensor:
@@ -81,16 +132,10 @@ def grouped_gemm_tile_tile(a: Quantized, b: Quantized, group_ends: Tensor) -> Te
     Raises:
         ValueError: bad `group_ends`, or row counts that differ (message shows both).
     """
-    (m, rows), (n, rows_b) = a.payload.shape, b.payload.shape
+    rows, rows_b = a.payload.shape[-1], b.payload.shape[-1]
     if rows != rows_b:
         raise ValueError(f"a and b contract their last dims, got {rows} and {rows_b} rows; they must agree")
-    groups = len(group_ends)
-    out = a.scale.new_zeros(groups, m, n)
-    a_values, b_values = decode_e4m3(a.payload), decode_e4m3(b.payload)
-    for g, part in enumerate(group_rows(group_ends, groups=groups, rows=rows)):
-        tiles = slice(part.start // TILE, part.stop // TILE)
-        add_tile_tile(out[g], a_values[:, part], a.scale[tiles], b_values[:, part], b.scale[tiles])
-    return out
+    return _grouped_gemm_tile_tile(a.payload, a.scale, b.payload, b.scale, group_ends)
 
 
 def _bench_inputs(device: torch.device) -> tuple[Quantized, Quantized, Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ Scales come from the tensor at hand, never from earlier steps. Rules at the edge
 
 Shapes: rows = tokens (or output features), cols = the contraction dim. `quantize_tiles_transposed` groups
 along rows instead, for wgrad, whose contraction runs over tokens. Error bounds are derived in
-`docs/numerics.md`.
+`docs/numerics.md`. Each function here is one operator (`kernels/operators.py`) on plain tensors: payload, scale.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kernels.bench_entry import Bench
 from kernels.formats import E4M3_MAX, TILE, Quantized, ceil_div, decode_e4m3
+from kernels.operators import operator
 
 SMALLEST_SCALE = 2.0**-126
 
@@ -44,6 +45,87 @@ def _to_e4m3(scaled: Tensor) -> Tensor:
     return scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
+def quantize_tiles_reference(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """Tile by tile. Same arguments as `quantize_tiles`; returns payload and scale."""
+    x = x.float()
+    tiles = x.split(TILE, dim=1)
+    amax = torch.stack([tile.abs().amax(dim=1) for tile in tiles])  # [col_tiles, rows]
+    scale = _scale_of(amax, power_of_two=power_of_two)
+    scaled = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for tile, out, tile_scale in zip(tiles, scaled.split(TILE, dim=1), scale, strict=True):
+        torch.div(tile, tile_scale[:, None], out=out)
+    return _to_e4m3(scaled), scale
+
+
+def quantize_tiles_transposed_reference(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """Tile by tile. Same arguments as `quantize_tiles_transposed`; returns payload and scale."""
+    x = x.float()
+    rows, cols = x.shape
+    tiles = x.split(TILE, dim=0)[: ceil_div(rows, TILE)]
+    amax = torch.stack([tile.abs().amax(dim=0) for tile in tiles]) if tiles else x.new_zeros(0, cols)
+    scale = _scale_of(amax, power_of_two=power_of_two)  # [row_tiles, cols]
+    scaled = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for tile, out, tile_scale in zip(tiles, scaled.split(TILE, dim=0), scale, strict=False):
+        torch.div(tile, tile_scale, out=out)
+    payload = _to_e4m3(scaled).view(torch.uint8).t().contiguous()  # [cols, rows]
+    return payload.view(torch.float8_e4m3fn), scale
+
+
+def requantize_transposed_reference(payload: Tensor, scale: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """Through FP32. Same arguments as `requantize_transposed`; returns payload and scale."""
+    values = dequantize_tiles_reference(payload, scale, torch.float32)
+    return quantize_tiles_transposed_reference(values, power_of_two)
+
+
+def quantize_blocks_reference(w: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """All blocks at once. Same arguments as `quantize_blocks`; returns payload and scale."""
+    blocks = _as_blocks(w.float())  # [..., row_blocks, 128, col_blocks, 128]
+    scale = _scale_of(blocks.abs().amax(dim=(-3, -1)), power_of_two=power_of_two)
+    scaled = (blocks / scale[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
+    return _to_e4m3(scaled)[..., : w.shape[-2], : w.shape[-1]].contiguous(), scale
+
+
+def dequantize_tiles_reference(payload: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Tile by tile. Same arguments as `dequantize_tiles`."""
+    values = decode_e4m3(payload)
+    for tile, tile_scale in zip(values.split(TILE, dim=1), scale, strict=False):
+        tile.mul_(tile_scale[:, None])
+    return values.to(out_dtype)
+
+
+def _allocate_tiles(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    rows, cols = x.shape
+    payload = x.new_empty(rows, cols, dtype=torch.float8_e4m3fn)
+    return payload, x.new_empty(ceil_div(cols, TILE), rows, dtype=torch.float32)
+
+
+def _allocate_tiles_transposed(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    return _allocate_tiles(x.t(), power_of_two)
+
+
+def _allocate_requantized(payload: Tensor, scale: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    return _allocate_tiles(payload.t(), power_of_two)
+
+
+def _allocate_blocks(w: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    *experts, rows, cols = w.shape
+    payload = w.new_empty(w.shape, dtype=torch.float8_e4m3fn)
+    return payload, w.new_empty(*experts, ceil_div(rows, TILE), ceil_div(cols, TILE), dtype=torch.float32)
+
+
+def _allocate_values(payload: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return payload.new_empty(payload.shape, dtype=out_dtype)
+
+
+_quantize_tiles = operator("quantize_tiles", quantize_tiles_reference, fake=_allocate_tiles)
+_quantize_tiles_transposed = operator(
+    "quantize_tiles_transposed", quantize_tiles_transposed_reference, fake=_allocate_tiles_transposed
+)
+_requantize_transposed = operator("requantize_transposed", requantize_transposed_reference, fake=_allocate_requantized)
+_quantize_blocks = operator("quantize_blocks", quantize_blocks_reference, fake=_allocate_blocks)
+_dequantize_tiles = operator("dequantize_tiles", dequantize_tiles_reference, fake=_allocate_values)
+
+
 def quantize_tiles(x: Tensor, *, power_of_two: bool) -> Quantized:
     """Quantise with one scale per row and 128 columns: operands whose contraction runs over columns.
 
@@ -57,14 +139,7 @@ def quantize_tiles(x: Tensor, *, power_of_two: bool) -> Quantized:
     Source: arXiv:2412.19437 §3.3.2 (activations, activation gradients).
     """
     _check_matrix("x", x)
-    x = x.detach().float()
-    tiles = x.split(TILE, dim=1)
-    amax = torch.stack([tile.abs().amax(dim=1) for tile in tiles])  # [col_tiles, rows]
-    scale = _scale_of(amax, power_of_two=power_of_two)
-    scaled = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for tile, out, tile_scale in zip(tiles, scaled.split(TILE, dim=1), scale, strict=True):
-        torch.div(tile, tile_scale[:, None], out=out)
-    return Quantized(_to_e4m3(scaled), scale)
+    return Quantized(*_quantize_tiles(x.detach(), power_of_two))
 
 
 def quantize_tiles_transposed(x: Tensor, *, power_of_two: bool) -> Quantized:
@@ -80,16 +155,7 @@ def quantize_tiles_transposed(x: Tensor, *, power_of_two: bool) -> Quantized:
     Source: arXiv:2412.19437 §3.3.2, §3.5.2 (128x1 grouping for the backward pass).
     """
     _check_matrix("x", x)
-    x = x.detach().float()
-    rows, cols = x.shape
-    tiles = x.split(TILE, dim=0)[: ceil_div(rows, TILE)]
-    amax = torch.stack([tile.abs().amax(dim=0) for tile in tiles]) if tiles else x.new_zeros(0, cols)
-    scale = _scale_of(amax, power_of_two=power_of_two)  # [row_tiles, cols]
-    scaled = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for tile, out, tile_scale in zip(tiles, scaled.split(TILE, dim=0), scale, strict=False):
-        torch.div(tile, tile_scale, out=out)
-    payload = _to_e4m3(scaled).view(torch.uint8).t().contiguous()  # [cols, rows]
-    return Quantized(payload.view(torch.float8_e4m3fn), scale)
+    return Quantized(*_quantize_tiles_transposed(x.detach(), power_of_two))
 
 
 def requantize_transposed(q: Quantized, *, power_of_two: bool) -> Quantized:
@@ -105,7 +171,7 @@ def requantize_transposed(q: Quantized, *, power_of_two: bool) -> Quantized:
         payload [cols, rows], scale [ceil(rows/128), cols].
     Source: arXiv:2412.19437 §3.5.2 (transposition of the cached activation for wgrad).
     """
-    return quantize_tiles_transposed(dequantize_tiles(q), power_of_two=power_of_two)
+    return Quantized(*_requantize_transposed(q.payload, q.scale, power_of_two))
 
 
 def quantize_blocks(w: Tensor, *, power_of_two: bool) -> Quantized:
@@ -122,22 +188,16 @@ def quantize_blocks(w: Tensor, *, power_of_two: bool) -> Quantized:
     """
     if w.dim() < 2:
         raise ValueError(f"w must be [..., rows, cols], got shape {list(w.shape)}")
-    blocks = _as_blocks(w.detach().float())  # [..., row_blocks, 128, col_blocks, 128]
-    scale = _scale_of(blocks.abs().amax(dim=(-3, -1)), power_of_two=power_of_two)
-    scaled = (blocks / scale[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
-    return Quantized(_to_e4m3(scaled)[..., : w.shape[-2], : w.shape[-1]].contiguous(), scale)
+    return Quantized(*_quantize_blocks(w.detach(), power_of_two))
 
 
-def dequantize_tiles(q: Quantized) -> Tensor:
-    """fp32 values of a tensor in 1x128 tiles: [rows, cols]."""
-    values = decode_e4m3(q.payload)
-    for tile, tile_scale in zip(values.split(TILE, dim=1), q.scale, strict=False):
-        tile.mul_(tile_scale[:, None])
-    return values
+def dequantize_tiles(q: Quantized, *, out_dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values of a tensor in 1x128 tiles: [rows, cols], multiplied in fp32 and rounded once to `out_dtype`."""
+    return _dequantize_tiles(q.payload, q.scale, out_dtype)
 
 
 def dequantize_blocks(q: Quantized) -> Tensor:
-    """fp32 values of a tensor in 128x128 blocks: [..., rows, cols]."""
+    """fp32 values of a tensor in 128x128 blocks: [..., rows, cols]. For checks: training never needs them."""
     blocks = _as_blocks(decode_e4m3(q.payload))
     values = (blocks * q.scale[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
     return values[..., : q.payload.shape[-2], : q.payload.shape[-1]].contiguous()

@@ -35,7 +35,7 @@ def train(precision: str, overrides: list[str], console: Console) -> Path:
     config = compose([*COMMON, f"precision={precision}", f"run.name={precision}", *overrides])
     trainer = Trainer(config, build(config))
     trainer.resume()
-    console.print(f"{precision}: {config.schedule.total_tokens:,} tokens on {trainer.parts.device.type}")
+    console.print(f"{precision}: {config.schedule.total_tokens:,} tokens on {trainer.mesh.device.type}")
     trainer.fit()
     if not trainer.budget_is_spent():
         raise ValueError(f"stopped in the {precision} run at step {trainer.state.step}; the same command goes on")

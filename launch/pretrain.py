@@ -1,8 +1,9 @@
-"""Pretrain a model: `torchrun launch/pretrain.py experiment=tiny` or `... +cluster=h100_1 run.name=first`.
+"""Pretrain a model: `torchrun launch/pretrain.py experiment=tiny` or `torchrun ... +cluster=h800_2048 run.name=first`.
 
-Arguments are Hydra overrides of configs/pretrain.yaml. `--config` prints the composed configuration and stops.
-A wrong key, value, store or device is one sentence and exit code 2, before anything is allocated. SIGTERM finishes
-the step, saves and exits 0; the same command then resumes. Exit code 3: stopped by the non-finite guard.
+Arguments are Hydra overrides of configs/pretrain.yaml. `--config` prints the composed configuration and stops;
+`dry_run=true` plans the memory of one rank (`rank=0`) and stops. A wrong key, value, layout, store or device is one
+sentence and exit code 2, before anything is allocated. SIGTERM finishes the step, saves and exits 0; the same command
+then resumes. Exit code 3: stopped by the non-finite guard. 75: another rank died, and is named.
 """
 
 from __future__ import annotations
@@ -13,37 +14,48 @@ import sys
 # cuBLAS repeats bit for bit only with a fixed workspace; it reads this once, when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-from train.build import build
-from train.config import compose, to_yaml
+from torch.distributed.rendezvous import rendezvous
+
+from parallel.layout_check import check_world
+from train.config import PretrainConfig, compose, to_yaml
+from train.dry_run import dry_run
 from train.observe.guards import TrainingStopped
-from train.trainer import Trainer
+from train.session import Place, pretrain
+
+
+def meet(config: PretrainConfig, *, rank: int, world: int) -> Place:
+    """This process's place, as torchrun gives it; NCCL's settings are put where NCCL looks for them."""
+    check_world(config.layout, world)
+    if world == 1:
+        return Place()
+    for name, value in config.network.environment.items():
+        os.environ.setdefault(name, value)
+    store, _, _ = next(rendezvous("env://", rank, world))
+    hosted_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return Place(rank, world, local_rank, store, None if hosted_by_launcher else 0)
 
 
 def main(arguments: list[str]) -> int:
-    """Compose, build, resume and train; returns the exit code."""
+    """Compose, meet the other ranks, train; returns the exit code."""
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     overrides = [argument for argument in arguments if argument != "--config"]
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(
-                f"WORLD_SIZE={os.environ['WORLD_SIZE']}: this version trains on one process; use --nproc-per-node 1"
-            )
         config = compose(overrides)
         if "--config" in arguments:
             print(to_yaml(config), end="")
-            return 0
-        trainer = Trainer(config, build(config))
-        trainer.resume()
-    except ValueError as error:
-        print(f"pretrain: {error}", file=sys.stderr)
-        return 2
-    try:
-        trainer.fit()
-    except TrainingStopped as stopped:
-        print(f"pretrain: {stopped}", file=sys.stderr)
-        return 3
+        elif config.dry_run:
+            print(dry_run(config))
+        else:
+            pretrain(config, meet(config, rank=rank, world=world))
+    except (ValueError, TrainingStopped) as error:
+        # What is wrong for one rank is wrong for all: one of them says it.
+        if rank == 0:
+            print(f"pretrain: {error}", file=sys.stderr)
+        return 3 if isinstance(error, TrainingStopped) else 2
     return 0
 
 

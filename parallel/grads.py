@@ -1,27 +1,37 @@
-"""From summed gradients to clipped mean gradients (arXiv:2412.19437 §4.2).
+"""From the ranks' summed gradients to clipped mean gradients (arXiv:2412.19437 §4.2).
 
-Losses are sums, so `main_grad` arrives as the sum over all targets of the step. Here it is divided, once, by
-the number of main-model targets N, measured (global L2 norm) and clipped. Dividing late keeps the small
-numbers out of the FP8 backward: divided by 6e7 before, activation gradients would vanish.
+Losses are sums, so `main_grad` arrives as the sum over this rank's targets of the step. Here it is summed over the
+ranks with other tokens, divided, once, by the number N of main-model targets of all ranks, measured (global L2 norm)
+and clipped:
 
-    g <- g / N * min(1, max_norm / (|g / N| + 1e-6))
+    g <- (sum over ranks of g) / N * min(1, max_norm / (|g / N| + 1e-6))
 
-Division and clipping are one multiplication by one scalar tensor. Nothing here waits for the device: norm and
-flag are returned as tensors.
+Sum, then divide: every rank's gradient has the same weight per target, however unevenly targets are spread over ranks
+and micro-batches, and a mean over ranks is never taken. That holds for experts as well: their gradients hold the
+tokens of the whole expert group already, are summed over the expert-data axis only, and are divided by the same N,
+never by the number of expert ranks. Dividing late keeps the small numbers out of the FP8 backward: divided by 6e7
+before, activation gradients would vanish.
 
-Shapes: gradients keep their parameter's shape; norm and flag are 0-d. Sums over data ranks are not done here:
-at present one process holds every token.
+Each parameter counts once: a rank's part of the norm is its own shard of each bucket (`parallel.zero`), one rank of a
+pair of tied copies leaves them out, and a single all-reduce over the world adds up the squares. All ranks get the same
+norm, flag and factor, so they clip and skip together.
+
+Division and clipping are one multiplication by one scalar tensor. Nothing here waits for the device: norm and flag are
+returned as tensors. Shapes: gradients are flat; norm and flag are 0-d.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
 from kernels import deferred
+from parallel.mesh import Axis
+from parallel.zero import ALIGNMENT, GradientBuckets
 
 # As torch.nn.utils.clip_grad_norm_ guards its division, so that both clip alike.
 _CLIP_EPS = 1e-6
@@ -29,12 +39,12 @@ _CLIP_EPS = 1e-6
 
 @dataclass(frozen=True)
 class GradNorm:
-    """The norm of a step's gradients.
+    """The norm of a step's gradients, the same on every rank.
 
     Args:
         norm: 0-d fp32, global L2 norm after the division by the number of targets, before clipping.
-        finite: 0-d bool, False when a gradient holds NaN or infinity (or when the squares overflow fp32); the
-            gradients are then as they came.
+        finite: 0-d bool, False when a gradient of any rank holds NaN or infinity (or when the squares overflow fp32);
+            the gradients are then the sums over ranks, neither divided nor clipped.
     """
 
     norm: Tensor
@@ -42,46 +52,53 @@ class GradNorm:
 
 
 @torch.no_grad()
-def reduce_and_clip(params: Iterable[nn.Parameter], *, num_targets: Tensor | int, max_norm: float) -> GradNorm:
-    """Divide every `main_grad` by the number of targets and clip the global norm, in place.
+def reduce_and_clip(
+    buckets: Sequence[GradientBuckets], *, num_targets: Tensor | int, max_norm: float, world: Axis
+) -> GradNorm:
+    """Sum every gradient over its axis, divide by the number of targets and clip the global norm, in place.
 
     Args:
-        params: parameters with an fp32 `main_grad`; frozen ones are passed over, a repeated one counts once.
-        num_targets: N, main-model targets over all micro-batches (0-d integer tensor or int); 0 counts as 1.
+        buckets: all gradients of this rank; the same kinds in the same order on every rank of an axis.
+        num_targets: N, main-model targets over all ranks and micro-batches (0-d integer tensor or int, equal on all
+            ranks); 0 counts as 1.
         max_norm: largest global L2 norm that is left as it is.
+        world: all ranks of the run.
     Returns:
-        the norm and whether it is finite. When it is not, no gradient has been changed, so that the caller
-        can skip the step and report what was there.
+        the norm and whether it is finite. When it is not, the sums have not been scaled, so that the caller can skip
+        the step and report what was there.
     Raises:
         RuntimeError: weight gradients still wait in the queue of `kernels.deferred`.
     Source: arXiv:2412.19437 §4.2 (clip 1.0).
     """
     deferred.check_drained()
-    main_grads = _main_grads(params)
-    assert main_grads, "no trained parameter: there is nothing to clip"
-    device = main_grads[0].device
-    targets = torch.as_tensor(num_targets, device=device).clamp(min=1).to(torch.float32)  # []
-    norm = _global_norm(main_grads) / targets  # []
+    for bucket in buckets:
+        bucket.reduce()
+    norm = _global_norm(buckets, world)  # []
+    targets = torch.as_tensor(num_targets, device=norm.device).clamp(min=1).to(torch.float32)  # []
+    norm = norm / targets
     finite = torch.isfinite(norm)  # []
     clip = torch.clamp(max_norm / (norm + _CLIP_EPS), max=1.0)  # []
     # Times one leaves every bit as it came, infinities and NaNs included.
-    torch._foreach_mul_(main_grads, torch.where(finite, clip / targets, torch.ones_like(clip)))
+    factor = torch.where(finite, clip / targets, torch.ones_like(clip))
+    for bucket in buckets:
+        bucket.scale(factor)
     return GradNorm(norm=norm, finite=finite)
 
 
-def _global_norm(main_grads: list[Tensor]) -> Tensor:
-    """L2 norm over all gradients, []; norms of rows first.
+def _global_norm(buckets: Sequence[GradientBuckets], world: Axis) -> Tensor:
+    """L2 norm over all gradients of all ranks, [] fp32; norms of short rows first.
 
-    One long fp32 sum on a CPU loses digits: measured on 30 M elements, 1.7e-3 of the norm; 1e-7 by rows.
+    One long fp32 vector norm on a CPU loses digits: measured on 30 M elements, 1.7e-3 of the norm; 4e-8 by rows of
+    ALIGNMENT. The squares of the rows are summed in fp64, which costs nothing here and makes their order, and so the
+    layout, count for less.
     """
-    by_tensor = [torch.linalg.vector_norm(main_grad, dim=-1).flatten() for main_grad in main_grads]
-    row_norms = torch.cat(by_tensor)  # [rows]
-    return row_norms.square().sum().sqrt()
-
-
-def _main_grads(params: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The main gradients of the trained parameters, each parameter once."""
-    unique = {id(parameter): parameter for parameter in params if parameter.requires_grad}
-    main_grads: list[Tensor] = [p.main_grad for p in unique.values()]  # type: ignore[attr-defined]
-    assert all(main_grad.dtype == torch.float32 for main_grad in main_grads), "main_grad must be fp32"
-    return main_grads
+    # A rank may own nothing but padding, so its segments do not tell the device; it has parameters nevertheless.
+    device = next((p.device for bucket in buckets for p in bucket.parameters.values()), None)
+    assert device is not None, "no trained parameter: there is nothing to clip"
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    for shard in (shard for bucket in buckets for shard in bucket.norm_segments()):
+        row_norms = torch.linalg.vector_norm(shard.view(-1, ALIGNMENT), dim=-1)  # [rows]
+        squares += row_norms.square().sum(dtype=torch.float64)
+    if world.size > 1:
+        dist.all_reduce(squares, group=world.group)
+    return squares.sqrt().to(torch.float32)

@@ -19,7 +19,27 @@ from train.config import CONFIGS, ConfigError, PretrainConfig, build, compose, t
 # Overrides -> what the sentence must say: the key as given and the nearest valid name, or the cure.
 MISTAKES = {
     "unknown option": (["model=tinny"], "model=tinny does not exist: did you mean model=tiny?"),
-    "unknown cluster": (["+cluster=h100"], "did you mean +cluster=h100_1?"),
+    "unknown cluster": (["+cluster=h800"], "did you mean +cluster=h800_2048?"),
+    "unknown layout": (["layout=h800"], "layout=h800 does not exist: did you mean layout=h800_2048?"),
+    "unknown schedule of a pipeline": (
+        ["layout.schedule=1F1X"],
+        "layout.schedule=1F1X is not a pipeline schedule: did you mean layout.schedule=1F1B?",
+    ),
+    "misspelt group whose name is also a field": (["schdule=tiny"], "did you mean schedule?"),
+    "text for a size": (["layout.dp=two"], "layout.dp=two must be a whole number, not str"),
+    "a number for a list": (["layout.stage_layers=3"], "layout.stage_layers=3 must be a list of values"),
+    "wrong item of a list of any length": (
+        ["layout.stage_layers=[1,x]"],
+        "layout.stage_layers[1]=x must be a whole number",
+    ),
+    "number for a variable": (
+        ["+network.environment.NCCL_IB_TIMEOUT=22"],
+        "must be text, not int; to mean the text, write 'network.environment.NCCL_IB_TIMEOUT=\"22\"'",
+    ),
+    "variable of something else": (["+network.environment.PATH=x"], "network.environment.PATH is no variable of"),
+    "new variable without plus": (["network.environment.NCCL_NET=IB"], "use +network.environment.NCCL_NET=IB"),
+    "no section of variables": (["network.environment=3"], "network.environment=3 must be a section of names"),
+    "unknown transport": (["network.backend=mpi"], "network.backend=mpi is not one of auto, gloo, nccl"),
     "no option": (["model=null"], "model=null does not exist"),
     "unknown group": (["modle=tiny"], "modle is not a configuration key: did you mean model?"),
     "unknown field": (
@@ -96,7 +116,31 @@ CONTRADICTIONS = {
     ),
     "batch not of whole micro-batches": (
         ["schedule.batch_multiple_sequences=2", "run.micro_batch_sequences=4"],
-        "schedule.batch_multiple_sequences=2 is not a multiple of run.micro_batch_sequences=4",
+        "schedule.batch_multiple_sequences=2 is not a multiple of layout.dp=1 x run.micro_batch_sequences=4 = 4",
+    ),
+    "batch not of whole micro-batches on every data rank": (
+        ["layout.dp=2", "schedule.batch_multiple_sequences=1"],
+        "schedule.batch_multiple_sequences=1 is not a multiple of layout.dp=2 x run.micro_batch_sequences=1 = 2",
+    ),
+    "experts that do not divide": (
+        ["layout.dp=6", "layout.ep=3", "schedule.batch_start_sequences=6", "schedule.batch_full_sequences=6"],
+        "layout.ep=3 does not divide model.n_routed_experts=8: on layout.dp=6 use layout.ep=2",
+    ),
+    "cluster with too small a model": (
+        ["+cluster=h800_2048", "model=tiny"],
+        "layout.ep=64 does not divide model.n_routed_experts=8: on layout.dp=128 use layout.ep=8",
+    ),
+    "layout without so many layers": (
+        ["layout.pp=4"],
+        "layout.pp=4 with layout.schedule=1F1B makes 4 stages of model.num_hidden_layers=3",
+    ),
+    "too few micro-batches for the schedule": (
+        ["layout.pp=3"],
+        "needs 3: use schedule.batch_start_sequences=3, layout.pp=2 or layout.schedule=ZBVZeroBubble",
+    ),
+    "a death that is noticed too late": (
+        ["network.peer_timeout_s=600"],
+        "network.peer_timeout_s=600 is not below network.timeout_s=600",
     ),
     "budget below one step": (
         ["schedule.total_tokens=100"],
@@ -210,6 +254,23 @@ def test_yarn_can_be_switched_on_from_the_command_line() -> None:
     assert config.model.rope_scaling.factor == 40.0
 
 
+def test_a_list_of_any_length_and_a_new_variable_arrive() -> None:
+    config = compose(["layout.pp=2", "layout.stage_layers=[2,1]", "+network.environment.NCCL_IB_HCA=mlx5"])
+    assert config.layout.stage_layers == (2, 1)
+    assert config.network.environment == {"NCCL_IB_HCA": "mlx5"}
+    cluster = compose(["+cluster=h800_2048", 'network.environment.NCCL_IB_TIMEOUT="23"'])
+    assert cluster.network.environment["NCCL_IB_TIMEOUT"] == "23"
+    assert cluster.network.environment["NCCL_CROSS_NIC"] == "0"
+
+
+@pytest.mark.parametrize(("dp", "micro"), [("1", "1"), ("2", "1"), ("1", "2"), ("2.0", "2")])
+def test_the_batch_moves_in_micro_batches_of_every_data_rank(dp: str, micro: str) -> None:
+    """4 sequences from the start on, so that any of these divides them."""
+    fixed = ["schedule.batch_start_sequences=4"]
+    config = compose([*fixed, f"layout.dp={dp}", f"run.micro_batch_sequences={micro}"])
+    assert config.schedule.batch_multiple_sequences == int(float(dp)) * int(micro)
+
+
 def test_the_composed_configuration_is_frozen() -> None:
     config = compose([])
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -225,7 +286,10 @@ def test_composing_does_not_depend_on_the_working_directory(tmp_path: Path, monk
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("overrides", [[], ["experiment=tiny"], ["+cluster=h100_1"], ["model=ragged_test"]])
+RUNS = [[], ["experiment=tiny"], ["+cluster=h100_1"], ["+cluster=h800_2048"], ["model=ragged_test"]]
+
+
+@pytest.mark.parametrize("overrides", [*RUNS, ["layout.pp=2", "layout.stage_layers=[1,2]"]])
 def test_the_run_directory_copy_reads_back_equal(overrides: list[str]) -> None:
     config = compose(overrides)
     assert build(PretrainConfig, yaml.safe_load(to_yaml(config)), "") == config

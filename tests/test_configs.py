@@ -12,13 +12,15 @@ import pytest
 import torch
 import yaml
 
+from parallel.layout_check import check_world
 from train.config import CONFIGS, PretrainConfig, compose
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
 from train.optim.schedules import at
 
-BASE_GROUPS = ("model", "precision", "data", "schedule", "optim", "observe", "checkpoint")
+BASE_GROUPS = ("model", "precision", "layout", "network", "data", "schedule", "optim", "observe", "checkpoint")
+CLUSTERS = sorted(path.stem for path in (CONFIGS / "cluster").glob("*.yaml"))
 GROUP_FILES = sorted(CONFIGS.glob("*/*.yaml"))
 TILE = 128
 
@@ -92,13 +94,15 @@ SIZES = {
 
 @pytest.mark.parametrize("path", GROUP_FILES, ids=option)
 def test_every_option_of_every_group_composes(path: Path) -> None:
-    config = compose([option(path)])
+    # A layout of many ranks needs a model and a batch of its size: those of the cluster of its name.
+    with_cluster = path.parent.name == "layout" and path.stem in CLUSTERS
+    config = compose([*([f"+cluster={path.stem}"] if with_cluster else []), option(path)])
     group = path.parent.name
     if group in BASE_GROUPS:
         section = getattr(config, group)
         for name, written in yaml.safe_load(path.read_text()).items():
             assert hasattr(section, name)
-            if isinstance(written, int | float | bool):
+            if isinstance(written, int | float) or group == "network":
                 assert getattr(section, name) == written, f"{option(path)}: {name} did not arrive"
 
 
@@ -115,9 +119,45 @@ def test_every_model_composes_in_every_precision_on_the_cluster(model: str, prec
 
 def test_the_groups_are_the_fields_of_the_configuration() -> None:
     folders = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
-    fields = set(PretrainConfig.__dataclass_fields__) - {"run"}
+    fields = set(PretrainConfig.__dataclass_fields__) - {"run", "dry_run", "rank"}
     assert folders == fields | {"cluster", "experiment"}
     assert sorted(CONFIGS.rglob("*.y*ml")) == sorted([*GROUP_FILES, CONFIGS / "pretrain.yaml"])
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_a_cluster_is_its_layout_on_as_many_gpus_as_its_name_says(name: str) -> None:
+    config = compose([f"+cluster={name}"])
+    assert config.layout.world == int(name.rpartition("_")[2])
+    assert (config.run.device, config.run.name, config.precision.name) == ("cuda", name, "fp8")
+    check_world(config.layout, config.layout.world)
+    one_node = config.layout.world <= config.layout.ranks_per_node
+    assert config.network.backend_for("cuda") == "nccl"
+    assert ("NCCL_NET" in config.network.environment) == (not one_node)
+    # Every rank's experts, layers and micro-batches are whole: check_layout ran in compose; here by hand.
+    unit = config.layout.dp * config.run.micro_batch_sequences
+    assert config.schedule.batch_multiple_sequences == unit
+    assert config.schedule.batch_start_sequences % unit == config.schedule.batch_full_sequences % unit == 0
+    assert config.model.n_routed_experts % config.layout.ep == 0
+
+
+def test_h800_2048_is_the_layout_of_the_report() -> None:
+    """§3.1 and §3.2: 2048 GPUs, PP16, EP64 over 8 nodes, ZeRO-1; 3072 to 15360 sequences (§4.2)."""
+    config = compose(["+cluster=h800_2048"])
+    layout, schedule = config.layout, config.schedule
+    assert (layout.pp, layout.dp, layout.ep, layout.edp, layout.zero) == (16, 128, 64, 2, True)
+    assert (layout.schedule, layout.ep // layout.ranks_per_node) == ("ZBVZeroBubble", 8)
+    assert config.model == model_config("v3_671b")
+    assert (schedule.batch_start_sequences // 128, schedule.batch_full_sequences // 128) == (24, 120)
+
+
+def test_the_time_limits_of_infiniband_are_in_order() -> None:
+    """A flapping link (4.096 us x 2^timeout x retries, NCCL's user guide) is waited for, a dead rank named first."""
+    network = compose(["+cluster=h800_2048"]).network
+    tries, power = int(network.environment["NCCL_IB_RETRY_CNT"]), int(network.environment["NCCL_IB_TIMEOUT"])
+    flap_s = 4.096e-6 * 2**power * tries
+    # The guide's own table rounds it to two minutes.
+    assert flap_s == pytest.approx(120, abs=0.5)
+    assert max(flap_s, network.peer_timeout_s) < network.timeout_s
 
 
 def test_the_closed_form_gives_the_released_size_of_v3() -> None:
@@ -221,8 +261,8 @@ def test_the_v3_schedule_has_the_report_values_at_its_break_points(
     assert schedule.total_tokens == 14_800_000_000_000
 
 
-@pytest.mark.parametrize("name", ["tiny", "small"])
-@pytest.mark.parametrize("total_tokens", [10**6, 10**12])
+@pytest.mark.parametrize("name", ["tiny", "small", "v3_16b"])
+@pytest.mark.parametrize("total_tokens", [10**7, 10**12])
 def test_one_override_shortens_a_run_and_keeps_its_shape(name: str, total_tokens: int) -> None:
     """Break points are shares of the budget: each stays within half a token of its share."""
     full = compose([f"schedule={name}"]).schedule

@@ -30,12 +30,14 @@ MAX_PARAMETERS = 8
 MAX_ENTRYPOINT_LINES = 80
 
 # Files in kernels/ that are no kernels: formats, the queue, the bench table, the choice of backend.
-NOT_KERNELS = ("__init__", "formats", "backend", "deferred", "bench_entry", "bench_table")
+NOT_KERNELS = ("__init__", "formats", "backend", "deferred", "operators", "bench_entry", "bench_table")
 # Kernel files whose arithmetic is all in other kernel files, which have references: name -> what it composes.
 COMPOSITIONS = {"fp8_linear": ("gemm_fp8", "gemm_grouped", "quantize")}
 # Functions that may read a device value inside the step, and why.
 HOST_READS = {
     "kernels/gemm_grouped.py:group_rows": "plain torch slices by group; a device kernel would not",
+    "train/optim/ema.py:_fold": "its own thread waits for a copy, beside the step",
+    "parallel/expert.py:_read_counts": "split sizes of the uneven all-to-all: one read a MoE layer and micro-batch",
 }
 # Where the environment may be read.
 ENVIRONMENT_HOMES = ("launch/", "kernels/backend.py")

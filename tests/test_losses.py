@@ -8,23 +8,22 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from parallel.mesh import single
 from tests.tiny_model import TINY
+from train.build import build_engine
 from train.data.batch import IGNORE_INDEX, Batch
-from train.losses import LossWeights, loss_sums
-from train.model.init import initialize
+from train.losses import LossWeights, attach_loss, balance_sum, loss_sums
 from train.model.precision import Precision
-from train.model.transformer import Transformer
-from train.optim.adamw import AdamW, OptimConfig
+from train.optim.adamw import OptimConfig
 from train.optim.schedules import Now
-from train.step import StepGradients, compute_gradients
+from train.step import Engine, StepGradients, compute_gradients
 
 NOW = Now(lr=1e-3, batch_sequences=4, bias_speed=1e-3, mtp_weight=0.3, balance_alpha=0.01)
 
 
-def model() -> Transformer:
-    net = Transformer(TINY, Precision("fp32"))
-    initialize(net, seed=0, std=TINY.initializer_range)
-    return net
+def engine(**optim: float) -> Engine:
+    mesh = single("cpu")
+    return build_engine(TINY, Precision("fp32"), replace(OptimConfig(), **optim), mesh, seed=0)  # type: ignore[arg-type]
 
 
 def batch() -> Batch:
@@ -36,20 +35,25 @@ def batch() -> Batch:
     return Batch(tokens[:, :-1].contiguous(), labels)
 
 
-def gradients(pieces: list[slice]) -> tuple[StepGradients, dict[str, torch.Tensor]]:
-    net = model()
-    optimizer = AdamW(net.named_parameters(), replace(OptimConfig(), clip_norm=1e9))
-    whole = batch()
-    parts = [Batch(whole.input_ids[p], whole.labels[p]) for p in pieces]
-    result = compute_gradients(net, optimizer, parts, num_targets=whole.num_targets, now=NOW)
-    return result, {name: p.main_grad.clone() for name, p in net.named_parameters()}
+def step_of(parts: Engine, data: Batch, *, micro_batches: int = 1) -> StepGradients:
+    return compute_gradients(parts, data, num_micro_batches=micro_batches, num_sequences=len(data.labels), now=NOW)
+
+
+def gradients(micro_batches: int) -> tuple[StepGradients, dict[str, torch.Tensor]]:
+    parts = engine(clip_norm=1e9)
+    result = step_of(parts, batch(), micro_batches=micro_batches)
+    return result, {name: p.main_grad.clone() for name, p in parts.models[0].named_parameters()}
 
 
 def test_total_is_the_reports_objective_times_the_number_of_targets() -> None:
-    net, data = model(), batch()
+    net, data = engine().models[0], batch()
     output = net(data.input_ids)
-    weights = LossWeights(mtp_weight=0.3, balance_alpha=0.01, num_targets=data.num_targets, num_sequences=4)
-    losses = loss_sums(net, output, data.labels, weights)
+    weights = LossWeights(
+        mtp_weight=0.3, balance_alpha=0.01, num_targets=torch.tensor(data.num_targets), num_sequences=4
+    )
+    weighted_balance = balance_sum(output, weights)
+    assert weighted_balance is not None
+    total = loss_sums(net, output, data.labels, weights).total + weighted_balance
 
     def nll(hidden: torch.Tensor, labels: torch.Tensor) -> float:
         logits = net.logits(hidden).double().flatten(0, 1)
@@ -63,13 +67,13 @@ def test_total_is_the_reports_objective_times_the_number_of_targets() -> None:
     # over the 4 sequences.
     objective = main / 33 + 0.3 * (mtp[0] + mtp[1]) / 2 / 33 + 0.01 * balance / 4
     # FP32 sums of about 100 terms against FP64: 100 * 2^-24 = 6e-6.
-    assert math.isclose(float(losses.total.detach()) / 33, objective, rel_tol=6e-6)
+    assert math.isclose(float(total.detach()) / 33, objective, rel_tol=6e-6)
 
 
 def test_gradients_do_not_depend_on_the_cut_into_micro_batches() -> None:
-    whole, whole_grads = gradients([slice(0, 4)])
+    whole, whole_grads = gradients(1)
     # The third piece has no target at all; it still carries balance loss.
-    cut, cut_grads = gradients([slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 4)])
+    cut, cut_grads = gradients(4)
     for name, expected in whole_grads.items():
         error = float((cut_grads[name] - expected).norm() / expected.norm().clamp(min=1e-12))
         # FP32 sums in another order; the longest has 48 tokens x 61 logits.
@@ -82,21 +86,25 @@ def test_gradients_do_not_depend_on_the_cut_into_micro_batches() -> None:
 
 
 def test_a_step_without_any_target_is_finite_and_has_no_gradient() -> None:
-    net = model()
-    optimizer = AdamW(net.named_parameters(), OptimConfig())
-    whole = batch()
+    parts, whole = engine(), batch()
     empty = Batch(whole.input_ids, torch.full_like(whole.labels, IGNORE_INDEX))
-    result = compute_gradients(net, optimizer, [empty], num_targets=0, now=NOW)
+    result = step_of(parts, empty)
     assert bool(result.finite)
     assert float(result.loss_main) == 0.0
-    assert all(not p.main_grad.any() for p in net.parameters())
+    assert all(not p.main_grad.any() for p in parts.models[0].parameters())
 
 
 def test_a_non_finite_loss_is_flagged() -> None:
-    net = model()
-    optimizer = AdamW(net.named_parameters(), OptimConfig())
+    parts = engine()
     with torch.no_grad():
-        net.lm_head.weight[3, 3] = float("nan")
-    whole = batch()
-    result = compute_gradients(net, optimizer, [whole], num_targets=whole.num_targets, now=NOW)
-    assert not bool(result.finite)
+        parts.models[0].lm_head.weight[3, 3] = float("nan")
+    assert not bool(step_of(parts, batch()).finite)
+
+
+def test_an_attached_loss_is_differentiated_with_whatever_reads_hidden() -> None:
+    hidden = torch.randn(3, 5, requires_grad=True)
+    attached = attach_loss(hidden * 2, hidden.pow(3).sum())
+    assert torch.equal(attached, hidden * 2)
+    attached.sum().backward()
+    # d/dh (2 h) = 2 from the reader, 3 h^2 from the loss; FP32, two roundings.
+    torch.testing.assert_close(hidden.grad, 2 + 3 * hidden.detach().square(), rtol=1e-6, atol=0.0)

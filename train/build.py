@@ -1,7 +1,11 @@
-"""The assembly room: from a validated configuration to the parts of a run, all on one device.
+"""The assembly room: from a validated configuration to the parts of a run on this rank.
 
-This is the only place where model, optimizer, data and (later) parallel wrappers meet. Everything a user can get wrong
-about stores, vocabulary or device is refused here, before the model is allocated.
+This is the only place where model, optimizer, data and parallel wrappers meet. Everything a user can get wrong about
+stores, vocabulary or device is refused here, before the model is allocated.
+
+    layout -> stages of this rank -> a Transformer with those layers and a dispatcher for its experts
+           -> gradient buckets: dense parameters over the data axis, experts over the expert-data axis, copies of the
+              embedding over both ends of the pipeline
 """
 
 from __future__ import annotations
@@ -10,27 +14,46 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.distributed import ProcessGroup
 
+from parallel.expert import ExpertParallelDispatcher
+from parallel.mesh import Mesh, cpu_group, single
+from parallel.pieces import Piece
+from parallel.pipeline import Pipeline, balanced_split
+from parallel.schedules import num_stages, stage_ids
+from parallel.zero import GradientBuckets
 from train.config import PretrainConfig
 from train.data.store import TokenStore, check_same_tokenizer
 from train.data.stream import TokenStream
 from train.model.config import ModelConfig
 from train.model.init import initialize
-from train.model.moe import Experts
+from train.model.moe import Experts, TokenDispatcher
 from train.model.precision import Precision
-from train.model.transformer import Transformer
-from train.optim.adamw import AdamW
+from train.model.transformer import Part, Transformer, recompute_up_projections
+from train.optim.adamw import AdamW, OptimConfig, Within
+from train.optim.ema import Ema
+from train.stage import Stage
+from train.step import Engine
+
+# Ranks that have written wait for the slowest one of a save.
+SAVE_TIMEOUT_S = 3600
+# The training stream and the held-out store.
+Stores = tuple[TokenStream, TokenStore | None]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a trainer works with; `heldout` is None when the configuration names none."""
+    """What a trainer works with.
 
-    device: torch.device
-    model: Transformer
-    optimizer: AdamW
+    heldout is None when the configuration names none; checkpoint_group carries the planning of saves, apart from the
+    step's collectives, and is None with one rank.
+    """
+
+    engine: Engine
     stream: TokenStream
     heldout: TokenStore | None
+    checkpoint_group: ProcessGroup | None
 
 
 def choose_device(name: str) -> torch.device:
@@ -56,7 +79,7 @@ def set_determinism(*, seed: int, deterministic: bool, threads: int | None) -> N
         torch.set_num_threads(threads)
 
 
-def open_stores(config: PretrainConfig) -> tuple[TokenStream, TokenStore | None]:
+def open_stores(config: PretrainConfig) -> Stores:
     """The training stream and the held-out store, checked against the model and each other.
 
     Raises:
@@ -73,41 +96,154 @@ def open_stores(config: PretrainConfig) -> tuple[TokenStream, TokenStore | None]
     return stream, heldout
 
 
-def build_model(config: ModelConfig, precision: Precision, *, seed: int, device: torch.device) -> Transformer:
-    """An initialised model on `device`; the same values on every device and layout."""
-    with device:
-        model = Transformer(config, precision)
-    initialize(model, seed=seed, std=config.initializer_range, embedding_std=config.embedding_initializer_range)
-    return model
+def layer_costs(config: ModelConfig) -> list[float]:
+    """Work of each layer on one token, in weights it multiplies with; MTP and heads are counted into the last.
+
+    Enough to balance a pipeline: attention's own products are the same in every layer and left out.
+    """
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    latents = config.q_width + config.kv_lora_rank + config.qk_rope_head_dim
+    attention = hidden * latents + config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+    attention += (config.q_lora_rank or 0) * heads * config.qk_head_dim + heads * config.v_head_dim * hidden
+    expert = 3 * hidden * config.moe_intermediate_size
+    moe = (config.num_experts_per_tok + config.n_shared_experts) * expert + hidden * config.n_routed_experts
+    dense = 3 * hidden * config.intermediate_size
+    costs = [float(attention + (moe if config.is_moe(layer) else dense)) for layer in config.layer_ids]
+    head, depths = hidden * config.vocab_size, config.num_nextn_predict_layers
+    costs[-1] += head + depths * (head + 2 * hidden * hidden + costs[-1])
+    return costs
 
 
-def build(config: PretrainConfig) -> Parts:
-    """Everything a run needs.
+def parts_of_stages(config: ModelConfig, mesh: Mesh) -> dict[int, Part]:
+    """Stage index -> what it holds, for the stages of this rank."""
+    layout = mesh.layout
+    count = num_stages(layout.schedule, mesh.pp.size)
+    layers = layout.stage_layers or balanced_split(layer_costs(config), count)
+    assert len(layers) == count, (layers, count)
+    starts = [sum(layers[:index]) for index in range(count + 1)]
+    return {
+        i: Part(range(starts[i], starts[i + 1]), begins=i == 0, ends=i == count - 1)
+        for i in stage_ids(layout.schedule, mesh.pp.size, mesh.pp.rank)
+    }
 
+
+def build_stages(
+    config: ModelConfig, precision: Precision, mesh: Mesh, dispatcher: TokenDispatcher | None = None
+) -> dict[int, Stage]:
+    """The stages of this rank on its device, without values.
+
+    Args:
+        config: of the whole model.
+        precision: of the run.
+        mesh: of the run.
+        dispatcher: brings tokens to experts; None for the one of the mesh.
+    """
+    if dispatcher is None and mesh.ep.size > 1:
+        dispatcher = ExpertParallelDispatcher(
+            config.n_routed_experts, mesh.ep, wire=precision.name, power_of_two=precision.power_of_two_scales
+        )
+    stages: dict[int, Stage] = {}
+    for index, part in parts_of_stages(config, mesh).items():
+        with mesh.device:
+            model = Transformer(config, precision, dispatcher, part)
+        stages[index] = Stage(model)
+    models = [stage.model for stage in stages.values()]
+    if len(models) > 1 and models[0].part.begins and models[-1].mtp:
+        # V placement: the rank that begins also ends, and MTP reads the one embedding there is.
+        models[-1].embed_tokens = models[0].embed_tokens
+    return stages
+
+
+def build_optimizer(models: list[Transformer], config: OptimConfig, mesh: Mesh) -> AdamW:
+    """Buckets by the axis they are reduced over, and AdamW on this rank's share of them."""
+    dense: dict[str, nn.Parameter] = {}
+    experts: dict[str, nn.Parameter] = {}
+    tied: dict[str, nn.Parameter] = {}
+    within: dict[str, Within] = {}
+    for model in models:
+        pieces = expert_pieces(model)
+        for name, parameter in model.named_parameters():
+            if name in pieces:
+                experts[name] = parameter
+                within[name] = _flat(pieces[name])
+            elif name.startswith("embed_tokens") and mesh.tied.size > 1:
+                tied[name] = parameter
+            else:
+                dense[name] = parameter
+    sharded = mesh.layout.zero
+    buckets = [
+        GradientBuckets(dense.items(), axis=mesh.dp, sharded=sharded),
+        GradientBuckets(experts.items(), axis=mesh.edp, sharded=sharded),
+        GradientBuckets(
+            tied.items(), axis=mesh.dp, sharded=sharded, tied=mesh.tied, counts_in_norm=mesh.tied.rank == 0
+        ),
+    ]
+    return AdamW(buckets, config, within)
+
+
+def expert_pieces(model: Transformer) -> dict[str, Piece]:
+    """Parameter name -> where its experts lie among all experts of the layer."""
+    pieces: dict[str, Piece] = {}
+    for module_name, module in model.named_modules():
+        if isinstance(module, Experts):
+            for leaf, parameter in module.named_parameters():
+                shape = (model.config.n_routed_experts, *parameter.shape[1:])
+                offset = (module.first_expert, *(0 for _ in shape[1:]))
+                pieces[f"{module_name}.{leaf}"] = Piece(parameter.detach(), shape, offset)
+    return pieces
+
+
+def _flat(piece: Piece) -> Within:
+    """The same place in the flattened global tensor."""
+    per_expert = piece.local[0].numel()
+    return Within(first=piece.offset[0] * per_expert, global_numel=piece.global_shape[0] * per_expert)
+
+
+def build_engine(
+    config: ModelConfig,
+    precision: Precision,
+    optim: OptimConfig,
+    mesh: Mesh,
+    *,
+    seed: int,
+    recompute: bool = False,
+) -> Engine:
+    """Initialised stages of this rank, their pipeline and their optimizer; the same values on every layout."""
+    stages = build_stages(config, precision, mesh)
+    for stage in stages.values():
+        spread, own = config.initializer_range, config.embedding_initializer_range
+        initialize(stage.model, seed=seed, std=spread, embedding_std=own)
+        if recompute:
+            recompute_up_projections(stage.model)
+    return assemble(stages, optim, mesh)
+
+
+def assemble(stages: dict[int, Stage], optim: OptimConfig, mesh: Mesh) -> Engine:
+    """Pipeline and optimizer round the stages of this rank; masters take the values that the weights have now."""
+    models = [stage.model for _, stage in sorted(stages.items())]
+    config, precision = models[0].config, models[0].precision
+    pipeline = Pipeline(stages, mesh=mesh, hidden_size=config.hidden_size, dtype=precision.dtype)
+    optimizer = build_optimizer(models, optim, mesh)
+    ema = None if optim.ema_decay is None else Ema(optimizer.masters(), optim.ema_decay)
+    return Engine(mesh=mesh, stages=stages, pipeline=pipeline, optimizer=optimizer, ema=ema)
+
+
+def build(config: PretrainConfig, mesh: Mesh | None = None, *, stores: Stores | None = None) -> Parts:
+    """Everything a run needs on this rank.
+
+    Args:
+        config: checked.
+        mesh: of its layout; None for one process.
+        stores: what `open_stores` gave, if it was called before.
     Raises:
         ValueError: a store or the device does not fit the configuration; says what to do.
     """
-    device = choose_device(config.run.device)
-    stream, heldout = open_stores(config)
+    mesh = mesh or single(choose_device(config.run.device))
+    stream, heldout = stores or open_stores(config)
     run = config.run
     set_determinism(seed=run.seed, deterministic=run.deterministic, threads=run.threads)
-    model = build_model(config.model, config.precision, seed=run.seed, device=device)
-    optimizer = AdamW(model.named_parameters(), config.optim)
-    return Parts(device=device, model=model, optimizer=optimizer, stream=stream, heldout=heldout)
-
-
-def parameter_counts(model: Transformer) -> dict[str, int]:
-    """Parameters in total and active per token (topk of the routed experts), MTP layers apart.
-
-    Returns:
-        {"total", "active", "mtp"}: `total` and `active` leave the MTP layers out.
-    """
-    mtp = sum(p.numel() for p in model.mtp.parameters())
-    total = sum(p.numel() for p in model.parameters()) - mtp
-    config = model.config
-    idle_share = 1 - config.num_experts_per_tok / config.n_routed_experts
-    routed = sum(p.numel() for m in model.layers.modules() if isinstance(m, Experts) for p in m.parameters())
-    return {"total": total, "active": round(total - idle_share * routed), "mtp": mtp}
+    engine = build_engine(config.model, config.precision, config.optim, mesh, seed=run.seed, recompute=run.recompute)
+    return Parts(engine=engine, stream=stream, heldout=heldout, checkpoint_group=cpu_group(timeout_s=SAVE_TIMEOUT_S))
 
 
 def store_hashes(store: TokenStore) -> dict[str, str]:
@@ -117,14 +253,31 @@ def store_hashes(store: TokenStore) -> dict[str, str]:
     return {"tokenizer": manifest.tokenizer_sha256, **files}
 
 
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Parameters in total and active per token (topk of the routed experts), MTP layers apart; over all ranks.
+
+    Returns:
+        {"total", "active", "mtp"}: `total` and `active` leave the MTP layers out.
+    """
+    with torch.device("meta"):
+        model = Transformer(config, Precision("bf16"))
+    mtp = sum(p.numel() for p in model.mtp.parameters())
+    total = sum(p.numel() for p in model.parameters()) - mtp
+    idle_share = 1 - config.num_experts_per_tok / config.n_routed_experts
+    routed = sum(p.numel() for m in model.layers.modules() if isinstance(m, Experts) for p in m.parameters())
+    return {"total": total, "active": round(total - idle_share * routed), "mtp": mtp}
+
+
 def run_card(config: PretrainConfig, parts: Parts) -> dict[str, object]:
-    """What this run is, for its directory and its dashboard: sizes, precision, device, versions, seed."""
-    device = torch.cuda.get_device_name(parts.device) if parts.device.type == "cuda" else "cpu"
+    """What this run is, for its directory and its dashboard: sizes, precision, layout, device, versions, seed."""
+    mesh = parts.engine.mesh
+    device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
     return {
         "name": config.run.name,
         "precision": config.precision.name,
         "power_of_two_scales": config.precision.power_of_two_scales,
-        "parameters": parameter_counts(parts.model),
+        "parameters": parameter_counts(config.model),
+        "layout": {"pp": mesh.pp.size, "dp": mesh.dp.size, "ep": mesh.ep.size, "schedule": mesh.layout.schedule},
         "tokens_total": config.schedule.total_tokens,
         "sequence_length": config.data.sequence_length,
         "seed": config.run.seed,

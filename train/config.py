@@ -30,6 +30,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from parallel.layout_check import Workload, check_layout
+from parallel.mesh import Layout
+from parallel.network import NetworkConfig
 from train.checkpoint.dcp import CheckpointConfig
 from train.data.stream import DataConfig
 from train.model.config import ModelConfig
@@ -42,10 +45,19 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ROOT_FILE = "pretrain"
 # Groups without an entry in the defaults list: only so does `+cluster=h100_1` compose.
 APPENDED_GROUPS = ("cluster",)
+# Fields whose names are not ours: `+network.environment.NCCL_IB_HCA=mlx5` adds one; their dataclass checks them.
+MAPPINGS = ("network.environment",)
 
 
 # `${share:${.total_tokens},0.1}`: break points that follow the budget, so that one override shortens a run.
 OmegaConf.register_new_resolver("share", lambda total, share: round(total * share), replace=True)
+# `${mul:${layout.dp},${run.micro_batch_sequences}}`: the batch ramp moves in whole micro-batches of every data rank.
+# A wrong type gives null: it is refused where it was written, which is before the schedule is read.
+OmegaConf.register_new_resolver(
+    "mul",
+    lambda left, right: left * right if isinstance(left, int | float) and isinstance(right, int | float) else None,
+    replace=True,
+)
 
 
 class ConfigError(ValueError):
@@ -63,7 +75,9 @@ class RunConfig:
         device: 'auto' takes a CUDA GPU when there is one.
         deterministic: use torch's deterministic algorithms, so that a resumed run is bit-equal.
         threads: CPU threads of torch, part of every bit-equality promise; None leaves torch's choice.
-        micro_batch_sequences: sequences of one forward and backward; the batch is a multiple of it.
+        micro_batch_sequences: sequences of one forward and backward on one rank; the batch is a multiple of it
+            times layout.dp.
+        recompute: make queries, keys and values again in backward instead of keeping them; same bits, less memory.
         resume: continue from the newest checkpoint of the same run, if there is one.
         max_consecutive_nonfinite: stop, with a checkpoint, after this many skipped steps in a row.
         eval_every_steps: score the held-out store every so many steps, besides the end; 0 for the end only.
@@ -78,6 +92,7 @@ class RunConfig:
     deterministic: bool
     threads: int | None
     micro_batch_sequences: int
+    recompute: bool
     resume: bool
     max_consecutive_nonfinite: int
     eval_every_steps: int
@@ -103,20 +118,28 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Everything a pre-training run depends on; one field for each group under `configs/`."""
+    """Everything a pre-training run depends on; one field for each group under `configs/`.
+
+    dry_run: plan the memory of one rank and stop. rank: which one.
+    """
 
     model: ModelConfig
     precision: Precision
+    layout: Layout
+    network: NetworkConfig
     data: DataConfig
     schedule: ScheduleConfig
     optim: OptimConfig
     observe: ObserveConfig
     checkpoint: CheckpointConfig
     run: RunConfig
+    dry_run: bool = False
+    rank: int = 0
 
     def __post_init__(self) -> None:
         self._check_sequence()
-        self._check_batch()
+        self._check_budget()
+        check_layout(self.layout, self.workload)
         if self.data.heldout is None and self.run.eval_every_steps:
             raise ConfigError(
                 f"run.eval_every_steps={self.run.eval_every_steps} asks for scores but data.heldout is null: "
@@ -137,14 +160,20 @@ class PretrainConfig:
                 f"model.num_nextn_predict_layers={depth}: use a sequence longer than {depth}"
             )
 
-    def _check_batch(self) -> None:
-        multiple, micro = self.schedule.batch_multiple_sequences, self.run.micro_batch_sequences
-        if multiple % micro:
-            raise ConfigError(
-                f"schedule.batch_multiple_sequences={multiple} is not a multiple of "
-                f"run.micro_batch_sequences={micro}, so a step would not split into micro-batches: "
-                f"use {-(-multiple // micro) * micro}"
-            )
+    @property
+    def workload(self) -> Workload:
+        """What the layout must carry."""
+        return Workload(
+            num_layers=self.model.num_hidden_layers,
+            n_routed_experts=self.model.n_routed_experts,
+            n_group=self.model.n_group,
+            batch_start_sequences=self.schedule.batch_start_sequences,
+            batch_full_sequences=self.schedule.batch_full_sequences,
+            batch_multiple_sequences=self.schedule.batch_multiple_sequences,
+            micro_batch_sequences=self.run.micro_batch_sequences,
+        )
+
+    def _check_budget(self) -> None:
         step_tokens = self.schedule.batch_start_sequences * self.data.sequence_length
         if self.schedule.total_tokens < step_tokens:
             raise ConfigError(
@@ -191,7 +220,7 @@ def _build_root(values: object) -> PretrainConfig:
 
 
 def build(kind: Any, value: object, path: str) -> object:
-    """Convert a plain value, as YAML gives it, to a type: dataclass, tuple, Optional, Literal or scalar.
+    """Convert a plain value, as YAML gives it, to a type: dataclass, tuple, dict, Optional, Literal or scalar.
 
     Args:
         kind: the wanted type.
@@ -218,13 +247,23 @@ def build(kind: Any, value: object, path: str) -> object:
             raise ConfigError(f"{path}={value} is not one of {options}: did you mean {path}={near}?")
         return value
     if origin is tuple:
-        if not isinstance(value, list | tuple) or len(value) != len(arguments):
-            raise ConfigError(f"{path}={value} must be a list of {len(arguments)} values")
-        return tuple(
-            build(argument, item, f"{path}[{index}]")
-            for index, (argument, item) in enumerate(zip(arguments, value, strict=True))
-        )
+        return _build_tuple(arguments, value, path)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}={value} must be a section of names and values")
+        return {str(name): build(arguments[1], item, f"{path}.{name}") for name, item in value.items()}
     return _build_scalar(kind, value, path)
+
+
+def _build_tuple(arguments: tuple[Any, ...], value: object, path: str) -> tuple[object, ...]:
+    """`tuple[float, float]` takes two values, `tuple[int, ...]` any number."""
+    any_number = arguments[-1] is Ellipsis
+    if not isinstance(value, list | tuple) or not (any_number or len(value) == len(arguments)):
+        raise ConfigError(f"{path}={value} must be a list of {'' if any_number else f'{len(arguments)} '}values")
+    kinds = arguments[:1] * len(value) if any_number else arguments
+    return tuple(
+        build(kind, item, f"{path}[{index}]") for index, (kind, item) in enumerate(zip(kinds, value, strict=True))
+    )
 
 
 def _build_dataclass(kind: Any, value: object, path: str) -> object:
@@ -297,7 +336,9 @@ def _check_override(override: Override, text: str, key: str) -> None:
 
 
 def _check_key(key: str, value: object) -> None:
-    """Refuse an unknown key, or one inside `model.rope_scaling={factor: 4, ...}`."""
+    """Refuse an unknown key, or one inside `model.rope_scaling={factor: 4, ...}`; a mapping's names are free."""
+    if key.rpartition(".")[0] in MAPPINGS:
+        return
     if key not in _dotted_names(PretrainConfig, ""):
         raise _unknown_key(key)
     for inner, item in value.items() if isinstance(value, dict) else ():
@@ -346,7 +387,7 @@ def _unknown_key(key: str) -> ConfigError:
         # Without a section it is a group's name, or a field whose section was forgotten.
         by_leaf = {name.rpartition(".")[2]: name for name in reversed(names)}
         leaf = _nearest(key, [*_groups(), *by_leaf])
-        near = by_leaf.get(leaf, leaf)
+        near = leaf if leaf in _groups() else by_leaf[leaf]
     return ConfigError(f"{key} is not a configuration key: did you mean {near}?")
 
 

@@ -2,16 +2,20 @@
 
 Every loss is a *sum*; backward runs on the sum and the gradients are divided once, after reduction, by N = number of
 main-model targets of the whole step (`parallel/grads.py`). Divided beforehand, V3's activation gradients (62.9 M tokens
-a step) would sink below what FP8 scales resolve. With N targets and S sequences in the step:
+a step) would sink below what FP8 scales resolve. With N targets and S sequences in the step, over all ranks:
 
     total = sum CE_main  +  lambda / D * sum_k sum CE_mtp_k  +  alpha * (N / S) * sum over sequences, layers of balance
 
 so that total / N is the report's objective: MTP depth k has T - k targets but divides by the same N (eq. 24).
+
+Main and MTP loss arise where the model ends. The balance loss arises at every MoE layer, on whichever pipeline stage
+holds it: `attach_loss` adds its gradient there, so no scalar has to travel to the last stage and back.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,43 +26,79 @@ from train.model.transformer import ModelOutput, Transformer
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of one optimizer step: lambda, alpha, and the step's N targets and S sequences (all ranks)."""
+    """Weights of one optimizer step: lambda, alpha, and the step's N targets and S sequences over all ranks.
+
+    num_targets is 0-d, on the model's device: ranks sum their counts without the host waiting for it.
+    """
 
     mtp_weight: float
     balance_alpha: float
-    num_targets: int
+    num_targets: Tensor
     num_sequences: int
+
+    def balance_weight(self) -> Tensor:
+        """alpha * N / S, FP32 0-d."""
+        return (self.balance_alpha * self.num_targets.double() / max(self.num_sequences, 1)).float()
 
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums over one micro-batch, FP32 scalars. `total` carries the graph; the parts are for the log."""
+    """Sums over one micro-batch, FP32 scalars. `total` carries the graph, balance apart; the others are for the log."""
 
     total: Tensor
     main: Tensor
     mtp: tuple[Tensor, ...]
-    balance: Tensor
 
 
 def loss_sums(model: Transformer, output: ModelOutput, labels: Tensor, weights: LossWeights) -> LossSums:
-    """All losses of one micro-batch.
+    """Main and MTP losses of one micro-batch.
 
     Args:
-        model: supplies the shared head.
+        model: a part that ends; supplies the shared head.
         output: of `model` on this micro-batch.
         labels: [sequences, tokens] int64, IGNORE where there is no target; labels[i] = t_{i+1}.
         weights: of the step.
     Returns:
-        LossSums in nats (balance: dimensionless).
+        LossSums in nats.
     """
     main = cross_entropy_sum(model.logits(output.hidden).flatten(0, 1), labels.flatten())
     mtp = tuple(
         cross_entropy_sum(model.logits(hidden).flatten(0, 1), labels[:, depth:].flatten())
         for depth, hidden in enumerate(output.mtp_hidden, start=1)
     )
-    balance = sum((r.balance for r in output.routings.values()), start=torch.zeros_like(main))
-    total = main + weights.balance_alpha * weights.num_targets / max(weights.num_sequences, 1) * balance
-    depths = model.config.num_nextn_predict_layers
+    total = main
     for loss in mtp:
-        total = total + weights.mtp_weight / depths * loss
-    return LossSums(total, main.detach(), tuple(loss.detach() for loss in mtp), balance.detach())
+        total = total + weights.mtp_weight / model.config.num_nextn_predict_layers * loss
+    return LossSums(total, main.detach(), tuple(loss.detach() for loss in mtp))
+
+
+def balance_sum(output: ModelOutput, weights: LossWeights) -> Tensor | None:
+    """alpha * N / S * the balance losses of this part's layers, with graph; None where it has no router."""
+    losses = [routing.balance for routing in output.routings.values()]
+    return weights.balance_weight() * torch.stack(losses).sum() if losses else None
+
+
+class _AttachLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(loss)
+        return hidden
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (loss,) = ctx.saved_tensors
+        return grads[0], torch.ones_like(loss)
+
+
+def attach_loss(hidden: Tensor, loss: Tensor) -> Tensor:
+    """`hidden` unchanged; when gradients reach it, `loss` is differentiated too, as if it had been added to the total.
+
+    Args:
+        hidden: any shape, what the rest of the model reads. Use the return value: without it `loss` has no effect.
+        loss: scalar, already weighted.
+    Returns:
+        `hidden`.
+    Source: ours; the same idea serves Megatron-LM's auxiliary losses.
+    """
+    attached: Tensor = _AttachLoss.apply(hidden, loss)  # type: ignore[no-untyped-call]
+    return attached

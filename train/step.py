@@ -1,40 +1,65 @@
-"""One optimizer step: losses and gradients over all micro-batches, then the update.
+"""One optimizer step on this rank: losses and gradients over all micro-batches, then the update.
 
-    for each micro-batch: forward -> sums of losses -> backward        sums, never means (`train/losses.py`)
-    divide by N, norm, clip                                            `parallel/grads.py`
-    AdamW; FP32 masters -> BF16 parameters                             `train/optim/adamw.py`
-    b_i += gamma * sign(mean load - load_i)                            `train/optim/balance.py`
+    sum the numbers of targets over ranks -> N                         one small collective
+    for each micro-batch: forward -> sums of losses -> backward        `parallel/pipeline.py`; sums, never means
+    reduce over ranks, divide by N, norm, clip                         `parallel/grads.py`
+    AdamW on this rank's share; new weights to every rank              `train/optim/adamw.py`
+    b_i += gamma * sign(mean load - load_i)                            `train/optim/balance.py`, loads of all ranks
 
 The step is cut in two, because the caller must read one flag in between: a step whose gradients are not finite is
-skipped. Nothing in here waits for the device but the reference grouped GEMMs, which read their group ends
-(`kernels/gemm_grouped.py`).
+skipped, by all ranks alike. What waits for the device inside a step is named in docs/parallelism.md: one read of
+counts per MoE layer and micro-batch under expert parallelism, and the reference grouped GEMMs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from parallel.collectives import sum_over
 from parallel.grads import reduce_and_clip
+from parallel.mesh import Mesh
+from parallel.pipeline import Pipeline
 from train.data.batch import Batch
-from train.losses import LossWeights, loss_sums
+from train.losses import LossWeights
 from train.model.moe import Router
 from train.model.transformer import Transformer
 from train.optim.adamw import AdamW
 from train.optim.balance import update_bias
+from train.optim.ema import Ema
 from train.optim.schedules import Now
+from train.stage import Stage, Tally
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a step works with on this rank.
+
+    stages: index -> stage. ema: the moving average of the weights, or None.
+    """
+
+    mesh: Mesh
+    stages: Mapping[int, Stage]
+    pipeline: Pipeline
+    optimizer: AdamW
+    ema: Ema | None
+
+    @property
+    def models(self) -> list[Transformer]:
+        """The parts of the model on this rank, in order of stage."""
+        return [stage.model for _, stage in sorted(self.stages.items())]
 
 
 @dataclass(frozen=True)
 class StepGradients:
-    """What a step's forward and backward leave behind besides `main_grad`.
+    """What a step's forward and backward leave behind besides gradients; the same on every rank.
 
     Losses are means in nats per main-model target (MTP: mean over depths, each over T - k targets but divided by the
     same N); balance is the mean over sequences of the sum over layers, without alpha. counts: layer id -> [experts]
-    int64 over the whole step. finite: whether losses and gradients are.
+    int64 over the whole step. finite: whether losses and gradients are. stop: whether any rank was asked to stop.
     """
 
     loss_total: Tensor
@@ -43,71 +68,79 @@ class StepGradients:
     loss_balance: Tensor
     grad_norm: Tensor
     finite: Tensor
+    stop: Tensor
     counts: dict[int, Tensor]
 
 
-def routers(model: Transformer) -> dict[int, Router]:
-    """Layer id -> router, for every MoE layer this process holds, MTP layers included."""
+def routers(models: list[Transformer]) -> dict[int, Router]:
+    """Layer id -> router, for every MoE layer this rank holds, MTP layers included."""
     found: dict[int, Router] = {}
-    for layer_id, layer in (*model.layers.items(), *model.mtp.items()):
-        found |= {int(layer_id): module for module in layer.modules() if isinstance(module, Router)}
+    for model in models:
+        for layer_id, layer in (*model.layers.items(), *model.mtp.items()):
+            found |= {int(layer_id): module for module in layer.modules() if isinstance(module, Router)}
     return found
 
 
 def compute_gradients(
-    model: Transformer, optimizer: AdamW, batches: Sequence[Batch], *, num_targets: int, now: Now
+    engine: Engine, batch: Batch, *, num_micro_batches: int, num_sequences: int, now: Now, stop: bool = False
 ) -> StepGradients:
-    """Forward and backward over every micro-batch; leaves clipped mean gradients in `main_grad`.
+    """Forward and backward over every micro-batch; leaves clipped mean gradients in the optimizer's segments.
 
     Args:
-        model: in training mode; its parameters belong to `optimizer`.
-        optimizer: its gradients are zeroed first.
-        batches: micro-batches of the step on the model's device; any of them may lack targets.
-        num_targets: N, labels of the whole step that are targets (known to the host before the transfer).
+        engine: models in training mode.
+        batch: this data rank's share of the step, on the host; the same on every rank of a pipeline. Any micro-batch
+            may lack targets.
+        num_micro_batches: pieces the share is cut into.
+        num_sequences: S, sequences of the whole step over all ranks.
         now: schedule values of this step.
+        stop: whether this rank was asked to stop.
     Returns:
         StepGradients; reading any of its tensors synchronises.
     """
+    mesh, optimizer, config = engine.mesh, engine.optimizer, engine.models[0].config
     optimizer.zero_grad()
-    weights = LossWeights(
-        mtp_weight=now.mtp_weight,
-        balance_alpha=now.balance_alpha,
-        num_targets=num_targets,
-        num_sequences=sum(batch.labels.shape[0] for batch in batches),
+    # Ranks of one pipeline hold the same tokens: only its first one counts them.
+    own = torch.tensor([batch.num_targets if mesh.pp.rank == 0 else 0, int(stop)])
+    shared = sum_over(own.to(mesh.device, non_blocking=True), mesh.world)
+    num_targets, num_stops = shared.unbind()
+    weights = LossWeights(now.mtp_weight, now.balance_alpha, num_targets, num_sequences)
+    tally = Tally(config, mesh.device)
+    for stage in engine.stages.values():
+        stage.begin(weights, tally)
+    engine.pipeline.run(batch.inputs(mesh.device), num_micro_batches=num_micro_batches)
+    norm = reduce_and_clip(
+        optimizer.buckets, num_targets=num_targets, max_norm=optimizer.config.clip_norm, world=mesh.world
     )
-    sums = torch.zeros(4, dtype=torch.float32, device=batches[0].labels.device)  # total, main, mtp, balance
-    counts: dict[int, Tensor] = {}
-    for batch in batches:
-        output = model(batch.input_ids, batch.document_ids)
-        losses = loss_sums(model, output, batch.labels, weights)
-        losses.total.backward()
-        mtp = sum(losses.mtp, start=torch.zeros_like(losses.main)) / max(len(losses.mtp), 1)
-        sums += torch.stack((losses.total.detach(), losses.main, mtp, losses.balance))
-        for layer_id, routing in output.routings.items():
-            counts[layer_id] = counts[layer_id] + routing.counts if layer_id in counts else routing.counts
-    norm = reduce_and_clip(model.parameters(), num_targets=num_targets, max_norm=optimizer.config.clip_norm)
-    total, main, mtp = (sums[:3] / max(num_targets, 1)).unbind()
+    tally.reduce(mesh.world)
+    main, *further = (tally.losses / num_targets.clamp(min=1)).unbind()
+    mtp = torch.stack(further).mean() if further else torch.zeros_like(main)
+    balance = tally.balance.sum() / max(num_sequences, 1)
+    total = main + now.mtp_weight * mtp + now.balance_alpha * balance
     return StepGradients(
         loss_total=total,
         loss_main=main,
         loss_mtp=mtp,
-        loss_balance=sums[3] / max(weights.num_sequences, 1),
+        loss_balance=balance,
         grad_norm=norm.norm,
         finite=norm.finite & torch.isfinite(total),
-        counts=counts,
+        stop=num_stops > 0,
+        counts=dict(zip(tally.layer_ids, tally.counts.unbind(), strict=True)),
     )
 
 
-def apply_update(model: Transformer, optimizer: AdamW, gradients: StepGradients, *, now: Now, update: int) -> None:
+def apply_update(engine: Engine, gradients: StepGradients, *, now: Now, update: int) -> None:
     """AdamW on the clipped gradients, then the routers' bias.
 
     Args:
-        model: as in `compute_gradients`.
-        optimizer: of the model.
+        engine: as in `compute_gradients`.
         gradients: of this step; must be finite.
         now: schedule values of this step.
         update: number of this update, counted from 1 (skipped steps do not count).
     """
-    optimizer.step(lr=now.lr, step=update)
-    for layer_id, router in routers(model).items():
+    if engine.ema is not None:
+        engine.ema.before_write()
+    engine.optimizer.step(lr=now.lr, step=update)
+    if engine.ema is not None:
+        engine.ema.update()
+    for layer_id, router in routers(engine.models).items():
         update_bias(router.e_score_correction_bias, gradients.counts[layer_id], now.bias_speed)

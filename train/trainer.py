@@ -2,7 +2,11 @@
 
 A run is determined by its configuration, its seed and three counters (`TrainState`): schedules are pure functions of
 step and tokens, data order is a pure function of (seed, position). So a resumed run goes on bit for bit (with
-deterministic algorithms and the same thread count).
+deterministic algorithms, the same thread count and the same layout; on another layout it goes on from the same state).
+
+Every rank runs this loop in step with the others. Data rank d takes the d-th share of each batch; ranks of one pipeline
+take the same share. What all must decide alike (skip, stop) is read from numbers that were summed over all ranks. The
+first rank alone writes the log and the run's files.
 
 The host waits for the device when it reads whether the gradients are finite, and again for the record of the step.
 """
@@ -11,24 +15,26 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.cross_entropy import cross_entropy_sum
-from train.build import Parts, run_card, store_hashes
+from parallel.collectives import sum_over
+from parallel.pieces import Piece
+from train.build import Parts, expert_pieces, run_card, store_hashes
 from train.checkpoint.dcp import Saver, latest, load
 from train.config import PretrainConfig, to_yaml
 from train.data.batch import Batch
 from train.evaluate.score import bits_per_byte
 from train.observe.guards import TerminationGuard, TrainingStopped, check_consecutive_skips
-from train.observe.sinks import Sinks, open_sinks
+from train.observe.sinks import NoSinks, Sinks, open_sinks
 from train.optim.balance import max_violation
 from train.optim.schedules import Now, at
+from train.stage import Stage
 from train.state import TrainState
 from train.step import StepGradients, apply_update, compute_gradients
 
@@ -40,12 +46,14 @@ class Trainer:
     """
 
     def __init__(self, config: PretrainConfig, parts: Parts) -> None:
-        self.config, self.parts = config, parts
+        self.config, self.parts, self.engine = config, parts, parts.engine
+        self.mesh = parts.engine.mesh
         self.directory = Path(config.run.directory) / config.run.name
         self.state = TrainState()
-        self.saver = Saver(self.directory / "checkpoints", config.checkpoint)
+        self.saver = Saver(self.directory / "checkpoints", config.checkpoint, group=parts.checkpoint_group)
         self.saved_step: int | None = None
         self.announce_step: int | None = None
+        self.stop_agreed = False
         self.changed: dict[str, list[object]] = {}
 
     def fit(self) -> TrainState:
@@ -54,37 +62,53 @@ class Trainer:
         Raises:
             TrainingStopped: too many non-finite steps in a row; a checkpoint was saved.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-        with open_sinks(self.config.observe, self.directory, run_card(self.config, self.parts)) as sinks:
+        with self.open_sinks() as sinks:
             changed = {"changed": self.changed} if self.changed else {}
             sinks.event("resume" if self.state.step else "start", step=self.state.step, **changed)
             try:
                 with TerminationGuard() as termination:
-                    while not (self.budget_is_spent() or termination.requested):
-                        self.take_step(sinks)
+                    while not (self.budget_is_spent() or self.stop_agreed):
+                        self.take_step(sinks, stop=termination.requested)
+                        # One process need not ask the others.
+                        self.stop_agreed |= termination.requested and self.mesh.world.size == 1
                     self.finish(sinks)
             finally:
                 self.saver.close()
+                if self.engine.ema:
+                    self.engine.ema.close()
         return self.state
 
-    def take_step(self, sinks: Sinks) -> None:
-        """One optimizer step, its record, and a checkpoint when one is due."""
+    def open_sinks(self) -> Sinks | NoSinks:
+        """The run's log on the first rank, nothing on the others."""
+        if self.mesh.rank > 0:
+            return NoSinks()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        return open_sinks(self.config.observe, self.directory, run_card(self.config, self.parts))
+
+    def take_step(self, sinks: Sinks | NoSinks, *, stop: bool = False) -> None:
+        """One optimizer step, its record, and a checkpoint when one is due.
+
+        Args:
+            sinks: where the record goes.
+            stop: whether this rank was asked to stop; all ranks stop after the step in which any of them was.
+        """
         started = time.perf_counter()
         now = at(self.config.schedule, step=self.state.step, tokens_seen=self.state.tokens_seen)
-        batch = self.parts.stream.take(self.state.sequences_seen, now.batch_sequences)
+        share = now.batch_sequences // self.mesh.dp.size
+        batch = self.parts.stream.take(self.state.sequences_seen + self.mesh.dp.rank * share, share)
         gradients = compute_gradients(
-            self.parts.model,
-            self.parts.optimizer,
-            list(self.micro_batches(batch)),
-            num_targets=batch.num_targets,
+            self.engine,
+            batch,
+            num_micro_batches=share // self.config.run.micro_batch_sequences,
+            num_sequences=now.batch_sequences,
             now=now,
+            stop=stop,
         )
-        finite = bool(gradients.finite)
+        finite, self.stop_agreed = torch.stack((gradients.finite, gradients.stop)).tolist()
         if finite:
-            update = self.state.updates + 1
-            apply_update(self.parts.model, self.parts.optimizer, gradients, now=now, update=update)
-        tokens = batch.input_ids.numel()
+            apply_update(self.engine, gradients, now=now, update=self.state.updates + 1)
+        tokens = now.batch_sequences * self.config.data.sequence_length
         self.state = self.state.advance(sequences=now.batch_sequences, tokens=tokens, finite=finite)
         record = self.record(gradients, now)
         # The losses have been read, so the device has finished the step, optimizer included.
@@ -95,18 +119,6 @@ class Trainer:
         self.guard(sinks)
         if self.state.step % self.config.checkpoint.every_steps == 0:
             self.save(sinks)
-
-    def micro_batches(self, batch: Batch) -> Iterator[Batch]:
-        """The step's batch in pieces of `micro_batch_sequences`, moved to the device."""
-        size, device = self.config.run.micro_batch_sequences, self.parts.device
-        ids = batch.document_ids
-        for start in range(0, batch.input_ids.shape[0], size):
-            piece = slice(start, start + size)
-            yield Batch(
-                input_ids=batch.input_ids[piece].to(device, non_blocking=True),
-                labels=batch.labels[piece].to(device, non_blocking=True),
-                document_ids=None if ids is None else ids[piece].to(device, non_blocking=True),
-            )
 
     def record(self, gradients: StepGradients, now: Now) -> dict[str, object]:
         """The step's line in the log; names are declared in `train/observe/metrics.py`."""
@@ -137,7 +149,7 @@ class Trainer:
             record["moe/expert_load"] = [[round(x, 4) for x in layer] for layer in load.tolist()]
         return record
 
-    def guard(self, sinks: Sinks) -> None:
+    def guard(self, sinks: Sinks | NoSinks) -> None:
         """Note a skipped step; after too many in a row save and stop."""
         if not self.state.consecutive_skips:
             return
@@ -151,7 +163,7 @@ class Trainer:
             sinks.event("stop", step=self.state.step, reason=str(stopped))
             raise
 
-    def finish(self, sinks: Sinks) -> None:
+    def finish(self, sinks: Sinks | NoSinks) -> None:
         """The last checkpoint, and the word why the loop ended."""
         if self.saved_step != self.state.step:
             self.save(sinks)
@@ -178,31 +190,43 @@ class Trainer:
             self.negative_log_likelihood,
             self.parts.heldout,
             sequence_length=self.config.data.sequence_length,
-            batch_sequences=self.config.run.micro_batch_sequences,
+            batch_sequences=self.config.run.micro_batch_sequences * self.mesh.dp.size,
             mask_documents=self.config.data.mask_documents,
         )
 
     def negative_log_likelihood(self, batch: Batch) -> tuple[float, int]:
-        """Sum over the batch's targets, in nats, and their number."""
-        (moved,) = self.micro_batches(batch)
-        model = self.parts.model
-        logits = model.logits(model.next_token_hidden(moved.input_ids, moved.document_ids))
-        return float(cross_entropy_sum(logits.flatten(0, 1), moved.labels.flatten())), batch.num_targets
+        """Sum over the batch's targets, in nats, and their number; each data rank scores its share."""
+        share = batch.share(self.mesh.dp.rank, self.mesh.dp.size)
+        inputs = share.inputs(self.mesh.device)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the run's state, by name: live tensors, so loading fills them in place."""
-        model = {f"model.{name}": tensor for name, tensor in self.parts.model.state_dict().items()}
-        optimizer = {f"optim.{name}": tensor for name, tensor in self.parts.optimizer.state_tensors().items()}
-        return model | optimizer | {"rng.cpu": torch.get_rng_state()}
+        def forward(stage: nn.Module, inbound: Tensor | None) -> Tensor:
+            assert isinstance(stage, Stage)
+            hidden = stage.model.next_token_hidden(inputs["input_ids"], inputs.get("document_ids"), inbound)
+            if not stage.model.part.ends:
+                return hidden
+            return cross_entropy_sum(stage.model.logits(hidden).flatten(0, 1), inputs["labels"].flatten()).double()
 
-    def save(self, sinks: Sinks) -> None:
+        scored = self.engine.pipeline.relay(inputs, forward)
+        nats = torch.zeros((), dtype=torch.float64, device=self.mesh.device) if scored is None else scored
+        return float(sum_over(nats, self.mesh.world)), batch.num_targets
+
+    def tensors(self) -> dict[str, Tensor | Piece]:
+        """This rank's part of the run's state, by name: live tensors, so loading fills them in place."""
+        model: dict[str, Tensor | Piece] = {}
+        for part in self.engine.models:
+            model |= {f"model.{name}": tensor for name, tensor in (part.state_dict() | expert_pieces(part)).items()}
+        optimizer = {f"optim.{name}": piece for name, piece in self.engine.optimizer.state_pieces().items()}
+        average = self.engine.ema.state_pieces() if self.engine.ema else {}
+        return model | optimizer | average | {"rng.cpu": torch.get_rng_state()}
+
+    def save(self, sinks: Sinks | NoSinks) -> None:
         """Stage a checkpoint of this step, after the one before it is published; writing goes on behind."""
         self.published(sinks)
         state = {"identity": self.identity(), "config": asdict(self.config), "train_state": self.state.to_json()}
         self.saver.save_async(self.state.step, self.tensors(), state)
         self.saved_step = self.announce_step = self.state.step
 
-    def published(self, sinks: Sinks) -> None:
+    def published(self, sinks: Sinks | NoSinks) -> None:
         """Wait for the save under way, if any, and note it in the log."""
         self.saver.wait()
         if self.announce_step is not None:
@@ -235,11 +259,11 @@ class Trainer:
             raise ValueError(
                 f"run.resume=false, but {self.directory} already holds a run; choose another run.name or move it away"
             )
-        path = latest(self.directory / "checkpoints")
+        path = latest(self.directory / "checkpoints", group=self.parts.checkpoint_group)
         if path is None:
             return
         tensors = self.tensors()
-        saved = load(path, tensors)
+        saved = load(path, tensors, group=self.parts.checkpoint_group)
         for key, value in self.identity().items():
             old = saved["identity"].get(key)
             if old != value:
@@ -247,7 +271,9 @@ class Trainer:
                     f"{path} was saved with another {key}: {_difference(old, value)}; "
                     "choose another run.name, or give back the old value"
                 )
-        torch.set_rng_state(tensors["rng.cpu"])
+        generator_state = tensors["rng.cpu"]
+        assert isinstance(generator_state, Tensor)
+        torch.set_rng_state(generator_state)
         self.state = TrainState.from_json(saved["train_state"])
         self.saved_step = self.state.step
         self.changed = _changed_fields(saved["config"], _as_json(asdict(self.config)))
@@ -271,6 +297,7 @@ def _changed_fields(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[
     pairs = {
         f"{section}.{name}": [old.get(section, {}).get(name), value]
         for section, fields in new.items()
+        if isinstance(fields, dict)
         for name, value in fields.items()
     }
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

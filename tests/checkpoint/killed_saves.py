@@ -99,8 +99,8 @@ def scenario(fatal: Callable[[], None], **options: int) -> Scenario:
 
 # The names tell what must be found afterwards: the first checkpoint ("old") or the second ("new").
 PHASES: dict[str, Scenario] = {
-    "old: before staging": scenario(lambda: die_at_call(dcp._PublishingWriter, "stage")),
-    "old: after staging": scenario(lambda: die_at_call(dcp._PublishingWriter, "stage", after=True)),
+    "old: before staging": scenario(lambda: die_at_call(dcp._ShardWriter, "stage")),
+    "old: after staging": scenario(lambda: die_at_call(dcp._ShardWriter, "stage", after=True)),
     "old: shard opened": scenario(lambda: die_at_call(safetensors.torch, "save")),
     "old: shard half written": scenario(die_with_half_a_shard),
     "old: before fsync of the shard": scenario(lambda: die_at_call(os, "fsync", call=1)),

@@ -125,13 +125,13 @@ def test_manifest_lists_every_file_and_tensor(tmp_path: Path) -> None:
 def hold_writes(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Writing begins only when the event is set, so that a test knows what happens first."""
     released = threading.Event()
-    write_data = dcp._PublishingWriter.write_data
+    write_data = dcp._ShardWriter.write_data
 
     def held(self: Any, *args: Any) -> Any:
         assert released.wait(timeout=30)
         return write_data(self, *args)
 
-    monkeypatch.setattr(dcp._PublishingWriter, "write_data", held)
+    monkeypatch.setattr(dcp._ShardWriter, "write_data", held)
     return released
 
 

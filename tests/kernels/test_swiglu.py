@@ -1,4 +1,4 @@
-"""SwiGLU equals transformers' MLP activation, gate first, and backward recomputes from its input."""
+"""SwiGLU equals transformers' MLP activation, gate first, and backward recomputes from its input; gated as well."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MLP
 
-from kernels.swiglu import swiglu, swiglu_reference
+from kernels.swiglu import gated_swiglu, gated_swiglu_reference, swiglu, swiglu_reference
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -72,3 +72,69 @@ def test_only_the_input_is_kept_for_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         swiglu(gate_up)
     assert kept == [(7, 64)]
+
+
+@pytest.mark.parametrize("rows", [1, 63, 129])
+def test_a_gate_before_down_proj_equals_a_gate_after_it(rows: int) -> None:
+    """Against transformers' MLP times the gate, as eq. 12 is written; outputs and every gradient, FP32."""
+    mlp = DeepseekV3MLP(DeepseekV3Config(hidden_size=48, intermediate_size=96))
+    x = torch.randn(rows, 48, requires_grad=True)
+    gates = torch.rand(rows, requires_grad=True)
+    expected = mlp(x) * gates[:, None]
+    gate_up = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
+    y = gated_swiglu(x @ gate_up.T, gates) @ mlp.down_proj.weight.T
+    grad = torch.randn_like(y)
+    inputs = (x, gates, mlp.down_proj.weight, mlp.gate_proj.weight, mlp.up_proj.weight)
+    want = torch.autograd.grad(expected, inputs, grad)
+    got = torch.autograd.grad(y, inputs, grad)
+    # Sums of up to 192 terms in another order: about 200 * 2^-24 = 1.2e-5 of the whole at worst.
+    for a, b in zip((y, *got), (expected, *want), strict=True):
+        assert relative_error(a, b.double()) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 63, 129])
+def test_gated_bf16_is_rounded_once_and_its_gates_have_fp32_gradients(rows: int) -> None:
+    gate_up = torch.randn(rows, 192).bfloat16().requires_grad_()
+    gates = torch.rand(rows, requires_grad=True)
+    y = gated_swiglu(gate_up, gates)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    exact, exact_gates = gate_up.detach().double().requires_grad_(), gates.detach().double().requires_grad_()
+    expected = gated_swiglu_reference(exact, exact_gates)
+    expected.backward(grad.double())
+    assert gate_up.grad is not None
+    assert gates.grad is not None
+    assert exact.grad is not None
+    assert exact_gates.grad is not None
+    # One bf16 rounding: at most 2^-8 of each element. (Two of them would exceed it somewhere.)
+    for a, b in ((y, expected.detach()), (gate_up.grad, exact.grad)):
+        assert bool(((a.double() - b).abs() <= 1.001 * 2**-8 * b.abs() + 1e-30).all())
+    assert gates.grad.dtype == torch.float32
+    # 96 products and their sum in FP32: sqrt(96) * 2^-24 = 6e-7; the sum may cancel, hence the norm over all rows.
+    assert relative_error(gates.grad, exact_gates.grad) < 5e-6
+
+
+def test_gated_gradients_in_fp64() -> None:
+    gate_up = torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
+    gates = torch.rand(3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(gated_swiglu, (gate_up, gates))
+
+
+def test_gated_zero_rows_stay_zero_both_ways_and_only_inputs_are_kept() -> None:
+    kept: list[tuple[int, ...]] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    gate_up = torch.zeros(128, 64, requires_grad=True)
+    gates = torch.zeros(128, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = gated_swiglu(gate_up, gates)
+    assert kept == [(128, 64), (128,)]
+    y.backward(torch.zeros_like(y))
+    assert torch.equal(y, torch.zeros(128, 32))
+    assert gate_up.grad is not None
+    assert gates.grad is not None
+    assert torch.equal(gate_up.grad, torch.zeros(128, 64))
+    assert torch.equal(gates.grad, torch.zeros(128))

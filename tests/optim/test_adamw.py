@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from train.optim.adamw import AdamW, OptimConfig, decays
+from parallel.mesh import Axis
+from parallel.zero import GradientBuckets
+from train.optim.adamw import AdamW, OptimConfig, Within, decays
+
+ALONE = Axis(name="dp", size=1, rank=0, group=None)
+
+
+def make_optimizer(named_params: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> AdamW:
+    return AdamW([GradientBuckets(named_params, axis=ALONE, sharded=False)], config)
+
+
+def state_of(optimizer: AdamW) -> dict[str, Tensor]:
+    """The live tensors of the state, flat."""
+    return {name: piece.local for name, piece in optimizer.state_pieces().items()}
 
 
 def main_grad(parameter: nn.Parameter) -> Tensor:
@@ -47,7 +61,7 @@ def torch_adamw(parameters: dict[str, nn.Parameter], config: OptimConfig) -> tor
 def test_fp32_parameters_and_moments_agree_with_torch_over_ten_steps() -> None:
     config = OptimConfig(moments_dtype="fp32")
     ours, theirs = make_parameters(torch.float32), make_parameters(torch.float32)
-    optimizer, oracle = AdamW(ours.items(), config), torch_adamw(theirs, config)
+    optimizer, oracle = make_optimizer(ours.items(), config), torch_adamw(theirs, config)
     for step in range(1, 11):
         lr = 1e-2 / step
         fill_main_grads(ours, seed=step)
@@ -67,11 +81,11 @@ def test_bf16_parameters_follow_an_fp32_master() -> None:
     """With steps below half a BF16 ulp the master moves while a rounded parameter would stand still."""
     config = OptimConfig(moments_dtype="fp32", weight_decay=0.0)
     parameters = {"w": nn.Parameter(torch.full((4, 4), 256.0, dtype=torch.bfloat16))}
-    optimizer = AdamW(parameters.items(), config)
+    optimizer = make_optimizer(parameters.items(), config)
     for step in range(1, 11):
         main_grad(parameters["w"]).fill_(1.0)
         optimizer.step(lr=0.1, step=step)
-    master = optimizer.state_tensors()["master.w"]
+    master = state_of(optimizer)["master.w"].view(4, 4)
     # A constant gradient makes every bias-corrected update equal to lr; 1e-6: ten fp32 roundings at 256
     # (1.5e-5 each).
     torch.testing.assert_close(master, torch.full((4, 4), 255.0), rtol=1e-6, atol=0.0)
@@ -81,14 +95,14 @@ def test_bf16_parameters_follow_an_fp32_master() -> None:
 
 def test_fp32_parameter_is_its_own_master() -> None:
     parameters = make_parameters(torch.float32)
-    optimizer = AdamW(parameters.items(), OptimConfig())
-    assert not [name for name in optimizer.state_tensors() if name.startswith("master.")]
+    optimizer = make_optimizer(parameters.items(), OptimConfig())
+    assert not [name for name in state_of(optimizer) if name.startswith("master.")]
 
 
 def test_state_names_dtypes_and_liveness() -> None:
     parameters = make_parameters(torch.bfloat16)
-    optimizer = AdamW(parameters.items(), OptimConfig())
-    state = optimizer.state_tensors()
+    optimizer = make_optimizer(parameters.items(), OptimConfig())
+    state = state_of(optimizer)
     assert sorted(state) == sorted(
         f"{kind}.{name}" for kind in ("master", "exp_avg", "exp_avg_sq") for name in parameters
     )
@@ -97,7 +111,7 @@ def test_state_names_dtypes_and_liveness() -> None:
     for name, parameter in parameters.items():
         assert state[f"master.{name}"].dtype == torch.float32
         assert state[f"exp_avg.{name}"].dtype == state[f"exp_avg_sq.{name}"].dtype == torch.bfloat16
-        gradient = main_grad(parameter)
+        gradient = main_grad(parameter).view(-1)
         # bf16 keeps 8 bits: half an ulp is 2**-9 of the value.
         torch.testing.assert_close(state[f"exp_avg.{name}"].float(), 0.1 * gradient, rtol=2**-8, atol=0.0)
         torch.testing.assert_close(state[f"exp_avg_sq.{name}"].float(), 0.05 * gradient**2, rtol=2**-8, atol=0.0)
@@ -106,25 +120,25 @@ def test_state_names_dtypes_and_liveness() -> None:
 def test_state_written_back_continues_bit_for_bit() -> None:
     config = OptimConfig()
     unbroken, resumed = make_parameters(torch.bfloat16), make_parameters(torch.bfloat16, seed=9)
-    first, second = AdamW(unbroken.items(), config), AdamW(resumed.items(), config)
+    first, second = make_optimizer(unbroken.items(), config), make_optimizer(resumed.items(), config)
     fill_main_grads(unbroken, seed=1)
     first.step(lr=1e-2, step=1)
     with torch.no_grad():
         for name, parameter in unbroken.items():
             resumed[name].copy_(parameter)
-    for name, tensor in first.state_tensors().items():
-        second.state_tensors()[name].copy_(tensor)
+    for name, tensor in state_of(first).items():
+        state_of(second)[name].copy_(tensor)
     for parameters, optimizer in ((unbroken, first), (resumed, second)):
         fill_main_grads(parameters, seed=2)
         optimizer.step(lr=1e-2, step=2)
     assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
-    assert all(torch.equal(t, second.state_tensors()[name]) for name, t in first.state_tensors().items())
+    assert all(torch.equal(t, state_of(second)[name]) for name, t in state_of(first).items())
 
 
 def test_autograd_gradients_land_in_main_grad_summed_in_fp32() -> None:
     """A BF16 gradient of 1 after one of 256 would be lost in BF16 (256 + 1 rounds to 256)."""
     weight = nn.Parameter(torch.zeros(6, 4, dtype=torch.bfloat16))
-    optimizer = AdamW([("embed_tokens.weight", weight)], OptimConfig())
+    optimizer = make_optimizer([("embed_tokens.weight", weight)], OptimConfig())
     ids = torch.tensor([1, 1, 5])
     for scale in (256.0, 1.0, 1.0):
         (functional.embedding(ids, weight).sum() * scale).backward()
@@ -139,7 +153,7 @@ def test_autograd_gradients_land_in_main_grad_summed_in_fp32() -> None:
 def test_step_raises_the_version_of_every_parameter() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         parameters = make_parameters(dtype)
-        optimizer = AdamW(parameters.items(), OptimConfig())
+        optimizer = make_optimizer(parameters.items(), OptimConfig())
         fill_main_grads(parameters, seed=1)
         before = {name: parameter._version for name, parameter in parameters.items()}
         optimizer.step(lr=1e-2, step=1)
@@ -150,13 +164,13 @@ def test_shared_parameter_is_updated_once_and_frozen_one_never() -> None:
     shared = nn.Parameter(torch.ones(2, 2))
     frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
     config = OptimConfig(weight_decay=0.0, moments_dtype="fp32")
-    optimizer = AdamW([("a", shared), ("b", shared), ("c", frozen)], config)
+    optimizer = make_optimizer([("a", shared), ("b", shared), ("c", frozen)], config)
     main_grad(shared).fill_(1.0)
     optimizer.step(lr=0.25, step=1)
     # The first bias-corrected update is lr * g / (|g| + eps); eps = 1e-8 is below fp32's resolution at 1.
     assert torch.equal(shared.detach(), torch.full((2, 2), 0.75))
     assert torch.equal(frozen.detach(), torch.ones(2, 2))
-    assert sorted(optimizer.state_tensors()) == ["exp_avg.a", "exp_avg_sq.a"]
+    assert sorted(state_of(optimizer)) == ["exp_avg.a", "exp_avg_sq.a"]
 
 
 @pytest.mark.parametrize(
@@ -195,4 +209,34 @@ def test_bad_hyperparameters_are_refused_by_name_and_value(changes: dict[str, ob
 
 def test_one_name_for_two_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match="'w' appears twice"):
-        AdamW([("w", nn.Parameter(torch.ones(1))), ("w", nn.Parameter(torch.ones(1)))], OptimConfig())
+        make_optimizer([("w", nn.Parameter(torch.ones(1))), ("w", nn.Parameter(torch.ones(1)))], OptimConfig())
+
+
+def test_one_name_in_two_buckets_is_refused() -> None:
+    buckets = [GradientBuckets([("w", nn.Parameter(torch.ones(1)))], axis=ALONE, sharded=False) for _ in range(2)]
+    with pytest.raises(ValueError, match="'w' appears twice"):
+        AdamW(buckets, OptimConfig())
+
+
+def test_state_lies_where_its_experts_lie_in_the_global_parameter() -> None:
+    """Experts 2 and 3 of 8, of 5 x 7 elements each."""
+    down_proj = nn.Parameter(torch.ones(2, 5, 7, dtype=torch.bfloat16))
+    buckets = GradientBuckets([("down_proj", down_proj)], axis=ALONE, sharded=False)
+    optimizer = AdamW([buckets], OptimConfig(), {"down_proj": Within(first=2 * 35, global_numel=8 * 35)})
+    pieces = optimizer.state_pieces()
+    assert sorted(pieces) == ["exp_avg.down_proj", "exp_avg_sq.down_proj", "master.down_proj"]
+    for piece in (*pieces.values(), *optimizer.masters().values()):
+        assert (piece.global_shape, piece.offset, tuple(piece.local.shape)) == ((280,), (70,), (70,))
+
+
+def test_masters_are_the_live_fp32_weights_of_every_parameter() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        parameters = make_parameters(dtype)
+        optimizer = make_optimizer(parameters.items(), OptimConfig())
+        masters = optimizer.masters()
+        fill_main_grads(parameters, seed=1)
+        optimizer.step(lr=1e-2, step=1)
+        assert masters.keys() == parameters.keys()
+        for name, parameter in parameters.items():
+            assert masters[name].local.dtype == torch.float32
+            assert torch.equal(masters[name].local.to(dtype).view(parameter.shape), parameter)

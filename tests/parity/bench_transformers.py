@@ -21,14 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from train.build import build_model, set_determinism
+from parallel.mesh import single
+from train.build import build_engine, set_determinism
 from train.checkpoint.hf import to_hf
 from train.config import compose
 from train.data.batch import Batch
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
-from train.optim.adamw import AdamW, OptimConfig
+from train.optim.adamw import OptimConfig
 from train.optim.schedules import Now
 from train.step import apply_update, compute_gradients
 
@@ -57,13 +58,13 @@ def theirs(config: ModelConfig, ours: Transformer, dtype: torch.dtype) -> Deepse
 
 def our_step(config: ModelConfig, name: str, batch: Batch) -> Callable[[], object]:
     """One optimizer step of ours as a call."""
-    model = build_model(config, Precision(name), seed=0, device=torch.device("cpu"))  # type: ignore[arg-type]
-    optimizer = AdamW(model.named_parameters(), OptimConfig())
+    engine = build_engine(config, Precision(name), OptimConfig(), single("cpu"), seed=0)  # type: ignore[arg-type]
     updates = iter(range(1, 10**9))
 
     def step() -> None:
-        gradients = compute_gradients(model, optimizer, [batch], num_targets=batch.num_targets, now=NOW)
-        apply_update(model, optimizer, gradients, now=NOW, update=next(updates))
+        sequences = len(batch.labels)
+        gradients = compute_gradients(engine, batch, num_micro_batches=1, num_sequences=sequences, now=NOW)
+        apply_update(engine, gradients, now=NOW, update=next(updates))
 
     return step
 
@@ -92,7 +93,7 @@ def main(rounds: int) -> int:
     config = replace(compose(["model=tiny"]).model, num_nextn_predict_layers=0)
     tokens = torch.randint(0, config.vocab_size, (SEQUENCES, TOKENS + 1), generator=torch.Generator().manual_seed(0))
     batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-    reference = build_model(config, Precision("fp32"), seed=0, device=torch.device("cpu"))
+    reference = build_engine(config, Precision("fp32"), OptimConfig(), single("cpu"), seed=0).models[0]
     oracle = theirs(config, reference, torch.float32)
     with torch.no_grad():
         mine = cross_entropy(reference.logits(reference(batch.input_ids).hidden), batch.labels)

@@ -22,7 +22,7 @@ import kernels.quantize
 import train.model.moe
 from kernels.formats import E4M3_MAX, Quantized
 from train.config import compose
-from train.losses import LossWeights, loss_sums
+from train.losses import LossWeights, balance_sum, loss_sums
 from train.model.config import ModelConfig
 from train.model.init import initialize
 from train.model.moe import Router
@@ -110,9 +110,11 @@ def backward(net: Transformer) -> list[Tensor]:
     """One forward and backward; returns the hidden states of the main model and the MTP depths."""
     vocab = net.config.vocab_size
     tokens = torch.randint(0, vocab, (2, TOKENS // 2 + 1), generator=torch.Generator().manual_seed(1))
-    weights = LossWeights(mtp_weight=0.3, balance_alpha=1e-3, num_targets=TOKENS, num_sequences=2)
+    weights = LossWeights(mtp_weight=0.3, balance_alpha=1e-3, num_targets=torch.tensor(TOKENS), num_sequences=2)
     output = net(tokens[:, :-1])
-    loss_sums(net, output, tokens[:, 1:], weights).total.backward()
+    balance = balance_sum(output, weights)
+    assert balance is not None
+    (loss_sums(net, output, tokens[:, 1:], weights).total + balance).backward()
     return [output.hidden.detach(), *(hidden.detach() for hidden in output.mtp_hidden)]
 
 

@@ -18,13 +18,14 @@ import torch.nn.functional as F
 import train.build
 import train.trainer
 from kernels.deferred import deferred, take
+from parallel.pieces import Piece
 from train.build import build, choose_device
 from train.checkpoint.dcp import Saver
 from train.checkpoint.publish import latest
 from train.config import PretrainConfig, compose
 from train.data.ingest import Recipe, prepare
 from train.data.stream import iterate_windows
-from train.losses import LossWeights, loss_sums
+from train.losses import LossWeights, balance_sum, loss_sums
 from train.observe.guards import TrainingStopped
 from train.observe.sinks import read_events, read_run
 from train.optim.schedules import at
@@ -45,7 +46,8 @@ def trainer_of(config: PretrainConfig) -> Trainer:
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+    live = trainer.tensors()
+    return {name: (value.local if isinstance(value, Piece) else value).clone() for name, value in live.items()}
 
 
 def test_every_step_follows_the_schedules(config: PretrainConfig) -> None:
@@ -86,14 +88,14 @@ def test_the_learning_rate_and_gamma_of_the_step_are_applied(config: PretrainCon
     parts = trainer.parts
     batch = parts.stream.take(0, 2)
     now = replace(at(config.schedule, step=50, tokens_seen=0), lr=1e-3, bias_speed=0.25)
-    gradients = compute_gradients(parts.model, parts.optimizer, [batch], num_targets=batch.num_targets, now=now)
-    before = parts.optimizer.state_tensors()["master.lm_head.weight"].clone()
-    apply_update(parts.model, parts.optimizer, gradients, now=now, update=1)
-    moved = (parts.optimizer.state_tensors()["master.lm_head.weight"] - before).abs()
+    gradients = compute_gradients(parts.engine, batch, num_micro_batches=1, num_sequences=2, now=now)
+    before = parts.engine.optimizer.masters()["lm_head.weight"].local.clone()
+    apply_update(parts.engine, gradients, now=now, update=1)
+    moved = (parts.engine.optimizer.masters()["lm_head.weight"].local - before).abs()
     # Adam's first update is lr * g / (|g| + eps) plus decay of 0.1 * |w| * lr: no element moves further.
     assert moved.max() <= 1e-3 * (1 + 0.1 * before.abs().max()) * 1.01
     assert moved.max() > 0.5e-3
-    for layer_id, router in routers(parts.model).items():
+    for layer_id, router in routers(parts.engine.models).items():
         counts = gradients.counts[layer_id]
         direction = torch.sign(counts.double().mean() - counts.double())
         assert torch.equal(router.e_score_correction_bias, 0.25 * direction.float())
@@ -102,15 +104,15 @@ def test_the_learning_rate_and_gamma_of_the_step_are_applied(config: PretrainCon
 def test_the_bias_balances_a_skewed_router_and_gamma_0_does_not(config: PretrainConfig) -> None:
     def violations(gamma: float) -> list[float]:
         parts = build(config)
-        for router in routers(parts.model).values():
+        for router in routers(parts.engine.models).values():
             # Initial scores lie close to 0.5, so a head start of 0.5 makes every token choose expert 0.
             router.e_score_correction_bias[0] = 0.5
         seen = []
         for step in range(60):
             batch = parts.stream.take(2 * step, 2)
             now = replace(at(config.schedule, step=step, tokens_seen=0), lr=0.0, bias_speed=gamma)
-            gradients = compute_gradients(parts.model, parts.optimizer, [batch], num_targets=batch.num_targets, now=now)
-            apply_update(parts.model, parts.optimizer, gradients, now=now, update=step + 1)
+            gradients = compute_gradients(parts.engine, batch, num_micro_batches=1, num_sequences=2, now=now)
+            apply_update(parts.engine, gradients, now=now, update=step + 1)
             counts = gradients.counts[1].double()
             seen.append(float(counts.max() / counts.mean() - 1))
         return seen
@@ -150,7 +152,7 @@ def test_nan_stops_after_k_steps_with_a_checkpoint_and_untouched_weights(config:
     config = replace(config, run=replace(config.run, max_consecutive_nonfinite=3))
     trainer = trainer_of(config)
     with torch.no_grad():
-        trainer.parts.model.lm_head.weight[0, 0] = math.nan
+        trainer.engine.models[0].lm_head.weight[0, 0] = math.nan
     before = weights(trainer)
     with pytest.raises(TrainingStopped, match="not finite 3 steps in a row"):
         trainer.fit()
@@ -171,7 +173,7 @@ def test_evaluation_leaves_no_trace_and_scores_what_fp64_scores(config: Pretrain
     looked.fit()
     losses = [[(r["loss/main"], r["grad/norm"]) for r in read_run(t.directory)] for t in (plain, looked)]
     assert losses[0] == losses[1]
-    heldout, model = plain.parts.heldout, plain.parts.model
+    heldout, model = plain.parts.heldout, plain.engine.models[0]
     assert heldout is not None
     nats = 0.0
     with torch.no_grad():
@@ -255,7 +257,7 @@ def test_stores_that_do_not_fit_are_refused_before_the_model_is_made(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the model was built")
 
-    monkeypatch.setattr(train.build, "build_model", never)
+    monkeypatch.setattr(train.build, "build_engine", never)
     source = tmp_path / "other.jsonl"
     source.write_text("\n".join(json.dumps({"text": f"another text, number {i}"}) for i in range(40)))
     foreign = prepare(Recipe(source=str(source), vocab_size=280), tmp_path / "foreign")
@@ -286,13 +288,16 @@ def test_device_auto_takes_a_gpu_when_there_is_one(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_every_weight_gradient_of_the_model_waits_in_the_queue(precision: str, config: PretrainConfig) -> None:
-    model = build(replace(config, precision=compose([f"precision={precision}"]).precision)).model
+    model = build(replace(config, precision=compose([f"precision={precision}"]).precision)).engine.models[0]
     tokens = torch.randint(0, 300, (2, 33), generator=torch.Generator().manual_seed(0))
-    step = LossWeights(mtp_weight=0.3, balance_alpha=1e-4, num_targets=64, num_sequences=2)
+    step = LossWeights(mtp_weight=0.3, balance_alpha=1e-4, num_targets=torch.tensor(64), num_sequences=2)
     matrices = {name: p for name, p in model.named_parameters() if p.ndim > 1}
 
     def backward() -> None:
-        loss_sums(model, model(tokens[:, :-1]), tokens[:, 1:], step).total.backward()
+        output = model(tokens[:, :-1])
+        balance = balance_sum(output, step)
+        assert balance is not None
+        (loss_sums(model, output, tokens[:, 1:], step).total + balance).backward()
 
     backward()
     at_once = {name: p.main_grad.clone() for name, p in matrices.items()}

@@ -1,38 +1,48 @@
-"""Checkpoints through torch DCP, with safetensors payloads and JSON for the rest.
+"""Checkpoints through torch DCP, with safetensors payloads and JSON for the rest, on one rank or thousands.
 
-DCP plans which rank writes which piece of which tensor, reshards on load, and stages copies so that training
-goes on while the files are written. Its default file format, however, unpickles `.metadata` and every value
-that is not a tensor, and unpickling executes what the file says. Here DCP reads and writes through its
-Hugging Face storage, which knows tensors only, and everything else is JSON. Nothing that is read can run.
+A checkpoint does not know the layout that saved it: each shard's header says where in the global tensor its boxes lie.
+So a run saved on one layout (pp, dp, ep, ZeRO on or off, one process) resumes on any other: whoever loads asks for the
+boxes it holds now, and reads them from whatever boxes were saved.
 
-    save, Saver   stage -> write shards -> state.json -> manifest.json -> fsync -> rename -> prune
-    load          verify the manifest -> compare names, shapes, dtypes -> fill the tensors in place
+    save, Saver   plan: who writes what (once a run) -> stage -> each rank: write, fsync and hash its shards
+                  -> the coordinator: state.json, manifest.json, fsync, rename, prune
+    load          verify, each rank a share of the files -> compare names, shapes, dtypes -> fill in place
 
-The last steps of a save happen in `StorageWriter.finish`, which DCP calls once all data is written. So they
-run in DCP's own background thread and, on several ranks, on the coordinator only.
+Every arrow is an agreement of all ranks (`train.checkpoint.agreement`): an error of one is raised by all, nobody hangs.
+DCP stages, writes, reads and intersects boxes on each rank by itself (`no_dist=True`): its own collectives, its default
+file format and every value that is not a tensor are pickles, and unpickling executes what it reads. Here DCP's Hugging
+Face storage carries tensors, JSON the rest. Nothing that is read can run.
 
-One process for now: `no_dist=True`, no process group is needed or used. Directory layout, publication and
-verification are in `train.checkpoint.publish`; what to save is the trainer's decision.
+Writing and publishing happen in a background thread, so on several ranks they need a gloo group of their own: messages
+of a save must not meet those of training. The directory must be on a file system that all ranks share. Directory
+layout and publication are in `train.checkpoint.publish`; what to save is the trainer's decision.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
+from parallel.pieces import Piece
 from train.checkpoint import publish
-from train.checkpoint.publish import latest
+from train.checkpoint.agreement import Ranks
+from train.checkpoint.boxes import Part, Wholes, assign, local_of, part_of, read_parts, union
+from train.checkpoint.planner import BoxLoadPlanner, BoxSavePlanner
 
 __all__ = ["CheckpointConfig", "Saver", "latest", "load", "save"]
 
@@ -60,42 +70,53 @@ class CheckpointConfig:
     asynchronous: bool = True
 
     def __post_init__(self) -> None:
-        for field in ("every_steps", "keep"):
-            value = getattr(self, field)
+        for name in ("every_steps", "keep"):
+            value = getattr(self, name)
             if not value >= 1:
-                raise ValueError(f"checkpoint.{field} = {value} must be at least 1")
+                raise ValueError(f"checkpoint.{name} = {value} must be at least 1")
 
 
-def save(path: Path, *, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write one checkpoint and return when it is published.
+def save(
+    path: Path,
+    *,
+    tensors: Mapping[str, Tensor | Piece],
+    state: dict[str, Any],
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write one checkpoint and return when it is published; a collective call.
 
     Args:
         path: the checkpoint's own directory, such as `checkpoints/step_00000010`; an older one is replaced.
-        tensors: name -> tensor, any dtype and shape.
-        state: everything else, as JSON.
+        tensors: name -> what this rank holds of it, any dtype and shape. Names may differ between ranks; the ranks'
+            pieces of a tensor must tile it. A `Tensor` is whole; of equal parts on several ranks one is written.
+        state: everything else, as JSON; that of the group's first rank is written.
+        group: of all ranks that save together, for CPU tensors; None: this process alone.
     Raises:
-        ValueError: something in `tensors` is no tensor, or `state` is no JSON.
-        RuntimeError: writing failed; whatever was published before is untouched.
+        ValueError: something in `tensors` is no tensor, pieces overlap or leave a hole, or `state` is no JSON.
+        RuntimeError: writing failed on some rank; whatever was published before is untouched.
     """
-    _finish(path, _start(path, tensors=tensors, state=state, keep=None))
+    _start(_Save(path, tensors, state=state, keep=None), Ranks(group), _Plan()).result()
 
 
 class Saver:
-    """Saves the checkpoints of one run, one at a time, in the background.
+    """Saves the checkpoints of one run, one at a time, in the background. Its methods are collective calls.
 
-    An error of a background save is raised by the next call of any method, `close` included.
+    An error of a background save is raised by the next call of any method, `close` included, on every rank.
 
     Args:
-        directory: receives `step_*` directories; this object must be its only writer.
+        directory: receives `step_*` directories; this run must be its only writer.
         config: how many to keep, and whether to write in the background.
+        group: of all ranks, for CPU tensors, used by nothing else; None: this process alone.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig) -> None:
+    def __init__(self, directory: Path, config: CheckpointConfig, group: dist.ProcessGroup | None = None) -> None:
         self._directory = directory
         self._config = config
-        self._in_flight: tuple[Path, Future[Metadata]] | None = None
+        self._ranks = Ranks(group)
+        self._plan = _Plan()
+        self._in_flight: Future[None] | None = None
 
-    def save_async(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def save_async(self, step: int, tensors: Mapping[str, Tensor | Piece], state: dict[str, Any]) -> None:
         """Copy the tensors, then write them in the background; a save still under way is waited for.
 
         After the return the caller may change the tensors: the file holds their values of now. With
@@ -103,16 +124,16 @@ class Saver:
 
         Args:
             step: optimizer steps finished; names the directory.
-            tensors: name -> tensor.
+            tensors: name -> what this rank holds of it, as for `save`.
             state: everything else, as JSON.
         Raises:
-            ValueError: something in `tensors` is no tensor, or `state` is no JSON.
+            ValueError: something in `tensors` is no tensor, pieces overlap or leave a hole, or `state` is no JSON.
             RuntimeError: the previous save failed; this one was not started.
         """
         self.wait()
         path = self._directory / publish.step_name(step)
-        future = _start(path, tensors=tensors, state=state, keep=self._config.keep)
-        self._in_flight = (path, future)
+        job = _Save(path, tensors, state=state, keep=self._config.keep)
+        self._in_flight = _start(job, self._ranks, self._plan)
         if not self._config.asynchronous:
             self.wait()
 
@@ -123,89 +144,215 @@ class Saver:
             RuntimeError: the save failed; names the checkpoint and the cause.
         """
         if self._in_flight is not None:
-            path, future = self._in_flight
-            self._in_flight = None
-            _finish(path, future)
+            future, self._in_flight = self._in_flight, None
+            future.result()
 
     def close(self) -> None:
         """Wait for the last save. No thread or file stays open."""
         self.wait()
 
 
-def load(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Fill tensors in place from a checkpoint.
+def latest(directory: Path, group: dist.ProcessGroup | None = None) -> Path | None:
+    """The newest checkpoint whose manifest and files verify; a collective call.
 
-    Names, shapes, dtypes and hashes are checked before the first tensor is touched.
+    Damaged ones are passed over, each with a logged warning that names the file and what is wrong with it.
+    Nothing on the disk is changed. Each rank hashes a share of the files.
+
+    Args:
+        directory: holds the checkpoints; may be missing.
+        group: of all ranks, for CPU tensors; None: this process alone.
+    Returns:
+        its path, the same on every rank, or None.
+    """
+    ranks = Ranks(group)
+
+    def search(_: list[None]) -> list[list[str]]:
+        return [[path.name for path in publish.published(directory)]] * ranks.size
+
+    # One rank looks: another node may see an older listing of a shared directory.
+    names = ranks.agree(lambda: None, search)
+    return publish.first_whole([directory / name for name in names], partial(_verify, ranks))
+
+
+def load(path: Path, tensors: Mapping[str, Tensor | Piece], group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+    """Fill tensors in place from a checkpoint of any layout; a collective call.
+
+    Names, shapes, dtypes and hashes are checked before the first tensor is touched. Each rank reads the headers of all
+    shards and maps into memory those that hold something it wants; only the wanted ranges of rows are read.
 
     Args:
         path: a published checkpoint, as `latest` returns it.
-        tensors: name -> tensor to fill; exactly the names, shapes and dtypes of the checkpoint.
+        tensors: name -> tensor or piece to fill; over all ranks exactly the names, shapes and dtypes of the checkpoint.
+        group: of all ranks that load together, for CPU tensors; None: this process alone.
     Returns:
-        the state that was saved with them.
+        the state that was saved with them, the same on every rank.
     Raises:
-        ValueError: a file is damaged, or a tensor is missing, unexpected, or of another shape or dtype;
-            named.
+        ValueError: a file is damaged, or a tensor is missing, unexpected, or of another shape or dtype; named.
+        RuntimeError: a rank could not read a file.
     """
-    if not path.is_dir():
-        raise ValueError(f"there is no checkpoint {path}; look for step_* in {path.parent}")
-    manifest = publish.verify(path)
-    state = publish.read_json(path / publish.STATE)
-    if not isinstance(state, dict):
-        raise ValueError(f"checkpoint {path} is damaged: {publish.STATE} holds no object")
-    _check_tensors(path, saved=manifest["tensors"], wanted=_describe(tensors))
-    targets = {name: tensor.detach() for name, tensor in tensors.items()}
-    try:
-        state_dict_loader.load(targets, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
-    except CheckpointException as failure:
-        shards = sorted(name for name in manifest["files"] if name.endswith(publish.SHARD_SUFFIX))
-        cause = _cause(failure)
-        raise ValueError(f"checkpoint {path} is damaged: cannot read {', '.join(shards)}: {cause}") from cause
+    ranks = Ranks(group)
+    manifest = _verify(ranks, path)
+    parts: dict[str, Part] = {}
+
+    def ask() -> dict[str, Part]:
+        parts.update({name: part_of(name, value) for name, value in tensors.items()})
+        return parts
+
+    def compare(reports: list[Any]) -> list[dict[str, Any]]:
+        state = publish.read_json(path / publish.STATE)
+        if not isinstance(state, dict):
+            raise ValueError(f"checkpoint {path} is damaged: {publish.STATE} holds no object")
+        _check_tensors(path, saved=manifest["tensors"], wanted=union([read_parts(report) for report in reports]))
+        return [state] * ranks.size
+
+    state: dict[str, Any] = ranks.agree(ask, compare)
+    wanted = {name: part for name, part in parts.items() if part.num_elements}
+    targets = {name: local_of(tensors[name]) for name in wanted}
+    ranks.agree(partial(_read, path, targets, wanted), _no_replies)
     return state
 
 
-class _PublishingWriter(HuggingFaceStorageWriter):
-    """DCP's safetensors writer, working in a hidden directory that it publishes when all data is written."""
+class _ShardWriter(HuggingFaceStorageWriter):
+    """DCP's safetensors writer, working in the hidden directory; knows afterwards which files it wrote."""
 
-    def __init__(self, target: Path, *, files: dict[str, int], state_json: str, keep: int | None) -> None:
-        hidden = publish.writing_path(target)
-        super().__init__(path=str(hidden), fqn_to_index_mapping=files, save_distributed=True)
-        self._target = target
-        self._hidden = hidden
-        self._state_json = state_json
-        self._keep = keep
+    def __init__(self, directory: Path, *, shard: int, files: dict[str, int]) -> None:
+        super().__init__(path=str(directory), fqn_to_index_mapping=files, save_distributed=True)
+        self._shard = shard
+        self.written: list[str] = []
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Name this rank's files by its rank: DCP sees one plan here, so it would call each of them the first."""
+        plans = super().prepare_global_plan(plans)
+        for plan in plans:
+            plan.storage_data["shard_index"] = self._shard
+        return plans
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Add state and manifest, publish, prune. DCP calls this once, after the last shard."""
-        publish.write_json(self._hidden / publish.STATE, json.loads(self._state_json))
-        tensors = {}
-        for name, saved in sorted(metadata.state_dict_metadata.items()):
-            assert isinstance(saved, TensorStorageMetadata), name
-            tensors[name] = {"shape": list(saved.size), "dtype": str(saved.properties.dtype)}
-        publish.write_manifest(self._hidden, tensors)
-        publish.publish(self._target)
+        """Note the files. DCP calls this once this rank's shards are on the disk."""
+        self.written = sorted({result.storage_data.relative_path for each in results for result in each})
+
+
+@dataclass
+class _Plan:
+    """Who writes what. It stays from save to save, so a run works it out once: with 2,048 ranks that takes seconds.
+
+    Args:
+        parts: what this rank held when it was worked out; None: never.
+        names: what this rank writes.
+        wholes: all tensors; known to the coordinator only.
+    """
+
+    parts: dict[str, Part] | None = None
+    names: list[str] = field(default_factory=list)
+    wholes: Wholes = field(default_factory=dict)
+
+
+class _Save:
+    """One save as one rank sees it; the methods are its phases, in this order."""
+
+    def __init__(
+        self, path: Path, tensors: Mapping[str, Tensor | Piece], *, state: dict[str, Any], keep: int | None
+    ) -> None:
+        self.path = path
+        self.parts: dict[str, Part] = {}
+        self._tensors, self._state, self._keep = tensors, state, keep
+        self._hidden = publish.writing_path(path)
+        self._writer: _ShardWriter
+        self._staged: dict[str, Any] = {}
+
+    def describe(self) -> dict[str, Part]:
+        """Each rank: check what it was given."""
+        self.parts = {name: part_of(name, value) for name, value in self._tensors.items()}
+        try:
+            # A copy of now: the caller may change the state while the shards are written.
+            self._state = json.loads(json.dumps(self._state, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"state is not JSON: {error}; keep to dict, list, str, int, float, bool, None") from None
+        return self.parts
+
+    def stage(self, names: list[str], shard: int) -> None:
+        """Each rank: copy to host memory what it will write."""
+        mine = {name: local_of(self._tensors[name]) for name in names}
+        self._tensors = {}
+        self._writer = _ShardWriter(self._hidden, shard=shard, files=_assign_files(mine))
+        self._staged = self._writer.stage(mine)
+
+    def prepare(self, reports: list[None]) -> list[None]:
+        """The coordinator: clear away what a killed process left. No rank writes before."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        publish.sweep(self.path.parent)
+        return reports
+
+    def write(self) -> dict[str, dict[str, Any]]:
+        """Each rank: write, fsync and hash its shards."""
+        planner = BoxSavePlanner(self.parts)
+        try:
+            state_dict_saver.save(self._staged, storage_writer=self._writer, planner=planner, no_dist=True)
+        except CheckpointException as failure:
+            raise _cause(failure) from None
+        self._staged = {}
+        return {name: publish.entry_of(self._hidden / name) for name in self._writer.written}
+
+    def publish(self, wholes: Wholes, entries: list[dict[str, dict[str, Any]]]) -> list[None]:
+        """The coordinator: add state and manifest, publish, prune."""
+        publish.write_json(self._hidden / publish.STATE, self._state)
+        publish.write_manifest(self._hidden, wholes, {name: e for each in entries for name, e in each.items()})
+        publish.publish(self.path)
         if self._keep is not None:
-            publish.prune(self._target.parent, keep=self._keep, newest=self._target)
+            publish.prune(self.path.parent, keep=self._keep, newest=self.path)
+        return [None] * len(entries)
+
+    def failed(self, cause: Exception) -> RuntimeError:
+        """The error that the caller sees."""
+        return RuntimeError(f"saving checkpoint {self.path} failed: {cause}; those published before it are untouched")
 
 
-def _start(path: Path, *, tensors: dict[str, Tensor], state: dict[str, Any], keep: int | None) -> Future[Metadata]:
-    """Check, stage, and hand over to DCP's thread; on return the tensors are copied."""
-    if not tensors:
-        raise ValueError(f"nothing to save in {path}: give at least one tensor")
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(
-                f"tensors[{name!r}] is a {type(tensor).__name__}, not a tensor; put it into the JSON state"
-            )
+def _start(job: _Save, ranks: Ranks, plan: _Plan) -> Future[None]:
+    """Check, agree, stage, and hand over to a thread; on return the tensors of all ranks are copied."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    assert ranks.size > 1 or not several, "each rank would publish a checkpoint of its own: give a group of all"
     try:
-        state_json = json.dumps(state, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"state is not JSON: {error}; keep to dict, list, str, int, float, bool, None") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    publish.sweep(path.parent)
-    writer = _PublishingWriter(path, files=_assign_files(tensors), state_json=state_json, keep=keep)
-    future = state_dict_saver.async_save(tensors, storage_writer=writer, no_dist=True)
-    assert isinstance(future, Future)
+        _agree_on_plan(job, ranks, plan)
+        ranks.agree(partial(job.stage, plan.names, ranks.rank + 1), job.prepare)
+    except RuntimeError as cause:
+        raise job.failed(cause) from cause
+
+    def finish() -> None:
+        try:
+            ranks.agree(job.write, partial(job.publish, plan.wholes))
+        except (ValueError, RuntimeError) as cause:
+            raise job.failed(cause) from cause
+
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+    future = executor.submit(finish)
+    # The thread ends after this job, and the interpreter's end waits for it.
+    executor.shutdown(wait=False)
     return future
+
+
+def _agree_on_plan(job: _Save, ranks: Ranks, plan: _Plan) -> None:
+    """Take the plan of the save before, if no rank holds other parts than then; else work it out."""
+
+    def compare(same: list[bool]) -> list[bool]:
+        return [all(same)] * len(same)
+
+    if ranks.agree(lambda: job.describe() == plan.parts, compare):
+        return
+    wholes: Wholes = {}
+
+    def work_out(reports: list[Any]) -> list[list[str]]:
+        held = [read_parts(report) for report in reports]
+        wholes.update(union(held))
+        if not wholes:
+            raise ValueError(f"nothing to save in {job.path}: give at least one tensor")
+        return assign(held)
+
+    plan.names = ranks.agree(lambda: job.parts, work_out)
+    plan.parts, plan.wholes = job.parts, wholes
+
+
+def _no_replies(reports: list[Any]) -> list[None]:
+    return [None] * len(reports)
 
 
 def _assign_files(tensors: dict[str, Tensor]) -> dict[str, int]:
@@ -221,24 +368,37 @@ def _assign_files(tensors: dict[str, Tensor]) -> dict[str, int]:
     return files
 
 
-def _finish(path: Path, future: Future[Metadata]) -> None:
+def _verify(ranks: Ranks, path: Path) -> dict[str, Any]:
+    """Compare all files with the manifest, each rank a share; returns it to the coordinator, {} to the others."""
+    manifest: dict[str, Any] = {}
+
+    def deal(_: list[None]) -> list[dict[str, Any]]:
+        if not path.is_dir():
+            raise ValueError(f"there is no checkpoint {path}; look for step_* in {path.parent}")
+        manifest.update(publish.read_manifest(path))
+        # Dealt out from the largest down, so that the shares are about equal.
+        files = sorted(manifest["files"].items(), key=lambda item: (-int(item[1]["bytes"]), item[0]))
+        return [dict(files[rank :: ranks.size]) for rank in range(ranks.size)]
+
+    share = ranks.agree(lambda: None, deal)
+    ranks.agree(partial(publish.check_files, path, share), _no_replies)
+    return manifest
+
+
+def _read(path: Path, targets: dict[str, Tensor], wanted: dict[str, Part]) -> None:
+    reader = HuggingFaceStorageReader(str(path))
     try:
-        future.result()
+        state_dict_loader.load(dict(targets), storage_reader=reader, planner=BoxLoadPlanner(wanted), no_dist=True)
     except CheckpointException as failure:
+        shards = sorted(file.name for file in path.iterdir() if file.name.endswith(publish.SHARD_SUFFIX))
         cause = _cause(failure)
-        raise RuntimeError(
-            f"saving checkpoint {path} failed: {cause}; those published before it are untouched"
-        ) from cause
+        raise ValueError(f"checkpoint {path} is damaged: cannot read {_some(shards)}: {cause}") from cause
 
 
 def _cause(failure: CheckpointException) -> BaseException:
-    """DCP wraps the error of each rank; one process has one."""
+    """DCP wraps the error of each rank; run on one rank it has one."""
     error, _ = next(iter(failure.failures.values()))
     return error
-
-
-def _describe(tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
-    return {name: {"shape": list(t.shape), "dtype": str(t.dtype)} for name, t in tensors.items()}
 
 
 def _check_tensors(path: Path, *, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

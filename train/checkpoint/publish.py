@@ -18,7 +18,8 @@ The hashes guard against accidents (a torn write, a flipped bit, a lost file), n
 checkpoints. What guards against that one is that nothing here or in `train.checkpoint.dcp` can execute what
 it reads.
 
-One process writes into a directory at a time; any number may read. No torch here.
+One run writes into a directory at a time; any number may read. On several ranks each writes and hashes its own
+shards, one of them does the rest, and the directory must be on a file system that all of them share. No torch here.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,19 +80,41 @@ def write_json(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
 
 
-def write_manifest(directory: Path, tensors: dict[str, dict[str, Any]]) -> None:
-    """Hash every file of a finished directory into its manifest.
+def entry_of(file: Path) -> dict[str, Any]:
+    """What the manifest says of a file.
+
+    Args:
+        file: finished.
+    Returns:
+        {"bytes", "sha256"}.
+    """
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def write_manifest(
+    directory: Path, tensors: dict[str, dict[str, Any]], hashed: Mapping[str, dict[str, Any]] | None = None
+) -> None:
+    """List every file of a finished directory, with its hash, in its manifest.
 
     Args:
         directory: holds the shards and the state.
         tensors: name -> {'shape': list of int, 'dtype': str}.
+        hashed: name -> `entry_of` the files that their writers have hashed; the others are hashed here.
+    Raises:
+        FileNotFoundError: a file of `hashed` is not here, or shorter: its writer writes somewhere else.
     """
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(directory.iterdir())
-        if path.name != MANIFEST
-    }
-    body = {"format": FORMAT, "files": files, "tensors": tensors}
+    files = dict(hashed or {})
+    for name, entry in files.items():
+        file = directory / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            raise FileNotFoundError(
+                f"{file} was written by another rank but is not seen whole by the first; "
+                "put run.directory on a file system that all nodes share"
+            )
+    for file in directory.iterdir():
+        if file.name != MANIFEST and file.name not in files:
+            files[file.name] = entry_of(file)
+    body = {"format": FORMAT, "files": dict(sorted(files.items())), "tensors": tensors}
     write_json(directory / MANIFEST, body | {"sha256": _sha256_of_body(body)})
 
 
@@ -132,7 +156,7 @@ def prune(directory: Path, *, keep: int, newest: Path) -> None:
         keep: how many stay, at least 1.
         newest: the one just published; it stays even if others bear higher steps.
     """
-    others = [path for path in _published(directory) if path != newest]
+    others = [path for path in published(directory) if path != newest]
     for path in others[keep - 1 :]:
         doomed = path.with_name(_PRUNED + path.name)
         os.rename(path, doomed)
@@ -140,19 +164,30 @@ def prune(directory: Path, *, keep: int, newest: Path) -> None:
 
 
 def latest(directory: Path) -> Path | None:
-    """The newest checkpoint whose manifest and files verify.
-
-    Damaged ones are passed over, each with a logged warning that names the file and what is wrong with it.
-    Nothing on the disk is changed.
+    """The newest checkpoint whose manifest and files verify, as one process sees it.
 
     Args:
-        directory: holds the checkpoints; may be missing.
+        directory: holds the checkpoints; may be missing. Nothing in it is changed.
     Returns:
         its path, or None.
     """
-    for path in _published(directory):
+    return first_whole(published(directory), verify)
+
+
+def first_whole(paths: Iterable[Path], check: Callable[[Path], object]) -> Path | None:
+    """The first checkpoint that passes a check.
+
+    Damaged ones are passed over, each with a logged warning that names the file and what is wrong with it.
+
+    Args:
+        paths: checkpoints, the best first.
+        check: raises ValueError if the checkpoint is damaged.
+    Returns:
+        its path, or None.
+    """
+    for path in paths:
         try:
-            verify(path)
+            check(path)
         except ValueError as damage:
             logger.warning("passed over: %s", damage)
         else:
@@ -170,8 +205,21 @@ def verify(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: names the first file that is missing, damaged, or present but not in the manifest.
     """
-    manifest = _read_manifest(path)
-    for name, expected in manifest["files"].items():
+    manifest = read_manifest(path)
+    check_files(path, manifest["files"])
+    return manifest
+
+
+def check_files(path: Path, entries: Mapping[str, dict[str, Any]]) -> None:
+    """Compare files with what the manifest says of them.
+
+    Args:
+        path: the checkpoint.
+        entries: of the files to check.
+    Raises:
+        ValueError: names the first file that is missing or damaged.
+    """
+    for name, expected in entries.items():
         file = path / name
         if not file.is_file():
             raise _damage(file, "is missing")
@@ -180,11 +228,6 @@ def verify(path: Path) -> dict[str, Any]:
             raise _damage(file, f"has {num_bytes} bytes where the manifest says {expected['bytes']}")
         if _sha256(file) != expected["sha256"]:
             raise _damage(file, "does not have the sha256 of the manifest")
-    for file in path.iterdir():
-        # DCP's reader takes every safetensors file of the directory, so a stray one would be loaded.
-        if file.name.endswith(SHARD_SUFFIX) and file.name not in manifest["files"]:
-            raise _damage(file, "is not in the manifest")
-    return manifest
 
 
 def read_json(path: Path) -> Any:
@@ -205,7 +248,16 @@ def read_json(path: Path) -> Any:
         raise _damage(path, f"is not JSON ({error})") from None
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's manifest; the files that it lists are not looked at.
+
+    Args:
+        path: the checkpoint.
+    Returns:
+        {"format", "files": name -> {"bytes", "sha256"}, "tensors": name -> {"shape", "dtype"}, "sha256"}.
+    Raises:
+        ValueError: the manifest is damaged, or a shard is present that it does not list.
+    """
     file = path / MANIFEST
     manifest = read_json(file)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -219,6 +271,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise _damage(file, "lacks an entry for a file or a tensor")
     if STATE not in files or not all(Path(name).name == name for name in files):
         raise _damage(file, f"must name {STATE} and only files of its own directory")
+    for stray in path.iterdir():
+        # DCP's reader takes every safetensors file of the directory, so a stray one would be loaded.
+        if stray.name.endswith(SHARD_SUFFIX) and stray.name not in files:
+            raise _damage(stray, "is not in the manifest")
     return manifest
 
 
@@ -233,8 +289,12 @@ def _damage(file: Path, what: str) -> ValueError:
     )
 
 
-def _published(directory: Path) -> list[Path]:
-    """Checkpoints from the highest step down, with those whose replacement never became visible."""
+def published(directory: Path) -> list[Path]:
+    """Checkpoints from the highest step down, with those whose replacement never became visible.
+
+    Args:
+        directory: holds the checkpoints; may be missing.
+    """
     by_step: dict[int, Path] = {}
     for path in _entries(directory):
         match = _STEP_NAME.fullmatch(path.name.removeprefix(_REPLACED))

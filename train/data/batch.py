@@ -45,6 +45,27 @@ class Batch:
         """Number of positions with a target."""
         return int((self.labels != IGNORE_INDEX).sum())
 
+    def inputs(self, device: torch.device) -> dict[str, Tensor]:
+        """The batch's tensors by name, on a device; without document ids where there are none."""
+        tensors = {"input_ids": self.input_ids, "labels": self.labels, "document_ids": self.document_ids}
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items() if tensor is not None}
+
+    def share(self, index: int, shares: int) -> Batch:
+        """The index-th of so many equal shares of the sequences.
+
+        A batch that does not divide is filled up with copies of its first sequence that have no targets, so that every
+        rank has the same number of sequences.
+        """
+        missing = -len(self.labels) % shares
+        labels = torch.cat((self.labels, torch.full_like(self.labels[:1], IGNORE_INDEX).expand(missing, -1)))
+
+        def cut(tensor: Tensor) -> Tensor:
+            filled = torch.cat((tensor, tensor[:1].expand(missing, -1)))
+            return filled.chunk(shares)[index]
+
+        document_ids = None if self.document_ids is None else cut(self.document_ids)
+        return Batch(cut(self.input_ids), labels.chunk(shares)[index], document_ids)
+
 
 def batch_from_windows(windows: NDArray[np.int64], documents: NDArray[np.int64], *, mask_documents: bool) -> Batch:
     """Split windows of the packed stream into inputs and labels.

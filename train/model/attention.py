@@ -8,15 +8,24 @@
 
 Shapes: sequences, tokens, heads; qk = qk_nope_head_dim + qk_rope_head_dim. Without a query latent
 (`q_lora_rank=None`) the first rows of `q_kv_a_proj` are the heads' queries themselves and `q_b_proj` is absent.
-The block scales of FP8 split cleanly at 1536, a multiple of 128. Not here: KV cache, context parallelism.
+The block scales of FP8 split cleanly at 1536, a multiple of 128.
+
+With `recompute` a layer keeps the latents, o and the softmax statistics; queries, keys and values are made again in
+backward (§3.2.3). At V3's size that is 0.15 instead of 0.82 GB a layer and sequence, for one more pass of both
+up-projections; the core itself does not run again. Same bits either way.
+
+Not here: KV cache, context parallelism.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from kernels.attention import causal_attention
+from kernels.attention import CORE_OPERATORS, causal_attention
 from kernels.rope import apply_rope, rope_tables, yarn_softmax_factor
 from train.model.config import ModelConfig
 from train.model.layers import Linear, RMSNorm
@@ -52,11 +61,19 @@ def softmax_scale(config: ModelConfig) -> float:
     return scale
 
 
+# What recomputation does not repeat.
+_keep_core = partial(create_selective_checkpoint_contexts, list(CORE_OPERATORS))
+
+
 class MultiHeadLatentAttention(nn.Module):
-    """MLA over whole sequences; parameters as in the released checkpoint, the down-projections fused."""
+    """MLA over whole sequences; parameters as in the released checkpoint, the down-projections fused.
+
+    `recompute` may be set at any time; see the head of the file.
+    """
 
     def __init__(self, config: ModelConfig, precision: Precision, rope: RopeTables) -> None:
         super().__init__()
+        self.recompute = False
         self.config, self.rope, self.scale = config, rope, softmax_scale(config)
         heads, kv_rank, rope_dim = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
         self.a_widths = (config.q_width, kv_rank, rope_dim)
@@ -70,10 +87,27 @@ class MultiHeadLatentAttention(nn.Module):
 
     def forward(self, x: Tensor, document_ids: Tensor | None) -> Tensor:
         """[sequences, tokens, hidden] -> the same; `document_ids` [sequences, tokens] limits attention if given."""
-        config = self.config
         num_sequences, num_tokens, _ = x.shape
-        cos, sin = self.rope.at(num_tokens, x.device)
-        q, kv_latent, k_rope = self.q_kv_a_proj(x).split(self.a_widths, dim=-1)
+        latents = self.q_kv_a_proj(x)
+        if self.recompute and torch.is_grad_enabled():
+            o: Tensor = checkpoint(
+                self.attend,
+                latents,
+                document_ids,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=_keep_core,
+            )
+        else:
+            o = self.attend(latents, document_ids)
+        u: Tensor = self.o_proj(o.transpose(1, 2).reshape(num_sequences, num_tokens, -1))
+        return u
+
+    def attend(self, latents: Tensor, document_ids: Tensor | None) -> Tensor:
+        """Latents -> heads -> attention core: [sequences, tokens, a_widths] -> [sequences, heads, tokens, v]."""
+        config = self.config
+        cos, sin = self.rope.at(latents.shape[1], latents.device)
+        q, kv_latent, k_rope = latents.split(self.a_widths, dim=-1)
         if config.q_lora_rank is not None:
             q = self.q_b_proj(self.q_a_layernorm(q))
         kv = self.kv_b_proj(self.kv_a_layernorm(kv_latent))
@@ -85,9 +119,7 @@ class MultiHeadLatentAttention(nn.Module):
         k_rope = apply_rope(k_rope.unsqueeze(1), cos, sin)  # [sequences, 1, tokens, rope]
         k = torch.cat((k_nope, k_rope.expand(-1, config.num_attention_heads, -1, -1)), dim=-1)
 
-        o = causal_attention(q, k, v, scale=self.scale, document_ids=document_ids)
-        u: Tensor = self.o_proj(o.transpose(1, 2).reshape(num_sequences, num_tokens, -1))
-        return u
+        return causal_attention(q, k, v, scale=self.scale, document_ids=document_ids)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[sequences, tokens, heads * dim] -> [sequences, heads, tokens, dim]."""

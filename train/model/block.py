@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from kernels.permute import Dispatched
 from train.model.attention import MultiHeadLatentAttention, RopeTables
 from train.model.config import ModelConfig
 from train.model.layers import FeedForward, RMSNorm
-from train.model.moe import Dispatched, Experts, Router, Routing, TokenDispatcher
+from train.model.moe import Experts, Router, Routing, TokenDispatcher
 from train.model.precision import Precision
 
 
@@ -37,7 +38,7 @@ class MoE(nn.Module):
         super().__init__()
         self.dispatcher = dispatcher
         self.gate = Router(config, precision)
-        self.experts = Experts(config, precision, range(config.n_routed_experts))
+        self.experts = Experts(config, precision, dispatcher.experts)
         shared_size = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = FeedForward(config, shared_size, precision) if shared_size else None
 
@@ -85,12 +86,12 @@ class MoEBlock(nn.Module):
         return self.mlp.dispatcher.dispatch(routed.tokens, routed.routing)
 
     def experts(self, dispatched: Dispatched) -> Tensor:
-        """Phase 4: the routed experts. -> [rows, hidden]."""
-        rows: Tensor = self.mlp.experts(dispatched.rows, dispatched.group_ends)
+        """Phase 4: the routed experts, each row times its gate. -> [rows, hidden]."""
+        rows: Tensor = self.mlp.experts(dispatched.rows, dispatched.gates, dispatched.group_ends)
         return rows
 
     def combine(self, routed: Routed, dispatched: Dispatched, rows: Tensor) -> Tensor:
-        """Phase 5: results travel home; residual + shared(u) + sum_i g_i FFN_i(u)."""
+        """Phase 5: results g_i FFN_i(u) travel home; residual + shared(u) + their sum."""
         out = self.mlp.dispatcher.combine(rows, dispatched)  # [tokens, hidden]
         if self.mlp.shared_experts is not None:
             out = out + self.mlp.shared_experts(routed.tokens)

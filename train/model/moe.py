@@ -2,7 +2,7 @@
 
     s_i = sigmoid(u . e_i)                         FP32, `Router`
     choose 8 of 256 by s_i + b_i in the 4 best groups; gate g_i = 2.5 s_i / sum of the chosen s_j
-    h'  = u + shared(u) + sum_i g_i FFN_i(u)
+    h'  = u + shared(u) + sum_i g_i FFN_i(u),     g_i inside FFN_i, before its down_proj (`kernels.swiglu`)
 
 Where tokens meet experts is the business of a `TokenDispatcher`, a protocol owned here: `LocalDispatcher` serves one
 process; an expert-parallel one satisfies the same protocol without being imported. No token is ever dropped.
@@ -20,9 +20,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from kernels.permute import Grouping, combine_tokens, group_tokens, grouping
+from kernels.permute import Dispatched, Grouping, combine_tokens, group_gates, group_tokens, grouping
 from kernels.router import expert_counts, gate_weights, select_experts, sequence_balance
-from kernels.swiglu import swiglu
+from kernels.swiglu import gated_swiglu
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 
@@ -41,46 +41,38 @@ class Routing:
     balance: Tensor
 
 
-@dataclass(frozen=True)
-class Dispatched:
-    """Token copies where their experts live.
-
-    rows [rows, hidden], grouped by local expert, zero padded; group_ends [local_experts] int32; the rest is what
-    `combine` needs to bring results home.
-    """
-
-    rows: Tensor
-    group_ends: Tensor
-    gates: Tensor
-    grouping: Grouping
-
-
 class TokenDispatcher(Protocol):
     """Brings tokens to experts and results back."""
 
+    @property
+    def experts(self) -> range:
+        """Global ids of the experts that live on this process."""
+        ...
+
     def dispatch(self, tokens: Tensor, routing: Routing) -> Dispatched:
-        """[tokens, hidden] -> rows grouped by local expert."""
+        """[tokens, hidden] -> rows and their gates, grouped by local expert."""
         ...
 
     def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
-        """Expert outputs [rows, hidden] -> [tokens, hidden], summed with the gates."""
+        """Expert outputs [rows, hidden], gates included -> [tokens, hidden], summed."""
         ...
 
 
 class LocalDispatcher:
-    """All experts on this process: dispatch is a permutation, combine its weighted inverse."""
+    """All experts on this process: dispatch is a permutation, combine its inverse with a sum."""
 
     def __init__(self, n_routed_experts: int) -> None:
-        self.n_routed_experts = n_routed_experts
+        self.experts = range(n_routed_experts)
 
     def dispatch(self, tokens: Tensor, routing: Routing) -> Dispatched:
-        """[tokens, hidden] -> [rows, hidden] grouped by expert."""
-        slots = grouping(routing.topk_ids, self.n_routed_experts)
-        return Dispatched(group_tokens(tokens, slots), slots.group_ends, routing.gates, slots)
+        """[tokens, hidden] -> [rows, hidden] and gates [rows], grouped by expert."""
+        slots = grouping(routing.topk_ids, len(self.experts))
+        return Dispatched(group_tokens(tokens, slots), group_gates(routing.gates, slots), slots.group_ends, slots)
 
     def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
-        """[rows, hidden] -> [tokens, hidden] = sum over the chosen experts of gate * row."""
-        return combine_tokens(rows, dispatched.gates, dispatched.grouping)
+        """[rows, hidden] -> [tokens, hidden] = sum over the rows of each token."""
+        assert isinstance(dispatched.handle, Grouping), type(dispatched.handle)
+        return combine_tokens(rows, dispatched.handle)
 
 
 class Router(nn.Module):
@@ -102,7 +94,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Routing:
         """[sequences, tokens, hidden] -> Routing over sequences * tokens."""
         config = self.config
-        scores = self.precision.high(x.float(), self.weight).sigmoid()  # [sequences, tokens, experts] fp32
+        scores = self.precision.fp32(x, self.weight).sigmoid()  # [sequences, tokens, experts] fp32
         flat = scores.flatten(0, 1)
         ids = select_experts(
             flat.detach(),
@@ -135,7 +127,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(len(experts), 2 * inter, hidden, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(len(experts), hidden, inter, dtype=dtype))
 
-    def forward(self, rows: Tensor, group_ends: Tensor) -> Tensor:
-        """[rows, hidden] grouped by expert -> [rows, hidden]."""
+    def forward(self, rows: Tensor, gates: Tensor, group_ends: Tensor) -> Tensor:
+        """[rows, hidden] grouped by expert, gates [rows] FP32 -> g_i FFN_i(row), [rows, hidden]."""
         gate_up = self.precision.grouped_linear(rows, self.gate_up_proj, group_ends)
-        return self.precision.grouped_linear(swiglu(gate_up), self.down_proj, group_ends)
+        return self.precision.grouped_linear(gated_swiglu(gate_up, gates), self.down_proj, group_ends)

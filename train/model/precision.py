@@ -48,5 +48,9 @@ class Precision:
         return grouped_linear(x, weight, group_ends)
 
     def high(self, x: Tensor, weight: Tensor) -> Tensor:
-        """A linear that stays in the dtype of `x`: head, router, `eh_proj`."""
+        """A linear that stays in the dtype of `x`: head, `eh_proj`."""
         return linear(x, weight)
+
+    def fp32(self, x: Tensor, weight: Tensor) -> Tensor:
+        """A linear that is FP32 whatever `x` is: the router."""
+        return linear(x, weight, dtype=torch.float32)

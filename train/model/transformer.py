@@ -1,7 +1,9 @@
 """The main model, its MTP chain and what they return (arXiv:2412.19437 §2.1, §2.2).
 
-The model returns hidden states; losses are taken in `train/losses.py`. `layers` and `mtp` are ModuleDicts keyed by
-layer id: a pipeline stage deletes what it does not own and every parameter keeps its name.
+The model returns hidden states; losses are taken in `train/losses.py`. A pipeline stage is the same class with fewer
+parts: `layers` and `mtp` are ModuleDicts keyed by layer id, so every parameter has its name wherever it lives. The
+embedding is held by the stage that begins and, for MTP, also by the one that ends; norm, head and MTP by the one that
+ends.
 
 Shapes: hidden [sequences, tokens, hidden]. Not here: losses, parallelism, initial values (`init.py`).
 """
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from train.model.attention import RopeTables
+from train.model.attention import MultiHeadLatentAttention, RopeTables
 from train.model.block import make_block
 from train.model.config import ModelConfig
 from train.model.layers import Embedding, HighLinear, RMSNorm
@@ -22,11 +24,26 @@ from train.model.precision import Precision
 
 
 @dataclass(frozen=True)
+class Part:
+    """What one pipeline stage holds: consecutive layers, whether it begins with tokens, whether it ends with losses."""
+
+    layer_ids: range
+    begins: bool
+    ends: bool
+
+
+def whole(config: ModelConfig) -> Part:
+    """The part that is everything."""
+    return Part(config.layer_ids, begins=True, ends=True)
+
+
+@dataclass(frozen=True)
 class ModelOutput:
     """One micro-batch's forward.
 
-    hidden [sequences, tokens, hidden] after the final norm; mtp_hidden[k-1] [sequences, tokens - k, hidden] after the
-    depth's own norm; routings: layer id -> Routing, MTP layers included.
+    hidden [sequences, tokens, hidden], after the final norm on the part that ends; mtp_hidden[k-1]
+    [sequences, tokens - k, hidden] after the depth's own norm, empty elsewhere; routings: layer id -> Routing, MTP
+    layers included.
     """
 
     hidden: Tensor
@@ -35,61 +52,97 @@ class ModelOutput:
 
 
 class Transformer(nn.Module):
-    """The whole model of one process. Parameter names are the released ones without the leading `model.`."""
+    """The model, or one stage of it. Parameter names are the released ones without the leading `model.`."""
 
-    def __init__(self, config: ModelConfig, precision: Precision, dispatcher: TokenDispatcher | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        precision: Precision,
+        dispatcher: TokenDispatcher | None = None,
+        part: Part | None = None,
+    ) -> None:
         super().__init__()
-        self.config, self.precision = config, precision
+        self.config, self.precision, self.part = config, precision, part or whole(config)
         dispatcher = dispatcher or LocalDispatcher(config.n_routed_experts)
         rope = RopeTables(config)
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, precision)
+        mtp_layer_ids = config.mtp_layer_ids if self.part.ends else range(0)
+        if self.part.begins or mtp_layer_ids:
+            self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, precision)
         self.layers = nn.ModuleDict(
-            {str(i): make_block(config, precision, rope, dispatcher, layer_id=i) for i in config.layer_ids}
+            {str(i): make_block(config, precision, rope, dispatcher, layer_id=i) for i in self.part.layer_ids}
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
-        self.lm_head = HighLinear(config.hidden_size, config.vocab_size, precision)
+        if self.part.ends:
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
+            self.lm_head = HighLinear(config.hidden_size, config.vocab_size, precision)
         self.mtp = nn.ModuleDict(
-            {str(i): MultiTokenPredictor(config, precision, rope, dispatcher, layer_id=i) for i in config.mtp_layer_ids}
+            {str(i): MultiTokenPredictor(config, precision, rope, dispatcher, layer_id=i) for i in mtp_layer_ids}
         )
 
-    def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> ModelOutput:
-        """[sequences, tokens] int64 -> ModelOutput, MTP chain included."""
-        routings: dict[int, Routing] = {}
-        embeds = self.embed_tokens(input_ids)  # [sequences, tokens, hidden]
-        hidden = self._main(embeds, document_ids, routings)
-        return ModelOutput(hidden, self._predict_further(hidden, embeds, document_ids, routings), routings)
+    def forward(
+        self, input_ids: Tensor, document_ids: Tensor | None = None, hidden: Tensor | None = None
+    ) -> ModelOutput:
+        """One micro-batch through what this part holds.
 
-    def next_token_hidden(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """The main model alone, for evaluation: [sequences, tokens] -> [sequences, tokens, hidden], normed."""
-        return self._main(self.embed_tokens(input_ids), document_ids, {})
+        Args:
+            input_ids: [sequences, tokens] int64.
+            document_ids: [sequences, tokens] int64 limits attention to a document, or None.
+            hidden: [sequences, tokens, hidden] from the stage before; None where the part begins.
+        Returns:
+            ModelOutput, with the MTP chain where the part ends.
+        """
+        routings: dict[int, Routing] = {}
+        hidden = self._main(self._start(input_ids, hidden), document_ids, routings)
+        return ModelOutput(hidden, self._predict_further(hidden, input_ids, document_ids, routings), routings)
+
+    def next_token_hidden(
+        self, input_ids: Tensor, document_ids: Tensor | None = None, hidden: Tensor | None = None
+    ) -> Tensor:
+        """The main model alone, for evaluation: arguments of `forward` -> [sequences, tokens, hidden]."""
+        return self._main(self._start(input_ids, hidden), document_ids, {})
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocab]; the head is shared by the main model and every MTP depth."""
         scores: Tensor = self.lm_head(hidden)
         return scores
 
-    def _main(self, embeds: Tensor, document_ids: Tensor | None, routings: dict[int, Routing]) -> Tensor:
-        """Every layer and the final norm; notes each layer's routing in `routings`."""
-        hidden = embeds
+    def _start(self, input_ids: Tensor, hidden: Tensor | None) -> Tensor:
+        """What enters the first layer of this part."""
+        start: Tensor | None = self.embed_tokens(input_ids) if self.part.begins else hidden
+        assert start is not None, "a part that does not begin needs the hidden state of the stage before"
+        return start
+
+    def _main(self, hidden: Tensor, document_ids: Tensor | None, routings: dict[int, Routing]) -> Tensor:
+        """Every layer and, where the part ends, the final norm; notes each layer's routing in `routings`."""
         for layer_id, block in self.layers.items():
             hidden, routing = block(hidden, document_ids)
             if routing is not None:
                 routings[int(layer_id)] = routing
-        normed: Tensor = self.norm(hidden)
-        return normed
+        return self.norm(hidden) if self.part.ends else hidden
 
     def _predict_further(
-        self, hidden: Tensor, embeds: Tensor, document_ids: Tensor | None, routings: dict[int, Routing]
+        self, hidden: Tensor, input_ids: Tensor, document_ids: Tensor | None, routings: dict[int, Routing]
     ) -> tuple[Tensor, ...]:
-        """The MTP chain (§2.2): depth k turns positions 1..T-k of depth k-1 and Emb(t_{i+k}) into its own hidden."""
+        """The MTP chain (§2.2): depth k turns positions 1..T-k of depth k-1 and Emb(t_{i+k}) into its own hidden.
+
+        Each depth looks its embeddings up anew. Their gradients then meet in FP32, in the weight's gradient, and not in
+        the activation's dtype; and a pipeline, whose last stage cannot reach the first one's lookup, computes the same.
+        """
         chain = []
         for depth, (layer_id, predictor) in enumerate(self.mtp.items(), start=1):
-            num_tokens = embeds.shape[1] - depth
+            num_tokens = input_ids.shape[1] - depth
             if num_tokens < 1:
                 break
             ids = None if document_ids is None else document_ids[:, :num_tokens]
-            hidden, routing = predictor(hidden[:, :num_tokens], embeds[:, depth:], ids)
+            embeds = self.embed_tokens(input_ids[:, depth:])  # [sequences, tokens - depth, hidden]
+            hidden, routing = predictor(hidden[:, :num_tokens], embeds, ids)
             chain.append(hidden)
             if routing is not None:
                 routings[int(layer_id)] = routing
         return tuple(chain)
+
+
+def recompute_up_projections(model: Transformer) -> None:
+    """Make queries, keys and values again in backward instead of keeping them (§3.2.3); values stay the same bits."""
+    for module in model.modules():
+        if isinstance(module, MultiHeadLatentAttention):
+            module.recompute = True

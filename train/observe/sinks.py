@@ -202,6 +202,26 @@ class Sinks:
         self.close()
 
 
+class NoSinks:
+    """What every rank but the first writes to: nothing."""
+
+    def write(self, record: Record) -> bool:
+        """Drop a record."""
+        return False
+
+    def event(self, kind: str, *, step: int, **details: Any) -> None:
+        """Drop an event."""
+        assert kind in EVENTS, kind
+
+    def __enter__(self) -> NoSinks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+
 def open_sinks(config: ObserveConfig, run_dir: Path, run_card: Mapping[str, Any]) -> Sinks:
     """Write the run card and open the run's sinks; appends when the run directory already has records.
 

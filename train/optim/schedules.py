@@ -138,7 +138,8 @@ def _check_batch(config: ScheduleConfig) -> None:
         if value % multiple:
             raise ValueError(
                 f"schedule.{field} = {value} is not a multiple of "
-                f"schedule.batch_multiple_sequences = {multiple}; use {max(value // multiple, 1) * multiple}"
+                f"schedule.batch_multiple_sequences = {multiple} (layout.dp x run.micro_batch_sequences unless set); "
+                f"use {max(value // multiple, 1) * multiple}"
             )
     if config.batch_start_sequences > config.batch_full_sequences:
         raise ValueError(

@@ -1,0 +1,116 @@
+"""Thin functions over torch.distributed for one axis of the mesh, with the bytes counted.
+
+The exchange of tokens in expert parallelism is an uneven all-to-all of whole rows (arXiv:2412.19437 §3.2.2). On an axis
+of one rank there is no group, and every function here is the identity.
+
+`Traffic` adds up what a rank *sends*: a row counts once per destination rank, the rank itself included (`sent`), since
+the promise is bytes per (token, destination rank); `to_others` leaves out what stays on the rank. Received bytes are
+the senders' to count. Counting is arithmetic on host integers; nothing waits for the device.
+
+Shapes: rows [n, width]; splits are rows per rank of the axis, host integers. Nothing here is differentiable: autograd
+belongs to the callers. No group is made here (`parallel.mesh` does), and no dtype is converted: gloo refuses FP8, so
+callers send its bytes as uint8.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.mesh import Axis
+
+
+class Traffic:
+    """Bytes sent by this rank, by kind ("dispatch", "combine", "routing", "gates", "counts").
+
+    Args of the counters: `sent` holds everything handed to a collective, the rank's own share included; `to_others`
+    what leaves the rank; `rows` the rows behind `sent`. `largest_exchange` is the most bytes of send and receive buffer
+    that one call had.
+    """
+
+    def __init__(self) -> None:
+        self.sent: Counter[str] = Counter()
+        self.to_others: Counter[str] = Counter()
+        self.rows: Counter[str] = Counter()
+        self.largest_exchange = 0
+
+    def add(self, kind: str, splits: Sequence[int], *, received: int, row_bytes: int, own: int) -> None:
+        """Count one exchange.
+
+        Args:
+            kind: what the rows are for.
+            splits: rows for each rank of the axis.
+            received: rows from all ranks of the axis.
+            row_bytes: bytes of one row.
+            own: this rank's index on the axis.
+        """
+        rows = sum(splits)
+        self.largest_exchange = max(self.largest_exchange, (rows + received) * row_bytes)
+        self.rows[kind] += rows
+        self.sent[kind] += rows * row_bytes
+        self.to_others[kind] += (rows - splits[own]) * row_bytes
+
+
+def all_to_all_rows(
+    rows: Tensor,
+    send_splits: Sequence[int],
+    recv_splits: Sequence[int],
+    axis: Axis,
+    *,
+    kind: str = "rows",
+    traffic: Traffic | None = None,
+) -> Tensor:
+    """Send whole rows to every rank of an axis; every rank must call it.
+
+    Args:
+        rows: [sum(send_splits), ...], sorted by destination; a dtype that the backend takes.
+        send_splits: rows for each rank, zero allowed.
+        recv_splits: rows from each rank, zero allowed.
+        axis: who takes part.
+        kind: under which name the bytes are counted.
+        traffic: counter; None counts nothing.
+    Returns:
+        [sum(recv_splits), ...] in order of the source rank; `rows` itself on an axis of one rank.
+    Source: arXiv:2412.19437 §3.2.2.
+    """
+    assert len(send_splits) == len(recv_splits) == axis.size, (send_splits, recv_splits, axis.size)
+    assert rows.shape[0] == sum(send_splits), (rows.shape, send_splits)
+    if traffic is not None:
+        row_bytes = rows.shape[1:].numel() * rows.element_size()
+        traffic.add(kind, send_splits, received=sum(recv_splits), row_bytes=row_bytes, own=axis.rank)
+    if axis.group is None:
+        return rows
+    received = rows.new_empty(sum(recv_splits), *rows.shape[1:])
+    dist.all_to_all_single(received, rows.contiguous(), list(recv_splits), list(send_splits), group=axis.group)
+    return received
+
+
+def sum_over(x: Tensor, axis: Axis) -> Tensor:
+    """Sum of a tensor over the ranks of an axis, in place.
+
+    Args:
+        x: the same shape and dtype on every rank; counts are int64.
+        axis: who takes part.
+    Returns:
+        x, which now holds the sum on every rank.
+    """
+    if axis.group is not None:
+        dist.all_reduce(x, op=dist.ReduceOp.SUM, group=axis.group)
+    return x
+
+
+def max_over(x: Tensor, axis: Axis) -> Tensor:
+    """Elementwise maximum of a tensor over the ranks of an axis, in place.
+
+    Args:
+        x: the same shape and dtype on every rank.
+        axis: who takes part.
+    Returns:
+        x, which now holds the maximum on every rank.
+    """
+    if axis.group is not None:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=axis.group)
+    return x

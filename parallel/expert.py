@@ -1,0 +1,324 @@
+"""Expert parallelism: tokens travel to the ranks of their experts, results travel home (arXiv:2412.19437 §3.2.2, §3.3).
+
+    dispatch   quantise -> all-to-all -> dequantise -> one row per (token, local expert), grouped, padded to 128
+    combine    FP32 sum of a token's rows on each rank -> all-to-all -> FP32 sum over ranks, in order of rank
+
+Expert e lives on rank e // local_experts of the axis. A token goes at most once to each rank and is expanded there; its
+experts (int32, -1 for experts elsewhere) and gates (FP32) travel with it, and the gradients of the gates come back.
+
+The wire follows precision: FP32; BF16; or, for fp8, E4M3 payload + FP32 scales for dispatch (one uint8 row of
+hidden + 4 * ceil(hidden / 128) bytes per (token, rank), 7392 at 7168) and BF16 for combine. Backward of combine is a
+dispatch of the token's own gradient in the same format, backward of dispatch a combine.
+
+With power-of-two scales an FP8 value (4 significant bits) is exact in BF16, and quantising it again is exact: the
+expert's first linear and down_proj's dgrad compute on exactly what was sent, rounded once. 1x128 -> 128x1 for wgrad
+is exact too, but for elements that fall below 2^-6 of their new tile's scale and are no multiple of 2^-9 of it. With
+FP32 scales BF16 rounds the value, but quantising it again finds the payload and scale that were sent (a tile's largest
+element is a BF16 number, and 2^-8 is less than half an E4M3 step); 1x128 -> 128x1 is then a second rounding.
+
+The host waits once per MoE layer and micro-batch, in forward: split sizes and tokens per expert come from one exchange
+of int64 [ep, 1 + local_experts] and are read together; backward reuses them.
+
+Shapes: tokens of this rank [tokens, hidden]; copies = (token, rank) pairs sent; received = copies that arrived, in
+order of (source rank, token); rows as in `kernels.permute`. Gathers and ordered sums only: results repeat to the bit.
+
+Not here: the choice of experts (node-limited routing is the router's), overlap with compute, forwarding over NVLink
+inside a node (each copy goes straight to its rank), weight gradients (they fall out of the linears over the rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from kernels.formats import TILE, Quantized, ceil_div
+from kernels.permute import (
+    Dispatched,
+    Grouping,
+    combine_tokens,
+    group_gates,
+    group_tokens,
+    partial_grouping,
+    sum_rows,
+)
+from kernels.quantize import dequantize_tiles, quantize_tiles
+from parallel.collectives import Traffic, all_to_all_rows
+from parallel.mesh import Axis
+
+Wire = Literal["fp32", "bf16", "fp8"]
+
+
+class Choice(Protocol):
+    """What a dispatcher reads of the router's decision."""
+
+    @property
+    def topk_ids(self) -> Tensor:
+        """[tokens, topk] int64, global ids, distinct within a token."""
+        ...
+
+    @property
+    def gates(self) -> Tensor:
+        """[tokens, topk] FP32."""
+        ...
+
+    @property
+    def counts(self) -> Tensor:
+        """[experts] int64, this rank's tokens of each expert."""
+        ...
+
+
+def pack_fp8(x: Tensor, *, power_of_two: bool) -> Tensor:
+    """Quantise in 1x128 tiles and lay payload and scales of a token side by side.
+
+    Args:
+        x: [tokens, hidden] fp32 or bf16.
+        power_of_two: round scales up to powers of two.
+    Returns:
+        [tokens, hidden + 4 * ceil(hidden / 128)] uint8.
+    """
+    q = quantize_tiles(x, power_of_two=power_of_two)
+    # A fresh tensor, for `contiguous` keeps odd strides of one column, which cannot be viewed as bytes.
+    scales = torch.empty(len(x), len(q.scale), device=x.device).copy_(q.scale.t())  # [tokens, tiles]
+    return torch.cat((q.payload.view(torch.uint8), scales.view(torch.uint8)), dim=1)
+
+
+def unpack_fp8(packets: Tensor, hidden: int) -> Tensor:
+    """The values that `pack_fp8` rounded to.
+
+    Args:
+        packets: [tokens, hidden + 4 * ceil(hidden / 128)] uint8.
+        hidden: payload bytes of a packet.
+    Returns:
+        [tokens, hidden] fp32.
+    """
+    payload = packets[:, :hidden].view(torch.float8_e4m3fn)
+    # Fresh as well: the bytes of a single packet's scales may lie off FP32's alignment.
+    scales = torch.empty_like(packets[:, hidden:], memory_format=torch.contiguous_format)
+    scales.copy_(packets[:, hidden:])
+    return dequantize_tiles(Quantized(payload, scales.view(torch.float32).t()))
+
+
+@dataclass(frozen=True)
+class Route:
+    """Who sends which tokens where, for one layer and micro-batch; forward and backward share it.
+
+    Args:
+        axis: the ranks that share one copy of the experts.
+        wire: see the module's docstring.
+        power_of_two: round the scales of an fp8 wire up to powers of two.
+        send_splits: copies for each rank.
+        recv_splits: copies from each rank.
+        token_of_copy: [copies] int64, sorted by (destination rank, token).
+        copies_of_token: [tokens, columns] int64 in order of rank; the number of copies where a token has fewer.
+        traffic: counter of bytes, or None.
+    """
+
+    axis: Axis
+    wire: Wire
+    power_of_two: bool
+    send_splits: tuple[int, ...]
+    recv_splits: tuple[int, ...]
+    token_of_copy: Tensor
+    copies_of_token: Tensor
+    traffic: Traffic | None
+
+    def send(self, copies: Tensor, kind: str) -> Tensor:
+        """[copies, width] -> [received, width]: from the tokens' rank to the experts'."""
+        return all_to_all_rows(copies, self.send_splits, self.recv_splits, self.axis, kind=kind, traffic=self.traffic)
+
+    def send_back(self, received: Tensor, kind: str) -> Tensor:
+        """[received, width] -> [copies, width]: from the experts' rank to the tokens'."""
+        return all_to_all_rows(received, self.recv_splits, self.send_splits, self.axis, kind=kind, traffic=self.traffic)
+
+    def to_experts(self, x: Tensor) -> Tensor:
+        """[tokens, hidden] -> [received, hidden] in x.dtype, over the dispatch wire."""
+        if self.wire == "fp8":
+            # Each token is quantised once, however many copies leave.
+            packets = pack_fp8(x, power_of_two=self.power_of_two).index_select(0, self.token_of_copy)
+            return unpack_fp8(self.send(packets, "dispatch"), x.shape[1]).to(x.dtype)
+        return self.send(x.to(self._plain_dtype).index_select(0, self.token_of_copy), "dispatch").to(x.dtype)
+
+    def to_tokens(self, sums: Tensor) -> Tensor:
+        """[received, hidden] -> [tokens, hidden] in sums.dtype, over the combine wire, summed in order of rank."""
+        copies = self.send_back(sums.to(self._plain_dtype), "combine")
+        return sum_rows(copies, self.copies_of_token, partial=True).to(sums.dtype)
+
+    @property
+    def _plain_dtype(self) -> torch.dtype:
+        return torch.float32 if self.wire == "fp32" else torch.bfloat16
+
+
+@dataclass(frozen=True)
+class _Handle:
+    route: Route
+    grouping: Grouping
+
+
+class _Dispatch(torch.autograd.Function):
+    """Tokens and gates go out together, and their gradients come home together: one order on every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, gates: Tensor, ids: Tensor, route: Route) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.route = route
+        received = route.to_experts(tokens)
+        topk = gates.shape[1]
+        gate_bits = gates.index_select(0, route.token_of_copy).view(torch.int32)
+        choices = route.send(torch.cat((ids, gate_bits), dim=1), "routing")  # [received, 2 * topk] int32
+        received_ids = choices[:, :topk].contiguous()
+        received_gates = choices[:, topk:].contiguous().view(torch.float32)
+        ctx.mark_non_differentiable(received_ids)
+        return received, received_gates, received_ids
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        route: Route = ctx.route
+        grad_tokens = route.to_tokens(grads[0])
+        # Each gate was used on one rank only; the other copies bring zeros.
+        grad_gates = sum_rows(route.send_back(grads[1], "gates"), route.copies_of_token, partial=True)
+        return grad_tokens, grad_gates, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, route: Route) -> Tensor:
+        ctx.route = route
+        return route.to_tokens(sums)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        route: Route = ctx.route
+        return route.to_experts(grads[0]), None
+
+
+class ExpertParallelDispatcher:
+    """Brings tokens to the experts of an axis and the results home; see the module's docstring.
+
+    Every rank of the axis calls `dispatch`, `combine` and their backward in the same order, with any number of tokens.
+    """
+
+    def __init__(
+        self,
+        n_routed_experts: int,
+        axis: Axis,
+        *,
+        wire: Wire,
+        power_of_two: bool,
+        assume_balanced: bool = False,
+        traffic: Traffic | None = None,
+    ) -> None:
+        """Place the experts.
+
+        Args:
+            n_routed_experts: experts of the layer, over all ranks.
+            axis: the ranks that share one copy of the experts.
+            wire: 'fp32', 'bf16' or 'fp8', the precision of the run.
+            power_of_two: round the scales of an fp8 wire up to powers of two.
+            assume_balanced: take the split sizes of perfectly balanced routing instead of reading them; for plans
+                with fake tensors and a fake process group, where there is nothing to read. Values are then void.
+            traffic: counts the bytes sent.
+        Raises:
+            ValueError: the experts cannot be shared out evenly.
+        """
+        if n_routed_experts % axis.size:
+            raise ValueError(
+                f"model.n_routed_experts={n_routed_experts} cannot be shared by layout.ep={axis.size} ranks: "
+                f"choose an ep that divides it"
+            )
+        self.axis, self.wire, self.power_of_two = axis, wire, power_of_two
+        self.assume_balanced, self.traffic = assume_balanced, traffic
+        local = n_routed_experts // axis.size
+        self.experts = range(axis.rank * local, (axis.rank + 1) * local)
+
+    def dispatch(self, tokens: Tensor, routing: Choice) -> Dispatched:
+        """Send tokens to their experts' ranks and expand them there.
+
+        Args:
+            tokens: [tokens, hidden] fp32 or bf16; 0 tokens are legal, the exchange still takes place.
+            routing: of these tokens.
+        Returns:
+            Rows grouped by local expert in order of (source rank, token); as many as the groups need, padded to 128.
+        """
+        assert len(tokens) == len(routing.topk_ids), (tokens.shape, routing.topk_ids.shape)
+        route, ids, num_rows = self._plan(routing)
+        received, gates, local_ids = _Dispatch.apply(  # type: ignore[no-untyped-call]
+            tokens, routing.gates, ids, route
+        )
+        grouping = partial_grouping(local_ids, len(self.experts), num_rows=num_rows)
+        return Dispatched(
+            rows=group_tokens(received, grouping),
+            gates=group_gates(gates, grouping),
+            group_ends=grouping.group_ends,
+            handle=_Handle(route, grouping),
+        )
+
+    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
+        """Sum expert outputs per token and rank, send the sums home, and sum them there.
+
+        Args:
+            rows: [rows, hidden] expert outputs, gates included.
+            dispatched: what `dispatch` returned.
+        Returns:
+            [tokens, hidden] in rows.dtype; a token's sum is rounded to the wire's dtype on each rank, and once here.
+        """
+        handle = dispatched.handle
+        assert isinstance(handle, _Handle), type(handle)
+        sums = combine_tokens(rows, handle.grouping)  # [received, hidden]
+        y: Tensor = _Combine.apply(sums, handle.route)  # type: ignore[no-untyped-call]
+        return y
+
+    @torch.no_grad()
+    def _plan(self, routing: Choice) -> tuple[Route, Tensor, int]:
+        """The route, the local ids of each copy [copies, topk] int32, and the number of rows on this rank."""
+        ids, ep, local = routing.topk_ids, self.axis.size, len(self.experts)
+        tokens, topk = ids.shape
+        goes = torch.zeros(tokens, ep, dtype=torch.bool, device=ids.device).scatter_(1, ids // local, True)
+        sent = torch.cat((goes.sum(0)[:, None], routing.counts.view(ep, local)), dim=1)  # [ep, 1 + local]
+        ones = [1] * ep
+        counts = all_to_all_rows(sent, ones, ones, self.axis, kind="counts", traffic=self.traffic)
+        if self.assume_balanced:
+            send_splits, recv_splits, expert_tokens = _balanced(tokens, topk, ep, local)
+        else:
+            send_splits, recv_splits, expert_tokens = _read_counts(sent[:, 0], counts)
+        copies = sum(send_splits)
+        by_rank = goes.t().flatten()  # [ep * tokens], in the order of sending
+        # A stable sort brings the copies that exist to the front; `nonzero` would make the host wait.
+        order = by_rank.logical_not().byte().sort(stable=True).indices[:copies]
+        token_of_copy = order.remainder(max(tokens, 1))
+        rank_of_copy = order.div(max(tokens, 1), rounding_mode="floor")
+        chosen = ids.index_select(0, token_of_copy)
+        local_ids = torch.where(chosen // local == rank_of_copy[:, None], chosen % local, -1).int()
+        places = torch.where(by_rank, by_rank.cumsum(0) - 1, copies).view(ep, tokens).t()  # [tokens, ep]
+        route = Route(
+            axis=self.axis,
+            wire=self.wire,
+            power_of_two=self.power_of_two,
+            send_splits=tuple(send_splits),
+            recv_splits=tuple(recv_splits),
+            token_of_copy=token_of_copy,
+            copies_of_token=places.sort(dim=1).values[:, : min(topk, ep)],
+            traffic=self.traffic,
+        )
+        return route, local_ids, sum(ceil_div(count, TILE) * TILE for count in expert_tokens)
+
+
+def _read_counts(sent_copies: Tensor, received: Tensor) -> tuple[list[int], list[int], list[int]]:
+    """The one host read of a layer: copies to and from each rank, and tokens of each local expert.
+
+    Args:
+        sent_copies: [ep] int64.
+        received: [ep, 1 + local_experts] int64, from each rank its copies and its tokens per expert.
+    """
+    ep = len(sent_copies)
+    numbers: list[int] = torch.cat((sent_copies, received.t().flatten())).tolist()
+    columns = [numbers[start : start + ep] for start in range(0, len(numbers), ep)]
+    return columns[0], columns[1], [sum(column) for column in columns[2:]]
+
+
+def _balanced(tokens: int, topk: int, ep: int, local: int) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """As `_read_counts`, for routing that spreads copies and tokens evenly, rounded up."""
+    copies = [ceil_div(tokens * min(topk, ep), ep)] * ep
+    return copies, copies, [ceil_div(tokens * topk, local)] * local

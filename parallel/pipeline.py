@@ -1,0 +1,249 @@
+"""Pipeline parallelism: layers split over stages, micro-batches sent through them by a named schedule.
+
+arXiv:2412.19437 §3.2.1. The schedules are those of `torch.distributed.pipelining`; `parallel/schedules.py` says which
+stages a rank holds under each. Here: how layers are split, what a schedule runs, and how long its buffers live.
+
+    1F1B, 2 ranks           rank 0: stage 0     rank 1: stage 1
+    ZBVZeroBubble, 2 ranks  rank 0: stages 0, 3     rank 1: stages 1, 2     so one rank begins and ends
+
+A stage is any module called as `stage(inbound, **inputs)`: every rank gets the same `inputs` (token ids, labels), only
+`inbound`, the hidden state [sequences, tokens, hidden], travels. The stage that ends returns the loss, a sum.
+
+Weight gradients: torch would ask a custom autograd function for its gradients twice, once for inputs and once for
+weights. So the linears hand their wgrad to `kernels.deferred`, and the schedule runs it in its W slot through
+`dw_builder`; a schedule without W slots runs it right after each backward.
+
+Not here: what a stage computes (`train/stage.py`), expert and data parallelism inside a stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import get_schedule_class
+
+from kernels import deferred
+from parallel.mesh import Mesh
+from parallel.schedules import SCHEDULES, num_stages, rank_of_stage
+
+Inputs = Mapping[str, Tensor]
+
+
+def balanced_split(costs: Sequence[float], stages: int) -> tuple[int, ...]:
+    """Cut a row of layers into consecutive stages so that the dearest stage is as cheap as possible.
+
+    Args:
+        costs: of each layer, any unit; embedding, head and MTP are counted into the first and the last.
+        stages: how many parts; at most one per layer.
+    Returns:
+        layers of each stage, at least one each; of equally good cuts the one with the least sum of squared costs, so
+        that stages which the bound does not bind are even too.
+    Source: ours; dynamic programming over (layers, stages).
+    """
+    assert 1 <= stages <= len(costs), (stages, len(costs))
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    # best[layers] = (dearest stage, sum of squares, cut) for the first `layers` layers in the stages so far.
+    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
+    for stage in range(stages):
+        found: dict[int, tuple[float, float, tuple[int, ...]]] = {}
+        for end in range(stage + 1, len(costs) - (stages - stage - 1) + 1):
+            candidates = []
+            for start, (dearest, squares, cut) in best.items():
+                if start < end:
+                    cost = sums[end] - sums[start]
+                    candidates.append((max(dearest, cost), squares + cost * cost, (*cut, end - start)))
+            found[end] = min(candidates)
+        best = found
+    return best[len(costs)][2]
+
+
+class _Stage(PipelineStage):
+    """A stage whose receive buffers live from the receive to the end of that micro-batch's backward.
+
+    torch keeps one pair per micro-batch for the whole run: at V3's size, 120 micro-batches of 59 MB, twice.
+    """
+
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        return self._without_memory(super()._prepare_forward_infra, *args, **kwargs)
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        return self._without_memory(super()._prepare_backward_infra, *args, **kwargs)
+
+    def _warmup_forward_vote(self, has_backward: bool, received_acc: Tensor | None = None) -> Tensor:
+        """Every stage states its shapes, so there is nothing to vote on, and no message to send."""
+        return torch.tensor([1], dtype=torch.int32)
+
+    def _warmup_backward_result(self, received_result: Tensor | None = None) -> Tensor:
+        return torch.tensor([1], dtype=torch.int32)
+
+    def _without_memory(self, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Let torch allocate its buffers on the meta device; `_fill` makes real ones when they are needed."""
+        device, self.device = self.device, torch.device("meta")
+        try:
+            return prepare(*args, **kwargs)
+        finally:
+            self.device = device
+
+    def _fill(self, infos: Sequence[Any]) -> None:
+        for info in infos:
+            if not info.is_root_arg and info.tensor_meta is not None:
+                info.buffer = torch.empty(info.tensor_meta.shape, dtype=info.tensor_meta.dtype, device=self.device)
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        self._fill(self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        if self.has_backward and not self.is_last:
+            self._fill(self.grad_recv_info[bwd_chunk_id])
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        # What backward needs of it is held in fwd_cache until backward takes it out.
+        for info in self.args_recv_info[fwd_chunk_id]:
+            info.buffer = None
+        return output
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        for info in self.grad_recv_info[bwd_chunk_id]:
+            info.buffer = None
+
+
+class Pipeline:
+    """Runs the micro-batches of a step through the stages of all pipeline ranks; with one rank, through its one stage.
+
+    Args:
+        stages: stage index -> module, those of this rank.
+        mesh: of the run; its layout names the schedule.
+        hidden_size: last dim of what travels between stages.
+        dtype: of what travels.
+    """
+
+    def __init__(self, stages: Mapping[int, nn.Module], *, mesh: Mesh, hidden_size: int, dtype: torch.dtype) -> None:
+        self.stages, self.mesh = dict(stages), mesh
+        self.hidden_size, self.dtype = hidden_size, dtype
+        self.num_stages = num_stages(mesh.layout.schedule, mesh.pp.size)
+        self._built_for: tuple[object, ...] | None = None
+        self._schedule: Any = None
+
+    def run(self, inputs: Inputs, *, num_micro_batches: int) -> None:
+        """Forward and backward of every micro-batch; gradients end up in `main_grad`, losses in what the stages note.
+
+        Args:
+            inputs: name -> [sequences, tokens]; `input_ids` and `labels` among them; the same on every pipeline rank.
+            num_micro_batches: divides sequences. When it changes, only the schedule is made anew.
+        """
+        if self.mesh.pp.size == 1:
+            (stage,) = self.stages.values()
+            for chunk in split(inputs, num_micro_batches):
+                stage(chunk["input_ids"], **chunk).backward()
+            return
+        schedule = self._schedule_for(inputs["input_ids"], num_micro_batches)
+        first = (inputs["input_ids"],) if 0 in self.stages else ()
+        # The stage that ends has computed the loss itself; torch only hands it on. It wants a target all the same.
+        last = {"target": inputs["labels"]} if self.num_stages - 1 in self.stages else {}
+        with deferred.deferred():
+            schedule.step(*first, **last, **inputs, return_outputs=False)
+
+    @torch.no_grad()
+    def relay(self, inputs: Inputs, forward: Callable[[nn.Module, Tensor | None], Tensor]) -> Tensor | None:
+        """One micro-batch forward through all stages in order, for evaluation: no schedule, no overlap.
+
+        Args:
+            inputs: as in `run`, of one micro-batch; gives the shape of what travels.
+            forward: (stage, inbound or None where it begins) -> what the stage hands on.
+        Returns:
+            The last stage's result on the rank that holds it, None elsewhere.
+        """
+        schedule, pp = self.mesh.layout.schedule, self.mesh.pp
+        carried: Tensor | None = None
+        for index in range(self.num_stages):
+            here = rank_of_stage(schedule, pp.size, index)
+            before = rank_of_stage(schedule, pp.size, index - 1) if index else here
+            if before != here and pp.rank == before:
+                assert carried is not None
+                dist.send(carried, group=pp.group, group_dst=here)
+                carried = None
+            if pp.rank != here:
+                continue
+            if before != here:
+                carried = self._empty_hidden(inputs["input_ids"])
+                dist.recv(carried, group=pp.group, group_src=before)
+            carried = forward(self.stages[index], carried).contiguous()
+        return carried if self.num_stages - 1 in self.stages else None
+
+    def most_in_flight(self, num_micro_batches: int) -> int:
+        """The most micro-batches whose activations this rank holds at once, counted per stage.
+
+        Activations are held from a stage's forward to its weight gradients, which need them too.
+        """
+        if self.mesh.pp.size == 1:
+            return 1
+        sample = torch.empty(num_micro_batches, 1, dtype=torch.int64, device="meta")
+        schedule = self._new_schedule(sample[:1], num_micro_batches)
+        held = most = 0
+        for action in schedule.pipeline_order[self.mesh.pp.rank]:
+            kind = "" if action is None else action.computation_type.name
+            held += (kind == "FORWARD") - (kind in ("FULL_BACKWARD", "BACKWARD_WEIGHT"))
+            most = max(most, held)
+        return most
+
+    def _empty_hidden(self, input_ids: Tensor, *, device: torch.device | None = None) -> Tensor:
+        shape = (*input_ids.shape, self.hidden_size)
+        return torch.empty(shape, dtype=self.dtype, device=device or input_ids.device)
+
+    def _schedule_for(self, input_ids: Tensor, num_micro_batches: int) -> Any:
+        """The schedule for this many micro-batches of this shape; kept until either changes."""
+        shape = (input_ids.shape[0] // num_micro_batches, *input_ids.shape[1:])
+        wanted = (num_micro_batches, shape)
+        if self._built_for != wanted:
+            sample = torch.empty(shape, dtype=input_ids.dtype, device="meta")
+            self._schedule = self._new_schedule(sample, num_micro_batches)
+            self._built_for = wanted
+        return self._schedule
+
+    def _new_schedule(self, sample: Tensor, num_micro_batches: int) -> Any:
+        """torch's schedule object over this rank's stages; `sample` has the shape of one micro-batch's token ids."""
+        stages = [self._torch_stage(index, module, sample) for index, module in sorted(self.stages.items())]
+        facts = SCHEDULES[self.mesh.layout.schedule]
+        return get_schedule_class(facts.name)(
+            stages if facts.stages_per_rank > 1 else stages[0],
+            num_micro_batches,
+            loss_fn=_loss_of_output,
+            scale_grads=False,
+        )
+
+    def _torch_stage(self, index: int, module: nn.Module, sample: Tensor) -> _Stage:
+        """Shapes are given, so that torch does not run the model once to find them out."""
+        hidden = self._empty_hidden(sample, device=torch.device("meta")).requires_grad_()
+        loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
+        return _Stage(
+            module,
+            index,
+            self.num_stages,
+            self.mesh.device,
+            input_args=sample if index == 0 else hidden,
+            output_args=loss if index == self.num_stages - 1 else hidden,
+            group=self.mesh.pp.group,
+            dw_builder=deferred.take,
+        )
+
+
+def split(inputs: Inputs, num_micro_batches: int) -> list[dict[str, Tensor]]:
+    """The inputs of each micro-batch, in order: equal pieces along the first dim."""
+    chunks = {name: tensor.chunk(num_micro_batches) for name, tensor in inputs.items()}
+    assert all(len(pieces) == num_micro_batches for pieces in chunks.values()), num_micro_batches
+    return [{name: pieces[i] for name, pieces in chunks.items()} for i in range(num_micro_batches)]
+
+
+def _loss_of_output(output: Tensor, target: Tensor) -> Tensor:
+    return output

@@ -1,0 +1,321 @@
+"""ZeRO-1: FP32 gradient buckets, and the flat shard of them that each rank owns (arXiv:2412.19437 §3.2, §3.3.3).
+
+Ranks of one axis hold the same parameters and different tokens. Their gradients lie in flat FP32 buckets; each
+parameter's `main_grad` is a view of one. A bucket is cut into `axis.size` equal shards:
+
+    backward   main_grad += ...                     every rank, its own tokens
+    reduce     reduce-scatter, sum                  rank r holds the finished sums of shard r
+    update     masters and moments of the shard     `train.optim`, on `segments()`
+    gather     all-gather in the weights' dtype     every rank holds all new weights
+
+Without ZeRO (`sharded=False`) an all-gather of the sums follows the reduce-scatter and every rank updates
+everything. The sums are formed by the same calls in both cases, so that ZeRO on or off changes no bit.
+
+Which axis: dense parameters the data axis; experts the expert-data axis only, because an expert's gradient already
+holds the tokens of all ranks of its expert group. Copies of one embedding on two pipeline ranks are summed over both
+(`tied`), updated by both alike and counted in the norm by one. On an axis of size 1 nothing is sent.
+
+Two roads lead into `main_grad`. Matrices (linears, router, embedding) are added by `kernels.deferred.accumulate_grad`,
+in FP32, by the wgrad closures. Norm gains come out of autograd as `.grad`; a hook installed here moves it over as soon
+as autograd has finished the tensor. So after any number of micro-batches `main_grad` is the sum.
+
+Shapes: [elements] flat FP32 for buckets, shards and segments; `start` and `numel` count elements. Each parameter starts
+at a multiple of ALIGNMENT in its bucket and a bucket's length is a multiple of ALIGNMENT x axis.size: at most
+ALIGNMENT - 1 elements of padding per parameter and ALIGNMENT x axis.size - 1 per bucket, always zero. Masters and
+moments have no padding.
+
+Not done here: division by the number of targets, norm, clipping (`parallel.grads`); the update (`train.optim`);
+overlap of the reduction with backward.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from parallel.mesh import Axis
+
+# Elements: 512 bytes of FP32, 256 of BF16; wider than any vector load or TMA box asks for.
+ALIGNMENT = 128
+BUCKET_BYTES = 256 * 2**20
+# One all-gather runs while the weights of the one before are copied; more would only hold more buffers.
+_GATHERS_IN_FLIGHT = 2
+
+# torch 2.13 renames the two calls and deprecates the names that torch 2.11 has.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one parameter lies in its bucket: `numel` elements from `start`."""
+
+    name: str
+    start: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """One bucket: its parameters, all of one dtype, and its length in elements, padding included."""
+
+    dtype: torch.dtype
+    slots: tuple[Slot, ...]
+    numel: int
+
+
+def plan_buckets(
+    sizes: Iterable[tuple[str, int, torch.dtype]], *, shards: int, bucket_bytes: int
+) -> tuple[BucketPlan, ...]:
+    """Lay parameters into buckets, in the order given; a pure function of its arguments, so equal on all ranks.
+
+    A parameter is never cut. One larger than a bucket gets a bucket of its own, of its size.
+
+    Args:
+        sizes: (name, elements, dtype) of each parameter. Dtypes do not mix, because weights are gathered by bucket.
+        shards: number of equal shards per bucket.
+        bucket_bytes: FP32 bytes of a bucket before the padding at its end.
+    Returns:
+        the buckets, those of the first dtype first.
+    Source: ours.
+    """
+    assert shards >= 1, shards
+    assert bucket_bytes >= 4, bucket_bytes
+    by_dtype: dict[torch.dtype, list[tuple[str, int]]] = {}
+    for name, numel, dtype in sizes:
+        by_dtype.setdefault(dtype, []).append((name, numel))
+    plans: list[BucketPlan] = []
+    for dtype, named in by_dtype.items():
+        slots: list[Slot] = []
+        end = 0
+        for name, numel in named:
+            start = _round_up(end, ALIGNMENT)
+            if slots and (start + numel) * 4 > bucket_bytes:
+                plans.append(BucketPlan(dtype, tuple(slots), _round_up(end, ALIGNMENT * shards)))
+                slots, start = [], 0
+            slots.append(Slot(name, start, numel))
+            end = start + numel
+        plans.append(BucketPlan(dtype, tuple(slots), _round_up(end, ALIGNMENT * shards)))
+    return tuple(plans)
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """What this rank updates of one parameter.
+
+    Args:
+        name: of the parameter.
+        parameter: the whole local parameter.
+        start: first element of the segment within the flattened local parameter.
+        grad: [elements] fp32, a live view of the bucket; its length is the segment's.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    start: int
+    grad: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Bucket:
+    """A bucket's gradients, the shard of them that is this rank's, and its parameters in the order of the slots."""
+
+    plan: BucketPlan
+    grads: Tensor
+    shard: Tensor
+    shard_start: int
+    parameters: tuple[nn.Parameter, ...]
+
+
+class GradientBuckets:
+    """The FP32 gradients of the parameters that are reduced over one axis; owns their `main_grad`.
+
+    All ranks of the axis must pass the same names and shapes in the same order.
+
+    Args:
+        named_params: (name, parameter) pairs; frozen ones and repeated ones are passed over. Names must be unique.
+        axis: ranks that hold copies of these parameters and different tokens.
+        sharded: ZeRO-1; each rank updates only its shard.
+        bucket_bytes: FP32 bytes of a bucket.
+        tied: ranks that hold another copy of the same parameters under the same names, with gradients of their own.
+        counts_in_norm: False on all ranks of `tied` but the first.
+    Raises:
+        ValueError: a name appears twice.
+    Source: arXiv:1910.02054 §5.1 (optimizer state partitioning); arXiv:2412.19437 §3.2.
+    """
+
+    def __init__(
+        self,
+        named_params: Iterable[tuple[str, nn.Parameter]],
+        *,
+        axis: Axis,
+        sharded: bool,
+        bucket_bytes: int = BUCKET_BYTES,
+        tied: Axis | None = None,
+        counts_in_norm: bool = True,
+    ) -> None:
+        self.axis, self.sharded = axis, sharded
+        self._tied = tied
+        self._counts_in_norm = counts_in_norm
+        self.parameters = _unique(named_params)
+        sizes = [(name, parameter.numel(), parameter.dtype) for name, parameter in self.parameters.items()]
+        plans = plan_buckets(sizes, shards=axis.size, bucket_bytes=bucket_bytes)
+        self._buckets = [self._allocate(plan) for plan in plans]
+        self._segments = {segment.name: segment for bucket in self._buckets for segment in self._cut(bucket)}
+        for parameter in self.parameters.values():
+            parameter.register_post_accumulate_grad_hook(_move_into_main_grad)
+
+    def _allocate(self, plan: BucketPlan) -> _Bucket:
+        parameters = tuple(self.parameters[slot.name] for slot in plan.slots)
+        grads = torch.zeros(plan.numel, dtype=torch.float32, device=parameters[0].device)
+        for slot, parameter in zip(plan.slots, parameters, strict=True):
+            assert parameter.is_contiguous(), f"{slot.name} is not contiguous: its flat view would be a copy"
+            main_grad = grads[slot.start : slot.start + slot.numel].view(parameter.shape)
+            parameter.main_grad = main_grad  # type: ignore[attr-defined]
+        length = plan.numel // self.axis.size
+        first = self.axis.rank * length
+        return _Bucket(plan, grads, grads[first : first + length], first, parameters)
+
+    def _cut(self, bucket: _Bucket) -> list[Segment]:
+        """The parts of the bucket's parameters that this rank updates; empty parts are left out."""
+        first, end = 0, bucket.plan.numel
+        if self.sharded:
+            first, end = bucket.shard_start, bucket.shard_start + bucket.shard.numel()
+        segments = []
+        for slot, parameter in zip(bucket.plan.slots, bucket.parameters, strict=True):
+            start, stop = max(first, slot.start), min(end, slot.start + slot.numel)
+            if start < stop:
+                segments.append(Segment(slot.name, parameter, start - slot.start, bucket.grads[start:stop]))
+        return segments
+
+    @property
+    def grad_bytes(self) -> int:
+        """Bytes of the FP32 gradient buckets, padding included."""
+        return sum(bucket.grads.numel() * 4 for bucket in self._buckets)
+
+    def segments(self) -> list[Segment]:
+        """What this rank must update: its shard of every bucket, or every parameter whole without ZeRO."""
+        return list(self._segments.values())
+
+    def norm_segments(self) -> list[Tensor]:
+        """The gradients that this rank counts in the global norm.
+
+        Returns:
+            this rank's shard of every bucket, padding included, with and without ZeRO: so each element is counted by
+            exactly one rank of the axis and the order of the sum is the same. Empty for tied copies that do not count.
+        """
+        return [bucket.shard for bucket in self._buckets] if self._counts_in_norm else []
+
+    def zero(self) -> None:
+        """Set every `main_grad` to zero in place and drop what autograd may have left in `.grad`."""
+        if self._buckets:
+            torch._foreach_zero_([bucket.grads for bucket in self._buckets])
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Sum the gradients over the axis, and over the tied copies; once per step.
+
+        Afterwards `segments()` and `norm_segments()` hold finished sums. With ZeRO, `main_grad` outside this rank's
+        shard still holds what this rank alone has summed: nobody reads it before it is zeroed.
+        """
+        assert all(p.grad is None for p in self.parameters.values()), "a gradient was left in .grad, not in main_grad"
+        if self.axis.size > 1:
+            # In place: the shard is the part of its bucket that this rank owns.
+            _wait_for(
+                _reduce_scatter(bucket.shard, bucket.grads, group=self.axis.group, async_op=True)
+                for bucket in self._buckets
+            )
+        if self._tied is not None and self._tied.size > 1:
+            _wait_for(dist.all_reduce(bucket.shard, group=self._tied.group, async_op=True) for bucket in self._buckets)
+        if self.axis.size > 1 and not self.sharded:
+            _wait_for(
+                _all_gather(bucket.grads, bucket.shard, group=self.axis.group, async_op=True)
+                for bucket in self._buckets
+            )
+
+    @torch.no_grad()
+    def scale(self, factor: Tensor) -> None:
+        """Multiply the gradients of `segments()` by a 0-d fp32 tensor, in place."""
+        owned = [bucket.shard if self.sharded else bucket.grads for bucket in self._buckets]
+        if owned:
+            torch._foreach_mul_(owned, factor)
+
+    @torch.no_grad()
+    def gather(self, values: Mapping[str, Tensor]) -> None:
+        """Give every rank of the axis the new weights.
+
+        Weights are written by `copy_`, which raises the parameter's version: by it cached FP8 copies know their age.
+
+        Args:
+            values: name -> [elements] fp32, the new values of each of `segments()`; may be a view of the parameter.
+        """
+        if not self.sharded or self.axis.size == 1:
+            for name, segment in self._segments.items():
+                segment.parameter.copy_(values[name].view(segment.parameter.shape))
+            return
+        in_flight: deque[tuple[_Bucket, Tensor, dist.Work]] = deque()
+        for bucket in self._buckets:
+            in_flight.append(self._start_gather(bucket, values))
+            if len(in_flight) == _GATHERS_IN_FLIGHT:
+                _finish_gather(*in_flight.popleft())
+        while in_flight:
+            _finish_gather(*in_flight.popleft())
+
+    def _start_gather(self, bucket: _Bucket, values: Mapping[str, Tensor]) -> tuple[_Bucket, Tensor, dist.Work]:
+        weights = torch.empty(bucket.plan.numel, dtype=bucket.plan.dtype, device=bucket.grads.device)
+        for slot in bucket.plan.slots:
+            if slot.name in self._segments:
+                segment = self._segments[slot.name]
+                first = slot.start + segment.start
+                # Rounds FP32 masters to the weights' dtype before they travel.
+                weights[first : first + segment.grad.numel()].copy_(values[slot.name])
+        shard = weights[bucket.shard_start : bucket.shard_start + bucket.shard.numel()]
+        work = _all_gather(weights, shard, group=self.axis.group, async_op=True)
+        return bucket, weights, work
+
+
+def _finish_gather(bucket: _Bucket, weights: Tensor, work: dist.Work) -> None:
+    work.wait()
+    for slot, parameter in zip(bucket.plan.slots, bucket.parameters, strict=True):
+        parameter.copy_(weights[slot.start : slot.start + slot.numel].view(parameter.shape))
+
+
+def _wait_for(started: Iterable[dist.Work | None]) -> None:
+    """Start all, then wait for all."""
+    for work in list(started):
+        assert work is not None, "this rank is not in the group of its axis"
+        work.wait()
+
+
+def _unique(named_params: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
+    """The trained parameters by name, each once."""
+    parameters: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, parameter in named_params:
+        if not parameter.requires_grad or id(parameter) in seen:
+            continue
+        if name in parameters:
+            raise ValueError(f"parameter name {name!r} appears twice; give each parameter its own name")
+        seen.add(id(parameter))
+        parameters[name] = parameter
+    return parameters
+
+
+@torch.no_grad()
+def _move_into_main_grad(parameter: Tensor) -> None:
+    gradient = parameter.grad
+    if gradient is None:
+        return
+    parameter.main_grad.add_(gradient)  # type: ignore[attr-defined]
+    parameter.grad = None
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,462 @@
+"""The watchdog with real processes and real signals: who dies is named by all the others, and nobody else dies.
+
+Every group of ranks is forked from the clean server that tests/ranks.py uses. Each rank writes its stderr to a file of
+its own; the configured exit code is 41, so that no other end can be taken for it. No time is asserted: a group that
+has not ended by DEADLINE_S has failed, and its processes are killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from parallel.watchdog import Death, Watchdog, end_process, is_communication_error
+from tests.ranks import PRELOAD
+
+EXIT_CODE = 41
+DEADLINE_S = 60
+WORLD = 4
+Body = Callable[[Watchdog, dist.Store], None]
+
+
+def rank_main(rank: int, world: int, folder: Path, timeout_s: float, host_rank: int | None, body: Body) -> None:
+    """One rank: stderr to its file, the store (its own server on the host rank), the watchdog around `body`."""
+    os.dup2(os.open(folder / f"{rank}.stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    torch.set_num_threads(1)
+    port_file = folder / "port"
+    if rank == host_rank:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port_file.with_suffix(".new").write_text(str(store.port))
+        port_file.with_suffix(".new").rename(port_file)
+    else:
+        while not port_file.exists():
+            time.sleep(0.01)
+        store = dist.TCPStore("127.0.0.1", int(port_file.read_text()), wait_for_workers=False)
+    scoped = dist.PrefixStore("attempt_0", store)
+    ending = functools.partial(end_process, exit_code=EXIT_CODE)
+    with Watchdog(
+        scoped,
+        rank,
+        world,
+        peer_timeout_s=timeout_s,
+        describe=f"dp {rank}",
+        store_rank=host_rank,
+        on_death=ending,
+    ) as watchdog:
+        while not watchdog.watching:
+            time.sleep(0.01)
+        (folder / f"{rank}.ready").touch()
+        body(watchdog, scoped)
+    # What aborts an ending interpreter is a thread that outlives it; so it is looked for on every rank.
+    assert [thread.name for thread in threading.enumerate()] == ["MainThread"]
+    if body is short and rank == 1:
+        end_interpreter(0)
+
+
+def end_interpreter(code: int) -> None:
+    """A child of multiprocessing ends by os._exit; this runs the exit handlers and takes the interpreter down."""
+    # Frozen, the modules that the server imported are not collected: 0.5 s of processor time instead of 1.2.
+    gc.freeze()
+    ctypes.pythonapi.Py_Exit(code)
+
+
+class Group:
+    """The processes of one run, their exit codes and what they said."""
+
+    def __init__(self, folder: Path, world: int, timeout_s: float, host_rank: int | None, body: Body) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        self.folder, self.world = folder, world
+        arguments = (world, folder, timeout_s, host_rank, body)
+        self.processes = [context.Process(target=rank_main, args=(rank, *arguments)) for rank in range(world)]
+        for process in self.processes:
+            process.start()
+        self.deadline = time.monotonic() + DEADLINE_S
+
+    def wait_until_all_are_in(self) -> None:
+        """Until every rank watches its neighbour."""
+        while len(list(self.folder.glob("*.ready"))) < self.world:
+            assert time.monotonic() < self.deadline, f"ranks do not start: {self.said()}"
+            time.sleep(0.01)
+
+    def signal(self, number: signal.Signals, *ranks: int) -> None:
+        for rank in ranks:
+            os.kill(self.pid(rank), number)
+
+    def pid(self, rank: int) -> int:
+        pid = self.processes[rank].pid
+        assert pid is not None
+        return pid
+
+    def who(self, rank: int) -> str:
+        """As a sentence names a rank."""
+        return f"rank {rank} (dp {rank}, host {socket.gethostname()}, pid {self.pid(rank)})"
+
+    def said(self) -> list[str]:
+        files = [self.folder / f"{rank}.stderr" for rank in range(self.world)]
+        return [file.read_text() if file.exists() else "" for file in files]
+
+    def exit_codes(self, *ranks: int) -> list[int | None]:
+        """Of these ranks, once they have ended; the test fails if they have not by the deadline."""
+        left = {self.processes[rank].sentinel for rank in ranks}
+        while left:
+            ended = wait(list(left), timeout=max(0.0, self.deadline - time.monotonic()))
+            assert ended, f"ranks still run after {DEADLINE_S} s: {self.said()}"
+            left -= set(ended)  # type: ignore[arg-type]
+        for rank in ranks:
+            self.processes[rank].join()
+        return [self.processes[rank].exitcode for rank in ranks]
+
+    def sentences(self, rank: int) -> list[str]:
+        return [line for line in self.said()[rank].splitlines() if " ends because " in line]
+
+
+@contextmanager
+def started(
+    folder: Path, body: Body, *, timeout_s: float, world: int = WORLD, host_rank: int | None = None
+) -> Iterator[Group]:
+    """A group whose store is on `host_rank`, or in this process; whatever is left of it is killed."""
+    server = None
+    if host_rank is None:
+        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        (folder / "port").write_text(str(server.port))
+    group = Group(folder, world, timeout_s, host_rank, body)
+    try:
+        yield group
+    finally:
+        for process in group.processes:
+            process.kill()
+        for process in group.processes:
+            process.join()
+        del server
+
+
+def folders_in(folder: Path, count: int) -> list[Path]:
+    """Empty folders for groups that run at the same time: they mostly wait."""
+    folders = [folder / str(index) for index in range(count)]
+    for each in folders:
+        each.mkdir()
+    return folders
+
+
+def stuck(watchdog: Watchdog, store: dist.Store) -> None:
+    """The main thread as a hanging collective leaves it."""
+    time.sleep(600)
+
+
+def patient(watchdog: Watchdog, store: dist.Store) -> None:
+    """Works until the test says that it is over, and does not end at the same time as the others."""
+    store.wait(["over"], timedelta(seconds=600))
+    time.sleep(0.05 * watchdog.rank)
+
+
+def short(watchdog: Watchdog, store: dist.Store) -> None:
+    time.sleep(0.1 * watchdog.rank)
+
+
+def last_raises(watchdog: Watchdog, store: dist.Store) -> None:
+    if watchdog.rank == watchdog.world - 1:
+        raise ValueError("the loss is not finite\nand more of that")
+    time.sleep(600)
+
+
+def last_exits(watchdog: Watchdog, store: dist.Store) -> None:
+    if watchdog.rank == watchdog.world - 1:
+        end_interpreter(7)
+    time.sleep(600)
+
+
+def sums_until_one_is_killed(watchdog: Watchdog, store: dist.Store) -> None:
+    dist.init_process_group(
+        "gloo", store=dist.PrefixStore("gloo", store), rank=watchdog.rank, world_size=watchdog.world
+    )
+    for step in range(1_000_000):
+        if step == 3 and watchdog.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        ones = torch.ones(1)
+        dist.all_reduce(ones)
+        assert ones == watchdog.world
+
+
+def second_holds_the_gil(watchdog: Watchdog, store: dist.Store) -> None:
+    if watchdog.rank == 1:
+        store.wait(["watched"], timedelta(seconds=600))
+        # PyDLL calls C without releasing the GIL: no thread of this process runs meanwhile.
+        ctypes.PyDLL(None).usleep(2_400_000)
+    time.sleep(600)
+
+
+@pytest.fixture(autouse=True)
+def loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+
+
+def test_killed_ranks_end_the_others_which_name_the_first(tmp_path: Path) -> None:
+    """One rank, then two at once.
+
+    Rank 0 watches 1, and 1 watches 2: when both die nobody is left to miss 2, and all end for 1. In the first group
+    rank 0 hosts the store, which must outlive the others' reading: else they would blame rank 0.
+    """
+    folders = folders_in(tmp_path, 2)
+    with (
+        started(folders[0], stuck, timeout_s=1.5, host_rank=0) as one,
+        started(folders[1], stuck, timeout_s=1.5) as two,
+    ):
+        for group, victims in ((one, (2,)), (two, (1, 2))):
+            group.wait_until_all_are_in()
+            group.signal(signal.SIGKILL, *victims)
+        for group, survivors, named in ((one, (0, 1, 3), 2), (two, (0, 3), 1)):
+            assert group.exit_codes(*survivors) == [EXIT_CODE] * len(survivors)
+            for rank in survivors:
+                (sentence,) = group.sentences(rank)
+                assert sentence.startswith(
+                    f"rank {rank} ends because {group.who(named)} is dead: no heartbeat for 1.5 s"
+                )
+
+
+def test_a_rank_killed_between_collectives_is_named_and_not_the_one_that_lost_its_connection(tmp_path: Path) -> None:
+    """The neighbours of a killed rank get gloo's error at once, long before the heartbeat is missed."""
+    with started(tmp_path, sums_until_one_is_killed, timeout_s=1.5) as group:
+        assert group.exit_codes(0, 2, 3, 1) == [EXIT_CODE, EXIT_CODE, EXIT_CODE, -signal.SIGKILL]
+        for rank in (0, 2, 3):
+            (sentence,) = group.sentences(rank)
+            assert f"because {group.who(1)} is dead: no heartbeat for 1.5 s" in sentence
+
+
+def test_a_rank_that_fails_says_why_before_the_timeout(tmp_path: Path) -> None:
+    """An exception and an exit in the middle of the run; the rank that fails hosts the store."""
+    folders = folders_in(tmp_path, 2)
+    with (
+        started(folders[0], last_raises, timeout_s=6, host_rank=WORLD - 1) as raising,
+        started(folders[1], last_exits, timeout_s=6, host_rank=WORLD - 1) as leaving,
+    ):
+        for group, reason, own_code in (
+            (raising, "ValueError: the loss is not finite", 1),
+            (leaving, "its process ended without leaving the run", 7),
+        ):
+            assert group.exit_codes(0, 1, 2, 3) == [EXIT_CODE, EXIT_CODE, EXIT_CODE, own_code]
+            for rank in (0, 1, 2):
+                assert group.sentences(rank) == [f"rank {rank} ends because {group.who(3)} is dead: {reason}"]
+            assert group.sentences(3) == []
+        assert "Traceback" in raising.said()[3]
+
+
+def test_an_orderly_end_is_no_death(tmp_path: Path) -> None:
+    """The host of the store is done first, and the other still needs it.
+
+    Five times: where threads did not end in order, one process in five aborted while its interpreter ended.
+    """
+    for folder in folders_in(tmp_path, 5):
+        with started(folder, short, timeout_s=4, world=2, host_rank=0) as group:
+            assert group.exit_codes(0, 1) == [0, 0], group.said()
+            assert [group.sentences(rank) for rank in range(2)] == [[], []]
+
+
+def test_a_stopped_rank_and_a_suspended_job_survive(tmp_path: Path) -> None:
+    """One rank stops for half the timeout; then all for longer than it, and rank 0 comes back before the others."""
+    with started(tmp_path, patient, timeout_s=1.6) as group:
+        group.wait_until_all_are_in()
+        for ranks, stop_s in (((2,), 0.8), (tuple(range(WORLD)), 2.0)):
+            group.signal(signal.SIGSTOP, *ranks)
+            time.sleep(stop_s)
+            for rank in ranks:
+                group.signal(signal.SIGCONT, rank)
+                time.sleep(0.3 if rank == 0 else 0)
+        port = int((tmp_path / "port").read_text())
+        client = dist.PrefixStore("attempt_0", dist.TCPStore("127.0.0.1", port, wait_for_workers=False))
+        client.set("over", "")
+        assert group.exit_codes(*range(WORLD)) == [0] * WORLD, group.said()
+
+
+def test_the_loss_of_the_store_is_laid_to_its_host(tmp_path: Path) -> None:
+    """Killed, its connections break; stopped (or without power), its clients' calls never return."""
+    folders = folders_in(tmp_path, 2)
+    with (
+        started(folders[0], stuck, timeout_s=1.5, host_rank=0) as killed,
+        started(folders[1], stuck, timeout_s=1.5, host_rank=0) as stopped,
+    ):
+        for group in (killed, stopped):
+            group.wait_until_all_are_in()
+        killed.signal(signal.SIGKILL, 0)
+        stopped.signal(signal.SIGSTOP, 0)
+        for group, how in ((killed, ""), (stopped, "no answer for 1.5 s)")):
+            assert group.exit_codes(1, 2, 3) == [EXIT_CODE] * 3
+            for rank in (1, 2, 3):
+                (sentence,) = group.sentences(rank)
+                assert f"because {group.who(0)} is dead: the store at 127.0.0.1:" in sentence
+                assert f"is gone ({how}" in sentence
+
+
+def test_a_call_that_holds_the_gil_beyond_the_timeout_is_a_death(tmp_path: Path) -> None:
+    """As the module says; the rank itself ends too when the call returns, since the others are gone."""
+    with started(tmp_path, second_holds_the_gil, timeout_s=1, world=2) as group:
+        group.wait_until_all_are_in()
+        port = int((tmp_path / "port").read_text())
+        client = dist.PrefixStore("attempt_0", dist.TCPStore("127.0.0.1", port, wait_for_workers=False))
+        client.set("watched", "")
+        assert group.exit_codes(0, 1) == [EXIT_CODE, EXIT_CODE]
+        assert "because rank 1 " in group.sentences(0)[0]
+        assert group.sentences(1)[0].endswith("is dead: no heartbeat for 1 s (seen by rank 0)")
+
+
+class CountingStore:
+    """A store in memory that counts its reads and writes; `clone` is itself."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+        self.calls: list[str] = []
+
+    def clone(self) -> CountingStore:
+        return self
+
+    def set(self, key: str, value: str) -> None:
+        self.calls.append(f"set {key}")
+        self.values[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        self.calls.append(f"get {key}")
+        return self.values[key]
+
+    def add(self, key: str, value: int) -> int:
+        self.calls.append(f"add {key}")
+        total = int(self.values.get(key, b"0")) + value
+        self.values[key] = str(total).encode()
+        return total
+
+    def check(self, keys: list[str]) -> bool:
+        self.calls.append(f"check {keys}")
+        return all(key in self.values for key in keys)
+
+    def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes:
+        assert expected_value == ""
+        return self.values.setdefault(key, desired_value.encode())
+
+
+def slowly(ended: threading.Event) -> Callable[[str], None]:
+    """An `on_death` that takes its time."""
+    return lambda _: None if ended.wait(0.1) else ended.set()
+
+
+def test_a_beat_costs_the_same_at_any_world() -> None:
+    """Rank 7 of 2,048 as of 8: one write, two reads, and only its neighbour is looked at."""
+    costs = []
+    for world in (8, 2048):
+        store = CountingStore()
+        neighbour = f"watchdog/beat/{8 % world}"
+        store.values |= {"watchdog/started": str(world - 1).encode(), neighbour: json.dumps({"pid": 1}).encode()}
+        ended = threading.Event()
+        watchdog = Watchdog(store, 7, world, peer_timeout_s=0.2, on_death=slowly(ended))
+        watchdog.start()
+        # The neighbour never beats again: the watch ends by itself.
+        assert watchdog.verdict(DEADLINE_S) == f"rank 7 ends because rank {8 % world} (pid 1) is dead: {SILENT}"
+        # The one who asked does not overtake the end of the process.
+        assert ended.is_set()
+        watchdog.leave()
+        beat_at = [index for index, call in enumerate(store.calls) if call == "set watchdog/beat/7"]
+        costs.append(store.calls[beat_at[2] : beat_at[3]])
+        assert costs[-1] == ["set watchdog/beat/7", "check ['watchdog/dead']", f"get {neighbour}"]
+    assert len(costs[0]) == len(costs[1]) == 3
+
+
+SILENT = "no heartbeat for 0.2 s"
+
+
+def test_the_first_death_is_the_one_that_is_told() -> None:
+    """Two ranks announce, on one store; the second and a bystander hear of the first."""
+    store = dist.HashStore()
+    heard: dict[int, list[str]] = {rank: [] for rank in range(3)}
+    dogs = [
+        Watchdog(store, rank, 3, peer_timeout_s=0.8, describe=f"ep {rank}", on_death=heard[rank].append)
+        for rank in range(3)
+    ]
+    for dog in dogs:
+        dog.start()
+    assert dogs[1].verdict(0.0) is None
+    dogs[1].announce("out of memory")
+    dogs[2].announce("connection closed")
+    told = [dog.verdict(DEADLINE_S) for dog in dogs]
+    for dog in dogs:
+        dog.leave()
+    who = f"rank 1 (ep 1, host {socket.gethostname()}, pid {os.getpid()}) is dead: out of memory"
+    assert told == [
+        f"rank 0 ends because {who}",
+        f"rank 1 ends because {who}",
+        f"rank 2 ends because {who}",
+    ]
+    # Its own announcement gives rank 1 the timeout to end in its own way; it did not, so it is ended too.
+    assert heard == {rank: [told[rank]] for rank in range(3)}
+
+
+def test_of_two_deaths_at_the_same_instant_the_first_written_is_told() -> None:
+    """Between this rank's look at `dead` and its own announcement another rank wrote: the store decides."""
+
+    class LateStore(CountingStore):
+        def check(self, keys: list[str]) -> bool:
+            return False
+
+    store = LateStore()
+    other = Death(1, "node1", 11, "", "out of memory", seen_by=1)
+    store.values["watchdog/dead"] = json.dumps(asdict(other)).encode()
+    told: list[str] = []
+    watchdog = Watchdog(store, 0, 2, peer_timeout_s=3, on_death=told.append)
+    watchdog.start()
+    watchdog.announce("connection closed by peer")
+    watchdog.leave()
+    assert told == ["rank 0 ends because rank 1 (host node1, pid 11) is dead: out of memory"]
+
+
+def test_nobody_leaves_before_the_last() -> None:
+    store = dist.HashStore()
+    told: list[str] = []
+    dogs = [Watchdog(store, rank, 2, peer_timeout_s=30, on_death=told.append) for rank in range(2)]
+    for dog in dogs:
+        dog.start()
+    first = threading.Thread(target=dogs[0].leave)
+    first.start()
+    first.join(0.3)
+    assert first.is_alive()
+    dogs[1].leave()
+    first.join(DEADLINE_S)
+    assert not first.is_alive()
+    assert told == []
+
+
+def test_a_timeout_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"peer_timeout_s = 0 must be above 0; give seconds, such as 60"):
+        Watchdog(dist.HashStore(), 0, 1, peer_timeout_s=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4"), True),
+        (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled system error"), True),
+        (dist.DistNetworkError("failed to recv, got 0 bytes"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"), False),
+        (ValueError("gloo is a strange word for a field"), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_errors_of_the_wire_are_told_from_errors_of_this_rank(error: BaseException, expected: bool) -> None:
+    assert is_communication_error(error) is expected
+    outer = RuntimeError("in stage 1")
+    outer.__cause__ = error
+    assert is_communication_error(outer) is expected

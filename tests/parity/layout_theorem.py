@@ -1,0 +1,376 @@
+"""Same tokens, any layout, same loss: the reference trajectory, and one rank's comparison with it.
+
+The reference is one process. At each of STEPS steps it writes down its state before the step and what the step gave:
+losses, every gradient, their norm, expert counts, and every router's scores and choices. A rank of another layout
+starts each step from that state and takes the step on its share of the same micro-batches (*teacher-forced*).
+
+Choices are forced too: a router whose scores were rounded otherwise may choose another expert, and that is a jump, not
+an error. So each rank makes its own choice, compares it with the reference's, notes how close to a tie every token was
+that differs, and goes on with the reference's choice.
+
+One thing depends on the layout by design: a token's expert outputs are summed where the experts live, rounded to the
+wire's dtype, and summed again at home. `PartialSums` does the same in one process; with it the reference of BF16 and
+FP8 differs from expert parallelism by FP32 sums only.
+
+Shapes: gradients flat, as pieces of the global parameter. The bounds are derived in docs/numerics.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import train.model.moe
+from kernels.formats import TILE
+from kernels.permute import Dispatched, combine_tokens, group_gates, group_tokens, partial_grouping
+from parallel.mesh import Layout, make_mesh, single
+from parallel.pieces import Piece
+from tests.tiny_model import TINY
+from train.build import assemble, build_engine, build_stages, expert_pieces
+from train.data.batch import IGNORE_INDEX, Batch
+from train.model.config import ModelConfig
+from train.model.init import initialize
+from train.model.moe import Routing
+from train.model.precision import Precision
+from train.optim.adamw import OptimConfig
+from train.optim.schedules import Now
+from train.step import Engine, StepGradients, apply_update, compute_gradients, routers
+
+STEPS = 20
+# Of 24 tried, the one whose FP32 reference stays furthest from a tie between experts (`Reference.closest_tie`): a free
+# run that rounds a tie the other way jumps by 1e-4, and proves nothing about its layout.
+DATA_SEED = 2000
+SEQUENCES, MICRO_BATCH, TOKENS = 16, 2, 24
+# Five layers and two MTP depths; two ragged FP8 tiles along hidden; four routing groups of two experts. Three experts a
+# token: with two, no rank ever has two of them to sum and round before they travel.
+MODEL: ModelConfig = replace(
+    TINY,
+    hidden_size=160,
+    num_hidden_layers=5,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    n_group=4,
+    topk_group=2,
+    initializer_range=0.05,
+)
+# No clipping: gradients are compared as they come.
+OPTIM = OptimConfig(clip_norm=1e9)
+NOW = Now(lr=2.2e-4, batch_sequences=SEQUENCES, bias_speed=1e-3, mtp_weight=0.3, balance_alpha=0.01)
+
+
+def batch_of(step: int) -> Batch:
+    """16 sequences; they have different numbers of targets, and the fourth micro-batch has none."""
+    generator = torch.Generator().manual_seed(DATA_SEED + step)
+    tokens = torch.randint(0, MODEL.vocab_size, (SEQUENCES, TOKENS + 1), generator=generator)
+    labels = tokens[:, 1:].clone()
+    for row in range(SEQUENCES):
+        labels[row, : 5 * row % TOKENS] = IGNORE_INDEX
+    labels[6:8] = IGNORE_INDEX
+    return Batch(tokens[:, :-1].contiguous(), labels)
+
+
+class _Copies(torch.autograd.Function):
+    """One copy for each rank; their gradients come home rounded, are summed in FP32 and rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, ranks: int) -> tuple[Tensor, ...]:
+        return tuple(tokens.clone() for _ in range(ranks))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].float()
+        for grad in grads[1:]:
+            total = total + grad.float()
+        return total.to(grads[0].dtype), None
+
+
+class PartialSums:
+    """A dispatcher of one process that sums as `ranks` expert ranks would."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks, self.local = ranks, MODEL.n_routed_experts // ranks
+        self.experts = range(MODEL.n_routed_experts)
+
+    def dispatch(self, tokens: Tensor, routing: Routing) -> Dispatched:
+        groups = []
+        for rank in range(self.ranks):
+            ids = routing.topk_ids - rank * self.local
+            ids = torch.where((ids >= 0) & (ids < self.local), ids, -1)
+            num_rows = ids.numel() + self.local * TILE
+            groups.append(partial_grouping(ids, self.local, num_rows=num_rows // TILE * TILE))
+        # Rows behind a rank's last group would stand between two ranks' groups: cut them off.
+        used = [int(group.group_ends[-1]) for group in groups]
+        copies: tuple[Tensor, ...] = _Copies.apply(tokens, self.ranks)  # type: ignore[no-untyped-call]
+        rows = [group_tokens(copy, group)[:end] for copy, group, end in zip(copies, groups, used, strict=True)]
+        gates = [group_gates(routing.gates, group)[:end] for group, end in zip(groups, used, strict=True)]
+        starts = [sum(used[:rank]) for rank in range(self.ranks)]
+        ends = [group.group_ends + start for group, start in zip(groups, starts, strict=True)]
+        return Dispatched(torch.cat(rows), torch.cat(gates), torch.cat(ends).int(), (groups, used))
+
+    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
+        groups, used = dispatched.handle  # type: ignore[misc]
+        sums = []
+        for part, group in zip(rows.split(used), groups, strict=True):
+            missing = part.new_zeros(group.num_rows - len(part), part.shape[1])
+            sums.append(combine_tokens(torch.cat((part, missing)), group))
+        total = sums[0].float()
+        for part in sums[1:]:
+            total = total + part.float()
+        return total.to(rows.dtype)
+
+
+def engine_on(layout: Layout | None, precision: str, *, expert_ranks: int = 1) -> Engine:
+    """This rank's engine; None is one process without a process group, which may sum as several expert ranks do."""
+    device, numbers = torch.device("cpu"), Precision(precision)  # type: ignore[arg-type]
+    if layout is not None:
+        mesh = make_mesh(layout, device=device, tied_embedding=True)
+        return build_engine(MODEL, numbers, OPTIM, mesh, seed=7)
+    mesh = single(device)
+    stages = build_stages(MODEL, numbers, mesh, PartialSums(expert_ranks) if expert_ranks > 1 else None)
+    initialize(stages[0].model, seed=7, std=MODEL.initializer_range)
+    return assemble(stages, OPTIM, mesh)
+
+
+def state_of(engine: Engine) -> dict[str, Tensor | Piece]:
+    """Live state by name: parameters, biases, masters and moments."""
+    state: dict[str, Tensor | Piece] = {}
+    for model in engine.models:
+        state |= model.state_dict() | expert_pieces(model)
+    return state | engine.optimizer.state_pieces()
+
+
+def take_step(engine: Engine, step: int) -> StepGradients:
+    """Gradients of this rank's share of a step."""
+    dp = engine.mesh.dp
+    share = batch_of(step).share(dp.rank, dp.size)
+    pieces = SEQUENCES // dp.size // MICRO_BATCH
+    return compute_gradients(engine, share, num_micro_batches=pieces, num_sequences=SEQUENCES, now=NOW)
+
+
+def gradient_pieces(engine: Engine) -> dict[str, Piece]:
+    """Parameter name -> the mean gradients that this rank owns, as pieces of the flat global parameter."""
+    grads = {segment.name: segment.grad for bucket in engine.optimizer.buckets for segment in bucket.segments()}
+    return {
+        name: Piece(grads[name], master.global_shape, master.offset)
+        for name, master in engine.optimizer.masters().items()
+    }
+
+
+@dataclass
+class RouterBook:
+    """What the routers of one rank did in one step, and what the reference's did.
+
+    first_micro_batch: global number of this rank's first one. known: 'scores.L.m' and 'ids.L.m' of the reference, empty
+    while it is the reference that writes. flips: tied margins (biased score) of tokens that chose otherwise.
+    """
+
+    first_micro_batch: int
+    known: dict[str, Tensor] = field(default_factory=dict)
+    written: dict[str, Tensor] = field(default_factory=dict)
+    seen: Counter[int] = field(default_factory=Counter)
+    layer: int = -1
+    score_error: float = 0.0
+    flips: list[float] = field(default_factory=list)
+    closest_tie: float = 1.0
+
+    def watch(self, engine: Engine) -> None:
+        """Learn which router is speaking, and answer in place of `select_experts`."""
+        choose = train.model.moe.select_experts
+        for layer_id, router in routers(engine.models).items():
+            router.forward = self._announce(router.forward, layer_id)  # type: ignore[method-assign]
+
+        def select(scores: Tensor, bias: Tensor, **limits: int) -> Tensor:
+            return self._select(choose(scores, bias, **limits), scores, bias, limits)
+
+        train.model.moe.select_experts = select  # type: ignore[assignment]
+
+    def begin(self, known: dict[str, Tensor]) -> None:
+        """Start a step."""
+        self.known, self.written, self.seen = known, {}, Counter()
+
+    def _announce(self, forward: Any, layer_id: int) -> Any:
+        def speaking(x: Tensor) -> Any:
+            self.layer = layer_id
+            return forward(x)
+
+        return speaking
+
+    def _select(self, own: Tensor, scores: Tensor, bias: Tensor, limits: dict[str, int]) -> Tensor:
+        key = f"{self.layer}.{self.first_micro_batch + self.seen[self.layer]}"
+        self.seen[self.layer] += 1
+        if not self.known:
+            self.written |= {f"scores.{key}": scores.clone(), f"ids.{key}": own.clone()}
+            self.closest_tie = min(self.closest_tie, float(margins(scores + bias, **limits).min()))
+            return own
+        ids, reference = self.known[f"ids.{key}"], self.known[f"scores.{key}"]
+        self.score_error = max(self.score_error, float((scores - reference).abs().max()))
+        differs = (own.sort(-1).values != ids.sort(-1).values).any(-1)
+        self.flips += margins(reference[differs] + bias, **limits).tolist()
+        return ids
+
+
+def margins(biased: Tensor, *, n_group: int, topk_group: int, topk: int) -> Tensor:
+    """How far each token's choice is from a tie, [tokens]: of groups, and of experts inside the chosen groups."""
+    grouped = biased.unflatten(-1, (n_group, -1))
+    ranked_groups = grouped.topk(2, dim=-1).values.sum(-1).sort(-1, descending=True)
+    of_groups = ranked_groups.values[:, topk_group - 1] - ranked_groups.values[:, topk_group]
+    kept = ranked_groups.indices[:, :topk_group, None].expand(-1, -1, grouped.shape[-1])
+    ranked = grouped.gather(1, kept).flatten(1).sort(-1, descending=True).values
+    # A group's sum moves by two scores, so half its margin compares with one score.
+    return torch.minimum(of_groups / 2, ranked[:, topk - 1] - ranked[:, topk])
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the reference trajectory was: losses of each step, and the smallest margin of any choice."""
+
+    losses: list[tuple[float, ...]]
+    closest_tie: float
+
+
+def write_reference(rank: int, world: int, folder: Path, precision: str, expert_ranks: int = 1) -> Reference:
+    """The free-running trajectory of one process, written to a folder step by step."""
+    engine, losses = engine_on(None, precision, expert_ranks=expert_ranks), []
+    book = RouterBook(first_micro_batch=0)
+    book.watch(engine)
+    for step in range(STEPS):
+        state = {name: _local(value).clone() for name, value in state_of(engine).items()}
+        save_file(state, folder / f"state_{step}.safetensors")
+        book.begin({})
+        result = take_step(engine, step)
+        save_file(_facts(result) | book.written | _named_gradients(engine), folder / f"step_{step}.safetensors")
+        losses.append(_losses(result))
+        apply_update(engine, result, now=NOW, update=step + 1)
+    return Reference(losses, book.closest_tie)
+
+
+def _named_gradients(engine: Engine) -> dict[str, Tensor]:
+    return {f"grad.{name}": piece.local.clone() for name, piece in gradient_pieces(engine).items()}
+
+
+def _facts(result: StepGradients) -> dict[str, Tensor]:
+    counts = {f"counts.{layer}": counts.clone() for layer, counts in result.counts.items()}
+    return counts | {"losses": torch.tensor(_losses(result), dtype=torch.float64), "norm": result.grad_norm.clone()}
+
+
+def _losses(result: StepGradients) -> tuple[float, ...]:
+    return tuple(float(x) for x in (result.loss_total, result.loss_main, result.loss_mtp, result.loss_balance))
+
+
+def _local(value: Tensor | Piece) -> Tensor:
+    return value.local if isinstance(value, Piece) else value
+
+
+@torch.no_grad()
+def force(engine: Engine, state: dict[str, Tensor]) -> None:
+    """Give this rank its part of the reference's state."""
+    for name, value in state_of(engine).items():
+        source = state[name]
+        if isinstance(value, Piece):
+            for dim, (offset, length) in enumerate(zip(value.offset, value.local.shape, strict=True)):
+                source = source.narrow(dim, offset, length)
+        _local(value).copy_(source)
+
+
+@dataclass
+class Comparison:
+    """One rank's differences from the reference, the largest over all steps.
+
+    losses: relative, of total, main, mtp, balance. norm: relative. errors: name -> [steps] squared norm of this rank's
+    pieces minus the reference's; squares: the same of the whole reference gradient. counts_equal: of the step.
+    score_error, flips: see RouterBook. free_losses: [steps] of the run that is not forced.
+    """
+
+    losses: list[float] = field(default_factory=lambda: [0.0] * 4)
+    norm: float = 0.0
+    errors: dict[str, list[float]] = field(default_factory=dict)
+    squares: dict[str, list[float]] = field(default_factory=dict)
+    counts_equal: bool = True
+    score_error: float = 0.0
+    flips: list[float] = field(default_factory=list)
+    free_losses: list[tuple[float, ...]] = field(default_factory=list)
+
+
+def compare(
+    rank: int, world: int, layout: Layout, precision: str, folder: Path, *, free: bool = False, steps: int = STEPS
+) -> Comparison:
+    """This rank's teacher-forced steps; before them, if asked for, as many free ones."""
+    engine, found = engine_on(layout, precision), Comparison()
+    if free:
+        # Before choices are replaced: a run of its own from the same initial values.
+        for step in range(STEPS):
+            result = take_step(engine, step)
+            found.free_losses.append(_losses(result))
+            apply_update(engine, result, now=NOW, update=step + 1)
+    book = RouterBook(first_micro_batch=engine.mesh.dp.rank * (SEQUENCES // engine.mesh.dp.size // MICRO_BATCH))
+    book.watch(engine)
+    for step in range(steps):
+        force(engine, load_file(folder / f"state_{step}.safetensors"))
+        reference = load_file(folder / f"step_{step}.safetensors")
+        book.begin(reference)
+        result = take_step(engine, step)
+        _compare_step(found, engine, result, reference)
+    found.score_error, found.flips = book.score_error, book.flips
+    return found
+
+
+def _compare_step(found: Comparison, engine: Engine, result: StepGradients, reference: dict[str, Tensor]) -> None:
+    for index, (ours, theirs) in enumerate(zip(_losses(result), reference["losses"].tolist(), strict=True)):
+        found.losses[index] = max(found.losses[index], abs(ours - theirs) / abs(theirs))
+    norm = float(reference["norm"])
+    found.norm = max(found.norm, abs(float(result.grad_norm) - norm) / norm)
+    for layer, counts in result.counts.items():
+        found.counts_equal &= torch.equal(counts, reference[f"counts.{layer}"])
+    for name, piece in gradient_pieces(engine).items():
+        whole = reference[f"grad.{name}"].double()
+        assert piece.global_shape == tuple(whole.shape), name
+        part = whole[piece.offset[0] : piece.offset[0] + len(piece.local)]
+        found.errors.setdefault(name, []).append(float((piece.local.double() - part).square().sum()))
+        found.squares.setdefault(name, []).append(float(whole.square().sum()))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The largest difference over ranks and steps; see Comparison.
+
+    gradient: relative norm of the worst parameter's error, and its name. whole: of all gradients together.
+    """
+
+    losses: list[float]
+    norm: float
+    gradient: tuple[float, str]
+    whole: float
+    counts_equal: bool
+    score_error: float
+    flips: list[float]
+
+
+def verdict(ranks: list[Comparison]) -> Verdict:
+    """Put the pieces of all ranks together; copies of a parameter count each, which can only make it look worse."""
+    errors: dict[str, list[float]] = {}
+    squares: dict[str, list[float]] = {}
+    for found in ranks:
+        squares |= found.squares
+        for name, values in found.errors.items():
+            errors[name] = [a + b for a, b in zip(errors.get(name, [0.0] * len(values)), values, strict=True)]
+    steps = range(len(next(iter(errors.values()))))
+    by_step = [(sum(e[i] for e in errors.values()), sum(squares[name][i] for name in errors)) for i in steps]
+    relative = {
+        name: max((e / max(s, 1e-30)) ** 0.5 for e, s in zip(values, squares[name], strict=True))
+        for name, values in errors.items()
+    }
+    return Verdict(
+        losses=[max(found.losses[i] for found in ranks) for i in range(4)],
+        norm=max(found.norm for found in ranks),
+        gradient=max((value, name) for name, value in relative.items()),
+        whole=max((e / s) ** 0.5 for e, s in by_step),
+        counts_equal=all(found.counts_equal for found in ranks),
+        score_error=max(found.score_error for found in ranks),
+        flips=[flip for found in ranks for flip in found.flips],
+    )

@@ -1,0 +1,125 @@
+"""Several ranks on this machine: run one function on each of them, over gloo, and hand back what they return.
+
+The ranks are forked from a clean server process that has imported torch and our rooms once, so eight of them start in
+about a second. They run as tests do: one thread, deterministic algorithms, poisoned memory, one seed.
+
+    def on_each_rank(rank: int, world: int, scale: float) -> float: ...      # at the top level of a test module
+    results = run_ranks(4, on_each_rank, 0.5)                                # results[rank]
+
+A rank that raises fails the test with its traceback, and the others are killed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+PRELOAD = [
+    "torch",
+    "torch.distributed.pipelining",
+    "torch.distributed.checkpoint",
+    "torch.distributed.checkpoint.hf_storage",
+    "numpy",
+    "safetensors.torch",
+    "train.trainer",
+]
+SEED = 20241227
+
+
+def run_ranks(
+    world: int, function: Callable[..., Any], *arguments: object, timeout_s: float = 240, **named: object
+) -> list[Any]:
+    """`function(rank, world, *arguments, **named)` on each of `world` gloo ranks; their results in order of rank."""
+    outcomes = _start_and_collect(world, partial(function, **named), arguments, timeout_s)
+    failures = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(outcomes) if error]
+    if failures:
+        pytest.fail("\n".join(failures), pytrace=False)
+    return [result for _, result in outcomes]
+
+
+def _start_and_collect(
+    world: int, function: Callable[..., Any], arguments: tuple[object, ...], timeout_s: float
+) -> list[tuple[str | None, Any]]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with TemporaryDirectory() as folder:
+        processes: list[BaseProcess] = []
+        connections: list[Connection] = []
+        for rank in range(world):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_rank_main, args=(rank, world, folder, sender, function, arguments), daemon=True
+            )
+            process.start()
+            sender.close()
+            processes.append(process)
+            connections.append(receiver)
+        try:
+            return _collect(connections, timeout_s)
+        finally:
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.join()
+
+
+def _collect(connections: list[Connection], timeout_s: float) -> list[tuple[str | None, Any]]:
+    """Wait for every rank; the first error or the timeout ends the wait for the others."""
+    outcomes: dict[int, tuple[str | None, Any]] = {}
+    deadline = time.monotonic() + timeout_s
+    failed = False
+    while len(outcomes) < len(connections):
+        missing = [connection for rank, connection in enumerate(connections) if rank not in outcomes]
+        # Once a rank has failed, the others get a moment to report their own error, then are given up.
+        ready = wait(missing, timeout=2.0 if failed else max(0.0, deadline - time.monotonic()))
+        for connection in ready:
+            rank = connections.index(connection)  # type: ignore[arg-type]
+            try:
+                outcomes[rank] = connections[rank].recv()
+            except EOFError:
+                outcomes[rank] = ("died without a word", None)
+            failed = failed or outcomes[rank][0] is not None
+        if not ready:
+            word = "gave up: another rank failed" if failed else f"nothing after {timeout_s:.0f} s"
+            for rank in range(len(connections)):
+                outcomes.setdefault(rank, (word, None))
+    return [outcomes[rank] for rank in range(len(connections))]
+
+
+def _rank_main(
+    rank: int,
+    world: int,
+    folder: str,
+    sender: Connection,
+    function: Callable[..., Any],
+    arguments: tuple[object, ...],
+) -> None:
+    """One rank: settings as in conftest, a gloo group through a file, the function, its result."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{Path(folder) / 'store'}", rank=rank, world_size=world)
+        result = function(rank, world, *arguments)
+        dist.barrier()
+        sender.send((None, result))
+    except BaseException:  # noqa: BLE001  (whatever it was, the test wants to read it)
+        sender.send((traceback.format_exc(), None))
+    sender.close()
+    # Threads of gloo may outlive the interpreter and abort it; a test needs no orderly end.
+    os._exit(0)

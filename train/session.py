@@ -1,0 +1,91 @@
+"""One rank's whole life: meet the others, build, resume, train, leave.
+
+    stores opened and checked          before anybody is met: a missing store is one sentence, not 2,048 dead ranks
+    heartbeat, process groups, mesh    `parallel/watchdog.py`, `parallel/mesh.py`
+    parts -> Trainer -> resume -> fit  `train/build.py`, `train/trainer.py`
+    leave together                     groups destroyed in order, so that no thread outlives the interpreter
+
+What all ranks find out alike (a checkpoint of another model, too many bad steps) ends the run in order and is raised
+afterwards. What only one of them meets ends it for all: its watchdog tells the others who it was.
+
+Not here: the environment (`launch/pretrain.py` reads it), exit codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from parallel.mesh import Mesh, init_processes, make_mesh, shutdown
+from parallel.watchdog import Watchdog
+from train.build import build, choose_device, open_stores
+from train.config import PretrainConfig
+from train.observe.guards import TrainingStopped
+from train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among all: global rank, number of processes, index on its node, and where they meet.
+
+    store is None with one process. store_rank: the rank whose process hosts the store, None where the launcher does.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    store: Store | None = None
+    store_rank: int | None = None
+
+
+def pretrain(config: PretrainConfig, place: Place) -> None:
+    """Train from the first or the last saved step to the end of the budget, or until asked to stop.
+
+    Raises:
+        ValueError: a store, the device or a checkpoint does not fit the configuration; nothing was trained.
+        TrainingStopped: too many non-finite steps in a row; a checkpoint was saved.
+    """
+    stores = open_stores(config)
+    device = choose_device(config.run.device)
+    if place.store is None:
+        run_trainer(Trainer(config, build(config, stores=stores)))
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", place.local_rank)
+        torch.cuda.set_device(device)
+    backend = config.network.backend_for(device.type)
+    agreed: Exception | None = None
+    with Watchdog(
+        PrefixStore("watchdog", place.store),
+        place.rank,
+        place.world,
+        peer_timeout_s=config.network.peer_timeout_s,
+        describe="pipeline rank {}, data rank {}".format(*divmod(place.rank, config.layout.dp)),
+        store_rank=place.store_rank,
+    ):
+        timeout_s = config.network.timeout_s
+        init_processes(rank=place.rank, world=place.world, backend=backend, store=place.store, timeout_s=timeout_s)
+        mesh = join(config, device)
+        trainer = Trainer(config, build(config, mesh, stores=stores))
+        try:
+            run_trainer(trainer)
+        except (ValueError, TrainingStopped) as error:
+            # Decided by all ranks alike, from what they share.
+            agreed = error
+        shutdown()
+    if agreed is not None:
+        raise agreed
+
+
+def join(config: PretrainConfig, device: torch.device) -> Mesh:
+    """The mesh of the configured layout; the default process group exists."""
+    tied = config.model.num_nextn_predict_layers > 0
+    return make_mesh(config.layout, device=device, tied_embedding=tied, timeout_s=config.network.timeout_s)
+
+
+def run_trainer(trainer: Trainer) -> None:
+    """Resume, then train."""
+    trainer.resume()
+    trainer.fit()

@@ -1,0 +1,99 @@
+"""One pipeline stage: a part of the model with the losses that arise on it, and the tally of a step.
+
+    hidden of the stage before -> layers -> hidden for the stage after       (a balance loss is attached to it)
+    ... on the stage that ends:  -> sum of main, MTP and its own balance losses
+
+A whole model in one process is a stage that both begins and ends. Every rank of a pipeline reads the same micro-batch
+from the store, so token ids and labels never travel between stages; only `hidden` does.
+
+Shapes: hidden [sequences, tokens, hidden]. Not here: schedules and transport (`parallel/pipeline.py`), the update
+(`train/step.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from parallel.collectives import sum_over
+from parallel.mesh import Axis
+from train.losses import LossWeights, attach_loss, balance_sum, loss_sums
+from train.model.config import ModelConfig
+from train.model.moe import Routing
+from train.model.transformer import Transformer
+
+
+class Tally:
+    """What a step's micro-batches add up to, for the log and the bias update; stays on the device.
+
+    losses [1 + D] FP32: sums of main and MTP losses, nats. balance [layers] FP32, counts [layers, experts] int64: one
+    row per MoE layer of the *whole* model, MTP layers last; rows of layers that live elsewhere stay 0, so that a sum
+    over all ranks completes them. Each layer lies on one stage, and the ranks of a stage hold different tokens.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self.layer_ids = [i for i in (*config.layer_ids, *config.mtp_layer_ids) if config.is_moe(i)]
+        self.row_of = {layer_id: row for row, layer_id in enumerate(self.layer_ids)}
+        layers, depths = len(self.layer_ids), config.num_nextn_predict_layers
+        self.losses = torch.zeros(1 + depths, dtype=torch.float32, device=device)
+        self.balance = torch.zeros(layers, dtype=torch.float32, device=device)
+        self.counts = torch.zeros(layers, config.n_routed_experts, dtype=torch.int64, device=device)
+
+    def note_routings(self, routings: dict[int, Routing]) -> None:
+        """Add one micro-batch's expert counts and balance losses."""
+        for layer_id, routing in routings.items():
+            self.balance[self.row_of[layer_id]] += routing.balance.detach()
+            self.counts[self.row_of[layer_id]] += routing.counts
+
+    def note_losses(self, main: Tensor, mtp: tuple[Tensor, ...]) -> None:
+        """Add one micro-batch's losses; depths that the sequence was too short for count nothing."""
+        self.losses[: 1 + len(mtp)] += torch.stack((main, *mtp))
+
+    def reduce(self, world: Axis) -> None:
+        """Sum over all ranks: two small collectives."""
+        floats = torch.cat((self.losses, self.balance))
+        sum_over(floats, world)
+        self.losses, self.balance = floats.split((len(self.losses), len(self.balance)))
+        sum_over(self.counts, world)
+
+
+class Stage(nn.Module):
+    """A part of the model as a pipeline schedule calls it.
+
+    `begin` gives it the step's weights and tally; then `forward` runs once per micro-batch.
+    """
+
+    weights: LossWeights
+    tally: Tally
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def begin(self, weights: LossWeights, tally: Tally) -> None:
+        """Start a step."""
+        self.weights, self.tally = weights, tally
+
+    def forward(
+        self, inbound: Tensor, *, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None
+    ) -> Tensor:
+        """One micro-batch.
+
+        Args:
+            inbound: hidden of the stage before; not read where the part begins.
+            input_ids: [sequences, tokens] int64.
+            labels: [sequences, tokens] int64; read where the part ends.
+            document_ids: [sequences, tokens] int64 or None.
+        Returns:
+            hidden for the stage after, or the total loss, a scalar, where the part ends.
+        """
+        model = self.model
+        output = model(input_ids, document_ids, None if model.part.begins else inbound)
+        self.tally.note_routings(output.routings)
+        balance = balance_sum(output, self.weights)
+        if not model.part.ends:
+            hidden: Tensor = output.hidden
+            return hidden if balance is None else attach_loss(hidden, balance)
+        losses = loss_sums(model, output, labels, self.weights)
+        self.tally.note_losses(losses.main, losses.mtp)
+        return losses.total if balance is None else losses.total + balance
