@@ -29,7 +29,14 @@ from kernels.formats import Quantized
 from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
 from kernels.gemm_grouped import group_rows, grouped_gemm_tile_block, grouped_gemm_tile_tile
 from kernels.operators import operator
-from kernels.quantize import quantize_blocks, quantize_tiles, quantize_tiles_transposed, requantize_transposed
+from kernels.quantize import (
+    dequantize_tiles,
+    quantize_blocks,
+    quantize_tiles,
+    quantize_tiles_transposed,
+    requantize_transposed,
+)
+from kernels.swiglu import gated_swiglu, swiglu
 
 
 def weight_fp8(weight: Tensor, *, power_of_two: bool) -> Quantized:
@@ -153,6 +160,34 @@ class _Fp8Linear(torch.autograd.Function):
         return gemm_tile_block(dyq, weight_t, out_dtype=dy.dtype), None, None
 
 
+class _Fp8LinearOfKept(torch.autograd.Function):
+    """Keeps x itself, which somebody else keeps anyway; dW then sees x rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, power_of_two: bool) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.power_of_two = power_of_two
+        _keep_weight(ctx, weight)
+        xq = quantize_tiles(x, power_of_two=power_of_two)
+        return gemm_tile_block(xq, weight_fp8(weight, power_of_two=power_of_two), out_dtype=x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        (x,), weight = ctx.saved_tensors, _kept_weight(ctx)
+        power_of_two: bool = ctx.power_of_two
+        if weight.requires_grad:
+            dyq_t = quantize_tiles_transposed(dy, power_of_two=power_of_two)  # [out, rows]
+
+            def wgrad() -> None:
+                xq_t = quantize_tiles_transposed(x, power_of_two=power_of_two)  # [in, rows]
+                deferred.accumulate_grad(weight, gemm_tile_tile(dyq_t, xq_t))
+
+            deferred.push(wgrad)
+        dyq = quantize_tiles(dy, power_of_two=power_of_two)
+        weight_t = weight_fp8(weight, power_of_two=power_of_two).transposed_blocks()  # [in, out]
+        return gemm_tile_block(dyq, weight_t, out_dtype=dy.dtype), None, None
+
+
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
@@ -203,6 +238,66 @@ class _GroupedFp8Linear(torch.autograd.Function):
         return grouped_gemm_tile_block(dyq, weight_t, group_ends, out_dtype=dy.dtype), None, None, None
 
 
+class _Fp8SwigluLinear(torch.autograd.Function):
+    """Keeps SwiGLU's input in FP8 and nothing else; its output is computed again, once for dx and once for dW.
+
+    gates and group_ends are None for a dense FFN.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate_up: Tensor,
+        gates: Tensor | None,
+        weight: Tensor,
+        group_ends: Tensor | None,
+        power_of_two: bool,
+    ) -> Tensor:
+        kept = quantize_tiles(gate_up, power_of_two=power_of_two)
+        ctx.save_for_backward(kept.payload, kept.scale, gates, group_ends)
+        ctx.power_of_two = power_of_two
+        _keep_weight(ctx, weight)
+        hq = quantize_tiles(_activate(gate_up, gates), power_of_two=power_of_two)
+        return _rows_times(hq, weight_fp8(weight, power_of_two=power_of_two), group_ends, gate_up.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        (payload, scale, gates, group_ends), weight = ctx.saved_tensors, _kept_weight(ctx)
+        power_of_two: bool = ctx.power_of_two
+        kept = Quantized(payload, scale)
+        if weight.requires_grad:
+            dyq_t = quantize_tiles_transposed(dy, power_of_two=power_of_two)  # [out, rows]
+
+            def wgrad() -> None:
+                h = _activate(dequantize_tiles(kept, out_dtype=dy.dtype), gates)
+                hq_t = quantize_tiles_transposed(h, power_of_two=power_of_two)  # [inter, rows]
+                dense = group_ends is None
+                dw = gemm_tile_tile(dyq_t, hq_t) if dense else grouped_gemm_tile_tile(dyq_t, hq_t, group_ends)
+                deferred.accumulate_grad(weight, dw)
+
+            deferred.push(wgrad)
+        weight_t = weight_fp8(weight, power_of_two=power_of_two).transposed_blocks()
+        dh = _rows_times(quantize_tiles(dy, power_of_two=power_of_two), weight_t, group_ends, dy.dtype)
+        with torch.enable_grad():
+            gate_up = dequantize_tiles(kept, out_dtype=dy.dtype).requires_grad_()
+            own_gates = None if gates is None else gates.detach().requires_grad_()
+            h = _activate(gate_up, own_gates)
+        inputs = (gate_up,) if own_gates is None else (gate_up, own_gates)
+        dx, *dgates = torch.autograd.grad(h, inputs, dh)
+        return dx, dgates[0] if dgates else None, None, None, None
+
+
+def _activate(gate_up: Tensor, gates: Tensor | None) -> Tensor:
+    return swiglu(gate_up) if gates is None else gated_swiglu(gate_up, gates)
+
+
+def _rows_times(x: Quantized, weight: Quantized, group_ends: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x @ weight.T, of each group its own weight."""
+    if group_ends is None:
+        return gemm_tile_block(x, weight, out_dtype=dtype)
+    return grouped_gemm_tile_block(x, weight, group_ends, out_dtype=dtype)
+
+
 def linear(x: Tensor, weight: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """x @ weight.T in one dtype, with a deferred FP32 wgrad.
 
@@ -238,6 +333,26 @@ def fp8_linear(x: Tensor, weight: Tensor, *, power_of_two: bool) -> Tensor:
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
+def fp8_linear_of_kept(x: Tensor, weight: Tensor, *, power_of_two: bool) -> Tensor:
+    """`fp8_linear` of an input that another operation keeps for its own backward: no FP8 copy is kept beside it.
+
+    The output of attention is such an input: its backward needs it in full.
+
+    Args:
+        x: [..., in] fp32 or bf16; must not be changed before backward.
+        weight: [out, in] fp32 or bf16.
+        power_of_two: round all scales up to powers of two.
+    Returns:
+        [..., out] in x's dtype, the same bits as `fp8_linear`.
+    Raises:
+        ValueError: shapes do not fit (message shows both).
+    Source: arXiv:2412.19437 §3.3.3, which keeps this input once, in 12 bits, for the same reason.
+    """
+    _check_features(x, weight, grouped=False)
+    y: Tensor = _Fp8LinearOfKept.apply(x.flatten(0, -2), weight, power_of_two)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
 def grouped_linear(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
     """x[rows of g] @ weight[g].T for every expert g in x's dtype, with a deferred FP32 wgrad.
 
@@ -270,6 +385,45 @@ def grouped_fp8_linear(x: Tensor, weight: Tensor, group_ends: Tensor, *, power_o
     """
     _check_features(x, weight, grouped=True)
     y: Tensor = _GroupedFp8Linear.apply(x, weight, group_ends, power_of_two)  # type: ignore[no-untyped-call]
+    return y
+
+
+def fp8_swiglu_linear(gate_up: Tensor, weight: Tensor, *, power_of_two: bool) -> Tensor:
+    """fp8_linear(swiglu(gate_up), weight), keeping only gate_up for backward, in FP8.
+
+    Args:
+        gate_up: [..., 2 * inter] fp32 or bf16, gate first.
+        weight: [out, inter], the down-projection.
+        power_of_two: round all scales up to powers of two.
+    Returns:
+        [..., out] in gate_up's dtype, the same bits as the two calls; gradients see gate_up rounded to E4M3.
+    Source: arXiv:2412.19437 §3.3.3 (the inputs of SwiGLU are cached in FP8, its output is recomputed).
+    """
+    _check_features(gate_up[..., : gate_up.shape[-1] // 2], weight, grouped=False)
+    flat = gate_up.flatten(0, -2)
+    y: Tensor = _Fp8SwigluLinear.apply(flat, None, weight, None, power_of_two)  # type: ignore[no-untyped-call]
+    return y.view(*gate_up.shape[:-1], weight.shape[0])
+
+
+def grouped_fp8_swiglu_linear(
+    gate_up: Tensor, gates: Tensor, weight: Tensor, group_ends: Tensor, *, power_of_two: bool
+) -> Tensor:
+    """grouped_fp8_linear(gated_swiglu(gate_up, gates), weight, group_ends), keeping only gate_up, in FP8, and gates.
+
+    Args:
+        gate_up: [rows, 2 * inter] fp32 or bf16, sorted by expert, padding rows zero.
+        gates: [rows] fp32.
+        weight: [groups, out, inter], the down-projections.
+        group_ends: [groups] int32, exclusive end rows, multiples of 128.
+        power_of_two: round all scales up to powers of two.
+    Returns:
+        [rows, out] in gate_up's dtype, the same bits as the two calls; gradients see gate_up rounded to E4M3.
+    Source: arXiv:2412.19437 §3.3.3, as `fp8_swiglu_linear`.
+    """
+    _check_features(gate_up[..., : gate_up.shape[-1] // 2], weight, grouped=True)
+    y: Tensor = _Fp8SwigluLinear.apply(  # type: ignore[no-untyped-call]
+        gate_up, gates, weight, group_ends, power_of_two
+    )
     return y
 
 

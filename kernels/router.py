@@ -21,7 +21,8 @@ from kernels.bench_entry import Bench
 
 def _best(values: Tensor, count: int) -> Tensor:
     """Ids of the `count` largest along the last dim, largest first; of equal values the lowest id wins."""
-    return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    # A copy: the slice would keep the ids of all experts alive as long as those of the best.
+    return values.sort(dim=-1, descending=True, stable=True).indices[..., :count].contiguous()
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ Not here: what a stage computes (`train/stage.py`), expert and data parallelism 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -49,19 +50,23 @@ def balanced_split(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     sums = [0.0]
     for cost in costs:
         sums.append(sums[-1] + cost)
-    # best[layers] = (dearest stage, sum of squares, cut) for the first `layers` layers in the stages so far.
-    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
-    for stage in range(stages):
-        found: dict[int, tuple[float, float, tuple[int, ...]]] = {}
-        for end in range(stage + 1, len(costs) - (stages - stage - 1) + 1):
-            candidates = []
-            for start, (dearest, squares, cut) in best.items():
-                if start < end:
+
+    def best_cut(join: Callable[[float, float], float], limit: float) -> tuple[float, tuple[int, ...]]:
+        # best[layers] = (joined costs, cut) of the first `layers` layers in the stages so far.
+        best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+        for stage in range(stages):
+            candidates: dict[int, list[tuple[float, tuple[int, ...]]]] = {}
+            for start, (joined, cut) in best.items():
+                for end in range(start + 1, len(costs) - (stages - stage - 1) + 1):
                     cost = sums[end] - sums[start]
-                    candidates.append((max(dearest, cost), squares + cost * cost, (*cut, end - start)))
-            found[end] = min(candidates)
-        best = found
-    return best[len(costs)][2]
+                    if cost <= limit:
+                        candidates.setdefault(end, []).append((join(joined, cost), (*cut, end - start)))
+            best = {end: min(found) for end, found in candidates.items()}
+        return best[len(costs)]
+
+    # In two passes: the prefix of the evenest cut need not have the cheapest dearest stage itself.
+    dearest, _ = best_cut(max, math.inf)
+    return best_cut(lambda squares, cost: squares + cost * cost, dearest)[1]
 
 
 class _Stage(PipelineStage):
@@ -69,6 +74,10 @@ class _Stage(PipelineStage):
 
     torch keeps one pair per micro-batch for the whole run: at V3's size, 120 micro-batches of 59 MB, twice.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._receives: dict[tuple[str, int], list[dist.P2POp]] = {}
 
     def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
         return self._without_memory(super()._prepare_forward_infra, *args, **kwargs)
@@ -98,24 +107,30 @@ class _Stage(PipelineStage):
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         self._fill(self.args_recv_info[fwd_chunk_id])
-        return super().get_fwd_recv_ops(fwd_chunk_id)
+        operations = self._receives["forward", fwd_chunk_id] = super().get_fwd_recv_ops(fwd_chunk_id)
+        return operations
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         if self.has_backward and not self.is_last:
             self._fill(self.grad_recv_info[bwd_chunk_id])
-        return super().get_bwd_recv_ops(bwd_chunk_id)
+        operations = self._receives["backward", bwd_chunk_id] = super().get_bwd_recv_ops(bwd_chunk_id)
+        return operations
+
+    def _release(self, direction: str, chunk_id: int, infos: Sequence[Any]) -> None:
+        """Drop a received buffer; torch's 1F1B holds the list of receives, and with it the buffer, until the next."""
+        self._receives.pop((direction, chunk_id), []).clear()
+        for info in infos:
+            info.buffer = None
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         # What backward needs of it is held in fwd_cache until backward takes it out.
-        for info in self.args_recv_info[fwd_chunk_id]:
-            info.buffer = None
+        self._release("forward", fwd_chunk_id, self.args_recv_info[fwd_chunk_id])
         return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
-        for info in self.grad_recv_info[bwd_chunk_id]:
-            info.buffer = None
+        self._release("backward", bwd_chunk_id, self.grad_recv_info[bwd_chunk_id])
 
 
 class Pipeline:

@@ -32,7 +32,7 @@ MAX_ENTRYPOINT_LINES = 80
 # Files in kernels/ that are no kernels: formats, the queue, the bench table, the choice of backend.
 NOT_KERNELS = ("__init__", "formats", "backend", "deferred", "operators", "bench_entry", "bench_table")
 # Kernel files whose arithmetic is all in other kernel files, which have references: name -> what it composes.
-COMPOSITIONS = {"fp8_linear": ("gemm_fp8", "gemm_grouped", "quantize")}
+COMPOSITIONS = {"fp8_linear": ("gemm_fp8", "gemm_grouped", "quantize", "swiglu")}
 # Functions that may read a device value inside the step, and why.
 HOST_READS = {
     "kernels/gemm_grouped.py:group_rows": "plain torch slices by group; a device kernel would not",

@@ -29,6 +29,7 @@ from parallel.expert import ExpertParallelDispatcher
 from parallel.grads import reduce_and_clip
 from parallel.mesh import Layout, Mesh, init_processes, make_mesh
 from parallel.pipeline import Pipeline
+from parallel.schedules import schedule_facts
 from train.build import assemble, build_stages, parts_of_stages
 from train.config import PretrainConfig
 from train.losses import LossWeights
@@ -115,8 +116,10 @@ def dry_run(config: PretrainConfig) -> str:
 
 def _enough(points: list[RampPoint], pipeline: Pipeline) -> int:
     """Micro-batches at which the full batch's peak is reached: more only repeat the same round."""
-    last = points[-1]
-    return next(count for count in range(1, last.micro_batches + 1) if pipeline.most_in_flight(count) == last.in_flight)
+    last, layout = points[-1], pipeline.mesh.layout
+    fewest = schedule_facts(layout.schedule).min_micro_batches(layout.pp)
+    counts = range(fewest, last.micro_batches + 1)
+    return next(count for count in counts if pipeline.most_in_flight(count) == last.in_flight)
 
 
 def measure(config: PretrainConfig, mesh: Mesh, *, num_micro_batches: int) -> Memory:

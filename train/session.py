@@ -13,6 +13,7 @@ Not here: the environment (`launch/pretrain.py` reads it), exit codes.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,9 @@ def pretrain(config: PretrainConfig, place: Place) -> None:
         ValueError: a store, the device or a checkpoint does not fit the configuration; nothing was trained.
         TrainingStopped: too many non-finite steps in a row; a checkpoint was saved.
     """
+    if place.rank > 0:
+        # What is worth a warning, a damaged checkpoint, is the same for all: the first rank says it.
+        logging.getLogger("train").setLevel(logging.ERROR)
     stores = open_stores(config)
     device = choose_device(config.run.device)
     if place.store is None:

@@ -100,8 +100,8 @@ class MultiHeadLatentAttention(nn.Module):
             )
         else:
             o = self.attend(latents, document_ids)
-        u: Tensor = self.o_proj(o.transpose(1, 2).reshape(num_sequences, num_tokens, -1))
-        return u
+        heads = o.transpose(1, 2).reshape(num_sequences, num_tokens, -1)  # [sequences, tokens, heads * v]
+        return self.o_proj.precision.linear_of_kept(heads, self.o_proj.weight)
 
     def attend(self, latents: Tensor, document_ids: Tensor | None) -> Tensor:
         """Latents -> heads -> attention core: [sequences, tokens, a_widths] -> [sequences, heads, tokens, v]."""

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from kernels.embedding import embedding
 from kernels.rmsnorm import rmsnorm
-from kernels.swiglu import swiglu
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 
@@ -75,5 +74,4 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]."""
-        hidden: Tensor = self.down_proj(swiglu(self.gate_up_proj(x)))
-        return hidden
+        return self.down_proj.precision.swiglu_linear(self.gate_up_proj(x), self.down_proj.weight)

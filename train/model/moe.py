@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from kernels.permute import Dispatched, Grouping, combine_tokens, group_gates, group_tokens, grouping
 from kernels.router import expert_counts, gate_weights, select_experts, sequence_balance
-from kernels.swiglu import gated_swiglu
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 
@@ -130,4 +129,4 @@ class Experts(nn.Module):
     def forward(self, rows: Tensor, gates: Tensor, group_ends: Tensor) -> Tensor:
         """[rows, hidden] grouped by expert, gates [rows] FP32 -> g_i FFN_i(row), [rows, hidden]."""
         gate_up = self.precision.grouped_linear(rows, self.gate_up_proj, group_ends)
-        return self.precision.grouped_linear(gated_swiglu(gate_up, gates), self.down_proj, group_ends)
+        return self.precision.grouped_swiglu_linear(gate_up, gates, self.down_proj, group_ends)

@@ -16,7 +16,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels.fp8_linear import fp8_linear, grouped_fp8_linear, grouped_linear, linear
+from kernels.fp8_linear import (
+    fp8_linear,
+    fp8_linear_of_kept,
+    fp8_swiglu_linear,
+    grouped_fp8_linear,
+    grouped_fp8_swiglu_linear,
+    grouped_linear,
+    linear,
+)
+from kernels.swiglu import gated_swiglu, swiglu
 
 
 @dataclass(frozen=True)
@@ -25,10 +34,13 @@ class Precision:
 
     `power_of_two_scales` rounds every FP8 scale up to a power of two (§3.3.3 states it for the inputs of o_proj and
     of the expert up-projection; we use it everywhere: then 1x128 -> 128x1 re-quantisation is exact).
+    `cache_swiglu_input`: in FP8, keep SwiGLU's input as E4M3 for backward and make its output again (§3.3.3), instead
+    of keeping the input in BF16 and the output in E4M3. Forward is the same bits; gradients see one more rounding.
     """
 
     name: Literal["fp32", "bf16", "fp8"]
     power_of_two_scales: bool = True
+    cache_swiglu_input: bool = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -41,11 +53,30 @@ class Precision:
             return fp8_linear(x, weight, power_of_two=self.power_of_two_scales)
         return linear(x, weight)
 
+    def linear_of_kept(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`linear` of an input that another operation keeps for backward in full: attention's output."""
+        if self.name == "fp8":
+            return fp8_linear_of_kept(x, weight, power_of_two=self.power_of_two_scales)
+        return self.linear(x, weight)
+
     def grouped_linear(self, x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
         """One linear per expert: [rows, in] x [experts, out, in] -> [rows, out]; rows grouped by expert."""
         if self.name == "fp8":
             return grouped_fp8_linear(x, weight, group_ends, power_of_two=self.power_of_two_scales)
         return grouped_linear(x, weight, group_ends)
+
+    def swiglu_linear(self, gate_up: Tensor, weight: Tensor) -> Tensor:
+        """Down-projection of a dense FFN: [..., 2 * inter] x [out, inter] -> [..., out]."""
+        if self.name == "fp8" and self.cache_swiglu_input:
+            return fp8_swiglu_linear(gate_up, weight, power_of_two=self.power_of_two_scales)
+        return self.linear(swiglu(gate_up), weight)
+
+    def grouped_swiglu_linear(self, gate_up: Tensor, gates: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
+        """Down-projections of the experts: [rows, 2 * inter], [rows] x [experts, out, inter] -> [rows, out]."""
+        if self.name == "fp8" and self.cache_swiglu_input:
+            power_of_two = self.power_of_two_scales
+            return grouped_fp8_swiglu_linear(gate_up, gates, weight, group_ends, power_of_two=power_of_two)
+        return self.grouped_linear(gated_swiglu(gate_up, gates), weight, group_ends)
 
     def high(self, x: Tensor, weight: Tensor) -> Tensor:
         """A linear that stays in the dtype of `x`: head, `eh_proj`."""

@@ -1,0 +1,153 @@
+"""One life of a run on some ranks, in process: what a launched worker does, with eyes at both ends of it.
+
+    join -> build -> Trainer -> resume -> [look] -> fit -> [look]
+
+A *look* is every tensor of the run's state as this rank holds it, its counters and, where asked for, the held-out bits
+per byte. The test puts the looks of all ranks together and compares runs bit by bit, without reading a checkpoint file:
+what it believes does not pass through the code under test.
+
+A life may be told to end early: one rank sends itself SIGTERM, as a scheduler would, and the others learn of it.
+
+Shapes: bits of a piece have the piece's shape, as integers of the same width (numpy has no BF16).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from parallel.pieces import Piece
+from train.build import build
+from train.config import PretrainConfig
+from train.session import join
+from train.trainer import Trainer
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Held(NamedTuple):
+    """One rank's part of one tensor: bits, dtype, shape of the whole and offset in it."""
+
+    bits: NDArray[Any]
+    dtype: str
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+
+
+class Look(NamedTuple):
+    """One rank's state at one moment: counters, tensors, held-out bits per byte (None: not asked for)."""
+
+    counters: dict[str, int]
+    tensors: dict[str, Held]
+    bits_per_byte: float | None
+
+
+class Life(NamedTuple):
+    """One rank's looks before and after training, and the names of the checkpoints there were at the end."""
+
+    before: Look
+    after: Look
+    checkpoints: list[str]
+
+
+class Plan(NamedTuple):
+    """One life.
+
+    Args:
+        config: of the run; its layout fits the number of ranks.
+        stop_after: step after which the run ends because one rank got SIGTERM; None: when the budget is spent.
+        look: whether to look at the tensors and to score the held-out text.
+        train: False ends the life after `resume`.
+        forget: names of checkpoints that are removed first, as if the run had died before it wrote them.
+    """
+
+    config: PretrainConfig
+    stop_after: int | None = None
+    look: bool = False
+    train: bool = True
+    forget: tuple[str, ...] = ()
+
+
+def trainer_on(config: PretrainConfig, world: int) -> Trainer:
+    """This rank's trainer, as `train.session` makes it."""
+    mesh = join(config, torch.device("cpu")) if world > 1 else None
+    return Trainer(config, build(config, mesh))
+
+
+def live(rank: int, world: int, plans: list[Plan]) -> list[Life]:
+    """The lives of some runs, one after the other, in these processes."""
+    return [_live(rank, world, plan) for plan in plans]
+
+
+def _live(rank: int, world: int, plan: Plan) -> Life:
+    checkpoints = Path(plan.config.run.directory) / plan.config.run.name / "checkpoints"
+    if rank == 0:
+        for name in plan.forget:
+            (checkpoints / name).rename(checkpoints.parent / f"forgotten_{name}")
+    dist.barrier()
+    trainer = trainer_on(plan.config, world)
+    trainer.resume()
+    before = look(trainer, closely=plan.look)
+    if plan.stop_after is not None and rank == world - 1:
+        # Ranks agree at the end of a step on what was asked before it; one process stops at once.
+        _terminate(trainer, during_step=plan.stop_after - (world > 1))
+    if plan.train:
+        trainer.fit()
+    names = sorted(path.name for path in checkpoints.glob("*"))
+    return Life(before, look(trainer, closely=plan.look), names)
+
+
+def _terminate(trainer: Trainer, *, during_step: int) -> None:
+    """Send this process SIGTERM while it takes a step (counted from 1)."""
+    take_step = trainer.take_step
+
+    def interrupted(*args: Any, **named: Any) -> None:
+        if trainer.state.step + 1 == during_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        take_step(*args, **named)
+
+    trainer.take_step = interrupted  # type: ignore[method-assign]
+
+
+def look(trainer: Trainer, *, closely: bool) -> Look:
+    """The state of now; copied, since the tensors are live."""
+    counters = trainer.state.to_json()
+    if not closely:
+        return Look(counters, {}, None)
+    tensors = {}
+    for name, value in trainer.tensors().items():
+        local = value.local if isinstance(value, Piece) else value
+        shape, offset = (
+            (value.global_shape, value.offset)
+            if isinstance(value, Piece)
+            else (tuple(value.shape), (0,) * value.dim())
+        )
+        bits = local.detach().contiguous().view(_BITS[local.element_size()]).numpy().copy()
+        tensors[name] = Held(bits, str(local.dtype), shape, offset)
+    return Look(counters, tensors, trainer.evaluate())
+
+
+def whole(looks: list[Look]) -> dict[str, tuple[str, NDArray[Any]]]:
+    """The global tensors, name -> (dtype, bits); every element from some rank, and copies equal to the bit."""
+    tensors: dict[str, tuple[str, NDArray[Any]]] = {}
+    known: dict[str, NDArray[np.bool_]] = {}
+    for rank, seen in enumerate(looks):
+        for name, held in seen.tensors.items():
+            dtype, bits = tensors.setdefault(name, (held.dtype, np.zeros(held.shape, dtype=held.bits.dtype)))
+            there = known.setdefault(name, np.zeros(held.shape, dtype=bool))
+            assert (dtype, bits.shape) == (held.dtype, held.shape), name
+            place = tuple(slice(o, o + n) for o, n in zip(held.offset, held.bits.shape, strict=True))
+            same = np.where(there[place], bits[place] == held.bits, True)  # noqa: FBT003
+            assert same.all(), f"{name}: rank {rank} holds another copy"
+            bits[place] = held.bits
+            there[place] = True
+    holes = [name for name, there in known.items() if not there.all()]
+    assert not holes, f"nobody holds all of {holes}"
+    return tensors
