@@ -92,35 +92,40 @@ class _Stage(PipelineStage):
     def _warmup_backward_result(self, received_result: Tensor | None = None) -> Tensor:
         return torch.tensor([1], dtype=torch.int32)
 
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """No first greetings either: before torch 2.13 a V's turning point would send one to itself."""
+        return []
+
     def _without_memory(self, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Let torch allocate its buffers on the meta device; `_fill` makes real ones when they are needed."""
+        """Let torch allocate its buffers on the meta device: shapes without memory."""
         device, self.device = self.device, torch.device("meta")
         try:
             return prepare(*args, **kwargs)
         finally:
             self.device = device
 
-    def _fill(self, infos: Sequence[Any]) -> None:
+    def _move_buffers(self, infos: Sequence[Any], device: torch.device | str) -> None:
+        """Give each receive buffer memory, or take it away again; what else is in `infos` has none."""
         for info in infos:
-            if not info.is_root_arg and info.tensor_meta is not None:
-                info.buffer = torch.empty(info.tensor_meta.shape, dtype=info.tensor_meta.dtype, device=self.device)
+            buffer: Tensor | None = getattr(info, "buffer", None)
+            if buffer is not None:
+                info.buffer = torch.empty_like(buffer, device=device, requires_grad=buffer.requires_grad)
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        self._fill(self.args_recv_info[fwd_chunk_id])
+        self._move_buffers(self.args_recv_info[fwd_chunk_id], self.device)
         operations = self._receives["forward", fwd_chunk_id] = super().get_fwd_recv_ops(fwd_chunk_id)
         return operations
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         if self.has_backward and not self.is_last:
-            self._fill(self.grad_recv_info[bwd_chunk_id])
+            self._move_buffers(self.grad_recv_info[bwd_chunk_id], self.device)
         operations = self._receives["backward", bwd_chunk_id] = super().get_bwd_recv_ops(bwd_chunk_id)
         return operations
 
     def _release(self, direction: str, chunk_id: int, infos: Sequence[Any]) -> None:
         """Drop a received buffer; torch's 1F1B holds the list of receives, and with it the buffer, until the next."""
         self._receives.pop((direction, chunk_id), []).clear()
-        for info in infos:
-            info.buffer = None
+        self._move_buffers(infos, "meta")
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)

@@ -65,9 +65,8 @@ def gradients_on(
     broken["two experts have changed places"] = _step(engine, batch)
     force(engine, weights | moments)
     experts = _step(engine, batch)
-    scaled = {
-        n: (first, g * np.float32(1 / layout.ep) if ".experts." in n else g) for n, (first, g) in experts.grads.items()
-    }
+    share = np.float32(1 / layout.ep)
+    scaled = {n: (first, grad * share if ".experts." in n else grad) for n, (first, grad) in experts.grads.items()}
     broken["expert gradients are averaged over the expert group"] = experts._replace(grads=scaled)
     return healthy, broken
 

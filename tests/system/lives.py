@@ -1,6 +1,6 @@
-"""One life of a run on some ranks, in process: what a launched worker does, with eyes at both ends of it.
+"""One life of a run on some ranks, in process: what a launched worker does, with an eye on it.
 
-    join -> build -> Trainer -> resume -> [look] -> fit -> [look]
+    join -> build -> Trainer -> resume -> [look] -> fit -> [or look here]
 
 A *look* is every tensor of the run's state as this rank holds it, its counters and, where asked for, the held-out bits
 per byte. The test puts the looks of all ranks together and compares runs bit by bit, without reading a checkpoint file:
@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -50,10 +50,10 @@ class Look(NamedTuple):
 
 
 class Life(NamedTuple):
-    """One rank's looks before and after training, and the names of the checkpoints there were at the end."""
+    """One rank's life: the look that was asked for, the last step, and the checkpoints there were at the end."""
 
-    before: Look
-    after: Look
+    look: Look
+    step: int
     checkpoints: list[str]
 
 
@@ -62,15 +62,17 @@ class Plan(NamedTuple):
 
     Args:
         config: of the run; its layout fits the number of ranks.
+        look: when: where the life takes the run up, or where it leaves it.
         stop_after: step after which the run ends because one rank got SIGTERM; None: when the budget is spent.
-        look: whether to look at the tensors and to score the held-out text.
+        score: whether the look scores the held-out text.
         train: False ends the life after `resume`.
-        forget: names of checkpoints that are removed first, as if the run had died before it wrote them.
+        forget: names of checkpoints that are put away first, as if the run had died before it wrote them.
     """
 
     config: PretrainConfig
+    look: Literal["before", "after"]
     stop_after: int | None = None
-    look: bool = False
+    score: bool = False
     train: bool = True
     forget: tuple[str, ...] = ()
 
@@ -94,14 +96,14 @@ def _live(rank: int, world: int, plan: Plan) -> Life:
     dist.barrier()
     trainer = trainer_on(plan.config, world)
     trainer.resume()
-    before = look(trainer, closely=plan.look)
+    before = look(trainer, score=plan.score) if plan.look == "before" else None
     if plan.stop_after is not None and rank == world - 1:
         # Ranks agree at the end of a step on what was asked before it; one process stops at once.
         _terminate(trainer, during_step=plan.stop_after - (world > 1))
     if plan.train:
         trainer.fit()
     names = sorted(path.name for path in checkpoints.glob("*"))
-    return Life(before, look(trainer, closely=plan.look), names)
+    return Life(before or look(trainer, score=plan.score), trainer.state.step, names)
 
 
 def _terminate(trainer: Trainer, *, during_step: int) -> None:
@@ -116,22 +118,15 @@ def _terminate(trainer: Trainer, *, during_step: int) -> None:
     trainer.take_step = interrupted  # type: ignore[method-assign]
 
 
-def look(trainer: Trainer, *, closely: bool) -> Look:
+def look(trainer: Trainer, *, score: bool) -> Look:
     """The state of now; copied, since the tensors are live."""
-    counters = trainer.state.to_json()
-    if not closely:
-        return Look(counters, {}, None)
     tensors = {}
     for name, value in trainer.tensors().items():
-        local = value.local if isinstance(value, Piece) else value
-        shape, offset = (
-            (value.global_shape, value.offset)
-            if isinstance(value, Piece)
-            else (tuple(value.shape), (0,) * value.dim())
-        )
-        bits = local.detach().contiguous().view(_BITS[local.element_size()]).numpy().copy()
-        tensors[name] = Held(bits, str(local.dtype), shape, offset)
-    return Look(counters, tensors, trainer.evaluate())
+        piece = value if isinstance(value, Piece) else Piece(value, tuple(value.shape), (0,) * value.dim())
+        local = piece.local.detach().contiguous()
+        bits = local.view(_BITS[local.element_size()]).numpy().copy()
+        tensors[name] = Held(bits, str(local.dtype), piece.global_shape, piece.offset)
+    return Look(trainer.state.to_json(), tensors, trainer.evaluate() if score else None)
 
 
 def whole(looks: list[Look]) -> dict[str, tuple[str, NDArray[Any]]]:
@@ -144,8 +139,7 @@ def whole(looks: list[Look]) -> dict[str, tuple[str, NDArray[Any]]]:
             there = known.setdefault(name, np.zeros(held.shape, dtype=bool))
             assert (dtype, bits.shape) == (held.dtype, held.shape), name
             place = tuple(slice(o, o + n) for o, n in zip(held.offset, held.bits.shape, strict=True))
-            same = np.where(there[place], bits[place] == held.bits, True)  # noqa: FBT003
-            assert same.all(), f"{name}: rank {rank} holds another copy"
+            assert (bits[place] == held.bits)[there[place]].all(), f"{name}: rank {rank} holds another copy"
             bits[place] = held.bits
             there[place] = True
     holes = [name for name, there in known.items() if not there.all()]
