@@ -302,9 +302,9 @@ def down_proj_dgrad_operand(case: Case, dispatcher: TokenDispatcher) -> tuple[Qu
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels.fp8_linear, "quantize_tiles", remember)
         routed_experts(case, Recording(), "fp8")
-    # Forward: gate_up_proj, down_proj; backward: down_proj, gate_up_proj.
-    assert len(quantised) == 4
-    return quantised[2], ends[0]
+    # Forward: gate_up_proj; SwiGLU's input for backward; down_proj. Backward: down_proj, gate_up_proj.
+    assert len(quantised) == 5
+    return quantised[3], ends[0]
 
 
 def compare_dgrad_operands(rank: int, world: int) -> dict[str, int]:

@@ -31,8 +31,8 @@ from train.model.transformer import recompute_up_projections
 from train.stage import Stage
 from train.step import Engine, StepGradients, apply_update, compute_gradients
 
-# Micro-batches, and sequences of each: repeated, fewer, back again, longer ones, too few to fill the pipeline.
-CASES = ((8, 2), (8, 2), (4, 2), (8, 2), (4, 4), (2, 2))
+# Micro-batches, and sequences of each: repeated, fewer, as few but larger, as at first, too few to fill the pipeline.
+CASES = ((8, 2), (8, 2), (4, 2), (4, 4), (8, 2), (2, 2))
 # Of an FP8 step whose operators are counted.
 COUNTED = (4, 2)
 

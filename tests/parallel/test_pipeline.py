@@ -68,7 +68,7 @@ def walks(request: pytest.FixtureRequest) -> Walks:
 
 
 def test_any_number_of_micro_batches_gives_the_losses_and_gradients_of_one_process(walks: Walks) -> None:
-    """8, 8, 4, 8 micro-batches, longer ones, and fewer than fill the pipeline, one after another."""
+    """8, 8, 4, 4 larger, 8 micro-batches, then fewer than fill the pipeline, one step after another."""
     for facts in (facts for rank in walks[1] for facts in rank.steps):
         assert facts.same_losses, "a pipeline changes no bit of the forward"
         assert facts.error[0] <= GRADIENT_BOUND, facts.error
@@ -78,7 +78,7 @@ def test_any_number_of_micro_batches_gives_the_losses_and_gradients_of_one_proce
 def test_a_step_repeats_bit_for_bit_the_first_one_included(walks: Walks) -> None:
     """torch left to itself infers shapes by a forward and a backward of the first step, which stay in the gradients."""
     for rank in walks[1]:
-        assert [facts.repeats for facts in rank.steps] == [True, True, None, True, None, None]
+        assert [facts.repeats for facts in rank.steps] == [True, True, None, None, True, None]
         for facts, (micro_batches, _) in zip(rank.steps, CASES, strict=True):
             assert set(facts.forwards.values()) == {micro_batches}
             assert facts.forwards.keys() == rank.holds.keys()
