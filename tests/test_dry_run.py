@@ -13,6 +13,7 @@ import re
 import resource
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -345,7 +346,7 @@ def test_real_ranks_hold_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> 
         assert 0 <= found.held - fake.held <= (late if late is not None else 2 * fake.dispatch)
         if late is not None:
             # Not for the last layout: gloo copies whole buckets to reduce them.
-            assert -hidden <= (found.held + found.transient) - (fake.held + fake.transient) <= late
+            assert 0 <= (found.held + found.transient) - (fake.held + fake.transient) <= late
         assert fake.held > 10 * (late or fake.dispatch), "the bound must be small beside what it bounds"
 
 
@@ -356,7 +357,7 @@ def test_more_micro_batches_than_the_plan_takes_hold_no_more(
     schedule: str, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout = {"layout_pp": 3, "layout_schedule": schedule, "model_num_hidden_layers": 6}
-    config = small(dry_run="true", rank=rank, **layout)
+    config = replace(small(**layout), rank=rank)
     taken: list[tuple[int, Memory]] = []
 
     def spy(config: PretrainConfig, mesh: Any, *, num_micro_batches: int) -> Memory:

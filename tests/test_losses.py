@@ -36,7 +36,7 @@ def batch() -> Batch:
 
 
 def step_of(parts: Engine, data: Batch, *, micro_batches: int = 1) -> StepGradients:
-    return compute_gradients(parts, data, num_micro_batches=micro_batches, num_sequences=len(data.labels), now=NOW)
+    return compute_gradients(parts, data, num_micro_batches=micro_batches, now=NOW)
 
 
 def gradients(micro_batches: int) -> tuple[StepGradients, dict[str, torch.Tensor]]:

@@ -38,7 +38,7 @@ class LossWeights:
 
     def balance_weight(self) -> Tensor:
         """alpha * N / S, FP32 0-d."""
-        return (self.balance_alpha * self.num_targets.double() / max(self.num_sequences, 1)).float()
+        return (self.balance_alpha * self.num_targets.double() / self.num_sequences).float()
 
 
 @dataclass(frozen=True)

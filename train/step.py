@@ -82,7 +82,7 @@ def routers(models: list[Transformer]) -> dict[int, Router]:
 
 
 def compute_gradients(
-    engine: Engine, batch: Batch, *, num_micro_batches: int, num_sequences: int, now: Now, stop: bool = False
+    engine: Engine, batch: Batch, *, num_micro_batches: int, now: Now, stop: bool = False
 ) -> StepGradients:
     """Forward and backward over every micro-batch; leaves clipped mean gradients in the optimizer's segments.
 
@@ -91,8 +91,7 @@ def compute_gradients(
         batch: this data rank's share of the step, on the host; the same on every rank of a pipeline. Any micro-batch
             may lack targets.
         num_micro_batches: pieces the share is cut into.
-        num_sequences: S, sequences of the whole step over all ranks.
-        now: schedule values of this step.
+        now: schedule values of this step; its batch is that of all ranks.
         stop: whether this rank was asked to stop.
     Returns:
         StepGradients; reading any of its tensors synchronises.
@@ -103,7 +102,7 @@ def compute_gradients(
     own = torch.tensor([batch.num_targets if mesh.pp.rank == 0 else 0, int(stop)])
     shared = sum_over(own.to(mesh.device, non_blocking=True), mesh.world)
     num_targets, num_stops = shared.unbind()
-    weights = LossWeights(now.mtp_weight, now.balance_alpha, num_targets, num_sequences)
+    weights = LossWeights(now.mtp_weight, now.balance_alpha, num_targets, now.batch_sequences)
     tally = Tally(config, mesh.device)
     for stage in engine.stages.values():
         stage.begin(weights, tally)
@@ -114,7 +113,7 @@ def compute_gradients(
     tally.reduce(mesh.world)
     main, *further = (tally.losses / num_targets.clamp(min=1)).unbind()
     mtp = torch.stack(further).mean() if further else torch.zeros_like(main)
-    balance = tally.balance.sum() / max(num_sequences, 1)
+    balance = tally.balance.sum() / now.batch_sequences
     total = main + now.mtp_weight * mtp + now.balance_alpha * balance
     return StepGradients(
         loss_total=total,

@@ -101,7 +101,6 @@ class Trainer:
             self.engine,
             batch,
             num_micro_batches=share // self.config.run.micro_batch_sequences,
-            num_sequences=now.batch_sequences,
             now=now,
             stop=stop,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -185,8 +185,8 @@ def part_of_batch(micro_batches: int, sequences: int) -> Batch:
 
 
 def gradients_of(engine: Engine, micro_batches: int, sequences: int) -> StepGradients:
-    batch, count = part_of_batch(micro_batches, sequences), micro_batches * sequences
-    return compute_gradients(engine, batch, num_micro_batches=micro_batches, num_sequences=count, now=NOW)
+    now = replace(NOW, batch_sequences=micro_batches * sequences)
+    return compute_gradients(engine, part_of_batch(micro_batches, sequences), num_micro_batches=micro_batches, now=now)
 
 
 def copied_gradients(engine: Engine) -> dict[str, Tensor]:

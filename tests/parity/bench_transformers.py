@@ -62,8 +62,7 @@ def our_step(config: ModelConfig, name: str, batch: Batch) -> Callable[[], objec
     updates = iter(range(1, 10**9))
 
     def step() -> None:
-        sequences = len(batch.labels)
-        gradients = compute_gradients(engine, batch, num_micro_batches=1, num_sequences=sequences, now=NOW)
+        gradients = compute_gradients(engine, batch, num_micro_batches=1, now=NOW)
         apply_update(engine, gradients, now=NOW, update=next(updates))
 
     return step

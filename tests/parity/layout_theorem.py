@@ -150,7 +150,7 @@ def take_step(engine: Engine, step: int) -> StepGradients:
     dp = engine.mesh.dp
     share = batch_of(step).share(dp.rank, dp.size)
     pieces = SEQUENCES // dp.size // MICRO_BATCH
-    return compute_gradients(engine, share, num_micro_batches=pieces, num_sequences=SEQUENCES, now=NOW)
+    return compute_gradients(engine, share, num_micro_batches=pieces, now=NOW)
 
 
 def gradient_pieces(engine: Engine) -> dict[str, Piece]:

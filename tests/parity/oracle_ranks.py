@@ -11,6 +11,7 @@ Shapes: pieces [elements] FP32; batches [sequences, tokens]. Putting pieces toge
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,8 +78,7 @@ def _step(engine: Engine, batch: Batch) -> RankGradients:
         engine,
         batch.share(dp.rank, dp.size),
         num_micro_batches=sequences // dp.size // MICRO_BATCH,
-        num_sequences=sequences,
-        now=NOW,
+        now=replace(NOW, batch_sequences=sequences),
     )
     pieces = gradient_pieces(engine)
     return RankGradients(

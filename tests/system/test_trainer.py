@@ -88,7 +88,7 @@ def test_the_learning_rate_and_gamma_of_the_step_are_applied(config: PretrainCon
     parts = trainer.parts
     batch = parts.stream.take(0, 2)
     now = replace(at(config.schedule, step=50, tokens_seen=0), lr=1e-3, bias_speed=0.25)
-    gradients = compute_gradients(parts.engine, batch, num_micro_batches=1, num_sequences=2, now=now)
+    gradients = compute_gradients(parts.engine, batch, num_micro_batches=1, now=now)
     before = parts.engine.optimizer.masters()["lm_head.weight"].local.clone()
     apply_update(parts.engine, gradients, now=now, update=1)
     moved = (parts.engine.optimizer.masters()["lm_head.weight"].local - before).abs()
@@ -111,7 +111,7 @@ def test_the_bias_balances_a_skewed_router_and_gamma_0_does_not(config: Pretrain
         for step in range(60):
             batch = parts.stream.take(2 * step, 2)
             now = replace(at(config.schedule, step=step, tokens_seen=0), lr=0.0, bias_speed=gamma)
-            gradients = compute_gradients(parts.engine, batch, num_micro_batches=1, num_sequences=2, now=now)
+            gradients = compute_gradients(parts.engine, batch, num_micro_batches=1, now=now)
             apply_update(parts.engine, gradients, now=now, update=step + 1)
             counts = gradients.counts[1].double()
             seen.append(float(counts.max() / counts.mean() - 1))
