@@ -267,9 +267,11 @@ class _Fp8SwigluLinear(torch.autograd.Function):
         kept = Quantized(payload, scale)
         if weight.requires_grad:
             dyq_t = quantize_tiles_transposed(dy, power_of_two=power_of_two)  # [out, rows]
+            # Not dy.dtype below: the waiting closure would keep all of dy alive.
+            dtype = dy.dtype
 
             def wgrad() -> None:
-                h = _activate(dequantize_tiles(kept, out_dtype=dy.dtype), gates)
+                h = _activate(dequantize_tiles(kept, out_dtype=dtype), gates)
                 hq_t = quantize_tiles_transposed(h, power_of_two=power_of_two)  # [inter, rows]
                 dense = group_ends is None
                 dw = gemm_tile_tile(dyq_t, hq_t) if dense else grouped_gemm_tile_tile(dyq_t, hq_t, group_ends)

@@ -69,6 +69,53 @@ def balanced_split(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     return best_cut(lambda squares, cost: squares + cost * cost, dearest)[1]
 
 
+def balanced_v(costs: Sequence[float], ranks: int) -> tuple[int, ...]:
+    """Cut a row of layers into 2 x ranks consecutive stages so that the dearest *rank* of a V is as cheap as possible.
+
+    Rank r owns stages r and 2 ranks - 1 - r: layers are dealt from both ends inwards, each rank taking one stage of
+    either. Balanced stages would leave the first rank, which ends with head and MTP, a full first stage besides.
+
+    Args:
+        costs: of each layer, as for `balanced_split`.
+        ranks: pipeline ranks; at most half as many as layers.
+    Returns:
+        layers of each stage, at least one each; of equally good cuts the one with the least sum of squared stages.
+    Source: ours; dynamic programming over (layers dealt from the front, from the back).
+    """
+    assert 1 <= ranks <= len(costs) // 2, (ranks, len(costs))
+    dearest, _ = _deal(costs, ranks, join=lambda joined, first, last: max(joined, first + last), limit=math.inf)
+    # As in `balanced_split`, evenness is sought in a second pass, among the cuts that the first one allows.
+    _, layers = _deal(costs, ranks, join=lambda joined, first, last: joined + first**2 + last**2, limit=dearest)
+    return layers
+
+
+def _deal(
+    costs: Sequence[float], ranks: int, *, join: Callable[[float, float, float], float], limit: float
+) -> tuple[float, tuple[int, ...]]:
+    """The cut into a V with the least joined cost, none of whose ranks costs more than `limit`."""
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    # best[front, back] = (joined costs, fronts, backs) with so many layers dealt from either end.
+    best: dict[tuple[int, int], tuple[float, tuple[int, ...], tuple[int, ...]]] = {(0, 0): (0.0, (), ())}
+    for rank in range(ranks):
+        found: dict[tuple[int, int], list[tuple[float, tuple[int, ...], tuple[int, ...]]]] = {}
+        for (front, back), (joined, fronts, backs) in best.items():
+            left = len(costs) - front - back
+            # Every rank further in needs two layers; the innermost takes all that is left.
+            most = left - 2 * (ranks - 1 - rank)
+            for ahead in range(1, most):
+                for behind in range(most - ahead if rank == ranks - 1 else 1, most - ahead + 1):
+                    first = sums[front + ahead] - sums[front]
+                    last = sums[len(costs) - back] - sums[len(costs) - back - behind]
+                    if first + last <= limit:
+                        cut = (join(joined, first, last), (*fronts, ahead), (*backs, behind))
+                        found.setdefault((front + ahead, back + behind), []).append(cut)
+        best = {place: min(cuts) for place, cuts in found.items()}
+    joined, fronts, backs = min(best.values())
+    return joined, (*fronts, *reversed(backs))
+
+
 class _Stage(PipelineStage):
     """A stage whose receive buffers live from the receive to the end of that micro-batch's backward.
 

@@ -20,8 +20,8 @@ from torch.distributed import ProcessGroup
 from parallel.expert import ExpertParallelDispatcher
 from parallel.mesh import Mesh, cpu_group, single
 from parallel.pieces import Piece
-from parallel.pipeline import Pipeline, balanced_split
-from parallel.schedules import num_stages, stage_ids
+from parallel.pipeline import Pipeline, balanced_split, balanced_v
+from parallel.schedules import num_stages, schedule_facts, stage_ids
 from parallel.zero import GradientBuckets
 from train.config import PretrainConfig
 from train.data.store import TokenStore, check_same_tokenizer
@@ -114,11 +114,19 @@ def layer_costs(config: ModelConfig) -> list[float]:
     return costs
 
 
+def balanced_layers(config: ModelConfig, schedule: str, pp: int) -> tuple[int, ...]:
+    """Layers of each stage, so that the pipeline rank with the most work has as little as possible."""
+    costs = layer_costs(config)
+    if pp > 1 and schedule_facts(schedule).placement == "v":
+        return balanced_v(costs, pp)
+    return balanced_split(costs, num_stages(schedule, pp))
+
+
 def parts_of_stages(config: ModelConfig, mesh: Mesh) -> dict[int, Part]:
     """Stage index -> what it holds, for the stages of this rank."""
     layout = mesh.layout
     count = num_stages(layout.schedule, mesh.pp.size)
-    layers = layout.stage_layers or balanced_split(layer_costs(config), count)
+    layers = layout.stage_layers or balanced_layers(config, layout.schedule, mesh.pp.size)
     assert len(layers) == count, (layers, count)
     starts = [sum(layers[:index]) for index in range(count + 1)]
     return {

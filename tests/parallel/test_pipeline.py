@@ -13,7 +13,7 @@ from collections import Counter
 import pytest
 
 from parallel.mesh import Layout
-from parallel.pipeline import balanced_split
+from parallel.pipeline import balanced_split, balanced_v
 from parallel.schedules import SCHEDULES
 from tests.parallel.pipeline_ranks import CASES, COUNTED, Walks, announced, count_calls, walk
 from tests.parity.layout_theorem import MODEL
@@ -59,6 +59,29 @@ def test_a_split_keeps_the_dearest_stage_cheap_and_evens_out_the_others() -> Non
     assert balanced_split([1.0] * 61, 16) == (3, 3, 3) + (4,) * 13
     # A layer dearer than all others together stands alone, and no stage is empty for it.
     assert balanced_split([1, 1, 1, 100], 3) == (1, 2, 1)
+
+
+@pytest.mark.parametrize("ranks", range(1, 4))
+def test_a_balanced_v_is_the_best_of_all_cuts_for_the_ranks(ranks: int) -> None:
+    """Cheapest dearest rank, then least sum of squared stages: whole costs, so that every sum is exact."""
+    rng = random.Random(ranks)
+    for layers, spread, _ in itertools.product(range(2 * ranks, 10), (1, 3, 1000), range(6)):
+        costs = [float(rng.randint(1, spread)) for _ in range(layers)]
+
+        def rating(cut: tuple[int, ...], costs: list[float] = costs) -> tuple[float, float]:
+            parts = stage_costs(costs, cut)
+            pairs = [first + last for first, last in zip(parts, reversed(parts), strict=True)]
+            return max(pairs[:ranks]), sum(part * part for part in parts)
+
+        found = balanced_v(costs, ranks)
+        assert min(found) >= 1
+        assert rating(found) == min(map(rating, every_cut(layers, 2 * ranks))), costs
+
+
+def test_a_v_relieves_the_rank_that_also_ends() -> None:
+    # By hand: the last layer with its head costs as much as eight others; with two more its rank has 10 of 19.
+    assert balanced_v([1.0] * 11 + [8.0], 2) == (2, 4, 5, 1)
+    assert balanced_split([1.0] * 11 + [8.0], 4) == (3, 4, 4, 1), "which would leave rank 0 with 11"
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
