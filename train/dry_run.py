@@ -29,7 +29,6 @@ from parallel.expert import ExpertParallelDispatcher
 from parallel.grads import reduce_and_clip
 from parallel.mesh import Layout, Mesh, init_processes, make_mesh
 from parallel.pipeline import Pipeline
-from parallel.schedules import schedule_facts
 from train.build import assemble, build_stages, parts_of_stages
 from train.config import PretrainConfig
 from train.losses import LossWeights
@@ -97,7 +96,7 @@ def dry_run(config: PretrainConfig) -> str:
         points = ramp_points(
             config.schedule, layout, config.run.micro_batch_sequences, functools.cache(idle.most_in_flight)
         )
-        memory = measure(config, mesh, num_micro_batches=_enough(points, idle))
+        memory = measure(config, mesh, num_micro_batches=_enough(points, layout))
     finally:
         dist.destroy_process_group()
     lines = [
@@ -114,12 +113,14 @@ def dry_run(config: PretrainConfig) -> str:
     return "\n".join(lines)
 
 
-def _enough(points: list[RampPoint], pipeline: Pipeline) -> int:
-    """Micro-batches at which the full batch's peak is reached: more only repeat the same round."""
-    last, layout = points[-1], pipeline.mesh.layout
-    fewest = schedule_facts(layout.schedule).min_micro_batches(layout.pp)
-    counts = range(fewest, last.micro_batches + 1)
-    return next(count for count in counts if pipeline.most_in_flight(count) == last.in_flight)
+def _enough(points: list[RampPoint], layout: Layout) -> int:
+    """Micro-batches at which the full batch's peak is reached: more only repeat the same round.
+
+    What is in flight may be most with fewer; but weight gradients that wait for their slot hold more than the
+    activations that they replace, and most of them wait from 2 pp - 1 micro-batches on. One more lets a receive buffer
+    meet them.
+    """
+    return min(2 * layout.pp, points[-1].micro_batches)
 
 
 def measure(config: PretrainConfig, mesh: Mesh, *, num_micro_batches: int) -> Memory:

@@ -2,7 +2,7 @@
 
 Against a reference that rounds those sums as the wire does (`PartialSums`), a layout differs by FP32 sums: the bound of
 `test_layouts.py`. In FP8 the gradient of expert weights is also regrouped from 1x128 to 128x1 tiles; what falls below
-the normal range of its new tile moves by at most 2^-10 of a scale that is at least amax / 448: 4.4e-6 of a tile's
+the normal range of its new tile moves by at most 2^-10 of a scale below 2 amax / 448: 4.4e-6 of a tile's
 largest element, at most 1.5e-5 of its RMS (amax / RMS of 128 normal numbers is 2.7).
 
 Against the plain reference, whose sums are rounded otherwise, two runs differ as two runs do whose roundings are
