@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 # cuBLAS repeats bit for bit only with a fixed workspace; it reads this once, when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -21,6 +22,9 @@ from train.config import PretrainConfig, compose, to_yaml
 from train.dry_run import dry_run
 from train.observe.guards import TrainingStopped
 from train.session import Place, pretrain
+
+# How long the first rank may start after the others and still be heard when it refuses a configuration.
+SPEAKER_S = 30
 
 
 def meet(config: PretrainConfig, *, rank: int, world: int) -> Place:
@@ -52,9 +56,12 @@ def main(arguments: list[str]) -> int:
         else:
             pretrain(config, meet(config, rank=rank, world=world))
     except (ValueError, TrainingStopped) as error:
-        # What is wrong for one rank is wrong for all: one of them says it.
+        # What is wrong for one rank is wrong for all: one of them says it. torchrun ends all ranks of a node as soon as
+        # one has ended, so the others wait: else a first rank that starts more slowly would be ended unheard.
         if rank == 0:
             print(f"pretrain: {error}", file=sys.stderr)
+        else:
+            time.sleep(SPEAKER_S)
         return 3 if isinstance(error, TrainingStopped) else 2
     return 0
 

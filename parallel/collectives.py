@@ -100,17 +100,3 @@ def sum_over(x: Tensor, axis: Axis) -> Tensor:
     if axis.group is not None:
         dist.all_reduce(x, op=dist.ReduceOp.SUM, group=axis.group)
     return x
-
-
-def max_over(x: Tensor, axis: Axis) -> Tensor:
-    """Elementwise maximum of a tensor over the ranks of an axis, in place.
-
-    Args:
-        x: the same shape and dtype on every rank.
-        axis: who takes part.
-    Returns:
-        x, which now holds the maximum on every rank.
-    """
-    if axis.group is not None:
-        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=axis.group)
-    return x

@@ -93,6 +93,7 @@ def _expert_choices(layout: Layout, workload: Workload) -> list[int]:
         if layout.dp % ep == 0
         and workload.n_routed_experts % ep == 0
         and not _groups_across_nodes(replace(layout, ep=ep), workload)
+        and not _straddles(replace(layout, ep=ep))
     ]
 
 
@@ -141,6 +142,17 @@ def _check_routing_groups(layout: Layout, workload: Workload) -> None:
             f"{first} to {last}, which lie on two nodes of layout.ranks_per_node={layout.ranks_per_node}, so that "
             f"node-limited routing would not limit nodes: use {_either_ep(layout, workload)}"
         )
+    if _straddles(layout):
+        raise ValueError(
+            f"layout.ep={layout.ep} does not divide layout.ranks_per_node={layout.ranks_per_node}, so that some expert "
+            f"groups would lie on two nodes: use {_either_ep(layout, workload)}"
+        )
+
+
+def _straddles(layout: Layout) -> bool:
+    """Whether an expert group that would fit a node lies on two."""
+    node = layout.ranks_per_node
+    return layout.world > node and layout.ep <= node and node % layout.ep > 0
 
 
 def _check_layers(layout: Layout, workload: Workload) -> None:

@@ -16,7 +16,8 @@ ep is innermost, so that neighbours lie on one node; `parallel/layout_check.py` 
 Groups are made with `new_group` and not through a DeviceMesh, because a DeviceMesh gives its groups torch's default
 timeout instead of ours, makes groups of one rank, and flattens two axes only through a private method. An axis of one
 rank has no group; axes with the same ranks share one. NCCL communicators form lazily, at a group's first collective,
-which `make_mesh` runs at once: an unreachable peer shows here and not in the middle of the first step.
+which `make_mesh` runs at once: an unreachable peer shows here and not in the middle of the first step (those of two
+pipeline neighbours form at their first message).
 
 It moves no tensors of the model and knows nothing of it.
 """
@@ -50,6 +51,8 @@ class Layout:
         zero: ZeRO-1, optimizer states sharded over dp (dense) and edp (experts).
         ranks_per_node: ranks joined by NVLink; rank // ranks_per_node is the node.
         stage_layers: layers of each stage; None balances them by cost.
+        max_waiting_wgrads: stages' weight gradients that may wait for their slot on one rank, each with its operands;
+            the oldest runs at once where a schedule would let more wait. None: as many as the schedule likes.
     Raises:
         ValueError: impossible whatever the model; the message gives the nearest layouts that work.
     Source: arXiv:2412.19437 §3.2 for the axes.
@@ -62,11 +65,14 @@ class Layout:
     zero: bool = True
     ranks_per_node: int = 8
     stage_layers: tuple[int, ...] | None = None
+    max_waiting_wgrads: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("pp", "dp", "ep", "ranks_per_node"):
             if getattr(self, field) < 1:
                 raise ValueError(f"layout.{field}={getattr(self, field)} is too small: use 1 or more")
+        if self.max_waiting_wgrads is not None and self.max_waiting_wgrads < 0:
+            raise ValueError(f"layout.max_waiting_wgrads={self.max_waiting_wgrads} is negative: use 0 or more, or null")
         stages = num_stages(self.schedule, self.pp)
         if self.dp % self.ep:
             fits = [ep for ep in range(1, self.dp + 1) if self.dp % ep == 0]
@@ -237,8 +243,7 @@ def _make_groups(
 def _connect(axes: dict[str, Axis], device: torch.device) -> None:
     """Form the NCCL communicators now, each with all its ranks, in one order everywhere."""
     for axis in axes.values():
-        # The world's is not used by the step: 2,048 ranks need not all meet.
-        if axis.group is not None and axis.group is not dist.group.WORLD:
+        if axis.group is not None:
             dist.all_reduce(torch.zeros(1, device=device), group=axis.group)
 
 

@@ -70,4 +70,8 @@ class NetworkConfig:
                 f"network.backend=nccl moves tensors between CUDA GPUs, but the device is {device_type}: "
                 "use network.backend=gloo or auto"
             )
+        if self.backend == "gloo" and device_type == "cuda":
+            raise ValueError(
+                "network.backend=gloo cannot exchange tensors of CUDA GPUs: use network.backend=nccl or auto"
+            )
         return self.backend

@@ -19,6 +19,7 @@ Not here: what a stage computes (`train/stage.py`), expert and data parallelism 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -116,15 +117,47 @@ def _deal(
     return joined, (*fronts, *reversed(backs))
 
 
+class _Waiting:
+    """Weight gradients of one rank's stages between the I slot that made them and their W slot, at most `limit`.
+
+    A zero-bubble schedule lets them pile up in its cool-down: on V3's last rank 31 stages' worth, each holding the
+    operands of its GEMMs. Beyond the limit the oldest runs at once, and its slot is then empty. The order stays the
+    same, so that no bit changes.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self._runners: deque[Callable[[], None]] = deque()
+        self.most = 0
+
+    def add(self, runner: Callable[..., None]) -> Callable[[], None]:
+        """Let a runner wait; returns what the W slot calls, which runs it unless it has run."""
+
+        def run() -> None:
+            if run in self._runners:
+                self._runners.remove(run)
+                runner()
+
+        self._runners.append(run)
+        while self.limit is not None and len(self._runners) > self.limit:
+            self._runners[0]()
+        self.most = max(self.most, len(self._runners))
+        return run
+
+
 class _Stage(PipelineStage):
     """A stage whose receive buffers live from the receive to the end of that micro-batch's backward.
 
     torch keeps one pair per micro-batch for the whole run: at V3's size, 120 micro-batches of 59 MB, twice.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, waiting: _Waiting, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._receives: dict[tuple[str, int], list[dist.P2POp]] = {}
+        self._waiting = waiting
+        # A schedule of several stages a rank sends in batches of one direction only; 1F1B mixes them, and waits itself.
+        self.sends_itself = False
+        self._sends: deque[Any] = deque()
 
     def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
         return self._without_memory(super()._prepare_forward_infra, *args, **kwargs)
@@ -163,6 +196,28 @@ class _Stage(PipelineStage):
         operations = self._receives["forward", fwd_chunk_id] = super().get_fwd_recv_ops(fwd_chunk_id)
         return operations
 
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._send(super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._send(super().get_bwd_send_ops(bwd_chunk_id))
+
+    def _send(self, operations: list[dist.P2POp]) -> list[dist.P2POp]:
+        """Send at once and let go of what has arrived, where the runtime would hold every send till the step's end."""
+        if not self.sends_itself:
+            return operations
+        for sent in operations:
+            work = sent.op(sent.tensor, group=sent.group, tag=sent.tag, group_dst=sent.group_peer)
+            self._sends.append(work)
+        while self._sends and self._sends[0].is_completed():
+            self._sends.popleft().wait()
+        return []
+
+    def finish_sends(self) -> None:
+        """Wait for what is still on its way."""
+        while self._sends:
+            self._sends.popleft().wait()
+
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         if self.has_backward and not self.is_last:
             self._move_buffers(self.grad_recv_info[bwd_chunk_id], self.device)
@@ -182,6 +237,8 @@ class _Stage(PipelineStage):
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        if bwd_chunk_id in self.dw_runner:
+            self.dw_runner[bwd_chunk_id] = self._waiting.add(self.dw_runner[bwd_chunk_id])
         self._release("backward", bwd_chunk_id, self.grad_recv_info[bwd_chunk_id])
 
 
@@ -201,6 +258,8 @@ class Pipeline:
         self.num_stages = num_stages(mesh.layout.schedule, mesh.pp.size)
         self._built_for: tuple[object, ...] | None = None
         self._schedule: Any = None
+        self._torch_stages: list[_Stage] = []
+        self._waiting = _Waiting(mesh.layout.max_waiting_wgrads)
 
     def run(self, inputs: Inputs, *, num_micro_batches: int) -> None:
         """Forward and backward of every micro-batch; gradients end up in `main_grad`, losses in what the stages note.
@@ -220,6 +279,8 @@ class Pipeline:
         last = {"target": inputs["labels"]} if self.num_stages - 1 in self.stages else {}
         with deferred.deferred():
             schedule.step(*first, **last, **inputs, return_outputs=False)
+        for running in self._torch_stages:
+            running.finish_sends()
 
     @torch.no_grad()
     def relay(self, inputs: Inputs, forward: Callable[[nn.Module, Tensor | None], Tensor]) -> Tensor | None:
@@ -275,6 +336,7 @@ class Pipeline:
         if self._built_for != wanted:
             sample = torch.empty(shape, dtype=input_ids.dtype, device="meta")
             self._schedule = self._new_schedule(sample, num_micro_batches)
+            self._torch_stages = getattr(self._schedule, "_stages", None) or [self._schedule._stage]
             self._built_for = wanted
         return self._schedule
 
@@ -282,6 +344,8 @@ class Pipeline:
         """torch's schedule object over this rank's stages; `sample` has the shape of one micro-batch's token ids."""
         stages = [self._torch_stage(index, module, sample) for index, module in sorted(self.stages.items())]
         facts = SCHEDULES[self.mesh.layout.schedule]
+        for stage in stages:
+            stage.sends_itself = facts.stages_per_rank > 1
         return get_schedule_class(facts.name)(
             stages if facts.stages_per_rank > 1 else stages[0],
             num_micro_batches,
@@ -302,6 +366,7 @@ class Pipeline:
             output_args=loss if index == self.num_stages - 1 else hidden,
             group=self.mesh.pp.group,
             dw_builder=deferred.take,
+            waiting=self._waiting,
         )
 
 

@@ -73,9 +73,6 @@ def plan(config: PretrainConfig, *, rank: int, num_micro_batches: int) -> tuple[
         dist.destroy_process_group()
 
 
-# ---------------------------------------------------------------------------------------------- the command
-
-
 def table_of(output: str) -> dict[str, float]:
     """Row -> GB of the memory table, GB or TFLOP of the others."""
     rows = re.findall(r"^(\S.*?)\s{2,}([\d.]+) (?:GB|TFLOP)$", output, flags=re.MULTILINE)
@@ -183,9 +180,6 @@ def test_a_rank_that_does_not_exist_is_refused(run_command: RunCommand) -> None:
         dry_run(replace(small(), rank=-1))
 
 
-# ---------------------------------------------------------------------------------------------- state, in bytes
-
-
 @pytest.mark.parametrize(
     ("layout", "ranks"),
     [
@@ -219,9 +213,6 @@ def test_dispatch_buffers_are_the_rows_of_the_widest_exchange(ep: int, topk: int
     memory, _ = plan(config, rank=ep - 1, num_micro_batches=1)
     assert memory.dispatch == 2 * (40 * destinations) * (2 * 128)
     assert plan(small(), rank=0, num_micro_batches=1)[0].dispatch == 0
-
-
-# ---------------------------------------------------------------------------------------------- activations
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_ids: Tensor | None) -> Tensor:

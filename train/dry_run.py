@@ -8,7 +8,8 @@ The rank's own model, optimizer and pipeline schedule run: forward, backward, re
 the tensors that were built, activations from what is alive during the schedule (`train/plan/live.py`); FLOPs and bytes
 on the wire are closed forms (`train/plan/flops.py`, `train/plan/traffic.py`).
 
-Left out: what CUDA, NCCL and the allocator take for themselves (some GB), and temporaries inside kernels. Routing is
+Left out: what CUDA, NCCL and the allocator take for themselves (some GB), messages to other stages that are still on
+their way, the masks of `data.mask_documents`, and temporaries inside kernels. Routing is
 never perfectly balanced, so a real rank needs room above the figure.
 """
 

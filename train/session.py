@@ -14,14 +14,16 @@ Not here: the environment (`launch/pretrain.py` reads it), exit codes.
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from parallel.mesh import Mesh, init_processes, make_mesh, shutdown
 from parallel.watchdog import Watchdog
-from train.build import build, choose_device, open_stores
+from train.build import Stores, build, choose_device, open_stores
 from train.config import PretrainConfig
 from train.observe.guards import TrainingStopped
 from train.trainer import Trainer
@@ -51,15 +53,13 @@ def pretrain(config: PretrainConfig, place: Place) -> None:
     if place.rank > 0:
         # What is worth a warning, a damaged checkpoint, is the same for all: the first rank says it.
         logging.getLogger("train").setLevel(logging.ERROR)
-    stores = open_stores(config)
-    device = choose_device(config.run.device)
     if place.store is None:
-        run_trainer(Trainer(config, build(config, stores=stores)))
+        stores, _, _ = prepare(config, place)
+        trainer = Trainer(config, build(config, stores=stores))
+        trainer.resume()
+        trainer.fit()
         return
-    if device.type == "cuda":
-        device = torch.device("cuda", place.local_rank)
-        torch.cuda.set_device(device)
-    backend = config.network.backend_for(device.type)
+    stores, device, backend = agree_to_start(config, place)
     agreed: Exception | None = None
     with Watchdog(
         PrefixStore("watchdog", place.store),
@@ -73,11 +73,16 @@ def pretrain(config: PretrainConfig, place: Place) -> None:
         init_processes(rank=place.rank, world=place.world, backend=backend, store=place.store, timeout_s=timeout_s)
         mesh = join(config, device)
         trainer = Trainer(config, build(config, mesh, stores=stores))
+        # Decided by all ranks alike, from what they share. Whatever else one of them raises ends the run by its name.
         try:
-            run_trainer(trainer)
-        except (ValueError, TrainingStopped) as error:
-            # Decided by all ranks alike, from what they share.
-            agreed = error
+            trainer.resume()
+        except ValueError as refused:
+            agreed = refused
+        if agreed is None:
+            try:
+                trainer.fit()
+            except TrainingStopped as stopped:
+                agreed = stopped
         shutdown()
     if agreed is not None:
         raise agreed
@@ -89,7 +94,51 @@ def join(config: PretrainConfig, device: torch.device) -> Mesh:
     return make_mesh(config.layout, device=device, tied_embedding=tied, timeout_s=config.network.timeout_s)
 
 
-def run_trainer(trainer: Trainer) -> None:
-    """Resume, then train."""
-    trainer.resume()
-    trainer.fit()
+Prepared = tuple[Stores, torch.device, Literal["gloo", "nccl"]]
+
+
+def prepare(config: PretrainConfig, place: Place) -> Prepared:
+    """What this rank needs before it meets the others: stores, its device, the transport.
+
+    Raises:
+        ValueError: one of them is missing here.
+    """
+    stores = open_stores(config)
+    device = choose_device(config.run.device)
+    if device.type == "cuda":
+        if place.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"local rank {place.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; start as "
+                "many processes here as it has GPUs"
+            )
+        device = torch.device("cuda", place.local_rank)
+        torch.cuda.set_device(device)
+    return stores, device, config.network.backend_for(device.type)
+
+
+def agree_to_start(config: PretrainConfig, place: Place) -> Prepared:
+    """`prepare` on every rank; the first refusal is every rank's, so that nobody waits for one that will not come.
+
+    Raises:
+        ValueError: what one of the ranks raised, with its number where it is not the first.
+    """
+    assert place.store is not None
+    store = PrefixStore("start", place.store)
+    prepared: Prepared | None = None
+    try:
+        prepared = prepare(config, place)
+    except ValueError as error:
+        store.compare_set("refusal", "", f"rank {place.rank}: {error}" if place.rank else str(error))
+    store.add("ready", 1)
+    deadline = time.monotonic() + config.network.timeout_s
+    while store.add("ready", 0) < place.world:
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"only {store.add('ready', 0)} of {place.world} processes came within network.timeout_s="
+                f"{config.network.timeout_s}: look at the others' output, or raise it"
+            )
+        time.sleep(0.05)
+    if store.check(["refusal"]):
+        raise ValueError(store.get("refusal").decode())
+    assert prepared is not None
+    return prepared

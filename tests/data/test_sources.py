@@ -113,7 +113,7 @@ def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "contents"), [("a.txt", "\n\n\n"), ("a.jsonl", "\n\n"), ("a.jsonl.gz", gzip.compress(b""))]
+    ("name", "contents"), [("a.txt", "\n\n\n"), ("a.jsonl", "\n\n"), ("a.jsonl.gz", gzip.compress(b"", mtime=0))]
 )
 def test_a_file_without_documents_is_refused(tmp_path: Path, name: str, contents: str | bytes) -> None:
     assert "is an empty corpus" in refusal(write(tmp_path / name, contents), tmp_path)

@@ -346,13 +346,12 @@ def walk(rank: int, world: int, layout: Layout) -> Walk:
 class Calls:
     """Operator -> calls in the first step, the next, and one with recomputation: of this rank, and of one process.
 
-    same_bits: whether recomputation left every gradient as it was. surprises: see Watch.
+    same_bits: whether recomputation left every gradient as it was.
     """
 
     pipeline: list[Counter[str]]
     alone: list[Counter[str]]
     same_bits: bool
-    surprises: list[str]
 
 
 def counted(engine: Engine) -> Counter[str]:
@@ -374,7 +373,7 @@ def count_calls(rank: int, world: int, layout: Layout) -> Calls:
         recompute_up_projections(model)
     of_pipeline.append(counted(engine))
     of_alone += [counted(one) for one in alone]
-    return Calls(of_pipeline, of_alone, same_bits(copied_gradients(engine), kept), WATCH.surprises)
+    return Calls(of_pipeline, of_alone, same_bits(copied_gradients(engine), kept))
 
 
 def announced(

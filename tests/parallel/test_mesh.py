@@ -251,6 +251,14 @@ def test_a_routing_group_of_v3_is_one_node(ep: int, ranks_per_node: int, legal: 
             check_layout(layout, V3)
 
 
+def test_an_expert_group_that_fits_a_node_may_not_straddle_two() -> None:
+    one_group = replace(SMALL, n_group=1, n_routed_experts=12)
+    check_layout(Layout(dp=12, ep=3, ranks_per_node=6), one_group)
+    check_layout(Layout(dp=4, ep=4, ranks_per_node=6), one_group)
+    with pytest.raises(ValueError, match=r"ep=4 does not divide layout.ranks_per_node=6.* use layout.ep=3 or 6$"):
+        check_layout(Layout(dp=12, ep=4, ranks_per_node=6), one_group)
+
+
 def expected_ranks(layout: Layout, axis: str, rank: int) -> list[int]:
     """By definition: the ranks that share every coordinate but those of the axis."""
 

@@ -28,7 +28,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.watchdog import Death, Watchdog, end_process, is_communication_error
+from parallel.watchdog import DEATH_EXIT_CODE, Death, Watchdog, end_process, is_communication_error
 from tests.ranks import PRELOAD
 
 EXIT_CODE = 41
@@ -460,3 +460,10 @@ def test_errors_of_the_wire_are_told_from_errors_of_this_rank(error: BaseExcepti
     outer = RuntimeError("in stage 1")
     outer.__cause__ = error
     assert is_communication_error(outer) is expected
+
+
+def test_a_death_is_known_within_the_timeout_and_four_beats_and_ends_with_75() -> None:
+    """The configured time, by arithmetic: beats of an eighth of it, at most 5 s (docs/reliability.md)."""
+    times = {timeout: Watchdog(dist.HashStore(), 0, 2, peer_timeout_s=timeout).notice_s for timeout in (4, 60, 120)}
+    assert times == {4: 6, 60: 80, 120: 140}
+    assert DEATH_EXIT_CODE == 75

@@ -283,12 +283,15 @@ class Comparison:
     """One rank's differences from the reference, the largest over all steps.
 
     losses: relative, of total, main, mtp, balance. norm: relative. errors: name -> [steps] squared norm of this rank's
-    pieces minus the reference's; squares: the same of the whole reference gradient. counts_equal: of the step.
+    pieces minus the reference's; squares: the same of the whole reference gradient. covered: name -> elements that this
+    rank compared; sizes: all names of the reference and their elements. counts_equal: of the step.
     score_error, flips: see RouterBook. free_losses: [steps] of the run that is not forced.
     """
 
     losses: list[float] = field(default_factory=lambda: [0.0] * 4)
     norm: float = 0.0
+    covered: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
     errors: dict[str, list[float]] = field(default_factory=dict)
     squares: dict[str, list[float]] = field(default_factory=dict)
     counts_equal: bool = True
@@ -327,7 +330,11 @@ def _compare_step(found: Comparison, engine: Engine, result: StepGradients, refe
     found.norm = max(found.norm, abs(float(result.grad_norm) - norm) / norm)
     for layer, counts in result.counts.items():
         found.counts_equal &= torch.equal(counts, reference[f"counts.{layer}"])
-    for name, piece in gradient_pieces(engine).items():
+    sizes = {key.removeprefix("grad."): grad.numel() for key, grad in reference.items() if key.startswith("grad.")}
+    pieces = gradient_pieces(engine)
+    found.covered = {name: piece.local.numel() for name, piece in pieces.items()}
+    found.sizes = sizes
+    for name, piece in pieces.items():
         whole = reference[f"grad.{name}"].double()
         assert piece.global_shape == tuple(whole.shape), name
         part = whole[piece.offset[0] : piece.offset[0] + len(piece.local)]
@@ -355,6 +362,8 @@ def verdict(ranks: list[Comparison]) -> Verdict:
     """Put the pieces of all ranks together; copies of a parameter count each, which can only make it look worse."""
     errors: dict[str, list[float]] = {}
     squares: dict[str, list[float]] = {}
+    for name, elements in ranks[0].sizes.items():
+        assert sum(found.covered.get(name, 0) for found in ranks) >= elements, f"{name} was not compared as a whole"
     for found in ranks:
         squares |= found.squares
         for name, values in found.errors.items():

@@ -19,6 +19,9 @@ from tests.parity.layout_theorem import STEPS, Comparison, Reference, compare, v
 from tests.ranks import run_ranks
 
 GRADIENT_BOUND, LOSS_BOUND, FREE_BOUND = 5e-6, 2e-6, 1e-5
+# The balance loss counts the plain top 3 of 8 scores, a choice of its own: a flip there moves f by 8 / (3 * 24) in one
+# of 16 sequences, times the difference of two nearly equal P near 1/8, about a tenth of it: 1e-4 of six layers' sum.
+FLIP_BOUND = 1e-4
 
 LAYOUTS = {
     "dp2": Layout(dp=2),
@@ -73,7 +76,8 @@ def test_a_free_run_of_20_steps_has_the_same_losses(
     for rank in found:
         assert len(rank.free_losses) == STEPS
         for ours, theirs in zip(rank.free_losses, reference[1].losses, strict=True):
-            assert ours == pytest.approx(theirs, rel=FREE_BOUND)
+            assert ours[:3] == pytest.approx(theirs[:3], rel=FREE_BOUND), "total, main and MTP loss"
+            assert ours[3] == pytest.approx(theirs[3], rel=FLIP_BOUND), "balance"
     assert all(rank.free_losses == found[0].free_losses for rank in found), "every rank logs the same numbers"
 
 

@@ -1,11 +1,14 @@
-"""The command of the README under torchrun, two real processes over gloo: refusals, a whole run, stops and deaths.
+"""Runs as users start them: `torchrun --nproc-per-node N launch/pretrain.py ...` on gloo, watched from outside.
 
-Waiting loops have deadlines, far above what a busy machine needs; no time is asserted.
+What is seen is what an operator sees: exit codes, stderr, the run's folder and the process table. A worker's own exit
+code is read from torchrun's report, since torchrun itself exits 1 whatever its workers did. Processes are found by a
+mark in their environment, which they inherit, and only those are signalled.
+
+Numbers of the run (losses, layouts, resumed state) are not the subject; tests/system/test_layouts.py has them.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -13,187 +16,269 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from parallel.watchdog import DEATH_EXIT_CODE
-from train.checkpoint.dcp import latest
+from train.checkpoint.publish import latest
 from train.observe.sinks import read_events, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE_S = 240
-STEPS = 12
+TORCHRUN = Path(sys.executable).with_name("torchrun")
+MARK = "V3FP8_TEST_LAUNCH"
+TIMEOUT_S = 120
+STEPS = 16
+PEER_TIMEOUT_S = 3
+ONE_NODE = ("--standalone", "--nproc-per-node", "2")
 
 
-@pytest.fixture(scope="module")
-def overrides(store: Path) -> list[str]:
-    """A run of 12 steps of 4 x 32 tokens on two ranks that share the experts; a checkpoint every 3 steps."""
-    return [
-        "experiment=tiny",
-        "model.num_hidden_layers=2",
-        f"data.store={store / 'train'}",
-        "data.heldout=null",
-        "data.sequence_length=32",
-        f"schedule.total_tokens={STEPS * 4 * 32}",
-        "schedule.batch_start_sequences=4",
-        "schedule.batch_full_sequences=4",
-        "run.micro_batch_sequences=1",
-        "run.threads=1",
-        "run.device=cpu",
-        "run.name=run",
-        "checkpoint.every_steps=3",
-        "observe.wandb=off",
-        "network.peer_timeout_s=4",
-        "layout.dp=2",
-        "layout.ep=2",
-    ]
+class Launch:
+    """One torchrun with its workers; output goes to files, so that nobody waits for a full pipe."""
+
+    def __init__(self, folder: Path, options: list[str], overrides: list[str], environment: dict[str, str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.mark = uuid.uuid4().hex
+        self.stderr = folder / f"{self.mark}.err"
+        command = [str(TORCHRUN), *options, "launch/pretrain.py", *overrides]
+        settings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", MARK: self.mark}
+        with self.stderr.open("w") as err:
+            self.torchrun = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | settings | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=err,
+            )
+
+    def alive(self) -> dict[int, int | None]:
+        """Process id -> rank (None: not a worker) of every process of this launch that is not a zombie."""
+        found: dict[int, int | None] = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (folder / "environ").read_bytes().split(b"\0")
+                state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                # Gone meanwhile, or not ours to read.
+                continue
+            if f"{MARK}={self.mark}".encode() in environment and state != "Z":
+                ranks = [value for name, _, value in (x.partition(b"=") for x in environment) if name == b"RANK"]
+                found[int(folder.name)] = int(ranks[0]) if ranks else None
+        return found
+
+    def workers(self) -> dict[int, int]:
+        """Rank -> process id."""
+        return {rank: pid for pid, rank in sorted(self.alive().items(), reverse=True) if rank is not None}
+
+    def wait(self) -> int:
+        return self.torchrun.wait(TIMEOUT_S)
+
+    def said(self) -> str:
+        return self.stderr.read_text()
+
+    def sentences(self) -> list[str]:
+        """Lines of stderr that are ours: those that the entrypoint or the watchdog print."""
+        return [line for line in self.said().splitlines() if re.match(r"pretrain: |rank \d+ ends because ", line)]
+
+    def reported(self) -> dict[int, int]:
+        """Rank -> exit code of the workers that failed, from torchrun's report; a signal is negative."""
+        pattern = r"^  rank\s+: (\d+) .*\n  exitcode\s+: (-?\d+) "
+        return {int(rank): int(code) for rank, code in re.findall(pattern, self.said(), flags=re.MULTILINE)}
+
+    def root_cause(self) -> int:
+        """The rank that torchrun reports as the first to fail."""
+        report = self.said().partition("Root Cause (first observed failure):")[2]
+        return int(re.findall(r"^  rank\s+: (\d+) ", report, flags=re.MULTILINE)[0])
+
+    def end(self) -> None:
+        """Kill what is left of this launch."""
+        for pid in self.alive():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.torchrun.wait(TIMEOUT_S)
+
+
+Start = Callable[..., Launch]
 
 
 @pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start torchrun with two processes on this run's directory; whatever is left at the end is killed.
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start two ranks with overrides, on one node unless options say more; all are ended with the test."""
+    launches: list[Launch] = []
 
-    With a RANK in the environment it starts that one rank, without torchrun.
-    """
-    started: list[subprocess.Popen[str]] = []
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    def begin(*overrides: str, options: tuple[str, ...] = ONE_NODE, **environment: str) -> Launch:
+        launches.append(Launch(tmp_path / "said", list(options), list(overrides), environment))
+        return launches[-1]
 
-    def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
-        launcher = [] if "RANK" in environment else torchrun
-        process = subprocess.Popen(
-            [sys.executable, *launcher, "launch/pretrain.py", *arguments, f"run.directory={tmp_path}"],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-        process.wait()
+    yield begin
+    for launch in launches:
+        launch.end()
 
 
-def workers(tmp_path: Path) -> dict[int, int]:
-    """Rank -> process id of the workers of this run that are alive."""
-    found: dict[int, int] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (folder / "cmdline").read_bytes()
-            rank = re.search(rb"(?:^|\0)RANK=(\d+)\0", (folder / "environ").read_bytes())
-        except OSError:
-            continue
-        if rank and f"run.directory={tmp_path}".encode() in command and b"torch.distributed.run" not in command:
-            found[int(rank[1])] = int(folder.name)
-    return found
+@pytest.fixture
+def two_ranks(small_run: list[str], tmp_path: Path) -> list[str]:
+    """The small run, shortened and without scores, on two data ranks, which share the experts."""
+    replaced = ("data.heldout=", "schedule.total_tokens=")
+    return [
+        *(text for text in small_run if not text.startswith(replaced)),
+        "data.heldout=null",
+        # Two sequences of 32 tokens a step.
+        f"schedule.total_tokens={STEPS * 64}",
+        "layout.dp=2",
+        "layout.ep=2",
+        f"network.peer_timeout_s={PEER_TIMEOUT_S}",
+        f"run.directory={tmp_path}",
+        "run.name=run",
+    ]
 
 
-def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
-    deadline = time.monotonic() + DEADLINE_S
+def wait_for_step(launch: Launch, run: Path, step: int) -> None:
+    """Until the log shows a step; the launch must still be at work."""
+    deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:
-        if (run / "metrics.jsonl").exists() and any(record["step"] >= step for record in read_run(run)):
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+        if (run / "metrics.jsonl").exists():
+            records = read_run(run)
+            if records and records[-1]["step"] >= step:
+                return
+        assert launch.torchrun.poll() is None, launch.said()
+        time.sleep(0.01)
     raise AssertionError("the run made no progress")
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=DEADLINE_S)
-    return process.returncode, out, err
+def assert_refused(launch: Launch, sentence: str) -> None:
+    """One worker says one sentence and exits 2, torchrun ends the others and exits 1, and nothing is left."""
+    assert launch.wait() == 1
+    assert launch.sentences() == [sentence]
+    codes = launch.reported()
+    assert codes.pop(0) == 2
+    assert set(codes.values()) <= {2, -signal.SIGTERM}
+    assert_no_traceback_of_ours(launch)
+    assert launch.alive() == {}
 
 
-def steps_of(run: Path) -> list[int]:
-    return [record["step"] for record in read_run(run)]
+def assert_no_traceback_of_ours(launch: Launch) -> None:
+    """torchrun shows its own when a worker fails; none may go through our files."""
+    ours = re.findall(rf'File "{re.escape(str(ROOT))}/(?:kernels|launch|parallel|train)/.*', launch.said())
+    assert ours == [], launch.said()
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (["layout.dp=4"], r"2 processes were started, but .*layout\.dp=4.* needs 4"),
-        (["data.store=nowhere"], r"nowhere.*"),
-        (["layout.ep=3"], r"layout\.ep=3 does not divide layout\.dp=2"),
-    ],
-    ids=["too few ranks", "no store", "impossible layout"],
-)
-def test_what_cannot_run_is_one_sentence_and_exit_code_2(
-    change: list[str], sentence: str, overrides: list[str], launch: Callable[..., subprocess.Popen[str]]
+def test_too_few_ranks_are_refused_in_one_sentence(start: Start, two_ranks: list[str], tmp_path: Path) -> None:
+    """Though the rank that says it starts two seconds after the other."""
+    # Python imports a module of this name at its start.
+    slow = "import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(2)\n"
+    (tmp_path / "sitecustomize.py").write_text(slow)
+    changed = [text for text in two_ranks if not text.startswith(("layout.", "schedule.batch_"))]
+    batch = ["schedule.batch_start_sequences=4", "schedule.batch_full_sequences=4"]
+    launch = start(*changed, *batch, "layout.dp=4", PYTHONPATH=str(tmp_path))
+    assert_refused(
+        launch,
+        "pretrain: 2 processes were started, but layout.pp=1 x layout.dp=4 needs 4: start 4, or set layout.dp=2",
+    )
+    assert not (tmp_path / "run").exists(), "refused before anything is made"
+
+
+def test_a_missing_store_is_refused_in_one_sentence(start: Start, two_ranks: list[str], tmp_path: Path) -> None:
+    changed = [text for text in two_ranks if not text.startswith("data.store=")]
+    launch = start(*changed, f"data.store={tmp_path / 'nowhere'}")
+    assert launch.wait() == 1
+    (sentence,) = launch.sentences()
+    assert str(tmp_path / "nowhere") in sentence
+    assert_refused(launch, sentence)
+    assert not (tmp_path / "run").exists(), "refused before anything is made"
+
+
+def test_runs_end_in_order_every_time_with_one_log(start: Start, two_ranks: list[str], tmp_path: Path) -> None:
+    """Three times: where a thread outlives the interpreter, one process in five aborts at its very end."""
+    changed = [text for text in two_ranks if not text.startswith(("schedule.total_tokens=", "run.name="))]
+    for name in ("first", "second", "third"):
+        launch = start(*changed, "schedule.total_tokens=192", f"run.name={name}")
+        assert launch.wait() == 0, launch.said()
+        assert launch.alive() == {}
+        assert launch.sentences() == []
+        run = tmp_path / name
+        # Every step once, though two ranks took it.
+        assert [record["step"] for record in read_run(run)] == [1, 2, 3]
+        assert [event["event"] for event in read_events(run)] == ["start", "checkpoint", "stop"]
+        assert list(run.rglob("metrics.jsonl")) == [run / "metrics.jsonl"]
+
+
+def test_a_killed_rank_of_a_node_is_named_and_nothing_is_left(
+    start: Start, two_ranks: list[str], tmp_path: Path
 ) -> None:
-    name = change[0].partition("=")[0]
-    kept = [item for item in overrides if not item.startswith(f"{name}=")]
-    code, _, err = finish(launch([*kept, *change]))
-    assert code == 1, "torchrun's own"
-    assert len(re.findall(r"^pretrain: .*$", err, re.MULTILINE)) == 1, "one rank speaks for all"
-    assert re.search(rf"^pretrain: .*{sentence}", err, re.MULTILINE), err
-    assert set(re.findall(r"exitcode\s*:\s*(\d+)", err)) == {"2"}
-    assert 'launch/pretrain.py", line' not in err, "no traceback of ours"
+    """On one node torchrun sees it first, names it, and ends the others before their heartbeat would."""
+    changed = [text for text in two_ranks if not text.startswith("schedule.total_tokens=")]
+    launch = start(*changed, "schedule.total_tokens=1000000")
+    wait_for_step(launch, tmp_path / "run", 2)
+    workers = launch.workers()
+    assert sorted(workers) == [0, 1]
+    os.kill(workers[1], signal.SIGKILL)
+    assert launch.wait() == 1
+    assert launch.root_cause() == 1
+    codes = launch.reported()
+    assert codes[1] == -signal.SIGKILL
+    # Ended by torchrun while it asks who died, or by its own watchdog.
+    assert codes[0] in (-signal.SIGTERM, DEATH_EXIT_CODE)
+    assert launch.alive() == {}
 
 
-def test_sigterm_to_one_rank_stops_all_with_a_checkpoint_and_the_same_command_goes_on(
-    overrides: list[str], launch: Callable[..., subprocess.Popen[str]], tmp_path: Path
+def test_a_killed_node_is_named_by_the_ranks_of_the_others(start: Start, two_ranks: list[str], tmp_path: Path) -> None:
+    """Two launchers of one rank each, as on two nodes; the second dies whole, so nobody but the watchdog can tell.
+
+    TIMEOUT_S is the deadline: far above the heartbeat's, far below the 600 s of a collective.
+    """
+    changed = [text for text in two_ranks if not text.startswith("schedule.total_tokens=")]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    nodes = [
+        start(
+            *changed,
+            "schedule.total_tokens=1000000",
+            options=(
+                *("--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1"),
+                *("--master-addr", "127.0.0.1", "--master-port", str(port)),
+            ),
+        )
+        for node in range(2)
+    ]
+    wait_for_step(nodes[0], tmp_path / "run", 2)
+    ((rank, victim),) = nodes[1].workers().items()
+    assert rank == 1
+    # The launcher first, else it would end its worker itself and report it.
+    for pid in (nodes[1].torchrun.pid, victim):
+        os.kill(pid, signal.SIGKILL)
+    assert nodes[0].wait() == 1
+    (sentence,) = nodes[0].sentences()
+    assert sentence.startswith("rank 0 ends because rank 1 (pipeline rank 0, data rank 1, host ")
+    assert sentence.endswith(f"pid {victim}) is dead: no heartbeat for {PEER_TIMEOUT_S} s")
+    assert nodes[0].reported() == {0: DEATH_EXIT_CODE}
+    nodes[1].wait()
+    assert nodes[0].alive() | nodes[1].alive() == {}
+
+
+def test_sigterm_to_the_workers_saves_and_the_same_command_finishes(
+    start: Start, two_ranks: list[str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    process = launch(overrides)
-    wait_for_step(process, run, 4)
-    os.kill(workers(tmp_path)[1], signal.SIGTERM)
-    code, _, err = finish(process)
-    assert code == 0, err
-    stopped = steps_of(run)[-1]
+    launch = start(*two_ranks)
+    wait_for_step(launch, run, 3)
+    for pid in launch.workers().values():
+        os.kill(pid, signal.SIGTERM)
+    assert launch.wait() == 0, launch.said()
+    stopped = read_run(run)[-1]["step"]
+    assert 3 <= stopped < STEPS
     saved = latest(run / "checkpoints")
     assert saved is not None
-    assert saved.name == f"step_{stopped:08d}", "nothing done is lost"
-    assert stopped < STEPS
-    code, _, err = finish(launch(overrides))
-    assert code == 0, err
-    assert steps_of(run) == list(range(1, STEPS + 1)), "every step once, by one rank"
-    kinds = [event["event"] for event in read_events(run)]
-    assert kinds.count("start") == kinds.count("resume") == 1
-    assert "replay_differs" not in kinds
-    card = json.loads((run / "run_card.json").read_text())
-    assert (card["layout"]["dp"], card["layout"]["ep"]) == (2, 2)
-
-
-def test_a_killed_rank_ends_torchrun_which_names_it_and_the_same_command_goes_on(
-    overrides: list[str], launch: Callable[..., subprocess.Popen[str]], tmp_path: Path
-) -> None:
-    """torchrun sees its own worker die, and ends the other before that one's heartbeat is due."""
-    run = tmp_path / "run"
-    process = launch(overrides)
-    wait_for_step(process, run, 4)
-    os.kill(workers(tmp_path)[1], signal.SIGKILL)
-    code, _, err = finish(process)
-    assert code != 0
-    assert re.search(r"Root Cause.*rank\s*: 1 .*SIGKILL", err, re.DOTALL), err
-    assert not workers(tmp_path)
-    code, _, err = finish(launch(overrides))
-    assert code == 0, err
-    assert steps_of(run) == list(range(1, STEPS + 1))
-    assert "replay_differs" not in [event["event"] for event in read_events(run)]
-
-
-def test_without_torchrun_the_others_name_the_dead_rank_and_end(
-    overrides: list[str], launch: Callable[..., subprocess.Popen[str]], tmp_path: Path
-) -> None:
-    """As a scheduler starts ranks that knows nothing of each other: environment variables only."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [launch(overrides, RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank in range(2)]
-    wait_for_step(ranks[0], tmp_path / "run", 4)
-    ranks[1].send_signal(signal.SIGKILL)
-    code, _, err = finish(ranks[0])
-    assert code == DEATH_EXIT_CODE
-    assert re.search(
-        r"^rank 0 ends because rank 1 \(pipeline rank 0, data rank 1, host .*\) is dead", err, re.MULTILINE
-    )
+    assert saved.name == f"step_{stopped:08d}"
+    again = start(*two_ranks)
+    assert again.wait() == 0, again.said()
+    assert [record["step"] for record in read_run(run)] == list(range(1, STEPS + 1))
+    events = read_events(run)
+    assert [event["step"] for event in events if event["event"] == "resume"] == [stopped]
+    assert events[-1]["event"] == "stop"
+    assert launch.alive() | again.alive() == {}

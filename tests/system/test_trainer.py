@@ -101,6 +101,23 @@ def test_the_learning_rate_and_gamma_of_the_step_are_applied(config: PretrainCon
         assert torch.equal(router.e_score_correction_bias, 0.25 * direction.float())
 
 
+def test_every_update_moves_the_average_of_the_weights(config: PretrainConfig) -> None:
+    trainer = trainer_of(replace(config, optim=replace(config.optim, ema_decay=0.75)))
+    ema = trainer.engine.ema
+    assert ema is not None
+    master = trainer.engine.optimizer.masters()["lm_head.weight"].local
+    expected = master.clone()
+    now = replace(at(config.schedule, step=50, tokens_seen=0), lr=1e-3)
+    for step in range(3):
+        batch = trainer.parts.stream.take(2 * step, 2)
+        gradients = compute_gradients(trainer.engine, batch, num_micro_batches=1, now=now)
+        apply_update(trainer.engine, gradients, now=now, update=step + 1)
+        expected.lerp_(master, 0.25)
+    assert torch.equal(ema.state_pieces()["ema.lm_head.weight"].local, expected)
+    assert not torch.equal(expected, master)
+    ema.close()
+
+
 def test_the_bias_balances_a_skewed_router_and_gamma_0_does_not(config: PretrainConfig) -> None:
     def violations(gamma: float) -> list[float]:
         parts = build(config)

@@ -1,0 +1,128 @@
+"""A process and its place among others: settings reach NCCL and the process groups before the first message."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import launch.pretrain
+import train.session
+from parallel.mesh import Layout
+from train.config import PretrainConfig, compose
+from train.session import Place
+
+
+@pytest.fixture
+def config(store: Path, tmp_path: Path) -> PretrainConfig:
+    """Two ranks whose network has settings of its own."""
+    return compose(
+        [
+            "experiment=tiny",
+            f"data.store={store / 'train'}",
+            "data.heldout=null",
+            "layout.dp=2",
+            "run.micro_batch_sequences=1",
+            "run.device=cpu",
+            "network.timeout_s=77",
+            "network.peer_timeout_s=7",
+            '+network.environment.NCCL_IB_TIMEOUT="22"',
+            '+network.environment.NCCL_CROSS_NIC="0"',
+            f"run.directory={tmp_path}",
+        ]
+    )
+
+
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("NCCL_IB_TIMEOUT", "NCCL_CROSS_NIC", "TORCHELASTIC_USE_AGENT_STORE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "to be removed")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def store_with_another_rank(refusal: str = "") -> dist.Store:
+    """A meeting place where rank 0 is ready already, or has refused."""
+    store = dist.HashStore()
+    meeting = dist.PrefixStore("start", store)
+    if refusal:
+        meeting.compare_set("refusal", "", refusal)
+    meeting.add("ready", 1)
+    return store
+
+
+def test_what_one_rank_lacks_is_the_refusal_of_all(config: PretrainConfig) -> None:
+    with pytest.raises(ValueError, match=r"^rank 7: no store on this node$"):
+        train.session.pretrain(
+            config, Place(rank=1, world=2, store=store_with_another_rank("rank 7: no store on this node"))
+        )
+    missing = replace(config, data=replace(config.data, store="nowhere"))
+    store = store_with_another_rank()
+    with pytest.raises(ValueError, match=r"^rank 1: .*nowhere"):
+        train.session.pretrain(missing, Place(rank=1, world=2, store=store))
+
+
+def test_ranks_that_do_not_come_are_missed_in_one_sentence(config: PretrainConfig) -> None:
+    hurried = replace(config, network=replace(config.network, timeout_s=2, peer_timeout_s=1))
+    with pytest.raises(ValueError, match=r"only 1 of 2 processes came within network.timeout_s=2"):
+        train.session.pretrain(hurried, Place(rank=1, world=2, store=dist.HashStore()))
+
+
+def test_nccl_settings_are_in_the_environment_before_ranks_meet_and_a_users_own_wins(
+    config: PretrainConfig, clean_environment: pytest.MonkeyPatch
+) -> None:
+    clean_environment.setenv("NCCL_CROSS_NIC", "1")
+    clean_environment.setenv("LOCAL_RANK", "1")
+    seen: dict[str, str | None] = {}
+
+    def meeting(url: str, rank: int, world: int) -> Iterator[tuple[dist.Store, int, int]]:
+        seen.update({name: os.environ.get(name) for name in ("NCCL_IB_TIMEOUT", "NCCL_CROSS_NIC")})
+        yield dist.HashStore(), rank, world
+
+    clean_environment.setattr(launch.pretrain, "rendezvous", meeting)
+    place = launch.pretrain.meet(config, rank=1, world=2)
+    assert seen == {"NCCL_IB_TIMEOUT": "22", "NCCL_CROSS_NIC": "1"}
+    assert (place.rank, place.world, place.local_rank, place.store_rank) == (1, 2, 1, 0)
+    clean_environment.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert launch.pretrain.meet(config, rank=0, world=2).store_rank is None, "torchrun hosts the store"
+
+
+def test_the_configured_times_reach_heartbeat_and_process_groups(
+    config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    class Reached(Exception):
+        pass
+
+    class Heartbeat:
+        def __init__(self, *_: object, **named: object) -> None:
+            given["heartbeat"] = named["peer_timeout_s"]
+
+        def __enter__(self) -> None:
+            return None
+
+        def __exit__(self, *_: object) -> None:
+            return None
+
+    def first_group(**named: object) -> None:
+        given["world"] = (named["rank"], named["world"], named["backend"], named["timeout_s"])
+
+    def groups(layout: Layout, **named: object) -> None:
+        given["groups"] = (layout.dp, named["device"], named["tied_embedding"], named["timeout_s"])
+        raise Reached
+
+    monkeypatch.setattr(train.session, "Watchdog", Heartbeat)
+    monkeypatch.setattr(train.session, "init_processes", first_group)
+    monkeypatch.setattr(train.session, "make_mesh", groups)
+    with pytest.raises(Reached):
+        train.session.pretrain(config, Place(rank=1, world=2, store=store_with_another_rank()))
+    assert given["heartbeat"] == 7
+    assert given["world"] == (1, 2, "gloo", 77)
+    assert given["groups"] == (2, torch.device("cpu"), True, 77)
