@@ -140,8 +140,6 @@ class PretrainConfig:
         self._check_sequence()
         self._check_budget()
         check_layout(self.layout, self.workload)
-        if self.rank and not self.dry_run:
-            raise ConfigError(f"rank={self.rank} says which rank dry_run=true plans: add dry_run=true, or leave it out")
         if self.data.heldout is None and self.run.eval_every_steps:
             raise ConfigError(
                 f"run.eval_every_steps={self.run.eval_every_steps} asks for scores but data.heldout is null: "

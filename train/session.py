@@ -50,6 +50,8 @@ def pretrain(config: PretrainConfig, place: Place) -> None:
         ValueError: a store, the device or a checkpoint does not fit the configuration; nothing was trained.
         TrainingStopped: too many non-finite steps in a row; a checkpoint was saved.
     """
+    if config.rank:
+        raise ValueError(f"rank={config.rank} says which rank dry_run=true plans: add dry_run=true, or leave rank out")
     if place.rank > 0:
         # What is worth a warning, a damaged checkpoint, is the same for all: the first rank says it.
         logging.getLogger("train").setLevel(logging.ERROR)

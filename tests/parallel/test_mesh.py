@@ -437,7 +437,8 @@ def test_an_orderly_end_exits_zero_on_every_rank(tmp_path: Path) -> None:
 
 def test_the_transport_follows_the_device() -> None:
     assert [NetworkConfig().backend_for(device) for device in ("cpu", "cuda")] == ["gloo", "nccl"]
-    assert NetworkConfig(backend="gloo").backend_for("cuda") == "gloo"
+    with pytest.raises(ValueError, match=r"gloo cannot exchange tensors of CUDA GPUs: use .*nccl or auto$"):
+        NetworkConfig(backend="gloo").backend_for("cuda")
     with pytest.raises(ValueError, match=r"^network\.backend=nccl moves .* between CUDA GPUs, but the device is cpu"):
         NetworkConfig(backend="nccl").backend_for("cpu")
 

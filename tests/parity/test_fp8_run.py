@@ -12,10 +12,12 @@ gap = mean relative difference of the EMA-0.9 losses over the second half of the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 import kernels.fp8_linear
 from kernels.formats import Quantized
@@ -93,15 +95,15 @@ def test_fp8_loss_stays_within_the_noise_floor_plus_a_quarter_percent(
 def test_a_wgrad_that_drops_a_tile_turns_the_gate_red(
     base: PretrainConfig, bf16: dict[int, list[Record]], floor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = kernels.fp8_linear.requantize_transposed
+    for name in ("gemm_tile_tile", "grouped_gemm_tile_tile"):
+        whole = getattr(kernels.fp8_linear, name)
 
-    def dropping(q: Quantized, *, power_of_two: bool) -> Quantized:
-        regrouped = whole(q, power_of_two=power_of_two)
-        scale = regrouped.scale.clone()
-        scale[0] = 0.0  # the first 128 tokens of every weight gradient
-        return Quantized(regrouped.payload, scale)
+        def dropping(a: Quantized, b: Quantized, *ends: Tensor, whole: Callable[..., Tensor] = whole) -> Tensor:
+            scale = b.scale.clone()
+            scale[0] = 0.0  # the first 128 tokens of every weight gradient
+            return whole(a, Quantized(b.payload, scale), *ends)
 
-    monkeypatch.setattr(kernels.fp8_linear, "requantize_transposed", dropping)
+        monkeypatch.setattr(kernels.fp8_linear, name, dropping)
     defective = replace(base, run=replace(base.run, directory=f"{base.run.directory}-defective"))
     gap = mean_smoothed_gap(train(defective, precision="fp8", seed=0), bf16[0])
     assert abs(gap) > floor + PAPER_GAP

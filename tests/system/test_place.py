@@ -68,6 +68,11 @@ def test_what_one_rank_lacks_is_the_refusal_of_all(config: PretrainConfig) -> No
         train.session.pretrain(missing, Place(rank=1, world=2, store=store))
 
 
+def test_a_rank_without_dry_run_is_refused(config: PretrainConfig) -> None:
+    with pytest.raises(ValueError, match=r"^rank=1 says which rank dry_run=true plans"):
+        train.session.pretrain(replace(config, rank=1), Place())
+
+
 def test_ranks_that_do_not_come_are_missed_in_one_sentence(config: PretrainConfig) -> None:
     hurried = replace(config, network=replace(config.network, timeout_s=2, peer_timeout_s=1))
     with pytest.raises(ValueError, match=r"only 1 of 2 processes came within network.timeout_s=2"):
