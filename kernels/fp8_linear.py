@@ -135,29 +135,29 @@ class _Linear(torch.autograd.Function):
 
 
 class _Fp8Linear(torch.autograd.Function):
+    """Keeps x's payload and scales. group_ends is None for one weight, else one end per expert."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, power_of_two: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, group_ends: Tensor | None, power_of_two: bool) -> Tensor:
         xq = quantize_tiles(x, power_of_two=power_of_two)
-        ctx.save_for_backward(xq.payload, xq.scale)
+        ctx.save_for_backward(xq.payload, xq.scale, group_ends)
         ctx.power_of_two = power_of_two
         _keep_weight(ctx, weight)
-        return gemm_tile_block(xq, weight_fp8(weight, power_of_two=power_of_two), out_dtype=x.dtype)
+        return _fprop(xq, weight, group_ends, power_of_two=power_of_two, dtype=x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        xq, weight = Quantized(*ctx.saved_tensors), _kept_weight(ctx)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        (payload, scale, group_ends), weight = ctx.saved_tensors, _kept_weight(ctx)
         power_of_two: bool = ctx.power_of_two
-        if weight.requires_grad:
-            dyq_t = quantize_tiles_transposed(dy, power_of_two=power_of_two)  # [out, rows]
-
-            def wgrad() -> None:
-                xq_t = requantize_transposed(xq, power_of_two=power_of_two)  # [in, rows]
-                deferred.accumulate_grad(weight, gemm_tile_tile(dyq_t, xq_t))
-
-            deferred.push(wgrad)
-        dyq = quantize_tiles(dy, power_of_two=power_of_two)
-        weight_t = weight_fp8(weight, power_of_two=power_of_two).transposed_blocks()  # [in, out]
-        return gemm_tile_block(dyq, weight_t, out_dtype=dy.dtype), None, None
+        xq = Quantized(payload, scale)
+        _push_wgrad(
+            weight,
+            dy,
+            group_ends,
+            lambda: requantize_transposed(xq, power_of_two=power_of_two),
+            power_of_two=power_of_two,
+        )
+        return _dgrad(dy, weight, group_ends, power_of_two=power_of_two), None, None, None
 
 
 class _Fp8LinearOfKept(torch.autograd.Function):
@@ -169,23 +169,16 @@ class _Fp8LinearOfKept(torch.autograd.Function):
         ctx.power_of_two = power_of_two
         _keep_weight(ctx, weight)
         xq = quantize_tiles(x, power_of_two=power_of_two)
-        return gemm_tile_block(xq, weight_fp8(weight, power_of_two=power_of_two), out_dtype=x.dtype)
+        return _fprop(xq, weight, None, power_of_two=power_of_two, dtype=x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         (x,), weight = ctx.saved_tensors, _kept_weight(ctx)
         power_of_two: bool = ctx.power_of_two
-        if weight.requires_grad:
-            dyq_t = quantize_tiles_transposed(dy, power_of_two=power_of_two)  # [out, rows]
-
-            def wgrad() -> None:
-                xq_t = quantize_tiles_transposed(x, power_of_two=power_of_two)  # [in, rows]
-                deferred.accumulate_grad(weight, gemm_tile_tile(dyq_t, xq_t))
-
-            deferred.push(wgrad)
-        dyq = quantize_tiles(dy, power_of_two=power_of_two)
-        weight_t = weight_fp8(weight, power_of_two=power_of_two).transposed_blocks()  # [in, out]
-        return gemm_tile_block(dyq, weight_t, out_dtype=dy.dtype), None, None
+        _push_wgrad(
+            weight, dy, None, lambda: quantize_tiles_transposed(x, power_of_two=power_of_two), power_of_two=power_of_two
+        )
+        return _dgrad(dy, weight, None, power_of_two=power_of_two), None, None
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -202,40 +195,6 @@ class _GroupedLinear(torch.autograd.Function):
         if weight.requires_grad:
             deferred.push(lambda: deferred.accumulate_grad(weight, _grouped_wgrad(dy, x, group_ends)))
         return _grouped_matmul(dy, weight.to(dy.dtype), group_ends), None, None
-
-
-class _GroupedFp8Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        group_ends: Tensor,
-        power_of_two: bool,
-    ) -> Tensor:
-        xq = quantize_tiles(x, power_of_two=power_of_two)
-        ctx.save_for_backward(xq.payload, xq.scale, group_ends)
-        ctx.power_of_two = power_of_two
-        _keep_weight(ctx, weight)
-        wq = weight_fp8(weight, power_of_two=power_of_two)
-        return grouped_gemm_tile_block(xq, wq, group_ends, out_dtype=x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        (payload, scale, group_ends), weight = ctx.saved_tensors, _kept_weight(ctx)
-        power_of_two: bool = ctx.power_of_two
-        if weight.requires_grad:
-            dyq_t = quantize_tiles_transposed(dy, power_of_two=power_of_two)  # [out, rows]
-
-            def wgrad() -> None:
-                xq = Quantized(payload, scale)
-                xq_t = requantize_transposed(xq, power_of_two=power_of_two)  # [in, rows]
-                deferred.accumulate_grad(weight, grouped_gemm_tile_tile(dyq_t, xq_t, group_ends))
-
-            deferred.push(wgrad)
-        dyq = quantize_tiles(dy, power_of_two=power_of_two)
-        weight_t = weight_fp8(weight, power_of_two=power_of_two).transposed_blocks()  # [groups, in, out]
-        return grouped_gemm_tile_block(dyq, weight_t, group_ends, out_dtype=dy.dtype), None, None, None
 
 
 class _Fp8SwigluLinear(torch.autograd.Function):
@@ -258,30 +217,24 @@ class _Fp8SwigluLinear(torch.autograd.Function):
         ctx.power_of_two = power_of_two
         _keep_weight(ctx, weight)
         hq = quantize_tiles(_activate(gate_up, gates), power_of_two=power_of_two)
-        return _rows_times(hq, weight_fp8(weight, power_of_two=power_of_two), group_ends, gate_up.dtype)
+        return _fprop(hq, weight, group_ends, power_of_two=power_of_two, dtype=gate_up.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         (payload, scale, gates, group_ends), weight = ctx.saved_tensors, _kept_weight(ctx)
         power_of_two: bool = ctx.power_of_two
         kept = Quantized(payload, scale)
-        if weight.requires_grad:
-            dyq_t = quantize_tiles_transposed(dy, power_of_two=power_of_two)  # [out, rows]
-            # Not dy.dtype below: the waiting closure would keep all of dy alive.
-            dtype = dy.dtype
+        # Not dy.dtype below: the waiting closure would keep all of dy alive.
+        dtype = dy.dtype
 
-            def wgrad() -> None:
-                h = _activate(dequantize_tiles(kept, out_dtype=dtype), gates)
-                hq_t = quantize_tiles_transposed(h, power_of_two=power_of_two)  # [inter, rows]
-                dense = group_ends is None
-                dw = gemm_tile_tile(dyq_t, hq_t) if dense else grouped_gemm_tile_tile(dyq_t, hq_t, group_ends)
-                deferred.accumulate_grad(weight, dw)
+        def activation() -> Quantized:
+            h = _activate(dequantize_tiles(kept, out_dtype=dtype), gates)
+            return quantize_tiles_transposed(h, power_of_two=power_of_two)  # [inter, rows]
 
-            deferred.push(wgrad)
-        weight_t = weight_fp8(weight, power_of_two=power_of_two).transposed_blocks()
-        dh = _rows_times(quantize_tiles(dy, power_of_two=power_of_two), weight_t, group_ends, dy.dtype)
+        _push_wgrad(weight, dy, group_ends, activation, power_of_two=power_of_two)
+        dh = _dgrad(dy, weight, group_ends, power_of_two=power_of_two)
         with torch.enable_grad():
-            gate_up = dequantize_tiles(kept, out_dtype=dy.dtype).requires_grad_()
+            gate_up = dequantize_tiles(kept, out_dtype=dtype).requires_grad_()
             own_gates = None if gates is None else gates.detach().requires_grad_()
             h = _activate(gate_up, own_gates)
         inputs = (gate_up,) if own_gates is None else (gate_up, own_gates)
@@ -293,11 +246,46 @@ def _activate(gate_up: Tensor, gates: Tensor | None) -> Tensor:
     return swiglu(gate_up) if gates is None else gated_swiglu(gate_up, gates)
 
 
-def _rows_times(x: Quantized, weight: Quantized, group_ends: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x @ weight.T, of each group its own weight."""
+def _fprop(
+    xq: Quantized, weight: Tensor, group_ends: Tensor | None, *, power_of_two: bool, dtype: torch.dtype
+) -> Tensor:
+    """x @ W.T, of each group its own W."""
+    return _rows_times(xq, weight_fp8(weight, power_of_two=power_of_two), group_ends, dtype)
+
+
+def _dgrad(dy: Tensor, weight: Tensor, group_ends: Tensor | None, *, power_of_two: bool) -> Tensor:
+    """dy @ W, of each group its own W: the transposed blocks are a view."""
+    dyq = quantize_tiles(dy, power_of_two=power_of_two)
+    return _rows_times(dyq, weight_fp8(weight, power_of_two=power_of_two).transposed_blocks(), group_ends, dy.dtype)
+
+
+def _rows_times(rows: Quantized, weight: Quantized, group_ends: Tensor | None, dtype: torch.dtype) -> Tensor:
     if group_ends is None:
-        return gemm_tile_block(x, weight, out_dtype=dtype)
-    return grouped_gemm_tile_block(x, weight, group_ends, out_dtype=dtype)
+        return gemm_tile_block(rows, weight, out_dtype=dtype)
+    return grouped_gemm_tile_block(rows, weight, group_ends, out_dtype=dtype)
+
+
+def _push_wgrad(
+    weight: Tensor,
+    dy: Tensor,
+    group_ends: Tensor | None,
+    input_by_channel: Callable[[], Quantized],
+    *,
+    power_of_two: bool,
+) -> None:
+    """Hand over dy.T @ x; dy is quantised now, x (128x1 tiles, [in, rows]) only when the product is made."""
+    if not weight.requires_grad:
+        return
+    dyq_t = quantize_tiles_transposed(dy, power_of_two=power_of_two)  # [out, rows]
+
+    def wgrad() -> None:
+        xq_t = input_by_channel()
+        if group_ends is None:
+            deferred.accumulate_grad(weight, gemm_tile_tile(dyq_t, xq_t))
+        else:
+            deferred.accumulate_grad(weight, grouped_gemm_tile_tile(dyq_t, xq_t, group_ends))
+
+    deferred.push(wgrad)
 
 
 def linear(x: Tensor, weight: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -331,7 +319,7 @@ def fp8_linear(x: Tensor, weight: Tensor, *, power_of_two: bool) -> Tensor:
     Source: arXiv:2412.19437 §3.3.1, figure 6.
     """
     _check_features(x, weight, grouped=False)
-    y: Tensor = _Fp8Linear.apply(x.flatten(0, -2), weight, power_of_two)  # type: ignore[no-untyped-call]
+    y: Tensor = _Fp8Linear.apply(x.flatten(0, -2), weight, None, power_of_two)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -386,7 +374,7 @@ def grouped_fp8_linear(x: Tensor, weight: Tensor, group_ends: Tensor, *, power_o
         ValueError: shapes do not fit, or bad `group_ends`.
     """
     _check_features(x, weight, grouped=True)
-    y: Tensor = _GroupedFp8Linear.apply(x, weight, group_ends, power_of_two)  # type: ignore[no-untyped-call]
+    y: Tensor = _Fp8Linear.apply(x, weight, group_ends, power_of_two)  # type: ignore[no-untyped-call]
     return y
 
 
