@@ -128,7 +128,6 @@ class _Waiting:
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
         self._runners: deque[Callable[[], None]] = deque()
-        self.most = 0
 
     def add(self, runner: Callable[..., None]) -> Callable[[], None]:
         """Let a runner wait; returns what the W slot calls, which runs it unless it has run."""
@@ -141,7 +140,6 @@ class _Waiting:
         self._runners.append(run)
         while self.limit is not None and len(self._runners) > self.limit:
             self._runners[0]()
-        self.most = max(self.most, len(self._runners))
         return run
 
 
@@ -149,15 +147,18 @@ class _Stage(PipelineStage):
     """A stage whose receive buffers live from the receive to the end of that micro-batch's backward.
 
     torch keeps one pair per micro-batch for the whole run: at V3's size, 120 micro-batches of 59 MB, twice.
+
+    Args:
+        waiting: of this rank, shared by its stages.
+        sends_itself: under a schedule that sends in batches of one direction and waits for them at the step's end only;
+            1F1B mixes directions, and waits by itself.
     """
 
-    def __init__(self, *args: Any, waiting: _Waiting, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, waiting: _Waiting, sends_itself: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._receives: dict[tuple[str, int], list[dist.P2POp]] = {}
-        self._waiting = waiting
-        # A schedule of several stages a rank sends in batches of one direction only; 1F1B mixes them, and waits itself.
-        self.sends_itself = False
         self._sends: deque[Any] = deque()
+        self._waiting, self._sends_itself = waiting, sends_itself
 
     def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
         return self._without_memory(super()._prepare_forward_infra, *args, **kwargs)
@@ -204,7 +205,7 @@ class _Stage(PipelineStage):
 
     def _send(self, operations: list[dist.P2POp]) -> list[dist.P2POp]:
         """Send at once and let go of what has arrived, where the runtime would hold every send till the step's end."""
-        if not self.sends_itself:
+        if not self._sends_itself:
             return operations
         for sent in operations:
             work = sent.op(sent.tensor, group=sent.group, tag=sent.tag, group_dst=sent.group_peer)
@@ -258,7 +259,7 @@ class Pipeline:
         self.num_stages = num_stages(mesh.layout.schedule, mesh.pp.size)
         self._built_for: tuple[object, ...] | None = None
         self._schedule: Any = None
-        self._torch_stages: list[_Stage] = []
+        self._running: list[_Stage] = []
         self._waiting = _Waiting(mesh.layout.max_waiting_wgrads)
 
     def run(self, inputs: Inputs, *, num_micro_batches: int) -> None:
@@ -279,7 +280,7 @@ class Pipeline:
         last = {"target": inputs["labels"]} if self.num_stages - 1 in self.stages else {}
         with deferred.deferred():
             schedule.step(*first, **last, **inputs, return_outputs=False)
-        for running in self._torch_stages:
+        for running in self._running:
             running.finish_sends()
 
     @torch.no_grad()
@@ -317,7 +318,7 @@ class Pipeline:
         if self.mesh.pp.size == 1:
             return 1
         sample = torch.empty(num_micro_batches, 1, dtype=torch.int64, device="meta")
-        schedule = self._new_schedule(sample[:1], num_micro_batches)
+        schedule = self._new_schedule(self._new_stages(sample[:1]), num_micro_batches)
         held = most = 0
         for action in schedule.pipeline_order[self.mesh.pp.rank]:
             kind = "" if action is None else action.computation_type.name
@@ -335,17 +336,17 @@ class Pipeline:
         wanted = (num_micro_batches, shape)
         if self._built_for != wanted:
             sample = torch.empty(shape, dtype=input_ids.dtype, device="meta")
-            self._schedule = self._new_schedule(sample, num_micro_batches)
-            self._torch_stages = getattr(self._schedule, "_stages", None) or [self._schedule._stage]
+            self._running = self._new_stages(sample)
+            self._schedule = self._new_schedule(self._running, num_micro_batches)
             self._built_for = wanted
         return self._schedule
 
-    def _new_schedule(self, sample: Tensor, num_micro_batches: int) -> Any:
-        """torch's schedule object over this rank's stages; `sample` has the shape of one micro-batch's token ids."""
-        stages = [self._torch_stage(index, module, sample) for index, module in sorted(self.stages.items())]
+    def _new_stages(self, sample: Tensor) -> list[_Stage]:
+        """This rank's stages as torch wants them; `sample` has the shape of one micro-batch's token ids."""
+        return [self._torch_stage(index, module, sample) for index, module in sorted(self.stages.items())]
+
+    def _new_schedule(self, stages: list[_Stage], num_micro_batches: int) -> Any:
         facts = SCHEDULES[self.mesh.layout.schedule]
-        for stage in stages:
-            stage.sends_itself = facts.stages_per_rank > 1
         return get_schedule_class(facts.name)(
             stages if facts.stages_per_rank > 1 else stages[0],
             num_micro_batches,
@@ -367,6 +368,7 @@ class Pipeline:
             group=self.mesh.pp.group,
             dw_builder=deferred.take,
             waiting=self._waiting,
+            sends_itself=SCHEDULES[self.mesh.layout.schedule].stages_per_rank > 1,
         )
 
 

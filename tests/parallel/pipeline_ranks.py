@@ -22,7 +22,7 @@ import parallel.pipeline
 from kernels import deferred
 from kernels.cross_entropy import cross_entropy_sum
 from parallel.mesh import Layout, init_processes, make_mesh
-from parallel.pipeline import Pipeline
+from parallel.pipeline import Pipeline, _Waiting
 from parallel.schedules import SCHEDULES, stage_ids
 from tests.operator_calls import OperatorCalls
 from tests.parity.layout_theorem import NOW, batch_of, engine_on, gradient_pieces
@@ -391,3 +391,23 @@ def announced(
             for count in (count for count in counts if count >= SCHEDULES[name].min_micro_batches(ranks)):
                 found.setdefault((name, count), []).append(pipeline.most_in_flight(count))
     return found
+
+
+def let_wait(rank: int, world: int, limit: int | None) -> tuple[int, dict[str, str]]:
+    """The most weight gradients that waited in a zero-bubble step, and the SHA-256 of every gradient."""
+    layout = Layout(pp=2, schedule="ZBVZeroBubble", stage_layers=(2, 1, 1, 1), max_waiting_wgrads=limit)
+    most = 0
+    add = _Waiting.add
+
+    def counting(self: _Waiting, runner: Callable[..., None]) -> Callable[[], None]:
+        nonlocal most
+        run = add(self, runner)
+        most = max(most, len(self._runners))
+        return run
+
+    _Waiting.add = counting  # type: ignore[method-assign]
+    engine = engine_on(layout, "bf16")
+    gradients_of(engine, 8, 2)
+    assert deferred.pending() == 0
+    grads = copied_gradients(engine)
+    return most, {name: hashlib.sha256(grad.numpy().tobytes()).hexdigest() for name, grad in grads.items()}

@@ -44,6 +44,10 @@ SMALL = Workload(
 BY_ITSELF = {
     "no rank": ({"pp": 0}, "layout.pp=0 is too small: use 1 or more"),
     "negative": ({"dp": -2}, "layout.dp=-2 is too small: use 1 or more"),
+    "negative wait": (
+        {"max_waiting_wgrads": -1},
+        "layout.max_waiting_wgrads=-1 is negative: use 0 or more, or null",
+    ),
     "no rank on a node": ({"ranks_per_node": 0}, "layout.ranks_per_node=0 is too small: use 1 or more"),
     "ep that does not divide": (
         {"dp": 8, "ep": 3},

@@ -9,13 +9,16 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from torch.distributed.pipelining import PipelineStage
 
 from parallel.mesh import Layout
-from parallel.pipeline import balanced_split, balanced_v
+from parallel.pipeline import _Stage, _Waiting, balanced_split, balanced_v
 from parallel.schedules import SCHEDULES
-from tests.parallel.pipeline_ranks import CASES, COUNTED, Walks, announced, count_calls, walk
+from tests.parallel.pipeline_ranks import CASES, COUNTED, Walks, announced, count_calls, let_wait, walk
 from tests.parity.layout_theorem import MODEL
 from tests.ranks import run_ranks
 from train.build import balanced_layers, layer_costs
@@ -237,3 +240,59 @@ def test_most_in_flight_has_the_known_values(ranks: int, played: list[int], coun
             # All of what there is, on one stage or on both.
             assert all(count <= most <= min(2 * ranks, 2 * count) for most in held)
     assert {name for name, _ in found} == set(SCHEDULES)
+
+
+def test_no_more_weight_gradients_wait_than_allowed_and_no_bit_changes() -> None:
+    waited = {limit: run_ranks(2, let_wait, limit) for limit in (None, 1, 0)}
+    assert max(most for most, _ in waited[None]) == 3, "or the limits below bind nothing"
+    for limit in (1, 0):
+        assert max(most for most, _ in waited[limit]) == limit
+        assert [grads for _, grads in waited[limit]] == [grads for _, grads in waited[None]]
+
+
+class Message:
+    """A send as a backend reports it."""
+
+    def __init__(self) -> None:
+        self.arrived, self.waited = False, False
+
+    def is_completed(self) -> bool:
+        return self.arrived
+
+    def wait(self) -> None:
+        self.waited = True
+
+
+class Sending(PipelineStage):
+    """torch's side of a stage: one operation for each message to send."""
+
+    def __init__(self, messages: list[Message]) -> None:
+        self.operations = [
+            SimpleNamespace(op=lambda *_, message=message, **__: message, tensor=None, group=None, tag=0, group_peer=1)
+            for message in messages
+        ]
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[Any]:
+        return [self.operations[fwd_chunk_id]]
+
+
+def test_a_send_is_let_go_as_soon_as_the_backend_reports_it_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The contract with NCCL, whose works tell that they are done; gloo's never do, and are waited for at the end."""
+    messages = [Message() for _ in range(4)]
+    torchs = Sending(messages)
+    monkeypatch.setattr(PipelineStage, "__init__", lambda self: None)
+    monkeypatch.setattr(PipelineStage, "get_fwd_send_ops", lambda self, i: torchs.get_fwd_send_ops(i))
+    stage = _Stage(waiting=_Waiting(None), sends_itself=True)
+    assert stage.get_fwd_send_ops(0) == stage.get_fwd_send_ops(1) == [], "nothing is left for the runtime to hold"
+    messages[0].arrived = True
+    stage.get_fwd_send_ops(2)
+    assert [message.waited for message in messages] == [True, False, False, False]
+    # The third is done before the second: it is kept until its turn comes.
+    messages[2].arrived = True
+    stage.get_fwd_send_ops(3)
+    assert len(stage._sends) == 3
+    stage.finish_sends()
+    assert all(message.waited for message in messages)
+    assert not stage._sends
+    mixed = _Stage(waiting=_Waiting(None), sends_itself=False)
+    assert mixed.get_fwd_send_ops(1) == [torchs.operations[1]], "1F1B batches and waits by itself"
