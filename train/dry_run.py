@@ -9,8 +9,8 @@ the tensors that were built, activations from what is alive during the schedule 
 on the wire are closed forms (`train/plan/flops.py`, `train/plan/traffic.py`).
 
 Left out: what CUDA, NCCL and the allocator take for themselves (some GB), messages to other stages that are still on
-their way, the masks of `data.mask_documents`, and temporaries inside kernels. Routing is
-never perfectly balanced, so a real rank needs room above the figure.
+their way, the masks of `data.mask_documents`, and temporaries inside kernels. Routing is never perfectly balanced, so a
+real rank needs room above the figure.
 """
 
 from __future__ import annotations

@@ -140,7 +140,14 @@ def agree_to_start(config: PretrainConfig, place: Place) -> Prepared:
                 f"{config.network.timeout_s}: look at the others' output, or raise it"
             )
         time.sleep(0.05)
-    if store.check(["refusal"]):
-        raise ValueError(store.get("refusal").decode())
+    refusal = store.get("refusal").decode() if store.check(["refusal"]) else ""
+    store.add("read", 1)
+    while refusal and place.rank == place.store_rank and store.add("read", 0) < place.world:
+        # This process hosts the store: it may end only after the others have read why.
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    if refusal:
+        raise ValueError(refusal)
     assert prepared is not None
     return prepared

@@ -26,6 +26,7 @@ from kernels.cross_entropy import cross_entropy_sum
 from parallel.collectives import sum_over
 from parallel.pieces import Piece
 from train.build import Parts, expert_pieces, run_card, store_hashes
+from train.checkpoint.agreement import Ranks
 from train.checkpoint.dcp import Saver, latest, load
 from train.config import PretrainConfig, to_yaml
 from train.data.batch import Batch
@@ -254,10 +255,7 @@ class Trainer:
             ValueError: the checkpoint belongs to another model, precision, store, seed or data order, or
                 `run.resume` is off and the directory already holds a run.
         """
-        if not self.config.run.resume and any(self.directory.glob("*")):
-            raise ValueError(
-                f"run.resume=false, but {self.directory} already holds a run; choose another run.name or move it away"
-            )
+        self._refuse_an_old_run()
         path = latest(self.directory / "checkpoints", group=self.parts.checkpoint_group)
         if path is None:
             return
@@ -276,6 +274,20 @@ class Trainer:
         self.state = TrainState.from_json(saved["train_state"])
         self.saved_step = self.state.step
         self.changed = _changed_fields(saved["config"], _as_json(asdict(self.config)))
+
+    def _refuse_an_old_run(self) -> None:
+        """With `run.resume=false`: one rank looks, so that all have the same answer whatever their disks show."""
+        ranks = Ranks(self.parts.checkpoint_group)
+
+        def look(_: list[None]) -> list[None]:
+            if not self.config.run.resume and any(self.directory.glob("*")):
+                raise ValueError(
+                    f"run.resume=false, but {self.directory} already holds a run; "
+                    "choose another run.name or move it away"
+                )
+            return [None] * ranks.size
+
+        ranks.agree(lambda: None, look)
 
 
 def _difference(old: object, new: object) -> str:

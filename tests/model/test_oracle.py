@@ -103,18 +103,23 @@ def released_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+@torch.no_grad()
+def enliven(oracle: DeepseekV3ForCausalLM) -> None:
+    """Random weights, norm gains and router biases, none of them at a value that hides a mistake."""
+    for name, tensor in oracle.state_dict().items():
+        if "norm" in name:
+            tensor.uniform_(0.5, 1.5)
+        elif "e_score" in name:
+            tensor.uniform_(-0.2, 0.2)
+        else:
+            tensor.normal_(std=0.15)
+
+
 def pair(case: dict[str, Any]) -> tuple[DeepseekV3ForCausalLM, Transformer]:
     """An oracle with lively random weights (biases of the router too) and ours with the same."""
     config = ModelConfig(**{**BASE, **case})
     oracle = DeepseekV3ForCausalLM(hf_config(config))
-    with torch.no_grad():
-        for name, tensor in oracle.state_dict().items():
-            if "norm" in name:
-                tensor.uniform_(0.5, 1.5)
-            elif "e_score" in name:
-                tensor.uniform_(-0.2, 0.2)
-            else:
-                tensor.normal_(std=0.15)
+    enliven(oracle)
     ours = Transformer(config, Precision("fp32"))
     initialize(ours, seed=0, std=0.15)
     load(ours, dict(oracle.state_dict()))

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
 from parallel.mesh import Layout
-from tests.model.test_oracle import BASE, hf_config, relative, released_names
+from tests.model.test_oracle import BASE, enliven, hf_config, relative, released_names
 from tests.parity.oracle_ranks import TOKENS, WEIGHTS, RankGradients, gradients_on
 from tests.ranks import run_ranks
 from train.checkpoint.hf import from_hf
@@ -53,14 +53,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Truth:
     """`transformers` on all sequences at once; they have different numbers of targets, one of them none."""
     torch.manual_seed(20241227)
     oracle = DeepseekV3ForCausalLM(hf_config(CONFIG))
-    with torch.no_grad():
-        for name, tensor in oracle.state_dict().items():
-            if "norm" in name:
-                tensor.uniform_(0.5, 1.5)
-            elif "e_score" in name:
-                tensor.uniform_(-0.2, 0.2)
-            else:
-                tensor.normal_(std=0.15)
+    enliven(oracle)
     tokens = torch.randint(0, CONFIG.vocab_size, (SEQUENCES, LENGTH + 1))
     ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].clone()
     for row in range(SEQUENCES):

@@ -73,6 +73,22 @@ def test_a_rank_without_dry_run_is_refused(config: PretrainConfig) -> None:
         train.session.pretrain(replace(config, rank=1), Place())
 
 
+def test_the_rank_that_hosts_the_meeting_place_stays_until_the_others_have_read_the_refusal(
+    config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_with_another_rank("rank 1: no store on this node")
+    naps: list[float] = []
+
+    def the_other_reads(seconds: float) -> None:
+        naps.append(seconds)
+        dist.PrefixStore("start", store).add("read", 1)
+
+    monkeypatch.setattr(train.session.time, "sleep", the_other_reads)
+    with pytest.raises(ValueError, match=r"^rank 1: no store"):
+        train.session.pretrain(config, Place(rank=0, world=2, store=store, store_rank=0))
+    assert len(naps) == 1
+
+
 def test_ranks_that_do_not_come_are_missed_in_one_sentence(config: PretrainConfig) -> None:
     hurried = replace(config, network=replace(config.network, timeout_s=2, peer_timeout_s=1))
     with pytest.raises(ValueError, match=r"only 1 of 2 processes came within network.timeout_s=2"):
