@@ -37,11 +37,14 @@ LAYOUTS = {
 @pytest.fixture(scope="module", params=["bf16", "fp8"])
 def references(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[int, Path]]:
     """Precision, and the folder of one process's trajectory for each number of expert ranks it sums like."""
-    folders = {}
-    for expert_ranks in (1, 2):
-        folders[expert_ranks] = tmp_path_factory.mktemp(f"{request.param}_{expert_ranks}")
-        run_ranks(1, write_reference, folders[expert_ranks], request.param, expert_ranks)
+    folders = {ranks: tmp_path_factory.mktemp(f"{request.param}_{ranks}") for ranks in (1, 2)}
+    run_ranks(2, write_references, folders, request.param)
     return request.param, folders
+
+
+def write_references(rank: int, world: int, folders: dict[int, Path], precision: str) -> None:
+    """One process for each reference, side by side; they do not talk."""
+    write_reference(rank, world, folders[rank + 1], precision, rank + 1)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
