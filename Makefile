@@ -18,7 +18,7 @@ demo: setup
 	@echo "make demo: $$(( $$(date +%s) - $(START) )) s"
 
 test: check
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=10 $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10 $(ARGS)
 	@echo "make test: $$(( $$(date +%s) - $(START) )) s"
 
 check: setup-dev

@@ -6,6 +6,7 @@
   same examples every time and has no deadline (machines are noisy).
 - Hugging Face libraries and wandb are told that there is no network, before anything imports them.
 - `run_command` runs an entrypoint or a command of the README in a fresh process, from the repository's root.
+- Files that take minutes start first, so that no worker is left alone with one of them at the end.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ OFFLINE = {
     "WANDB_SILENT": "true",
     # cuBLAS is deterministic only with a fixed workspace; read when CUDA starts.
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    # Triton functions run in its interpreter, on CPU tensors; read when Triton is imported.
+    "TRITON_INTERPRET": "1",
 }
 os.environ.update(OFFLINE)
 
@@ -37,6 +40,8 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 SEED = 20241227
+# Handed out in this order by `--dist loadfile --no-loadscope-reorder`; everything else follows.
+LONG_FIRST = ("tests/parity/", "tests/system/", "tests/test_dry_run.py")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 torch.use_deterministic_algorithms(True)
@@ -45,6 +50,11 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 torch.set_num_threads(1)
 settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files first; within each part the order stays."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG_FIRST))
 
 
 @pytest.fixture(autouse=True)
