@@ -1,0 +1,228 @@
+"""Runs Gluon kernels for Hopper on the CPU, to check warp-specialised TMA and wgmma kernels without a GPU.
+
+    with interpret():                                   # the numbers, and the order of shared-memory accesses
+        kernel[grid](*cpu_arguments, **constexprs)
+    with interpret(**ADVERSARIAL, seed=3):              # the same, with everything asynchronous as late as it may be
+        kernel[grid](*cpu_arguments, **constexprs)
+
+Inside the context a launch executes the Python function behind `@gluon.jit`, unchanged, with the names it uses (`gl`,
+`tma`, `mbarrier`, wgmma, `range`, other `@gluon.jit` functions, in its own module or another) replaced by the emulation
+in the `gluon_*.py` files beside this one; the launcher around it needs no change. Two nets catch a broken hand-over of
+shared memory: bad numbers, since whatever may be overwritten is NaN by then, and a happens-before check, which does not
+need the bad schedule to occur. What went wrong is one of the errors named below, with the kernel's function and line.
+
+Not emulated: what the compiler does with the source. Layouts, swizzling, registers and warp counts are not checked,
+and Python accepts what the compiler refuses: compile the kernel as well. Precision is that of fp32 sums. Clusters,
+multicast, atomics, inline assembly, aggregates, Blackwell and AMD operations raise NotImplementedError when called. A
+kernel that passes here is right in its logic; how fast it is, and what the hardware does beyond the rules, only a GPU
+can tell.
+
+The kernel's tensors are CPU tensors and its descriptors `TensorDescriptor`s of them. The interpreter patches the
+launch of every Gluon kernel in the process, so two threads must not interpret at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.runtime.jit import KernelInterface
+
+from tests.kernels.gluon_hopper import HOPPER_OPERATIONS, MBARRIER_OPERATIONS, TMA_OPERATIONS
+from tests.kernels.gluon_machine import Machine, Options, Program
+from tests.kernels.gluon_operations import OPERATIONS, kernel_range
+from tests.kernels.gluon_values import (
+    GLUON_DTYPES,
+    KERNEL_MARK,
+    BarrierMisuse,
+    Deadlock,
+    Int,
+    KernelError,
+    Misuse,
+    OutOfRange,
+    Pointer,
+    Race,
+    Tensor,
+)
+
+__all__ = [
+    "ADVERSARIAL",
+    "BarrierMisuse",
+    "Deadlock",
+    "KernelError",
+    "Misuse",
+    "OutOfRange",
+    "Race",
+    "interpret",
+]
+
+# Everything as late as the rules allow, in an order that the seed decides.
+ADVERSARIAL: dict[str, Any] = {"tma": "late", "mma": "late", "lazy_loads": "wgmma", "switch": 0.3}
+EMULATED: dict[types.ModuleType, Mapping[str, Any]] = {
+    gl: OPERATIONS,
+    hopper: HOPPER_OPERATIONS,
+    tma: TMA_OPERATIONS,
+    mbarrier: MBARRIER_OPERATIONS,
+}
+# A Gluon function, however it was imported -> its emulation.
+STAND_INS = {
+    id(getattr(module, name)): operation
+    for module, operations in EMULATED.items()
+    for name, operation in operations.items()
+    if hasattr(module, name)
+}
+
+
+@contextlib.contextmanager
+def interpret(**options: Any) -> Iterator[None]:
+    """Within this context, launching a Gluon kernel runs it here, on CPU tensors.
+
+    Args:
+        **options: fields of `Options` in `tests/kernels/gluon_machine.py`, which explains them: seed, tma, mma,
+            lazy_loads, switch, races, strict_phase, programs, concurrent.
+    Raises:
+        KernelError: by a launch inside the context; its subclass says what kind of defect it is.
+        ValueError: an option that does not exist.
+    """
+    chosen = Options(**options)
+    compile_and_launch = GluonJITFunction.run
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> Any:
+        if warmup:
+            return compile_and_launch(kernel, *args, grid=grid, warmup=warmup, **named)
+        return _launch(kernel, grid, arguments=_arguments(kernel, args, named), options=chosen)
+
+    GluonJITFunction.run = run
+    try:
+        yield
+    finally:
+        GluonJITFunction.run = compile_and_launch
+
+
+def _launch(kernel: Any, grid: Any, *, arguments: dict[str, Any], options: Options) -> None:
+    extents = grid(arguments) if callable(grid) else grid
+    width, height, depth = (*extents, 1, 1)[:3]
+    body = _Names().function(kernel.fn)
+    programs = [
+        Program((x, y, z), grid=(width, height, depth), body=lambda: body(**arguments))
+        for z in range(depth)
+        for y in range(height)
+        for x in range(width)
+    ]
+    chosen = range(len(programs)) if options.programs is None else options.programs
+    Machine(options).run([programs[position] for position in chosen])
+
+
+def _arguments(kernel: Any, args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    """Each parameter's value as the kernel sees it; options of the launch (`num_warps`) are dropped."""
+    given = dict(zip(kernel.arg_names, args, strict=False)) | named
+    arguments = {}
+    for parameter in kernel.params:
+        if parameter.name in given:
+            arguments[parameter.name] = _argument(given[parameter.name], is_constexpr=parameter.is_constexpr)
+        elif parameter.has_default:
+            arguments[parameter.name] = _argument(parameter.default, is_constexpr=parameter.is_constexpr)
+        else:
+            raise TypeError(f"{kernel.fn.__name__}() misses its argument {parameter.name!r}")
+    return arguments
+
+
+def _argument(value: Any, *, is_constexpr: bool) -> Any:
+    if isinstance(value, gl.constexpr):
+        return value.value
+    if isinstance(value, torch.Tensor):
+        return Pointer.to_first_element(value)
+    if hasattr(value, "block_shape"):
+        return _descriptor(value)
+    if is_constexpr:
+        return value
+    if type(value) is tuple:
+        return tuple(_argument(element, is_constexpr=False) for element in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return Int(value, 32 if -(1 << 31) <= value < 1 << 31 else 64)
+    if isinstance(value, float):
+        return Tensor(torch.tensor(value, dtype=torch.float32))
+    return value
+
+
+def _descriptor(value: Any) -> types.SimpleNamespace:
+    """A host TensorDescriptor with the names that a kernel may ask it for."""
+    if value.padding != "zero":
+        raise NotImplementedError(f"TMA padding {value.padding!r} is not emulated")
+    nbytes = math.prod(value.block_shape) * value.base.element_size()
+    return types.SimpleNamespace(
+        **vars(value),
+        dtype=GLUON_DTYPES[value.base.dtype],
+        nbytes_per_cta=nbytes,
+        block_type=types.SimpleNamespace(nbytes=nbytes, shape=value.block_shape),
+    )
+
+
+class _Module:
+    """A module as a kernel sees it: the operations emulated here, and everything else it holds, translated."""
+
+    def __init__(self, module: types.ModuleType, names: _Names) -> None:
+        self._module, self._names = module, names
+
+    def __getattr__(self, name: str) -> Any:
+        operations = EMULATED.get(self._module, {})
+        # Older and newer versions of Triton lack some of the names.
+        return operations[name] if name in operations else self._names.translated(getattr(self._module, name))
+
+
+class _Names:
+    """What the global names of a kernel and of the functions it calls stand for, module by module."""
+
+    def __init__(self) -> None:
+        self._globals: dict[int, dict[str, Any]] = {}
+
+    def function(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The Python function behind a `@gluon.jit` function, over the emulated globals of its own module."""
+        assert isinstance(function, types.FunctionType)
+        closure = function.__closure__ and tuple(
+            types.CellType(self.translated(cell.cell_contents)) for cell in function.__closure__
+        )
+        twin = types.FunctionType(
+            function.__code__,
+            self._translated_globals(function.__globals__),
+            function.__name__,
+            tuple(self.translated(value) for value in function.__defaults__ or ()),
+            closure,
+        )
+        twin.__kwdefaults__ = {name: self.translated(value) for name, value in (function.__kwdefaults__ or {}).items()}
+        return twin
+
+    def _translated_globals(self, originals: dict[str, Any]) -> dict[str, Any]:
+        if id(originals) not in self._globals:
+            names = self._globals[id(originals)] = {**originals, "range": kernel_range, KERNEL_MARK: True}
+            names.update({name: self.translated(value) for name, value in originals.items()})
+        return self._globals[id(originals)]
+
+    def translated(self, value: Any) -> Any:
+        """What a kernel sees for a global, a default, or a value it closes over."""
+        if isinstance(value, gl.constexpr):
+            return value.value
+        if isinstance(value, types.ModuleType):
+            return _Module(value, self)
+        if id(value) in STAND_INS:
+            return STAND_INS[id(value)]
+        if isinstance(value, GluonJITFunction) and not value.fn.__module__.startswith("triton."):
+            return self.function(value.fn)
+        if isinstance(value, KernelInterface) or getattr(value, "__triton_builtin__", False):
+            return _refusal(getattr(value, "__name__", repr(value)))
+        return value
+
+
+def _refusal(name: str) -> Callable[..., Any]:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError(f"{name} is not emulated")
+
+    return refuse
