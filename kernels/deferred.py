@@ -8,8 +8,8 @@ runs them in the W slot; otherwise a pushed closure runs at once. `check_drained
 are read.
 
 The queue is a plain global, not a thread-local one: on CUDA, autograd runs backward on threads of its own.
-Weight gradients reach the weight through `accumulate_grad`, so autograd's accumulation hooks do not fire for
-them.
+Weight gradients reach the weight through `accumulate_grad` or `accumulate_product`, so autograd's accumulation hooks do
+not fire for them.
 """
 
 from __future__ import annotations
@@ -116,3 +116,20 @@ def accumulate_grad(weight: Tensor, dw: Tensor) -> None:
         weight.grad = dw.to(weight.dtype)
     else:
         weight.grad.add_(dw)
+
+
+@torch.no_grad()
+def accumulate_product(weight: Tensor, product: Callable[[Tensor, bool], object]) -> None:
+    """Have a GEMM add a weight gradient into `weight.main_grad` itself, without a copy of the gradient in between.
+
+    Args:
+        weight: the parameter; without `main_grad` the product is written apart and ends up in `weight.grad`.
+        product: writes an fp32 tensor of the weight's shape, or adds to it if the second argument says so.
+    """
+    main_grad: Tensor | None = getattr(weight, "main_grad", None)
+    if main_grad is not None:
+        product(main_grad, True)
+        return
+    dw = torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
+    product(dw, False)
+    accumulate_grad(weight, dw)

@@ -26,18 +26,22 @@ class Quantized:
     Args:
         payload: [rows, cols] float8_e4m3fn; blocks of weights may have leading dims, [experts, rows, cols].
         scale: fp32. Tiles: [ceil(cols/128), rows]. Blocks: [..., ceil(rows/128), ceil(cols/128)].
+        payload_t: blocks only, the payload stored transposed, [..., cols, rows], for tensor cores that contract over
+            contiguous elements; None where nobody asked for it.
     Source: arXiv:2412.19437 §3.3.2; rows are the fast axis of tile scales because a TMA load wants them so.
     """
 
     payload: Tensor
     scale: Tensor
+    payload_t: Tensor | None = None
 
     def transposed_blocks(self) -> Quantized:
-        """The same blocks seen as the transposed matrix: two views, nothing is requantised.
+        """The same blocks as the transposed matrix: the transposed copy, or else a view; nothing is requantised.
 
         Only 128x128 blocks allow it: their scale does not care which way the contraction runs.
         """
-        return Quantized(self.payload.mT, self.scale.mT)
+        payload_t = self.payload.mT if self.payload_t is None else self.payload_t
+        return Quantized(payload_t, self.scale.mT, self.payload)
 
 
 def ceil_div(numerator: int, denominator: int) -> int:

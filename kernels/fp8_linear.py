@@ -30,13 +30,18 @@ from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
 from kernels.gemm_grouped import group_rows, grouped_gemm_tile_block, grouped_gemm_tile_tile
 from kernels.operators import operator
 from kernels.quantize import (
-    dequantize_tiles,
     quantize_blocks,
     quantize_tiles,
+    quantize_tiles_both,
     quantize_tiles_transposed,
     requantize_transposed,
 )
-from kernels.swiglu import gated_swiglu, swiglu
+from kernels.swiglu import (
+    gated_swiglu_backward_kept,
+    swiglu_backward_kept,
+    swiglu_quantize,
+    swiglu_quantize_transposed,
+)
 
 
 def weight_fp8(weight: Tensor, *, power_of_two: bool) -> Quantized:
@@ -49,7 +54,7 @@ def weight_fp8(weight: Tensor, *, power_of_two: bool) -> Quantized:
         weight: [out, in] or [groups, out, in], fp32 or bf16.
         power_of_two: round scales up to powers of two.
     Returns:
-        128x128 blocks of the weight.
+        128x128 blocks of the weight, and the same stored transposed.
     Source: arXiv:2412.19437 §3.3.2; DeepGEMM casts weights once per step too.
     """
     # The storage's address, for a fake tensor has no data pointer.
@@ -114,8 +119,12 @@ def _row_flops(x: Sequence[int], weight: Sequence[int], *_: object, out_shape: o
 
 
 _wgrad = operator("wgrad", wgrad_reference, fake=_allocate_wgrad, flops=_wgrad_flops)
-_grouped_matmul = operator("grouped_matmul", grouped_matmul_reference, fake=_allocate_rows, flops=_row_flops)
-_grouped_wgrad = operator("grouped_wgrad", grouped_wgrad_reference, fake=_allocate_wgrads, flops=_wgrad_flops)
+_grouped_matmul = operator(
+    "grouped_matmul", grouped_matmul_reference, fake=_allocate_rows, flops=_row_flops, gpu="gemm_portable"
+)
+_grouped_wgrad = operator(
+    "grouped_wgrad", grouped_wgrad_reference, fake=_allocate_wgrads, flops=_wgrad_flops, gpu="gemm_portable"
+)
 
 
 class _Linear(torch.autograd.Function):
@@ -150,14 +159,12 @@ class _Fp8Linear(torch.autograd.Function):
         (payload, scale, group_ends), weight = ctx.saved_tensors, _kept_weight(ctx)
         power_of_two: bool = ctx.power_of_two
         xq = Quantized(payload, scale)
-        _push_wgrad(
-            weight,
-            dy,
-            group_ends,
-            lambda: requantize_transposed(xq, power_of_two=power_of_two),
-            power_of_two=power_of_two,
-        )
-        return _dgrad(dy, weight, group_ends, power_of_two=power_of_two), None, None, None
+
+        def by_channel() -> Quantized:
+            return requantize_transposed(xq, power_of_two=power_of_two)
+
+        dx = _dgrad_and_push_wgrad(dy, weight, group_ends, by_channel, power_of_two=power_of_two)
+        return dx, None, None, None
 
 
 class _Fp8LinearOfKept(torch.autograd.Function):
@@ -175,10 +182,11 @@ class _Fp8LinearOfKept(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         (x,), weight = ctx.saved_tensors, _kept_weight(ctx)
         power_of_two: bool = ctx.power_of_two
-        _push_wgrad(
-            weight, dy, None, lambda: quantize_tiles_transposed(x, power_of_two=power_of_two), power_of_two=power_of_two
-        )
-        return _dgrad(dy, weight, None, power_of_two=power_of_two), None, None
+
+        def by_channel() -> Quantized:
+            return quantize_tiles_transposed(x, power_of_two=power_of_two)
+
+        return _dgrad_and_push_wgrad(dy, weight, None, by_channel, power_of_two=power_of_two), None, None
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -212,11 +220,10 @@ class _Fp8SwigluLinear(torch.autograd.Function):
         group_ends: Tensor | None,
         power_of_two: bool,
     ) -> Tensor:
-        kept = quantize_tiles(gate_up, power_of_two=power_of_two)
+        kept, hq = swiglu_quantize(gate_up, gates, power_of_two=power_of_two)
         ctx.save_for_backward(kept.payload, kept.scale, gates, group_ends)
         ctx.power_of_two = power_of_two
         _keep_weight(ctx, weight)
-        hq = quantize_tiles(_activate(gate_up, gates), power_of_two=power_of_two)
         return _fprop(hq, weight, group_ends, power_of_two=power_of_two, dtype=gate_up.dtype)
 
     @staticmethod
@@ -228,22 +235,12 @@ class _Fp8SwigluLinear(torch.autograd.Function):
         dtype = dy.dtype
 
         def activation() -> Quantized:
-            h = _activate(dequantize_tiles(kept, out_dtype=dtype), gates)
-            return quantize_tiles_transposed(h, power_of_two=power_of_two)  # [inter, rows]
+            return swiglu_quantize_transposed(kept, gates, dtype=dtype, power_of_two=power_of_two)  # [inter, rows]
 
-        _push_wgrad(weight, dy, group_ends, activation, power_of_two=power_of_two)
-        dh = _dgrad(dy, weight, group_ends, power_of_two=power_of_two)
-        with torch.enable_grad():
-            gate_up = dequantize_tiles(kept, out_dtype=dtype).requires_grad_()
-            own_gates = None if gates is None else gates.detach().requires_grad_()
-            h = _activate(gate_up, own_gates)
-        inputs = (gate_up,) if own_gates is None else (gate_up, own_gates)
-        dx, *dgates = torch.autograd.grad(h, inputs, dh)
-        return dx, dgates[0] if dgates else None, None, None, None
-
-
-def _activate(gate_up: Tensor, gates: Tensor | None) -> Tensor:
-    return swiglu(gate_up) if gates is None else gated_swiglu(gate_up, gates)
+        dh = _dgrad_and_push_wgrad(dy, weight, group_ends, activation, power_of_two=power_of_two)
+        if gates is None:
+            return swiglu_backward_kept(kept, dh), None, None, None, None
+        return *gated_swiglu_backward_kept(kept, gates, dh), None, None, None
 
 
 def _fprop(
@@ -253,39 +250,38 @@ def _fprop(
     return _rows_times(xq, weight_fp8(weight, power_of_two=power_of_two), group_ends, dtype)
 
 
-def _dgrad(dy: Tensor, weight: Tensor, group_ends: Tensor | None, *, power_of_two: bool) -> Tensor:
-    """dy @ W, of each group its own W: the transposed blocks are a view."""
-    dyq = quantize_tiles(dy, power_of_two=power_of_two)
-    return _rows_times(dyq, weight_fp8(weight, power_of_two=power_of_two).transposed_blocks(), group_ends, dy.dtype)
-
-
 def _rows_times(rows: Quantized, weight: Quantized, group_ends: Tensor | None, dtype: torch.dtype) -> Tensor:
     if group_ends is None:
         return gemm_tile_block(rows, weight, out_dtype=dtype)
     return grouped_gemm_tile_block(rows, weight, group_ends, out_dtype=dtype)
 
 
-def _push_wgrad(
-    weight: Tensor,
+def _dgrad_and_push_wgrad(
     dy: Tensor,
+    weight: Tensor,
     group_ends: Tensor | None,
     input_by_channel: Callable[[], Quantized],
     *,
     power_of_two: bool,
-) -> None:
-    """Hand over dy.T @ x; dy is quantised now, x (128x1 tiles, [in, rows]) only when the product is made."""
-    if not weight.requires_grad:
-        return
-    dyq_t = quantize_tiles_transposed(dy, power_of_two=power_of_two)  # [out, rows]
+) -> Tensor:
+    """Return dy @ W, of each group its own W; hand over dy.T @ x.
 
-    def wgrad() -> None:
+    dy is read once and quantised for both; x (128x1 tiles, [in, rows]) is made only when wgrad runs.
+    """
+    w = weight_fp8(weight, power_of_two=power_of_two).transposed_blocks()
+    if not weight.requires_grad:
+        return _rows_times(quantize_tiles(dy, power_of_two=power_of_two), w, group_ends, dy.dtype)
+    dyq, dyq_t = quantize_tiles_both(dy, power_of_two=power_of_two)
+
+    def product(out: Tensor, accumulate: bool) -> None:
         xq_t = input_by_channel()
         if group_ends is None:
-            deferred.accumulate_grad(weight, gemm_tile_tile(dyq_t, xq_t))
+            gemm_tile_tile(dyq_t, xq_t, out=out, accumulate=accumulate)
         else:
-            deferred.accumulate_grad(weight, grouped_gemm_tile_tile(dyq_t, xq_t, group_ends))
+            grouped_gemm_tile_tile(dyq_t, xq_t, group_ends, out=out, accumulate=accumulate)
 
-    deferred.push(wgrad)
+    deferred.push(lambda: deferred.accumulate_product(weight, product))
+    return _rows_times(dyq, w, group_ends, dy.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:

@@ -11,7 +11,7 @@ For each tile t of 128 contraction elements:
 Both operands are contracted over their last dim, [m, k] and [n, k]; m, n and k need not be multiples of 128.
 The MMA of a GPU keeps about 14 bits inside a partial sum; here the partial sum is a full FP32 one, so what
 `docs/numerics.md` bounds is quantisation plus FP32 accumulation. Each product is one operator
-(`kernels/operators.py`) that allocates its result only; FLOPs are 2 m n k.
+(`kernels/operators.py`) that allocates its result only, wgrad not even that; FLOPs are 2 m n k.
 """
 
 from __future__ import annotations
@@ -79,27 +79,48 @@ def gemm_tile_block_reference(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Te
     return out.to(out_dtype)
 
 
-def gemm_tile_tile_reference(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
+def gemm_tile_tile_reference(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, accumulate: bool
+) -> None:
     """Decode, then tile by tile. Same arguments as `gemm_tile_tile`, payloads and scales apart."""
-    out = a_scale.new_zeros(a.shape[0], b.shape[0])
-    add_tile_tile(out, decode_e4m3(a), a_scale, decode_e4m3(b), b_scale)
-    return out
+    product = a_scale.new_zeros(out.shape)
+    add_tile_tile(product, decode_e4m3(a), a_scale, decode_e4m3(b), b_scale)
+    write_product(out, product, accumulate=accumulate)
+
+
+def write_product(out: Tensor, product: Tensor, *, accumulate: bool) -> None:
+    """out = product or out += product: the finished sum is added once, not tile by tile, as the kernels do."""
+    if accumulate:
+        out.add_(product)
+    else:
+        out.copy_(product)
 
 
 def _allocate_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[0], dtype=out_dtype)
 
 
-def _allocate_wgrad(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[0], dtype=torch.float32)
+def _allocate_nothing(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, accumulate: bool
+) -> None:
+    return None
 
 
 def _product_flops(a: Sequence[int], a_scale: object, b: Sequence[int], *_: object, out_shape: object) -> int:
     return 2 * a[0] * b[0] * a[1]
 
 
-_gemm_tile_block = operator("gemm_tile_block", gemm_tile_block_reference, fake=_allocate_product, flops=_product_flops)
-_gemm_tile_tile = operator("gemm_tile_tile", gemm_tile_tile_reference, fake=_allocate_wgrad, flops=_product_flops)
+_gemm_tile_block = operator(
+    "gemm_tile_block", gemm_tile_block_reference, fake=_allocate_product, flops=_product_flops, gpu="gemm_fp8"
+)
+_gemm_tile_tile = operator(
+    "gemm_tile_tile",
+    gemm_tile_tile_reference,
+    fake=_allocate_nothing,
+    flops=_product_flops,
+    gpu="gemm_fp8",
+    mutates=["out"],
+)
 
 
 def gemm_tile_block(a: Quantized, b: Quantized, *, out_dtype: torch.dtype) -> Tensor:
@@ -119,20 +140,26 @@ def gemm_tile_block(a: Quantized, b: Quantized, *, out_dtype: torch.dtype) -> Te
     return _gemm_tile_block(a.payload, a.scale, b.payload, b.scale, out_dtype)
 
 
-def gemm_tile_tile(a: Quantized, b: Quantized) -> Tensor:
+def gemm_tile_tile(a: Quantized, b: Quantized, *, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
     """a @ b.T for two operands in 1x128 tiles; the result is a weight gradient and stays FP32.
 
     Args:
         a: payload [m, k], scale [ceil(k/128), m].
         b: payload [n, k], scale [ceil(k/128), n].
+        out: [m, n] fp32, contiguous, to be written; None: a new one.
+        accumulate: add to what `out` holds.
     Returns:
-        [m, n] fp32.
+        [m, n] fp32, `out`.
     Raises:
         ValueError: the contraction dims differ (message shows both).
     Source: arXiv:2412.19437 §3.3.2, §3.5.2.
     """
     _check_contraction(a, b)
-    return _gemm_tile_tile(a.payload, a.scale, b.payload, b.scale)
+    assert out is not None or not accumulate, "nothing to add to"
+    if out is None:
+        out = a.payload.new_empty(a.payload.shape[0], b.payload.shape[0], dtype=torch.float32)
+    _gemm_tile_tile(a.payload, a.scale, b.payload, b.scale, out, accumulate)
+    return out
 
 
 def _check_contraction(a: Quantized, b: Quantized) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernels.bench_entry import Bench
 from kernels.formats import TILE, Quantized, decode_e4m3
-from kernels.gemm_fp8 import add_tile_block, add_tile_tile
+from kernels.gemm_fp8 import add_tile_block, add_tile_tile, write_product
 from kernels.operators import operator
 from kernels.quantize import dequantize_blocks, dequantize_tiles, quantize_blocks, quantize_tiles
 
@@ -63,16 +63,16 @@ def grouped_gemm_tile_block_reference(
 
 
 def grouped_gemm_tile_tile_reference(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, group_ends: Tensor
-) -> Tensor:
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, group_ends: Tensor, out: Tensor, accumulate: bool
+) -> None:
     """Group by group. Same arguments as `grouped_gemm_tile_tile`, payloads and scales apart."""
-    groups, (m, rows), n = len(group_ends), a.shape, b.shape[0]
-    out = a_scale.new_zeros(groups, m, n)
+    groups, rows = len(group_ends), a.shape[1]
+    product = a_scale.new_zeros(out.shape)
     a_values, b_values = decode_e4m3(a), decode_e4m3(b)
     for g, part in enumerate(group_rows(group_ends, groups=groups, rows=rows)):
         tiles = slice(part.start // TILE, part.stop // TILE)
-        add_tile_tile(out[g], a_values[:, part], a_scale[tiles], b_values[:, part], b_scale[tiles])
-    return out
+        add_tile_tile(product[g], a_values[:, part], a_scale[tiles], b_values[:, part], b_scale[tiles])
+    write_product(out, product, accumulate=accumulate)
 
 
 def _allocate_rows(
@@ -81,8 +81,10 @@ def _allocate_rows(
     return a.new_empty(a.shape[0], b.shape[1], dtype=out_dtype)
 
 
-def _allocate_wgrads(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, group_ends: Tensor) -> Tensor:
-    return a.new_empty(len(group_ends), a.shape[0], b.shape[0], dtype=torch.float32)
+def _allocate_nothing(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, group_ends: Tensor, out: Tensor, accumulate: bool
+) -> None:
+    return None
 
 
 def _row_flops(a: Sequence[int], a_scale: object, b: Sequence[int], *_: object, out_shape: object) -> int:
@@ -94,10 +96,19 @@ def _wgrad_flops(a: Sequence[int], a_scale: object, b: Sequence[int], *_: object
 
 
 _grouped_gemm_tile_block = operator(
-    "grouped_gemm_tile_block", grouped_gemm_tile_block_reference, fake=_allocate_rows, flops=_row_flops
+    "grouped_gemm_tile_block",
+    grouped_gemm_tile_block_reference,
+    fake=_allocate_rows,
+    flops=_row_flops,
+    gpu="gemm_fp8",
 )
 _grouped_gemm_tile_tile = operator(
-    "grouped_gemm_tile_tile", grouped_gemm_tile_tile_reference, fake=_allocate_wgrads, flops=_wgrad_flops
+    "grouped_gemm_tile_tile",
+    grouped_gemm_tile_tile_reference,
+    fake=_allocate_nothing,
+    flops=_wgrad_flops,
+    gpu="gemm_fp8",
+    mutates=["out"],
 )
 
 
@@ -112,7 +123,7 @@ def grouped_gemm_tile_block(a: Quantized, b: Quantized, group_ends: Tensor, *, o
     Returns:
         [rows, n] out_dtype; zeros from `group_ends[-1]` on.
     Raises:
-        ValueError: bad `group_ends`, or contraction dims that differ (message shows both).
+        ValueError: bad `group_ends` (on CPU only: on a GPU the kernel reads them), or contraction dims that differ.
     """
     k, k_b = a.payload.shape[-1], b.payload.shape[-1]
     if k != k_b:
@@ -120,22 +131,31 @@ def grouped_gemm_tile_block(a: Quantized, b: Quantized, group_ends: Tensor, *, o
     return _grouped_gemm_tile_block(a.payload, a.scale, b.payload, b.scale, group_ends, out_dtype)
 
 
-def grouped_gemm_tile_tile(a: Quantized, b: Quantized, group_ends: Tensor) -> Tensor:
+def grouped_gemm_tile_tile(
+    a: Quantized, b: Quantized, group_ends: Tensor, *, out: Tensor | None = None, accumulate: bool = False
+) -> Tensor:
     """a[:, rows of g] @ b[:, rows of g].T for every group g.
 
     Args:
         a: payload [m, rows], scale [ceil(rows/128), m].
         b: payload [n, rows], scale [ceil(rows/128), n].
         group_ends: [groups] int32, see `group_rows`.
+        out: [groups, m, n] fp32, contiguous, to be written; None: a new one.
+        accumulate: add to what `out` holds.
     Returns:
-        [groups, m, n] fp32; zeros for empty groups.
+        [groups, m, n] fp32, `out`; an empty group writes zeros, or adds them.
     Raises:
-        ValueError: bad `group_ends`, or row counts that differ (message shows both).
+        ValueError: bad `group_ends` (on CPU only: on a GPU they are read by the kernel), or row counts that differ.
     """
     rows, rows_b = a.payload.shape[-1], b.payload.shape[-1]
     if rows != rows_b:
         raise ValueError(f"a and b contract their last dims, got {rows} and {rows_b} rows; they must agree")
-    return _grouped_gemm_tile_tile(a.payload, a.scale, b.payload, b.scale, group_ends)
+    assert out is not None or not accumulate, "nothing to add to"
+    if out is None:
+        shape = (len(group_ends), a.payload.shape[0], b.payload.shape[0])
+        out = a.payload.new_empty(shape, dtype=torch.float32)
+    _grouped_gemm_tile_tile(a.payload, a.scale, b.payload, b.scale, group_ends, out, accumulate)
+    return out
 
 
 def _bench_inputs(device: torch.device) -> tuple[Quantized, Quantized, Tensor, Tensor, Tensor]:

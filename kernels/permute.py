@@ -9,6 +9,9 @@ are contiguous, in token order (stable), and each expert's segment is padded wit
   counts; rows after the last segment are zero as well.
 - `partial_grouping`: the id -1 marks a slot whose expert lives elsewhere; the host knows the number of rows.
 
+Four operators (`kernels/operators.py`) do the work; the device code, without any sort, is `kernels/gpu/permute.py`:
+`lay_out`, `copy_tokens` and `sum_rows`, which are each other's backward, and `scatter_gates`.
+
 Shapes: ids, gates [tokens, topk]; x [tokens, hidden]; rows [num_rows, hidden]; columns = min(topk, experts).
 Tokens may be sharded; the experts counted here are the local ones. A token's rows are summed in order of expert,
 in fp32: gathers and copies, no atomic addition. It does not move tokens between ranks (parallel.expert does).
@@ -24,6 +27,7 @@ from torch import Tensor
 
 from kernels.bench_entry import Bench
 from kernels.formats import TILE
+from kernels.operators import operator
 from kernels.router import expert_counts
 
 
@@ -49,11 +53,6 @@ class Grouping:
     def num_rows(self) -> int:
         """Number of rows, a multiple of 128."""
         return self.slot_of_row.shape[0]
-
-    @property
-    def token_of_row(self) -> Tensor:
-        """[num_rows] int64, the token that fills the row; -1 in padding rows."""
-        return self.slot_of_row.div(self.topk, rounding_mode="floor")
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def grouping(ids: Tensor, experts: int) -> Grouping:
     slots = ids.numel()
     # Each non-empty segment wastes at most 127 rows, and the sum of segments is itself a multiple of 128.
     num_rows = (slots + min(experts, slots) * (TILE - 1)) // TILE * TILE
-    return _lay_out(ids, experts, num_rows=num_rows, partial=False)
+    return Grouping(*_lay_out(ids, experts, num_rows), topk=ids.shape[1], partial=False)
 
 
 @torch.no_grad()
@@ -101,13 +100,22 @@ def partial_grouping(ids: Tensor, experts: int, *, num_rows: int) -> Grouping:
     Returns:
         The Grouping.
     """
-    return _lay_out(ids.long(), experts, num_rows=num_rows, partial=True)
+    return Grouping(*_lay_out(ids, experts, num_rows), topk=ids.shape[1], partial=True)
 
 
-def _lay_out(ids: Tensor, experts: int, *, num_rows: int, partial: bool) -> Grouping:
-    flat = ids.flatten()  # [slots]
+def lay_out_reference(ids: Tensor, experts: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """By a stable sort of the slots.
+
+    Args:
+        ids: [tokens, topk] integers, distinct within a token; -1 where a slot has no expert here.
+        experts: number of experts here.
+        num_rows: at least the sum over experts of their slots, each rounded up to 128.
+    Returns:
+        slot_of_row, rows_of_token, group_ends of a Grouping.
+    """
+    flat = ids.flatten().long()  # [slots]
     # Slots without an expert form one more group after the last; they all get the row after the last.
-    groups = torch.where(flat < 0, experts, flat) if partial else flat
+    groups = torch.where(flat < 0, experts, flat)
     counts = expert_counts(groups, experts + 1)[:experts]
     padded = (counts + TILE - 1) // TILE * TILE
     ends = padded.cumsum(0)
@@ -121,7 +129,56 @@ def _lay_out(ids: Tensor, experts: int, *, num_rows: int, partial: bool) -> Grou
     slot_of_row.index_copy_(0, rows_sorted, order)
     rows_of_slot = torch.empty_like(flat).index_copy_(0, order, rows_sorted)
     rows_of_token = rows_of_slot.view_as(ids).sort(dim=1).values[:, : min(ids.shape[1], experts)]
-    return Grouping(slot_of_row[:num_rows], rows_of_token, ends.to(torch.int32), ids.shape[1], partial)
+    # Copies, so that nothing beside the results stays alive.
+    return slot_of_row[:num_rows].clone(), rows_of_token.contiguous(), ends.to(torch.int32)
+
+
+def copy_tokens_reference(x: Tensor, slot_of_row: Tensor, topk: int) -> Tensor:
+    """Rows of x by slot, zeros where there is none.
+
+    Args:
+        x: [tokens, ...].
+        slot_of_row: [rows] int64, -1 for "none".
+        topk: slots per row of x.
+    Returns:
+        [rows, ...] in x.dtype.
+    """
+    token_of_row = slot_of_row.div(topk, rounding_mode="floor")
+    # A zero row behind the last stands for "none": on CPU a tenth of the time of masking afterwards.
+    padded = _with_zero_row(x)
+    return padded.index_select(0, torch.where(token_of_row < 0, x.shape[0], token_of_row))
+
+
+def _with_zero_row(x: Tensor) -> Tensor:
+    return torch.cat((x, x.new_zeros(1, *x.shape[1:])))
+
+
+def sum_rows_reference(rows: Tensor, rows_of_token: Tensor, partial: bool, out_dtype: torch.dtype) -> Tensor:
+    """Column by column of rows_of_token. Same arguments as `sum_rows`."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    total = rows.new_zeros(rows_of_token.shape[0], rows.shape[1], dtype=wide)
+    rows = _with_zero_row(rows) if partial else rows
+    for column in rows_of_token.unbind(1):
+        total.add_(rows.index_select(0, column))
+    return total.to(out_dtype)
+
+
+def scatter_gates_reference(by_row: Tensor, slot_of_row: Tensor, tokens: int, topk: int) -> Tensor:
+    """From rows back to slots.
+
+    Args:
+        by_row: [rows].
+        slot_of_row: [rows] int64, -1 for "none".
+        tokens: number of tokens.
+        topk: slots per token.
+    Returns:
+        [tokens, topk] in by_row.dtype; 0 where a slot has no row.
+    """
+    slots = tokens * topk
+    # All padding rows write to one place behind the last slot, which is cut off.
+    places = torch.where(slot_of_row < 0, slots, slot_of_row)
+    by_slot = by_row.new_zeros(slots + 1).index_copy_(0, places, by_row)
+    return by_slot[:slots].clone().view(tokens, topk)
 
 
 def group_tokens_reference(x: Tensor, grouping: Grouping) -> Tensor:
@@ -146,54 +203,56 @@ def _one_hot(grouping: Grouping, dtype: torch.dtype) -> Tensor:
     return (grouping.rows_of_token[None] == rows[:, None, None]).any(-1).to(dtype)
 
 
-def copy_tokens(x: Tensor, token_of_row: Tensor) -> Tensor:
-    """Rows of x by index, zeros where the index is -1; not differentiable.
-
-    Args:
-        x: [tokens, ...].
-        token_of_row: [rows] int64.
-    Returns:
-        [rows, ...] in x.dtype.
-    """
-    # A zero row behind the last stands for "none": on CPU a tenth of the time of masking afterwards.
-    padded = _with_zero_row(x)
-    return padded.index_select(0, torch.where(token_of_row < 0, x.shape[0], token_of_row))
+def _allocate_layout(ids: Tensor, experts: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, topk = ids.shape
+    slot_of_row = ids.new_empty(num_rows, dtype=torch.int64)
+    rows_of_token = ids.new_empty(tokens, min(topk, experts), dtype=torch.int64)
+    return slot_of_row, rows_of_token, ids.new_empty(experts, dtype=torch.int32)
 
 
-def _with_zero_row(x: Tensor) -> Tensor:
-    return torch.cat((x, x.new_zeros(1, *x.shape[1:])))
+def _allocate_copies(x: Tensor, slot_of_row: Tensor, topk: int) -> Tensor:
+    return x.new_empty(slot_of_row.shape[0], *x.shape[1:])
 
 
-def sum_rows(rows: Tensor, rows_of_token: Tensor, *, partial: bool) -> Tensor:
-    """Each token's rows added up from left to right in fp32; not differentiable.
+def _allocate_sums(rows: Tensor, rows_of_token: Tensor, partial: bool, out_dtype: torch.dtype) -> Tensor:
+    return rows.new_empty(rows_of_token.shape[0], rows.shape[1], dtype=out_dtype)
+
+
+def _allocate_gates(by_row: Tensor, slot_of_row: Tensor, tokens: int, topk: int) -> Tensor:
+    return by_row.new_empty(tokens, topk)
+
+
+_lay_out = operator("lay_out", lay_out_reference, fake=_allocate_layout, gpu="permute")
+_copy_tokens = operator("copy_tokens", copy_tokens_reference, fake=_allocate_copies, gpu="permute")
+_sum_rows = operator("sum_rows", sum_rows_reference, fake=_allocate_sums, gpu="permute")
+_scatter_gates = operator("scatter_gates", scatter_gates_reference, fake=_allocate_gates, gpu="permute")
+
+
+def sum_rows(rows: Tensor, rows_of_token: Tensor, *, partial: bool, out_dtype: torch.dtype) -> Tensor:
+    """Each token's rows added up from left to right in fp32, rounded once; not differentiable.
 
     Args:
         rows: [rows, hidden].
         rows_of_token: [tokens, columns] int64; the number of rows stands for "no row" where `partial`.
         partial: whether such entries occur; a token without any row gets zeros.
+        out_dtype: of the sums.
     Returns:
-        [tokens, hidden] fp32 (fp64 for fp64 rows).
+        [tokens, hidden] out_dtype (summed in fp64 for fp64 rows).
     """
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    total = rows.new_zeros(rows_of_token.shape[0], rows.shape[1], dtype=wide)
-    rows = _with_zero_row(rows) if partial else rows
-    for column in rows_of_token.unbind(1):
-        total.add_(rows.index_select(0, column))
-    return total
+    return _sum_rows(rows.detach(), rows_of_token, partial, out_dtype)
 
 
 class _GroupTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token_of_row: Tensor, rows_of_token: Tensor, partial: bool) -> Tensor:
-        ctx.save_for_backward(rows_of_token)
-        ctx.partial = partial
-        return copy_tokens(x, token_of_row)
+    def forward(ctx: Any, x: Tensor, grouping: Grouping) -> Tensor:
+        ctx.save_for_backward(grouping.rows_of_token)
+        ctx.partial = grouping.partial
+        return _copy_tokens(x, grouping.slot_of_row, grouping.topk)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (rows_of_token,) = ctx.saved_tensors
-        grad_x = sum_rows(grads[0], rows_of_token, partial=ctx.partial)
-        return grad_x.to(grads[0].dtype), None, None, None
+        return _sum_rows(grads[0], rows_of_token, ctx.partial, grads[0].dtype), None
 
 
 class _GroupGates(torch.autograd.Function):
@@ -201,27 +260,25 @@ class _GroupGates(torch.autograd.Function):
     def forward(ctx: Any, gates: Tensor, slot_of_row: Tensor) -> Tensor:
         ctx.save_for_backward(slot_of_row)
         ctx.shape = gates.shape
-        return copy_tokens(gates.flatten(), slot_of_row)
+        return _copy_tokens(gates.flatten(), slot_of_row, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (slot_of_row,), slots = ctx.saved_tensors, ctx.shape.numel()
-        # All padding rows write to one place behind the last slot, which is cut off.
-        places = torch.where(slot_of_row < 0, slots, slot_of_row)
-        grad_gates = grads[0].new_zeros(slots + 1).index_copy_(0, places, grads[0])
-        return grad_gates[:slots].view(ctx.shape), None
+        (slot_of_row,), (tokens, topk) = ctx.saved_tensors, ctx.shape
+        return _scatter_gates(grads[0], slot_of_row, tokens, topk), None
 
 
 class _CombineTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, token_of_row: Tensor, rows_of_token: Tensor, partial: bool) -> Tensor:
-        ctx.save_for_backward(token_of_row)
-        return sum_rows(rows, rows_of_token, partial=partial).to(rows.dtype)
+    def forward(ctx: Any, rows: Tensor, grouping: Grouping) -> Tensor:
+        ctx.save_for_backward(grouping.slot_of_row)
+        ctx.topk = grouping.topk
+        return _sum_rows(rows, grouping.rows_of_token, grouping.partial, rows.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (token_of_row,) = ctx.saved_tensors
-        return copy_tokens(grads[0], token_of_row), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (slot_of_row,) = ctx.saved_tensors
+        return _copy_tokens(grads[0], slot_of_row, ctx.topk), None
 
 
 def group_tokens(x: Tensor, grouping: Grouping) -> Tensor:
@@ -234,9 +291,7 @@ def group_tokens(x: Tensor, grouping: Grouping) -> Tensor:
         [num_rows, hidden] in x.dtype. Its backward adds the row gradients of a token in fp32.
     """
     assert x.shape[0] == grouping.rows_of_token.shape[0], (x.shape, grouping.rows_of_token.shape)
-    rows: Tensor = _GroupTokens.apply(  # type: ignore[no-untyped-call]
-        x, grouping.token_of_row, grouping.rows_of_token, grouping.partial
-    )
+    rows: Tensor = _GroupTokens.apply(x, grouping)  # type: ignore[no-untyped-call]
     return rows
 
 
@@ -265,9 +320,7 @@ def combine_tokens(rows: Tensor, grouping: Grouping) -> Tensor:
     Source: arXiv:2412.19437 eq. 12.
     """
     assert rows.shape[0] == grouping.num_rows, (rows.shape, grouping.num_rows)
-    y: Tensor = _CombineTokens.apply(  # type: ignore[no-untyped-call]
-        rows, grouping.token_of_row, grouping.rows_of_token, grouping.partial
-    )
+    y: Tensor = _CombineTokens.apply(rows, grouping)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -290,7 +343,28 @@ def _peer(x: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
     return torch.autograd.grad(y, x, grad)[0]
 
 
+def _layout_inputs(device: torch.device) -> tuple[Tensor]:
+    return (torch.rand(2048, 64, generator=torch.Generator().manual_seed(0)).topk(6, dim=-1).indices.to(device),)
+
+
+def _layout_peer(ids: Tensor) -> Tensor:
+    chosen = torch.zeros(len(ids), 64, dtype=torch.int64, device=ids.device).scatter_(1, ids, 1)
+    padded = (chosen.sum(0) + TILE - 1) // TILE * TILE
+    rows = (padded.cumsum(0) - padded) + chosen.cumsum(0) - 1  # [tokens, experts]
+    return rows.gather(1, ids.sort(dim=1).values)
+
+
 BENCH = (
+    Bench(
+        name="grouping",
+        make_inputs=_layout_inputs,
+        run=lambda ids: grouping(ids, 64).rows_of_token,
+        peer=_layout_peer,
+        peer_name="cumsum of one-hot, one map only",
+        tolerance=0.0,
+        flops=0.0,
+        bytes=8.0 * 3 * 2048 * 6,
+    ),
     Bench(
         name="group+combine forward+backward",
         make_inputs=_bench_inputs,

@@ -77,12 +77,19 @@ def requantize_transposed_reference(payload: Tensor, scale: Tensor, power_of_two
     return quantize_tiles_transposed_reference(values, power_of_two)
 
 
-def quantize_blocks_reference(w: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    """All blocks at once. Same arguments as `quantize_blocks`; returns payload and scale."""
+def quantize_tiles_both_reference(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One after the other. Same arguments as `quantize_tiles_both`; payload and scale by row, then by column."""
+    return *quantize_tiles_reference(x, power_of_two), *quantize_tiles_transposed_reference(x, power_of_two)
+
+
+def quantize_blocks_reference(w: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """All blocks at once. Same arguments as `quantize_blocks`; payload, scale, transposed payload."""
     blocks = _as_blocks(w.float())  # [..., row_blocks, 128, col_blocks, 128]
     scale = _scale_of(blocks.abs().amax(dim=(-3, -1)), power_of_two=power_of_two)
     scaled = (blocks / scale[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
-    return _to_e4m3(scaled)[..., : w.shape[-2], : w.shape[-1]].contiguous(), scale
+    payload = _to_e4m3(scaled)[..., : w.shape[-2], : w.shape[-1]].contiguous()
+    payload_t = payload.view(torch.uint8).mT.contiguous().view(torch.float8_e4m3fn)
+    return payload, scale, payload_t
 
 
 def dequantize_tiles_reference(payload: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -103,27 +110,37 @@ def _allocate_tiles_transposed(x: Tensor, power_of_two: bool) -> tuple[Tensor, T
     return _allocate_tiles(x.t(), power_of_two)
 
 
+def _allocate_tiles_both(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_allocate_tiles(x, power_of_two), *_allocate_tiles_transposed(x, power_of_two)
+
+
 def _allocate_requantized(payload: Tensor, scale: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     return _allocate_tiles(payload.t(), power_of_two)
 
 
-def _allocate_blocks(w: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+def _allocate_blocks(w: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor]:
     *experts, rows, cols = w.shape
     payload = w.new_empty(w.shape, dtype=torch.float8_e4m3fn)
-    return payload, w.new_empty(*experts, ceil_div(rows, TILE), ceil_div(cols, TILE), dtype=torch.float32)
+    scale = w.new_empty(*experts, ceil_div(rows, TILE), ceil_div(cols, TILE), dtype=torch.float32)
+    return payload, scale, w.new_empty(*experts, cols, rows, dtype=torch.float8_e4m3fn)
 
 
 def _allocate_values(payload: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
     return payload.new_empty(payload.shape, dtype=out_dtype)
 
 
-_quantize_tiles = operator("quantize_tiles", quantize_tiles_reference, fake=_allocate_tiles)
+_quantize_tiles = operator("quantize_tiles", quantize_tiles_reference, fake=_allocate_tiles, gpu="quantize")
 _quantize_tiles_transposed = operator(
-    "quantize_tiles_transposed", quantize_tiles_transposed_reference, fake=_allocate_tiles_transposed
+    "quantize_tiles_transposed", quantize_tiles_transposed_reference, fake=_allocate_tiles_transposed, gpu="quantize"
 )
-_requantize_transposed = operator("requantize_transposed", requantize_transposed_reference, fake=_allocate_requantized)
-_quantize_blocks = operator("quantize_blocks", quantize_blocks_reference, fake=_allocate_blocks)
-_dequantize_tiles = operator("dequantize_tiles", dequantize_tiles_reference, fake=_allocate_values)
+_quantize_tiles_both = operator(
+    "quantize_tiles_both", quantize_tiles_both_reference, fake=_allocate_tiles_both, gpu="quantize"
+)
+_requantize_transposed = operator(
+    "requantize_transposed", requantize_transposed_reference, fake=_allocate_requantized, gpu="quantize"
+)
+_quantize_blocks = operator("quantize_blocks", quantize_blocks_reference, fake=_allocate_blocks, gpu="quantize")
+_dequantize_tiles = operator("dequantize_tiles", dequantize_tiles_reference, fake=_allocate_values, gpu="quantize")
 
 
 def quantize_tiles(x: Tensor, *, power_of_two: bool) -> Quantized:
@@ -158,6 +175,23 @@ def quantize_tiles_transposed(x: Tensor, *, power_of_two: bool) -> Quantized:
     return Quantized(*_quantize_tiles_transposed(x.detach(), power_of_two))
 
 
+def quantize_tiles_both(x: Tensor, *, power_of_two: bool) -> tuple[Quantized, Quantized]:
+    """`quantize_tiles` and `quantize_tiles_transposed` of one tensor, read once: a gradient, for dgrad and wgrad.
+
+    Args:
+        x: [rows, cols] fp32 or bf16.
+        power_of_two: round scales up to powers of two.
+    Returns:
+        payload [rows, cols], scale [ceil(cols/128), rows]; payload [cols, rows], scale [ceil(rows/128), cols].
+    Raises:
+        ValueError: x is not a matrix.
+    Source: as the two.
+    """
+    _check_matrix("x", x)
+    payload, scale, payload_t, scale_t = _quantize_tiles_both(x.detach(), power_of_two)
+    return Quantized(payload, scale), Quantized(payload_t, scale_t)
+
+
 def requantize_transposed(q: Quantized, *, power_of_two: bool) -> Quantized:
     """Regroup 1x128 tiles as 128x1: dequantise, transpose, quantise again.
 
@@ -175,13 +209,13 @@ def requantize_transposed(q: Quantized, *, power_of_two: bool) -> Quantized:
 
 
 def quantize_blocks(w: Tensor, *, power_of_two: bool) -> Quantized:
-    """Quantise with one scale per 128x128 block: weights.
+    """Quantise with one scale per 128x128 block: weights, with the transposed copy that dgrad multiplies.
 
     Args:
         w: [..., rows, cols] fp32 or bf16; a leading dim holds experts.
         power_of_two: round scales up to powers of two.
     Returns:
-        payload [..., rows, cols], scale [..., ceil(rows/128), ceil(cols/128)].
+        payload [..., rows, cols], scale [..., ceil(rows/128), ceil(cols/128)], payload_t [..., cols, rows].
     Raises:
         ValueError: w has fewer than two dims.
     Source: arXiv:2412.19437 §3.3.2 (weights).

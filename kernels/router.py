@@ -1,22 +1,47 @@
 """Choice of experts: node-limited top-k by biased score, gates from the un-biased score, balance terms.
 
-arXiv:2412.19437 §2.1.2. With affinities s = sigmoid(u . e) (made by the caller, fp32) and balancing bias b:
+arXiv:2412.19437 §2.1.2. With logits u . e (made by the caller, fp32) and balancing bias b, `route` is one kernel for
+    sigmoid            s, the affinities                                   eq. 15
     select_experts     top-K_r of s + b inside the best groups             eq. 16 and "Node-Limited Routing"
     gate_weights       g = scale * s_i / sum of the selected s             eq. 13, times routed_scaling_factor
     expert_counts      tokens per expert, for the bias update
-    sequence_balance   sum_i f_i P_i per sequence                          eq. 17-20
+and `sequence_balance` is sum_i f_i P_i per sequence                       eq. 17-20
 
-Shapes: scores [tokens, experts] fp32; ids [tokens, topk] int64. Tokens may be sharded on any axis.
-It does not compute the affinities, update the bias, or weigh the balance loss by alpha.
+Backward of `route` is one kernel as well; it keeps the scores and the ids. Both are operators
+(`kernels/operators.py`), and so is the counting of `sequence_balance`; the device code is `kernels/gpu/router.py`.
+
+Shapes: logits, scores [tokens, experts] fp32; ids [tokens, topk] int64. Tokens may be sharded on any axis.
+It does not compute the logits, update the bias, or weigh the balance loss by alpha.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.bench_entry import Bench
+from kernels.operators import operator
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What `route` decides for each token.
+
+    Args:
+        scores: [tokens, experts], sigmoid of the logits; carries gradient.
+        ids: [tokens, topk] int64, highest biased score first.
+        gates: [tokens, topk] in scores.dtype; carries gradient.
+        counts: [experts] int64, tokens that chose each expert.
+    """
+
+    scores: Tensor
+    ids: Tensor
+    gates: Tensor
+    counts: Tensor
 
 
 def _best(values: Tensor, count: int) -> Tensor:
@@ -87,6 +112,127 @@ def expert_counts(ids: Tensor, experts: int) -> Tensor:
     return torch.zeros(experts, dtype=torch.int64, device=ids.device).scatter_add_(0, flat, torch.ones_like(flat))
 
 
+def route_reference(
+    logits: Tensor, bias: Tensor, n_group: int, topk_group: int, topk: int, scale: float, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four steps one after the other. Same arguments as `route`; returns scores, ids, gates, counts."""
+    scores = logits.sigmoid()  # [tokens, experts]
+    ids = select_experts(scores, bias, n_group=n_group, topk_group=topk_group, topk=topk)  # [tokens, topk]
+    gates = gate_weights(scores, ids, scale=scale, normalize=normalize)  # [tokens, topk]
+    return scores, ids, gates, expert_counts(ids, logits.shape[1])
+
+
+def route_backward_reference(
+    scores: Tensor, ids: Tensor, grad_scores: Tensor | None, grad_gates: Tensor | None, scale: float, normalize: bool
+) -> Tensor:
+    """Gradient of the logits, operation by operation what autograd makes of `route_reference`.
+
+    Args:
+        scores: [tokens, experts].
+        ids: [tokens, topk] int64, distinct within a row.
+        grad_scores: [tokens, experts], of everything but the gates; None stands for zeros.
+        grad_gates: [tokens, topk]; None stands for zeros.
+        scale: as in `route`.
+        normalize: as in `route`.
+    Returns:
+        [tokens, experts] in scores.dtype.
+    """
+    grad = torch.zeros_like(scores)
+    if grad_gates is not None:
+        grad_chosen = grad_gates * scale  # [tokens, topk]
+        if normalize:
+            chosen = scores.gather(-1, ids)
+            total = chosen.sum(-1, keepdim=True) + 1e-20  # [tokens, 1]
+            grad_total = (-grad_chosen * ((chosen / total) / total)).sum(-1, keepdim=True)
+            grad_chosen = grad_chosen / total + grad_total
+        grad.scatter_add_(-1, ids, grad_chosen)
+    if grad_scores is not None:
+        grad += grad_scores
+    grad_logits: Tensor = torch.ops.aten.sigmoid_backward(grad, scores)
+    return grad_logits
+
+
+def topk_counts_reference(scores: Tensor, topk: int) -> Tensor:
+    """How often each expert is among the plain top-k of a sequence's tokens.
+
+    Args:
+        scores: [sequences, tokens, experts].
+        topk: experts a token counts for; of equal scores the lowest id wins.
+    Returns:
+        [sequences, experts] whole numbers in scores.dtype; exact below 2^24 tokens in fp32.
+    """
+    chosen = _best(scores, topk).flatten(1)  # [sequences, tokens * topk]
+    counts = scores.new_zeros(scores.shape[0], scores.shape[2])
+    return counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=scores.dtype))
+
+
+def _allocate_routed(
+    logits: Tensor, bias: Tensor, n_group: int, topk_group: int, topk: int, scale: float, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, experts = logits.shape
+    ids = logits.new_empty(tokens, topk, dtype=torch.int64)
+    counts = logits.new_empty(experts, dtype=torch.int64)
+    return logits.new_empty(tokens, experts), ids, logits.new_empty(tokens, topk), counts
+
+
+def _allocate_grad(
+    scores: Tensor, ids: Tensor, grad_scores: Tensor | None, grad_gates: Tensor | None, scale: float, normalize: bool
+) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
+def _allocate_counts(scores: Tensor, topk: int) -> Tensor:
+    return scores.new_empty(scores.shape[0], scores.shape[2])
+
+
+_route = operator("route", route_reference, fake=_allocate_routed, gpu="router")
+_route_backward = operator("route_backward", route_backward_reference, fake=_allocate_grad, gpu="router")
+_topk_counts = operator("topk_counts", topk_counts_reference, fake=_allocate_counts, gpu="router")
+
+
+class _Route(torch.autograd.Function):
+    """Keeps scores and ids; whichever gradient nobody computed is None and costs nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, bias: Tensor, *how: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        scores, ids, gates, counts = _route(logits, bias, *how)
+        ctx.save_for_backward(scores, ids)
+        *_, ctx.scale, ctx.normalize = how
+        ctx.mark_non_differentiable(ids, counts)
+        ctx.set_materialize_grads(False)
+        return scores, ids, gates, counts
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_scores, _, grad_gates, _ = grads
+        grad = None
+        if grad_scores is not None or grad_gates is not None:
+            scores, ids = ctx.saved_tensors
+            grad = _route_backward(scores, ids, grad_scores, grad_gates, ctx.scale, ctx.normalize)
+        return grad, None, None, None, None, None, None
+
+
+def route(
+    logits: Tensor, bias: Tensor, *, n_group: int, topk_group: int, topk: int, scale: float, normalize: bool
+) -> Routed:
+    """Score the experts, choose by biased score, weigh by the un-biased one, and count.
+
+    Args:
+        logits: [tokens, experts] fp32.
+        bias: [experts] fp32, for the choice only; carries no gradient.
+        n_group: groups of equal size that experts fall into, in order of id.
+        topk_group: groups a token may use.
+        topk: experts a token uses; at most topk_group * experts / n_group.
+        scale: routed_scaling_factor.
+        normalize: divide the gates by their sum (norm_topk_prob).
+    Returns:
+        The Routed. A token with NaN logits still gets topk distinct ids.
+    Source: arXiv:2412.19437 eq. 13-16 and §2.1.2 "Node-Limited Routing".
+    """
+    how = (n_group, topk_group, topk, scale, normalize)
+    return Routed(*_Route.apply(logits, bias.detach(), *how))  # type: ignore[no-untyped-call]
+
+
 def sequence_balance(scores: Tensor, topk: int) -> Tensor:
     """Sum over sequences of sum_i f_i P_i; 1 per sequence under perfect balance.
 
@@ -101,9 +247,7 @@ def sequence_balance(scores: Tensor, topk: int) -> Tensor:
     Source: arXiv:2412.19437 eq. 17-20.
     """
     _, tokens, experts = scores.shape
-    chosen = _best(scores.detach(), topk).flatten(1)  # [sequences, tokens * topk]
-    counts = torch.zeros_like(scores[:, 0]).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=scores.dtype))
-    f = counts * (experts / (topk * tokens))  # eq. 18 [sequences, experts]
+    f = _topk_counts(scores.detach(), topk) * (experts / (topk * tokens))  # eq. 18 [sequences, experts]
     p = (scores / scores.sum(-1, keepdim=True)).mean(1)  # eq. 19-20 [sequences, experts]
     return (f * p).sum()  # eq. 17
 
@@ -120,37 +264,57 @@ def select_experts_reference(scores: Tensor, bias: Tensor, *, n_group: int, topk
     return torch.tensor(rows, dtype=torch.int64, device=scores.device)
 
 
-def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
+def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(2048, 8, generator=generator).sigmoid()
-    bias = 0.01 * torch.randn(8, generator=generator)
-    return scores.to(device), bias.to(device)
+    logits = torch.randn(2048, 64, generator=generator)
+    bias = 0.01 * torch.randn(64, generator=generator)
+    grad = torch.randn(2048, 6, generator=generator)
+    return logits.to(device).requires_grad_(), bias.to(device), grad.to(device)
 
 
-def _run(scores: Tensor, bias: Tensor) -> Tensor:
-    ids = select_experts(scores, bias, n_group=4, topk_group=2, topk=2)
-    return scores.new_zeros(scores.shape).scatter_(1, ids, gate_weights(scores, ids, scale=2.5, normalize=True))
+def _run(logits: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
+    routed = route(logits, bias, n_group=8, topk_group=4, topk=6, scale=2.5, normalize=True)
+    return torch.autograd.grad(routed.gates, logits, grad)[0]
 
 
-def _peer(scores: Tensor, bias: Tensor) -> Tensor:
-    biased = (scores + bias).view(-1, 4, 2)
-    groups = biased.sum(-1).topk(2, dim=-1).indices
+def _peer(logits: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
+    scores = logits.sigmoid()
+    biased = (scores + bias).view(-1, 8, 8)
+    groups = biased.topk(2, dim=-1).values.sum(-1).topk(4, dim=-1).indices
     mask = torch.zeros_like(biased[..., 0]).scatter_(1, groups, 1.0).bool()
-    ids = biased.masked_fill(~mask[..., None], float("-inf")).flatten(1).topk(2, dim=-1).indices
+    ids = biased.masked_fill(~mask[..., None], float("-inf")).flatten(1).topk(6, dim=-1).indices
     gates = F.normalize(scores.gather(1, ids), p=1.0, dim=-1) * 2.5
-    return scores.new_zeros(scores.shape).scatter_(1, ids, gates)
+    return torch.autograd.grad(gates, logits, grad)[0]
+
+
+def _counts_inputs(device: torch.device) -> tuple[Tensor]:
+    return (torch.randn(4, 512, 64, generator=torch.Generator().manual_seed(0)).sigmoid().to(device),)
+
+
+def _counts_peer(scores: Tensor) -> Tensor:
+    return torch.zeros_like(scores).scatter_(-1, scores.topk(6, dim=-1).indices, 1.0).sum(1)
 
 
 BENCH = (
     Bench(
-        name="router",
+        name="route forward+backward",
         make_inputs=_bench_inputs,
         run=_run,
         peer=_peer,
-        peer_name="torch.topk",
-        # The same fp32 division and product in another order: a few fp32 epsilons (2^-23).
+        peer_name="torch.topk, autograd",
+        # The same fp32 quotients, sums of six and differences in another order: a few fp32 epsilons (2^-23).
         tolerance=4 * 2**-23,
         flops=0.0,
-        bytes=4.0 * 2 * 2048 * 8,
+        bytes=4.0 * 4 * 2048 * 64,
+    ),
+    Bench(
+        name="topk_counts",
+        make_inputs=_counts_inputs,
+        run=lambda scores: _topk_counts(scores, 6),
+        peer=_counts_peer,
+        peer_name="torch.topk, scatter",
+        tolerance=0.0,
+        flops=0.0,
+        bytes=4.0 * 2048 * 64,
     ),
 )

@@ -1,12 +1,20 @@
 """SwiGLU: silu(gate) * up, the activation of every dense and expert FFN; for experts times the router's gate.
 
-arXiv:2412.19437 §2.1.2 (FFN of eq. 12) and §3.3.1 (only the input is kept, the output is recomputed). One
+arXiv:2412.19437 §2.1.2 (FFN of eq. 12) and §3.3.3 (only the input is kept, in FP8; the output is recomputed). One
 GEMM makes gate and up side by side, so both arrive as one tensor.
 
 The router's gate g of eq. 12 enters here and not where expert outputs are summed. W_down is linear, so
 g * (W_down h) = W_down (g * h): the gradient that reaches down_proj is the token's own, unscaled (in FP8 it is
 rounded once, on its way here), the expert's output is needed by no backward, and the gradient of g is a dot
 product over inter (2048) instead of hidden (7168).
+
+Around an FP8 down_proj, h = silu(gate) * up * g is never in memory at full width:
+
+    fprop:  gate_up -> gate_up in 1x128 tiles, to be kept; h in 1x128 tiles        `swiglu_quantize`
+    wgrad:  kept    -> h in 128x1 tiles                                            `swiglu_quantize_transposed`
+    dgrad:  kept, dh -> gradients of gate_up and of the gates                      `[gated_]swiglu_backward_kept`
+
+h is rounded to the input's dtype before it is quantised: the numbers are those of the separate calls.
 
 Shapes: gate_up [rows, 2 * inter], gate first; gates [rows] fp32; output [rows, inter]. Rows may be sharded on
 any axis. It does not know about expert groups: zero rows stay zero, so padding passes through.
@@ -21,12 +29,150 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.bench_entry import Bench
+from kernels.formats import TILE, Quantized, ceil_div
+from kernels.operators import operator
+from kernels.quantize import (
+    dequantize_tiles,
+    dequantize_tiles_reference,
+    quantize_tiles,
+    quantize_tiles_reference,
+    quantize_tiles_transposed,
+    quantize_tiles_transposed_reference,
+)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """FP32, or FP64 for FP64: what arithmetic and the gates' gradient are in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up in fp32, rounded once. Same arguments as `swiglu`."""
-    gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
-    return (F.silu(gate) * up).to(gate_up.dtype)
+    """silu and product, each rounded to the input's dtype. Same arguments as `swiglu`."""
+    gate, up = gate_up.contiguous().chunk(2, dim=-1)  # [rows, inter]
+    return F.silu(gate).mul_(up)
+
+
+def swiglu_backward_reference(gate_up: Tensor, dh: Tensor) -> Tensor:
+    """Gradient of gate_up from that of the output; silu is computed again, products are rounded to the dtype."""
+    gate, up = gate_up.contiguous().chunk(2, dim=-1)
+    grad = torch.empty_like(gate_up, memory_format=torch.contiguous_format)  # [rows, 2 * inter]
+    grad_gate, grad_up = grad.chunk(2, dim=-1)
+    torch.mul(dh, F.silu(gate), out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(dh * up, gate, grad_input=grad_gate)
+    return grad
+
+
+def gated_swiglu_reference(gate_up: Tensor, gates: Tensor) -> Tensor:
+    """silu(gate) * up * gates in fp32, rounded once. Same arguments as `gated_swiglu`."""
+    gate, up = gate_up.contiguous().to(_wide(gate_up.dtype)).chunk(2, dim=-1)
+    return F.silu(gate).mul_(up).mul_(gates[:, None]).to(gate_up.dtype)
+
+
+def gated_swiglu_backward_reference(gate_up: Tensor, gates: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate_up, computed in fp32 and rounded once, and of the gates, [rows] fp32."""
+    wide = _wide(gate_up.dtype)
+    gate, up = gate_up.contiguous().to(wide).chunk(2, dim=-1)
+    grad, silu = dh.to(wide), F.silu(gate)  # [rows, inter]
+    grad_gates = (silu * up).mul_(grad).sum(dim=-1)  # [rows]
+    gated = grad * gates[:, None]
+    grad_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)  # [rows, 2 * inter]
+    grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+    grad_up.copy_(silu.mul_(gated))
+    grad_gate.copy_(torch.ops.aten.silu_backward(gated.mul_(up), gate))
+    return grad_gate_up, grad_gates
+
+
+def swiglu_quantize_reference(
+    gate_up: Tensor, gates: Tensor | None, power_of_two: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The input and the output, quantised apart. Same arguments as `swiglu_quantize`; two payloads, each its scale."""
+    kept = quantize_tiles_reference(gate_up, power_of_two)
+    return *kept, *quantize_tiles_reference(_activate_reference(gate_up, gates), power_of_two)
+
+
+def swiglu_quantize_transposed_reference(
+    payload: Tensor, scale: Tensor, gates: Tensor | None, dtype: torch.dtype, power_of_two: bool
+) -> tuple[Tensor, Tensor]:
+    """Dequantise, activate, quantise. Same arguments as `swiglu_quantize_transposed`; payload and scale."""
+    h = _activate_reference(dequantize_tiles_reference(payload, scale, dtype), gates)
+    return quantize_tiles_transposed_reference(h, power_of_two)
+
+
+def swiglu_backward_kept_reference(payload: Tensor, scale: Tensor, dh: Tensor) -> Tensor:
+    """`swiglu_backward_reference` of the dequantised input. Same arguments as `swiglu_backward_kept`."""
+    return swiglu_backward_reference(dequantize_tiles_reference(payload, scale, dh.dtype), dh)
+
+
+def gated_swiglu_backward_kept_reference(
+    payload: Tensor, scale: Tensor, gates: Tensor, dh: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`gated_swiglu_backward_reference` of the dequantised input. Same arguments as `gated_swiglu_backward_kept`."""
+    return gated_swiglu_backward_reference(dequantize_tiles_reference(payload, scale, dh.dtype), gates, dh)
+
+
+def _activate_reference(gate_up: Tensor, gates: Tensor | None) -> Tensor:
+    return swiglu_reference(gate_up) if gates is None else gated_swiglu_reference(gate_up, gates)
+
+
+def _allocate_output(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+
+def _allocate_gated_output(gate_up: Tensor, gates: Tensor) -> Tensor:
+    return _allocate_output(gate_up)
+
+
+def _allocate_gradient(gate_up: Tensor, dh: Tensor) -> Tensor:
+    return gate_up.new_empty(gate_up.shape)
+
+
+def _allocate_gated_gradients(gate_up: Tensor, gates: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
+    return gate_up.new_empty(gate_up.shape), gate_up.new_empty(gate_up.shape[:1], dtype=_wide(gate_up.dtype))
+
+
+def _allocate_tiles(like: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    payload = like.new_empty(rows, cols, dtype=torch.float8_e4m3fn)
+    return payload, like.new_empty(ceil_div(cols, TILE), rows, dtype=torch.float32)
+
+
+def _allocate_both(gate_up: Tensor, gates: Tensor | None, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, cols = gate_up.shape
+    return *_allocate_tiles(gate_up, rows, cols), *_allocate_tiles(gate_up, rows, cols // 2)
+
+
+def _allocate_transposed(
+    payload: Tensor, scale: Tensor, gates: Tensor | None, dtype: torch.dtype, power_of_two: bool
+) -> tuple[Tensor, Tensor]:
+    return _allocate_tiles(payload, payload.shape[1] // 2, payload.shape[0])
+
+
+def _allocate_gradient_kept(payload: Tensor, scale: Tensor, dh: Tensor) -> Tensor:
+    return dh.new_empty(payload.shape)
+
+
+def _allocate_gated_gradients_kept(payload: Tensor, scale: Tensor, gates: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
+    return dh.new_empty(payload.shape), dh.new_empty(payload.shape[:1], dtype=_wide(dh.dtype))
+
+
+_swiglu = operator("swiglu", swiglu_reference, fake=_allocate_output, gpu="swiglu")
+_swiglu_backward = operator("swiglu_backward", swiglu_backward_reference, fake=_allocate_gradient, gpu="swiglu")
+_gated_swiglu = operator("gated_swiglu", gated_swiglu_reference, fake=_allocate_gated_output, gpu="swiglu")
+_gated_swiglu_backward = operator(
+    "gated_swiglu_backward", gated_swiglu_backward_reference, fake=_allocate_gated_gradients, gpu="swiglu"
+)
+_swiglu_quantize = operator("swiglu_quantize", swiglu_quantize_reference, fake=_allocate_both, gpu="swiglu")
+_swiglu_quantize_transposed = operator(
+    "swiglu_quantize_transposed", swiglu_quantize_transposed_reference, fake=_allocate_transposed, gpu="swiglu"
+)
+_swiglu_backward_kept = operator(
+    "swiglu_backward_kept", swiglu_backward_kept_reference, fake=_allocate_gradient_kept, gpu="swiglu"
+)
+_gated_swiglu_backward_kept = operator(
+    "gated_swiglu_backward_kept",
+    gated_swiglu_backward_kept_reference,
+    fake=_allocate_gated_gradients_kept,
+    gpu="swiglu",
+)
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -35,25 +181,33 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)  # [rows, inter]
-        return F.silu(gate).mul_(up)
+        return _swiglu(gate_up.detach())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        grad = torch.empty_like(gate_up)  # [rows, 2 * inter]
-        grad_gate, grad_up = grad.chunk(2, dim=-1)
-        torch.mul(grads[0], F.silu(gate), out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=grad_gate)
-        return grad
+        return _swiglu_backward(gate_up, grads[0])
+
+
+class _GatedSwiGlu(torch.autograd.Function):
+    """Keeps gate_up and the gates; everything else is computed again in backward, in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, gates: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up, gates)
+        return _gated_swiglu(gate_up.detach(), gates.detach())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate_up, gates = ctx.saved_tensors
+        return _gated_swiglu_backward(gate_up, gates, grads[0])
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, each operation computed in fp32 and rounded to the input's dtype.
 
     Args:
-        gate_up: [rows, 2 * inter], any float dtype; the first half is the gate.
+        gate_up: [rows, 2 * inter] fp32 or bf16, on a CPU any float dtype; the first half is the gate.
     Returns:
         [rows, inter] in gate_up.dtype.
     Source: arXiv:2002.05202 eq. 6.
@@ -63,41 +217,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return y
 
 
-def gated_swiglu_reference(gate_up: Tensor, gates: Tensor) -> Tensor:
-    """silu(gate) * up * gates in fp32, rounded once. Same arguments as `gated_swiglu`."""
-    gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
-    return (F.silu(gate) * up * gates[:, None]).to(gate_up.dtype)
-
-
-class _GatedSwiGlu(torch.autograd.Function):
-    """Keeps gate_up and the gates; everything else is computed again in backward, in fp32."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, gates: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up, gates)
-        gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
-        return F.silu(gate).mul_(up).mul_(gates[:, None]).to(gate_up.dtype)  # [rows, inter]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        gate_up, gates = ctx.saved_tensors
-        wide = torch.promote_types(gate_up.dtype, torch.float32)
-        gate, up = gate_up.to(wide).chunk(2, dim=-1)
-        grad, silu = grads[0].to(wide), F.silu(gate)  # [rows, inter]
-        grad_gates = (silu * up).mul_(grad).sum(dim=-1)  # [rows]
-        gated = grad * gates[:, None]
-        grad_gate_up = torch.empty_like(gate_up)  # [rows, 2 * inter]
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        grad_up.copy_(silu.mul_(gated))
-        grad_gate.copy_(torch.ops.aten.silu_backward(gated.mul_(up), gate))
-        return grad_gate_up, grad_gates
-
-
 def gated_swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
     """silu(gate) * up * gates, computed in fp32 and rounded once to the input's dtype.
 
     Args:
-        gate_up: [rows, 2 * inter], any float dtype; the first half is the gate of SwiGLU.
+        gate_up: [rows, 2 * inter] fp32 or bf16, on a CPU any float dtype; the first half is the gate of SwiGLU.
         gates: [rows] fp32, the router's gate of each row; 0 in padding rows.
     Returns:
         [rows, inter] in gate_up.dtype. The gradient of `gates` is fp32.
@@ -107,6 +231,68 @@ def gated_swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
     assert gates.shape == gate_up.shape[:1], (gates.shape, gate_up.shape)
     y: Tensor = _GatedSwiGlu.apply(gate_up, gates)  # type: ignore[no-untyped-call]
     return y
+
+
+def swiglu_quantize(gate_up: Tensor, gates: Tensor | None, *, power_of_two: bool) -> tuple[Quantized, Quantized]:
+    """From one read of gate_up: itself in 1x128 tiles, to be kept, and the activation in 1x128 tiles, to be multiplied.
+
+    Args:
+        gate_up: [rows, 2 * inter] fp32 or bf16, gate first.
+        gates: [rows] fp32; None: not gated.
+        power_of_two: round all scales up to powers of two.
+    Returns:
+        `quantize_tiles(gate_up)`, [rows, 2 * inter], and `quantize_tiles` of `swiglu(gate_up)` or
+        `gated_swiglu(gate_up, gates)`, [rows, inter].
+    Source: arXiv:2412.19437 §3.3.3 (the inputs of SwiGLU are cached in FP8).
+    """
+    assert gate_up.shape[-1] % 2 == 0, gate_up.shape
+    gates = None if gates is None else gates.detach()
+    kept_payload, kept_scale, payload, scale = _swiglu_quantize(gate_up.detach(), gates, power_of_two)
+    return Quantized(kept_payload, kept_scale), Quantized(payload, scale)
+
+
+def swiglu_quantize_transposed(
+    kept: Quantized, gates: Tensor | None, *, dtype: torch.dtype, power_of_two: bool
+) -> Quantized:
+    """The activation again, in 128x1 tiles stored transposed: wgrad's operand.
+
+    Args:
+        kept: payload [rows, 2 * inter] with tile scales, of `swiglu_quantize`.
+        gates: [rows] fp32; None: not gated.
+        dtype: what gate_up was in; dequantised values and the activation are rounded to it.
+        power_of_two: round the scales up to powers of two.
+    Returns:
+        payload [inter, rows], scale [ceil(rows/128), inter].
+    Source: arXiv:2412.19437 §3.3.3 (its output is recomputed), §3.5.2 (128x1 grouping for the backward pass).
+    """
+    return Quantized(*_swiglu_quantize_transposed(kept.payload, kept.scale, gates, dtype, power_of_two))
+
+
+def swiglu_backward_kept(kept: Quantized, dh: Tensor) -> Tensor:
+    """Gradient of `swiglu` at the input as it was kept.
+
+    Args:
+        kept: payload [rows, 2 * inter] with tile scales, of `swiglu_quantize`.
+        dh: [rows, inter] fp32 or bf16, the gradient of the output; dequantised values are rounded to its dtype.
+    Returns:
+        [rows, 2 * inter] in dh's dtype.
+    Source: arXiv:2412.19437 §3.3.3.
+    """
+    return _swiglu_backward_kept(kept.payload, kept.scale, dh)
+
+
+def gated_swiglu_backward_kept(kept: Quantized, gates: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `gated_swiglu` at the input as it was kept.
+
+    Args:
+        kept: payload [rows, 2 * inter] with tile scales, of `swiglu_quantize`.
+        gates: [rows] fp32.
+        dh: [rows, inter] fp32 or bf16, the gradient of the output; dequantised values are rounded to its dtype.
+    Returns:
+        [rows, 2 * inter] in dh's dtype; [rows] fp32, the gates' gradient.
+    Source: arXiv:2412.19437 §3.3.3, eq. 12.
+    """
+    return _gated_swiglu_backward_kept(kept.payload, kept.scale, gates, dh)
 
 
 def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -141,6 +327,20 @@ def _gated_peer(gate_up: Tensor, gates: Tensor, grad: Tensor) -> Tensor:
     return torch.autograd.grad(y, gate_up, grad)[0]
 
 
+def _kept_bench_inputs(device: torch.device) -> tuple[Quantized, Tensor, Tensor]:
+    gate_up, gates, grad = _gated_bench_inputs(device)
+    return quantize_tiles(gate_up, power_of_two=True), gates, grad
+
+
+def _peer_activation(kept: Quantized, gates: Tensor) -> Tensor:
+    return gated_swiglu(dequantize_tiles(kept, out_dtype=torch.bfloat16), gates)
+
+
+def _peer_backward(kept: Quantized, gates: Tensor, grad: Tensor) -> Tensor:
+    gate_up = dequantize_tiles(kept, out_dtype=grad.dtype).requires_grad_()
+    return torch.autograd.grad(gated_swiglu(gate_up, gates), gate_up, grad)[0]
+
+
 BENCH = (
     Bench(
         name="swiglu forward+backward",
@@ -163,5 +363,38 @@ BENCH = (
         tolerance=2**-12,
         flops=14.0 * 4096 * 256,
         bytes=9 * 2.0 * 4096 * 256,
+    ),
+    # The next three round the same numbers in the same order, so both sides have the same bits.
+    Bench(
+        name="swiglu_quantize",
+        make_inputs=_gated_bench_inputs,
+        run=lambda gate_up, gates, _: swiglu_quantize(gate_up, gates, power_of_two=True)[1].payload,
+        peer=lambda gate_up, gates, _: quantize_tiles(gated_swiglu(gate_up, gates), power_of_two=True).payload,
+        peer_name="gated_swiglu, then quantize_tiles (without the kept input)",
+        tolerance=0.0,
+        flops=0.0,
+        bytes=7.0 * 4096 * 256,
+    ),
+    Bench(
+        name="swiglu_quantize_transposed",
+        make_inputs=_kept_bench_inputs,
+        run=lambda kept, gates, _: (
+            swiglu_quantize_transposed(kept, gates, dtype=torch.bfloat16, power_of_two=True).payload
+        ),
+        peer=lambda kept, gates, _: quantize_tiles_transposed(_peer_activation(kept, gates), power_of_two=True).payload,
+        peer_name="dequantize_tiles, gated_swiglu, quantize_tiles_transposed",
+        tolerance=0.0,
+        flops=0.0,
+        bytes=3.0 * 4096 * 256,
+    ),
+    Bench(
+        name="gated_swiglu_backward_kept",
+        make_inputs=_kept_bench_inputs,
+        run=lambda kept, gates, grad: gated_swiglu_backward_kept(kept, gates, grad)[0],
+        peer=_peer_backward,
+        peer_name="dequantize_tiles, gated_swiglu, autograd",
+        tolerance=0.0,
+        flops=14.0 * 4096 * 256,
+        bytes=8.0 * 4096 * 256,
     ),
 )

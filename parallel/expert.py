@@ -145,7 +145,7 @@ class Route:
     def to_tokens(self, sums: Tensor) -> Tensor:
         """[received, hidden] -> [tokens, hidden] in sums.dtype, over the combine wire, summed in order of rank."""
         copies = self.send_back(sums.to(self._plain_dtype), "combine")
-        return sum_rows(copies, self.copies_of_token, partial=True).to(sums.dtype)
+        return sum_rows(copies, self.copies_of_token, partial=True, out_dtype=sums.dtype)
 
     @property
     def _plain_dtype(self) -> torch.dtype:
@@ -178,7 +178,8 @@ class _Dispatch(torch.autograd.Function):
         route: Route = ctx.route
         grad_tokens = route.to_tokens(grads[0])
         # Each gate was used on one rank only; the other copies bring zeros.
-        grad_gates = sum_rows(route.send_back(grads[1], "gates"), route.copies_of_token, partial=True)
+        by_copy = route.send_back(grads[1], "gates")
+        grad_gates = sum_rows(by_copy, route.copies_of_token, partial=True, out_dtype=by_copy.dtype)
         return grad_tokens, grad_gates, None, None
 
 
@@ -299,7 +300,7 @@ class ExpertParallelDispatcher:
             send_splits=tuple(send_splits),
             recv_splits=tuple(recv_splits),
             token_of_copy=token_of_copy,
-            copies_of_token=places.sort(dim=1).values[:, : min(topk, ep)],
+            copies_of_token=places.sort(dim=1).values[:, : min(topk, ep)].contiguous(),
             traffic=self.traffic,
         )
         return route, local_ids, sum(ceil_div(count, TILE) * TILE for count in expert_tokens)

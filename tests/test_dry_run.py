@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels import router
 from kernels.attention import causal_attention_reference
 from parallel.mesh import Layout, init_processes, make_mesh, single
 from tests.ranks import run_ranks
@@ -28,7 +29,7 @@ from train import dry_run as planner
 from train.build import parts_of_stages
 from train.config import PretrainConfig, compose
 from train.dry_run import Memory, dry_run, measure
-from train.model import attention, moe
+from train.model import attention
 from train.plan.memory import Held, StateBytes, held_by, state_bytes, weights
 
 STATE = ("weights", "fp8_copies", "gradients", "masters", "moments")
@@ -293,7 +294,7 @@ def measured_on_a_real_rank(rank: int, world: int, precision: str) -> list[Memor
     patch = pytest.MonkeyPatch()
     patch.setattr(planner, "FakeTensorMode", contextlib.nullcontext)
     patch.setattr(attention, "causal_attention", written_out)
-    patch.setattr(moe, "select_experts", balanced)
+    patch.setattr(router, "select_experts", balanced)
     device = torch.device("cpu")
     return [
         measure(config, make_mesh(config.layout, device=device, tied_embedding=True), num_micro_batches=MICRO_BATCHES)
@@ -310,7 +311,7 @@ def test_real_ranks_hold_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> 
     """
     real = run_ranks(2, measured_on_a_real_rank, "bf16")
     monkeypatch.setattr(attention, "causal_attention", written_out)
-    monkeypatch.setattr(moe, "select_experts", balanced)
+    monkeypatch.setattr(router, "select_experts", balanced)
     hidden = 40 * 128 * 2
     # Hidden states and gradients sent: a V of two ranks crosses borders 0-1 and 2-3, its turn lies in one rank.
     still_held = (2 * hidden, 2 * MICRO_BATCHES * hidden, None)

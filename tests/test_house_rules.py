@@ -54,7 +54,8 @@ def sources(*rooms: str) -> list[Path]:
 
 
 def kernel_files() -> list[Path]:
-    return [path for path in sources("kernels") if path.stem not in NOT_KERNELS]
+    """Files of `kernels/` that compute something; device code is apart, in `kernels/gpu/`."""
+    return [path for path in sources("kernels") if path.parent.name == "kernels" and path.stem not in NOT_KERNELS]
 
 
 @functools.cache
@@ -208,6 +209,20 @@ def test_every_kernel_has_a_reference_a_test_and_a_bench_entry(path: Path) -> No
     assert isinstance(bench, tuple)
     assert bench, f"{place(path)} has an empty BENCH"
     assert all(isinstance(entry, Bench) for entry in bench)
+
+
+def test_all_device_code_is_run_by_a_test() -> None:
+    """In the interpreters: a test imports each file of `kernels/gpu/`, and the compiler is shown each of them."""
+    tests = {path.name: path.read_text() for path in sources("tests") if path.parent.name == "kernels"}
+    offenders = []
+    for path in sources("kernels/gpu"):
+        name = re.compile(rf"from kernels\.gpu(\.{path.stem} import| import [\w, ]*\b{path.stem}\b)")
+        if path.stem not in ("__init__", "gemm_tiles"):
+            for prefix, suffix in (("test_", ".py"), ("", "_cases.py")):
+                texts = [text for test, text in tests.items() if test.startswith(prefix) and test.endswith(suffix)]
+                if not any(name.search(text) for text in texts):
+                    offenders.append(f"{place(path)}: in no tests/kernels/{prefix}*{suffix}")
+    none_of(offenders, "run it in an interpreter (tests/kernels/test_*.py) and add a case to tests/kernels/*_cases.py")
 
 
 def test_the_rooms_are_ours() -> None:

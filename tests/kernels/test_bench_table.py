@@ -39,6 +39,8 @@ def entry(error: float, tolerance: float = 0.01) -> Bench:
 
 def test_every_autograd_or_update_kernel_file_has_an_entry() -> None:
     for module in pkgutil.iter_modules(kernels.__path__):
+        if module.ispkg:
+            continue
         source = Path(kernels.__path__[0], f"{module.name}.py").read_text()
         defined = {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
         if any(name.endswith("_reference") for name in defined):

@@ -156,10 +156,18 @@ def neighbours_scale(original: Callable[..., Quantized]) -> Callable[..., Quanti
     return defective
 
 
+def neighbours_scale_by_column(original: Callable[..., tuple[Quantized, Quantized]]) -> Callable[..., Any]:
+    def defective(*args: Any, **kwargs: Any) -> tuple[Quantized, Quantized]:
+        by_row, by_column = original(*args, **kwargs)
+        return by_row, Quantized(by_column.payload, by_column.scale.roll(1, dims=0))
+
+    return defective
+
+
 def last_tile_dropped(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def defective(a: Quantized, b: Quantized) -> Tensor:
+    def defective(a: Quantized, b: Quantized, **kwargs: Any) -> Tensor:
         a, b = (Quantized(q.payload[:, : (len(q.scale) - 1) * TILE], q.scale[:-1]) for q in (a, b))
-        return original(a, b)
+        return original(a, b, **kwargs)
 
     return defective
 
@@ -175,7 +183,7 @@ def e5m2_payload(original: Callable[..., Quantized]) -> Callable[..., Quantized]
 BOUND_DEFECTS = [
     ("quantize_tiles", neighbours_scale, "y"),
     ("quantize_blocks", neighbours_scale, "y"),
-    ("quantize_tiles_transposed", neighbours_scale, "dW"),
+    ("quantize_tiles_both", neighbours_scale_by_column, "dW"),
     ("requantize_transposed", neighbours_scale, "dW"),
     ("gemm_tile_tile", last_tile_dropped, "dW"),
 ]
@@ -214,11 +222,11 @@ def test_the_expected_errors_catch_planted_defects(
 
 
 def test_rounding_the_gradient_twice_for_wgrad_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def from_tiles(dy: Tensor, *, power_of_two: bool) -> Quantized:
+    def from_tiles(dy: Tensor, *, power_of_two: bool) -> tuple[Quantized, Quantized]:
         q = quantize_tiles(dy, power_of_two=power_of_two)
-        return requantize_transposed(q, power_of_two=power_of_two)
+        return q, requantize_transposed(q, power_of_two=power_of_two)
 
-    monkeypatch.setattr(fp8_linear, "quantize_tiles_transposed", from_tiles)
+    monkeypatch.setattr(fp8_linear, "quantize_tiles_both", from_tiles)
     with pytest.raises(AssertionError, match=r"^dW"):
         assert_expected_errors(run_dense(600, (576, 400), False, torch.randn), False)
 

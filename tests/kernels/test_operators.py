@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import deferred
+from kernels import bench_table, deferred
 from kernels.attention import causal_attention
+from kernels.e5m6 import pack_e5m6
 from kernels.fp8_linear import fp8_linear, grouped_fp8_linear, grouped_linear, linear, weight_fp8
-from kernels.operators import FLOP_FORMULAS, NAMESPACE, operator
+from kernels.operators import FLOP_FORMULAS, LAUNCHERS, NAMESPACE, operator
 from kernels.quantize import quantize_blocks, quantize_tiles, quantize_tiles_transposed
 from tests.operator_calls import FP8_GEMMS, OperatorCalls
 from tests.tiny_model import TINY
@@ -25,6 +28,9 @@ from train.model.precision import Precision
 from train.model.transformer import Transformer
 
 BF16, FP32 = torch.bfloat16, torch.float32
+
+# Imports every kernel file, so that every operator is known.
+bench_table.entries()
 
 
 def tiles(rows: int, cols: int) -> tuple[Tensor, Tensor]:
@@ -43,6 +49,10 @@ def blocks(*shape: int, transposed: bool = False) -> tuple[Tensor, Tensor]:
     return q.payload, q.scale
 
 
+def distinct(tokens: int, experts: int, topk: int) -> Tensor:
+    return torch.rand(tokens, experts).argsort(-1)[:, :topk].contiguous()
+
+
 def ends(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
@@ -53,18 +63,22 @@ CALLS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("quantize_tiles", lambda: (torch.randn(129, 1, dtype=BF16).t(), False)),
     ("quantize_tiles_transposed", lambda: (torch.randn(129, 63, dtype=BF16), True)),
     ("quantize_tiles_transposed", lambda: (torch.randn(1, 300), True)),
+    ("quantize_tiles_both", lambda: (torch.randn(129, 300, dtype=BF16), True)),
     ("requantize_transposed", lambda: (*tiles(129, 300), True)),
     ("quantize_blocks", lambda: (torch.randn(3, 129, 63, dtype=BF16), True)),
     ("quantize_blocks", lambda: (torch.randn(1, 300), False)),
     ("dequantize_tiles", lambda: (*tiles(63, 300), BF16)),
     ("gemm_tile_block", lambda: (*tiles(63, 300), *blocks(129, 300), BF16)),
     ("gemm_tile_block", lambda: (*tiles(63, 129), *blocks(129, 300, transposed=True), FP32)),
-    ("gemm_tile_tile", lambda: (*columns(129, 63), *columns(129, 300))),
+    ("gemm_tile_tile", lambda: (*columns(129, 63), *columns(129, 300), torch.zeros(63, 300), True)),
     (
         "grouped_gemm_tile_block",
         lambda: (*tiles(512, 300), *blocks(3, 129, 300), ends(128, 128, 384), BF16),
     ),
-    ("grouped_gemm_tile_tile", lambda: (*columns(512, 63), *columns(512, 300), ends(128, 128, 384))),
+    (
+        "grouped_gemm_tile_tile",
+        lambda: (*columns(512, 63), *columns(512, 300), ends(128, 128, 384), torch.zeros(3, 63, 300), False),
+    ),
     ("wgrad", lambda: (torch.randn(63, 129, dtype=BF16), torch.randn(63, 1, dtype=BF16))),
     (
         "grouped_matmul",
@@ -75,14 +89,42 @@ CALLS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
         "cross_entropy_backward",
         lambda: (torch.ones(()), torch.randn(63, 129, dtype=BF16), torch.randint(129, (63,)), torch.randn(63)),
     ),
+    ("route", lambda: (torch.randn(63, 15), torch.randn(15), 3, 2, 4, 2.5, True)),
+    ("route", lambda: (torch.randn(1, 8), torch.randn(8), 1, 1, 1, 1.0, False)),
+    ("route_backward", lambda: (torch.rand(63, 15), distinct(63, 15, 4), None, torch.randn(63, 4), 2.5, True)),
+    ("route_backward", lambda: (torch.rand(1, 15), distinct(1, 15, 4), torch.randn(1, 15), None, 2.5, False)),
+    ("topk_counts", lambda: (torch.rand(3, 63, 15), 4)),
+    ("lay_out", lambda: (distinct(129, 5, 3), 5, 896)),
+    ("lay_out", lambda: (torch.tensor([[1, -1, 0], [-1, -1, -1]], dtype=torch.int32), 2, 256)),
+    ("copy_tokens", lambda: (torch.randn(63, 129, dtype=BF16), torch.randint(-1, 126, (256,)), 2)),
+    ("copy_tokens", lambda: (torch.randn(63), torch.randint(-1, 63, (129,)), 1)),
+    ("sum_rows", lambda: (torch.randn(256, 63, dtype=BF16), torch.randint(257, (129, 3)), True, FP32)),
+    ("sum_rows", lambda: (torch.randn(256, 63, dtype=BF16), torch.randint(256, (1, 3)), False, BF16)),
+    ("scatter_gates", lambda: (torch.randn(256), torch.arange(-130, 126).clamp_min(-1), 63, 2)),
     ("grouped_wgrad", lambda: (torch.randn(512, 63), torch.randn(512, 129), ends(0, 256, 384))),
+    ("swiglu", lambda: (torch.randn(3, 21, 126, dtype=BF16),)),
+    ("swiglu_backward", lambda: (torch.randn(63, 126), torch.randn(63, 63).t())),
+    ("gated_swiglu", lambda: (torch.randn(126, 129, dtype=BF16).t(), torch.rand(129))),
+    (
+        "gated_swiglu_backward",
+        lambda: (torch.randn(129, 126, dtype=BF16), torch.rand(129), torch.randn(129, 63, dtype=BF16)),
+    ),
+    ("swiglu_quantize", lambda: (torch.randn(129, 126, dtype=BF16), None, True)),
+    ("swiglu_quantize", lambda: (torch.randn(1, 600), torch.rand(1), False)),
+    ("swiglu_quantize_transposed", lambda: (*tiles(129, 126), None, BF16, True)),
+    ("swiglu_quantize_transposed", lambda: (*tiles(63, 600), torch.rand(63), FP32, False)),
+    ("swiglu_backward_kept", lambda: (*tiles(129, 126), torch.randn(129, 63, dtype=BF16))),
+    ("gated_swiglu_backward_kept", lambda: (*tiles(63, 600), torch.rand(63), torch.randn(63, 300, dtype=BF16))),
+    ("pack_e5m6", lambda: (torch.randn(63, 300, dtype=BF16), True)),
+    ("unpack_e5m6", lambda: (*pack_e5m6(torch.randn(129, 126), power_of_two=False), BF16)),
 ]
 # These differ on purpose (kernels/attention.py), see the test of attention below.
 FUSED_ON_GPU = {"attention", "attention_backward"}
 
 
 def call(name: str, arguments: tuple[Any, ...]) -> list[Tensor]:
-    return tree_leaves(getattr(getattr(torch.ops, NAMESPACE), name).default(*arguments))
+    results = tree_leaves(getattr(getattr(torch.ops, NAMESPACE), name).default(*arguments))
+    return [result for result in results if result is not None]
 
 
 @pytest.mark.parametrize(("name", "make"), CALLS, ids=[f"{i}-{name}" for i, (name, _) in enumerate(CALLS)])
@@ -93,6 +135,14 @@ def test_the_fake_version_allocates_what_the_real_one_returns(name: str, make: C
     fake = call(name, tree_map_only(Tensor, mode.from_tensor, arguments))
     assert [(t.shape, t.dtype, t.device) for t in fake] == [(t.shape, t.dtype, t.device) for t in real]
     assert all(t.is_contiguous() for t in (*fake, *real))
+
+
+@pytest.mark.parametrize("name", sorted(LAUNCHERS))
+def test_a_launcher_takes_what_its_operator_takes(name: str) -> None:
+    """Under the same names in the same order: `kernels.operators` passes arguments on as they come."""
+    schema = getattr(getattr(torch.ops, NAMESPACE), name).default._schema
+    launcher = getattr(importlib.import_module(LAUNCHERS[name]), name)
+    assert list(inspect.signature(launcher).parameters) == [argument.name for argument in schema.arguments]
 
 
 def test_every_operator_is_compared() -> None:
@@ -139,13 +189,17 @@ def test_an_fp8_linear_of_v3_keeps_its_input_in_fp8_and_nothing_else() -> None:
         dy = torch.empty(rows, n, dtype=BF16)
         with LiveBytes() as memory:
             y = fp8_linear(x, weight, power_of_two=True)
-            payload_x, payload_w = rows * k + 4 * rows * 56, n * k + 4 * 17 * 56
+            # The weight's FP8 copy is there twice, once transposed for dgrad.
+            payload_x, payload_w = rows * k + 4 * rows * 56, 2 * n * k + 4 * 17 * 56
             assert memory.live == payload_x + payload_w + 2 * rows * n
             memory.peak = 0
             y.backward(dy)
-        # The largest moment is wgrad's: both transposed operands and the FP32 result.
-        operands = rows * n + 4 * 32 * n + rows * k + 4 * 32 * k
-        assert memory.peak == payload_x + payload_w + 2 * rows * n + operands + 4 * n * k
+        # The largest moment is dgrad's or wgrad's: dy by row, then either dx, or dy and x by column. The FP32 gradient
+        # is added in place.
+        by_row, by_column = rows * n + 4 * 17 * rows, rows * n + 4 * 32 * n
+        dx, x_by_column = 2 * rows * k, rows * k + 4 * 32 * k
+        largest = max(by_row + by_column + x_by_column, by_row + by_column + dx, by_row + dx)
+        assert memory.peak == payload_x + payload_w + 2 * rows * n + largest
         assert x.grad is not None
 
 

@@ -1,4 +1,4 @@
-"""Routing: hand-computed choices, transformers' router, gates without bias, balance loss of eq. 17-20."""
+"""Routing: hand-computed choices, transformers' router, gates without bias, one operator, balance loss."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from kernels.router import (
+    Routed,
     expert_counts,
     gate_weights,
+    route,
     select_experts,
     select_experts_reference,
     sequence_balance,
@@ -126,6 +129,52 @@ def test_gates_of_scores_that_are_all_zero_stay_finite() -> None:
     scores = torch.zeros(1, 4, requires_grad=True)
     gates = gate_weights(scores, torch.tensor([[0, 1]]), scale=2.5, normalize=True)
     assert gates.tolist() == [[0.0, 0.0]]
+
+
+def composed(logits: Tensor, bias: Tensor, *, normalize: bool) -> Routed:
+    """What `route` stands for, each step an operation of torch that autograd differentiates."""
+    scores = logits.sigmoid()
+    ids = select_experts(scores.detach(), bias, n_group=4, topk_group=2, topk=3)
+    gates = gate_weights(scores, ids, scale=2.5, normalize=normalize)
+    return Routed(scores, ids, gates, expert_counts(ids, logits.shape[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("tokens", [0, 1, 63, 129])
+def test_route_is_the_four_steps_to_the_bit_and_so_is_its_gradient(
+    tokens: int, normalize: bool, dtype: torch.dtype
+) -> None:
+    logits = torch.randn(tokens, 16, dtype=dtype, requires_grad=True)
+    bias = 0.1 * torch.randn(16, dtype=dtype)
+    actual = route(logits, bias, n_group=4, topk_group=2, topk=3, scale=2.5, normalize=normalize)
+    expected = composed(logits, bias, normalize=normalize)
+    for name in ("scores", "ids", "gates", "counts"):
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+    assert not actual.ids.requires_grad
+    assert not actual.counts.requires_grad
+    weights = torch.randn(tokens, 16, dtype=dtype), torch.randn(tokens, 3, dtype=dtype)
+    for share_of_scores, share_of_gates in ((1, 1), (1, 0), (0, 1)):
+        grads = []
+        for routed in (actual, expected):
+            # A share of 0 takes the output out of the graph: its gradient is absent, not zero.
+            loss = (weights[0] * routed.scores).sum() if share_of_scores else torch.zeros((), dtype=dtype)
+            loss = loss + (weights[1] * routed.gates).sum() if share_of_gates else loss
+            grads += torch.autograd.grad(loss, logits, retain_graph=True)
+        assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gradient_of_route_in_fp64(normalize: bool) -> None:
+    # Far enough from ties that the finite differences of gradcheck change no choice.
+    logits = torch.rand(5, 8).argsort(-1).double().div(4).requires_grad_()
+    bias = torch.zeros(8, dtype=torch.float64)
+
+    def values(logits: Tensor) -> tuple[Tensor, Tensor]:
+        routed = route(logits, bias, n_group=4, topk_group=2, topk=3, scale=2.5, normalize=normalize)
+        return routed.scores, routed.gates
+
+    assert torch.autograd.gradcheck(values, logits)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 63, 129])

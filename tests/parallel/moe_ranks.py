@@ -282,11 +282,12 @@ def host_reads(rank: int, world: int) -> dict[str, list[str]]:
 def down_proj_dgrad_operand(case: Case, dispatcher: TokenDispatcher) -> tuple[Quantized, Tensor]:
     """What down_proj's dgrad multiplies, by rows, and the ends of the experts' groups."""
     quantised: list[Quantized] = []
-    original = kernels.fp8_linear.quantize_tiles
+    original = kernels.fp8_linear.quantize_tiles_both
 
-    def remember(x: Tensor, *, power_of_two: bool) -> Quantized:
-        quantised.append(original(x, power_of_two=power_of_two))
-        return quantised[-1]
+    def remember(dy: Tensor, *, power_of_two: bool) -> tuple[Quantized, Quantized]:
+        both = original(dy, power_of_two=power_of_two)
+        quantised.append(both[0])
+        return both
 
     ends = []
     dispatch = dispatcher.dispatch
@@ -300,11 +301,11 @@ def down_proj_dgrad_operand(case: Case, dispatcher: TokenDispatcher) -> tuple[Qu
             return dispatched
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels.fp8_linear, "quantize_tiles", remember)
+        patch.setattr(kernels.fp8_linear, "quantize_tiles_both", remember)
         routed_experts(case, Recording(), "fp8")
-    # Forward: gate_up_proj; SwiGLU's input for backward; down_proj. Backward: down_proj, gate_up_proj.
-    assert len(quantised) == 5
-    return quantised[3], ends[0]
+    # Backward meets down_proj first, then gate_up_proj.
+    assert len(quantised) == 2
+    return quantised[0], ends[0]
 
 
 def compare_dgrad_operands(rank: int, world: int) -> dict[str, int]:

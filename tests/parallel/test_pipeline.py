@@ -197,11 +197,14 @@ PER_MICRO_BATCH = {
     "gemm_tile_tile": LINEARS,
     "grouped_gemm_tile_block": 2 * STACKS,
     "grouped_gemm_tile_tile": STACKS,
-    # The input and dy along channels, and SwiGLU's input; dy along tokens, and an input that was not kept in FP8.
-    "quantize_tiles": 2 * (LINEARS + STACKS) + DOWNS,
-    "quantize_tiles_transposed": (LINEARS + STACKS) + DOWNS + KEPT,
+    # The input by row, of a down-projection together with SwiGLU; dy by row and by column; the input by column, from
+    # what was kept of it.
+    "quantize_tiles": LINEARS + STACKS - DOWNS,
+    "swiglu_quantize": DOWNS,
+    "quantize_tiles_both": LINEARS + STACKS,
+    "quantize_tiles_transposed": KEPT,
+    "swiglu_quantize_transposed": DOWNS,
     "requantize_transposed": LINEARS + STACKS - DOWNS - KEPT,
-    "dequantize_tiles": 2 * DOWNS,
 }
 EACH_STEP = Counter({operator: calls * MICRO_BATCHES for operator, calls in PER_MICRO_BATCH.items()})
 # Each weight once, however many micro-batches use it, and not again before it changes.

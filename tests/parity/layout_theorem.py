@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import train.model.moe
+import kernels.router
 from kernels.formats import TILE
 from kernels.permute import Dispatched, combine_tokens, group_gates, group_tokens, partial_grouping
 from parallel.mesh import Layout, make_mesh, single
@@ -181,14 +181,14 @@ class RouterBook:
 
     def watch(self, engine: Engine) -> None:
         """Learn which router is speaking, and answer in place of `select_experts`."""
-        choose = train.model.moe.select_experts
+        choose = kernels.router.select_experts
         for layer_id, router in routers(engine.models).items():
             router.forward = self._announce(router.forward, layer_id)  # type: ignore[method-assign]
 
         def select(scores: Tensor, bias: Tensor, **limits: int) -> Tensor:
             return self._select(choose(scores, bias, **limits), scores, bias, limits)
 
-        train.model.moe.select_experts = select  # type: ignore[assignment]
+        kernels.router.select_experts = select  # type: ignore[assignment]
 
     def begin(self, known: dict[str, Tensor]) -> None:
         """Start a step."""

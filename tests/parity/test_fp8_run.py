@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -98,10 +99,12 @@ def test_a_wgrad_that_drops_a_tile_turns_the_gate_red(
     for name in ("gemm_tile_tile", "grouped_gemm_tile_tile"):
         whole = getattr(kernels.fp8_linear, name)
 
-        def dropping(a: Quantized, b: Quantized, *ends: Tensor, whole: Callable[..., Tensor] = whole) -> Tensor:
+        def dropping(
+            a: Quantized, b: Quantized, *ends: Tensor, whole: Callable[..., Tensor] = whole, **into: Any
+        ) -> Tensor:
             scale = b.scale.clone()
             scale[0] = 0.0  # the first 128 tokens of every weight gradient
-            return whole(a, Quantized(b.payload, scale), *ends)
+            return whole(a, Quantized(b.payload, scale), *ends, **into)
 
         monkeypatch.setattr(kernels.fp8_linear, name, dropping)
     defective = replace(base, run=replace(base.run, directory=f"{base.run.directory}-defective"))

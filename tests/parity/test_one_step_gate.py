@@ -19,7 +19,7 @@ from torch import Tensor
 
 import kernels.fp8_linear
 import kernels.quantize
-import train.model.moe
+import kernels.router
 from kernels.formats import E4M3_MAX, Quantized
 from train.config import compose
 from train.losses import LossWeights, balance_sum, loss_sums
@@ -245,7 +245,7 @@ def test_gates_of_the_fp8_model_are_fp32_and_unbiased(router_inputs: list[tuple[
 def test_gates_from_biased_scores_turn_the_router_gate_red(
     router_inputs: list[tuple[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    select, weigh = train.model.moe.select_experts, train.model.moe.gate_weights
+    select, weigh = kernels.router.select_experts, kernels.router.gate_weights
     bias_of = {}
 
     def select_and_tell(scores: Tensor, bias: Tensor, **limits: int) -> Tensor:
@@ -255,27 +255,27 @@ def test_gates_from_biased_scores_turn_the_router_gate_red(
     def biased(scores: Tensor, ids: Tensor, **how: bool) -> Tensor:
         return weigh(scores + bias_of["last"], ids, **how)
 
-    monkeypatch.setattr(train.model.moe, "select_experts", select_and_tell)
-    monkeypatch.setattr(train.model.moe, "gate_weights", biased)
+    monkeypatch.setattr(kernels.router, "select_experts", select_and_tell)
+    monkeypatch.setattr(kernels.router, "gate_weights", biased)
     assert router_errors(router_inputs) > GATES_LIMIT
 
 
 def global_errors(monkeypatch: pytest.MonkeyPatch, name: str = "fp8") -> tuple[float, float, str]:
     """(worst error of a hidden state, worst turn 1 - cosine of a gradient, its parameter), against FP32."""
     chosen: list[Tensor] = []
-    select = train.model.moe.select_experts
+    select = kernels.router.select_experts
 
     def choose(scores: Tensor, bias: Tensor, **limits: int) -> Tensor:
         chosen.append(select(scores, bias, **limits))
         return chosen[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.model.moe, "select_experts", choose)
+        patch.setattr(kernels.router, "select_experts", choose)
         reference = prepared(Precision("fp32"))
         expected = backward(reference)
     replay = iter(chosen)
     with monkeypatch.context() as patch:
-        patch.setattr(train.model.moe, "select_experts", lambda *_, **__: next(replay))
+        patch.setattr(kernels.router, "select_experts", lambda *_, **__: next(replay))
         net = prepared(Precision(name))
         actual = backward(net)
     hidden = max(relative(a, e) for a, e in zip(actual, expected, strict=True))

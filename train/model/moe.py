@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.permute import Dispatched, Grouping, combine_tokens, group_gates, group_tokens, grouping
-from kernels.router import expert_counts, gate_weights, select_experts, sequence_balance
+from kernels.router import route, sequence_balance
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 
@@ -93,21 +93,21 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Routing:
         """[sequences, tokens, hidden] -> Routing over sequences * tokens."""
         config = self.config
-        scores = self.precision.fp32(x, self.weight).sigmoid()  # [sequences, tokens, experts] fp32
-        flat = scores.flatten(0, 1)
-        ids = select_experts(
-            flat.detach(),
+        logits = self.precision.fp32(x, self.weight)  # [sequences, tokens, experts] fp32
+        routed = route(
+            logits.flatten(0, 1),
             self.e_score_correction_bias,
             n_group=config.n_group,
             topk_group=config.topk_group,
             topk=config.num_experts_per_tok,
+            scale=config.routed_scaling_factor,
+            normalize=config.norm_topk_prob,
         )
-        gates = gate_weights(flat, ids, scale=config.routed_scaling_factor, normalize=config.norm_topk_prob)
         return Routing(
-            topk_ids=ids,
-            gates=gates,
-            counts=expert_counts(ids, config.n_routed_experts),
-            balance=sequence_balance(scores, config.num_experts_per_tok),
+            topk_ids=routed.ids,
+            gates=routed.gates,
+            counts=routed.counts,
+            balance=sequence_balance(routed.scores.view_as(logits), config.num_experts_per_tok),
         )
 
 

@@ -1,0 +1,52 @@
+"""Which implementation of an operator runs: Triton, Gluon for Hopper, or the reference in plain torch.
+
+A tensor on a CPU always takes the reference. On a GPU the kernels of `kernels/gpu/` run, unless the environment says
+`V3FP8_REFERENCE=1`: then the same process computes everything by the references, to find out whether a kernel is to
+blame. FP8 tensor cores exist from compute capability 8.9 on; the Gluon GEMMs are written for 9.0 alone.
+
+Nothing is tuned at run time: a configuration is a function of shapes (`configuration` of each kernel file), so two
+runs of one program launch the same code.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+# Set to 1: every operator computes by its reference on every device.
+REFERENCE_VARIABLE = "V3FP8_REFERENCE"
+
+FIRST_WITH_FP8 = (8, 9)
+HOPPER = (9, 0)
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether the kernels of `kernels/gpu/` may run on this tensor's device."""
+    return x.is_cuda and not _reference_only() and _capability(x.get_device()) >= FIRST_WITH_FP8
+
+
+def is_hopper(x: Tensor) -> bool:
+    """Whether this tensor lives on a GPU of compute capability 9.0 (H100, H200, H800, GH200)."""
+    return x.is_cuda and _capability(x.get_device()) == HOPPER
+
+
+def multiprocessors(x: Tensor) -> int:
+    """How many programs a persistent kernel starts: one per multiprocessor; 132, an H100's, for a CPU tensor."""
+    return _multiprocessors(x.get_device()) if x.is_cuda else 132
+
+
+def _reference_only() -> bool:
+    return os.environ.get(REFERENCE_VARIABLE) == "1"
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count

@@ -1,0 +1,117 @@
+"""Launchers of `kernels.gemm_fp8` and `kernels.gemm_grouped`: which kernel, in which configuration, a shape gets.
+
+On an H100 or H800 the Gluon kernel serves whatever a tensor map can describe: rows of 16 bytes, BF16 out for fprop and
+dgrad. Everything else takes plain Triton. The choice is a function of shapes and of the device, so it is the same in
+every run; nothing is tried out at run time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.backend import is_hopper, multiprocessors
+from kernels.formats import Quantized, ceil_div
+from kernels.gpu import gemm_hopper, gemm_portable
+from kernels.gpu.gemm_hopper import Config
+
+TWO_WAVES = Config("two_waves", stages=3)
+TWO_BLOCKS = Config("two_blocks", stages=3, blocks=2)
+WIDE = Config("wide", stages=4)
+# Speed per FLOP of a tile relative to 256x128's, all multiprocessors busy. 128x128 from a prototype on an H100 (959 of
+# 1205 TFLOP/s after accounting for idle multiprocessors); 128x192 is an assumption between the two, not measured.
+RELATIVE_SPEED = {TWO_WAVES: 1.0, TWO_BLOCKS: 0.8, WIDE: 0.9}
+# With fewer rows in the mean group than this, half a 256-row tile of each is lost too often.
+FEW_ROWS = 512
+
+
+def tile_block_config(m: int, n: int, *, programs: int, groups: int = 0) -> Config:
+    """The configuration of fprop and dgrad.
+
+    The time of a launch is that of its rounds (tiles over programs, rounded up) times a tile's work over its speed. So
+    N = 2112 on 4,096 rows takes 128x192 (11 tiles without waste, 352 in 3 rounds, where 256x128 does 272 in 3), and
+    N = 512 takes 128x128 (128 tiles for 132 multiprocessors instead of 64).
+
+    Args:
+        m: rows, of all groups.
+        n: columns.
+        programs: multiprocessors.
+        groups: groups of rows, 0 for one product.
+    """
+    if groups and m < groups * FEW_ROWS:
+        return TWO_BLOCKS
+
+    def cost(config: Config) -> float:
+        rows, cols = config.tile
+        rounds = ceil_div(ceil_div(m, rows) * ceil_div(n, cols), programs)
+        return rounds * rows * cols / RELATIVE_SPEED[config]
+
+    return min((TWO_WAVES, WIDE, TWO_BLOCKS), key=cost)
+
+
+def tile_tile_config() -> Config:
+    """The configuration of wgrad: the others hold column scales besides and spill (`docs/kernels.md`)."""
+    return TWO_WAVES
+
+
+def gemm_tile_block(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """a [m, k] @ b [n, k].T -> [m, n] out_dtype."""
+    return _tile_block(Quantized(a, a_scale), Quantized(b, b_scale), None, out_dtype)
+
+
+def grouped_gemm_tile_block(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, group_ends: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    """a [rows of g, k] @ b[g] [n, k].T -> [rows, n] out_dtype; zeros from the last end on."""
+    return _tile_block(Quantized(a, a_scale), Quantized(b, b_scale), group_ends, out_dtype)
+
+
+def gemm_tile_tile(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, accumulate: bool) -> None:
+    """out [m, n] fp32 = or += a [m, k] @ b [n, k].T."""
+    _tile_tile(Quantized(a, a_scale), Quantized(b, b_scale), None, out, accumulate=accumulate)
+
+
+def grouped_gemm_tile_tile(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, group_ends: Tensor, out: Tensor, accumulate: bool
+) -> None:
+    """out [groups, m, n] fp32 = or += a[:, rows of g] @ b[:, rows of g].T."""
+    _tile_tile(Quantized(a, a_scale), Quantized(b, b_scale), group_ends, out, accumulate=accumulate)
+
+
+def _tile_block(a: Quantized, b: Quantized, group_ends: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    (m, k), n = a.payload.shape, b.payload.shape[-2]
+    out = a.payload.new_empty(m, n, dtype=out_dtype)
+    if not out.numel():
+        return out
+    a, b = _contiguous(a), Quantized(b.payload.contiguous(), b.scale)
+    if is_hopper(out) and out_dtype == torch.bfloat16 and k % 16 == 0 and n % 8 == 0:
+        programs = multiprocessors(out)
+        config = tile_block_config(m, n, programs=programs, groups=0 if group_ends is None else len(group_ends))
+        gemm_hopper.gemm(a, b, out, config=config, programs=programs, group_ends=group_ends)
+    else:
+        gemm_portable.tile_block(a, b, out, group_ends=group_ends)
+    return out
+
+
+def _tile_tile(a: Quantized, b: Quantized, group_ends: Tensor | None, out: Tensor, *, accumulate: bool) -> None:
+    assert out.is_contiguous(), out.stride()
+    assert out.dtype == torch.float32, out.dtype
+    if not out.numel():
+        return
+    a, b, k = _contiguous(a), _contiguous(b), a.payload.shape[1]
+    if is_hopper(out) and k % 16 == 0 and k:
+        gemm_hopper.gemm(
+            a,
+            b,
+            out,
+            config=tile_tile_config(),
+            programs=multiprocessors(out),
+            group_ends=group_ends,
+            accumulate=accumulate,
+        )
+    else:
+        gemm_portable.tile_tile(a, b, out, accumulate=accumulate, group_ends=group_ends)
+
+
+def _contiguous(q: Quantized) -> Quantized:
+    return Quantized(q.payload.contiguous(), q.scale.contiguous())

@@ -1,0 +1,473 @@
+"""The FP8 GEMM of Hopper in Gluon: TMA, a ring of mbarriers, asynchronous wgmma, specialised warps (sm_90a).
+
+One program per multiprocessor works through output tiles. Its warps play three parts that never meet but at barriers:
+
+    producer, 1 warp      waits until a stage is `empty`, announces its bytes, sends for A, B and their scales by TMA
+    consumers, 2 x 4 warps  wait until the stage is `full`, multiply, promote, hand the stage back
+
+A stage holds `BLOCKS` contraction blocks of 128: A [BM, 128], B [BN, 128] (and [BN2, 128]), one scale per row of A
+and, for wgrad, one per row of B. Each consumer owns half the rows of a tile and, per block, does what
+arXiv:2412.19437 §3.3.2 asks for: a fresh FP32 partial sum of 128 products, times both scales, added to a total that
+lives in registers.
+
+    two_waves    256 x 128          two halves of 64 rows one after another: 128 registers of totals, 64 of partials
+    two_blocks   128 x 128          two blocks in flight: the first is promoted while the second is multiplied
+    wide         128 x (128 + 64)   two widths in flight; for N = 2112 and 1536, which 128 columns fill badly
+
+Rules that the code below keeps, each with its reason:
+
+- A stage is handed back only after the promotion has used its scales (`_pin`): no load of it can be outstanding then.
+- A finished partial is the accumulator of the next product with `use_acc=False`: one register range serves both.
+- `_pin(total)` before the second product keeps its FMAs above it: else both partials live at once and registers spill.
+- Every tensor map is made on the host and passed by value, offsets of groups are read on the device: nothing waits for
+  the host, and a launch can be captured in a CUDA graph.
+
+Groups (`GROUPED`), rows sorted by expert, ends multiples of 128:
+
+    "rows"          one B per group (fprop, dgrad). A tile starts at its group's first row + i * BM; the last one of a
+                    group may reach into the next, and stores only its own rows, 64 at a time. Rows of nobody, behind
+                    the last group, are one more group without contraction: it stores zeros.
+    "contraction"   one output per group, contracted over its rows (wgrad); a group without rows contracts nothing.
+
+Not here: where a tile lies (`kernels.gpu.gemm_tiles`), which configuration a shape gets (`kernels.gpu.gemm_fp8`),
+other GPUs (`kernels.gpu.gemm_portable`).
+Shapes: a [M, K], b [N, K] or [groups * N, K], K contiguous in both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.formats import TILE, Quantized, ceil_div
+from kernels.gpu.gemm_tiles import columns, place, rows_tile
+
+Schedule = Literal["two_waves", "two_blocks", "wide"]
+Grouped = Literal["", "rows", "contraction"]
+
+BM = {"two_waves": 256, "two_blocks": 128, "wide": 128}
+BN, BN2 = 128, 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to run the GEMM.
+
+    Args:
+        schedule: what a consumer does, and with it the tile (module docstring).
+        stages: stages of the ring.
+        blocks: contraction blocks of 128 in a stage; 1 where groups cut the contraction.
+        order: tiles of one column that follow each other before the next column, for the L2 cache.
+    """
+
+    schedule: Schedule
+    stages: int
+    blocks: int = 1
+    order: int = 8
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns of an output tile."""
+        return BM[self.schedule], BN + BN2 if self.schedule == "wide" else BN
+
+
+@gluon.jit
+def _pin(value):
+    """Have `value` computed here: an empty wait that it passes through, which the compiler moves nothing across."""
+    return warpgroup_mma_wait(0, deps=(value,))
+
+
+@gluon.jit
+def _produce(
+    a_desc, b_desc, b2_desc, a_scale_desc, b_scale_desc, a_bufs, b_bufs, b2_bufs, a_scales, b_scales, full, empty,
+    ends_ptr, M, N, K, a_scale_stride, b_scale_stride, groups, tiles,
+    TILE_TILE: gl.constexpr, GROUPED: gl.constexpr, BM: gl.constexpr, WIDE: gl.constexpr, STAGES: gl.constexpr,
+    BLOCKS: gl.constexpr, ORDER: gl.constexpr,
+):  # fmt: skip
+    WIDTH: gl.constexpr = 192 if WIDE else 128
+    BYTES: gl.constexpr = BLOCKS * ((BM + WIDTH) * 128 + BM * 4 + (WIDTH * 4 if TILE_TILE else 0))
+    num_m = gl.cdiv(M, BM)
+    num_n = gl.cdiv(N, WIDTH)
+    stage = 0
+    # The parity of the phase before the first: all stages start out empty.
+    phase = 1
+    group = 0
+    first_tile = 0
+    start = 0
+    end = M
+    if GROUPED == "rows":
+        end = gl.load(ends_ptr)
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        first_block = 0
+        steps = gl.cdiv(K, 128 * BLOCKS)
+        b_row = 0
+        if GROUPED == "rows":
+            group, first_tile, start, end, m0, pn, steps = rows_tile(
+                tile, group, first_tile, start, end, ends_ptr, M, num_n, groups, steps, BM, ORDER
+            )
+            b_row = group * N
+        elif GROUPED == "contraction":
+            group = tile // (num_m * num_n)
+            pm, pn = place(tile - group * (num_m * num_n), num_m, num_n, ORDER)
+            m0 = pm * BM
+            start = gl.where(group == 0, 0, gl.load(ends_ptr + gl.maximum(group - 1, 0)))
+            first_block = start // 128
+            steps = (gl.load(ends_ptr + group) - start) // 128
+        else:
+            pm, pn = place(tile, num_m, num_n, ORDER)
+            m0 = pm * BM
+        n0, n2 = columns(pn, WIDE)
+        for step in range(steps):
+            mbarrier.wait(empty.index(stage), phase)
+            bar = full.index(stage)
+            mbarrier.expect(bar, BYTES)
+            for j in gl.static_range(BLOCKS):
+                buffer = stage * BLOCKS + j
+                block = first_block + step * BLOCKS + j
+                tma.async_copy_global_to_shared(a_desc, [m0, block * 128], bar, a_bufs.index(buffer))
+                tma.async_copy_global_to_shared(
+                    a_scale_desc, [block * a_scale_stride + m0], bar, a_scales.index(buffer)
+                )
+                tma.async_copy_global_to_shared(b_desc, [b_row + n0, block * 128], bar, b_bufs.index(buffer))
+                if WIDE:
+                    tma.async_copy_global_to_shared(b2_desc, [b_row + n2, block * 128], bar, b2_bufs.index(buffer))
+                if TILE_TILE:
+                    tma.async_copy_global_to_shared(
+                        b_scale_desc, [block * b_scale_stride + n0], bar, b_scales.index(buffer)
+                    )
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+
+
+@gluon.jit
+def _promote(total, partial, row_scale, col_scale, TILE_TILE: gl.constexpr):
+    """total + partial * scales; `col_scale` is one per column for wgrad, else one number for the whole block."""
+    if TILE_TILE:
+        return total + (partial * row_scale[:, None]) * col_scale[None, :]
+    else:
+        return total + partial * (row_scale * col_scale)[:, None]
+
+
+@gluon.jit
+def _store_bf16(out_desc, buffer, total, m0, n0):
+    """Through shared memory; the copy to global memory goes on while the next tile is computed."""
+    # One copy may be on its way: that of the other buffer of this consumer.
+    tma.store_wait(1)
+    buffer.store(total.to(gl.bfloat16))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out_desc, [m0, n0], buffer)
+
+
+@gluon.jit
+def _store_bf16_halves(out_desc, buffer, total, m0, n0):
+    """The same 64 columns at a time, through a buffer of half the size."""
+    left, right = gl.split(gl.permute(gl.reshape(total.to(gl.bfloat16), [64, 2, 64]), (0, 2, 1)))
+    tma.store_wait(0)
+    buffer.store(left)
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out_desc, [m0, n0], buffer)
+    tma.store_wait(0)
+    buffer.store(right)
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out_desc, [m0, n0 + 64], buffer)
+
+
+@gluon.jit
+def _store_fp32(out_ptr, total, m0, n0, M, N, ACCUMULATE: gl.constexpr, LAYOUT: gl.constexpr):
+    row = m0 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    col = n0 + gl.arange(0, 128, gl.SliceLayout(0, LAYOUT))
+    places = out_ptr + row.to(gl.int64)[:, None] * N + col[None, :]
+    inside = (row[:, None] < M) & (col[None, :] < N)
+    if ACCUMULATE:
+        total += gl.load(places, mask=inside, other=0.0)
+    gl.store(places, total, mask=inside)
+
+
+@gluon.jit
+def _consume(
+    out_desc, out2_desc, out_ptr, b_scale_ptr, a_bufs, b_bufs, b2_bufs, a_scales, b_scales, out_bufs, out2_bufs,
+    full, empty, ends_ptr, M, N, K, b_scale_stride_n, b_scale_stride_k, groups, tiles,
+    HALF: gl.constexpr, TILE_TILE: gl.constexpr, GROUPED: gl.constexpr, ACCUMULATE: gl.constexpr, BM: gl.constexpr,
+    WIDE: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr, ORDER: gl.constexpr,
+):  # fmt: skip
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+    LAYOUT2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    BY_ROW2: gl.constexpr = gl.SliceLayout(1, LAYOUT2)
+    BY_COL: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    WIDTH: gl.constexpr = 192 if WIDE else 128
+    FIRST: gl.constexpr = HALF * (BM // 2)
+    num_m = gl.cdiv(M, BM)
+    num_n = gl.cdiv(N, WIDTH)
+    blocks_n = gl.cdiv(N, 128)
+    blocks_k = gl.cdiv(K, 128)
+    stage = 0
+    phase = 0
+    group = 0
+    first_tile = 0
+    start = 0
+    end = M
+    if GROUPED == "rows":
+        end = gl.load(ends_ptr)
+    partial = gl.zeros([64, 128], gl.float32, LAYOUT)
+    if WIDE:
+        partial2 = gl.zeros([64, 64], gl.float32, LAYOUT2)
+    elif BLOCKS == 2:
+        partial2 = gl.zeros([64, 128], gl.float32, LAYOUT)
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        steps = gl.cdiv(K, 128 * BLOCKS)
+        scale_row = 0
+        if GROUPED == "rows":
+            group, first_tile, start, end, m0, pn, steps = rows_tile(
+                tile, group, first_tile, start, end, ends_ptr, M, num_n, groups, steps, BM, ORDER
+            )
+            # The rows of nobody have no weight; any scale does.
+            scale_row = gl.minimum(group, groups - 1) * blocks_n
+        elif GROUPED == "contraction":
+            group = tile // (num_m * num_n)
+            pm, pn = place(tile - group * (num_m * num_n), num_m, num_n, ORDER)
+            m0 = pm * BM
+            start = gl.where(group == 0, 0, gl.load(ends_ptr + gl.maximum(group - 1, 0)))
+            steps = (gl.load(ends_ptr + group) - start) // 128
+        else:
+            pm, pn = place(tile, num_m, num_n, ORDER)
+            m0 = pm * BM
+        n0, n2 = columns(pn, WIDE)
+        m0 += FIRST
+        total = gl.zeros([64, 128], gl.float32, LAYOUT)
+        if BM == 256:
+            total2 = gl.zeros([64, 128], gl.float32, LAYOUT)
+        if WIDE:
+            total2 = gl.zeros([64, 64], gl.float32, LAYOUT2)
+        if not TILE_TILE:
+            # A wide tile may begin or end behind the last column.
+            scale_ptr = b_scale_ptr + (scale_row + gl.minimum(n0 // 128, blocks_n - 1)) * b_scale_stride_n
+            next_scale = gl.load(scale_ptr)
+            if WIDE:
+                scale2_ptr = b_scale_ptr + (scale_row + gl.minimum(n2 // 128, blocks_n - 1)) * b_scale_stride_n
+                next_scale2 = gl.load(scale2_ptr)
+            if BLOCKS == 2:
+                next_scale2 = gl.load(scale_ptr + gl.minimum(1, blocks_k - 1) * b_scale_stride_k)
+        for step in range(steps):
+            if not TILE_TILE:
+                # Asked for one stage ahead; behind the last block A is zero, and any scale does.
+                col_scale = next_scale
+                ahead = gl.minimum((step + 1) * BLOCKS, blocks_k - 1) * b_scale_stride_k
+                next_scale = gl.load(scale_ptr + ahead)
+                if WIDE:
+                    col_scale2 = next_scale2
+                    next_scale2 = gl.load(scale2_ptr + ahead)
+                if BLOCKS == 2:
+                    col_scale2 = next_scale2
+                    next_scale2 = gl.load(
+                        scale_ptr + gl.minimum((step + 1) * BLOCKS + 1, blocks_k - 1) * b_scale_stride_k
+                    )
+            mbarrier.wait(full.index(stage), phase)
+            buffer = stage * BLOCKS
+            a = a_bufs.index(buffer)
+            b = b_bufs.index(buffer).permute((1, 0))
+            row_scales = a_scales.index(buffer)
+            row_scale = row_scales.slice(FIRST, 64).load(BY_ROW)
+            if TILE_TILE:
+                col_scale = b_scales.index(buffer).load(BY_COL)
+            partial = warpgroup_mma(a.slice(FIRST, 64), b, partial, use_acc=False, is_async=True)
+            if BM == 256:
+                row_scale2 = row_scales.slice(FIRST + 64, 64).load(BY_ROW)
+                partial = warpgroup_mma_wait(0, deps=(partial,))
+                total = _pin(_promote(total, partial, row_scale, col_scale, TILE_TILE))
+                partial = warpgroup_mma(a.slice(FIRST + 64, 64), b, partial, use_acc=False, is_async=True)
+                partial = warpgroup_mma_wait(0, deps=(partial,))
+                total2 = _pin(_promote(total2, partial, row_scale2, col_scale, TILE_TILE))
+            elif WIDE:
+                row_scale2 = row_scales.slice(FIRST, 64).load(BY_ROW2)
+                b2 = b2_bufs.index(buffer).permute((1, 0))
+                partial2 = warpgroup_mma(a.slice(FIRST, 64), b2, partial2, use_acc=False, is_async=True)
+                partial = warpgroup_mma_wait(1, deps=(partial,))
+                total = _promote(total, partial, row_scale, col_scale, TILE_TILE)
+                partial2 = warpgroup_mma_wait(0, deps=(partial2,))
+                total2 = _pin(_promote(total2, partial2, row_scale2, col_scale2, TILE_TILE))
+            elif BLOCKS == 2:
+                a2 = a_bufs.index(buffer + 1)
+                b2 = b_bufs.index(buffer + 1).permute((1, 0))
+                row_scale2 = a_scales.index(buffer + 1).slice(FIRST, 64).load(BY_ROW)
+                if TILE_TILE:
+                    col_scale2 = b_scales.index(buffer + 1).load(BY_COL)
+                partial2 = warpgroup_mma(a2.slice(FIRST, 64), b2, partial2, use_acc=False, is_async=True)
+                partial = warpgroup_mma_wait(1, deps=(partial,))
+                total = _promote(total, partial, row_scale, col_scale, TILE_TILE)
+                partial2 = warpgroup_mma_wait(0, deps=(partial2,))
+                total = _pin(_promote(total, partial2, row_scale2, col_scale2, TILE_TILE))
+            else:
+                partial = warpgroup_mma_wait(0, deps=(partial,))
+                total = _pin(_promote(total, partial, row_scale, col_scale, TILE_TILE))
+            mbarrier.arrive(empty.index(stage), count=1)
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+        if TILE_TILE:
+            matrix = out_ptr
+            if GROUPED == "contraction":
+                matrix = out_ptr + gl.cast(group, gl.int64) * M * N
+            _store_fp32(matrix, total, m0, n0, M, N, ACCUMULATE, LAYOUT)
+            if BM == 256:
+                _store_fp32(matrix, total2, m0 + 64, n0, M, N, ACCUMULATE, LAYOUT)
+        else:
+            # Groups end at multiples of 128, so 64 rows belong to one of them; behind M the tensor map cuts off.
+            if m0 < end:
+                if BM == 256:
+                    _store_bf16(out_desc, out_bufs.index(HALF * 2), total, m0, n0)
+                    _store_bf16(out_desc, out_bufs.index(HALF * 2 + 1), total2, m0 + 64, n0)
+                elif WIDE:
+                    _store_bf16(out_desc, out_bufs.index(HALF), total, m0, n0)
+                    _store_bf16(out2_desc, out2_bufs.index(HALF), total2, m0, n2)
+                else:
+                    _store_bf16_halves(out2_desc, out2_bufs.index(HALF), total, m0, n0)
+    if not TILE_TILE:
+        tma.store_wait(0)
+
+
+@gluon.jit
+def _gemm_kernel(
+    a_desc, b_desc, b2_desc, a_scale_desc, b_scale_desc, out_desc, out2_desc, out_ptr, b_scale_ptr, ends_ptr,
+    M, N, K, a_scale_stride, b_scale_stride_n, b_scale_stride_k, groups, tiles,
+    TILE_TILE: gl.constexpr, GROUPED: gl.constexpr, ACCUMULATE: gl.constexpr, BM: gl.constexpr, WIDE: gl.constexpr,
+    STAGES: gl.constexpr, BLOCKS: gl.constexpr, ORDER: gl.constexpr,
+):  # fmt: skip
+    BUFFERS: gl.constexpr = STAGES * BLOCKS
+    a_bufs = gl.allocate_shared_memory(gl.float8e4nv, [BUFFERS, BM, 128], a_desc.layout)
+    b_bufs = gl.allocate_shared_memory(gl.float8e4nv, [BUFFERS, 128, 128], b_desc.layout)
+    a_scales = gl.allocate_shared_memory(gl.float32, [BUFFERS, BM], a_scale_desc.layout)
+    # Names of buffers that a configuration does not have stand for others, and nobody uses them.
+    b2_bufs = b_bufs
+    b_scales = a_scales
+    out_bufs = a_bufs
+    out2_bufs = a_bufs
+    if WIDE:
+        b2_bufs = gl.allocate_shared_memory(gl.float8e4nv, [BUFFERS, 64, 128], b2_desc.layout)
+    if TILE_TILE:
+        b_scales = gl.allocate_shared_memory(gl.float32, [BUFFERS, 128], b_scale_desc.layout)
+    else:
+        if BM == 256:
+            out_bufs = gl.allocate_shared_memory(gl.bfloat16, [4, 64, 128], out_desc.layout)
+        if WIDE:
+            out_bufs = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 128], out_desc.layout)
+        if BM == 128:
+            out2_bufs = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], out2_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consume, (
+                out_desc, out2_desc, out_ptr, b_scale_ptr, a_bufs, b_bufs, b2_bufs, a_scales, b_scales, out_bufs,
+                out2_bufs, full, empty, ends_ptr, M, N, K, b_scale_stride_n, b_scale_stride_k, groups, tiles,
+                0, TILE_TILE, GROUPED, ACCUMULATE, BM, WIDE, STAGES, BLOCKS, ORDER,
+            )),
+            (_consume, (
+                out_desc, out2_desc, out_ptr, b_scale_ptr, a_bufs, b_bufs, b2_bufs, a_scales, b_scales, out_bufs,
+                out2_bufs, full, empty, ends_ptr, M, N, K, b_scale_stride_n, b_scale_stride_k, groups, tiles,
+                1, TILE_TILE, GROUPED, ACCUMULATE, BM, WIDE, STAGES, BLOCKS, ORDER,
+            )),
+            (_produce, (
+                a_desc, b_desc, b2_desc, a_scale_desc, b_scale_desc, a_bufs, b_bufs, b2_bufs, a_scales, b_scales,
+                full, empty, ends_ptr, M, N, K, a_scale_stride, b_scale_stride_k, groups, tiles,
+                TILE_TILE, GROUPED, BM, WIDE, STAGES, BLOCKS, ORDER,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def gemm(
+    a: Quantized,
+    b: Quantized,
+    out: Tensor,
+    *,
+    config: Config,
+    programs: int,
+    group_ends: Tensor | None = None,
+    accumulate: bool = False,
+) -> None:
+    """out = or += a @ b.T, once, by group of rows, or by group of the contraction; what it is follows from shapes.
+
+    Args:
+        a: payload [M, K], K contiguous, row stride a multiple of 16 bytes; tile scales [ceil(K/128), M].
+        b: payload [N, K], or [groups, N, K] for rows in groups; for a bf16 `out` blocks, whose scales
+            [..., ceil(N/128), ceil(K/128)] may have any strides; for an fp32 one tiles, scales [ceil(K/128), N].
+        out: [M, N] bf16; fp32 [M, N], or [groups, M, N] for a contraction in groups; contiguous, written in place.
+        config: schedule and ring.
+        programs: most programs at work, one per multiprocessor.
+        group_ends: [groups] int32, exclusive end rows, multiples of 128.
+        accumulate: add to `out` (fp32 only).
+    """
+    tile_tile = out.dtype == torch.float32
+    grouped: Grouped = "" if group_ends is None else "contraction" if tile_tile else "rows"
+    (m, k), n = a.payload.shape, out.shape[-1]
+    bm, width = config.tile
+    groups = 1 if group_ends is None else len(group_ends)
+    tiles = ceil_div(m, bm) * ceil_div(n, width)
+    if grouped == "contraction":
+        tiles *= groups
+    elif grouped == "rows":
+        # Every group may waste the better part of a tile, and so may the rows of nobody.
+        tiles = (m // bm + groups + 1) * ceil_div(n, width)
+    assert config.blocks == 1 or (config.schedule == "two_blocks" and grouped != "contraction"), config
+    assert not (tile_tile and config.schedule == "wide"), "128x192 tiles store BF16 only"
+    a_scale, weight = _padded_scale(a.scale), b.payload.flatten(0, -2)
+    a_scale_desc, a_desc = _vector(a_scale, bm), _matrix(a.payload, bm)
+    if tile_tile:
+        b_scale = _padded_scale(b.scale)
+        b_scale_desc, out_desc, out2_desc = _vector(b_scale, BN), a_desc, a_desc
+        stride_n, stride_k = 0, b_scale.stride(0)
+    else:
+        # Blocks of all groups below one another.
+        b_scale = b.scale if b.scale.dim() == 2 else b.scale.flatten(0, 1)
+        b_scale_desc, out_desc, out2_desc = a_scale_desc, _matrix(out, 64), _matrix(out, 64, cols=64)
+        stride_n, stride_k = b_scale.stride()
+    _gemm_kernel[(min(programs, tiles),)](
+        a_desc, _matrix(weight, BN), _matrix(weight, BN2), a_scale_desc, b_scale_desc, out_desc, out2_desc,
+        out, b_scale, a_scale if group_ends is None else group_ends,
+        m, n, k, a_scale.stride(0), stride_n, stride_k, groups, tiles,
+        tile_tile, grouped, accumulate, bm, config.schedule == "wide", config.stages, config.blocks, config.order,
+        num_warps=4, maxnreg=168,
+    )  # fmt: skip
+
+
+GLUON_TYPES: dict[torch.dtype, Any] = {torch.float8_e4m3fn: gl.float8e4nv, torch.bfloat16: gl.bfloat16}
+
+
+def _matrix(x: Tensor, rows: int, *, cols: int = TILE) -> TensorDescriptor:
+    """A tensor map of [rows, cols] boxes, swizzled for wgmma; reading behind the edge gives zeros."""
+    layout = gl.NVMMASharedLayout.get_default_for([rows, cols], GLUON_TYPES[x.dtype])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, cols], layout)
+
+
+def _vector(scale: Tensor, count: int) -> TensorDescriptor:
+    """A tensor map of `count` scales in a row, over all of them as one line."""
+    return TensorDescriptor(scale, [scale.numel()], [1], [count], gl.NVMMASharedLayout(0, 32, 1))
+
+
+def _padded_scale(scale: Tensor) -> Tensor:
+    """[blocks, rows] with a row stride that is a multiple of 16 bytes, which a bulk copy asks for."""
+    rows = scale.shape[1]
+    return torch.nn.functional.pad(scale, (0, -rows % 4)) if rows % 4 else scale.contiguous()

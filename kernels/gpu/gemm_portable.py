@@ -1,0 +1,175 @@
+"""Matrix products in plain Triton: FP8 where `kernels.gpu.gemm_hopper` cannot serve, and BF16 by group anywhere.
+
+One program computes one [128, 128] tile of the output with `tl.dot`, FP8 by the rule of `kernels.gemm_fp8`: a fresh
+FP32 partial sum for every 128 of the contraction, times both scales, added to the total. Any GPU with FP8 tensor
+cores, any size and alignment. On an H100 a prototype of this kernel reached 0.39 to 0.47 of DeepGEMM: it is here to be
+right.
+
+    rows          one B per group of rows; the group of a tile is the number of ends at or before its first row
+    contraction   one output per group, contracted over its rows; programs of a group without rows store zeros
+
+Group ends are multiples of 128 and are read on the device. Shapes: a [M, K], b [N, K] or [groups, N, K], K contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.formats import Quantized
+
+# Warps and pipeline stages; 4 warps ran at half the speed on an H100.
+LAUNCH = {"num_warps": 8, "num_stages": 4}
+SQUARE = 128
+# Output tiles of one column that follow each other before the next column, for the L2 cache.
+ORDER = 8
+
+
+@triton.jit
+def _place(tile, num_m, num_n, ORDER: tl.constexpr):
+    per_strip = ORDER * num_n
+    strip = tile // per_strip
+    height = tl.minimum(num_m - strip * ORDER, ORDER)
+    inside = tile - strip * per_strip
+    return strip * ORDER + inside % height, inside // height
+
+
+@triton.jit
+def _group_of_row(ends_ptr, row, groups, GROUPS: tl.constexpr):
+    """How many groups end at or before this row; `groups` for a row of nobody."""
+    index = tl.arange(0, GROUPS)
+    ends = tl.load(ends_ptr + index, mask=index < groups, other=2147483647)
+    return tl.sum((ends <= row).to(tl.int32), axis=0)
+
+
+@triton.jit
+def _rows_kernel(
+    a_ptr, a_scale_ptr, b_ptr, b_scale_ptr, out_ptr, ends_ptr, M, N, K, b_stride_n, b_stride_k,
+    scale_stride_g, scale_stride_n, scale_stride_k, groups,
+    SCALED: tl.constexpr, GROUPS: tl.constexpr, BK: tl.constexpr, SQUARE: tl.constexpr, ORDER: tl.constexpr,
+):  # fmt: skip
+    """out = a @ b.T, of each group of rows its own b; GROUPS is 0 for one b, else a power of two >= groups."""
+    pm, pn = _place(tl.program_id(0), tl.cdiv(M, SQUARE), tl.cdiv(N, SQUARE), ORDER)
+    group = 0
+    depth = K
+    if GROUPS:
+        group = _group_of_row(ends_ptr, pm * SQUARE, groups, GROUPS)
+        depth = tl.where(group == groups, 0, K)
+    row = pm.to(tl.int64) * SQUARE + tl.arange(0, SQUARE)
+    col = pn * SQUARE + tl.arange(0, SQUARE)
+    inner = tl.arange(0, BK)
+    a_ptrs = a_ptr + row[:, None] * K + inner[None, :]
+    b_base = b_ptr + tl.cast(group, tl.int64) * N * K
+    b_ptrs = b_base + col[None, :].to(tl.int64) * b_stride_n + inner[:, None].to(tl.int64) * b_stride_k
+    total = tl.zeros((SQUARE, SQUARE), tl.float32)
+    for start in range(0, depth, BK):
+        a = tl.load(a_ptrs, mask=(row < M)[:, None] & (start + inner < K)[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=(start + inner < K)[:, None] & (col < N)[None, :], other=0.0)
+        if SCALED:
+            block = tl.cast(start // 128, tl.int64)
+            row_scale = tl.load(a_scale_ptr + block * M + row, mask=row < M, other=0.0)
+            scale_ptr = b_scale_ptr + group * scale_stride_g + pn * SQUARE // 128 * scale_stride_n
+            col_scale = tl.load(scale_ptr + block * scale_stride_k)
+            total += tl.dot(a, b) * (row_scale * col_scale)[:, None]
+        else:
+            total = tl.dot(a, b, total)
+        a_ptrs += BK
+        b_ptrs += BK * b_stride_k
+    inside = (row < M)[:, None] & (col < N)[None, :]
+    tl.store(out_ptr + row[:, None] * N + col[None, :], total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _contraction_kernel(
+    a_ptr, a_scale_ptr, b_ptr, b_scale_ptr, out_ptr, ends_ptr, M, N, K,
+    a_stride_m, a_stride_k, b_stride_n, b_stride_k,
+    SCALED: tl.constexpr, GROUPED: tl.constexpr, ACCUMULATE: tl.constexpr, BK: tl.constexpr, SQUARE: tl.constexpr,
+    ORDER: tl.constexpr,
+):  # fmt: skip
+    """out[g] = or += a[:, rows of g] @ b[:, rows of g].T in FP32; group g is the second program axis."""
+    pm, pn = _place(tl.program_id(0), tl.cdiv(M, SQUARE), tl.cdiv(N, SQUARE), ORDER)
+    group = tl.program_id(1).to(tl.int64)
+    first = 0
+    end = K
+    if GROUPED:
+        # That ends are multiples of 128 makes the loads below 16 bytes wide instead of one.
+        first = tl.multiple_of(tl.load(ends_ptr + group - 1, mask=group > 0, other=0), 128)
+        end = tl.multiple_of(tl.load(ends_ptr + group), 128)
+    row = pm.to(tl.int64) * SQUARE + tl.arange(0, SQUARE)
+    col = pn.to(tl.int64) * SQUARE + tl.arange(0, SQUARE)
+    total = tl.zeros((SQUARE, SQUARE), tl.float32)
+    for start in range(first, end, BK):
+        inner = (start + tl.arange(0, BK)).to(tl.int64)
+        a_ptrs = a_ptr + row[:, None] * a_stride_m + inner[None, :] * a_stride_k
+        b_ptrs = b_ptr + col[None, :] * b_stride_n + inner[:, None] * b_stride_k
+        a = tl.load(a_ptrs, mask=(row < M)[:, None] & (inner < end)[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=(inner < end)[:, None] & (col < N)[None, :], other=0.0)
+        if SCALED:
+            block = tl.cast(start // 128, tl.int64)
+            row_scale = tl.load(a_scale_ptr + block * M + row, mask=row < M, other=0.0)
+            col_scale = tl.load(b_scale_ptr + block * N + col, mask=col < N, other=0.0)
+            total += tl.dot(a, b) * row_scale[:, None] * col_scale[None, :]
+        else:
+            total = tl.dot(a, b, total)
+    place = out_ptr + group * M * N + row[:, None] * N + col[None, :]
+    inside = (row < M)[:, None] & (col < N)[None, :]
+    if ACCUMULATE:
+        total += tl.load(place, mask=inside, other=0.0)
+    tl.store(place, total, mask=inside)
+
+
+def _rows_grid(m: int, n: int) -> tuple[int]:
+    return (triton.cdiv(m, SQUARE) * triton.cdiv(n, SQUARE),)
+
+
+def tile_block(a: Quantized, b: Quantized, out: Tensor, *, group_ends: Tensor | None = None) -> None:
+    """out = a @ b.T in FP8; a in 1x128 tiles, b in 128x128 blocks, one b or one per group of rows."""
+    (m, k), n = a.payload.shape, out.shape[1]
+    groups = 0 if group_ends is None else len(group_ends)
+    *_, stride_n, stride_k = b.scale.stride()
+    _rows_kernel[_rows_grid(m, n)](
+        a.payload, a.scale, b.payload, b.scale, out, a.scale if group_ends is None else group_ends,
+        m, n, k, b.payload.stride(-2), b.payload.stride(-1), b.scale.stride(0) if groups else 0, stride_n, stride_k,
+        groups, True, triton.next_power_of_2(groups) if groups else 0, 128, SQUARE, ORDER, **LAUNCH,
+    )  # fmt: skip
+
+
+def tile_tile(a: Quantized, b: Quantized, out: Tensor, *, accumulate: bool, group_ends: Tensor | None = None) -> None:
+    """out = or += a @ b.T in FP8, both in 1x128 tiles; one [M, N] or one per group of the contraction, fp32."""
+    (m, k), n = a.payload.shape, b.payload.shape[0]
+    groups = 1 if group_ends is None else len(group_ends)
+    _contraction_kernel[(*_rows_grid(m, n), groups)](
+        a.payload, a.scale, b.payload, b.scale, out, a.scale if group_ends is None else group_ends,
+        m, n, k, *a.payload.stride(), *b.payload.stride(),
+        True, group_ends is not None, accumulate, 128, SQUARE, ORDER, **LAUNCH,
+    )  # fmt: skip
+
+
+def grouped_matmul(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
+    """x[rows of g] @ weight[g] in x's dtype: x [rows, in], weight [groups, in, out] with any strides."""
+    x = x.contiguous()
+    rows, n = x.shape[0], weight.shape[-1]
+    out = x.new_empty(rows, n)
+    if out.numel():
+        groups = len(group_ends)
+        # Matrices of two experts are apart by in * out elements, whichever way they are stored.
+        assert weight.stride(0) == weight.shape[1] * n, weight.stride()
+        _rows_kernel[_rows_grid(rows, n)](
+            x, x, weight, x, out, group_ends, rows, n, x.shape[1], weight.stride(2), weight.stride(1), 0, 0, 0, groups,
+            False, triton.next_power_of_2(groups), 64, SQUARE, ORDER, **LAUNCH,
+        )  # fmt: skip
+    return out
+
+
+def grouped_wgrad(dy: Tensor, x: Tensor, group_ends: Tensor) -> Tensor:
+    """dy[rows of g].T @ x[rows of g] in FP32: [groups, out, in]."""
+    (rows, m), n = dy.shape, x.shape[1]
+    out = torch.empty(len(group_ends), m, n, dtype=torch.float32, device=x.device)
+    if out.numel():
+        _contraction_kernel[(*_rows_grid(m, n), len(group_ends))](
+            dy, dy, x, dy, out, group_ends, m, n, rows, dy.stride(1), dy.stride(0), x.stride(1), x.stride(0),
+            False, True, False, 64, SQUARE, ORDER, **LAUNCH,
+        )  # fmt: skip
+    return out

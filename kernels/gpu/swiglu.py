@@ -1,0 +1,306 @@
+"""Device code of `kernels.swiglu`: SwiGLU, its gradients, and both next to the quantisers of an FP8 down projection.
+
+    h      = silu(gate) * up * g              silu(x) = x / (1 + e^-x)
+    d_gate = dh * g * up * silu'(gate)        silu'(x) = s + x s (1 - s),  s = 1 / (1 + e^-x)
+    d_up   = dh * g * silu(gate)
+    d_g    = sum over inter of dh * silu(gate) * up
+
+in FP32 registers, rounded where the references round: gated once, plain after each product. All are bound by memory;
+per element of h they move
+
+    swiglu, gated_swiglu                      gate_up -> h                              6 bytes in BF16
+    [gated_]swiglu_backward                   gate_up, dh -> d_gate_up                  10
+    swiglu_quantize                           gate_up -> both in 1x128 tiles            7
+    swiglu_quantize_transposed                kept -> h in 128x1 tiles                  3
+    [gated_]swiglu_backward_kept              kept, dh -> d_gate_up                     8
+
+The exponential is a GPU's approximate one, two units in the last place and |x| 2^-24 of its argument's rounding, so a
+result may fall on the other side of a rounding than the reference's. Quantising the same values gives the same bits.
+
+Where inter is no multiple of 128, a tile of gate_up holds gates and ups at once: then launchers of quantised tensors
+call the separate kernels one after the other. d_g is summed by one program for its rows, always in the same order.
+Offsets are int64. Source: arXiv:2412.19437 §3.3.3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.formats import TILE
+from kernels.gpu.quantize import (
+    dequantize_tiles,
+    empty_tiles,
+    quantize_tiles,
+    quantize_tiles_transposed,
+    store_tiles_of_cols,
+    store_tiles_of_rows,
+)
+
+# Rows of a program, each of 128 columns, and its warps: 16 elements a thread of the gate, of up and of h.
+ROWS, WARPS = 16, 4
+# A program of `swiglu_quantize_transposed` holds 128 rows of so many columns.
+COLUMNS_TRANSPOSED, WARPS_TRANSPOSED = 64, 4
+# Tiles of 128 columns that a program of a plain backward walks through; a gated one walks through all.
+SPAN = 4
+
+
+@triton.jit
+def _rounded(x, DTYPE: tl.constexpr):
+    return x.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _load_half(ptr, scale_ptr, row, col, inside, rows, cols, DTYPE: tl.constexpr):
+    """A [ROWS, COLUMNS] piece of gate_up as fp32; with scales it is dequantised and `col` lies within one tile."""
+    x = tl.load(ptr + row[:, None] * cols + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        tile = (tl.min(col, axis=0) // 128).to(tl.int64)
+        scale = tl.load(scale_ptr + tile * rows + row, mask=row < rows, other=1.0)
+        x = _rounded(x * scale[:, None], DTYPE)
+    return x
+
+
+@triton.jit
+def _activation(gate, up, gates_ptr, row, rows, DTYPE: tl.constexpr):
+    """h as fp32, holding numbers of DTYPE."""
+    silu = gate / (1.0 + tl.exp(-gate))
+    if gates_ptr is None:
+        h = _rounded(silu, DTYPE) * up
+    else:
+        gates = tl.load(gates_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
+        h = silu * up * gates[:, None]
+    return _rounded(h, DTYPE)
+
+
+@triton.jit
+def _swiglu_kernel(gate_up_ptr, gates_ptr, h_ptr, rows, inter, ROWS: tl.constexpr):
+    DTYPE: tl.constexpr = h_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.program_id(1) * 128 + tl.arange(0, 128)
+    inside = (row < rows)[:, None] & (col < inter)[None, :]
+    gate = _load_half(gate_up_ptr, None, row, col, inside, rows, 2 * inter, DTYPE)
+    up = _load_half(gate_up_ptr, None, row, col + inter, inside, rows, 2 * inter, DTYPE)
+    h = _activation(gate, up, gates_ptr, row, rows, DTYPE)
+    tl.store(h_ptr + row[:, None] * inter + col[None, :], h.to(DTYPE), mask=inside)
+
+
+@triton.jit
+def _swiglu_quantize_kernel(
+    gate_up_ptr,
+    gates_ptr,
+    kept_ptr,
+    kept_scale_ptr,
+    payload_ptr,
+    scale_ptr,
+    rows,
+    inter,
+    POWER_OF_TWO: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One tile of gates, one of ups and the tile of h that they make; inter is a multiple of 128."""
+    DTYPE: tl.constexpr = gate_up_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.program_id(1) * 128 + tl.arange(0, 128)
+    inside = (row < rows)[:, None] & (col < inter)[None, :]
+    gate = _load_half(gate_up_ptr, None, row, col, inside, rows, 2 * inter, DTYPE)
+    up = _load_half(gate_up_ptr, None, row, col + inter, inside, rows, 2 * inter, DTYPE)
+    store_tiles_of_rows(gate, kept_ptr, kept_scale_ptr, row, col, rows, 2 * inter, POWER_OF_TWO)
+    store_tiles_of_rows(up, kept_ptr, kept_scale_ptr, row, col + inter, rows, 2 * inter, POWER_OF_TWO)
+    h = _activation(gate, up, gates_ptr, row, rows, DTYPE)
+    store_tiles_of_rows(h, payload_ptr, scale_ptr, row, col, rows, inter, POWER_OF_TWO)
+
+
+@triton.jit
+def _swiglu_quantize_transposed_kernel(
+    kept_ptr,
+    kept_scale_ptr,
+    gates_ptr,
+    payload_ptr,
+    scale_ptr,
+    rows,
+    inter,
+    DTYPE: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)
+    col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (col < inter)[None, :]
+    gate = _load_half(kept_ptr, kept_scale_ptr, row, col, inside, rows, 2 * inter, DTYPE)
+    up = _load_half(kept_ptr, kept_scale_ptr, row, col + inter, inside, rows, 2 * inter, DTYPE)
+    h = _activation(gate, up, gates_ptr, row, rows, DTYPE)
+    store_tiles_of_cols(h, payload_ptr, scale_ptr, row, col, rows, inter, POWER_OF_TWO)
+
+
+@triton.jit
+def _swiglu_backward_kernel(
+    gate_up_ptr,
+    scale_ptr,
+    gates_ptr,
+    dh_ptr,
+    d_gate_up_ptr,
+    d_gates_ptr,
+    rows,
+    inter,
+    SPAN: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """SPAN tiles of some rows, one after the other: all of them where gates want their gradient.
+
+    scale_ptr is None unless gate_up is kept in FP8, gates_ptr and d_gates_ptr are None unless it is gated.
+    """
+    DTYPE: tl.constexpr = dh_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    if gates_ptr is not None:
+        gates = tl.load(gates_ptr + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+        terms = tl.zeros((ROWS, 128), tl.float32)
+    for piece in range(SPAN):
+        col = (tl.program_id(1) * SPAN + piece) * 128 + tl.arange(0, 128)
+        inside = (row < rows)[:, None] & (col < inter)[None, :]
+        gate = _load_half(gate_up_ptr, scale_ptr, row, col, inside, rows, 2 * inter, DTYPE)
+        up = _load_half(gate_up_ptr, scale_ptr, row, col + inter, inside, rows, 2 * inter, DTYPE)
+        dh = tl.load(dh_ptr + row[:, None] * inter + col[None, :], mask=inside, other=0.0).to(tl.float32)
+        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+        derivative = sigmoid * (1.0 + gate * (1.0 - sigmoid))
+        silu = gate * sigmoid
+        if gates_ptr is None:
+            d_gate = _rounded(dh * up, DTYPE) * derivative
+            d_up = dh * _rounded(silu, DTYPE)
+        else:
+            terms += silu * up * dh
+            d_gate = dh * gates * up * derivative
+            d_up = silu * (dh * gates)
+        place = row[:, None] * (2 * inter) + col[None, :]
+        tl.store(d_gate_up_ptr + place, d_gate.to(DTYPE), mask=inside)
+        tl.store(d_gate_up_ptr + place + inter, d_up.to(DTYPE), mask=inside)
+    if gates_ptr is not None:
+        tl.store(d_gates_ptr + row, tl.sum(terms, axis=1), mask=row < rows)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """[..., 2 * inter] -> [..., inter]."""
+    return _activate(gate_up, None)
+
+
+def gated_swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
+    """[rows, 2 * inter], gates [rows] -> [rows, inter]."""
+    return _activate(gate_up, gates)
+
+
+def swiglu_backward(gate_up: Tensor, dh: Tensor) -> Tensor:
+    """[..., 2 * inter], gradient [..., inter] -> [..., 2 * inter]."""
+    return _differentiate(gate_up, None, None, dh)[0]
+
+
+def gated_swiglu_backward(gate_up: Tensor, gates: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
+    """[rows, 2 * inter], gates [rows], gradient [rows, inter] -> [rows, 2 * inter], [rows] fp32."""
+    return _differentiate(gate_up, None, gates, dh)
+
+
+def swiglu_quantize(gate_up: Tensor, gates: Tensor | None, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[rows, 2 * inter] -> payload and scale of itself, then those of h, all in 1x128 tiles."""
+    rows, inter = gate_up.shape[0], gate_up.shape[1] // 2
+    if inter % TILE:
+        return *quantize_tiles(gate_up, power_of_two), *quantize_tiles(_activate(gate_up, gates), power_of_two)
+    gate_up, gates = gate_up.contiguous(), _contiguous(gates)
+    kept, kept_scale = empty_tiles(gate_up, rows, 2 * inter)
+    payload, scale = empty_tiles(gate_up, rows, inter)
+    if gate_up.numel():
+        grid = (triton.cdiv(rows, ROWS), inter // TILE)
+        _swiglu_quantize_kernel[grid](
+            gate_up, gates, kept, kept_scale, payload, scale, rows, inter, power_of_two, ROWS, num_warps=WARPS
+        )
+    return kept, kept_scale, payload, scale
+
+
+def swiglu_quantize_transposed(
+    payload: Tensor, scale: Tensor, gates: Tensor | None, dtype: torch.dtype, power_of_two: bool
+) -> tuple[Tensor, Tensor]:
+    """Payload [rows, 2 * inter] in 1x128 tiles -> h in 128x1 tiles, payload [inter, rows], scale."""
+    rows, inter = payload.shape[0], payload.shape[1] // 2
+    if inter % TILE:
+        h = _activate(dequantize_tiles(payload, scale, dtype), gates)
+        return quantize_tiles_transposed(h, power_of_two)
+    payload, scale, gates = payload.contiguous(), scale.contiguous(), _contiguous(gates)
+    payload_t, scale_t = empty_tiles(payload, inter, rows)
+    if payload.numel():
+        grid = (triton.cdiv(rows, TILE), inter // COLUMNS_TRANSPOSED)
+        _swiglu_quantize_transposed_kernel[grid](
+            payload,
+            scale,
+            gates,
+            payload_t,
+            scale_t,
+            rows,
+            inter,
+            _TRITON_TYPES[dtype],
+            power_of_two,
+            COLUMNS_TRANSPOSED,
+            num_warps=WARPS_TRANSPOSED,
+        )
+    return payload_t, scale_t
+
+
+def swiglu_backward_kept(payload: Tensor, scale: Tensor, dh: Tensor) -> Tensor:
+    """Payload [rows, 2 * inter] in 1x128 tiles, gradient [rows, inter] -> [rows, 2 * inter] in dh's dtype."""
+    return _differentiate_kept(payload, scale, None, dh)[0]
+
+
+def gated_swiglu_backward_kept(payload: Tensor, scale: Tensor, gates: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with gates [rows], and their gradient [rows] fp32."""
+    return _differentiate_kept(payload, scale, gates, dh)
+
+
+_TRITON_TYPES: dict[torch.dtype, Any] = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def _contiguous(gates: Tensor | None) -> Tensor | None:
+    return None if gates is None else gates.contiguous()
+
+
+def _activate(gate_up: Tensor, gates: Tensor | None) -> Tensor:
+    gate_up = gate_up.contiguous()
+    *leading, cols = gate_up.shape
+    h = gate_up.new_empty(*leading, cols // 2)
+    if h.numel():
+        rows, inter = h.numel() // (cols // 2), cols // 2
+        grid = (triton.cdiv(rows, ROWS), triton.cdiv(inter, TILE))
+        _swiglu_kernel[grid](gate_up, _contiguous(gates), h, rows, inter, ROWS, num_warps=WARPS)
+    return h
+
+
+def _differentiate_kept(payload: Tensor, scale: Tensor, gates: Tensor | None, dh: Tensor) -> tuple[Tensor, Tensor]:
+    if payload.shape[1] // 2 % TILE:
+        return _differentiate(dequantize_tiles(payload, scale, dh.dtype), None, gates, dh)
+    return _differentiate(payload, scale.contiguous(), gates, dh)
+
+
+def _differentiate(gate_up: Tensor, scale: Tensor | None, gates: Tensor | None, dh: Tensor) -> tuple[Tensor, Tensor]:
+    """d_gate_up and, of no elements without gates, d_gates."""
+    gate_up, dh = gate_up.contiguous(), dh.contiguous()
+    inter = dh.shape[-1]
+    d_gate_up = torch.empty_like(gate_up, dtype=dh.dtype)
+    d_gates = dh.new_empty(0 if gates is None else len(gates), dtype=torch.float32)
+    if dh.numel():
+        rows, tiles = dh.numel() // inter, triton.cdiv(inter, TILE)
+        span = SPAN if gates is None else tiles
+        grid = (triton.cdiv(rows, ROWS), triton.cdiv(tiles, span))
+        _swiglu_backward_kernel[grid](
+            gate_up,
+            scale,
+            _contiguous(gates),
+            dh,
+            d_gate_up,
+            None if gates is None else d_gates,
+            rows,
+            inter,
+            span,
+            ROWS,
+            num_warps=WARPS,
+        )
+    return d_gate_up, d_gates

@@ -1,0 +1,105 @@
+"""Every launcher of `kernels/gpu/` at a size of DeepSeek-V3: 4,096 tokens of one rank, hidden 7168.
+
+Tensors are allocated and never touched, so that a case costs address space only. The same cases serve the table of
+`docs/kernels.md` (`tests/kernels/hopper_codegen.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kernels.gpu import e5m6, permute, quantize, router, swiglu
+
+TOKENS, HIDDEN = 4096, 7168
+# Widths of SwiGLU's output: of an expert, and of the dense FFN.
+EXPERT, DENSE = 2048, 18432
+# Width of the input of the linear after attention.
+ATTENTION = 16384
+# Routed experts, experts of a token, and rows of this rank's experts.
+EXPERTS, TOPK = 256, 8
+ROWS = TOPK * TOKENS
+E4M3 = torch.float8_e4m3fn
+
+
+def bf16(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16)
+
+
+def e4m3(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=E4M3)
+
+
+def fp32(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32)
+
+
+def int64(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int64)
+
+
+def tiles(rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    """Payload and scale of a matrix in 1x128 tiles."""
+    return e4m3(rows, cols), fp32(-(-cols // 128), rows)
+
+
+CASES: dict[str, Callable[[], object]] = {
+    "quantize_tiles": partial(quantize.quantize_tiles, bf16(TOKENS, HIDDEN), True),
+    "quantize_tiles, FP32 scales": partial(quantize.quantize_tiles, bf16(TOKENS, HIDDEN), False),
+    "quantize_tiles, 576 columns": partial(quantize.quantize_tiles, bf16(TOKENS, 576), True),
+    "quantize_tiles_transposed": partial(quantize.quantize_tiles_transposed, bf16(TOKENS, HIDDEN), True),
+    "quantize_tiles_both": partial(quantize.quantize_tiles_both, bf16(TOKENS, HIDDEN), True),
+    "requantize_transposed": partial(quantize.requantize_transposed, *tiles(TOKENS, HIDDEN), True),
+    "quantize_blocks": partial(quantize.quantize_blocks, bf16(4, 4096, HIDDEN), True),
+    "dequantize_tiles": partial(quantize.dequantize_tiles, *tiles(TOKENS, HIDDEN), torch.bfloat16),
+    "swiglu": partial(swiglu.swiglu, bf16(TOKENS, 2 * DENSE)),
+    "gated_swiglu": partial(swiglu.gated_swiglu, bf16(TOKENS, 2 * EXPERT), fp32(TOKENS)),
+    "swiglu_backward": partial(swiglu.swiglu_backward, bf16(TOKENS, 2 * DENSE), bf16(TOKENS, DENSE)),
+    "gated_swiglu_backward": partial(
+        swiglu.gated_swiglu_backward, bf16(TOKENS, 2 * EXPERT), fp32(TOKENS), bf16(TOKENS, EXPERT)
+    ),
+    "swiglu_quantize, dense": partial(swiglu.swiglu_quantize, bf16(TOKENS, 2 * DENSE), None, True),
+    "swiglu_quantize, expert": partial(swiglu.swiglu_quantize, bf16(TOKENS, 2 * EXPERT), fp32(TOKENS), True),
+    "swiglu_quantize, expert, FP32 scales": partial(
+        swiglu.swiglu_quantize, bf16(TOKENS, 2 * EXPERT), fp32(TOKENS), False
+    ),
+    "swiglu_quantize_transposed, dense": partial(
+        swiglu.swiglu_quantize_transposed, *tiles(TOKENS, 2 * DENSE), None, torch.bfloat16, True
+    ),
+    "swiglu_quantize_transposed, expert": partial(
+        swiglu.swiglu_quantize_transposed, *tiles(TOKENS, 2 * EXPERT), fp32(TOKENS), torch.bfloat16, True
+    ),
+    "swiglu_backward_kept": partial(swiglu.swiglu_backward_kept, *tiles(TOKENS, 2 * DENSE), bf16(TOKENS, DENSE)),
+    "gated_swiglu_backward_kept": partial(
+        swiglu.gated_swiglu_backward_kept, *tiles(TOKENS, 2 * EXPERT), fp32(TOKENS), bf16(TOKENS, EXPERT)
+    ),
+    "pack_e5m6": partial(e5m6.pack_e5m6, bf16(TOKENS, ATTENTION), True),
+    "pack_e5m6, FP32 scales": partial(e5m6.pack_e5m6, bf16(TOKENS, ATTENTION), False),
+    "unpack_e5m6": partial(
+        e5m6.unpack_e5m6,
+        torch.empty(TOKENS, ATTENTION * 3 // 2, dtype=torch.uint8),
+        fp32(ATTENTION // 128, TOKENS),
+        torch.bfloat16,
+    ),
+    "route": partial(router.route, fp32(TOKENS, EXPERTS), fp32(EXPERTS), 8, 4, TOPK, 2.5, True),
+    "route_backward": partial(
+        router.route_backward,
+        fp32(TOKENS, EXPERTS),
+        int64(TOKENS, TOPK),
+        fp32(TOKENS, EXPERTS),
+        fp32(TOKENS, TOPK),
+        2.5,
+        True,
+    ),
+    "topk_counts": partial(router.topk_counts, fp32(1, TOKENS, EXPERTS), TOPK),
+    "lay_out, all experts": partial(permute.lay_out, int64(TOKENS, TOPK), EXPERTS, ROWS),
+    "lay_out, 4 experts": partial(permute.lay_out, torch.empty(ROWS, TOPK, dtype=torch.int32), 4, ROWS),
+    "copy_tokens": partial(permute.copy_tokens, bf16(TOKENS, HIDDEN), int64(ROWS), TOPK),
+    "copy_tokens, gates": partial(permute.copy_tokens, fp32(ROWS), int64(ROWS), 1),
+    "sum_rows": partial(permute.sum_rows, bf16(ROWS, HIDDEN), int64(TOKENS, TOPK), False, torch.bfloat16),
+    "sum_rows, gates of copies": partial(permute.sum_rows, fp32(ROWS, TOPK), int64(TOKENS, TOPK), True, torch.float32),
+    "scatter_gates": partial(permute.scatter_gates, fp32(ROWS), int64(ROWS), TOKENS, TOPK),
+}

@@ -1,0 +1,305 @@
+"""The Gluon GEMM, executed by the Gluon interpreter: every shipped configuration against FP64, and planted defects.
+
+Each case runs three times: in plain order; with the happens-before check under the strictest rule for shared loads
+(their value is taken at first use); and with partitions shuffled and everything asynchronous as late as it may be.
+That the compiler accepts the same code without spills is `test_hopper_codegen.py`'s.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.formats import Quantized
+from kernels.gpu import gemm_hopper
+from kernels.gpu.gemm_fp8 import TWO_BLOCKS, TWO_WAVES, WIDE, tile_block_config
+from kernels.gpu.gemm_hopper import Config
+from tests.kernels import gemm_inputs
+from tests.kernels.gemm_inputs import BF16_TOLERANCE, FP32_TOLERANCE, Problem, relative_error
+from tests.kernels.gluon_interpreter import ADVERSARIAL, KernelError, interpret
+
+ORDERS: dict[str, dict[str, Any]] = {
+    "plain": {"races": False},
+    "checked": {"races": True, "lazy_loads": "use", "mma": "late"},
+    "adversarial": {**ADVERSARIAL, "lazy_loads": "use", "seed": 1},
+}
+KERNELS = Path(gemm_hopper.__file__).parent
+# Groups with no row, a ragged last tile of 256 rows, and rows of nobody behind the last one.
+ENDS, ROWS = [384, 384, 512, 1024], 1152
+ONE_BLOCK = Config("two_blocks", stages=4)
+
+
+def run_tile_block(problem: Problem, config: Config, module: ModuleType = gemm_hopper, programs: int = 3) -> Tensor:
+    out = torch.full(problem.expected.shape, float("nan"), dtype=torch.bfloat16)
+    module.gemm(*problem.quantized, out, config=config, programs=programs, group_ends=problem.group_ends)
+    return out
+
+
+def run_tile_tile(
+    problem: Problem, config: Config, module: ModuleType = gemm_hopper, *, before: Tensor | None = None
+) -> Tensor:
+    out = torch.full(problem.expected.shape, float("nan")) if before is None else before.clone()
+    module.gemm(
+        *problem.quantized,
+        out,
+        config=config,
+        programs=3,
+        group_ends=problem.group_ends,
+        accumulate=before is not None,
+    )
+    return out
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("config", "m", "n", "k"),
+    [
+        (TWO_WAVES, 300, 320, 512),
+        # DeepSeek-V3's ragged widths: K = 576 = 4.5 tiles, N = 2112 = 16.5 blocks.
+        (TWO_WAVES, 640, 2112, 576),
+        (TWO_WAVES, 1, 8, 16),
+        (WIDE, 300, 2112, 512),
+        (WIDE, 129, 200, 576),
+        # An even and an odd number of blocks, and fewer than one stage holds.
+        (TWO_BLOCKS, 260, 320, 512),
+        (TWO_BLOCKS, 260, 320, 1152),
+        (TWO_BLOCKS, 63, 128, 128),
+    ],
+)
+def test_fprop_and_dgrad(config: Config, m: int, n: int, k: int, order: str) -> None:
+    problem = gemm_inputs.tile_block(m, n, k)
+    with interpret(**ORDERS[order]):
+        out = run_tile_block(problem, config)
+    assert relative_error(out, problem.expected) < BF16_TOLERANCE
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("config", [TWO_WAVES, WIDE, TWO_BLOCKS])
+@pytest.mark.parametrize("ends", [ENDS, [0, 640, 640, 1152], [0, 0]])
+def test_groups_of_rows(config: Config, ends: list[int], order: str) -> None:
+    problem = gemm_inputs.tile_block(ROWS, 320, 384, ends)
+    with interpret(**ORDERS[order]):
+        out = run_tile_block(problem, config)
+    if ends[-1]:
+        assert relative_error(out, problem.expected) < BF16_TOLERANCE
+    assert out[ends[-1] :].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "ends"),
+    [(320, 200, 576, None), (256, 128, 4224, None), (320, 192, ROWS, ENDS), (64, 64, 256, [0, 256])],
+)
+def test_wgrad(m: int, n: int, k: int, ends: list[int] | None, accumulate: bool, order: str) -> None:
+    problem = gemm_inputs.tile_tile(m, n, k, ends)
+    before = torch.randn(problem.expected.shape) if accumulate else None
+    with interpret(**ORDERS[order]):
+        out = run_tile_tile(problem, TWO_WAVES, before=before)
+    expected = problem.expected + (0 if before is None else before.double())
+    assert relative_error(out, expected) < FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("config", [TWO_WAVES, WIDE, TWO_BLOCKS])
+def test_programs_may_run_in_any_order(config: Config) -> None:
+    """A ragged tile that wrote into the next group would be overwritten in one order and seen in the other."""
+    problem = gemm_inputs.tile_block(ROWS, 192, 128, ENDS)
+    tiles = 100  # more than there are: some programs have nothing to do
+    results = []
+    for programs in (range(tiles), reversed(range(tiles))):
+        count = min(tiles, _tiles_of(problem, config))
+        with interpret(programs=[p for p in programs if p < count], races=False):
+            results.append(run_tile_block(problem, config, programs=tiles))
+    assert torch.equal(*results)
+    assert relative_error(results[0], problem.expected) < BF16_TOLERANCE
+
+
+def _tiles_of(problem: Problem, config: Config) -> int:
+    rows, cols = config.tile
+    assert problem.group_ends is not None
+    m, n = problem.expected.shape
+    return (m // rows + len(problem.group_ends) + 1) * -(-n // cols)
+
+
+def test_an_output_of_more_than_2_to_the_31_elements() -> None:
+    """Only its last tile is computed; nobody touches the rest, so it costs address space only."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    m, n = 70144, 32768
+    a, b = gemm_inputs.payload(m, 128), gemm_inputs.payload(n, 128)
+    a_scale, b_scale = gemm_inputs.scales(1, m), gemm_inputs.scales(1, n)
+    out = torch.empty(m, n)
+    last = (m // 256) * (n // 128) - 1
+    with interpret(programs=[last], races=False):
+        gemm_hopper.gemm(Quantized(a, a_scale), Quantized(b, b_scale), out, config=TWO_WAVES, programs=last + 1)
+    expected = (
+        gemm_inputs.decode_tiles(a[-256:], a_scale[:, -256:]) @ gemm_inputs.decode_tiles(b[-128:], b_scale[:, -128:]).T
+    )
+    assert relative_error(out[-256:, -128:], expected) < FP32_TOLERANCE
+
+
+def test_the_configuration_of_a_shape_follows_from_its_rounds() -> None:
+    """The shapes of DeepSeek-V3 on 4,096 tokens and 132 multiprocessors; the three awkward ones get smaller tiles."""
+    chosen = {n: tile_block_config(4096, n, programs=132) for n in (24576, 32768, 7168, 4096, 36864, 2048, 18432)}
+    assert set(chosen.values()) == {TWO_WAVES}
+    assert tile_block_config(4096, 2112, programs=132) == WIDE
+    assert tile_block_config(4096, 1536, programs=132) == WIDE
+    assert tile_block_config(4096, 512, programs=132) == TWO_BLOCKS
+    assert tile_block_config(32768, 4096, programs=132, groups=32) == TWO_WAVES
+    assert tile_block_config(2048, 4096, programs=132, groups=8) == TWO_BLOCKS
+
+
+WAIT_FULL = "            mbarrier.wait(full.index(stage), phase)\n"
+WAIT_EMPTY = "            mbarrier.wait(empty.index(stage), phase)\n"
+ARRIVE = "            mbarrier.arrive(empty.index(stage), count=1)\n"
+SECOND_BLOCK = "                a2 = a_bufs.index(buffer + 1)\n"
+LOAD_COLUMNS = "            if TILE_TILE:\n                col_scale = b_scales.index(buffer).load(BY_COL)\n"
+FIRST_PRODUCT = "            partial = warpgroup_mma(a.slice(FIRST, 64), b, partial, use_acc=False, is_async=True)\n"
+SECOND_PRODUCT = "a.slice(FIRST + 64, 64), b, partial, use_acc="
+ONE_BLOCK_END = (
+    "                partial = warpgroup_mma_wait(0, deps=(partial,))\n"
+    "                total = _pin(_promote(total, partial, row_scale, col_scale, TILE_TILE))\n"
+)
+TO_BUFFER = "    buffer.store(total.to(gl.bfloat16))\n"
+FENCE = "    fence_async_shared()\n"
+START, LAST_WAIT = "    gl.warp_specialize", "        tma.store_wait(0)\n\n\n@gluon.jit\ndef _gemm"
+NEXT_END = "gl.load(ends_ptr + gl.minimum(group, groups - 1))"
+GROUPS_PLACE = "out_ptr + gl.cast(group, gl.int64) * M * N"
+
+Edit = tuple[str, str]
+Case = Callable[[ModuleType], tuple[Tensor, Tensor, float]]
+
+
+def dense(config: Config) -> Case:
+    def case(module: ModuleType) -> tuple[Tensor, Tensor, float]:
+        problem = gemm_inputs.tile_block(640, 384, 1024)
+        return run_tile_block(problem, config, module), problem.expected, BF16_TOLERANCE
+
+    return case
+
+
+def rows(module: ModuleType) -> tuple[Tensor, Tensor, float]:
+    problem = gemm_inputs.tile_block(ROWS, 192, 256, ENDS)
+    return run_tile_block(problem, TWO_WAVES, module), problem.expected, BF16_TOLERANCE
+
+
+def wgrad(config: Config = TWO_WAVES, *, ends: list[int] | None = None) -> Case:
+    def case(module: ModuleType) -> tuple[Tensor, Tensor, float]:
+        problem = gemm_inputs.tile_tile(320, 192, ROWS, ends)
+        before = torch.randn(problem.expected.shape)
+        out = run_tile_tile(problem, config, module, before=before)
+        return out, problem.expected + before.double(), FP32_TOLERANCE
+
+    return case
+
+
+DEFECTS: dict[str, tuple[Case, list[Edit]]] = {
+    "a consumer does not wait for its stage": (dense(TWO_WAVES), [(WAIT_FULL, "")]),
+    "the producer does not wait for an empty stage": (dense(TWO_WAVES), [(WAIT_EMPTY, "")]),
+    "the producer starts in the other phase": (dense(TWO_WAVES), [("    phase = 1\n", "    phase = 0\n")]),
+    "the consumers start in the other phase": (dense(TWO_WAVES), [("    phase = 0\n", "    phase = 1\n")]),
+    "a stage is handed back as soon as it is full": (
+        dense(TWO_WAVES),
+        [(ARRIVE, ""), (WAIT_FULL, WAIT_FULL + ARRIVE)],
+    ),
+    "a stage of two blocks is handed back after the first": (
+        dense(TWO_BLOCKS),
+        [(ARRIVE, ""), (SECOND_BLOCK, "    " + ARRIVE + SECOND_BLOCK)],
+    ),
+    "one consumer never hands back": (dense(TWO_WAVES), [(ARRIVE, "            if HALF == 0:\n    " + ARRIVE)]),
+    "a stage is handed back twice": (dense(TWO_WAVES), [(ARRIVE, ARRIVE.replace("count=1", "count=2"))]),
+    "the scales' bytes are not expected": (dense(TWO_WAVES), [(" + BM * 4 + ", " + ")]),
+    # Column scales loaded after the product is issued, the stage handed back before they are used.
+    "the order of the measured wgrad error": (
+        wgrad(ONE_BLOCK),
+        [
+            (LOAD_COLUMNS + FIRST_PRODUCT, FIRST_PRODUCT + LOAD_COLUMNS),
+            (ONE_BLOCK_END, ONE_BLOCK_END.replace(")\n    ", ")\n    " + ARRIVE + "    ", 1)),
+            (ARRIVE + "            stage += 1", "            stage += 1"),
+        ],
+    ),
+    "an output buffer is reused while it is copied": (dense(TWO_WAVES), [("    tma.store_wait(1)\n", "")]),
+    "no fence before the output is copied": (dense(WIDE), [(TO_BUFFER + FENCE, TO_BUFFER)]),
+    "no fence after the barriers are made": (dense(TWO_WAVES), [(FENCE + START, START)]),
+    "copies are not awaited at the end": (
+        dense(TWO_WAVES),
+        [(LAST_WAIT, LAST_WAIT.replace("tma.store_wait(0)", "pass"))],
+    ),
+    "the second half takes the first one's scales": (
+        dense(TWO_WAVES),
+        [("slice(FIRST + 64, 64).load(BY_ROW)", "slice(FIRST, 64).load(BY_ROW)")],
+    ),
+    "a partial sum goes on from the last": (
+        dense(TWO_WAVES),
+        [(SECOND_PRODUCT + "False", SECOND_PRODUCT + "True")],
+    ),
+    "the scale of the next block": (
+        dense(TWO_WAVES),
+        [("ahead = gl.minimum((step + 1) * BLOCKS,", "ahead = gl.minimum((step + 2) * BLOCKS,")],
+    ),
+    "64 columns take the scale of the 128": (dense(WIDE), [("gl.minimum(n2 // 128", "gl.minimum(n0 // 128")]),
+    "wide tiles always begin with 128": (dense(WIDE), [("odd = pn % 2", "odd = 0")]),
+    "the second block takes the first one's scale": (
+        dense(TWO_BLOCKS),
+        [("(step + 1) * BLOCKS + 1", "(step + 1) * BLOCKS")],
+    ),
+    "all groups multiply the first one's weight": (rows, [("b_row = group * N", "b_row = 0")]),
+    "all groups take the first one's scales": (rows, [("gl.minimum(group, groups - 1) * blocks_n", "0")]),
+    "rows of nobody are not written": (rows, [("while (group < groups) &", "while (group < groups - 1) &")]),
+    "a tile begins where its group does not": (rows, [("start + pm * BM)", "pm * BM)")]),
+    "ends are read behind the last": (rows, [(NEXT_END, "gl.load(ends_ptr + group + 1)")]),
+    "all groups are contracted from the first row": (
+        wgrad(ends=ENDS),
+        [("first_block = start // 128", "first_block = 0")],
+    ),
+    "all groups are written to the first one's place": (wgrad(ends=ENDS), [(GROUPS_PLACE, "out_ptr")]),
+    "adding forgets what was there": (
+        wgrad(),
+        [("total += gl.load(places, mask=inside, other=0.0)", "total += 0.0")],
+    ),
+    "rows behind the last are stored": (wgrad(), [("(row[:, None] < M) & ", "")]),
+}
+
+
+def edited(edits: list[Edit], folder: Path) -> ModuleType:
+    """The GEMM's two modules with each edit made in every place where its text occurs."""
+    texts = {name: Path(f"{KERNELS}/{name}.py").read_text() for name in ("gemm_tiles", "gemm_hopper")}
+    for old, new in edits:
+        assert any(old in text for text in texts.values()), f"{old!r} is not in the kernel any more"
+        texts = {name: text.replace(old, new) for name, text in texts.items()}
+    texts["gemm_hopper"] = texts["gemm_hopper"].replace("from kernels.gpu.gemm_tiles", "from defective_gemm_tiles")
+    for name, text in texts.items():
+        path = folder / f"defective_{name}.py"
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        # The second imports the first, and its dataclass looks its own module up.
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+    return module
+
+
+def is_caught(case: Case, module: ModuleType, options: dict[str, Any]) -> bool:
+    torch.manual_seed(5)
+    try:
+        with interpret(**options):
+            out, expected, tolerance = case(module)
+    except KernelError:
+        return True
+    return not relative_error(out, expected) < tolerance
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_planted_defect_turns_red(defect: str, tmp_path: Path) -> None:
+    case, edits = DEFECTS[defect]
+    assert not is_caught(case, gemm_hopper, ORDERS["checked"]), "the kernel itself is red"
+    assert is_caught(case, edited(edits, tmp_path), ORDERS["checked"])

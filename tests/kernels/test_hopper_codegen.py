@@ -1,0 +1,102 @@
+"""Every kernel in every shipped configuration compiles for sm_90a, under both Tritons, into the code that we want.
+
+Compiling needs no GPU (`tests/kernels/hopper_codegen.py`). A process of its own for each Triton: they cannot share one,
+and this one interprets. The table of docs/kernels.md is that of the first; a change of a kernel changes it in the same
+commit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TRITONS = {"3.7": None, "3.6": ROOT / ".venv" / "triton-3.6"}
+SHARED_BYTES_MAX = 232448
+TABLE_BEGIN, TABLE_END = "<!-- table: begin -->\n", "\n<!-- table: end -->"
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists on Linux only")
+
+
+@pytest.fixture(scope="module", params=list(TRITONS))
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Figures of all cases under one Triton."""
+    beside = TRITONS[request.param]
+    if beside is not None and not beside.is_dir():
+        pytest.skip(f"no Triton {request.param} in {beside.relative_to(ROOT)}: run `make test`, which puts it there")
+    paths = [str(path) for path in (beside, ROOT) if path is not None]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment.pop("TRITON_INTERPRET", None)
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.hopper_codegen", "--json"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert report["triton"].startswith(request.param)
+    rows: list[dict[str, Any]] = report["rows"]
+    if beside is None:
+        assert report["table"] == table_of_the_document(), (
+            "docs/kernels.md shows other code than the compiler makes: "
+            "put the output of `python -m tests.kernels.hopper_codegen` there"
+        )
+    return rows
+
+
+def table_of_the_document() -> str:
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    return text.partition(TABLE_BEGIN)[2].partition(TABLE_END)[0]
+
+
+def shipped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["shipped"]]
+
+
+def test_nothing_spills_and_everything_fits(compiled: list[dict[str, Any]]) -> None:
+    bad = [(row["case"], row["spills"], row["shared_bytes"]) for row in shipped(compiled)
+           if row["spills"] or row["shared_bytes"] > SHARED_BYTES_MAX]  # fmt: skip
+    assert not bad
+    assert any(row["spills"] for row in compiled), "a configuration known to spill shows no spill: the count is broken"
+
+
+def test_fp8_products_run_on_fp8_tensor_cores(compiled: list[dict[str, Any]]) -> None:
+    """Eight per 128 of the contraction and 256 rows: 64 x 128 x 32 each; and a loop without calls or local memory."""
+    gemms = [row for row in compiled if row["kernel"] == "_gemm_kernel"]
+    assert len(gemms) >= 12
+    for row in gemms:
+        assert row["tensor_core"] > 0, row["case"]
+        assert row["loop_tensor_core"] in (4, 8), row["case"]
+        assert row["tma"] >= 4, row["case"]
+    portable = [row for row in compiled if row["case"].startswith("portable")]
+    assert all(row["tensor_core"] > 0 for row in portable)
+
+
+def test_memory_is_read_and_written_16_bytes_at_a_time(compiled: list[dict[str, Any]]) -> None:
+    """Scales, gates and indices are narrower; no access is a single byte or two."""
+    by_matrix = {
+        "_quantize_tiles_kernel", "_quantize_tiles_transposed_kernel", "_quantize_tiles_both_kernel",
+        "_requantize_transposed_kernel", "_quantize_blocks_kernel", "_dequantize_tiles_kernel", "_swiglu_kernel",
+        "_swiglu_backward_kernel", "_swiglu_quantize_kernel", "_swiglu_quantize_transposed_kernel",
+        "_pack_e5m6_kernel", "_unpack_e5m6_kernel", "_rows_kernel", "_contraction_kernel", "_copy_tokens_kernel",
+        "_sum_rows_kernel", "_route_kernel", "_route_backward_kernel",
+    }  # fmt: skip
+    # One gate a row: nothing lies beside it.
+    single = ("copy_tokens, gates", "sum_rows, gates of copies")
+    rows = [row for row in shipped(compiled) if row["kernel"] in by_matrix and row["case"] not in single]
+    assert {row["kernel"] for row in rows} == by_matrix
+    for row in rows:
+        assert row["widths"].get("LDG 16", 0) > 0, row["case"]
+        assert row["widths"].get("STG 16", 0) > 0, row["case"]
+    for row in shipped(compiled):
+        assert not {"LDG 1", "LDG 2", "STG 1", "STG 2"} & set(row["widths"]), row["case"]
