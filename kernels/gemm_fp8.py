@@ -100,9 +100,7 @@ def _allocate_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, ou
     return a.new_empty(a.shape[0], b.shape[0], dtype=out_dtype)
 
 
-def _allocate_nothing(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, accumulate: bool
-) -> None:
+def _allocate_nothing(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, accumulate: bool) -> None:
     return None
 
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kernels.formats import Quantized
 from parallel.collectives import Traffic
 from parallel.expert import ExpertParallelDispatcher
 from parallel.grads import reduce_and_clip
@@ -210,7 +211,10 @@ def _run_step(config: PretrainConfig, engine: Engine, live: LiveBytes, num_micro
 
 def _fp8_copy(parameter: Tensor) -> tuple[Tensor, ...]:
     cached = getattr(parameter, "_fp8_copy", None)
-    return () if cached is None else (cached[1].payload, cached[1].scale)
+    if cached is None:
+        return ()
+    copy: Quantized = cached[1]
+    return tuple(tensor for tensor in (copy.payload, copy.scale, copy.payload_t) if tensor is not None)
 
 
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -154,9 +154,7 @@ def _requantize_transposed_kernel(
 
 
 @triton.jit
-def _quantize_blocks_kernel(
-    w_ptr, payload_ptr, scale_ptr, payload_t_ptr, rows, cols, POWER_OF_TWO: tl.constexpr
-):
+def _quantize_blocks_kernel(w_ptr, payload_ptr, scale_ptr, payload_t_ptr, rows, cols, POWER_OF_TWO: tl.constexpr):
     """One 128x128 block of one expert's matrix."""
     expert = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)
@@ -253,9 +251,7 @@ def quantize_blocks(w: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tens
     scale = w.new_empty(*experts, ceil_div(rows, TILE), ceil_div(cols, TILE), dtype=torch.float32)
     if w.numel():
         grid = (scale.shape[-2], scale.shape[-1], w.numel() // (rows * cols))
-        _quantize_blocks_kernel[grid](
-            w, payload, scale, payload_t, rows, cols, power_of_two, num_warps=WARPS_SQUARE
-        )
+        _quantize_blocks_kernel[grid](w, payload, scale, payload_t, rows, cols, power_of_two, num_warps=WARPS_SQUARE)
     return payload, scale, payload_t
 
 

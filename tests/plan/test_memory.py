@@ -83,11 +83,12 @@ def test_the_state_of_all_2048_ranks_is_the_state_of_v3() -> None:
     assert sum(state.gradients for state in states) == 4 * (128 * dense + 2 * expert)
     wide = routers + biases
     assert sum(state.weights for state in states) == 128 * (2 * (dense - routers) + 4 * wide) + 2 * 2 * expert
-    # FP8: every linear of 62 attentions, 3 dense FFNs, 59 shared and 59 x 256 routed experts. All but the 2112 rows of
-    # q_kv_a_proj (16 x 128 + 64) fill their 128x128 blocks; there one row of 56 blocks is half empty.
+    # FP8, twice, once transposed: every linear of 62 attentions, 3 dense FFNs, 59 shared and 59 x 256 routed experts.
+    # All but the 2112 rows of q_kv_a_proj (16 x 128 + 64) fill their 128x128 blocks; there one row of 56 blocks is
+    # half empty.
     fp8_dense = 62 * 187_105_280 + 3 * 396_361_728 + 59 * 44_040_192
     half_blocks = 62 * 56 * 64 * 128
-    copies = 128 * (fp8_dense + (fp8_dense + half_blocks) // 4096) + 2 * (expert + expert // 4096)
+    copies = 128 * (2 * fp8_dense + (fp8_dense + half_blocks) // 4096) + 2 * (2 * expert + expert // 4096)
     assert sum(state.fp8_copies for state in states) == copies
 
 
@@ -124,7 +125,7 @@ def real_state(model: Transformer, layout: Layout, *, dp_rank: int) -> StateByte
     copies = [q for p in model.parameters() if (q := getattr(p, "_fp8_copy", None)) is not None]
     return StateBytes(
         weights=sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
-        fp8_copies=sum(q.payload.nbytes + q.scale.nbytes for _, q in copies),
+        fp8_copies=sum(q.payload.nbytes + q.scale.nbytes + q.payload_t.nbytes for _, q in copies),
         gradients=sum(p.main_grad.nbytes for p in model.parameters()),  # type: ignore[attr-defined]
         masters=sum(piece.local.nbytes for name, piece in pieces.items() if name.startswith("master.")),
         moments=sum(piece.local.nbytes for name, piece in pieces.items() if name.startswith("exp_avg")),

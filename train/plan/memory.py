@@ -99,11 +99,11 @@ class Weight:
         return self.elements * (FP32_BYTES if self.stored_fp32(precision) else BF16_BYTES)
 
     def fp8_bytes(self, precision: str) -> int:
-        """Bytes of the E4M3 copy and its block scales; 0 outside the fp8 recipe."""
+        """Bytes of the E4M3 copy, of the same stored transposed, and of block scales; 0 outside the fp8 recipe."""
         if not self.fp8 or precision != "fp8":
             return 0
         blocks = self.copies * ceil_div(self.rows, TILE) * ceil_div(self.cols, TILE)
-        return self.elements * E4M3_BYTES + blocks * FP32_BYTES
+        return 2 * self.elements * E4M3_BYTES + blocks * FP32_BYTES
 
 
 def weights(config: ModelConfig, held: Held, *, ep: int) -> list[Weight]:
