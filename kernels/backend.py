@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,11 @@ def multiprocessors(x: Tensor) -> int:
     return _multiprocessors(x.get_device()) if x.is_cuda else 132
 
 
+def shared_memory_bytes(x: Tensor) -> int:
+    """Most shared memory of a program on this tensor's device; an H100's for a CPU tensor."""
+    return _shared_memory_bytes(x.get_device()) if x.is_cuda else 232448
+
+
 def _reference_only() -> bool:
     return os.environ.get(REFERENCE_VARIABLE) == "1"
 
@@ -50,3 +56,10 @@ def _capability(index: int) -> tuple[int, int]:
 @functools.cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.cache
+def _shared_memory_bytes(index: int) -> int:
+    # torch's stub does not know this property.
+    properties: Any = torch.cuda.get_device_properties(index)
+    return int(properties.shared_memory_per_block_optin)

@@ -7,8 +7,8 @@
     b_i += gamma * sign(mean load - load_i)                            `train/optim/balance.py`, loads of all ranks
 
 The step is cut in two, because the caller must read one flag in between: a step whose gradients are not finite is
-skipped, by all ranks alike. What waits for the device inside a step is named in docs/parallelism.md: one read of
-counts per MoE layer and micro-batch under expert parallelism, and the reference grouped GEMMs.
+skipped, by all ranks alike. One thing waits for the device inside a step, and only under expert parallelism: a read of
+counts per MoE layer and micro-batch (docs/parallelism.md).
 """
 
 from __future__ import annotations

@@ -18,10 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import shared_memory_bytes
 from kernels.formats import Quantized
 
-# Warps and pipeline stages; 4 warps ran at half the speed on an H100.
-LAUNCH = {"num_warps": 8, "num_stages": 4}
+# 4 warps ran at half the speed on an H100.
+WARPS = 8
+# Pipeline stages where four of them fit, 128 KB with Triton's own use of shared memory, and elsewhere (99 KB on 8.9).
+STAGES, STAGES_SMALL, SHARED_BYTES_WANTED = 4, 3, 136 * 1024
 SQUARE = 128
 # Output tiles of one column that follow each other before the next column, for the L2 cache.
 ORDER = 8
@@ -120,6 +123,11 @@ def _contraction_kernel(
     tl.store(place, total, mask=inside)
 
 
+def _launch(x: Tensor) -> dict[str, int]:
+    roomy = shared_memory_bytes(x) >= SHARED_BYTES_WANTED
+    return {"num_warps": WARPS, "num_stages": STAGES if roomy else STAGES_SMALL}
+
+
 def _rows_grid(m: int, n: int) -> tuple[int]:
     return (triton.cdiv(m, SQUARE) * triton.cdiv(n, SQUARE),)
 
@@ -132,7 +140,7 @@ def tile_block(a: Quantized, b: Quantized, out: Tensor, *, group_ends: Tensor | 
     _rows_kernel[_rows_grid(m, n)](
         a.payload, a.scale, b.payload, b.scale, out, a.scale if group_ends is None else group_ends,
         m, n, k, b.payload.stride(-2), b.payload.stride(-1), b.scale.stride(0) if groups else 0, stride_n, stride_k,
-        groups, True, triton.next_power_of_2(groups) if groups else 0, 128, SQUARE, ORDER, **LAUNCH,
+        groups, True, triton.next_power_of_2(groups) if groups else 0, 128, SQUARE, ORDER, **_launch(out),
     )  # fmt: skip
 
 
@@ -143,7 +151,7 @@ def tile_tile(a: Quantized, b: Quantized, out: Tensor, *, accumulate: bool, grou
     _contraction_kernel[(*_rows_grid(m, n), groups)](
         a.payload, a.scale, b.payload, b.scale, out, a.scale if group_ends is None else group_ends,
         m, n, k, *a.payload.stride(), *b.payload.stride(),
-        True, group_ends is not None, accumulate, 128, SQUARE, ORDER, **LAUNCH,
+        True, group_ends is not None, accumulate, 128, SQUARE, ORDER, **_launch(out),
     )  # fmt: skip
 
 
@@ -158,7 +166,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
         assert weight.stride(0) == weight.shape[1] * n, weight.stride()
         _rows_kernel[_rows_grid(rows, n)](
             x, x, weight, x, out, group_ends, rows, n, x.shape[1], weight.stride(2), weight.stride(1), 0, 0, 0, groups,
-            False, triton.next_power_of_2(groups), 64, SQUARE, ORDER, **LAUNCH,
+            False, triton.next_power_of_2(groups), 64, SQUARE, ORDER, **_launch(out),
         )  # fmt: skip
     return out
 
@@ -170,6 +178,6 @@ def grouped_wgrad(dy: Tensor, x: Tensor, group_ends: Tensor) -> Tensor:
     if out.numel():
         _contraction_kernel[(*_rows_grid(m, n), len(group_ends))](
             dy, dy, x, dy, out, group_ends, m, n, rows, dy.stride(1), dy.stride(0), x.stride(1), x.stride(0),
-            False, True, False, 64, SQUARE, ORDER, **LAUNCH,
+            False, True, False, 64, SQUARE, ORDER, **_launch(out),
         )  # fmt: skip
     return out

@@ -2,6 +2,7 @@
 
     python -m tests.kernels.hopper_codegen            prints the table of docs/kernels.md
     python -m tests.kernels.hopper_codegen --json     prints the figures
+    python -m tests.kernels.hopper_codegen --portable 89 101376     the portable products on another GPU
 
 Each case of `CASES` calls a product launcher at a size of DeepSeek-V3 on untouched CPU memory; the stand-in driver
 (`tests/kernels/stand_in_driver.py`) checks the launch and keeps the compiled kernel; here its SASS is counted.
@@ -23,8 +24,9 @@ from typing import Any
 
 import triton
 
+from kernels.gpu import gemm_portable
 from tests.kernels import stand_in_driver
-from tests.kernels.gemm_cases import GEMM_CASES, TRIED_CASES
+from tests.kernels.gemm_cases import GEMM_CASES, PORTABLE_CASES, TRIED_CASES
 from tests.kernels.hopper_cases import CASES
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -145,6 +147,19 @@ def measure() -> list[Figures]:
     return found
 
 
+def measure_portable(capability: int, shared_bytes: int) -> list[Figures]:
+    """The portable products on a GPU of another compute capability (times ten) and shared memory."""
+    driver = stand_in_driver.install(capability, shared_bytes)
+    # CPU tensors stand for ones on that GPU.
+    gemm_portable.shared_memory_bytes = lambda _: shared_bytes
+    found = []
+    for name, call in PORTABLE_CASES.items():
+        driver.launches.clear()
+        call()
+        found += [figures(name, launch) for launch in driver.launches]
+    return found
+
+
 def render(rows: list[Figures]) -> str:
     """The table of docs/kernels.md."""
     lines = [
@@ -167,8 +182,10 @@ def main() -> None:
     """Print the table, or everything as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
-    as_json: bool = parser.parse_args().json
-    rows = measure()
+    parser.add_argument("--portable", nargs=2, type=int, metavar=("CAPABILITY", "SHARED_BYTES"))
+    arguments = parser.parse_args()
+    as_json: bool = arguments.json
+    rows = measure_portable(*arguments.portable) if arguments.portable else measure()
     table = render(rows)
     report = {"triton": triton.__version__, "rows": [asdict(row) for row in rows], "table": table}
     print(json.dumps(report) if as_json else table)

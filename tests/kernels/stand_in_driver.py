@@ -1,9 +1,9 @@
 """A stand-in for the GPU driver: launchers run on CPU tensors up to the launch, and what they launch is kept.
 
 Triton asks its active driver for the device, the loader and the launcher. This one says "compute capability 9.0, 132
-multiprocessors", so that every kernel is specialised and compiled for sm_90a as on an H100, and at the place of the
-launch it checks what the real driver would refuse, and writes the launch down. `torch.empty` tensors of full size cost
-nothing, for nobody touches them.
+multiprocessors" (or another capability), so that every kernel is specialised and compiled for sm_90a as on an H100; at
+the place of the launch it checks what the real driver would refuse, and writes the launch down. `torch.empty` tensors
+of full size cost nothing, for nobody touches them.
 
 It loads nothing and runs nothing. Install it in a process of its own, before the first launch: a driver is global, and
 a process with TRITON_INTERPRET=1 has no kernels to compile.
@@ -39,12 +39,13 @@ class Launch:
 class StandInDriver:
     """What Triton's runtime asks of a driver. `launches` holds every launch since it was last emptied."""
 
-    def __init__(self) -> None:
+    def __init__(self, capability: int, shared_bytes: int) -> None:
+        self.capability, self.shared_bytes = capability, shared_bytes
         self.launches: list[Launch] = []
         self.utils = self
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -56,7 +57,7 @@ class StandInDriver:
         return torch.device("cpu")
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED_BYTES_MAX, "multiprocessor_count": MULTIPROCESSORS}
+        return {"max_shared_mem": self.shared_bytes, "multiprocessor_count": MULTIPROCESSORS}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         """A module, a function, registers, spills, threads: stand-ins but for the last, the hardware's most."""
@@ -77,9 +78,9 @@ class StandInDriver:
         return launch
 
 
-def install() -> StandInDriver:
-    """Make a stand-in the active driver of this process."""
-    stand_in = StandInDriver()
+def install(capability: int = 90, shared_bytes: int = SHARED_BYTES_MAX) -> StandInDriver:
+    """Make a stand-in for a GPU of this compute capability (times ten) the active driver of this process."""
+    stand_in = StandInDriver(capability, shared_bytes)
     driver.set_active(stand_in)
     original = triton.runtime.jit.JITFunction.run
 

@@ -24,26 +24,25 @@ TABLE_BEGIN, TABLE_END = "<!-- table: begin -->\n", "\n<!-- table: end -->"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists on Linux only")
 
 
+def compile_all(beside: Path | None, cache: Path, *arguments: str) -> dict[str, Any]:
+    """The report of hopper_codegen.py under one Triton."""
+    paths = [str(path) for path in (beside, ROOT) if path is not None]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(cache)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.kernels.hopper_codegen", "--json", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
 @pytest.fixture(scope="module", params=list(TRITONS))
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Figures of all cases under one Triton."""
     beside = TRITONS[request.param]
     if beside is not None and not beside.is_dir():
         pytest.skip(f"no Triton {request.param} in {beside.relative_to(ROOT)}: run `make test`, which puts it there")
-    paths = [str(path) for path in (beside, ROOT) if path is not None]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    environment.pop("TRITON_INTERPRET", None)
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.hopper_codegen", "--json"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    report: dict[str, Any] = json.loads(done.stdout)
+    report = compile_all(beside, tmp_path_factory.mktemp("triton"))
     assert report["triton"].startswith(request.param)
     rows: list[dict[str, Any]] = report["rows"]
     if beside is None:
@@ -100,3 +99,14 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(compiled: list[dict[str, 
         assert row["widths"].get("STG 16", 0) > 0, row["case"]
     for row in shipped(compiled):
         assert not {"LDG 1", "LDG 2", "STG 1", "STG 2"} & set(row["widths"]), row["case"]
+
+
+# Compute capability and shared memory of a program: Ada (L40S, RTX 4090), consumer Blackwell.
+@pytest.mark.parametrize(("capability", "shared_bytes"), [(89, 101376), (120, 101376)])
+def test_portable_products_compile_for_other_gpus(capability: int, shared_bytes: int, tmp_path: Path) -> None:
+    report = compile_all(None, tmp_path, "--portable", str(capability), str(shared_bytes))
+    assert len(report["rows"]) == 7
+    for row in report["rows"]:
+        assert row["spills"] == 0, row["case"]
+        assert row["shared_bytes"] <= shared_bytes, row["case"]
+        assert row["tensor_core"] > 0 or row["case"].startswith("BF16"), row["case"]
