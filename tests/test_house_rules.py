@@ -29,13 +29,17 @@ MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 8
 MAX_ENTRYPOINT_LINES = 80
 
-# Files in kernels/ that are no kernels: formats, the queue, the bench table, the choice of backend.
-NOT_KERNELS = ("__init__", "formats", "backend", "deferred", "operators", "bench_entry", "bench_table")
+# Files in kernels/ that are no kernels: formats, the queue, the benches, the choice of backend.
+NOT_KERNELS = (
+    "__init__", "formats", "backend", "deferred", "operators",
+    "bench_entry", "bench_table", "bench_peers", "bench_cases", "bench_traffic", "bench_timing",
+)  # fmt: skip
 # Kernel files whose arithmetic is all in other kernel files, which have references: name -> what it composes.
 COMPOSITIONS = {"fp8_linear": ("gemm_fp8", "gemm_grouped", "quantize", "swiglu")}
 # Functions that may read a device value inside the step, and why.
 HOST_READS = {
     "kernels/gemm_grouped.py:group_rows": "plain torch slices by group; a device kernel would not",
+    "kernels/bench_timing.py:wait": "a clock waits for what it times",
     "train/optim/ema.py:_fold": "its own thread waits for a copy, beside the step",
     "parallel/expert.py:_read_counts": "split sizes of the uneven all-to-all: one read a MoE layer and micro-batch",
 }
