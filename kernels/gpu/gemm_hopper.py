@@ -53,7 +53,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.formats import TILE, Quantized, ceil_div
-from kernels.gpu.gemm_tiles import columns, place, rows_tile
+from kernels.gpu.gemm_tiles import columns, contraction_tile, place, rows_tile
 
 Schedule = Literal["two_waves", "two_blocks", "wide"]
 Grouped = Literal["", "rows", "contraction"]
@@ -120,12 +120,7 @@ def _produce(
             )
             b_row = group * N
         elif GROUPED == "contraction":
-            group = tile // (num_m * num_n)
-            pm, pn = place(tile - group * (num_m * num_n), num_m, num_n, ORDER)
-            m0 = pm * BM
-            start = gl.where(group == 0, 0, gl.load(ends_ptr + gl.maximum(group - 1, 0)))
-            first_block = start // 128
-            steps = (gl.load(ends_ptr + group) - start) // 128
+            group, m0, pn, first_block, steps = contraction_tile(tile, ends_ptr, num_m, num_n, BM, ORDER)
         else:
             pm, pn = place(tile, num_m, num_n, ORDER)
             m0 = pm * BM
@@ -239,11 +234,7 @@ def _consume(
             # The rows of nobody have no weight; any scale does.
             scale_row = gl.minimum(group, groups - 1) * blocks_n
         elif GROUPED == "contraction":
-            group = tile // (num_m * num_n)
-            pm, pn = place(tile - group * (num_m * num_n), num_m, num_n, ORDER)
-            m0 = pm * BM
-            start = gl.where(group == 0, 0, gl.load(ends_ptr + gl.maximum(group - 1, 0)))
-            steps = (gl.load(ends_ptr + group) - start) // 128
+            group, m0, pn, _, steps = contraction_tile(tile, ends_ptr, num_m, num_n, BM, ORDER)
         else:
             pm, pn = place(tile, num_m, num_n, ORDER)
             m0 = pm * BM

@@ -63,3 +63,12 @@ def rows_tile(
     pm, pn = place(gl.where(behind, 0, tile - first_tile), gl.maximum(num_m, 1), num_n, ORDER)
     m0 = gl.where(behind, end, start + pm * BM)
     return group, first_tile, start, end, m0, pn, gl.where(behind | (group == groups), 0, steps)
+
+
+@gluon.jit
+def contraction_tile(tile, ends_ptr, num_m, num_n, BM: gl.constexpr, ORDER: gl.constexpr):
+    """Where a tile of "contraction" lies: group, first row, tile column, first block of the contraction, how many."""
+    group = tile // (num_m * num_n)
+    pm, pn = place(tile - group * (num_m * num_n), num_m, num_n, ORDER)
+    start = gl.where(group == 0, 0, gl.load(ends_ptr + gl.maximum(group - 1, 0)))
+    return group, pm * BM, pn, start // 128, (gl.load(ends_ptr + group) - start) // 128

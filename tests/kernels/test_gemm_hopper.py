@@ -257,7 +257,7 @@ DEFECTS: dict[str, tuple[Case, list[Edit]]] = {
     "ends are read behind the last": (rows, [(NEXT_END, "gl.load(ends_ptr + group + 1)")]),
     "all groups are contracted from the first row": (
         wgrad(ends=ENDS),
-        [("first_block = start // 128", "first_block = 0")],
+        [("pn, start // 128, ", "pn, 0, ")],
     ),
     "all groups are written to the first one's place": (wgrad(ends=ENDS), [(GROUPS_PLACE, "out_ptr")]),
     "adding forgets what was there": (
