@@ -1,6 +1,7 @@
 # make demo   train a tiny DeepSeek-V3 in BF16 and in FP8 on the text in this repository, and compare the two
 # make test   lint, types, import contracts and every CPU test
 # make check  the first three of these only
+# make gpu    on a machine with a GPU: its tests, short training runs, benches, and one report in runs/gpu
 # make clean  remove caches (never runs/ nor stores/)
 # A fresh machine needs Python 3.11 to 3.13 and nothing else: .ci/setup makes .venv. PYTHON=... names another Python.
 
@@ -10,8 +11,10 @@ WORKERS ?= 2
 ARGS ?=
 START := $(shell date +%s)
 export PYTHON
+# make gpu needs torch and Triton only, so another environment serves as well: make gpu GPU_PYTHON=python3.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: demo test check clean setup setup-dev
+.PHONY: demo test check gpu clean setup setup-dev
 
 demo: setup
 	@$(BIN)/python launch/demo.py $(ARGS)
@@ -26,6 +29,10 @@ check: setup-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
+
+gpu:
+	@$(GPU_PYTHON) -m launch.gpu $(ARGS)
+	@echo "make gpu: $$(( $$(date +%s) - $(START) )) s"
 
 clean:
 	@rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist ./*.egg-info

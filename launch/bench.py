@@ -1,7 +1,8 @@
-"""Print the table of kernels against their peers: `python launch/bench.py [--only NAME] [--csv PATH]`.
+"""The benches: `python -m launch.bench [--only NAME] [--csv PATH]`, or `python -m launch.bench layer [--tiny]`.
 
-Parity is checked before anything is timed; the exit status is 1 when one check is red. A CUDA GPU is used
-when present.
+Without a subcommand: the table of kernels against their peers, on a CUDA GPU when there is one. `layer`: MoE blocks of
+DeepSeek-V3 at full width, forward and backward, which needs a CUDA GPU (`--tiny`: a tiny one on whatever there is).
+Parity is checked before anything is timed; the exit status is 1 when a check is red.
 """
 
 from __future__ import annotations
@@ -15,16 +16,9 @@ import torch
 from kernels import bench_table
 
 
-def main() -> int:
+def kernels(arguments: argparse.Namespace, device: torch.device) -> int:
     """Measure, print, and say by the exit status whether every parity check is green."""
-    benches = bench_table.entries()
-    names = [bench.name for bench in benches]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="NAME", choices=names, help="measure one entry; one of: " + ", ".join(names))
-    parser.add_argument("--csv", metavar="PATH", type=Path, help="also write the rows to this file")
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = [bench for bench in benches if arguments.only in (None, bench.name)]
+    chosen = [bench for bench in bench_table.entries() if arguments.only in (None, bench.name)]
     rows = bench_table.table(chosen, device)
     print(bench_table.render(rows, device))
     if arguments.csv is not None:
@@ -33,6 +27,32 @@ def main() -> int:
     if red:
         print(f"parity is red, no speed reported: {', '.join(red)}", file=sys.stderr)
     return 1 if red else 0
+
+
+def layer(arguments: argparse.Namespace, device: torch.device) -> int:
+    """Bench MoE blocks; 2 without a GPU."""
+    from train import bench_layer
+
+    if device.type == "cpu" and not arguments.tiny:
+        print("bench layer: needs a CUDA GPU, and this machine shows none; --tiny runs a tiny one", file=sys.stderr)
+        return 2
+    result = bench_layer.run(bench_layer.tiny_sizes() if arguments.tiny else bench_layer.v3_sizes(), device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"torch {torch.__version__}, {where}\n\n{bench_layer.markdown(result)}")
+    return 0 if result.parity.green else 1
+
+
+def main() -> int:
+    """Choose the bench."""
+    names = [bench.name for bench in bench_table.entries()]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="NAME", choices=names, help="measure one entry; one of: " + ", ".join(names))
+    parser.add_argument("--csv", metavar="PATH", type=Path, help="also write the rows to this file")
+    benches = parser.add_subparsers(dest="bench", metavar="layer", help="MoE blocks instead of single kernels")
+    benches.add_parser("layer").add_argument("--tiny", action="store_true", help="small sizes, on a CPU too")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return layer(arguments, device) if arguments.bench == "layer" else kernels(arguments, device)
 
 
 if __name__ == "__main__":

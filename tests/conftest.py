@@ -11,6 +11,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
 import random
 import subprocess
@@ -29,15 +31,14 @@ OFFLINE = {
     "WANDB_SILENT": "true",
     # cuBLAS is deterministic only with a fixed workspace; read when CUDA starts.
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    # Triton functions run in its interpreter, on CPU tensors; read when Triton is imported.
-    "TRITON_INTERPRET": "1",
 }
 os.environ.update(OFFLINE)
+# Triton functions run in its interpreter, on CPU tensors; read when Triton is imported. `make gpu` says 0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
 
 SEED = 20241227
 # Handed out in this order by `--dist loadfile --no-loadscope-reorder`; everything else follows.
@@ -48,8 +49,12 @@ torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 # One thread a worker: pytest-xdist runs one worker per core, and bit-equality promises name the thread count.
 torch.set_num_threads(1)
-settings.register_profile("deterministic", derandomize=True, deadline=None)
-settings.load_profile("deterministic")
+# The tests that `make gpu` runs need pytest and torch only.
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("deterministic", derandomize=True, deadline=None)
+    settings.load_profile("deterministic")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -66,6 +71,8 @@ def fixed_seed() -> None:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.set_num_threads(1)
+    # A rank other than the first keeps quiet, in whichever process it is played.
+    logging.getLogger("train").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

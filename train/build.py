@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from parallel.expert import ExpertParallelDispatcher
@@ -252,6 +252,16 @@ def build(config: PretrainConfig, mesh: Mesh | None = None, *, stores: Stores | 
     set_determinism(seed=run.seed, deterministic=run.deterministic, threads=run.threads)
     engine = build_engine(config.model, config.precision, config.optim, mesh, seed=run.seed, recompute=run.recompute)
     return Parts(engine=engine, stream=stream, heldout=heldout, checkpoint_group=cpu_group(timeout_s=SAVE_TIMEOUT_S))
+
+
+def checkpoint_tensors(engine: Engine) -> dict[str, Tensor | Piece]:
+    """This rank's part of a run's tensors, by name: live ones, so that loading a checkpoint fills them in place."""
+    model: dict[str, Tensor | Piece] = {}
+    for part in engine.models:
+        model |= {f"model.{name}": tensor for name, tensor in (part.state_dict() | expert_pieces(part)).items()}
+    optimizer = {f"optim.{name}": piece for name, piece in engine.optimizer.state_pieces().items()}
+    average = engine.ema.state_pieces() if engine.ema else {}
+    return model | optimizer | average
 
 
 def store_hashes(store: TokenStore) -> dict[str, str]:

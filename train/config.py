@@ -7,6 +7,9 @@ room that uses it. A mistake is refused with one sentence that names the key and
 anything is allocated: unknown groups, options and keys, keys given twice, wrong types, values that contradict
 each other. Nothing is ever ignored.
 
+Hydra and OmegaConf are imported by the first call that needs them: the dataclasses and `build` work without, so that
+a machine that lacks them can still train from a `ModelConfig` (`train/checkup.py`).
+
 Not here: the meaning of the values (their rooms), the launcher's environment (`launch/`).
 """
 
@@ -20,14 +23,8 @@ import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import hydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from parallel.layout_check import Workload, check_layout
@@ -41,23 +38,15 @@ from train.observe.sinks import ObserveConfig
 from train.optim.adamw import OptimConfig
 from train.optim.schedules import ScheduleConfig
 
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ROOT_FILE = "pretrain"
 # Groups without an entry in the defaults list: only so does `+cluster=h100_1` compose.
 APPENDED_GROUPS = ("cluster",)
 # Fields whose names are not ours: `+network.environment.NCCL_IB_HCA=mlx5` adds one; their dataclass checks them.
 MAPPINGS = ("network.environment",)
-
-
-# `${share:${.total_tokens},0.1}`: break points that follow the budget, so that one override shortens a run.
-OmegaConf.register_new_resolver("share", lambda total, share: round(total * share), replace=True)
-# `${mul:${layout.dp},${run.micro_batch_sequences}}`: the batch ramp moves in whole micro-batches of every data rank.
-# A wrong type gives null: it is refused where it was written, which is before the schedule is read.
-OmegaConf.register_new_resolver(
-    "mul",
-    lambda left, right: left * right if isinstance(left, int | float) and isinstance(right, int | float) else None,
-    replace=True,
-)
 
 
 class ConfigError(ValueError):
@@ -193,7 +182,13 @@ def compose(overrides: list[str]) -> PretrainConfig:
     Raises:
         ConfigError: any mistake, in one sentence.
     """
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     _check_overrides(overrides)
+    _register_resolvers()
     try:
         with hydra.initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
             tree = hydra.compose(ROOT_FILE, overrides)
@@ -205,7 +200,24 @@ def compose(overrides: list[str]) -> PretrainConfig:
 
 def to_yaml(config: PretrainConfig) -> str:
     """The configuration as YAML, every value resolved."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def _register_resolvers() -> None:
+    """What `configs/` may write in `${...}`; again and again changes nothing."""
+    from omegaconf import OmegaConf
+
+    # `${share:${.total_tokens},0.1}`: break points that follow the budget, so that one override shortens a run.
+    OmegaConf.register_new_resolver("share", lambda total, share: round(total * share), replace=True)
+    # `${mul:${layout.dp},${run.micro_batch_sequences}}`: the batch ramp moves in whole micro-batches of every data
+    # rank. A wrong type gives null: it is refused where it was written, which is before the schedule is read.
+    OmegaConf.register_new_resolver(
+        "mul",
+        lambda left, right: left * right if isinstance(left, int | float) and isinstance(right, int | float) else None,
+        replace=True,
+    )
 
 
 def _build_root(values: object) -> PretrainConfig:
@@ -303,6 +315,9 @@ def _build_scalar(kind: type, value: object, path: str) -> object:
 
 
 def _check_overrides(overrides: list[str]) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
     parser = OverridesParser.create()
     seen: dict[str, str] = {}
     for text in overrides:

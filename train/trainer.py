@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from kernels.cross_entropy import cross_entropy_sum
 from parallel.collectives import sum_over
 from parallel.pieces import Piece
-from train.build import Parts, expert_pieces, run_card, store_hashes
+from train.build import Parts, checkpoint_tensors, run_card, store_hashes
 from train.checkpoint.agreement import Ranks
 from train.checkpoint.dcp import Saver, latest, load
 from train.config import PretrainConfig, to_yaml
@@ -212,12 +212,7 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor | Piece]:
         """This rank's part of the run's state, by name: live tensors, so loading fills them in place."""
-        model: dict[str, Tensor | Piece] = {}
-        for part in self.engine.models:
-            model |= {f"model.{name}": tensor for name, tensor in (part.state_dict() | expert_pieces(part)).items()}
-        optimizer = {f"optim.{name}": piece for name, piece in self.engine.optimizer.state_pieces().items()}
-        average = self.engine.ema.state_pieces() if self.engine.ema else {}
-        return model | optimizer | average | {"rng.cpu": torch.get_rng_state()}
+        return checkpoint_tensors(self.engine) | {"rng.cpu": torch.get_rng_state()}
 
     def save(self, sinks: Sinks | NoSinks) -> None:
         """Stage a checkpoint of this step, after the one before it is published; writing goes on behind."""

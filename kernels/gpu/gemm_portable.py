@@ -1,4 +1,4 @@
-"""Matrix products in plain Triton: FP8 where `kernels.gpu.gemm_hopper` cannot serve, and BF16 by group anywhere.
+"""Matrix products in plain Triton: FP8 where `kernels.gpu.gemm_hopper` cannot serve, BF16 and FP32 by group anywhere.
 
 One program computes one [128, 128] tile of the output with `tl.dot`, FP8 by the rule of `kernels.gemm_fp8`: a fresh
 FP32 partial sum for every 128 of the contraction, times both scales, added to the total. Any GPU with FP8 tensor
@@ -26,6 +26,8 @@ WARPS = 8
 # Pipeline stages where four of them fit, 128 KB with Triton's own use of shared memory, and elsewhere (99 KB on 8.9).
 STAGES, STAGES_SMALL, SHARED_BYTES_WANTED = 4, 3, 136 * 1024
 SQUARE = 128
+# FP32 is multiplied in FP32 ("ieee"), without tensor cores: for oracles and proofs.
+DEPTH_BF16, DEPTH_FP32 = 64, 16
 # Output tiles of one column that follow each other before the next column, for the L2 cache.
 ORDER = 8
 
@@ -77,7 +79,7 @@ def _rows_kernel(
             col_scale = tl.load(scale_ptr + block * scale_stride_k)
             total += tl.dot(a, b) * (row_scale * col_scale)[:, None]
         else:
-            total = tl.dot(a, b, total)
+            total = tl.dot(a, b, total, input_precision="ieee")
         a_ptrs += BK
         b_ptrs += BK * b_stride_k
     inside = (row < M)[:, None] & (col < N)[None, :]
@@ -115,7 +117,7 @@ def _contraction_kernel(
             col_scale = tl.load(b_scale_ptr + block * N + col, mask=col < N, other=0.0)
             total += tl.dot(a, b) * row_scale[:, None] * col_scale[None, :]
         else:
-            total = tl.dot(a, b, total)
+            total = tl.dot(a, b, total, input_precision="ieee")
     place = out_ptr + group * M * N + row[:, None] * N + col[None, :]
     inside = (row < M)[:, None] & (col < N)[None, :]
     if ACCUMULATE:
@@ -123,8 +125,14 @@ def _contraction_kernel(
     tl.store(place, total, mask=inside)
 
 
+def _depth(x: Tensor) -> int:
+    """Contraction elements of one step of an unscaled product."""
+    return DEPTH_FP32 if x.dtype == torch.float32 else DEPTH_BF16
+
+
 def _launch(x: Tensor) -> dict[str, int]:
-    roomy = shared_memory_bytes(x) >= SHARED_BYTES_WANTED
+    """Warps and stages for operands of x's type on x's device."""
+    roomy = shared_memory_bytes(x) >= SHARED_BYTES_WANTED and x.dtype != torch.float32
     return {"num_warps": WARPS, "num_stages": STAGES if roomy else STAGES_SMALL}
 
 
@@ -140,7 +148,7 @@ def tile_block(a: Quantized, b: Quantized, out: Tensor, *, group_ends: Tensor | 
     _rows_kernel[_rows_grid(m, n)](
         a.payload, a.scale, b.payload, b.scale, out, a.scale if group_ends is None else group_ends,
         m, n, k, b.payload.stride(-2), b.payload.stride(-1), b.scale.stride(0) if groups else 0, stride_n, stride_k,
-        groups, True, triton.next_power_of_2(groups) if groups else 0, 128, SQUARE, ORDER, **_launch(out),
+        groups, True, triton.next_power_of_2(groups) if groups else 0, 128, SQUARE, ORDER, **_launch(a.payload),
     )  # fmt: skip
 
 
@@ -151,7 +159,7 @@ def tile_tile(a: Quantized, b: Quantized, out: Tensor, *, accumulate: bool, grou
     _contraction_kernel[(*_rows_grid(m, n), groups)](
         a.payload, a.scale, b.payload, b.scale, out, a.scale if group_ends is None else group_ends,
         m, n, k, *a.payload.stride(), *b.payload.stride(),
-        True, group_ends is not None, accumulate, 128, SQUARE, ORDER, **_launch(out),
+        True, group_ends is not None, accumulate, 128, SQUARE, ORDER, **_launch(a.payload),
     )  # fmt: skip
 
 
@@ -166,7 +174,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
         assert weight.stride(0) == weight.shape[1] * n, weight.stride()
         _rows_kernel[_rows_grid(rows, n)](
             x, x, weight, x, out, group_ends, rows, n, x.shape[1], weight.stride(2), weight.stride(1), 0, 0, 0, groups,
-            False, triton.next_power_of_2(groups), 64, SQUARE, ORDER, **_launch(out),
+            False, triton.next_power_of_2(groups), _depth(x), SQUARE, ORDER, **_launch(x),
         )  # fmt: skip
     return out
 
@@ -178,6 +186,6 @@ def grouped_wgrad(dy: Tensor, x: Tensor, group_ends: Tensor) -> Tensor:
     if out.numel():
         _contraction_kernel[(*_rows_grid(m, n), len(group_ends))](
             dy, dy, x, dy, out, group_ends, m, n, rows, dy.stride(1), dy.stride(0), x.stride(1), x.stride(0),
-            False, True, False, 64, SQUARE, ORDER, **_launch(out),
+            False, True, False, _depth(x), SQUARE, ORDER, **_launch(x),
         )  # fmt: skip
     return out

@@ -118,6 +118,12 @@ def _portable() -> dict[str, Callable[[], object]]:
             empty(TOKENS, 7168, dtype=bf16),
             group_ends,
         ),
+        "FP32 fprop, groups": partial(
+            gemm_portable.grouped_matmul, empty(TOKENS, 7168), empty(GROUPS, 4096, 7168).mT, group_ends
+        ),
+        "FP32 wgrad, groups": partial(
+            gemm_portable.grouped_wgrad, empty(TOKENS, 4096), empty(TOKENS, 7168), group_ends
+        ),
     }
 
 

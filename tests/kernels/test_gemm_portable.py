@@ -45,16 +45,17 @@ def test_wgrad(ends: list[int] | None, accumulate: bool) -> None:
     assert relative_error(out, problem.expected + (before.double() if accumulate else 0)) < FP32_TOLERANCE
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, BF16_TOLERANCE), (torch.float32, FP32_TOLERANCE)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_grouped_products_of_bf16(transposed: bool) -> None:
+def test_grouped_products_of_bf16_and_fp32(transposed: bool, dtype: torch.dtype, tolerance: float) -> None:
     """As fprop (weights seen transposed) and as dgrad; rows of nobody become zeros."""
-    x = torch.randn(ROWS, 72).bfloat16()
-    weight = torch.randn(3, 136, 72).bfloat16().mT if transposed else torch.randn(3, 72, 136).bfloat16()
+    x = torch.randn(ROWS, 72).to(dtype)
+    weight = torch.randn(3, 136, 72).to(dtype).mT if transposed else torch.randn(3, 72, 136).to(dtype)
     out = gemm_portable.grouped_matmul(x, weight, torch.tensor(ENDS, dtype=torch.int32))
     expected = torch.zeros(ROWS, 136, dtype=torch.float64)
     for group, (start, end) in enumerate(zip([0, *ENDS[:-1]], ENDS, strict=True)):
         expected[start:end] = x[start:end].double() @ weight[group].double()
-    assert relative_error(out, expected) < BF16_TOLERANCE
+    assert relative_error(out, expected) < tolerance
     assert out[ENDS[-1] :].count_nonzero() == 0
 
 

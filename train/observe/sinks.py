@@ -26,7 +26,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
-from train.observe.console import ConsoleSink
 from train.observe.metrics import EVENTS, METRICS, Record, check_record, encode, same_bits
 from train.observe.wandb_sink import WandbSink
 
@@ -236,6 +235,9 @@ def open_sinks(config: ObserveConfig, run_dir: Path, run_card: Mapping[str, Any]
     draft = run_dir / f"{RUN_CARD_FILE}.tmp"
     draft.write_text(json.dumps(run_card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     draft.replace(run_dir / RUN_CARD_FILE)
+    # Here, so that a configuration can be read where rich is missing.
+    from train.observe.console import ConsoleSink
+
     console = ConsoleSink(
         progress=config.progress,
         every_steps=config.console_every_steps,

@@ -1,0 +1,63 @@
+"""`make gpu`: every GPU test, short training runs, then the benches, in one report within eight minutes.
+
+    python -m launch.gpu        runs/gpu/report.json and runs/gpu/report.md; exit status 1 if any parity is red
+
+Needs a CUDA GPU, torch and Triton; what is missing besides is named in the report. Each part runs in a process of its
+own (`train/gpu_report.py`), started here with `--part`; Triton compiles there, whatever the environment says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+
+from train.gpu_parts import PARTS, ROOT, Options
+from train.gpu_report import is_green, run_all, run_part, write
+
+# All parts together; the rest of the eight minutes is for starting and writing.
+BUDGET_S = 460.0
+
+
+def parse() -> argparse.Namespace:
+    """The command line; what is not in the help serves the parts' processes and the tests."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/gpu", help="folder of the report (runs/gpu)")
+    parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="SECONDS", help="of all parts together")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=tuple(PARTS), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run one part, or all of them and write the report."""
+    arguments = parse()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("gpu: this machine shows no CUDA GPU; `make test` runs what a CPU can check", file=sys.stderr)
+        return 2
+    options = Options(torch.device(arguments.device), tiny=arguments.tiny)
+    if arguments.part:
+        run_part(arguments.part, options, arguments.budget, arguments.out)
+        return 0
+
+    def command(part: str, seconds: float, out: Path) -> list[str]:
+        line = [sys.executable, "-m", "launch.gpu", "--part", part, "--budget", str(seconds), "--out", str(out)]
+        return [*line, "--device", arguments.device, *(["--tiny"] if arguments.tiny else [])]
+
+    # The tests' own default is Triton's interpreter.
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    directory = arguments.out.resolve()
+    finished = run_all(command, directory, environment=environment, total_s=arguments.budget)
+    page = write(finished, options.device, directory)
+    print(f"gpu: {'green' if is_green(finished) else 'RED'}, {page}")
+    return 0 if is_green(finished) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""These tests run device code on a GPU: `make gpu`. Elsewhere each of them is skipped and says why.
+
+Nothing here may import Triton when it is collected: a machine without a GPU pays a fraction of a second. Tests that
+would begin after `--gpu-seconds` are skipped and say so, for `make gpu` has eight minutes for everything.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+
+STARTED_S = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu-seconds", type=float, help="skip GPU tests that would begin later than this")
+
+
+@pytest.fixture(autouse=True)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The GPU, or a skip."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU, this machine shows none: run `make gpu` on one that has it")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("TRITON_INTERPRET=1 runs device code on the CPU: run `make gpu`, or set it to 0")
+    limit = request.config.getoption("--gpu-seconds", default=None)
+    if limit is not None and time.monotonic() - STARTED_S > limit:
+        pytest.skip(f"not measured: the {limit:.0f} s of the GPU tests were spent")
+    return torch.device("cuda")
+
+
+@pytest.fixture
+def hopper(device: torch.device) -> torch.device:
+    """A GPU of compute capability 9.0, or a skip."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip(f"the Gluon GEMM is for compute capability 9.0, {torch.cuda.get_device_name(device)} has another")
+    return device

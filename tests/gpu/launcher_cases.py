@@ -1,0 +1,244 @@
+"""Arguments for every launcher of `kernels/gpu/`, and how near its results must come to the reference's.
+
+A case makes the operator's own arguments on the CPU, from a number of rows and a width. The reference is the operator
+called with them as they are, the launcher the same operator called with them on a GPU. Pure copies, quantisers and
+counts must give the same bits; where a rounding may fall the other way, the tolerance is a relative Frobenius error
+with its origin beside it. No Triton here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import bench_table
+from kernels.formats import TILE, ceil_div
+
+# Imports every kernel file, and with it registers every operator.
+bench_table.entries()
+
+ROWS = (1, 63, 129, 4097)
+WIDTHS = (2112, 576)
+EXPERTS, TOPK = 16, 4
+Results = tuple[Tensor, ...]
+
+# One BF16 rounding of numbers that differ in their last FP32 bits: 2^-9 for one in hundreds of elements.
+TIPPED = 2**-11
+# A BF16 number that tips moves one E4M3 number in sixteen by up to 2^-4 of itself.
+TIPPED_E4M3 = 5e-3
+# FP8 tensor cores of Hopper keep some 14 bits of a sum (arXiv:2412.19437 §3.3.2); each 128 products are promoted.
+FP8_SUM = 2**-10
+# Correctly rounded BF16 of such sums: sqrt((2^-9 / sqrt(3))^2 x 2 + 2^-20).
+FP8_SUM_BF16 = 2.5e-3
+# FP32 sums of up to 4,224 exact products in another order, on tensor cores that truncate.
+BF16_PRODUCTS = 1e-4
+# Quotients, sums of four and differences in FP32, each 2^-24.
+FP32 = 4e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator.
+
+    Args:
+        make: (rows, width) -> arguments on the CPU.
+        tolerance: of every result; 0 means the same bits.
+        results: (arguments, what the operator returned) -> tensors to compare; None: what it returned.
+    """
+
+    make: Callable[[int, int], Sequence[Any]]
+    tolerance: float = 0.0
+    results: Callable[[Sequence[Any], Any], Results] | None = None
+
+
+def operator(name: str) -> Callable[..., Any]:
+    """`torch.ops.v3fp8.<name>`: the launcher for tensors on a GPU, else the reference."""
+    found: Callable[..., Any] = getattr(torch.ops.v3fp8, name).default
+    return found
+
+
+def run(name: str, arguments: Sequence[Any], device: torch.device) -> Results:
+    """The results of an operator on a device, moved to the CPU."""
+    moved = [value.to(device, copy=True) if isinstance(value, Tensor) else value for value in arguments]
+    returned = operator(name)(*moved)
+    case = CASES[name]
+    if case.results is not None:
+        returned = case.results(moved, returned)
+    return tuple(value.cpu() for value in ((returned,) if isinstance(returned, Tensor) else returned))
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """0 for the same bits, else the relative Frobenius error; infinite where shape, dtype or a NaN differ."""
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return float("inf")
+    if torch.equal(bits(actual), bits(expected)):
+        return 0.0
+    error = (actual.double() - expected.double()).norm() / expected.double().norm()
+    return float(error) if bool(error.isfinite()) else float("inf")
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bytes of a tensor: NaN equals itself."""
+    return x.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def tiles(rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    """Payload and scales in 1x128 tiles, of numbers whose size differs from row to row."""
+    found: tuple[Tensor, Tensor] = operator("quantize_tiles")(normal(rows, cols) * torch.rand(rows, 1).bfloat16(), True)
+    return found
+
+
+def blocks(*shape: int) -> tuple[Tensor, Tensor]:
+    payload, scale, _ = operator("quantize_blocks")(normal(*shape), True)
+    return payload, scale
+
+
+def ends_of(rows: int) -> Tensor:
+    """Groups of so many rows, none, and one row, each padded to 128; the second and the last are empty."""
+    padded = torch.tensor([ceil_div(count, TILE) * TILE for count in (rows, 0, 1, 0)])
+    return padded.cumsum(0).to(torch.int32)
+
+
+def grouped_rows(rows: int) -> int:
+    """Rows of the groups of `ends_of`, and 128 of nobody."""
+    return int(ends_of(rows)[-1]) + TILE
+
+
+def other(width: int) -> int:
+    """A GEMM's other width."""
+    return WIDTHS[1] if width == WIDTHS[0] else WIDTHS[0]
+
+
+def dequantized(payload: Tensor, scale: Tensor) -> Tensor:
+    values = payload.float()
+    return values * scale.t().repeat_interleave(TILE, 1)[:, : values.shape[1]]
+
+
+def kept(rows: int, width: int) -> tuple[Tensor, Tensor]:
+    return tiles(rows, 2 * width)
+
+
+def _after_swiglu(_: Sequence[Any], returned: Any) -> Results:
+    """The kept input as it is, the activation as numbers: a scale may double where a rounding tips."""
+    *kept_input, payload, scale = returned
+    return *kept_input, dequantized(payload, scale)
+
+
+def _accumulated(arguments: Sequence[Any], _: Any) -> Results:
+    return (arguments[-2],)
+
+
+def routing(rows: int, width: int) -> Sequence[Any]:
+    """Logits whose choice no rounding can change: a token's scores are a shuffled grid, groups by far apart."""
+    del width
+    grid = (torch.arange(EXPERTS) + 1.0) / (EXPERTS + 2)
+    scores = torch.stack([grid[torch.randperm(EXPERTS)] for _ in range(rows)])
+    # Sums of two grid points tie; a bias by group keeps groups apart, and is less than half a step in all.
+    bias = torch.arange(EXPERTS) // 4 * (0.1 / EXPERTS)
+    return scores.logit(), bias, 4, 2, TOPK, 2.5, True
+
+
+def choices(rows: int) -> Tensor:
+    """[rows, TOPK] distinct experts; the first expert is nobody's."""
+    return torch.rand(rows, EXPERTS - 1).topk(TOPK, dim=-1).indices + 1
+
+
+def layout(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows = (rows * TOPK + EXPERTS * (TILE - 1)) // TILE * TILE
+    found: tuple[Tensor, Tensor, Tensor] = operator("lay_out")(choices(rows), EXPERTS, num_rows)
+    return found
+
+
+def _route_backward(rows: int, width: int) -> Sequence[Any]:
+    scores, ids, gates, _ = operator("route")(*routing(rows, width))
+    return scores, ids, torch.randn_like(scores), torch.randn_like(gates), 2.5, True
+
+
+def _sum_rows(rows: int, width: int) -> Sequence[Any]:
+    slot_of_row, rows_of_token, _ = layout(rows)
+    return normal(len(slot_of_row), width), rows_of_token, False, torch.bfloat16
+
+
+CASES: dict[str, Case] = {
+    "quantize_tiles": Case(lambda rows, width: (normal(rows, width), True)),
+    "quantize_tiles_transposed": Case(lambda rows, width: (normal(rows, width), False)),
+    "quantize_tiles_both": Case(lambda rows, width: (normal(rows, width), True)),
+    "requantize_transposed": Case(lambda rows, width: (*tiles(rows, width), True)),
+    "quantize_blocks": Case(lambda rows, width: (normal(2, rows, width), True)),
+    "dequantize_tiles": Case(lambda rows, width: (*tiles(rows, width), torch.bfloat16)),
+    "swiglu": Case(lambda rows, width: (normal(rows, 2 * width),), TIPPED),
+    "swiglu_backward": Case(lambda rows, width: (normal(rows, 2 * width), normal(rows, width)), TIPPED),
+    "gated_swiglu": Case(lambda rows, width: (normal(rows, 2 * width), torch.rand(rows)), TIPPED),
+    "gated_swiglu_backward": Case(
+        lambda rows, width: (normal(rows, 2 * width), torch.rand(rows), normal(rows, width)), TIPPED
+    ),
+    "swiglu_quantize": Case(
+        lambda rows, width: (normal(rows, 2 * width), torch.rand(rows), True), TIPPED_E4M3, _after_swiglu
+    ),
+    "swiglu_quantize_transposed": Case(
+        lambda rows, width: (*kept(rows, width), None, torch.bfloat16, True), TIPPED_E4M3, _after_swiglu
+    ),
+    "swiglu_backward_kept": Case(lambda rows, width: (*kept(rows, width), normal(rows, width)), TIPPED),
+    "gated_swiglu_backward_kept": Case(
+        lambda rows, width: (*kept(rows, width), torch.rand(rows), normal(rows, width)), TIPPED
+    ),
+    "gemm_tile_block": Case(
+        lambda rows, width: (*tiles(rows, width), *blocks(other(width), width), torch.bfloat16), FP8_SUM_BF16
+    ),
+    "gemm_tile_tile": Case(
+        lambda rows, width: (*tiles(width, rows), *tiles(576, rows), torch.randn(width, 576), True),
+        FP8_SUM,
+        _accumulated,
+    ),
+    "grouped_gemm_tile_block": Case(
+        lambda rows, width: (
+            *tiles(grouped_rows(rows), width),
+            *blocks(4, other(width), width),
+            ends_of(rows),
+            torch.bfloat16,
+        ),
+        FP8_SUM_BF16,
+    ),
+    "grouped_gemm_tile_tile": Case(
+        lambda rows, width: (
+            *tiles(width, grouped_rows(rows)),
+            *tiles(576, grouped_rows(rows)),
+            ends_of(rows),
+            torch.randn(4, width, 576),
+            False,
+        ),
+        FP8_SUM,
+        _accumulated,
+    ),
+    "pack_e5m6": Case(lambda rows, width: (normal(rows, width), True)),
+    "unpack_e5m6": Case(
+        lambda rows, width: (*operator("pack_e5m6")(normal(rows, width), True), torch.bfloat16),
+    ),
+    "grouped_matmul": Case(
+        lambda rows, width: (normal(grouped_rows(rows), width), normal(4, width, other(width)), ends_of(rows)),
+        FP8_SUM_BF16,
+    ),
+    "grouped_wgrad": Case(
+        lambda rows, width: (normal(grouped_rows(rows), width), normal(grouped_rows(rows), 576), ends_of(rows)),
+        BF16_PRODUCTS,
+    ),
+    "route": Case(routing, FP32),
+    "route_backward": Case(_route_backward, FP32),
+    "topk_counts": Case(lambda rows, width: (torch.rand(2, rows, EXPERTS), TOPK)),
+    "lay_out": Case(lambda rows, width: (choices(rows), EXPERTS, (rows * TOPK + EXPERTS * 127) // 128 * 128)),
+    "copy_tokens": Case(lambda rows, width: (normal(rows, width), layout(rows)[0], TOPK)),
+    "sum_rows": Case(_sum_rows),
+    "scatter_gates": Case(
+        lambda rows, width: (torch.rand(len(slots := layout(rows)[0])), slots, rows, TOPK),
+    ),
+}
+# Their results do not depend on a width.
+WITHOUT_WIDTH = ("route", "route_backward", "topk_counts", "lay_out", "scatter_gates")

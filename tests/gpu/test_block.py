@@ -1,0 +1,102 @@
+"""Whole MoE blocks on a GPU: a CUDA graph gives the same bits, nothing waits for the device, references serve too."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from train import bench_layer
+from train.bench_layer import Layers, Sizes
+from train.checkup import PrecisionName
+
+pytestmark = pytest.mark.gpu
+
+
+def sizes() -> Sizes:
+    """Blocks whose every linear takes the Gluon GEMM: widths of V3 divided by 8, heads as wide as V3's."""
+    model = replace(
+        bench_layer.v3_sizes().model,
+        hidden_size=896,
+        moe_intermediate_size=256,
+        num_attention_heads=4,
+        q_lora_rank=192,
+        kv_lora_rank=128,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        initializer_range=0.017,
+    )
+    return Sizes(model, tokens=384)
+
+
+def results(layers: Layers, output: Tensor) -> dict[str, Tensor]:
+    """Output, input gradient and every weight gradient."""
+    assert layers.x.grad is not None
+    grads = {segment.name: segment.grad.clone() for segment in layers.buckets.segments()}
+    return {"output": output.clone(), "input": layers.x.grad.clone(), **grads}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_cuda_graph_of_forward_and_backward_replays_to_the_bit(
+    precision: PrecisionName, device: torch.device
+) -> None:
+    """With a local dispatcher and a fixed number of tokens no size depends on a value."""
+    layers = bench_layer.make(sizes(), precision, device)
+    layers.step()
+    layers.buckets.zero()
+    expected = results(layers, layers.step())
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            layers.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = layers.step()
+    for _ in range(2):
+        layers.buckets.zero()
+        graph.replay()
+    actual = results(layers, output)
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_forward_and_backward_never_wait_for_the_device(
+    precision: PrecisionName, deterministic: bool, device: torch.device
+) -> None:
+    torch.use_deterministic_algorithms(deterministic)
+    layers = bench_layer.make(sizes(), precision, device)
+    for _ in range(2):
+        layers.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layers.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(bool(value.isfinite().all()) for value in results(layers, layers.step()).values())
+
+
+REFERENCE = """
+import sys
+import torch
+from train import checkup, one_step
+
+checkup.prepare(deterministic=True)
+found = one_step.one_step(checkup.recipe("tiny", sequences=1, tokens=64), "fp8", torch.device("cuda"))
+print([name for name in sys.modules if name.startswith("kernels.gpu")], found.worst_error, found.green)
+"""
+
+
+def test_the_environment_variable_keeps_the_references(
+    run_command: Callable[..., subprocess.CompletedProcess[str]], device: torch.device
+) -> None:
+    done = run_command("-c", REFERENCE, V3FP8_REFERENCE="1", PYTHONPATH=".")
+    assert done.stdout.startswith("[] "), f"a kernel ran: {done.stdout}"
+    assert done.stdout.strip().endswith("True"), f"the references on the GPU differ from the CPU's: {done.stdout}"

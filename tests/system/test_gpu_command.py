@@ -1,0 +1,159 @@
+"""`make gpu` without a GPU: it says so; with small sizes on a CPU it writes the whole report; what dies is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from train import gpu_parts, gpu_report
+from train.gpu_parts import PARTS, Section
+from train.gpu_report import Finished
+
+ROOT = Path(__file__).resolve().parents[2]
+ABSENT = ("hydra", "omegaconf", "datasets", "wandb", "deepspeed", "plotly", "rich", "tokenizers", "deep_gemm")
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: `make gpu` runs")
+def test_without_a_gpu_make_says_one_sentence_and_sets_nothing_up() -> None:
+    make = ["make", "gpu", f"GPU_PYTHON={sys.executable}"]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=False)
+    sentence, status = done.stderr.strip().splitlines()
+    assert sentence == "gpu: this machine shows no CUDA GPU; `make test` runs what a CPU can check"
+    assert "Error 2" in status
+    assert not done.stdout
+
+
+def test_the_whole_report_comes_out_of_small_sizes(run_command: Run, tmp_path: Path) -> None:
+    arguments = ("--tiny", "--device", "cpu", "--budget", "600", "--out", tmp_path)
+    done = run_command("-m", "launch.gpu", *arguments, timeout_s=600, check=False)
+    page = (tmp_path / "report.md").read_text()
+    assert done.returncode == 0, page
+    places = [page.index(f"## {plan.title}: ") for plan in PARTS.values()]
+    assert places == sorted(places), "parts are in order"
+    assert page.index("# Parity") < places[0]
+    speed = page.index("# Speed")
+    assert {name for name, place in zip(PARTS, places, strict=True) if place > speed} == {"kernels", "peers", "layer"}
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["parity"]) == ["tests", "one_step", "training", "resume", "small"]
+    statuses = {name: part["status"] for kind in ("parity", "speed") for name, part in report[kind].items()}
+    wanted = dict.fromkeys(PARTS, "green") | ({} if torch.cuda.is_available() else {"tests": "left out"})
+    assert statuses == wanted
+    assert report["green"] is True
+    assert {"date", "commit", "device", "versions", "left_out"} <= set(report)
+    assert report["versions"]["torch"] == torch.__version__
+    assert len(report["parity"]["training"]["data"]["losses"]["fp8"]) == 6
+    assert report["speed"]["layer"]["data"]["times"][1]["precision"] == "fp8"
+    assert all((tmp_path / f"{name}.log").exists() for name in PARTS)
+    assert "| fp8 |" in page[speed:]
+
+
+def test_a_part_runs_where_only_torch_is_installed(run_command: Run, tmp_path: Path) -> None:
+    out = tmp_path / "part.json"
+    words = ["launch.gpu", "--part", "resume", "--tiny", "--device", "cpu", "--out", str(out)]
+    code = f"import runpy, sys; sys.modules.update(dict.fromkeys({ABSENT!r})); sys.argv = {words!r}; "
+    run_command("-c", code + "runpy.run_module('launch.gpu', run_name='__main__')", check=False)
+    assert json.loads(out.read_text())["status"] == "green"
+
+
+def test_the_gpu_tests_are_collected_and_skipped_without_triton(run_command: Run) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: they run")
+    code = "import sys, pytest; sys.modules['triton'] = None; sys.exit(pytest.main(['tests/gpu', '-q', '-x']))"
+    shown = run_command("-c", code, PYTHONPATH=".").stdout
+    assert "needs an NVIDIA GPU, this machine shows none: run `make gpu` on one that has it" in shown
+    assert " passed" not in shown
+
+
+def python(code: str) -> Callable[[str, float, Path], Sequence[str]]:
+    return lambda part, seconds, out: [sys.executable, "-c", code, part, str(out)]
+
+
+def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    kept = {name: PARTS[name] for name in names}
+    monkeypatch.setattr(gpu_report, "PARTS", kept)
+
+
+def test_a_part_that_dies_is_failed_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, "training", "layer")
+    done = gpu_report.run_all(python("raise SystemExit('no memory')"), tmp_path, environment=os.environ)
+    assert [each.section.status for each in done] == ["failed", "failed"]
+    assert done[0].section.reason == "its process ended with 1: no memory"
+    assert not gpu_report.is_green(done)
+    page = gpu_report.write(done, torch.device("cpu"), tmp_path).read_text()
+    assert "RED" in page.splitlines()[2]
+    assert "these times belong to a build that has not passed it" in page
+
+
+def test_a_part_beyond_its_time_is_killed_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, "training", "layer")
+    monkeypatch.setattr(gpu_report, "GRACE_S", 0.0)
+    sleep = python("import time; print('asleep', flush=True); time.sleep(600)")
+    done = gpu_report.run_all(sleep, tmp_path, environment=os.environ, total_s=2.0)
+    assert [each.section.status for each in done] == ["not measured", "not measured"]
+    assert "did not finish" in done[0].section.reason
+    assert not gpu_report.is_green(done), "parity that nobody saw is not green"
+    page = gpu_report.write(done, torch.device("cpu"), tmp_path).read_text()
+    assert f"- {PARTS['layer'].title}, not measured: " in page[page.index("# Left out") :]
+
+
+def test_time_that_a_part_leaves_is_the_next_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, "training", "layer")
+    given = []
+
+    def command(part: str, seconds: float, out: Path) -> Sequence[str]:
+        given.append(seconds)
+        code = "import json, sys; open(sys.argv[1], 'w').write(json.dumps({'status': 'green'}))"
+        return [sys.executable, "-c", code, str(out)]
+
+    done = gpu_report.run_all(command, tmp_path, environment=os.environ)
+    assert [each.section.status for each in done] == ["green", "green"]
+    assert gpu_report.is_green(done)
+    assert given[1] == pytest.approx(PARTS["training"].share_s + PARTS["layer"].share_s - done[0].seconds, abs=1.0)
+
+
+@pytest.mark.parametrize(
+    ("part", "status", "green"),
+    [
+        ("training", "green", True),
+        ("training", "left out", True),
+        ("training", "red", False),
+        ("training", "not measured", False),
+        ("layer", "not measured", True),
+        ("layer", "red", False),
+        ("layer", "failed", False),
+    ],
+)
+def test_what_makes_the_report_green(part: str, status: gpu_parts.Status, green: bool) -> None:
+    assert gpu_report.is_green([Finished(part, Section(status), 1.0)]) is green
+
+
+JUNIT = """<testsuites><testsuite>
+<testcase classname="tests.gpu.a" name="good"/>
+<testcase classname="tests.gpu.a" name="bad"><failure message="assert 1 == 2">...</failure></testcase>
+<testcase classname="tests.gpu.a" name="late"><skipped message="not measured: the 9 s were spent"/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_failures_and_skips_of_pytest_are_listed(tmp_path: Path) -> None:
+    (tmp_path / "junit.xml").write_text(JUNIT)
+    section = gpu_parts.read_junit(tmp_path / "junit.xml")
+    assert (section.status, section.data["passed"]) == ("red", 1)
+    assert "FAILED `tests.gpu.a::bad`: assert 1 == 2" in section.markdown
+    assert "skipped 1: not measured: the 9 s were spent" in section.markdown
+
+
+def test_absent_packages_are_listed_with_what_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert gpu_report.left_out()["datasets"].startswith("tokenised stores")
+
+
+def test_json_holds_no_nan() -> None:
+    assert gpu_report.plain({"a": (1.0, float("nan")), 2: [float("inf")]}) == {"a": [1.0, "nan"], "2": ["inf"]}

@@ -1,0 +1,54 @@
+"""What the GPU tests compare, tried without a GPU: each launcher has a case, arguments fit, a wrong result is seen.
+
+The tests themselves are in `tests/gpu/` and need a GPU; here both sides are the reference.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.operators import LAUNCHERS
+from tests.gpu.launcher_cases import CASES, WIDTHS, Results, distance, run
+
+CPU = torch.device("cpu")
+
+
+def results(name: str, rows: int) -> Results:
+    torch.manual_seed(rows)
+    return run(name, CASES[name].make(rows, WIDTHS[1]), CPU)
+
+
+def test_every_launcher_has_a_case() -> None:
+    assert set(CASES) == set(LAUNCHERS)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("rows", [1, 129])
+def test_the_arguments_fit_the_operator_and_results_repeat(name: str, rows: int) -> None:
+    first, second = (results(name, rows) for _ in range(2))
+    assert first
+    assert all(mine.numel() for mine in first)
+    assert [distance(mine, theirs) for mine, theirs in zip(first, second, strict=True)] == [0.0] * len(first)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_wrong_row_is_further_away_than_the_tolerance(name: str) -> None:
+    """The smallest defect that a GPU test must see: one row of one result is another one's."""
+    for index, expected in enumerate(results(name, 129)):
+        if len(expected) < 2:
+            continue
+        rows = expected.reshape(len(expected), -1).float()
+        # Two neighbours that differ: padding rows are alike.
+        (places,) = torch.where((rows[1:] != rows[:-1]).any(dim=1))
+        actual = expected.clone()
+        actual[places[0]] = expected[places[0] + 1]
+        tolerance = CASES[name].tolerance if actual.is_floating_point() else 0.0
+        assert distance(actual, expected) > tolerance, index
+
+
+def test_a_nan_or_another_dtype_is_infinitely_far() -> None:
+    x = torch.ones(3)
+    assert distance(x.clone().fill_(float("nan")), x) == float("inf")
+    assert distance(x.double(), x) == float("inf")
+    assert distance(x[:2], x) == float("inf")
