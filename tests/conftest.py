@@ -34,7 +34,9 @@ OFFLINE = {
 }
 os.environ.update(OFFLINE)
 # Triton functions run in its interpreter, on CPU tensors; read when Triton is imported. `make gpu` says 0.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.setdefault("TRITON_INTERPRET", "1") != "0":
+    # And nothing else takes a GPU that happens to be there: these are the CPU's tests, with the CPU's bits.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

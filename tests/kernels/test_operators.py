@@ -140,6 +140,7 @@ def test_the_fake_version_allocates_what_the_real_one_returns(name: str, make: C
 @pytest.mark.parametrize("name", sorted(LAUNCHERS))
 def test_a_launcher_takes_what_its_operator_takes(name: str) -> None:
     """Under the same names in the same order: `kernels.operators` passes arguments on as they come."""
+    pytest.importorskip("triton", reason="Triton exists on Linux only; CI runs this test")
     schema = getattr(getattr(torch.ops, NAMESPACE), name).default._schema
     launcher = getattr(importlib.import_module(LAUNCHERS[name]), name)
     assert list(inspect.signature(launcher).parameters) == [argument.name for argument in schema.arguments]

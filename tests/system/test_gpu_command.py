@@ -70,7 +70,7 @@ def test_the_gpu_tests_are_collected_and_skipped_without_triton(run_command: Run
         pytest.skip("this machine has a GPU: they run")
     code = "import sys, pytest; sys.modules['triton'] = None; sys.exit(pytest.main(['tests/gpu', '-q', '-x']))"
     shown = run_command("-c", code, PYTHONPATH=".").stdout
-    assert "needs an NVIDIA GPU, this machine shows none: run `make gpu` on one that has it" in shown
+    assert "needs an NVIDIA GPU, which `make test` hides: run `make gpu` on a machine with one" in shown
     assert " passed" not in shown
 
 

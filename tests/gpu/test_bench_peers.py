@@ -1,0 +1,15 @@
+"""The bench of `make gpu` on a GPU, at small sizes: every case of every kind is captured, replayed and green."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import bench_peers
+
+pytestmark = pytest.mark.gpu
+
+
+def test_graphs_of_every_kind_are_measured(device: torch.device) -> None:
+    found = bench_peers.run(device, budget_s=60.0, small=True)
+    assert {row.status for row in found if row.candidate == bench_peers.OURS} == {"measured"}
