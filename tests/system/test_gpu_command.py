@@ -24,8 +24,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: `make gpu` runs")
 def test_without_a_gpu_make_says_one_sentence_and_sets_nothing_up() -> None:
     make = ["make", "gpu", f"GPU_PYTHON={sys.executable}"]
-    # Under `make test` this would be a make within a make, which talks about folders.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    # Under `make test ARGS=...` this would be a make within a make: it talks about folders and takes over ARGS.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "ARGS"))}
     done = subprocess.run(make, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     sentence, status = done.stderr.strip().splitlines()
     assert sentence == "gpu: this machine shows no CUDA GPU; `make test` runs what a CPU can check"
