@@ -7,7 +7,9 @@ Every impossible combination is refused at construction with the field, its valu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from kernels.rope import YarnScaling
 
@@ -47,6 +49,12 @@ class ModelConfig:
     rope_scaling: YarnScaling | None = None
     initializer_range: float = 0.006
     embedding_initializer_range: float | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Inverse of `dataclasses.asdict`, also after a passage through JSON."""
+        yarn = values.get("rope_scaling")
+        return cls(**{**values, "rope_scaling": YarnScaling(**yarn) if yarn else None})
 
     def __post_init__(self) -> None:
         self._check_positive()
