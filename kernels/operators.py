@@ -9,7 +9,8 @@ Named `v3fp8::<kernel>`, it is one call for everything that watches torch:
 - `FlopCounterMode(custom_mapping=FLOP_FORMULAS)` counts a kernel's FLOPs from its shapes.
 - a `TorchDispatchMode` sees every call once, under its name: each FP8 GEMM runs once per micro-batch.
 - torch chooses by device: the reference everywhere, and on CUDA the launcher of the same name in `kernels/gpu/`, which
-  is imported at its first call. `kernels.backend` may send a CUDA call back to the reference.
+  is imported at its first call. `kernels.backend` may send a CUDA call back to the reference, and FP64 always goes
+  there: no launcher computes in it.
 
 `torch.library.Library` is used directly: `torch.library.custom_op` does the same but imports torch's compiler at
 the first call, 1.4 s in every process, and costs 7 us a call where this costs 1.5 (measured, torch 2.13, one core of
@@ -76,15 +77,21 @@ def operator(
 
 
 def _on_gpu(name: str, reference: Callable[Params, Result]) -> Callable[Params, Result]:
-    """The launcher, found at its first call; the reference where `kernels.backend` says so."""
+    """The launcher, found at its first call; the reference where `kernels.backend` says so, and for FP64."""
     launcher: Callable[Params, Result] | None = None
 
     def run(*args: Params.args, **kwargs: Params.kwargs) -> Result:
         nonlocal launcher
-        if not use_triton(cast(torch.Tensor, args[0])):
+        if not use_triton(cast(torch.Tensor, args[0])) or _asks_for_fp64(args):
             return reference(*args, **kwargs)
         if launcher is None:
             launcher = getattr(importlib.import_module(LAUNCHERS[name]), name)
         return launcher(*args, **kwargs)
 
     return run
+
+
+def _asks_for_fp64(args: tuple[object, ...]) -> bool:
+    """Whether a tensor is FP64, or a result shall be."""
+    dtypes = (each.dtype if isinstance(each, torch.Tensor) else each for each in args)
+    return any(dtype is torch.float64 for dtype in dtypes)

@@ -61,6 +61,13 @@ Grouped = Literal["", "rows", "contraction"]
 BM = {"two_waves": 256, "two_blocks": 128, "wide": 128}
 BN, BN2 = 128, 64
 
+# What a wgmma of 64 x 128 and of 64 x 64 leaves in the registers of a warpgroup, and scales beside it.
+LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32]))
+LAYOUT2 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32]))
+BY_ROW = gl.constexpr(gl.SliceLayout(1, LAYOUT.value))
+BY_ROW2 = gl.constexpr(gl.SliceLayout(1, LAYOUT2.value))
+BY_COL = gl.constexpr(gl.SliceLayout(0, LAYOUT.value))
+
 
 @dataclass(frozen=True)
 class Config:
@@ -159,6 +166,21 @@ def _promote(total, partial, row_scale, col_scale, TILE_TILE: gl.constexpr):
 
 
 @gluon.jit
+def _two_waves(a, b, row_scales, col_scale, total, total2, partial, FIRST: gl.constexpr, TILE_TILE: gl.constexpr):
+    """One block of 128 rows of a consumer: two halves, one after another, with one partial sum."""
+    b = b.permute((1, 0))
+    row_scale = row_scales.slice(FIRST, 64).load(BY_ROW)
+    partial = warpgroup_mma(a.slice(FIRST, 64), b, partial, use_acc=False, is_async=True)
+    row_scale2 = row_scales.slice(FIRST + 64, 64).load(BY_ROW)
+    partial = warpgroup_mma_wait(0, deps=(partial,))
+    total = _pin(_promote(total, partial, row_scale, col_scale, TILE_TILE))
+    partial = warpgroup_mma(a.slice(FIRST + 64, 64), b, partial, use_acc=False, is_async=True)
+    partial = warpgroup_mma_wait(0, deps=(partial,))
+    total2 = _pin(_promote(total2, partial, row_scale2, col_scale, TILE_TILE))
+    return total, total2, partial
+
+
+@gluon.jit
 def _store_bf16(out_desc, buffer, total, m0, n0):
     """Through shared memory; the copy to global memory goes on while the next tile is computed."""
     # One copy may be on its way: that of the other buffer of this consumer.
@@ -183,9 +205,9 @@ def _store_bf16_halves(out_desc, buffer, total, m0, n0):
 
 
 @gluon.jit
-def _store_fp32(out_ptr, total, m0, n0, M, N, ACCUMULATE: gl.constexpr, LAYOUT: gl.constexpr):
-    row = m0 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
-    col = n0 + gl.arange(0, 128, gl.SliceLayout(0, LAYOUT))
+def _store_fp32(out_ptr, total, m0, n0, M, N, ACCUMULATE: gl.constexpr):
+    row = m0 + gl.arange(0, 64, BY_ROW)
+    col = n0 + gl.arange(0, 128, BY_COL)
     places = out_ptr + row.to(gl.int64)[:, None] * N + col[None, :]
     inside = (row[:, None] < M) & (col[None, :] < N)
     if ACCUMULATE:
@@ -200,11 +222,6 @@ def _consume(
     HALF: gl.constexpr, TILE_TILE: gl.constexpr, GROUPED: gl.constexpr, ACCUMULATE: gl.constexpr, BM: gl.constexpr,
     WIDE: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
-    LAYOUT2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
-    BY_ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    BY_ROW2: gl.constexpr = gl.SliceLayout(1, LAYOUT2)
-    BY_COL: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     WIDTH: gl.constexpr = 192 if WIDE else 128
     FIRST: gl.constexpr = HALF * (BM // 2)
     num_m = gl.cdiv(M, BM)
@@ -222,7 +239,7 @@ def _consume(
     partial = gl.zeros([64, 128], gl.float32, LAYOUT)
     if WIDE:
         partial2 = gl.zeros([64, 64], gl.float32, LAYOUT2)
-    elif BLOCKS == 2:
+    elif BM == 128 and BLOCKS == 2:
         partial2 = gl.zeros([64, 128], gl.float32, LAYOUT)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         steps = gl.cdiv(K, 128 * BLOCKS)
@@ -270,42 +287,45 @@ def _consume(
                     )
             mbarrier.wait(full.index(stage), phase)
             buffer = stage * BLOCKS
-            a = a_bufs.index(buffer)
-            b = b_bufs.index(buffer).permute((1, 0))
-            row_scales = a_scales.index(buffer)
-            row_scale = row_scales.slice(FIRST, 64).load(BY_ROW)
-            if TILE_TILE:
-                col_scale = b_scales.index(buffer).load(BY_COL)
-            partial = warpgroup_mma(a.slice(FIRST, 64), b, partial, use_acc=False, is_async=True)
             if BM == 256:
-                row_scale2 = row_scales.slice(FIRST + 64, 64).load(BY_ROW)
-                partial = warpgroup_mma_wait(0, deps=(partial,))
-                total = _pin(_promote(total, partial, row_scale, col_scale, TILE_TILE))
-                partial = warpgroup_mma(a.slice(FIRST + 64, 64), b, partial, use_acc=False, is_async=True)
-                partial = warpgroup_mma_wait(0, deps=(partial,))
-                total2 = _pin(_promote(total2, partial, row_scale2, col_scale, TILE_TILE))
-            elif WIDE:
-                row_scale2 = row_scales.slice(FIRST, 64).load(BY_ROW2)
-                b2 = b2_bufs.index(buffer).permute((1, 0))
-                partial2 = warpgroup_mma(a.slice(FIRST, 64), b2, partial2, use_acc=False, is_async=True)
-                partial = warpgroup_mma_wait(1, deps=(partial,))
-                total = _promote(total, partial, row_scale, col_scale, TILE_TILE)
-                partial2 = warpgroup_mma_wait(0, deps=(partial2,))
-                total2 = _pin(_promote(total2, partial2, row_scale2, col_scale2, TILE_TILE))
-            elif BLOCKS == 2:
-                a2 = a_bufs.index(buffer + 1)
-                b2 = b_bufs.index(buffer + 1).permute((1, 0))
-                row_scale2 = a_scales.index(buffer + 1).slice(FIRST, 64).load(BY_ROW)
-                if TILE_TILE:
-                    col_scale2 = b_scales.index(buffer + 1).load(BY_COL)
-                partial2 = warpgroup_mma(a2.slice(FIRST, 64), b2, partial2, use_acc=False, is_async=True)
-                partial = warpgroup_mma_wait(1, deps=(partial,))
-                total = _promote(total, partial, row_scale, col_scale, TILE_TILE)
-                partial2 = warpgroup_mma_wait(0, deps=(partial2,))
-                total = _pin(_promote(total, partial2, row_scale2, col_scale2, TILE_TILE))
+                for j in gl.static_range(BLOCKS):
+                    if TILE_TILE:
+                        col_scale = b_scales.index(buffer + j).load(BY_COL)
+                    elif j == 1:
+                        col_scale = col_scale2
+                    total, total2, partial = _two_waves(
+                        a_bufs.index(buffer + j), b_bufs.index(buffer + j), a_scales.index(buffer + j), col_scale,
+                        total, total2, partial, FIRST, TILE_TILE,
+                    )  # fmt: skip
             else:
-                partial = warpgroup_mma_wait(0, deps=(partial,))
-                total = _pin(_promote(total, partial, row_scale, col_scale, TILE_TILE))
+                a = a_bufs.index(buffer).slice(FIRST, 64)
+                b = b_bufs.index(buffer).permute((1, 0))
+                row_scale = a_scales.index(buffer).slice(FIRST, 64).load(BY_ROW)
+                if TILE_TILE:
+                    col_scale = b_scales.index(buffer).load(BY_COL)
+                partial = warpgroup_mma(a, b, partial, use_acc=False, is_async=True)
+                if WIDE:
+                    row_scale2 = a_scales.index(buffer).slice(FIRST, 64).load(BY_ROW2)
+                    b2 = b2_bufs.index(buffer).permute((1, 0))
+                    partial2 = warpgroup_mma(a, b2, partial2, use_acc=False, is_async=True)
+                    partial = warpgroup_mma_wait(1, deps=(partial,))
+                    total = _promote(total, partial, row_scale, col_scale, TILE_TILE)
+                    partial2 = warpgroup_mma_wait(0, deps=(partial2,))
+                    total2 = _pin(_promote(total2, partial2, row_scale2, col_scale2, TILE_TILE))
+                elif BLOCKS == 2:
+                    a2 = a_bufs.index(buffer + 1).slice(FIRST, 64)
+                    b2 = b_bufs.index(buffer + 1).permute((1, 0))
+                    row_scale2 = a_scales.index(buffer + 1).slice(FIRST, 64).load(BY_ROW)
+                    if TILE_TILE:
+                        col_scale2 = b_scales.index(buffer + 1).load(BY_COL)
+                    partial2 = warpgroup_mma(a2, b2, partial2, use_acc=False, is_async=True)
+                    partial = warpgroup_mma_wait(1, deps=(partial,))
+                    total = _promote(total, partial, row_scale, col_scale, TILE_TILE)
+                    partial2 = warpgroup_mma_wait(0, deps=(partial2,))
+                    total = _pin(_promote(total, partial2, row_scale2, col_scale2, TILE_TILE))
+                else:
+                    partial = warpgroup_mma_wait(0, deps=(partial,))
+                    total = _pin(_promote(total, partial, row_scale, col_scale, TILE_TILE))
             mbarrier.arrive(empty.index(stage), count=1)
             stage += 1
             if stage == STAGES:
@@ -315,20 +335,22 @@ def _consume(
             matrix = out_ptr
             if GROUPED == "contraction":
                 matrix = out_ptr + gl.cast(group, gl.int64) * M * N
-            _store_fp32(matrix, total, m0, n0, M, N, ACCUMULATE, LAYOUT)
+            _store_fp32(matrix, total, m0, n0, M, N, ACCUMULATE)
             if BM == 256:
-                _store_fp32(matrix, total2, m0 + 64, n0, M, N, ACCUMULATE, LAYOUT)
+                _store_fp32(matrix, total2, m0 + 64, n0, M, N, ACCUMULATE)
         else:
             # Groups end at multiples of 128, so 64 rows belong to one of them; behind M the tensor map cuts off.
             if m0 < end:
-                if BM == 256:
-                    _store_bf16(out_desc, out_bufs.index(HALF * 2), total, m0, n0)
-                    _store_bf16(out_desc, out_bufs.index(HALF * 2 + 1), total2, m0 + 64, n0)
-                elif WIDE:
+                if WIDE:
                     _store_bf16(out_desc, out_bufs.index(HALF), total, m0, n0)
                     _store_bf16(out2_desc, out2_bufs.index(HALF), total2, m0, n2)
+                elif BM == 256 and BLOCKS == 1:
+                    _store_bf16(out_desc, out_bufs.index(HALF * 2), total, m0, n0)
+                    _store_bf16(out_desc, out_bufs.index(HALF * 2 + 1), total2, m0 + 64, n0)
                 else:
                     _store_bf16_halves(out2_desc, out2_bufs.index(HALF), total, m0, n0)
+                    if BM == 256:
+                        _store_bf16_halves(out2_desc, out2_bufs.index(HALF), total2, m0 + 64, n0)
     if not TILE_TILE:
         tma.store_wait(0)
 
@@ -354,11 +376,12 @@ def _gemm_kernel(
     if TILE_TILE:
         b_scales = gl.allocate_shared_memory(gl.float32, [BUFFERS, 128], b_scale_desc.layout)
     else:
-        if BM == 256:
-            out_bufs = gl.allocate_shared_memory(gl.bfloat16, [4, 64, 128], out_desc.layout)
         if WIDE:
             out_bufs = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 128], out_desc.layout)
-        if BM == 128:
+        elif BM == 256 and BLOCKS == 1:
+            out_bufs = gl.allocate_shared_memory(gl.bfloat16, [4, 64, 128], out_desc.layout)
+        # Two blocks of 256 rows leave no room for more.
+        if BM == 128 or BLOCKS == 2:
             out2_bufs = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], out2_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -422,7 +445,7 @@ def gemm(
     elif grouped == "rows":
         # Every group may waste the better part of a tile, and so may the rows of nobody.
         tiles = (m // bm + groups + 1) * ceil_div(n, width)
-    assert config.blocks == 1 or (config.schedule == "two_blocks" and grouped != "contraction"), config
+    assert config.blocks == 1 or (config.schedule != "wide" and grouped != "contraction"), config
     assert not (tile_tile and config.schedule == "wide"), "128x192 tiles store BF16 only"
     a_scale, weight = _padded_scale(a.scale), b.payload.flatten(0, -2)
     a_scale_desc, a_desc = _vector(a_scale, bm), _matrix(a.payload, bm)

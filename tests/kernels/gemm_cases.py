@@ -16,6 +16,7 @@ from kernels.formats import TILE, Quantized, ceil_div
 from kernels.gpu import gemm_fp8, gemm_hopper, gemm_portable
 from kernels.gpu.gemm_fp8 import tile_block_config, tile_tile_config
 from kernels.gpu.gemm_hopper import Config
+from tests.kernels import gemm_split_k
 
 TOKENS = 4096
 PROGRAMS = 132
@@ -81,6 +82,19 @@ def gradient(
     )
     by_group = f", {groups} groups" if groups else ""
     return f"wgrad {'+=' if accumulate else '='} {m} x {n} x {k}{by_group}: {describe(config)}", call
+
+
+def split_product(m: int, n: int, k: int, splits: int) -> tuple[str, Callable[[], object]]:
+    """fprop or dgrad in parts of the contraction."""
+    call = partial(
+        gemm_split_k.gemm,
+        Quantized(*tiles(m, k)),
+        Quantized(*blocks(n, k)),
+        empty(m, n, dtype=torch.bfloat16),
+        ends=gemm_split_k.split_ends(k, splits),
+        programs=PROGRAMS,
+    )
+    return f"{m} x {n} x {k}: split-K in {splits}, two_waves 256x128, {gemm_split_k.STAGES} x {TILE}", call
 
 
 def _portable() -> dict[str, Callable[[], object]]:
@@ -151,5 +165,8 @@ TRIED_CASES = dict(
         gradient(7168, 2048, TOKENS, config=gemm_fp8.TWO_BLOCKS, accumulate=True),
         product(TOKENS, 512, 32768, config=Config("two_blocks", stages=6)),
         product(TOKENS, 2112, 7168, config=gemm_fp8.TWO_BLOCKS),
+        product(TOKENS, 7168, 2048, config=Config("two_waves", stages=2, blocks=2)),
+        gradient(7168, 2048, TOKENS, config=Config("two_waves", stages=2, blocks=2), accumulate=True),
+        split_product(TOKENS, 512, 32768, 2),
     ]
 )

@@ -19,6 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TRITONS = {"3.7": None, "3.6": ROOT / ".venv" / "triton-3.6"}
 SHARED_BYTES_MAX = 232448
+KNOWN_TO_SPILL = "wgrad += 7168 x 2048 x 4096: two_blocks 128x128"
 TABLE_BEGIN, TABLE_END = "<!-- table: begin -->\n", "\n<!-- table: end -->"
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists on Linux only")
@@ -63,20 +64,21 @@ def shipped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_nothing_spills_and_everything_fits(compiled: list[dict[str, Any]]) -> None:
-    bad = [(row["case"], row["spills"], row["shared_bytes"]) for row in shipped(compiled)
-           if row["spills"] or row["shared_bytes"] > SHARED_BYTES_MAX]  # fmt: skip
-    assert not bad
-    assert any(row["spills"] for row in compiled), "a configuration known to spill shows no spill: the count is broken"
+    """Of those that were tried too, but for one; were it not found to spill, the count would be broken."""
+    assert all(row["shared_bytes"] <= SHARED_BYTES_MAX for row in compiled)
+    (spilling,) = (row for row in compiled if row["spills"])
+    assert not spilling["shipped"]
+    assert spilling["case"].startswith(KNOWN_TO_SPILL)
 
 
 def test_fp8_products_run_on_fp8_tensor_cores(compiled: list[dict[str, Any]]) -> None:
     """Eight per 128 of the contraction and 256 rows: 64 x 128 x 32 each; and a loop without calls or local memory."""
-    gemms = [row for row in compiled if row["kernel"] == "_gemm_kernel"]
+    gemms = [row for row in compiled if row["kernel"] in ("_gemm_kernel", "_split_gemm_kernel")]
     assert len(gemms) >= 12
     for row in gemms:
         assert row["tensor_core"] > 0, row["case"]
-        assert row["loop_tensor_core"] in (4, 8), row["case"]
-        assert row["tma"] >= 4, row["case"]
+        assert row["loop_tensor_core"] in ((4, 8) if row["shipped"] else (4, 8, 16)), row["case"]
+        assert row["tma"] >= 3, row["case"]
     portable = [row for row in compiled if row["case"].startswith("portable")]
     assert all(row["tensor_core"] > 0 for row in portable)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -144,6 +146,39 @@ def test_a_launcher_takes_what_its_operator_takes(name: str) -> None:
     schema = getattr(getattr(torch.ops, NAMESPACE), name).default._schema
     launcher = getattr(importlib.import_module(LAUNCHERS[name]), name)
     assert list(inspect.signature(launcher).parameters) == [argument.name for argument in schema.arguments]
+
+
+FP64_CALLS: list[tuple[str, Callable[[torch.dtype], tuple[Any, ...]]]] = [
+    ("route", lambda dtype: (torch.randn(63, 15).to(dtype), torch.randn(15).to(dtype), 3, 2, 4, 2.5, True)),
+    (
+        "route_backward",
+        lambda dtype: (torch.rand(63, 15).to(dtype), distinct(63, 15, 4), None, torch.rand(63, 4).to(dtype), 2.5, True),
+    ),
+    ("topk_counts", lambda dtype: (torch.rand(3, 63, 15).to(dtype), 4)),
+    ("sum_rows", lambda dtype: (torch.randn(256, 63).to(dtype), torch.randint(257, (129, 3)), True, FP32)),
+    ("sum_rows", lambda dtype: (torch.randn(256, 63), torch.randint(257, (129, 3)), True, dtype)),
+]
+
+
+@pytest.mark.parametrize(("name", "make"), FP64_CALLS, ids=[f"{i}-{name}" for i, (name, _) in enumerate(FP64_CALLS)])
+def test_on_a_gpu_fp64_is_computed_by_the_reference(
+    name: str, make: Callable[[torch.dtype], tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch calls for a CUDA tensor, called with CPU tensors; a kernel is launched for FP32 alone."""
+    pytest.importorskip("triton", reason="Triton exists on Linux only; CI runs this test")
+    launched: list[str] = []
+    kernel = defaultdict(lambda: lambda *_, **__: launched.append(name))  # type: ignore[var-annotated]
+    monkeypatch.setattr(f"{LAUNCHERS[name]}._{name}_kernel", kernel)
+    monkeypatch.setattr("kernels.operators.use_triton", lambda _: True)
+    found = getattr(getattr(torch.ops, NAMESPACE), name).default
+    on_gpu = partial(found._op_dk, torch._C.DispatchKey.CUDA)
+    arguments = make(torch.float64)
+    actual, expected = (tree_leaves(function(*arguments)) for function in (on_gpu, found))
+    assert not launched
+    assert [each.dtype for each in actual] == [each.dtype for each in expected]
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+    on_gpu(*make(FP32))
+    assert launched == [name]
 
 
 def test_every_operator_is_compared() -> None:
