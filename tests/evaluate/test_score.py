@@ -11,7 +11,14 @@ import torch
 from tests.data.handmade import SPECIAL, consecutive, write_store
 from train.data.batch import IGNORE_INDEX, Batch
 from train.data.store import TokenStore
-from train.evaluate.score import bits_per_byte
+from train.evaluate.score import (
+    LossOfBatch,
+    StoreScore,
+    bits_per_byte,
+    score_domains,
+    score_store,
+    total_score,
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +78,54 @@ def test_document_ids_reach_the_model_when_asked_for(tmp_path: Path, store: Toke
     bits_per_byte(look, store, sequence_length=14, batch_sequences=1, mask_documents=True)
     bits_per_byte(look, store, sequence_length=14, batch_sequences=1)
     assert seen == [True, False]
+
+
+def bigram_loss(table: torch.Tensor) -> LossOfBatch:
+    """A model that knows p(next | last) from a table of logits, FP64."""
+
+    def loss(batch: Batch) -> tuple[float, int]:
+        rows = table[batch.input_ids.flatten()]
+        nats = torch.nn.functional.cross_entropy(
+            rows, batch.labels.flatten(), reduction="sum", ignore_index=IGNORE_INDEX
+        )
+        return float(nats), batch.num_targets
+
+    return loss
+
+
+def test_the_perplexity_of_a_uniform_model_is_its_vocabulary(store: TokenStore) -> None:
+    found = score_store(bigram_loss(torch.zeros(32, 32).double()), store, sequence_length=5, batch_sequences=2)
+    # exp of a mean of 14 float64 logarithms.
+    assert found.perplexity == pytest.approx(32, rel=1e-13)
+    assert (found.tokens, found.text_bytes) == (14, 40)
+
+
+def test_perplexity_and_total_equal_a_bigram_worked_out_by_hand(tmp_path: Path) -> None:
+    # p(a|eos) = 1/2, p(b|a) = 1/4, p(eos|b) = 1/8; a = 6, b = 7.
+    table = torch.full((8, 8), -math.inf, dtype=torch.float64)
+    rest = {SPECIAL.eos: (6, 1 / 2), 6: (7, 1 / 4), 7: (SPECIAL.eos, 1 / 8)}
+    for context, (target, probability) in rest.items():
+        table[context, target] = math.log(probability)
+        table[context, 0] = math.log(1 - probability)
+    first = write_store(tmp_path / "first", [[6, 7, SPECIAL.eos]], text_bytes=2, vocab_size=8)
+    second = write_store(tmp_path / "second", [[6, 7, SPECIAL.eos], [6, 7, SPECIAL.eos]], text_bytes=8, vocab_size=8)
+    options = {"sequence_length": 2, "batch_sequences": 2}
+    scores = [score_store(bigram_loss(table), store, **options) for store in (first, second)]
+    # 6 bits a document; perplexity 2 ** (6 / 3). Exact up to float64 sums of 9 terms.
+    assert [score.bits_per_byte for score in scores] == pytest.approx([6 / 2, 12 / 8], rel=1e-14)
+    assert [score.perplexity for score in scores] == pytest.approx([4, 4], rel=1e-14)
+    total = total_score(scores)
+    assert (total.bits_per_byte, total.tokens, total.text_bytes) == (pytest.approx(18 / 10, rel=1e-14), 9, 10)
+    found = score_domains(bigram_loss(table), {"a": first, "b": second}, **options)
+    assert found == {
+        "eval/bits_per_byte": total.bits_per_byte,
+        "eval/bits_per_byte/a": scores[0].bits_per_byte,
+        "eval/bits_per_byte/b": scores[1].bits_per_byte,
+    }
+    assert score_domains(bigram_loss(table), {"a": first}, **options) == {"eval/bits_per_byte": scores[0].bits_per_byte}
+
+
+def test_the_total_perplexity_weighs_a_domain_by_its_tokens() -> None:
+    total = total_score([StoreScore(10 * math.log(2), 10, 5), StoreScore(30 * math.log(8), 30, 7)])
+    # Ten tokens of one bit and thirty of three are 2.5 bits a token.
+    assert total.perplexity == pytest.approx(2**2.5, rel=1e-14)

@@ -1,11 +1,15 @@
 """Held-out bits per byte: what a model pays to write down the text, whatever its tokeniser.
 
     bits per byte = sum of -ln p(token) over every held-out token / ln 2 / UTF-8 bytes of the held-out text
+    perplexity    = exp(the same sum / tokens)
 
-(as arXiv:2412.19437 Tab. 3 on Pile-test). The end of each document is a token like any other: it costs bits
-and adds no bytes. The first token is predicted from one end-of-sentence token, later ones from what precedes
+(bits per byte as arXiv:2412.19437 Tab. 3 on Pile-test). The end of each document is a token like any other: it costs
+bits and adds no bytes. The first token is predicted from one end-of-sentence token, later ones from what precedes
 them in the same sample. n-gram baselines go through this same function, so they are scored on the
 same tokens by construction.
+
+Several stores, one a domain, are scored one by one; their total adds nats, tokens and bytes, so that its perplexity
+weighs a domain by its tokens and its bits per byte by its bytes.
 
 The model is injected as a function of a batch; this file imports no model.
 """
@@ -13,7 +17,8 @@ The model is injected as a function of a batch; this file imports no model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from train.data.batch import Batch
 from train.data.store import TokenStore
@@ -21,15 +26,53 @@ from train.data.stream import iterate_windows
 
 LossOfBatch = Callable[[Batch], tuple[float, int]]
 
+METRIC = "eval/bits_per_byte"
 
-def bits_per_byte(
+
+@dataclass(frozen=True)
+class StoreScore:
+    """What a model pays for one store, or for several together.
+
+    Args:
+        nats: sum of -ln p over all tokens.
+        tokens: ends of documents included.
+        text_bytes: UTF-8 bytes of the text.
+    """
+
+    nats: float
+    tokens: int
+    text_bytes: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per byte of text."""
+        return self.nats / math.log(2) / self.text_bytes
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss per token; infinite where that overflows."""
+        mean = self.nats / self.tokens
+        return math.inf if mean > 700 else math.exp(mean)
+
+    def to_json(self) -> dict[str, float]:
+        """Both figures and what they were made from."""
+        return {"bits_per_byte": self.bits_per_byte, "perplexity": self.perplexity, **vars(self)}
+
+
+def total_score(scores: Iterable[StoreScore]) -> StoreScore:
+    """Several domains as one text."""
+    parts = list(scores)
+    return StoreScore(*(sum(getattr(part, name) for part in parts) for name in ("nats", "tokens", "text_bytes")))
+
+
+def score_store(
     loss_of_batch: LossOfBatch,
     store: TokenStore,
     *,
     sequence_length: int,
     batch_sequences: int,
     mask_documents: bool = False,
-) -> float:
+) -> StoreScore:
     """Score a model on a whole store.
 
     Args:
@@ -39,7 +82,7 @@ def bits_per_byte(
         batch_sequences: samples of one batch.
         mask_documents: whether batches carry document ids, as in training.
     Returns:
-        Bits per byte of held-out text.
+        Nats, tokens and bytes, and what follows from them.
     """
     nats, targets = 0.0, 0
     batches = iterate_windows(
@@ -53,4 +96,55 @@ def bits_per_byte(
         nats += batch_nats
         targets += batch_targets
     assert targets == store.manifest.tokens, (targets, store.manifest.tokens)
-    return nats / math.log(2) / store.manifest.text_bytes
+    return StoreScore(nats, targets, store.manifest.text_bytes)
+
+
+def bits_per_byte(
+    loss_of_batch: LossOfBatch,
+    store: TokenStore,
+    *,
+    sequence_length: int,
+    batch_sequences: int,
+    mask_documents: bool = False,
+) -> float:
+    """`score_store`, the bits per byte alone."""
+    return score_store(
+        loss_of_batch,
+        store,
+        sequence_length=sequence_length,
+        batch_sequences=batch_sequences,
+        mask_documents=mask_documents,
+    ).bits_per_byte
+
+
+def score_domains(
+    loss_of_batch: LossOfBatch,
+    stores: Mapping[str, TokenStore],
+    *,
+    sequence_length: int,
+    batch_sequences: int,
+    mask_documents: bool = False,
+) -> dict[str, float]:
+    """Bits per byte of several held-out stores as metrics of a training record.
+
+    Args:
+        loss_of_batch: as in `score_store`.
+        stores: domain -> store; one or more.
+        sequence_length: tokens of one sample.
+        batch_sequences: samples of one batch.
+        mask_documents: whether batches carry document ids.
+    Returns:
+        `eval/bits_per_byte` of all together, and, where there are several, `eval/bits_per_byte/DOMAIN` of each.
+    """
+    scores = {
+        name: score_store(
+            loss_of_batch,
+            store,
+            sequence_length=sequence_length,
+            batch_sequences=batch_sequences,
+            mask_documents=mask_documents,
+        )
+        for name, store in stores.items()
+    }
+    single = {f"{METRIC}/{name}": score.bits_per_byte for name, score in scores.items()} if len(scores) > 1 else {}
+    return {METRIC: total_score(scores.values()).bits_per_byte, **single}

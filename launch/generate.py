@@ -1,0 +1,76 @@
+"""Continue text with a trained model.
+
+    python launch/generate.py runs/demo/bf16 --prompt "In the beginning" --max-tokens 100 --temperature 0.8 --seed 1
+
+Several prompts are continued as one batch and printed in order. `--measure STORE` prints, in place of text, what MTP
+drafting gains on the beginnings of a store's documents. What it does: docs/generation.md. Bad input ends with one
+sentence and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="generate", description="Continue text with a trained model.")
+    parser.add_argument("model", type=Path, help="a run's folder, such as runs/demo/bf16, or one checkpoint")
+    parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
+    parser.add_argument("--prompts-file", type=Path, help="a prompt a line, after those of --prompt")
+    parser.add_argument("--measure", type=Path, metavar="STORE", help="print what drafting gains on a store's text")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="of each document for --measure (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=100, help="new tokens a prompt (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (%(default)s)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="weight of the tokens drawn from (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first prompt, seed + 1 of the next (%(default)s)")
+    parser.add_argument("--draft", action=argparse.BooleanOptionalAction, help="MTP drafts (if the model has MTP)")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json (that of the run's store)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp8"), help="to compute in (as trained)")
+    parser.add_argument("--weights", choices=("model", "master", "ema"), default="model", help="%(default)s")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Load, continue, print; returns the exit code."""
+    options = parse(arguments)
+    # Imported late: --help should not wait for torch.
+    from train.checkpoint.reader import load_model, open_weights
+    from train.data.store import TokenStore
+    from train.evaluate import generate_text as text
+    from train.evaluate.sampling import Sampling
+    from train.model.decode import Decoder
+
+    try:
+        sampling = Sampling(options.temperature, options.top_p)
+        asked = text.Generation(options.max_tokens, options.seed, sampling, options.draft)
+        device, texts = text.device_of(options.device), text.read_prompts(options.prompt, options.prompts_file)
+        source = open_weights(options.model, options.weights)
+        tokenizer = text.tokenizer_of(options.tokenizer or source.tokenizer, source.config)
+        precision = replace(source.precision, name=options.precision or source.precision.name)
+        decoder = Decoder(load_model(source, precision=precision, device=device))
+        if options.measure:
+            prompts = text.store_prompts(TokenStore.open(options.measure), tokenizer, tokens=options.prompt_tokens)
+            print(text.measure(decoder, prompts, asked))
+            return 0
+        print(
+            text.continue_texts(decoder, tokenizer, texts, asked, lambda part: print(part, end="", flush=True)),
+            file=sys.stderr,
+        )
+    except ValueError as error:
+        print(f"generate: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

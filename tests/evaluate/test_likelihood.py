@@ -1,0 +1,158 @@
+"""Likelihood of continuations: against one full forward a token in FP64 sums, and against `transformers`."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from tests.evaluate.planted import PlantedModel, small_tokenizer
+from tests.model.test_oracle import pair
+from tests.tiny_model import TINY
+from train.evaluate.likelihood import Likelihood, LogitsAt, Request, Scorer, encode_pair, logits_at
+from train.model.init import initialize
+from train.model.precision import Precision
+from train.model.transformer import Transformer
+
+CPU = torch.device("cpu")
+# FP32 logits of size about 10 with relative roundings near 1e-6 (depth of the longest sum), a dozen tokens each.
+FP32_SUMS = 1e-4
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    model = Transformer(TINY, Precision("fp32"))
+    initialize(model, seed=3, std=0.3)
+    return model.requires_grad_(requires_grad=False).eval()
+
+
+def some_requests() -> list[Request]:
+    """Lengths 1 to 40, groups with one context, beginnings of each other, the same twice."""
+    draw = random.Random(4)
+    ids = [draw.randrange(TINY.vocab_size) for _ in range(400)]
+    requests = [Request(tuple(ids[i : i + 1 + i % 37]), tuple(ids[200 + i : 201 + i + i % 4])) for i in range(30)]
+    shared = tuple(ids[50:63])
+    requests += [Request(shared, (letter,)) for letter in range(10)]
+    requests += [Request(shared, tuple(ids[9 * i : 9 * i + 5])) for i in range(4)]
+    return [*requests, Request(shared[:5], shared[5:9]), requests[3]]
+
+
+def one_by_one(model: Transformer, request: Request) -> tuple[float, bool]:
+    """A forward pass over just what comes before each token, softmax and sum in FP64."""
+    total, greedy = 0.0, True
+    for i, token in enumerate(request.continuation):
+        ids = torch.tensor([[*request.context, *request.continuation[:i]]])
+        logits = model.logits(model.forward(ids).hidden)[0, -1].double()
+        total += float(logits.log_softmax(-1)[token])
+        greedy &= int(logits.argmax()) == token
+    return total, greedy
+
+
+def scorer_of(read: LogitsAt, **options: Any) -> Scorer:
+    return Scorer(read, TINY.vocab_size, **{"max_tokens": 64, "batch_tokens": 256} | options)
+
+
+def test_batched_likelihoods_equal_one_forward_per_token(model: Transformer) -> None:
+    requests = some_requests()
+    found = scorer_of(logits_at(model, CPU)).score(requests)
+    for request, answer in zip(requests, found, strict=True):
+        expected, greedy = one_by_one(model, request)
+        assert answer.log_probability == pytest.approx(expected, abs=FP32_SUMS)
+        assert answer.is_greedy == greedy
+    # Likelihoods differ by far more than the tolerance.
+    values = [answer.log_probability for answer in found[:10]]
+    assert max(values) - min(values) > 1
+
+
+def test_likelihoods_equal_those_of_transformers() -> None:
+    oracle, ours = pair({})
+    draw = random.Random(5)
+    requests = [
+        Request(*(tuple(draw.randrange(97) for _ in range(draw.randint(1, 9))) for _ in range(2))) for _ in range(12)
+    ]
+    with torch.no_grad():
+        found = Scorer(logits_at(ours, CPU), 97, max_tokens=64, batch_tokens=100).score(requests)
+        for request, answer in zip(requests, found, strict=True):
+            ids = torch.tensor([[*request.context, *request.continuation]])
+            table = oracle(ids).logits[0].double().log_softmax(-1)
+            first = len(request.context) - 1
+            expected = sum(float(table[first + i, token]) for i, token in enumerate(request.continuation))
+            assert answer.log_probability == pytest.approx(expected, abs=FP32_SUMS)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
+def test_padding_order_and_company_change_nothing_but_rounding(model: Transformer, batch_tokens: int) -> None:
+    requests = some_requests()
+    expected = scorer_of(logits_at(model, CPU)).score(requests)
+    order = random.Random(batch_tokens).sample(range(len(requests)), len(requests))
+    found = scorer_of(logits_at(model, CPU), batch_tokens=batch_tokens).score([requests[i] for i in order])
+    for answer, i in zip(found, order, strict=True):
+        assert answer.log_probability == pytest.approx(expected[i].log_probability, abs=FP32_SUMS)
+
+
+def test_padding_is_never_read() -> None:
+    """A model that says at each place what it was shown up to there: padding would show."""
+    planted = PlantedModel()
+    planted.tell((7, 8), (9,))
+    planted.tell((7, 8, 0), (5,))
+    found = planted.scorer().score([Request((7, 8), (9,)), Request(tuple(range(20, 30)), (1,))])
+    assert planted.passes == [(2, 10)]
+    # p = 1/2 + 1/(2 V) by construction; FP32 logits.
+    assert found[0].log_probability == pytest.approx(math.log(0.5 + 0.5 / 262), abs=1e-6)
+    assert (found[0].is_greedy, found[1].is_greedy) == (True, False)
+
+
+def test_letters_after_one_prompt_cost_one_forward_pass() -> None:
+    planted = PlantedModel()
+    prompt = tuple(range(20))
+    planted.scorer().score([Request(prompt, (letter,)) for letter in range(10)])
+    planted.scorer().score([Request(prompt[:i], (3,)) for i in range(1, 20)] + [Request(prompt, (3, 4))])
+    assert planted.passes[0] == (1, 20)
+    # The beginnings ride along with (prompt, 3); (prompt[:i], 3) is read off it.
+    assert planted.passes[1:] == [(1, 21)]
+
+
+def test_of_equal_tokens_the_lowest_is_the_greedy_one() -> None:
+    found = PlantedModel().scorer().score([Request((5,), (0,)), Request((5,), (1,))])
+    assert [answer.is_greedy for answer in found] == [True, False]
+
+
+def test_a_long_context_loses_its_beginning_and_says_so() -> None:
+    planted = PlantedModel()
+    planted.tell((3, 4, 5), (6,))
+    planted.tell((4, 5, 6), (7,))
+    found = planted.scorer(max_tokens=3).score([Request((1, 2, 3, 4, 5), (6,)), Request((1, 2, 3, 4, 5), (6, 7))])
+    known = math.log(0.5 + 0.5 / 262)
+    assert found[0] == Likelihood(pytest.approx(known, abs=1e-6), True, 2)  # type: ignore[arg-type]
+    # Inputs are 4, 5, 6: the first of the two tokens is predicted from 4, 5 alone, of which nothing is known.
+    expected = known - math.log(262)
+    assert found[1] == Likelihood(pytest.approx(expected, abs=1e-6), False, 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request((), (1,)), "context without tokens"),
+        (Request((1,), ()), "continuation without tokens"),
+        (Request((1,), (1, 2, 3, 4)), "continuation of 4 tokens is longer than the model's input of 3"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(request_: Request, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PlantedModel().scorer(max_tokens=3).score([request_])
+
+
+def test_blanks_at_the_end_of_a_context_belong_to_the_continuation() -> None:
+    tokenizer = small_tokenizer()
+    found = encode_pair(tokenizer, "ab ", "c", start=1)
+    assert found == encode_pair(tokenizer, "ab", " c", start=1)
+    assert found.context[0] == 1
+    assert tokenizer.decode(found.context[1:]) == "ab"
+    assert tokenizer.decode(found.continuation) == " c"
+
+
+def test_an_empty_context_is_the_start_token() -> None:
+    assert encode_pair(small_tokenizer(), "", "c", start=1).context == (1,)

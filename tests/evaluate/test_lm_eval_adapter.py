@@ -1,0 +1,177 @@
+"""The adapter to lm-eval: against a stand-in of its contract, and against the library where it is installed."""
+
+from __future__ import annotations
+
+import abc
+import importlib.util
+import math
+import sys
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.evaluate.planted import PlantedModel, small_tokenizer
+from train.evaluate.benchmarks import DEEPSEEK_BASE, Task, choose_tasks
+from train.evaluate.likelihood import encode_pair
+from train.evaluate.lm_eval_adapter import HarnessParts, harness_model, rolling_windows, run_tasks
+
+TOKENIZER = small_tokenizer()
+EOS = TOKENIZER.special_ids.eos
+# A told token has p = 1/2 + 1/(2 V), any other 1/V; FP32 logits.
+KNOWN, UNKNOWN = math.log(0.5 + 0.5 / 262), -math.log(262)
+
+
+@dataclass
+class Instance:
+    """As lm_eval.api.instance.Instance has it: `args` is `arguments` as a tuple."""
+
+    arguments: Any
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return self.arguments if isinstance(self.arguments, tuple) else (self.arguments,)
+
+
+class LM(abc.ABC):
+    """The abstract methods and the attributes of lm_eval.api.model.LM (0.4.13)."""
+
+    def __init__(self) -> None:
+        self._rank, self._world_size, self._device = 0, 1, None
+
+    @abc.abstractmethod
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]: ...
+
+    @abc.abstractmethod
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]: ...
+
+    @abc.abstractmethod
+    def generate_until(self, requests: list[Any]) -> list[str]: ...
+
+
+@pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A package `lm_eval` with the base class and an evaluator that asks as the real one does."""
+    package, api, model = (types.ModuleType(name) for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model"))
+    model.LM = LM  # type: ignore[attr-defined]
+    for module in (package, api, model):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return package
+
+
+def parts(planted: PlantedModel, *, max_tokens: int = 4096) -> HarnessParts:
+    def generate(prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seed: int) -> list[list[int]]:
+        text = f"{max_new_tokens} at {temperature}\nQ: x"
+        return [[*TOKENIZER.encode_batch([f"<{TOKENIZER.decode(p[1:])}> {text}"])[0], EOS, 7] for p in prompts]
+
+    return HarnessParts(planted.scorer(max_tokens=max_tokens), TOKENIZER, EOS, generate, "runs/x")
+
+
+def test_likelihoods_come_in_order_as_pairs_of_float_and_bool(harness: types.ModuleType) -> None:
+    planted = PlantedModel()
+    request = encode_pair(TOKENIZER, "2+2=", " 4", start=EOS)
+    planted.tell(request.context, request.continuation)
+    model = harness_model(parts(planted))
+    assert isinstance(model, LM)
+    found = model.loglikelihood([Instance(("2+2=", " 5")), Instance(("2+2=", " 4")), Instance(("", "x"))])
+    # " 5" shares its blank with " 4".
+    expected = [(KNOWN + UNKNOWN + math.log((1 - math.exp(KNOWN)) / 261 * 262), False), (2 * KNOWN, True)]
+    assert found[0] == (pytest.approx(expected[0][0], abs=1e-5), False)
+    assert found[1] == (pytest.approx(expected[1][0], abs=1e-6), True)
+    assert found[2] == (pytest.approx(UNKNOWN, abs=1e-6), False)
+    assert all(type(p) is float and type(greedy) is bool for p, greedy in found)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 4, 9, 10, 11, 4096])
+def test_rolling_scores_every_token_of_a_text_once(harness: types.ModuleType, max_tokens: int) -> None:
+    model = harness_model(parts(PlantedModel(), max_tokens=max_tokens))
+    found = model.loglikelihood_rolling([Instance(("0123456789",)), Instance(("",)), Instance("abc")])
+    assert found == pytest.approx([10 * UNKNOWN, 0.0, 3 * UNKNOWN], abs=1e-5)
+    assert all(type(value) is float for value in found)
+
+
+def test_the_last_rolling_window_is_full() -> None:
+    windows = rolling_windows(list(range(11)), 4)
+    # The example of lm-eval's docstring, with 0 for BOS.
+    assert [(w.context, w.continuation) for w in windows] == [
+        ((0,), (1, 2, 3, 4)),
+        ((4,), (5, 6, 7, 8)),
+        ((6, 7, 8), (9, 10)),
+    ]
+
+
+def test_generation_stops_at_end_and_stop_texts_and_keeps_order(harness: types.ModuleType) -> None:
+    model = harness_model(parts(PlantedModel()))
+    found = model.generate_until(
+        [
+            Instance(("a", {"until": ["\n"], "max_gen_toks": 5, "do_sample": False, "temperature": 0.0})),
+            Instance(("b", {"until": "Q:", "max_gen_toks": 9, "do_sample": True, "temperature": 0.5})),
+            Instance(("c", {"until": [], "max_gen_toks": 5})),
+            Instance(("d", {"until": ["5"]})),
+        ]
+    )
+    assert found == ["<a> 5 at 0.0", "<b> 9 at 0.5\n", "<c> 5 at 0.0\nQ: x", "<d> 2"]
+
+
+def test_the_evaluator_gets_the_model_and_each_tasks_shots(harness: types.ModuleType) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def simple_evaluate(**options: Any) -> dict[str, Any]:
+        calls.append(options)
+        if options["tasks"] == ["unknown"]:
+            raise KeyError("unknown")
+        return {"results": {options["tasks"][0]: {"acc,none": 0.5}}}
+
+    harness.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
+    tasks, _ = choose_tasks("mmlu, arc_easy,my_task", run_code=False)
+    found = run_tasks(parts(PlantedModel()), tasks, limit=3, run_code=False)
+    assert [(call["tasks"], call["num_fewshot"], call["limit"]) for call in calls] == [
+        (["mmlu"], 5, 3),
+        (["arc_easy"], 25, 3),
+        (["my_task"], None, 3),
+    ]
+    assert isinstance(calls[0]["model"], LM)
+    assert not any(call["confirm_run_unsafe_code"] for call in calls)
+    assert found["mmlu"] == {"results": {"mmlu": {"acc,none": 0.5}}, "shots": 5, "deepseek_v3_base": 87.1}
+    with pytest.raises(ValueError, match="lm-eval refuses unknown"):
+        run_tasks(parts(PlantedModel()), [Task("unknown")], limit=None, run_code=False)
+
+
+def test_without_lm_eval_one_sentence_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ValueError, match="lm-eval is not installed; it is optional: pip install"):
+        harness_model(parts(PlantedModel()))
+
+
+def test_the_whole_set_leaves_out_what_has_no_task_or_runs_code_and_says_so() -> None:
+    tasks, left_out = choose_tasks("deepseek-base", run_code=False)
+    without_task = {"RACE-Middle", "LiveCodeBench-Base", "CMath", "CLUEWSC", "CMRC", "C3", "CCPM"}
+    runs_code = {"HumanEval", "MBPP", "CRUXEval-I", "CRUXEval-O"}
+    assert {sentence.partition(":")[0] for sentence in left_out} == without_task | runs_code
+    assert len(tasks) + len(left_out) == len(DEEPSEEK_BASE) == 32
+    assert len(choose_tasks("deepseek-base", run_code=True)[0]) == 32 - len(without_task)
+    with pytest.raises(ValueError, match="names no task"):
+        choose_tasks(" , ", run_code=False)
+
+
+def test_the_real_library_accepts_the_adapter() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        pytest.skip("lm-eval is not installed (pip install 'lm-eval>=0.4.9'): its contract is tested by the stand-in")
+    from lm_eval.api.instance import Instance as RealInstance
+    from lm_eval.api.model import LM as RealLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    model = harness_model(parts(PlantedModel(), max_tokens=4))
+    assert isinstance(model, RealLM)
+    assert (model.rank, model.world_size) == (0, 1)
+    request = RealInstance("loglikelihood", {}, ("2+2=", "4"), 0)
+    assert model.loglikelihood([request]) == [(pytest.approx(UNKNOWN, abs=1e-6), False)]
+    for length in (1, 3, 4, 5, 8, 9):
+        tokens = list(range(20, 20 + length))
+        theirs = map(
+            make_disjoint_window,
+            get_rolling_token_windows(tokens, prefix_token=EOS, max_seq_len=4, context_len=1),
+        )
+        ours = [(list(w.context), list(w.continuation)) for w in rolling_windows([EOS, *tokens], 4)]
+        assert ours == [(list(context), list(continuation)) for context, continuation in theirs]

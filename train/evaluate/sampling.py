@@ -1,0 +1,109 @@
+"""From logits to tokens: temperature, top-p, and drafts that leave the distribution as it is (arXiv:2211.17192 §2.3).
+
+    p = softmax(logits / temperature), kept on the fewest tokens that together weigh top_p, made to sum to 1
+    a draft x, drawn from q, stands with probability min(1, p(x) / q(x));
+    if it falls, the token is drawn from max(p - q, 0), made to sum to 1, and later drafts fall with it
+
+What is drawn so has distribution p, whatever q is. Temperature 0 is the limit: all weight on the largest logit (of
+equal ones the lowest id), so that a draft stands exactly if it is the greedy choice, and nothing is left to chance.
+
+Everything here is FP64 on the CPU, for one sequence and from its own stream of uniform numbers: what else is in the
+batch, and on which device the model runs, changes nothing but the logits' rounding.
+
+Shapes: vocab = ids. Not here: the model, when to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Args:
+        temperature: divides the logits; 0 takes the largest.
+        top_p: weight of the tokens that stay, in (0, 1]; 1 keeps all.
+    Raises:
+        ValueError: out of range; the message names the field.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature: {self.temperature} must be zero (take the likeliest token) or positive")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p: {self.top_p} must be above 0 and at most 1 (1 keeps every token)")
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution that tokens are drawn from.
+
+    Args:
+        logits: [..., vocab], any float dtype, any device.
+        sampling: temperature and top-p.
+    Returns:
+        [..., vocab] FP64 on the CPU; one-hot at temperature 0.
+    Raises:
+        ValueError: a logit is not a finite number.
+    """
+    wide = logits.to("cpu", torch.float64)
+    if not wide.isfinite().all():
+        raise ValueError("the model gives logits that are not finite numbers: its weights are damaged, or it diverged")
+    if sampling.temperature == 0.0:
+        # torch's argmax is the first of equal values: the lowest id.
+        return torch.zeros_like(wide).scatter_(-1, wide.argmax(-1, keepdim=True), 1.0)
+    # The largest is taken off first: a tiny temperature must not overflow.
+    weights = ((wide - wide.amax(-1, keepdim=True)) / sampling.temperature).softmax(-1)
+    if sampling.top_p == 1.0:
+        return weights
+    ordered = weights.sort(dim=-1, descending=True, stable=True)
+    heavier = ordered.values.cumsum(-1) - ordered.values  # [..., vocab], weight of all that come before
+    kept = ordered.values.masked_fill(heavier >= sampling.top_p, 0.0)
+    kept /= kept.sum(-1, keepdim=True)
+    return torch.zeros_like(wide).scatter_(-1, ordered.indices, kept)
+
+
+def draw(weights: Tensor, uniform: float) -> int:
+    """The token at which the cumulative weight passes a share of the total.
+
+    Args:
+        weights: [vocab] FP64, not negative, not all zero; need not sum to 1.
+        uniform: in [0, 1).
+    Returns:
+        An id of positive weight.
+    """
+    cumulative = weights.cumsum(0)
+    token = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+    # uniform * total may round to the total itself.
+    return min(token, int(weights.nonzero()[-1]))
+
+
+def verify(
+    drafts: Sequence[int], proposed: Sequence[Tensor], wanted: Tensor, uniform: Callable[[], float]
+) -> list[int]:
+    """Which drafts stand, and the token after them.
+
+    Args:
+        drafts: ids, the k-th drawn from proposed[k].
+        proposed: each [vocab] FP64, q.
+        wanted: [drafts + 1, vocab] FP64, p at every position, given the drafts before it.
+        uniform: gives the next number of the sequence's stream, in [0, 1).
+    Returns:
+        The leading drafts that stand and one token more: the drawn one in place of the first that fell, or after all.
+    Source: arXiv:2211.17192 algorithm 1.
+    """
+    for k, (token, q) in enumerate(zip(drafts, proposed, strict=True)):
+        p = wanted[k]
+        if uniform() * q[token] >= p[token] and p[token] < q[token]:
+            left = (p - q).clamp_min(0.0)
+            # Where p and q differ by rounding alone nothing may be left; then they are the same distribution.
+            return [*drafts[:k], draw(left if bool(left.any()) else p, uniform())]
+    return [*drafts, draw(wanted[-1], uniform())]
