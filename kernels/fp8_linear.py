@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import deferred
+from kernels import deferred, probe
 from kernels.bench_entry import Bench
 from kernels.formats import Quantized
 from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
@@ -37,7 +37,9 @@ from kernels.quantize import (
     requantize_transposed,
 )
 from kernels.swiglu import (
+    gated_swiglu,
     gated_swiglu_backward_kept,
+    swiglu,
     swiglu_backward_kept,
     swiglu_quantize,
     swiglu_quantize_transposed,
@@ -150,21 +152,18 @@ class _Fp8Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, group_ends: Tensor | None, power_of_two: bool) -> Tensor:
         xq = quantize_tiles(x, power_of_two=power_of_two)
         ctx.save_for_backward(xq.payload, xq.scale, group_ends)
-        ctx.power_of_two = power_of_two
-        _keep_weight(ctx, weight)
-        return _fprop(xq, weight, group_ends, power_of_two=power_of_two, dtype=x.dtype)
+        return _fprop(ctx, xq, partial(x.index_select, 0), weight, group_ends, power_of_two=power_of_two, dtype=x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        (payload, scale, group_ends), weight = ctx.saved_tensors, _kept_weight(ctx)
+        payload, scale, group_ends = ctx.saved_tensors
         power_of_two: bool = ctx.power_of_two
         xq = Quantized(payload, scale)
 
         def by_channel() -> Quantized:
             return requantize_transposed(xq, power_of_two=power_of_two)
 
-        dx = _dgrad_and_push_wgrad(dy, weight, group_ends, by_channel, power_of_two=power_of_two)
-        return dx, None, None, None
+        return _dgrad_and_push_wgrad(ctx, dy, group_ends, by_channel), None, None, None
 
 
 class _Fp8LinearOfKept(torch.autograd.Function):
@@ -173,20 +172,18 @@ class _Fp8LinearOfKept(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, power_of_two: bool) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.power_of_two = power_of_two
-        _keep_weight(ctx, weight)
         xq = quantize_tiles(x, power_of_two=power_of_two)
-        return _fprop(xq, weight, None, power_of_two=power_of_two, dtype=x.dtype)
+        return _fprop(ctx, xq, partial(x.index_select, 0), weight, None, power_of_two=power_of_two, dtype=x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (x,), weight = ctx.saved_tensors, _kept_weight(ctx)
+        (x,) = ctx.saved_tensors
         power_of_two: bool = ctx.power_of_two
 
         def by_channel() -> Quantized:
             return quantize_tiles_transposed(x, power_of_two=power_of_two)
 
-        return _dgrad_and_push_wgrad(dy, weight, None, by_channel, power_of_two=power_of_two), None, None
+        return _dgrad_and_push_wgrad(ctx, dy, None, by_channel), None, None
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -222,13 +219,17 @@ class _Fp8SwigluLinear(torch.autograd.Function):
     ) -> Tensor:
         kept, hq = swiglu_quantize(gate_up, gates, power_of_two=power_of_two)
         ctx.save_for_backward(kept.payload, kept.scale, gates, group_ends)
-        ctx.power_of_two = power_of_two
-        _keep_weight(ctx, weight)
-        return _fprop(hq, weight, group_ends, power_of_two=power_of_two, dtype=gate_up.dtype)
+
+        # Only for a probe: the activation itself is never made.
+        def activation(rows: Tensor) -> Tensor:
+            taken = gate_up.index_select(0, rows)
+            return swiglu(taken) if gates is None else gated_swiglu(taken, gates.index_select(0, rows))
+
+        return _fprop(ctx, hq, activation, weight, group_ends, power_of_two=power_of_two, dtype=gate_up.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        (payload, scale, gates, group_ends), weight = ctx.saved_tensors, _kept_weight(ctx)
+        payload, scale, gates, group_ends = ctx.saved_tensors
         power_of_two: bool = ctx.power_of_two
         kept = Quantized(payload, scale)
         # Not dy.dtype below: the waiting closure would keep all of dy alive.
@@ -237,17 +238,34 @@ class _Fp8SwigluLinear(torch.autograd.Function):
         def activation() -> Quantized:
             return swiglu_quantize_transposed(kept, gates, dtype=dtype, power_of_two=power_of_two)  # [inter, rows]
 
-        dh = _dgrad_and_push_wgrad(dy, weight, group_ends, activation, power_of_two=power_of_two)
+        dh = _dgrad_and_push_wgrad(ctx, dy, group_ends, activation)
         if gates is None:
             return swiglu_backward_kept(kept, dh), None, None, None, None
         return *gated_swiglu_backward_kept(kept, gates, dh), None, None, None
 
 
 def _fprop(
-    xq: Quantized, weight: Tensor, group_ends: Tensor | None, *, power_of_two: bool, dtype: torch.dtype
+    ctx: Any,
+    xq: Quantized,
+    rows_of_x: probe.Rows,
+    weight: Tensor,
+    group_ends: Tensor | None,
+    *,
+    power_of_two: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """x @ W.T, of each group its own W."""
-    return _rows_times(xq, weight_fp8(weight, power_of_two=power_of_two), group_ends, dtype)
+    """x @ W.T, of each group its own W; leaves on ctx what backward needs besides x.
+
+    rows_of_x gives rows of what xq was quantised from, should a probe want to compare.
+    """
+    w = weight_fp8(weight, power_of_two=power_of_two)
+    ctx.power_of_two, ctx.watch, ctx.x_sample = power_of_two, probe.watch(weight), None
+    _keep_weight(ctx, weight)
+    if ctx.watch is not None:
+        ctx.x_sample = probe.sample(rows_of_x, xq.payload, group_ends, num_blocks=ctx.watch.num_blocks)
+        ctx.watch.rows("x.fprop", ctx.x_sample, xq)
+        ctx.watch.weight("w.fprop", weight, w)
+    return _rows_times(xq, w, group_ends, dtype)
 
 
 def _rows_times(rows: Quantized, weight: Quantized, group_ends: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -257,31 +275,47 @@ def _rows_times(rows: Quantized, weight: Quantized, group_ends: Tensor | None, d
 
 
 def _dgrad_and_push_wgrad(
-    dy: Tensor,
-    weight: Tensor,
-    group_ends: Tensor | None,
-    input_by_channel: Callable[[], Quantized],
-    *,
-    power_of_two: bool,
+    ctx: Any, dy: Tensor, group_ends: Tensor | None, input_by_channel: Callable[[], Quantized]
 ) -> Tensor:
     """Return dy @ W, of each group its own W; hand over dy.T @ x.
 
     dy is read once and quantised for both; x (128x1 tiles, [in, rows]) is made only when wgrad runs.
     """
+    weight, power_of_two = _kept_weight(ctx), ctx.power_of_two
+    watch: probe.Watch | None = ctx.watch
+    x_sample: probe.Sample | None = ctx.x_sample
     w = weight_fp8(weight, power_of_two=power_of_two).transposed_blocks()
-    if not weight.requires_grad:
-        return _rows_times(quantize_tiles(dy, power_of_two=power_of_two), w, group_ends, dy.dtype)
-    dyq, dyq_t = quantize_tiles_both(dy, power_of_two=power_of_two)
+    dyq_t: Quantized | None = None
+    if weight.requires_grad:
+        dyq, dyq_t = quantize_tiles_both(dy, power_of_two=power_of_two)
+    else:
+        dyq = quantize_tiles(dy, power_of_two=power_of_two)
+    if watch is not None:
+        _show_gradient(watch, dy, dyq, dyq_t, group_ends)
+        watch.weight("w.dgrad", weight, w)
 
     def product(out: Tensor, accumulate: bool) -> None:
         xq_t = input_by_channel()
+        if watch is not None and x_sample is not None:
+            watch.columns("x.wgrad", x_sample, xq_t)
+        assert dyq_t is not None
         if group_ends is None:
             gemm_tile_tile(dyq_t, xq_t, out=out, accumulate=accumulate)
         else:
             grouped_gemm_tile_tile(dyq_t, xq_t, group_ends, out=out, accumulate=accumulate)
 
-    deferred.push(lambda: deferred.accumulate_product(weight, product))
+    if dyq_t is not None:
+        deferred.push(lambda: deferred.accumulate_product(weight, product))
     return _rows_times(dyq, w, group_ends, dy.dtype)
+
+
+def _show_gradient(
+    watch: probe.Watch, dy: Tensor, dyq: Quantized, dyq_t: Quantized | None, group_ends: Tensor | None
+) -> None:
+    sample = probe.sample(partial(dy.index_select, 0), dy, group_ends, num_blocks=watch.num_blocks)
+    watch.rows("dy.dgrad", sample, dyq)
+    if dyq_t is not None:
+        watch.columns("dy.wgrad", sample, dyq_t)
 
 
 def linear(x: Tensor, weight: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:

@@ -29,9 +29,9 @@ MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 8
 MAX_ENTRYPOINT_LINES = 80
 
-# Files in kernels/ that are no kernels: formats, the queue, the benches, the choice of backend.
+# Files in kernels/ that are no kernels: formats, queue and probe, the benches, the choice of backend.
 NOT_KERNELS = (
-    "__init__", "formats", "backend", "deferred", "operators",
+    "__init__", "formats", "backend", "deferred", "operators", "probe",
     "bench_entry", "bench_table", "bench_peers", "bench_cases", "bench_traffic", "bench_timing",
 )  # fmt: skip
 # Kernel files whose arithmetic is all in other kernel files, which have references: name -> what it composes.

@@ -12,9 +12,12 @@ Shapes: hidden [sequences, tokens, hidden]. Not here: schedules and transport (`
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
+from kernels.probe import Probe, watching
 from parallel.collectives import sum_over
 from parallel.mesh import Axis
 from train.losses import LossWeights, attach_loss, balance_sum, loss_sums
@@ -60,19 +63,21 @@ class Tally:
 class Stage(nn.Module):
     """A part of the model as a pipeline schedule calls it.
 
-    `begin` gives it the step's weights and tally; then `forward` runs once per micro-batch.
+    `begin` gives it the step's weights and tally; then `forward` runs once per micro-batch, the first one under the
+    step's probe if there is one.
     """
 
     weights: LossWeights
     tally: Tally
+    probe: Probe | None
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
         self.model = model
 
-    def begin(self, weights: LossWeights, tally: Tally) -> None:
+    def begin(self, weights: LossWeights, tally: Tally, probe: Probe | None = None) -> None:
         """Start a step."""
-        self.weights, self.tally = weights, tally
+        self.weights, self.tally, self.probe = weights, tally, probe
 
     def forward(
         self, inbound: Tensor, *, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None
@@ -87,8 +92,10 @@ class Stage(nn.Module):
         Returns:
             hidden for the stage after, or the total loss, a scalar, where the part ends.
         """
-        model = self.model
-        output = model(input_ids, document_ids, None if model.part.begins else inbound)
+        model, probe = self.model, self.probe
+        self.probe = None
+        with nullcontext() if probe is None else watching(probe):
+            output = model(input_ids, document_ids, None if model.part.begins else inbound)
         self.tally.note_routings(output.routings)
         balance = balance_sum(output, self.weights)
         if not model.part.ends:

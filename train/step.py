@@ -27,6 +27,7 @@ from train.data.batch import Batch
 from train.losses import LossWeights
 from train.model.moe import Router
 from train.model.transformer import Transformer
+from train.observe.fp8_health import Fp8Health
 from train.optim.adamw import AdamW
 from train.optim.balance import update_bias
 from train.optim.ema import Ema
@@ -81,8 +82,26 @@ def routers(models: list[Transformer]) -> dict[int, Router]:
     return found
 
 
+def expert_biases(engine: Engine) -> Tensor:
+    """The selection biases of all MoE layers, MTP layers last, [layers, experts] fp32: one small collective."""
+    mesh, config = engine.mesh, engine.models[0].config
+    layer_ids = [i for i in (*config.layer_ids, *config.mtp_layer_ids) if config.is_moe(i)]
+    biases = torch.zeros(len(layer_ids), config.n_routed_experts, device=mesh.device)
+    # The ranks of a stage hold the same biases: the first one speaks.
+    if mesh.dp.rank == 0:
+        for layer_id, router in routers(engine.models).items():
+            biases[layer_ids.index(layer_id)] = router.e_score_correction_bias
+    return sum_over(biases, mesh.world)
+
+
 def compute_gradients(
-    engine: Engine, batch: Batch, *, num_micro_batches: int, now: Now, stop: bool = False
+    engine: Engine,
+    batch: Batch,
+    *,
+    num_micro_batches: int,
+    now: Now,
+    stop: bool = False,
+    health: Fp8Health | None = None,
 ) -> StepGradients:
     """Forward and backward over every micro-batch; leaves clipped mean gradients in the optimizer's segments.
 
@@ -93,6 +112,7 @@ def compute_gradients(
         num_micro_batches: pieces the share is cut into.
         now: schedule values of this step; its batch is that of all ranks.
         stop: whether this rank was asked to stop.
+        health: what looks at the FP8 operands of the first micro-batch; on all ranks or on none.
     Returns:
         StepGradients; reading any of its tensors synchronises.
     """
@@ -105,12 +125,14 @@ def compute_gradients(
     weights = LossWeights(now.mtp_weight, now.balance_alpha, num_targets, now.batch_sequences)
     tally = Tally(config, mesh.device)
     for stage in engine.stages.values():
-        stage.begin(weights, tally)
+        stage.begin(weights, tally, health)
     engine.pipeline.run(batch.inputs(mesh.device), num_micro_batches=num_micro_batches)
     norm = reduce_and_clip(
         optimizer.buckets, num_targets=num_targets, max_norm=optimizer.config.clip_norm, world=mesh.world
     )
     tally.reduce(mesh.world)
+    if health is not None:
+        health.reduce(mesh.world)
     main, *further = (tally.losses / num_targets.clamp(min=1)).unbind()
     mtp = torch.stack(further).mean() if further else torch.zeros_like(main)
     balance = tally.balance.sum() / now.batch_sequences

@@ -25,19 +25,28 @@ from torch import Tensor, nn
 from kernels.cross_entropy import cross_entropy_sum
 from parallel.collectives import sum_over
 from parallel.pieces import Piece
-from train.build import Parts, checkpoint_tensors, run_card, store_hashes
+from train.build import (
+    Parts,
+    checkpoint_tensors,
+    device_name,
+    model_flops_per_token,
+    run_card,
+    store_hashes,
+)
 from train.checkpoint.agreement import Ranks
 from train.checkpoint.dcp import Saver, latest, load
 from train.config import PretrainConfig, to_yaml
 from train.data.batch import Batch
 from train.evaluate.score import bits_per_byte
-from train.observe.guards import TerminationGuard, TrainingStopped, check_consecutive_skips
+from train.observe.fp8_health import Fp8Health
+from train.observe.guards import DeadExpertGuard, TerminationGuard, TrainingStopped, check_consecutive_skips
+from train.observe.metrics import Record
+from train.observe.records import dead_experts, dense_bf16_peak, step_record
 from train.observe.sinks import NoSinks, Sinks, open_sinks
-from train.optim.balance import max_violation
 from train.optim.schedules import Now, at
 from train.stage import Stage
 from train.state import TrainState
-from train.step import StepGradients, apply_update, compute_gradients
+from train.step import StepGradients, apply_update, compute_gradients, expert_biases
 
 
 class Trainer:
@@ -56,6 +65,9 @@ class Trainer:
         self.announce_step: int | None = None
         self.stop_agreed = False
         self.changed: dict[str, list[object]] = {}
+        self.dead_experts = DeadExpertGuard(config.observe.dead_expert_steps)
+        self.peak_flops = config.observe.peak_flops or dense_bf16_peak(device_name(self.mesh.device))
+        self.flops_per_token = model_flops_per_token(config.model, sequence_length=config.data.sequence_length)
 
     def fit(self) -> TrainState:
         """Train until the budget is spent or SIGTERM asks for the end; leaves a checkpoint of the last step.
@@ -85,7 +97,8 @@ class Trainer:
             return NoSinks()
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-        return open_sinks(self.config.observe, self.directory, run_card(self.config, self.parts))
+        card = run_card(self.config, self.parts)
+        return open_sinks(self.config.observe, self.directory, card, asdict(self.config))
 
     def take_step(self, sinks: Sinks | NoSinks, *, stop: bool = False) -> None:
         """One optimizer step, its record, and a checkpoint when one is due.
@@ -98,12 +111,14 @@ class Trainer:
         now = at(self.config.schedule, step=self.state.step, tokens_seen=self.state.tokens_seen)
         share = now.batch_sequences // self.mesh.dp.size
         batch = self.parts.stream.take(self.state.sequences_seen + self.mesh.dp.rank * share, share)
+        health = self.new_health()
         gradients = compute_gradients(
             self.engine,
             batch,
             num_micro_batches=share // self.config.run.micro_batch_sequences,
             now=now,
             stop=stop,
+            health=health,
         )
         finite, self.stop_agreed = torch.stack((gradients.finite, gradients.stop)).tolist()
         if finite:
@@ -112,41 +127,53 @@ class Trainer:
         self.state = self.state.advance(sequences=now.batch_sequences, tokens=tokens, finite=finite)
         record = self.record(gradients, now)
         # The losses have been read, so the device has finished the step, optimizer included.
-        record["speed/tokens_per_s"] = tokens / (time.perf_counter() - started)
+        record |= self.speed(tokens / (time.perf_counter() - started))
+        record |= self.tables(health)
         if self.evaluation_is_due():
             record["eval/bits_per_byte"] = self.evaluate()
-        sinks.write(record)
+        is_new = sinks.write(record)
+        dead = self.dead_experts.note(dead_experts(gradients.counts))
+        # A step that is repeated after a resume has told of them before.
+        if dead and is_new:
+            steps = self.config.observe.dead_expert_steps
+            sinks.event("dead_experts", step=self.state.step, steps=steps, experts=dead)
         self.guard(sinks)
         if self.state.step % self.config.checkpoint.every_steps == 0:
             self.save(sinks)
 
-    def record(self, gradients: StepGradients, now: Now) -> dict[str, object]:
+    def new_health(self) -> Fp8Health | None:
+        """What samples the operands of the step that comes, where it is due and FP8."""
+        due = self.config.observe.due(self.state.step + 1, self.config.observe.fp8_health_every_steps)
+        if self.config.precision.name != "fp8" or not due:
+            return None
+        return Fp8Health(self.config.model, self.engine.models, self.mesh.device)
+
+    def record(self, gradients: StepGradients, now: Now) -> Record:
         """The step's line in the log; names are declared in `train/observe/metrics.py`."""
-        losses = torch.stack(
-            (
-                gradients.loss_total,
-                gradients.loss_main,
-                gradients.loss_mtp,
-                gradients.loss_balance,
-                gradients.grad_norm,
-            )
-        ).tolist()
-        record: dict[str, object] = {
-            "step": self.state.step,
-            "tokens_seen": self.state.tokens_seen,
-            "time_unix_s": time.time(),
-            **dict(zip(("loss/total", "loss/main", "loss/mtp", "loss/balance", "grad/norm"), losses, strict=True)),
-            "optim/lr": now.lr,
-            "schedule/batch_sequences": now.batch_sequences,
-            "schedule/bias_speed": now.bias_speed,
-            "schedule/mtp_weight": now.mtp_weight,
-            "guard/skipped_steps": self.state.skipped_steps,
+        losses = {
+            "loss/total": gradients.loss_total,
+            "loss/main": gradients.loss_main,
+            "loss/mtp": gradients.loss_mtp,
+            "loss/balance": gradients.loss_balance,
+            "grad/norm": gradients.grad_norm,
         }
-        if gradients.counts:
-            counts = torch.stack([gradients.counts[i] for i in sorted(gradients.counts)])  # [layers, experts]
-            record["moe/max_violation_ratio"] = float(max_violation(counts).max())
-            load = counts.double() / counts.double().mean(dim=-1, keepdim=True)
-            record["moe/expert_load"] = [[round(x, 4) for x in layer] for layer in load.tolist()]
+        return step_record(self.state, now, losses, gradients.counts)
+
+    def speed(self, tokens_per_s: float) -> Record:
+        """Throughput of the step and, where the peak of the device is known, its share of it."""
+        record: Record = {"speed/tokens_per_s": tokens_per_s}
+        if self.peak_flops is not None:
+            peak = self.peak_flops * self.mesh.world.size
+            record["speed/mfu_ratio"] = tokens_per_s * self.flops_per_token / peak
+        return record
+
+    def tables(self, health: Fp8Health | None) -> Record:
+        """What only some steps log: experts' biases and the health of FP8; every rank takes part."""
+        observe = self.config.observe
+        record: Record = {} if health is None else dict(health.tables())
+        if observe.due(self.state.step, observe.bias_every_steps):
+            biases = expert_biases(self.engine).tolist()
+            record |= {"moe/expert_bias": [[float(f"{x:.6g}") for x in layer] for layer in biases]} if biases else {}
         return record
 
     def guard(self, sinks: Sinks | NoSinks) -> None:

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from train.observe.guards import TerminationGuard, TrainingStopped, check_consecutive_skips
+from train.observe.guards import DeadExpertGuard, TerminationGuard, TrainingStopped, check_consecutive_skips
 
 
 def test_the_run_stops_at_the_limit_and_not_before():
@@ -15,6 +15,18 @@ def test_the_run_stops_at_the_limit_and_not_before():
         check_consecutive_skips(skips, limit=3, step=8)
     with pytest.raises(TrainingStopped, match=r"step 9: .* not finite 3 steps in a row"):
         check_consecutive_skips(3, limit=3, step=9)
+
+
+def test_an_expert_is_told_of_once_for_each_time_it_dies():
+    guard = DeadExpertGuard(3)
+    idle = [{(1, 5)}, {(1, 5), (2, 0)}, {(1, 5), (2, 0)}, {(1, 5)}, set(), {(1, 5)}, {(1, 5)}, {(1, 5)}, {(1, 5)}]
+    told = [guard.note(sorted(experts)) for experts in idle]
+    assert told == [[], [], [(1, 5)], [], [], [], [], [(1, 5)], []]
+
+
+def test_no_expert_is_told_of_with_a_limit_of_0():
+    guard = DeadExpertGuard(0)
+    assert [guard.note([(1, 5)]) for _ in range(5)] == [[]] * 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import struct
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.observe.metrics import METRICS, check_record, encode, same_bits
+from train.observe.metrics import EVENTS, METRICS, check_record, encode, same_bits
 
 PLACE = {"step": 1, "tokens_seen": 2048, "time_unix_s": 1.5}
 
@@ -75,3 +76,10 @@ def test_same_bits_tells_neighbouring_doubles_apart():
     assert not same_bits(0.1, math.nextafter(0.1, 1))
     assert not same_bits(0.0, -0.0)
     assert not same_bits(None, 0.0)
+
+
+def test_the_page_of_metrics_is_the_registry():
+    page = (Path(__file__).resolve().parents[2] / "docs/metrics.md").read_text()
+    rows = [f"| `{n}` | {m.kind} | {m.unit} | {m.reduction} | {m.description} |" for n, m in METRICS.items()]
+    events = [f"| `{kind}` | {meaning} |" for kind, meaning in EVENTS.items()]
+    assert [line for line in page.splitlines() if line.startswith("| `")] == [*rows, *events]

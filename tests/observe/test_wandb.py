@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import subprocess
 import sys
 import threading
@@ -10,10 +11,11 @@ import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from train.observe.metrics import Record
+from train.observe.metrics import FP8_OPERANDS, Record
 from train.observe.wandb_sink import WandbSink
 
 # Longer than any pause of a noisy machine; only a hang reaches it.
@@ -38,6 +40,7 @@ class FakeWandb(types.ModuleType):
         self.logged: list[tuple[int, Record]] = []
         self.init_arguments: dict[str, object] = {}
         self.summary: dict[str, int] = {}
+        self.axes: dict[str, str] = {}
         self.finished = False
         self.logged_in = True
         self.released = threading.Event()
@@ -61,6 +64,12 @@ class FakeWandb(types.ModuleType):
         self.on_log()
         self.logged.append((step, values))
 
+    def define_metric(self, name: str, *, step_metric: str) -> None:
+        self.axes[name] = step_metric
+
+    def Histogram(self, *, np_histogram: tuple[Any, Any]) -> tuple[list[int], list[float]]:
+        return np_histogram[0].tolist(), np_histogram[1].tolist()
+
     def finish(self) -> None:
         self.finished = True
 
@@ -77,7 +86,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandb]:
 
 
 def open_sink(run_dir: Path, mode: str = "offline", **limits: float) -> WandbSink:
-    return WandbSink(mode, project="test", run_dir=run_dir, run_card={"name": "tiny"}, **limits)
+    return WandbSink(mode, project="test", run_dir=run_dir, run_config={"name": "tiny"}, **limits)
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -111,11 +120,44 @@ def test_names_and_steps_are_those_of_the_file(fake: FakeWandb, tmp_path: Path):
     sink.event({"event": "stop", "step": 5})
     sink.close()
     scalars = [{name: value for name, value in record(s).items() if name != "moe/expert_load"} for s in range(1, 6)]
-    assert fake.logged == list(enumerate(scalars, start=1))
+    logged = [(step, {n: v for n, v in values.items() if n != "moe/expert_load"}) for step, values in fake.logged]
+    assert logged == list(enumerate(scalars, start=1))
     assert fake.summary == {"event/stop": 5}
     assert fake.finished
     assert fake.init_arguments["mode"] == "offline"
     assert fake.init_arguments["config"] == {"name": "tiny"}
+
+
+def test_tables_arrive_as_histograms_and_fp8_tables_as_their_worst_layers_too(fake: FakeWandb, tmp_path: Path):
+    load, snr = [[1.0, 0.5], [2.0, 0.5]], [[31.0] * 6, [math.inf, 20.0, 31.0, 30.0, 40.0, 25.0]]
+    amax = [[1.0] * 6, [0.5, 2.0, 0.1, 0.2, 3.0, 1.0]]
+    sink = open_sink(tmp_path)
+    sink.write(record(1) | {"moe/expert_load": load, "fp8/snr_db": snr, "fp8/amax": amax})
+    sink.close()
+    ((_, values),) = fake.logged
+    for name, table in {"moe/expert_load": load, "fp8/snr_db": snr, "fp8/amax": amax}.items():
+        counts, edges = values[name]
+        cells = [x for row in table for x in row if math.isfinite(x)]
+        assert sum(counts) == len(cells)
+        assert (edges[0], edges[-1]) == (min(cells), max(cells))
+    assert [values[f"fp8/snr_db/{o}"] for o in FP8_OPERANDS] == [31.0, 20.0, 31.0, 30.0, 31.0, 25.0]
+    assert [values[f"fp8/amax/{o}"] for o in FP8_OPERANDS] == [1.0, 2.0, 1.0, 1.0, 3.0, 1.0]
+
+
+def test_losses_are_drawn_over_tokens_and_the_rest_over_steps(fake: FakeWandb, tmp_path: Path):
+    open_sink(tmp_path).close()
+    assert fake.axes == {"*": "step", "loss/*": "tokens_seen", "eval/*": "tokens_seen"}
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run_and_another_directory_does_not(fake: FakeWandb, tmp_path: Path):
+    ids = []
+    for run_dir in (tmp_path / "a", tmp_path / "a", tmp_path / "b"):
+        run_dir.mkdir(exist_ok=True)
+        open_sink(run_dir).close()
+        assert fake.init_arguments["resume"] == "allow"
+        ids.append(fake.init_arguments["id"])
+    assert ids[0] == ids[1] == (tmp_path / "a" / "wandb_id").read_text().strip()
+    assert ids[2] != ids[0]
 
 
 def test_online_without_a_key_records_offline(fake: FakeWandb, tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -3,7 +3,7 @@
     tiny_fp8  ━━━━━━━━━━━━╸━━━━━━━━━━  42 %  loss 3.214  mtp 3.876  MaxVio 0.31  12.3k tok/s  ETA 1:42
 
 ETA = tokens still to come over the tokens per second of this process so far. Quiet by intent: checkpoints
-are not announced, a resume, a skipped step, a replay that differs and the end of the run are.
+are not announced, a resume, a skipped step, dead experts, a replay that differs and the end of the run are.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from train.observe.metrics import Record
 
 # Redraws per second at most: steps of a tiny model are faster than an eye or a slow ssh link.
 _MAX_REDRAWS_PER_S = 8.0
+# Dead experts that are named; metrics.jsonl names all.
+_NAMED = 4
 
 _STATUS = {
     "loss/main": "loss {:.3f}",
@@ -25,6 +27,7 @@ _STATUS = {
 _ANNOUNCED = {
     "resume": "resumed at step {step}",
     "skip": "step {step} skipped: loss or gradient not finite",
+    "dead_experts": "step {step}: no token for {steps} steps: {names}",
     "stop": "stopped after step {step}",
     "replay_differs": "step {step} repeated after the resume does not give the logged numbers",
 }
@@ -77,7 +80,10 @@ class ConsoleSink:
     def event(self, event: Record) -> None:
         """Say what a person should know."""
         if event["event"] in _ANNOUNCED:
-            self._say(_ANNOUNCED[event["event"]].format(step=event["step"]))
+            names = ", ".join(f"layer {layer} expert {expert}" for layer, expert in event.get("experts", ())[:_NAMED])
+            if len(event.get("experts", ())) > _NAMED:
+                names += f" and {len(event['experts']) - _NAMED} more"
+            self._say(_ANNOUNCED[event["event"]].format(**event | {"names": names}))
 
     def close(self) -> None:
         """Draw the last record and give the terminal back."""

@@ -16,7 +16,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from kernels.probe import Operand
 
 # A record, or an event, as it stands in metrics.jsonl.
 Record = dict[str, Any]
@@ -34,7 +37,7 @@ class Metric:
     """
 
     unit: str
-    reduction: Literal["none", "mean", "sum", "max", "l2"]
+    reduction: Literal["none", "mean", "sum", "min", "max", "l2"]
     description: str
     kind: Literal["int", "float", "table"] = "float"
     replayed: bool = False
@@ -54,11 +57,22 @@ METRICS: dict[str, Metric] = {
     "schedule/bias_speed": Metric("1", "none", "gamma, the step of the routing bias"),
     "schedule/mtp_weight": Metric("1", "none", "lambda, the weight of the MTP loss"),
     "speed/tokens_per_s": Metric("tokens/s", "sum", "input tokens of the step over its wall time"),
+    "speed/mfu_ratio": Metric("1", "mean", "model FLOPs over the devices' dense BF16 peak, without MTP and router"),
     "moe/max_violation_ratio": Metric("1", "max", "MaxVio = (max load - mean) / mean, worst layer"),
     "moe/expert_load": Metric("1", "sum", "[layers][experts] load over the layer's mean load", "table"),
+    "moe/dead_experts": Metric("experts", "sum", "(layer, expert) pairs without a token in this step", "int"),
+    "moe/expert_bias": Metric("1", "none", "[layers][experts] selection bias after the step, on some steps", "table"),
     "guard/skipped_steps": Metric("steps", "sum", "steps skipped so far, loss or gradient not finite", "int"),
     "eval/bits_per_byte": Metric("bits/byte", "mean", "held-out loss per byte of text, on evaluation steps"),
+    "fp8/amax": Metric("1", "max", "[layers][operands] largest magnitude before quantisation", "table"),
+    "fp8/scale_spread_ratio": Metric("1", "max", "[layers][operands] largest scale over smallest", "table"),
+    "fp8/saturated_ratio": Metric("1", "max", "[layers][operands] share at +-448, one a tile apart", "table"),
+    "fp8/underflow_ratio": Metric("1", "max", "[layers][operands] share of non-zeros made 0", "table"),
+    "fp8/snr_db": Metric("dB", "min", "[layers][operands] signal over quantisation noise", "table"),
 }
+
+# Columns of the tables `fp8/*`: operand and GEMM (`kernels/probe.py`).
+FP8_OPERANDS: tuple[Operand, ...] = ("x.fprop", "w.fprop", "dy.dgrad", "w.dgrad", "dy.wgrad", "x.wgrad")
 
 REQUIRED = ("step", "tokens_seen", "time_unix_s")
 
@@ -67,6 +81,7 @@ EVENTS: dict[str, str] = {
     "resume": "a new process continued from a checkpoint",
     "checkpoint": "a checkpoint was published",
     "skip": "a step was skipped: its loss or gradient was not finite",
+    "dead_experts": "experts got no token for observe.dead_expert_steps steps in a row; names layers and experts",
     "stop": "the process ended its training loop",
     "replay_differs": "a step repeated after a resume did not give the logged numbers",
 }

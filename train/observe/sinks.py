@@ -42,18 +42,39 @@ class ObserveConfig:
     console_every_steps: where there is no bar, print a line this often.
     wandb: whether to mirror to wandb; offline needs neither account nor network.
     wandb_project: where wandb files the run.
+    fp8_health_every_steps: FP8 runs sample their operands on the first step and every so many after it; 0 never.
+    bias_every_steps: the same for the table of the experts' biases.
+    dead_expert_steps: steps in a row without a token after which an expert is told of as dead; 0 never.
+    peak_flops: of one device, FLOP/s, for the MFU; None takes the dense BF16 peak where the device is a known one.
     """
 
     progress: bool = True
     console_every_steps: int = 10
     wandb: Literal["off", "offline", "online"] = "offline"
     wandb_project: str = "v3fp8"
+    fp8_health_every_steps: int = 50
+    bias_every_steps: int = 50
+    dead_expert_steps: int = 50
+    peak_flops: float | None = None
 
     def __post_init__(self) -> None:
         if self.console_every_steps < 1:
             raise ValueError(f"console_every_steps is {self.console_every_steps}: it must be at least 1")
         if self.wandb not in ("off", "offline", "online"):
             raise ValueError(f"wandb is {self.wandb!r}: it must be off, offline or online")
+        for field in ("fp8_health_every_steps", "bias_every_steps", "dead_expert_steps"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"observe.{field}={getattr(self, field)} is negative: use 1 or more, or 0 for never")
+        if self.peak_flops is not None and self.peak_flops <= 0:
+            raise ValueError(
+                f"observe.peak_flops={self.peak_flops} must be above 0: give FLOP/s of one device, such as 989.4e12, "
+                "or null"
+            )
+
+    @staticmethod
+    def due(step: int, every_steps: int) -> bool:
+        """Whether a step, counted from 1, is the first or one of every `every_steps` after it."""
+        return every_steps > 0 and (step - 1) % every_steps == 0
 
 
 class Sink(Protocol):
@@ -221,13 +242,19 @@ class NoSinks:
         return None
 
 
-def open_sinks(config: ObserveConfig, run_dir: Path, run_card: Mapping[str, Any]) -> Sinks:
+def open_sinks(
+    config: ObserveConfig,
+    run_dir: Path,
+    run_card: Mapping[str, Any],
+    run_config: Mapping[str, Any] | None = None,
+) -> Sinks:
     """Write the run card and open the run's sinks; appends when the run directory already has records.
 
     Args:
         config: which mirrors to open.
         run_dir: runs/<name>, made if missing.
         run_card: JSON-able; its keys are listed in `dashboard.py`; `tokens_total` gives the console its ETA.
+        run_config: the run's whole configuration, for wandb.
     Returns:
         Sinks, to be closed by the caller.
     """
@@ -246,7 +273,12 @@ def open_sinks(config: ObserveConfig, run_dir: Path, run_card: Mapping[str, Any]
     )
     wandb = None
     if config.wandb != "off":
-        wandb = WandbSink(config.wandb, project=config.wandb_project, run_dir=run_dir, run_card=run_card)
+        wandb = WandbSink(
+            config.wandb,
+            project=config.wandb_project,
+            run_dir=run_dir,
+            run_config={**(run_config or {}), "run_card": dict(run_card)},
+        )
     return Sinks(jsonl, console=console, wandb=wandb)
 
 

@@ -5,30 +5,79 @@ notice: a daemon thread owns wandb, training only puts small dicts into a bounde
 failure, or when the thread falls a whole queue behind, the mirror says so once and turns itself off;
 metrics.jsonl stays complete without it.
 
-Online without credentials becomes offline: the files lie in <run directory>/wandb, and `wandb sync` sends
-them later. Tables (expert load) are not mirrored; events are, as the run's summary `event/<kind>` = last
-step of that kind.
+    numbers           under their names; wandb groups `area/name` into a panel section a name's area
+    tables            a histogram of the finite values under the table's name
+    tables `fp8/*`    besides, per operand, the worst layer: `fp8/snr_db/x.fprop`
+    events            in the run's summary: `event/<kind>` = last step of that kind
+
+Losses and scores are drawn over tokens_seen, all else over step. The run's config is the whole configuration and, under
+`run_card`, the run card. The wandb run belongs to the run directory: its id lies there in `wandb_id` and every process
+that resumes the run goes on with it. Online without credentials becomes offline: the files lie in
+<run directory>/wandb, and `wandb sync` sends them later (docs/metrics.md).
 """
 
 from __future__ import annotations
 
 import logging
 import queue
+import secrets
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from train.observe.metrics import METRICS, Record
+import numpy as np
+
+from train.observe.metrics import FP8_OPERANDS, METRICS, Record
 
 _log = logging.getLogger(__name__)
 
-# A step record without tables is under a kilobyte, so a full queue holds a few megabytes.
+# A step record with its tables as histograms is a few kilobytes, so a full queue holds some tens of megabytes.
 QUEUE_RECORDS = 4096
 # wandb's own limits; beyond finish_timeout the unsent rest stays on disk for `wandb sync`.
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 20.0
 CLOSE_TIMEOUT_S = 30.0
+ID_FILE = "wandb_id"
+HISTOGRAM_BINS = 64
+# Drawn over tokens, so that runs of different batch sizes lie on each other.
+OVER_TOKENS = ("loss/*", "eval/*")
+
+
+@dataclass(frozen=True)
+class _Histogram:
+    """Counts [bins] and edges [bins + 1] of a table's values."""
+
+    counts: Any
+    edges: Any
+
+
+def mirrored(record: Record) -> Record:
+    """What goes to wandb of a step record: numbers as they are, tables as histograms and worst layers."""
+    values: Record = {}
+    for name, value in record.items():
+        if METRICS[name].kind != "table":
+            values[name] = value
+            continue
+        table = np.asarray(value, dtype=np.float64)  # [layers, experts or operands]
+        finite = table[np.isfinite(table)]
+        if finite.size:
+            values[name] = _Histogram(*np.histogram(finite, bins=HISTOGRAM_BINS))
+        if name.startswith("fp8/"):
+            worst = table.min(axis=0) if METRICS[name].reduction == "min" else table.max(axis=0)
+            values |= {f"{name}/{operand}": float(x) for operand, x in zip(FP8_OPERANDS, worst, strict=True)}
+    return values
+
+
+def run_id(run_dir: Path) -> str:
+    """The wandb id of a run directory: made once, kept there. A copy of the directory is the same wandb run."""
+    path = run_dir / ID_FILE
+    if not path.is_file():
+        draft = path.with_name(f"{ID_FILE}.tmp")
+        draft.write_text(f"{secrets.token_hex(8)}\n", encoding="utf-8")
+        draft.replace(path)
+    return path.read_text(encoding="utf-8").strip()
 
 
 class WandbSink:
@@ -38,8 +87,9 @@ class WandbSink:
         mode: "offline" or "online".
         project: wandb project.
         run_dir: wandb keeps its files in its folder `wandb`; its name is the run's name.
-        run_card: sent as the run's config.
+        run_config: sent as the run's config.
         queue_records: capacity of the queue.
+        init_timeout_s: how long wandb may take to reach its server.
         close_timeout_s: how long `close` waits for the thread.
     """
 
@@ -49,14 +99,16 @@ class WandbSink:
         *,
         project: str,
         run_dir: Path,
-        run_card: Mapping[str, Any],
+        run_config: Mapping[str, Any],
         queue_records: int = QUEUE_RECORDS,
+        init_timeout_s: float = INIT_TIMEOUT_S,
         close_timeout_s: float = CLOSE_TIMEOUT_S,
     ) -> None:
         self._mode: Literal["offline", "online"] = mode
         self._project = project
         self._run_dir = run_dir
-        self._run_card = dict(run_card)
+        self._run_config = dict(run_config)
+        self._init_timeout_s = init_timeout_s
         self._close_timeout_s = close_timeout_s
         self._queue: queue.Queue[Record | None] = queue.Queue(maxsize=queue_records)
         self._off = threading.Event()
@@ -71,7 +123,8 @@ class WandbSink:
 
     def write(self, record: Record) -> None:
         """Hand over one step record; returns at once."""
-        self._put({name: value for name, value in record.items() if METRICS[name].kind != "table"})
+        if self.active:
+            self._put(mirrored(record))
 
     def event(self, event: Record) -> None:
         """Hand over one event; returns at once."""
@@ -117,19 +170,30 @@ class WandbSink:
             _log.warning("wandb has no API key: recording offline. `wandb login`, then `wandb sync` the folder.")
             mode = "offline"
         settings = wandb.Settings(
-            silent=True, console="off", init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S
+            silent=True, console="off", init_timeout=self._init_timeout_s, finish_timeout=FINISH_TIMEOUT_S
         )
         run = wandb.init(
             mode=mode,
             project=self._project,
             name=self._run_dir.name,
             dir=self._run_dir,
-            config=self._run_card,
+            config=self._run_config,
+            id=run_id(self._run_dir),
+            resume="allow",
             settings=settings,
         )
+        run.define_metric("*", step_metric="step")
+        for names in OVER_TOKENS:
+            run.define_metric(names, step_metric="tokens_seen")
         while self.active and (item := self._queue.get()) is not None:
             if "event" in item:
                 run.summary[f"event/{item['event']}"] = item["step"]
             else:
-                run.log(item, step=item["step"])
+                values = {
+                    name: wandb.Histogram(np_histogram=(value.counts, value.edges))
+                    if isinstance(value, _Histogram)
+                    else value
+                    for name, value in item.items()
+                }
+                run.log(values, step=item["step"])
         run.finish()
