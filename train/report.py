@@ -12,7 +12,7 @@ from pathlib import Path
 from train.data.ingest import Prepared
 from train.evaluate.baselines import measure_baselines
 from train.observe.compare import mean_smoothed_gap
-from train.observe.run_card import SUMMARY_FILE
+from train.observe.run_reader import SUMMARY_FILE
 from train.observe.sinks import read_run
 
 

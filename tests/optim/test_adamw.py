@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from parallel.mesh import Axis
 from parallel.zero import GradientBuckets
-from train.optim.adamw import AdamW, OptimConfig, Within, decays
+from train.optim.adamw import AdamW, OptimConfig, Within, decays, round_to_fp8
 
 ALONE = Axis(name="dp", size=1, rank=0, group=None)
 
@@ -171,6 +171,34 @@ def test_shared_parameter_is_updated_once_and_frozen_one_never() -> None:
     assert torch.equal(shared.detach(), torch.full((2, 2), 0.75))
     assert torch.equal(frozen.detach(), torch.ones(2, 2))
     assert sorted(state_of(optimizer)) == ["exp_avg.a", "exp_avg_sq.a"]
+
+
+def test_fp8_moments_are_e4m3_numbers_under_a_power_of_two_per_128() -> None:
+    parameters = make_parameters(torch.bfloat16)
+    optimizer = make_optimizer(parameters.items(), OptimConfig(moments_dtype="fp8"))
+    exact = make_optimizer(make_parameters(torch.bfloat16).items(), OptimConfig(moments_dtype="fp32"))
+    fill_main_grads(parameters, seed=1)
+    fill_main_grads({name: state.segment.parameter for name, state in exact._states.items()}, seed=1)
+    for one in (optimizer, exact):
+        one.step(lr=1e-2, step=1)
+    assert state_of(optimizer).keys() == state_of(exact).keys()
+    for name, moment in state_of(optimizer).items():
+        unrounded = state_of(exact)[name]
+        if name.startswith("master"):
+            # The first update is made before moments are stored.
+            assert torch.equal(moment, unrounded)
+            continue
+        for tile, wanted in zip(moment.split(128), unrounded.split(128), strict=True):
+            scale = 2.0 ** float((wanted.abs().max().double() / 448).log2().ceil())
+            expected = (wanted / scale).to(torch.float8_e4m3fn).float() * scale
+            assert torch.equal(tile, expected), name
+
+
+def test_a_second_moment_2_to_the_19th_below_its_neighbours_becomes_zero() -> None:
+    # E4M3 ends at 2^-9, half of which rounds to zero: 448 x 2^10 = 2^18.8 below the largest, twice that to be safe.
+    moment = torch.tensor([1.0, 2.0**-20, 2.0**-17])
+    round_to_fp8(moment)
+    assert moment.tolist() == [1.0, 0.0, 2.0**-17]
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ Each segment, the part of a trained parameter that this rank updates (`parallel.
 
     grad         fp32, the reduced and clipped gradient; a view of the gradient bucket
     master       fp32, the weight that AdamW moves; for an FP32 parameter a view of the parameter itself
-    exp_avg      bf16 (or fp32), first moment
-    exp_avg_sq   bf16 (or fp32), second moment
+    exp_avg      bf16 (or fp32, or fp32 holding FP8 values), first moment
+    exp_avg_sq   the same, second moment
 
 On one process, or without ZeRO, every segment is a whole parameter. For a checkpoint the state is given as pieces of
 the flattened global parameter, so what is saved does not depend on how ranks had cut it. Experts lie one after the
@@ -30,13 +30,17 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.adamw import adamw_update
+from kernels.formats import TILE
+from kernels.quantize import dequantize_tiles, quantize_tiles
 from parallel.pieces import Piece
 from parallel.zero import GradientBuckets, Segment
 
-MOMENT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# fp8 is an ablation: FP32 tensors that hold what E4M3 with a scale per 128 elements can hold. It saves no memory.
+MOMENT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class OptimConfig:
         eps: added to the root of the second moment. The report does not give it.
         weight_decay: decoupled decay per step, times the learning rate.
         clip_norm: the global gradient norm is clipped to this.
-        moments_dtype: storage of both moments, 'bf16' or 'fp32'.
+        moments_dtype: storage of both moments, 'bf16' or 'fp32'; 'fp8' shows what E4M3 would do (docs/numerics.md).
         ema_decay: keep a moving average of the weights in CPU memory (`train/optim/ema.py`); None for none.
     Raises:
         ValueError: a field is out of range.
@@ -91,6 +95,18 @@ def decays(name: str, parameter: Tensor) -> bool:
     """
     module = name.rpartition(".")[0]
     return parameter.ndim >= 2 and not module.endswith("norm")
+
+
+def round_to_fp8(moment: Tensor) -> None:
+    """Round a moment in place to what E4M3 with a power-of-two scale for each 128 elements can hold.
+
+    Args:
+        moment: [elements] fp32, a segment; its tiles begin where the segment begins, so they depend on the layout.
+    Source: ours; arXiv:2412.19437 §3.3.3 stores moments in BF16.
+    """
+    tiles = F.pad(moment, (0, -moment.numel() % TILE)).view(-1, TILE)
+    values = dequantize_tiles(quantize_tiles(tiles, power_of_two=True))
+    moment.copy_(values.flatten()[: moment.numel()])
 
 
 @dataclass(frozen=True)
@@ -171,6 +187,9 @@ class AdamW:
                     weight_decay=self.config.weight_decay if decays(name, state.segment.parameter) else 0.0,
                     step=step,
                 )
+                if self.config.moments_dtype == "fp8":
+                    round_to_fp8(state.exp_avg)
+                    round_to_fp8(state.exp_avg_sq)
             bucket.gather({name: state.master for name, state in states.items()})
 
     def zero_grad(self) -> None:
