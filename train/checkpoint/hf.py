@@ -4,14 +4,16 @@ Ours differ in three ways only: no leading `model.`; linears stored fused where 
 [q_a | kv_a_proj_with_mqa], `gate_up_proj` = [gate | up], experts stacked); the MTP layer's parts grouped as
 `mtp.L.block.*` and `mtp.L.norm`. Row and column order inside each tensor is the released one, `eh_proj` included.
 
-Pure functions over dicts of tensors; they serve weights and gradients alike. Splitting returns views, joining copies.
-Not here: files, dtypes, FP8 scales, streaming (a conversion command does that).
+`places` says where each released tensor lies in ours, from shapes alone; the plan of an export, its reader and `to_hf`
+all follow it. Over dicts of tensors, weights and gradients alike, splitting returns views and joining copies.
+Not here: files, dtypes, FP8 scales, streaming (`train/checkpoint/hf_plan.py` and its neighbours).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +21,53 @@ from torch import Tensor
 from train.model.config import ModelConfig
 
 _SHARED_COPIES = {"embed_tokens.weight": "embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+
+
+class Place(NamedTuple):
+    """Where a released tensor lies in one of ours.
+
+    Args:
+        name: ours.
+        expert: which matrix of a stack; None where ours is no stack.
+        start: first row, of ours or of the expert's matrix.
+        stop: row after the last.
+    """
+
+    name: str
+    expert: int | None
+    start: int
+    stop: int
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the released tensor, from that of ours."""
+        return (self.stop - self.start, *whole[1 if self.expert is None else 2 :])
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The released tensor as a view of ours."""
+        return (tensor if self.expert is None else tensor[self.expert])[self.start : self.stop]
+
+
+def places(name: str, shape: tuple[int, ...], config: ModelConfig) -> Iterator[tuple[str, Place]]:
+    """The released tensors that one of ours holds, in the order of its experts and rows.
+
+    Args:
+        name: ours.
+        shape: of the whole tensor.
+        config: of the model.
+    Returns:
+        Pairs of released name and place.
+    """
+    for released, expert, start, stop in _split(name, shape, config):
+        yield _released_name(released), Place(name, expert, start, stop)
+
+
+def shared_copies(config: ModelConfig) -> dict[str, str]:
+    """Released names of the copies of embedding and head that each MTP layer stores -> our one tensor."""
+    return {
+        f"model.layers.{layer_id}.{copy}": source
+        for layer_id in config.mtp_layer_ids
+        for copy, source in _SHARED_COPIES.items()
+    }
 
 
 def to_hf(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -32,12 +81,9 @@ def to_hf(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tenso
     """
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        for hf_name, part in _split(name, tensor, config):
-            out[_released_name(hf_name)] = part
-    for layer_id in config.mtp_layer_ids:
-        for copy, source in _SHARED_COPIES.items():
-            if source in tensors:
-                out[f"model.layers.{layer_id}.{copy}"] = tensors[source]
+        for released, place in places(name, tuple(tensor.shape), config):
+            out[released] = place.of(tensor)
+    out.update({copy: tensors[source] for copy, source in shared_copies(config).items() if source in tensors})
     return out
 
 
@@ -75,29 +121,27 @@ def _refuse_surplus_experts(tensors: Mapping[str, Tensor], config: ModelConfig) 
             )
 
 
-def _split(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def _split(name: str, shape: tuple[int, ...], config: ModelConfig) -> Iterator[tuple[str, int | None, int, int]]:
+    """(name of the part, ours but unfused; expert; first row; row after the last)."""
     if name.endswith("self_attn.q_kv_a_proj.weight"):
-        stem = name.removesuffix("q_kv_a_proj.weight")
-        q, kv = tensor.split((config.q_width, config.kv_lora_rank + config.qk_rope_head_dim))
-        yield f"{stem}{_q_name(config)}.weight", q
-        yield f"{stem}kv_a_proj_with_mqa.weight", kv
+        stem, q = name.removesuffix("q_kv_a_proj.weight"), config.q_width
+        yield f"{stem}{_q_name(config)}.weight", None, 0, q
+        yield f"{stem}kv_a_proj_with_mqa.weight", None, q, shape[0]
     elif name.endswith("mlp.experts.gate_up_proj"):
-        stem = name.removesuffix("gate_up_proj")
-        for expert, stacked in enumerate(tensor.unbind(0)):
-            gate, up = stacked.chunk(2)
-            yield f"{stem}{expert}.gate_proj.weight", gate
-            yield f"{stem}{expert}.up_proj.weight", up
+        stem, half = name.removesuffix("gate_up_proj"), shape[1] // 2
+        for expert in range(shape[0]):
+            yield f"{stem}{expert}.gate_proj.weight", expert, 0, half
+            yield f"{stem}{expert}.up_proj.weight", expert, half, shape[1]
     elif name.endswith("mlp.experts.down_proj"):
         stem = name.removesuffix("down_proj")
-        for expert, down in enumerate(tensor.unbind(0)):
-            yield f"{stem}{expert}.down_proj.weight", down
+        for expert in range(shape[0]):
+            yield f"{stem}{expert}.down_proj.weight", expert, 0, shape[1]
     elif name.endswith("gate_up_proj.weight"):
-        stem = name.removesuffix("gate_up_proj.weight")
-        gate, up = tensor.chunk(2)
-        yield f"{stem}gate_proj.weight", gate
-        yield f"{stem}up_proj.weight", up
+        stem, half = name.removesuffix("gate_up_proj.weight"), shape[0] // 2
+        yield f"{stem}gate_proj.weight", None, 0, half
+        yield f"{stem}up_proj.weight", None, half, shape[0]
     else:
-        yield name, tensor
+        yield name, None, 0, shape[0]
 
 
 def _fusion_of(name: str, config: ModelConfig) -> tuple[str, list[str]]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 from collections import OrderedDict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -28,6 +29,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from train.checkpoint import publish
+from train.checkpoint.hf_reader import CONFIG, HfReader
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
@@ -105,7 +107,11 @@ class CheckpointReader:
         _check_sizes(path, manifest["files"])
         self.state: dict[str, Any] = publish.read_json(path / publish.STATE)
         self.config = ModelConfig.from_dict(self.state["config"]["model"])
-        self.precision = Precision(**self.state["config"]["precision"])
+        # A run of `launch/ablate.py` names more; its weights are computed with as the plain recipe says.
+        known = {field.name for field in fields(Precision)}
+        self.precision = Precision(
+            **{name: value for name, value in self.state["config"]["precision"].items() if name in known}
+        )
         self._tensors: dict[str, dict[str, Any]] = manifest["tensors"]
         self._boxes = _scan(path, [name for name in manifest["files"] if name.endswith(publish.SHARD_SUFFIX)])
         self._open: OrderedDict[str, Any] = OrderedDict()
@@ -119,7 +125,10 @@ class CheckpointReader:
 
     @property
     def tokenizer(self) -> Path | None:
-        """The tokeniser of the run's store, relative to the working directory, if it is there."""
+        """The checkpoint's own (imports bring one), or that of the run's store, relative to the working directory."""
+        own = self.path / "tokenizer.json"
+        if own.is_file() or "data" not in self.state["config"]:
+            return own if own.is_file() else None
         store = Path(self.state["config"]["data"]["store"])
         manifest = store / "manifest.json"
         if not manifest.is_file():
@@ -196,9 +205,14 @@ def open_weights(path: Path, kind: Kind = "model") -> WeightSource:
     for directory in (path / "checkpoints", path):
         if published := publish.published(directory):
             return CheckpointReader(published[0], kind)
+    if (path / CONFIG).is_file():
+        return HfReader(path)
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}: give a run, such as runs/tiny_bf16, or one of its checkpoints")
-    raise ValueError(f"{path} holds no model: give a run's folder with checkpoints, or one checkpoint (step_*)")
+    raise ValueError(
+        f"{path} holds no model: give a run's folder with checkpoints, one checkpoint (step_*), or a Hugging Face "
+        f"folder with its {CONFIG}"
+    )
 
 
 @torch.no_grad()

@@ -1,0 +1,137 @@
+"""The conversion command: there and back, killed with SIGKILL, and one sentence for bad input."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from launch.convert import main
+from tests.checkpoint.hf_folders import RAGGED, bytes_of, lively, save_checkpoint, tensors_of
+from train.checkpoint.reader import open_weights
+from train.data.tokenizer import load_tokenizer
+from train.model.precision import Precision
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+# The second file is never finished.
+DYING = """
+import os, signal, sys
+from train.checkpoint import hf_writer
+write, calls = hf_writer.write_shard, []
+def dying(path, shard, values):
+    calls.append(path)
+    pieces = iter(values)
+    def some():
+        yield next(pieces)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield from pieces
+    write(path, shard, some())
+hf_writer.write_shard = dying
+from launch.convert import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with one checkpoint, trained on the store of these tests."""
+    folder = tmp_path_factory.mktemp("runs") / "ragged"
+    model = lively(RAGGED, Precision("fp8"))
+    save_checkpoint(folder / "checkpoints/step_00000007", model, store=store / "train")
+    return folder
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16", "fp8"])
+def test_there_and_back_with_every_proof(
+    run: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str
+) -> None:
+    out, back, again = (str(tmp_path / name) for name in ("out", "back", "again"))
+    asked = ["--format", format, "--shard-size", "300KB", "--verify"]
+    assert main(["export", str(run), out, *asked, "--logits"]) == 0
+    said = capsys.readouterr().out
+    # The bound of the command itself; FP32 in both implementations, FP8 dequantised.
+    found = re.search(r"logits, relative: (\S+) to transformers", said)
+    assert found is not None, said
+    assert float(found[1]) < 1e-5
+    assert "verified:" in said
+    assert ("FP8 within 0.5" in said) == (format == "fp8")
+    assert main(["import", out, back, "--dtype", "fp32", "--verify"]) == 0
+    assert main(["export", back, again, "--format", "fp32", "--verify"]) == 0
+    # Nothing is lost on the way back: FP32 holds BF16, and payload x scale.
+    values = open_weights(Path(out))
+    for name in values.names():
+        assert torch.equal(open_weights(Path(again)).read(name), values.read(name).float()), name
+    text = "In the beginning, the king said unto his people\n\n"
+    tokenizer = load_tokenizer(store / "tokenizer.json")
+    assert AutoTokenizer.from_pretrained(again)(text)["input_ids"] == tokenizer.encode_batch([text])[0]
+
+
+def test_a_killed_command_goes_on_with_the_same_bytes(run: Path, tmp_path: Path, run_command: Run) -> None:
+    asked = ("export", run, tmp_path / "killed", "--format", "fp8", "--shard-size", "300KB")
+    died = run_command("-c", DYING, *asked, check=False)
+    assert died.returncode == -9, died.stderr
+    assert len(list((tmp_path / "killed").glob("model-*"))) == 1
+    assert not (tmp_path / "killed/config.json").exists()
+    done = run_command("launch/convert.py", *asked)
+    assert main(["export", str(run), str(tmp_path / "whole"), *map(str, asked[3:])]) == 0
+    assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole")
+    num_files = len(list((tmp_path / "whole").glob("model-*")))
+    assert f"{num_files - 1} files written now" in done.stdout
+
+
+def test_a_hugging_face_folder_is_exported_in_another_format(run: Path, tmp_path: Path) -> None:
+    """FP8 to BF16, as the released model's users ask for."""
+    for source, out, format in ((run, "fp8", "fp8"), (tmp_path / "fp8", "bf16", "bf16")):
+        assert main(["export", str(source), str(tmp_path / out), "--format", format, "--verify"]) == 0
+    expected, found = open_weights(tmp_path / "fp8"), open_weights(tmp_path / "bf16")
+    for name in expected.names():
+        value = expected.read(name)
+        assert torch.equal(found.read(name), value if "e_score" in name else value.bfloat16()), name
+    assert not [name for name in tensors_of(tmp_path / "bf16") if name.endswith("scale_inv")]
+
+
+def test_without_its_store_an_export_says_that_it_has_no_tokeniser(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "moved/checkpoints/step_00000007"
+    save_checkpoint(path, lively(RAGGED, Precision("bf16")))
+    assert main(["export", str(path), str(tmp_path / "out")]) == 0
+    assert "without a tokeniser" in capsys.readouterr().out
+    assert not (tmp_path / "out/tokenizer.json").exists()
+    chosen = ["--tokenizer", str(store / "tokenizer.json")]
+    assert main(["export", str(path), str(tmp_path / "with"), *chosen]) == 0
+    assert (tmp_path / "with/tokenizer.json").read_text() == (store / "tokenizer.json").read_text()
+
+
+def bad_inputs(run: Path, store: Path, folder: Path) -> dict[str, list[str]]:
+    out = str(folder / "out")
+    (folder / "text.json").write_text("{}")
+    return {
+        r"there is no folder .*nowhere": ["export", str(folder / "nowhere"), out],
+        r"there is no folder .*nothing: name a Hugging Face": ["import", str(folder / "nothing"), out],
+        r"lacks config\.json": ["import", str(run), out],
+        r"holds no moving average": ["export", str(run), out, "--weights", "ema"],
+        r"--shard-size 5 apples is no size": ["export", str(run), out, "--shard-size", "5 apples"],
+        r"--shard-size 0 is no size": ["export", str(run), out, "--shard-size", "0"],
+        r"--logits is a part of --verify": ["export", str(run), out, "--logits"],
+        r"text\.json is not a tokenizer\.json": ["export", str(run), out, "--tokenizer", str(folder / "text.json")],
+        r"already holds something else": ["export", str(run), str(store)],
+    }
+
+
+@pytest.mark.parametrize("number", range(9))
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    run: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    message, arguments = list(bad_inputs(run, store, tmp_path).items())[number]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert re.search(rf"^convert: .*{message}", said), said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
