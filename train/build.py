@@ -10,7 +10,7 @@ stores, vocabulary or device is refused here, before the model is allocated.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -23,6 +23,8 @@ from parallel.pieces import Piece
 from parallel.pipeline import Pipeline, balanced_split, balanced_v
 from parallel.schedules import num_stages, schedule_facts, stage_ids
 from parallel.zero import GradientBuckets
+from train.checkpoint.publish import published
+from train.checkpoint.reader import WeightSource, open_weights
 from train.config import PretrainConfig
 from train.data.store import TokenStore, check_same_tokenizer
 from train.data.stream import TokenStream
@@ -203,6 +205,55 @@ def expert_pieces(model: Transformer) -> dict[str, Piece]:
     return pieces
 
 
+# What may differ between a model and the one whose weights it begins with.
+_FREE_TO_DIFFER = (
+    "initializer_range",
+    "embedding_initializer_range",
+    "max_position_embeddings",
+    "num_nextn_predict_layers",
+)
+
+
+def first_weights(config: PretrainConfig) -> WeightSource | None:
+    """Where a new run's weights come from, if `run.init_from` says so; None for a run that has checkpoints to resume.
+
+    Raises:
+        ValueError: nothing to read there, or the weights of another model; names the first field that differs.
+    """
+    run = config.run
+    if run.init_from is None or published(Path(run.directory) / run.name / "checkpoints"):
+        return None
+    source = open_weights(Path(run.init_from))
+    wanted, found = asdict(config.model), asdict(source.config)
+    for name, value in wanted.items():
+        if found[name] != value and name not in _FREE_TO_DIFFER:
+            raise ValueError(
+                f"run.init_from={run.init_from} holds a model with {name}={found[name]}, but model.{name}={value}: "
+                "give the run the model's own values"
+            )
+    return source
+
+
+@torch.no_grad()
+def fill(model: Transformer, source: WeightSource) -> None:
+    """Copy this part's weights out of a source, of experts only those that live here.
+
+    MTP layers that the source does not hold keep their values.
+
+    Raises:
+        ValueError: it lacks another tensor; named.
+    """
+    held, pieces = set(source.names()), expert_pieces(model)
+    for name, target in model.state_dict().items():
+        if name not in held and name.startswith("mtp."):
+            continue
+        if name not in held:
+            raise ValueError(f"{source.path} lacks {name}: it is incomplete; fetch or export it again")
+        first = pieces[name].offset[0] if name in pieces else 0
+        # In place, so that the weight's version rises and its FP8 copy is made anew.
+        target.copy_(source.read(name, range(first, first + len(target))))
+
+
 def _flat(piece: Piece) -> Within:
     """The same place in the flattened global tensor."""
     per_expert = piece.local[0].numel()
@@ -217,12 +268,18 @@ def build_engine(
     *,
     seed: int,
     recompute: bool = False,
+    source: WeightSource | None = None,
 ) -> Engine:
-    """Initialised stages of this rank, their pipeline and their optimizer; the same values on every layout."""
+    """Initialised stages of this rank, their pipeline and their optimizer; the same values on every layout.
+
+    Weights are drawn, or read from `source` where it holds them.
+    """
     stages = build_stages(config, precision, mesh)
     for stage in stages.values():
         spread, own = config.initializer_range, config.embedding_initializer_range
         initialize(stage.model, seed=seed, std=spread, embedding_std=own)
+        if source is not None:
+            fill(stage.model, source)
         if recompute:
             recompute_up_projections(stage.model)
     return assemble(stages, optim, mesh)
@@ -250,9 +307,11 @@ def build(config: PretrainConfig, mesh: Mesh | None = None, *, stores: Stores | 
     """
     mesh = mesh or single(choose_device(config.run.device))
     stream, heldout = stores or open_stores(config)
-    run = config.run
+    run, source = config.run, first_weights(config)
     set_determinism(seed=run.seed, deterministic=run.deterministic, threads=run.threads)
-    engine = build_engine(config.model, config.precision, config.optim, mesh, seed=run.seed, recompute=run.recompute)
+    engine = build_engine(
+        config.model, config.precision, config.optim, mesh, seed=run.seed, recompute=run.recompute, source=source
+    )
     return Parts(engine=engine, stream=stream, heldout=heldout, checkpoint_group=cpu_group(timeout_s=SAVE_TIMEOUT_S))
 
 

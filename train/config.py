@@ -70,6 +70,7 @@ class RunConfig:
         resume: continue from the newest checkpoint of the same run, if there is one.
         max_consecutive_nonfinite: stop, with a checkpoint, after this many skipped steps in a row.
         eval_every_steps: score the held-out store every so many steps, besides the end; 0 for the end only.
+        init_from: take the first weights from there: a run, a checkpoint or a Hugging Face folder. None: draw them.
     Raises:
         ConfigError: a field is out of range.
     """
@@ -85,6 +86,7 @@ class RunConfig:
     resume: bool
     max_consecutive_nonfinite: int
     eval_every_steps: int
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):

@@ -23,7 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from parallel.mesh import Mesh, init_processes, make_mesh, shutdown
 from parallel.watchdog import Watchdog
-from train.build import Stores, build, choose_device, open_stores
+from train.build import Stores, build, choose_device, first_weights, open_stores
 from train.config import PretrainConfig
 from train.observe.guards import TrainingStopped
 from train.trainer import Trainer
@@ -106,6 +106,8 @@ def prepare(config: PretrainConfig, place: Place) -> Prepared:
         ValueError: one of them is missing here.
     """
     stores = open_stores(config)
+    # Only to be refused here, if at all.
+    first_weights(config)
     device = choose_device(config.run.device)
     if device.type == "cuda":
         if place.local_rank >= torch.cuda.device_count():

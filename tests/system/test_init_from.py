@@ -1,0 +1,121 @@
+"""A new run begins with the weights of another: of a checkpoint of any layout, or of a Hugging Face folder."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from parallel.mesh import Layout, make_mesh, single
+from parallel.pieces import Piece
+from tests.ranks import run_ranks
+from tests.tiny_model import TINY
+from train.build import build, build_engine, checkpoint_tensors, first_weights
+from train.checkpoint.dcp import save
+from train.checkpoint.reader import open_weights
+from train.config import PretrainConfig, compose
+from train.model.config import ModelConfig
+from train.model.precision import Precision
+from train.model.transformer import Transformer
+from train.optim.adamw import OptimConfig
+from train.trainer import Trainer
+
+CONFIG = replace(TINY, num_hidden_layers=5)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config(small_run: list[str], tmp_path: Path) -> PretrainConfig:
+    return compose([*small_run, f"run.directory={tmp_path}", "run.name=new", f"run.init_from={tmp_path}/old"])
+
+
+@pytest.fixture
+def old(config: PretrainConfig) -> Path:
+    """A finished run."""
+    run = replace(config.run, name="old", init_from=None)
+    trainer = Trainer(replace(config, run=run), build(replace(config, run=run)))
+    trainer.fit()
+    return trainer.directory
+
+
+def saved_model(path: Path, config: ModelConfig, precision: Precision) -> Path:
+    """A checkpoint with weights that no seed of ours draws."""
+    generator = torch.Generator().manual_seed(99)
+    tensors = {
+        f"model.{name}": torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+        for name, tensor in Transformer(config, precision).state_dict().items()
+    }
+    save(path, tensors=tensors, state={"config": {"model": asdict(config), "precision": asdict(precision)}})
+    return path
+
+
+def test_the_first_weights_and_masters_are_the_old_runs(config: PretrainConfig, old: Path) -> None:
+    source = open_weights(old)
+    engine = build(config).engine
+    masters = engine.optimizer.masters()
+    for name, tensor in engine.models[0].state_dict().items():
+        expected = source.read(name)
+        assert torch.equal(tensor, expected)
+        if name in masters:
+            assert torch.equal(masters[name].local, expected.float().flatten())
+
+
+def test_a_resume_takes_the_runs_own_checkpoint_and_needs_the_old_one_no_more(
+    config: PretrainConfig, old: Path
+) -> None:
+    first = Trainer(config, build(config))
+    first.fit()
+    shutil.rmtree(old)
+    again = Trainer(config, build(config))
+    again.resume()
+    assert again.state == first.state
+    for name, tensor in first.engine.models[0].state_dict().items():
+        assert torch.equal(again.engine.models[0].state_dict()[name], tensor)
+
+
+def test_weights_of_another_model_are_refused(config: PretrainConfig, old: Path) -> None:
+    other = replace(config, model=replace(config.model, n_routed_experts=2 * config.model.n_routed_experts))
+    with pytest.raises(ValueError, match=r"run\.init_from=.*old holds a model with n_routed_experts=\d+, but model"):
+        first_weights(other)
+
+
+def test_a_folder_without_a_model_is_refused(config: PretrainConfig) -> None:
+    with pytest.raises(ValueError, match="there is no folder"):
+        first_weights(config)
+
+
+def test_mtp_layers_that_the_source_lacks_keep_their_drawn_values(tmp_path: Path) -> None:
+    precision, optim = Precision("fp32"), OptimConfig()
+    path = saved_model(tmp_path / "step_00000001", replace(CONFIG, num_nextn_predict_layers=0), precision)
+    mesh = single(CPU)
+    drawn = build_engine(CONFIG, precision, optim, mesh, seed=1).models[0].state_dict()
+    begun = build_engine(CONFIG, precision, optim, mesh, seed=1, source=open_weights(path)).models[0].state_dict()
+    for name, tensor in begun.items():
+        assert torch.equal(tensor, drawn[name]) == name.startswith("mtp."), name
+
+
+def filled_alike(rank: int, world: int, path: str, layout: Layout) -> int:
+    """How many tensors this rank holds that came out of the source at their place; all of them, or it fails."""
+    mesh = make_mesh(layout, device=CPU, tied_embedding=True, timeout_s=60)
+    source = open_weights(Path(path))
+    engine = build_engine(CONFIG, Precision("bf16"), OptimConfig(), mesh, seed=1, source=source)
+    compared = 0
+    for key, value in checkpoint_tensors(engine).items():
+        if not key.startswith("model."):
+            continue
+        expected = source.read(key.removeprefix("model."))
+        if isinstance(value, Piece):
+            assert value.local.shape[0] < expected.shape[0]
+            expected, value = expected[value.offset[0] :][: len(value.local)], value.local
+        assert torch.equal(value, expected), key
+        compared += 1
+    return compared
+
+
+def test_each_rank_of_a_layout_reads_its_layers_and_experts(tmp_path: Path) -> None:
+    path = saved_model(tmp_path / "step_00000001", CONFIG, Precision("bf16"))
+    counts = run_ranks(4, filled_alike, str(path), Layout(pp=2, dp=2, ep=2, schedule="ZBVZeroBubble"))
+    assert min(counts) > 10
