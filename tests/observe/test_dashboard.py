@@ -1,10 +1,16 @@
-"""The dashboard holds every run's numbers in one page, asks no network for anything, survives odd runs."""
+"""The dashboard's file holds every run's numbers, asks no network for anything, survives odd runs, stays bounded.
+
+What a person sees of it is tested in a browser (`test_dashboard_browser.py`).
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,12 +18,24 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from launch.dashboard import main
-from train.observe.compare import ema, relative_gap
-from train.observe.dashboard import MAX_COLUMNS, render
-from train.observe.metrics import Record, encode
+from tests.observe.synthetic_runs import record, with_tables, write_run
+from train.observe.dashboard import (
+    CURVE_BYTES,
+    TABLE_BYTES,
+    curve_limit,
+    names,
+    render,
+    runs_json,
+    table_limit,
+    tables_json,
+)
+from train.observe.metrics import FP8_OPERANDS
+from train.observe.run_reader import RunReader
+from train.observe.series import MAX_COLUMNS
 from train.observe.sinks import read_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -56,34 +74,12 @@ class Page(HTMLParser):
 
     @property
     def data(self) -> Any:
-        return json.loads(self.scripts[1])
+        return json.loads(self.scripts[0])
 
-    def figure(self, name: str) -> dict[str, Any]:
-        return {figure["id"]: figure for figure in self.data["figures"]}[name]
-
-
-def record(step: int, *, factor: float = 1.0) -> Record:
-    return {
-        "step": step,
-        "tokens_seen": 512 * step,
-        "time_unix_s": 1000.0 + 3.0 * step,
-        "loss/main": factor * (2.0 + 1 / step + 0.1 * math.sin(step)),
-        "loss/mtp": factor * (3.0 + 1 / step),
-        "grad/norm": 1.0 + 1 / step,
-        "optim/lr": 1e-3 / step,
-        "speed/tokens_per_s": 1000.0 + step,
-        "moe/max_violation_ratio": 1 / step,
-        "moe/expert_load": [[1.5, 0.5, 1.0, 1.0], [1.0, 1.0, 0.25, 1.75]],
-        "guard/skipped_steps": 0,
-    }
-
-
-def write_run(run_dir: Path, lines: list[Record], **card: object) -> Path:
-    run_dir.mkdir(parents=True)
-    (run_dir / "metrics.jsonl").write_text("".join(encode(line) + "\n" for line in lines))
-    if card:
-        (run_dir / "run_card.json").write_text(json.dumps(card))
-    return run_dir
+    def curve(self, run: int, metric: str, array: str = "mean") -> list[float]:
+        packed = self.data["runs"][run]["series"][metric]
+        assert packed["width"] == 1
+        return np.frombuffer(base64.b64decode(packed[array]), "<u4" if array == "key" else "<f4").tolist()
 
 
 @pytest.fixture
@@ -109,34 +105,76 @@ def drawn(run_dirs: list[Path], title: str = "Training runs") -> Page:
 def test_the_curves_of_both_runs_are_in_the_page(two_runs: list[Path]):
     page = drawn(two_runs)
     assert [run["name"] for run in page.data["runs"]] == ["tiny_bf16", "tiny_fp8"]
+    drawn_metrics = {chart["metric"] for chart in page.data["charts"]}
     for index, run_dir in enumerate(two_runs):
         records = read_run(run_dir)
-        assert page.data["runs"][index]["axes"]["step"] == list(range(1, 41))
-        assert page.data["runs"][index]["axes"]["tokens"][-1] == 512 * 40
-        for name in ("loss/main", "loss/mtp", "grad/norm", "speed/tokens_per_s", "moe/max_violation_ratio"):
-            traces = [t for t in page.figure(name.replace("/", "-"))["traces"] if t["run"] == index]
-            logged = [r[name] for r in records]
-            # The page keeps six digits.
-            assert traces[0]["y"] == pytest.approx(logged, rel=5e-6)
-            assert traces[1]["y"] == pytest.approx(ema(logged, 0.9), rel=5e-6)
-        (rate,) = [t for t in page.figure("optim-lr")["traces"] if t["run"] == index]
-        assert rate["y"] == pytest.approx([r["optim/lr"] for r in records], rel=5e-6)
+        for name in ("loss/main", "loss/mtp", "grad/norm", "optim/lr", "speed/tokens_per_s", "moe/max_violation_ratio"):
+            # The page keeps f32: 24 bits.
+            assert page.curve(index, name) == pytest.approx([r[name] for r in records], rel=2**-24)
+            assert page.curve(index, name, "key") == list(range(1, 41))
+            assert name in drawn_metrics
 
 
-def test_every_figure_has_its_place_in_the_page(two_runs: list[Path]):
-    page = drawn(two_runs)
-    places = [attributes["id"] for tag, attributes in page.elements if tag == "figure"]
-    assert places == [figure["id"] for figure in page.data["figures"]]
-    assert {"loss-main", "gap", "loss-mtp", "grad-norm", "optim-lr", "expert-load"} <= set(places)
-    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
-    assert len(ids) == len(set(ids))
+def test_every_metric_that_is_logged_has_a_chart_or_a_picture(two_runs: list[Path]):
+    extra = write_run(two_runs[0].parent / "c", [record(1) | {"speed/bubble_ratio": 0.25, "no_area": 1.0}])
+    page = drawn([*two_runs, extra])
+    charts = {chart["metric"]: chart["section"] for chart in page.data["charts"]}
+    assert charts["speed/bubble_ratio"] == charts["no_area"] == "more"
+    assert {"speed/mfu_ratio", "moe/dead_experts", "schedule/bias_speed", "schedule/mtp_weight"} <= charts.keys()
+    assert {"tokens_seen", "time_unix_s", "step", "loss/total"}.isdisjoint(charts)
 
 
-def test_cards_and_table_name_both_runs_and_what_they_are(two_runs: list[Path]):
-    text = drawn(two_runs, title="BF16 & FP8").text
-    # Chip, card, the card's list of all fields, and table row.
-    assert all(text.count(name) == 4 for name in ("tiny_bf16", "tiny_fp8"))
-    assert {"BF16 & FP8", "12.3 M parameters", "one H100", "bf16", "fp8", "20.5 k"} <= set(text)
+def test_tables_of_experts_and_fp8_are_in_the_page(tmp_path: Path):
+    page = drawn(
+        [
+            write_run(
+                tmp_path / "run",
+                [with_tables(record(step)) for step in range(1, 9)],
+                layer_ids=[0, 1, 4],
+                first_k_dense_replace=1,
+            )
+        ]
+    )
+    run = page.data["runs"][0]
+    assert run["table_names"] == sorted(run["tables"])
+    assert run["tables"]["moe/expert_bias"]["reduction"] == "last"
+    assert run["tables"]["fp8/snr_db"]["reduction"] == "min"
+    assert run["tables"]["fp8/amax"]["shape"] == [len(FP8_OPERANDS)] * 3
+    assert run["tables"]["fp8/amax"]["first"] == list(range(1, 9))
+    assert (run["layer_ids"], run["moe_layer_ids"]) == ([0, 1, 4], [1, 4])
+    assert page.data["fp8_operands"] == ["x fprop", "w fprop", "dy dgrad", "w dgrad", "dy wgrad", "x wgrad"]
+
+
+def test_the_heat_map_averages_neighbouring_steps(tmp_path: Path):
+    steps = 2 * MAX_COLUMNS + 30
+    lines = [record(s) | {"moe/expert_load": [[2 * s / steps, 1.0], [0.5, 1.5]]} for s in range(1, steps + 1)]
+    load = drawn([write_run(tmp_path / "run", lines)]).data["runs"][0]["tables"]["moe/expert_load"]
+    spans = np.stack([load["first"], load["last"]], axis=1)
+    assert len(spans) <= MAX_COLUMNS
+    assert (spans[1:, 0] == spans[:-1, 1] + 1).all()
+    assert (spans[0, 0], spans[-1, 1]) == (1, steps)
+    bits = np.frombuffer(base64.b64decode(load["cells"]), "<u2").astype("<u4") << 16
+    cells = bits.view("<f4").reshape(-1, 4)
+    assert (cells[:, 1:] == [1.0, 0.5, 1.5]).all()
+    # Each cell is the mean of its own steps, within BF16's 2^-8.
+    assert cells[:, 0] == pytest.approx(spans.sum(axis=1) / steps, rel=2**-8)
+
+
+def test_cards_name_the_runs_and_what_they_are(two_runs: list[Path]):
+    (two_runs[0] / "config.yaml").write_text("optim:\n  lr: 0.5\n")
+    page = drawn(two_runs, title="BF16 & FP8")
+    first, second = page.data["runs"]
+    assert page.text.count("BF16 & FP8") == 2
+    assert ["Model", "12.3 M parameters"] in first["facts"]
+    assert ["Device", "one H100"] in second["facts"]
+    assert ["Tokens", "20.5 k"] in first["row"]
+    assert (first["precision"], second["precision"]) == ("bf16", "fp8")
+    assert first["fields"] == {
+        "name": "tiny_bf16",
+        "precision": "bf16",
+        "parameters.total": "12345678",
+        "config.optim.lr": "0.5",
+    }
 
 
 def test_nothing_is_loaded_from_anywhere(two_runs: list[Path]):
@@ -147,70 +185,21 @@ def test_nothing_is_loaded_from_anywhere(two_runs: list[Path]):
         assert "url(" not in str(attributes.get("style"))
     assert all("url(" not in style and "@import" not in style for style in page.styles)
     # Plotly's own text names sites it could link to; ours names none, and the policy forbids every request.
-    plotly, data, ours = page.scripts
+    data, plotly, *ours = page.scripts
     assert "plotly.js v" in plotly[:200]
-    assert "://" not in ours + data
+    assert "://" not in "".join(ours) + data
     (policy,) = [a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a]
     directives = dict(part.strip().split(" ", 1) for part in str(policy).split(";"))
-    assert directives == {
-        "default-src": "'none'",
-        "script-src": "'unsafe-inline'",
-        "style-src": "'unsafe-inline'",
-        "img-src": "data: blob:",
-    }
+    # Only the page's own scripts, each by its hash.
+    scripts = directives.pop("script-src").split()
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (plotly, *ours)]
+    assert scripts == [f"'sha256-{digest}'" for digest in digests]
+    assert directives == {"default-src": "'none'", "style-src": "'unsafe-inline'", "img-src": "data: blob:"}
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_two_runs_get_their_gap_with_bf16_as_reference(two_runs: list[Path], reverse: bool):
-    order = two_runs[::-1] if reverse else two_runs
-    gap = drawn(order).figure("gap")
-    records = [read_run(run_dir) for run_dir in two_runs]
-    expected = [100 * value for value in relative_gap(records[1], records[0])]
-    assert gap["traces"][0]["y"] == pytest.approx(expected, rel=1e-5)
-    assert gap["hint"].startswith("tiny_fp8 against tiny_bf16")
-    # The second run is the first times 1.001, and smoothing is linear.
-    assert gap["badge"] == "+0.100 %"
-    assert gap["good"]
-    assert gap["band"] == 0.25
-    assert gap["traces"][0]["by"] == (0 if reverse else 1)
-
-
-def test_a_gap_beyond_the_band_is_marked_bad(tmp_path: Path):
-    runs = [
-        write_run(tmp_path / name, [record(step, factor=factor) for step in range(1, 20)])
-        for name, factor in (("reference", 1.0), ("worse", 1.004))
-    ]
-    gap = drawn(runs).figure("gap")
-    assert (gap["badge"], gap["good"]) == ("+0.400 %", False)
-
-
-def test_one_or_three_runs_have_no_gap(two_runs: list[Path]):
-    for runs in (two_runs[:1], [*two_runs, two_runs[0]]):
-        assert "gap" not in [figure["id"] for figure in drawn(runs).data["figures"]]
-
-
-def test_events_are_marked_on_the_loss_curve(two_runs: list[Path]):
-    loss = drawn(two_runs).figure("loss-main")
-    (marks,) = [trace for trace in loss["traces"] if trace["style"] == "events"]
-    (smooth,) = [t["y"] for t in loss["traces"] if t["run"] == 1 and t["style"] == "line"]
-    assert (marks["run"], marks["rows"], marks["kinds"]) == (1, [19, 29], ["checkpoint", "skip"])
-    assert marks["y"] == [smooth[19], smooth[29]]
-    assert "○ checkpoint" in loss["hint"]
-
-
-def test_the_heat_map_averages_neighbouring_steps(tmp_path: Path):
-    steps = 2 * MAX_COLUMNS + 30
-    lines = [record(s) | {"moe/expert_load": [[2 * s / steps, 1.0], [0.5, 1.5]]} for s in range(1, steps + 1)]
-    load = drawn([write_run(tmp_path / "run", lines)]).figure("expert-load")["traces"][0]
-    sizes = [last - first + 1 for first, last in load["ranges"]]
-    assert len(sizes) <= MAX_COLUMNS
-    assert sum(sizes) == steps
-    assert load["layers"] == [2, 2]
-    assert [len(row) for row in load["z"]] == [len(sizes)] * 4
-    assert load["z"][1:] == [[1.0] * len(sizes), [0.5] * len(sizes), [1.5] * len(sizes)]
-    # Each cell is the mean of its own steps; the page keeps three digits.
-    middles = [(first + last) / steps for first, last in load["ranges"]]
-    assert load["z"][0] == pytest.approx(middles, rel=5e-3)
+def test_events_are_in_the_page(two_runs: list[Path]):
+    events = drawn(two_runs).data["runs"][1]["events"]
+    assert events == {"checkpoint": {"total": 1, "steps": [20]}, "skip": {"total": 1, "steps": [30]}}
 
 
 def test_baselines_stand_beside_the_runs(two_runs: list[Path]):
@@ -218,16 +207,8 @@ def test_baselines_stand_beside_the_runs(two_runs: list[Path]):
     for run_dir, score in zip(two_runs, (1.81, 1.82), strict=True):
         summary = {"heldout_bits_per_byte": score, "baselines_bits_per_byte": baselines}
         (run_dir / "summary.json").write_text(json.dumps(summary))
-    page = drawn(two_runs)
-    bars = [(bar["label"], bar["value"]) for bar in page.figure("bits-per-byte")["traces"]]
-    assert bars == [
-        ("tiny_bf16", 1.81),
-        ("tiny_fp8", 1.82),
-        ("bigram", 1.87),
-        ("xz -9", 1.95),
-        ("unigram", 2.9),
-    ]
-    assert {"1.8100", "1.8200", "1.8700", "1.9500", "2.9000", "xz -9"} <= set(page.text)
+    for run, score in zip(drawn(two_runs).data["runs"], (1.81, 1.82), strict=True):
+        assert (run["bits_per_byte"], run["baselines"]) == (score, baselines)
 
 
 def test_the_last_evaluation_is_the_score_of_a_run_without_summary(tmp_path: Path):
@@ -235,18 +216,17 @@ def test_the_last_evaluation_is_the_score_of_a_run_without_summary(tmp_path: Pat
     lines[3]["eval/bits_per_byte"] = 2.0
     lines[7]["eval/bits_per_byte"] = 1.75
     page = drawn([write_run(tmp_path / "run", lines)])
-    assert "1.7500" in page.text
-    assert page.figure("eval-bits_per_byte")["traces"][0]["y"] == [None] * 3 + [2.0] + [None] * 3 + [1.75]
+    assert page.data["runs"][0]["bits_per_byte"] == 1.75
+    assert page.curve(0, "eval/bits_per_byte") == [2.0, 1.75]
+    assert page.curve(0, "eval/bits_per_byte", "key") == [4, 8]
 
 
 def test_a_run_with_nan_draws_a_gap_where_the_step_was_skipped(tmp_path: Path):
     lines = [record(step) for step in range(1, 6)]
     lines[2] |= {"loss/main": math.nan, "grad/norm": math.inf}
     page = drawn([write_run(tmp_path / "run", lines)])
-    raw, smooth = page.figure("loss-main")["traces"]
-    assert [y is None for y in raw["y"]] == [False, False, True, False, False]
-    assert None not in smooth["y"]
-    assert page.figure("grad-norm")["traces"][0]["y"][2] is None
+    for metric in ("loss/main", "grad/norm"):
+        assert [math.isnan(y) for y in page.curve(0, metric)] == [False, False, True, False, False]
 
 
 def test_odd_runs_do_not_break_the_page(two_runs: list[Path], tmp_path: Path):
@@ -259,30 +239,38 @@ def test_odd_runs_do_not_break_the_page(two_runs: list[Path], tmp_path: Path):
         write_run(tmp_path / "bare", [{"step": 1, "tokens_seen": 2, "time_unix_s": 3.0}]),
     ]
     for run_dir in odd:
-        assert run_dir.name in drawn([run_dir]).text
-        assert [run["name"] for run in drawn([run_dir, two_runs[0]]).data["runs"]] == [
-            run_dir.name,
-            "tiny_bf16",
-        ]
-    page = drawn([*two_runs, *odd])
-    assert len(page.data["runs"]) == 7
-    assert "No steps yet." in drawn(odd[:1]).text
+        assert [run["name"] for run in drawn([run_dir]).data["runs"]] == [run_dir.name]
+    assert len(drawn([*two_runs, *odd]).data["runs"]) == 7
+
+
+def test_the_page_of_many_runs_stays_within_its_budget(tmp_path: Path):
+    write_run(tmp_path / "00", [with_tables(record(step)) for step in range(1, 600)])
+    for name in range(1, 50):
+        shutil.copytree(tmp_path / "00", tmp_path / f"{name:02}")
+    readers = [RunReader(path) for path in sorted(tmp_path.iterdir())]
+    for reader in readers:
+        reader.poll()
+    curves = [run["series"] | run["axes"] for run in runs_json(readers, 0.0)]
+    tables = [tables_json(reader, table_limit(readers)) for reader in readers]
+    assert sum(len(json.dumps(run)) for run in curves) < CURVE_BYTES
+    assert sum(len(json.dumps(run)) for run in tables) < TABLE_BYTES
+    assert curve_limit(readers, CURVE_BYTES) < 599, "the budget must bind in this test"
+    highest = np.frombuffer(base64.b64decode(curves[7]["loss/main"]["high"]), "<f4").max()
+    assert highest == np.float32(max(r["loss/main"] for r in read_run(readers[7].directory)))
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path):
+    runs = [RunReader(write_run(tmp_path / place / "tiny", [record(1)])) for place in ("x", "y")]
+    assert names(runs) == ["tiny", f"tiny ({runs[1].directory})"]
 
 
 def test_a_hostile_name_stays_text(tmp_path: Path):
     name = "</script><script>alert(1)</script>{{data}}<b onclick=x>&amp;"
     page = drawn([write_run(tmp_path / "run", [record(1), record(2)], name=name, store=name)], title=name)
-    assert len(page.scripts) == 3
+    assert len(page.scripts) == 6
     assert page.data["runs"][0]["name"] == name
-    assert page.text.count(name) >= 5
+    assert page.text.count(name) == 2
     assert not any("onclick" in attributes for _, attributes in page.elements)
-
-
-def test_runs_of_one_name_are_told_apart(tmp_path: Path):
-    runs = [write_run(tmp_path / place / "tiny", [record(1)]) for place in ("x", "y")]
-    first, second = (run["name"] for run in drawn(runs).data["runs"])
-    assert first == "tiny"
-    assert second == f"tiny ({runs[1]})"
 
 
 def test_a_bad_directory_or_card_is_refused_in_words(tmp_path: Path):
@@ -303,7 +291,7 @@ def test_the_entrypoint_writes_the_page(
 ):
     out = tmp_path / "new" / "compare.html"
     done = run_command("launch/dashboard.py", *two_runs, "--out", out, PYTHONPATH=str(REPOSITORY))
-    assert re.search(r"compare\.html \(2 runs, \d\.\d MB\)", done.stdout)
+    assert re.search(r"compare\.html \(\d\.\d MB\)", done.stdout)
     assert out.stat().st_size > 1e6
 
 

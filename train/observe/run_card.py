@@ -1,136 +1,144 @@
-"""A run as a reader of the dashboard meets it: read from its directory, told as a card and a row of a table.
+"""A run in words: its state, its card, its row of final numbers, and what it was configured with.
 
-    runs/<name>/metrics.jsonl   records and events                              required
-    runs/<name>/run_card.json   who it is and on what it ran                    optional
-    runs/<name>/summary.json    held-out bits per byte and its baselines        optional
+    state      running, finished, stopped (by a signal or a guard), silent (no record for long), empty
+    ETA        tokens still to come over the tokens per second of the newest records of this process
+    row        last smoothed values (`compare.ema`, decay 0.9), held-out bits per byte, skipped steps
+    fields     every field of run_card.json and of config.yaml by its dotted name: the page shows where runs differ
 
 run_card.json (written by `open_sinks`): name, precision, parameters {total, active, mtp}, tokens_total,
-sequence_length, seed, device, torch or versions {package: version}; other fields are listed below these.
+sequence_length, seed, device, torch or versions {package: version}, layer_ids (of the rows of the fp8 tables).
 summary.json: heldout_bits_per_byte (else the last eval/bits_per_byte counts) and
 baselines_bits_per_byte {name: value}, of simpler models on the same held-out text.
 
-Every text that comes from a file is escaped. Curves are drawn in `dashboard.py`.
+Only texts and numbers leave this file, no HTML: the page's script sets them as text.
 """
 
 from __future__ import annotations
 
-import html
-import json
 import math
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timedelta
-from pathlib import Path
+from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
+import numpy as np
+
 from train.observe.compare import ema
-from train.observe.metrics import Record
-from train.observe.sinks import RUN_CARD_FILE, read_events, read_run
+from train.observe.run_reader import RunReader
+from train.observe.series import Json, Steps
 
-SUMMARY_FILE = "summary.json"
 SMOOTHING = 0.9
-# page.html has this many colours; the ninth run begins again, dashed.
-NUM_COLORS = 8
-
-Json = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the page shows of one run directory."""
-
-    name: str
-    records: list[Record]
-    events: list[Record]
-    card: Json
-    summary: Json
-
-    @property
-    def bits_per_byte(self) -> float | None:
-        """Held-out bits per byte at the end of the run, if it was measured."""
-        measured = [r["eval/bits_per_byte"] for r in self.records if "eval/bits_per_byte" in r]
-        value = self.summary.get("heldout_bits_per_byte", measured[-1] if measured else None)
-        return finite(value)
-
-    def column(self, name: str) -> list[float]:
-        """One metric over the records; NaN where a record lacks it."""
-        return [float(record.get(name, math.nan)) for record in self.records]
+# A run is silent after this long without a record, or after ten of its steps, whichever is longer.
+SILENT_S = 120.0
+# Without tokens for so many steps an expert is dead, where the run's configuration does not say; a tiny batch leaves
+# one idle now and then by chance.
+DEAD_STEPS = 50
 
 
-def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
-    """Read the runs and give each a name of its own."""
-    runs: list[Run] = []
-    for run_dir in run_dirs:
-        card = _read_json(run_dir / RUN_CARD_FILE)
-        name = str(card.get("name", run_dir.resolve().name))
-        if any(run.name == name for run in runs):
-            name = f"{name} ({run_dir})"
-        summary = _read_json(run_dir / SUMMARY_FILE)
-        runs.append(Run(name, read_run(run_dir), read_events(run_dir), card, summary))
-    return runs
+def bits_per_byte(run: RunReader) -> float | None:
+    """Held-out bits per byte at the end of the run, if it was measured."""
+    measured = run.series.get("eval/bits_per_byte")
+    return finite(run.summary.get("heldout_bits_per_byte", measured.tail[-1] if measured else None))
 
 
-def finite(value: float | None) -> float | None:
-    """The value, or None where there is none or it is not finite."""
-    return None if value is None or not math.isfinite(value) else value
+def baselines(run: RunReader) -> dict[str, float]:
+    """Name -> bits per byte of simpler models on the same held-out text."""
+    found = run.summary.get("baselines_bits_per_byte", {})
+    return {str(k): v for k, v in found.items() if finite(v) is not None} if isinstance(found, dict) else {}
 
 
-def _read_json(path: Path) -> Json:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): mend it or delete it") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not an object: mend it or delete it")
-    return value
+def status(run: RunReader, now_unix_s: float) -> Json:
+    """Where the run stands.
+
+    Args:
+        run: read up to now.
+        now_unix_s: the clock that the run's time stamps are compared with.
+    Returns:
+        state, step, tokens, tokens_total, progress (0 to 1 or None), tokens_per_s, eta_s (None when unknown or
+        not running), age_s (since the last record).
+    """
+    total = finite(run.card.get("tokens_total"))
+    speed = _recent_speed(run)
+    age_s = max(0.0, now_unix_s - run.last_time_s) if run.records else None
+    state = _state(run, total, age_s)
+    eta_s = None
+    if state == "running" and total and speed:
+        eta_s = max(0.0, total - run.tokens_seen) / speed
+    return {
+        "state": state,
+        "step": max(run.last_step, 0),
+        "tokens": run.tokens_seen,
+        "tokens_total": total,
+        "progress": min(1.0, run.tokens_seen / total) if total else None,
+        "tokens_per_s": speed,
+        "eta_s": eta_s,
+        "age_s": age_s,
+        "reason": run.stopped,
+    }
 
 
-def baselines_of(runs: list[Run]) -> dict[str, float]:
-    """Name -> bits per byte of simpler models on the same held-out text, over all runs."""
-    baselines: dict[str, float] = {}
-    for run in runs:
-        baselines |= run.summary.get("baselines_bits_per_byte", {})
-    return {name: value for name, value in baselines.items() if finite(value) is not None}
+def _state(run: RunReader, total: float | None, age_s: float | None) -> str:
+    if age_s is None:
+        return "empty"
+    if total and run.tokens_seen >= total:
+        return "finished"
+    if run.stopped is not None:
+        return "stopped"
+    step_s = (run.recent[-1][0] - run.recent[0][0]) / (len(run.recent) - 1) if len(run.recent) > 1 else 0.0
+    return "silent" if age_s > max(SILENT_S, 10 * step_s) else "running"
 
 
-def chip_html(run: Run, index: int) -> str:
-    """The run's name as a button that hides and shows its curves."""
-    button = f'<button class="chip" data-run="{index}" aria-pressed="true" {_colored(index)}>'
-    return f"{button}<i></i>{html.escape(run.name)}</button>"
+def _recent_speed(run: RunReader) -> float | None:
+    if len(run.recent) < 2:
+        return None
+    (first_s, first), (last_s, last) = run.recent[0], run.recent[-1]
+    return (last - first) / (last_s - first_s) if last_s > first_s and last > first else None
 
 
-def _colored(index: int) -> str:
-    """The attribute that gives an element the colour of a run."""
-    return f'style="--run:var(--run-{index % NUM_COLORS})"'
+def dead_experts(run: RunReader) -> Json | None:
+    """The alarm; None when no expert is without tokens, nor was said to be by an event.
+
+    Returns:
+        level ("alarm": some pair had no token for `steps` logged steps in a row; "idle": for fewer; "past": all have
+        tokens again after an event), steps, now and last (`DeadExperts`), and the pairs of that level, the longest
+        first: count, since (a step), streak (steps of the longest), pairs [[row of the load table, expert], ...].
+    """
+    dead, steps = run.dead, _patience(run)
+    told = run.events["dead_experts"].steps[-1] if "dead_experts" in run.events else -1
+    if not dead.now:
+        return {"level": "past", "steps": steps, "now": 0, "last": max(dead.last, told)} if told >= 0 else None
+    limit = steps if (dead.idle >= steps).any() else 1
+    idle = np.flatnonzero(dead.idle >= limit)
+    idle = idle[np.argsort(-dead.idle[idle], kind="stable")]
+    level = "alarm" if limit == steps or told == run.last_step else "idle"
+    since, streak = (int(dead.since[idle[0]]), int(dead.idle[idle[0]])) if len(idle) else (dead.last, 1)
+    verdict = {"level": level, "steps": steps, "now": dead.now, "last": dead.last}
+    return verdict | {"count": len(idle) or dead.now, "since": since, "streak": streak, "pairs": _pairs(run, idle[:12])}
 
 
-def card_html(run: Run, index: int) -> str:
-    """The run's card: who it is, on what it ran, and every other field of its run card folded away."""
-    facts = [(label, text) for label, text in _facts(run) if text]
-    rows = "".join(f"<dt>{html.escape(label)}</dt><dd>{html.escape(text)}</dd>" for label, text in facts)
-    rest = "".join(
-        f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>" for key, value in _flat(run.card).items()
-    )
-    precision = run.card.get("precision")
-    badge = f'<span class="precision">{html.escape(str(precision))}</span>' if precision else ""
-    more = f"<details><summary>Whole run card</summary><dl>{rest}</dl></details>" if rest else ""
-    return (
-        f'<article class="card" {_colored(index)}><header><i></i><h2>{html.escape(run.name)}</h2>'
-        f"{badge}</header><dl>{rows}</dl>{more}</article>"
-    )
+def _patience(run: RunReader) -> int:
+    """After how many steps the trainer itself calls an expert dead."""
+    observe = run.config.get("observe")
+    steps = observe.get("dead_expert_steps") if isinstance(observe, dict) else None
+    return steps if type(steps) is int and steps > 0 else DEAD_STEPS
 
 
-def _facts(run: Run) -> list[tuple[str, str]]:
+def _pairs(run: RunReader, cells: Steps) -> list[list[int]]:
+    """(row of the load table, expert) of cells of the flat table."""
+    starts = np.cumsum([0, *run.tables["moe/expert_load"].shape]) if len(cells) else np.zeros(1, int)
+    layers = np.searchsorted(starts, cells, side="right") - 1
+    return [[int(layer), int(cell - starts[layer])] for layer, cell in zip(layers, cells, strict=True)]
+
+
+def facts(run: RunReader) -> list[list[str]]:
+    """[[label, text], ...] of the card's first lines."""
     card = run.card
-    tokens = amount(run.records[-1]["tokens_seen"]) if run.records else "no steps yet"
-    if run.records and card.get("tokens_total"):
-        tokens += f" of {amount(card['tokens_total'])}"
     versions = card.get("versions", {"torch": card["torch"]} if "torch" in card else {})
+    versions = versions if isinstance(versions, Mapping) else {}
+    tokens = amount(run.tokens_seen) if run.records else "no steps yet"
+    if run.records and finite(card.get("tokens_total")):
+        tokens += f" of {amount(card['tokens_total'])}"
     sequence = card.get("sequence_length")
-    return [
+    lines = [
         ("Model", _model_size(card.get("parameters"))),
         ("Tokens", tokens),
         ("Sequence", f"{sequence} tokens" if sequence else ""),
@@ -138,63 +146,87 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("Seed", str(card.get("seed", ""))),
     ]
+    return [[label, text] for label, text in lines if text]
 
 
 def _model_size(parameters: Any) -> str:
     if isinstance(parameters, Mapping):
-        parts = [f"{amount(parameters['total'])} parameters"] if "total" in parameters else []
-        parts += [f"{amount(parameters[key])} {key}" for key in ("active", "mtp") if parameters.get(key)]
+        known = {key: value for key, value in parameters.items() if finite(value)}
+        parts = [f"{amount(known['total'])} parameters"] if "total" in known else []
+        parts += [f"{amount(known[key])} {key}" for key in ("active", "mtp") if key in known]
         return ", ".join(parts).replace(" mtp", " in MTP")
-    return f"{amount(parameters)} parameters" if parameters else ""
+    return f"{amount(parameters)} parameters" if finite(parameters) else ""
+
+
+def layer_ids(run: RunReader) -> list[int]:
+    """Layers of the rows of the fp8 tables; [] when the card does not say."""
+    ids = run.card.get("layer_ids")
+    return ids if isinstance(ids, list) and all(type(layer) is int for layer in ids) else []
+
+
+def moe_layer_ids(run: RunReader) -> list[int]:
+    """Layers of the rows of the moe tables: those from `first_k_dense_replace` on; [] when the card does not say."""
+    first = run.card.get("first_k_dense_replace")
+    return [layer for layer in layer_ids(run) if layer >= first] if type(first) is int else []
+
+
+def fields(run: RunReader) -> dict[str, str]:
+    """Every value of the run card and of the configuration, by dotted name."""
+    found = _flat(run.card) | _flat(run.config, "config.")
+    return {name: str(value) for name, value in found.items()}
 
 
 def _flat(card: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys joined by dots."""
     flat: dict[str, Any] = {}
     for key, value in card.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 
-def table_html(runs: list[Run]) -> str:
-    """Final numbers; the best held-out result is bold, baselines follow below."""
-    scores = [run.bits_per_byte for run in runs if run.bits_per_byte is not None]
-    lines = []
-    for index, run in enumerate(runs):
-        cells = _final_numbers(run)
-        if run.bits_per_byte is not None and run.bits_per_byte == min(scores) and len(scores) > 1:
-            cells["Bits per byte"] = f"<b>{cells['Bits per byte']}</b>"
-        name = f'<th scope="row" {_colored(index)}><i></i>{html.escape(run.name)}</th>'
-        lines.append(f"<tr>{name}{''.join(f'<td>{cell}</td>' for cell in cells.values())}</tr>")
-    labels = list(_final_numbers(runs[0]))
-    for baseline, value in baselines_of(runs).items():
-        row = "".join(f"<td>{value:.4f}</td>" if label == "Bits per byte" else "<td></td>" for label in labels)
-        lines.append(f'<tr class="baseline"><th scope="row">{html.escape(baseline)}</th>{row}</tr>')
-    head = "".join(f"<th>{label}</th>" for label in labels)
-    return f"<table><thead><tr><th>Run</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-
-
-def _final_numbers(run: Run) -> dict[str, str]:
-    """Label -> text of the last value, smoothed where the curve is."""
+def row(run: RunReader) -> list[list[str]]:
+    """[[label, text], ...]: final numbers, smoothed where the curve is; "–" for what was not measured."""
 
     def last(name: str, digits: int) -> str:
-        values = [value for value in ema(run.column(name), SMOOTHING) if math.isfinite(value)]
+        # 0.9^256 is 2e-12: what came before the tail no longer counts.
+        tail = run.series[name].tail if name in run.series else []
+        values = [value for value in ema(tail, SMOOTHING) if math.isfinite(value)]
         return f"{values[-1]:.{digits}f}" if values else "–"
 
-    speeds = [speed for speed in run.column("speed/tokens_per_s") if math.isfinite(speed)]
-    records = run.records
-    seconds = records[-1]["time_unix_s"] - records[0]["time_unix_s"] if records else 0.0
-    return {
-        "Steps": f"{records[-1]['step']:,}" if records else "0",
-        "Tokens": amount(records[-1]["tokens_seen"]) if records else "0",
-        "Loss": last("loss/main", 4),
-        "MTP loss": last("loss/mtp", 4),
-        "Bits per byte": f"{run.bits_per_byte:.4f}" if run.bits_per_byte is not None else "–",
-        "Median tokens/s": amount(statistics.median(speeds)) if speeds else "–",
-        "MaxVio": last("moe/max_violation_ratio", 2),
-        "Skipped": str(records[-1].get("guard/skipped_steps", "–")) if records else "–",
-        "Time": str(timedelta(seconds=round(seconds))),
-    }
+    score = bits_per_byte(run)
+    skipped = run.series.get("guard/skipped_steps")
+    return [
+        ["Steps", f"{max(run.last_step, 0):,}"],
+        ["Tokens", amount(run.tokens_seen)],
+        ["Loss", last("loss/main", 4)],
+        ["MTP loss", last("loss/mtp", 4)],
+        ["Bits per byte", f"{score:.4f}" if score is not None else "–"],
+        ["Median tokens/s", _median(run, "speed/tokens_per_s")],
+        ["MFU", _percent(run, "speed/mfu_ratio")],
+        ["MaxVio", last("moe/max_violation_ratio", 2)],
+        ["Skipped", f"{skipped.tail[-1]:.0f}" if skipped and math.isfinite(skipped.tail[-1]) else "–"],
+        ["Time", str(timedelta(seconds=round(run.last_time_s - run.first_time_s)))],
+    ]
+
+
+def _medians(run: RunReader, name: str) -> float | None:
+    means = run.series[name].means if name in run.series else np.zeros(0)
+    means = means[np.isfinite(means)]
+    return float(np.median(means)) if len(means) else None
+
+
+def _median(run: RunReader, name: str) -> str:
+    median = _medians(run, name)
+    return amount(median) if median is not None else "–"
+
+
+def _percent(run: RunReader, name: str) -> str:
+    median = _medians(run, name)
+    return f"{100 * median:.1f} %" if median is not None else "–"
+
+
+def finite(value: Any) -> float | None:
+    """The value, or None where it is no finite number."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def amount(value: float) -> str:
@@ -203,10 +235,3 @@ def amount(value: float) -> str:
         if abs(value) >= scale:
             return f"{value / scale:.3g} {letter}"
     return f"{value:.3g}"
-
-
-def subtitle(runs: list[Run]) -> str:
-    """How much the page shows, and when it was drawn."""
-    tokens = sum(run.records[-1]["tokens_seen"] for run in runs if run.records)
-    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    return f"{count} · {amount(tokens)} tokens · drawn {datetime.now():%Y-%m-%d %H:%M}"
