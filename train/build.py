@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,6 @@ from parallel.pipeline import Pipeline, balanced_split, balanced_v
 from parallel.schedules import num_stages, schedule_facts, stage_ids
 from parallel.zero import GradientBuckets
 from train.checkpoint.publish import published
-from train.checkpoint.reader import WeightSource, open_weights
 from train.config import PretrainConfig
 from train.data.store import TokenStore, check_same_tokenizer
 from train.data.stream import TokenStream
@@ -39,6 +39,9 @@ from train.plan.flops import flops_per_token
 from train.plan.memory import Held, weights
 from train.stage import Stage
 from train.step import Engine
+
+if TYPE_CHECKING:
+    from train.checkpoint.reader import WeightSource
 
 # Ranks that have written wait for the slowest one of a save.
 SAVE_TIMEOUT_S = 3600
@@ -223,6 +226,9 @@ def first_weights(config: PretrainConfig) -> WeightSource | None:
     run = config.run
     if run.init_from is None or published(Path(run.directory) / run.name / "checkpoints"):
         return None
+    # Here, so that a machine without `tokenizers` can train: a folder of weights may bring a tokeniser.
+    from train.checkpoint.reader import open_weights
+
     source = open_weights(Path(run.init_from))
     wanted, found = asdict(config.model), asdict(source.config)
     for name, value in wanted.items():
