@@ -259,12 +259,14 @@ def _fprop(
     rows_of_x gives rows of what xq was quantised from, should a probe want to compare.
     """
     w = weight_fp8(weight, power_of_two=power_of_two)
-    ctx.power_of_two, ctx.watch, ctx.x_sample = power_of_two, probe.watch(weight), None
+    # A rank whose experts got no token has no row to show.
+    watch = probe.watch(weight) if len(xq.payload) else None
+    ctx.power_of_two, ctx.watch, ctx.x_sample = power_of_two, watch, None
     _keep_weight(ctx, weight)
-    if ctx.watch is not None:
-        ctx.x_sample = probe.sample(rows_of_x, xq.payload, group_ends, num_blocks=ctx.watch.num_blocks)
-        ctx.watch.rows("x.fprop", ctx.x_sample, xq)
-        ctx.watch.weight("w.fprop", weight, w)
+    if watch is not None:
+        ctx.x_sample = probe.sample(rows_of_x, xq.payload, group_ends, num_blocks=watch.num_blocks)
+        watch.rows("x.fprop", ctx.x_sample, xq)
+        watch.weight("w.fprop", weight, w)
     return _rows_times(xq, w, group_ends, dtype)
 
 

@@ -235,3 +235,14 @@ def test_whole_blocks_inside_the_groups_are_sampled(rows: int, ends: list[int] |
     assert found.blocks.tolist() == expected
     wanted = [row for block in expected for row in range(128 * block, min(128 * block + 128, rows))]
     assert found.rows.tolist() == found.values[:, 0].tolist() == wanted
+
+
+def test_a_rank_whose_experts_got_no_token_shows_nothing_and_goes_on() -> None:
+    health, weight = health_of(torch.randn(2, 128, 256))
+    x = torch.zeros(0, 256, requires_grad=True)
+    with watching(health):
+        y = grouped_fp8_linear(x, weight, torch.zeros(2, dtype=torch.int32), power_of_two=True)
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == (0, 256)
+    assert set(figures(health)["fp8/amax"].values()) == {0.0}

@@ -7,8 +7,10 @@ import torch
 
 from train.build import model_flops_per_token
 from train.config import compose
-from train.observe.records import dead_experts, dense_bf16_peak
+from train.observe.records import dead_experts, dense_bf16_peak, step_record
 from train.observe.sinks import ObserveConfig
+from train.optim.schedules import at
+from train.state import TrainState
 
 
 def test_v3_at_its_published_speed_has_its_published_mfu() -> None:
@@ -53,3 +55,12 @@ def test_the_first_step_and_every_nth_after_it_are_due() -> None:
 def test_a_value_out_of_range_is_refused_by_name(override: str) -> None:
     with pytest.raises(ValueError, match=override.split("=", maxsplit=1)[0]):
         compose([override])
+
+
+def test_a_load_is_never_rounded_to_none() -> None:
+    now = at(compose([]).schedule, step=0, tokens_seen=0)
+    counts = torch.full((256,), 32768)
+    counts[7] = 1
+    record = step_record(TrainState(), now, {"loss/main": torch.tensor(1.0)}, {0: counts})
+    assert record["moe/dead_experts"] == 0
+    assert record["moe/expert_load"][0][7] == pytest.approx(1 / counts.double().mean().item(), rel=1e-3)

@@ -60,7 +60,8 @@ def step_record(state: TrainState, now: Now, losses: Mapping[str, Tensor], count
         loads = torch.stack([counts[i] for i in sorted(counts)])  # [layers, experts]
         record["moe/max_violation_ratio"] = float(max_violation(loads).max())
         load = loads.double() / loads.double().mean(dim=-1, keepdim=True)
-        record["moe/expert_load"] = [[round(x, 4) for x in layer] for layer in load.tolist()]
+        # Significant digits: a load rounded to zero would read as an expert without a token.
+        record["moe/expert_load"] = [[float(f"{x:.4g}") for x in layer] for layer in load.tolist()]
         record["moe/dead_experts"] = int((loads == 0).sum())
     return record
 
