@@ -115,8 +115,11 @@ def apply_rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _rotate(x: Tensor, turns: Tensor) -> Tensor:
     """Multiply each pair, read as a complex number, by its turn."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    pairs = torch.view_as_complex(wide.contiguous().unflatten(-1, (-1, 2)))  # [..., tokens, dim / 2] complex
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    if wide.storage_offset() % 2:
+        # Some columns of a wider row may be contiguous (one token) and yet begin in the middle of a pair.
+        wide = wide.clone()
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # [..., tokens, dim / 2] complex
     return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 

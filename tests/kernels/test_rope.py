@@ -118,6 +118,15 @@ def test_bf16_is_the_fp32_rotation_rounded_once(tokens: int) -> None:
     torch.testing.assert_close(y.float(), apply_rope_reference(x.float(), cos, sin), rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.parametrize("first_column", [1, 2, 33])
+def test_columns_of_a_wider_row_turn_wherever_they_begin(first_column: int) -> None:
+    cos, sin = rope_tables(1, 32, 10000.0, yarn=None)
+    # One token: contiguous, whatever column it begins at.
+    x = torch.randn(1, 70)[:, first_column : first_column + 32]
+    # Two products and one sum of numbers of size about 1, in another order: 2^-22.
+    torch.testing.assert_close(apply_rope(x, cos, sin), apply_rope_reference(x, cos, sin), rtol=0, atol=2**-22)
+
+
 def test_gradient_in_fp64() -> None:
     cos, sin = (t.double() for t in rope_tables(5, 6, 100.0, yarn=None))
     x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
