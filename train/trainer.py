@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from train.build import (
 )
 from train.checkpoint.agreement import Ranks
 from train.checkpoint.dcp import Saver, latest, load
+from train.checkpoint.publish import published
 from train.config import PretrainConfig, to_yaml
 from train.data.batch import Batch
 from train.evaluate.score import bits_per_byte
@@ -280,6 +282,7 @@ class Trainer:
         self._refuse_an_old_run()
         path = latest(self.directory / "checkpoints", group=self.parts.checkpoint_group)
         if path is None:
+            self._refuse_drawn_weights()
             return
         tensors = self.tensors()
         saved = load(path, tensors, group=self.parts.checkpoint_group)
@@ -298,15 +301,37 @@ class Trainer:
         self.changed = _changed_fields(saved["config"], _as_json(asdict(self.config)))
 
     def _refuse_an_old_run(self) -> None:
-        """With `run.resume=false`: one rank looks, so that all have the same answer whatever their disks show."""
+        """With `run.resume=false`."""
+
+        def reason() -> str | None:
+            if self.config.run.resume or not any(self.directory.glob("*")):
+                return None
+            return (
+                f"run.resume=false, but {self.directory} already holds a run; choose another run.name or move it away"
+            )
+
+        self._refuse_for(reason)
+
+    def _refuse_drawn_weights(self) -> None:
+        """With `run.init_from`: weights were not read, because there are checkpoints, but none of them is whole."""
+
+        def reason() -> str | None:
+            if self.config.run.init_from is None or not published(self.directory / "checkpoints"):
+                return None
+            return (
+                f"every checkpoint in {self.directory / 'checkpoints'} is damaged; move them away to begin again with "
+                f"the weights of run.init_from={self.config.run.init_from}"
+            )
+
+        self._refuse_for(reason)
+
+    def _refuse_for(self, reason: Callable[[], str | None]) -> None:
+        """One rank looks for a reason, so that all have the same answer whatever their disks show."""
         ranks = Ranks(self.parts.checkpoint_group)
 
         def look(_: list[None]) -> list[None]:
-            if not self.config.run.resume and any(self.directory.glob("*")):
-                raise ValueError(
-                    f"run.resume=false, but {self.directory} already holds a run; "
-                    "choose another run.name or move it away"
-                )
+            if found := reason():
+                raise ValueError(found)
             return [None] * ranks.size
 
         ranks.agree(lambda: None, look)

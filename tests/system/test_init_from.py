@@ -76,6 +76,17 @@ def test_a_resume_takes_the_runs_own_checkpoint_and_needs_the_old_one_no_more(
         assert torch.equal(again.engine.models[0].state_dict()[name], tensor)
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_with_drawn_weights(
+    config: PretrainConfig, old: Path
+) -> None:
+    checkpoint = old.parent / "new" / "checkpoints" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    trainer = Trainer(config, build(config))
+    with pytest.raises(ValueError, match=r"every checkpoint in .*new/checkpoints is damaged; move them away"):
+        trainer.resume()
+
+
 def test_weights_of_another_model_are_refused(config: PretrainConfig, old: Path) -> None:
     other = replace(config, model=replace(config.model, n_routed_experts=2 * config.model.n_routed_experts))
     with pytest.raises(ValueError, match=r"run\.init_from=.*old holds a model with n_routed_experts=\d+, but model"):
