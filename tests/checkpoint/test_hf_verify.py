@@ -83,6 +83,24 @@ def test_wrong_values_are_named_whatever_the_hashes_say(
         verify_export(source, tmp_path, plan)
 
 
+def test_a_zero_is_compared_with_the_smallest_step(tmp_path: Path) -> None:
+    model = lively(RAGGED, Precision("bf16"))
+    weight = model.layers["0"].mlp.gate_up_proj.weight  # type: ignore[union-attr]
+    rows = sampled_rows("layers.0.mlp.gate_up_proj.weight", (288, 136))
+    with torch.no_grad():
+        weight[rows.start, 0] = 0  # type: ignore[index]
+    source = CheckpointReader(save_checkpoint(tmp_path / "checkpoints/step_00000001", model))
+    plan = made(source, tmp_path / "out").plan
+
+    def one_above_zero(tensors: dict[str, Tensor]) -> None:
+        tensors[FIRST].view(torch.uint8)[rows.start, 0] = 0x01
+
+    assert rows.start < 144, "the planted row is one of gate_proj's"
+    forge(tmp_path / "out", FIRST, one_above_zero)
+    with pytest.raises(ValueError, match="with other values"):
+        verify_export(source, tmp_path / "out", plan)
+
+
 def test_a_flipped_bit_is_found_by_its_hash(source: CheckpointReader, tmp_path: Path) -> None:
     plan = made(source, tmp_path).plan
     file = tmp_path / "model-00003-of-00004.safetensors"

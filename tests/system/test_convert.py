@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,17 @@ def test_there_and_back_with_every_proof(
     text = "In the beginning, the king said unto his people\n\n"
     tokenizer = load_tokenizer(store / "tokenizer.json")
     assert AutoTokenizer.from_pretrained(again)(text)["input_ids"] == tokenizer.encode_batch([text])[0]
+
+
+def test_a_damaged_source_is_not_proved(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run, damaged)
+    shard = max((damaged / "checkpoints/step_00000007").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert main(["export", str(damaged), str(tmp_path / "out"), "--format", "fp32", "--verify"]) == 2
+    assert shard.name in capsys.readouterr().err
 
 
 def test_a_killed_command_goes_on_with_the_same_bytes(run: Path, tmp_path: Path, run_command: Run) -> None:

@@ -19,7 +19,7 @@ from train.checkpoint.hf_export import ExportOptions, export
 from train.checkpoint.hf_import import import_hf
 from train.checkpoint.hf_reader import HfReader
 from train.checkpoint.hf_verify import Oracle, Verified, compare_logits, verify_export, verify_import
-from train.checkpoint.reader import open_weights
+from train.checkpoint.reader import CheckpointReader, open_weights
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -39,6 +39,9 @@ def run_export(options: Namespace, oracle: Oracle) -> Iterator[str]:
         raise ValueError("--logits is a part of --verify: give both")
     source = open_weights(options.source, options.weights)
     yield from source.notes if isinstance(source, HfReader) else ()
+    if options.verify and isinstance(source, CheckpointReader):
+        # What is compared with a damaged source proves nothing.
+        source.verify()
     asked = ExportOptions(options.format, options.weights, bytes_of(options.shard_size), options.tokenizer)
     started = time.perf_counter()
     done = export(source, options.out, asked)

@@ -147,8 +147,10 @@ def _step_error(reader: HfReader, released: str, rows: range, values: Tensor) ->
     inside = slice(rows.start - start, rows.stop - start)
     ones = torch.ones(q.payload.shape).to(torch.float8_e4m3fn)
     scale = dequantize_blocks(Quantized(ones, q.scale))[inside]  # [rows, in]
-    _, exponent = torch.frexp(values.float() / scale)
-    step = scale * torch.exp2((exponent - 1).clamp_min(_SMALLEST_EXPONENT).float() - _MANTISSA_BITS)
+    relative = values.float() / scale
+    # frexp gives zero the exponent of 1; the numbers around zero are the smallest there are.
+    exponent = torch.where(relative == 0, _SMALLEST_EXPONENT, torch.frexp(relative).exponent - 1)
+    step = scale * torch.exp2(exponent.clamp_min(_SMALLEST_EXPONENT).float() - _MANTISSA_BITS)
     return float(((dequantize_blocks(q)[inside] - values.float()).abs() / step).nan_to_num(nan=torch.inf).max())
 
 
