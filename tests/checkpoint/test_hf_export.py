@@ -20,12 +20,12 @@ from kernels.fp8_linear import weight_fp8
 from kernels.quantize import dequantize_blocks
 from parallel.mesh import Layout, make_mesh
 from tests.checkpoint.hf_folders import CPU, RAGGED, SHARD_BYTES, bytes_of, lively, save_checkpoint, tensors_of
+from tests.hf_names import from_hf
 from tests.ranks import run_ranks
 from tests.tiny_model import TINY
 from train.build import build_engine, checkpoint_tensors
 from train.checkpoint import hf_export
 from train.checkpoint.dcp import load, save
-from train.checkpoint.hf import from_hf
 from train.checkpoint.hf_export import ExportOptions, export
 from train.checkpoint.hf_import import import_hf
 from train.checkpoint.hf_plan import BIAS, export_plan

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from parallel.mesh import single
+from tests.hf_names import to_hf
 from train.build import build_engine, set_determinism
-from train.checkpoint.hf import to_hf
 from train.config import compose
 from train.data.batch import Batch
 from train.model.config import ModelConfig

@@ -23,10 +23,10 @@ from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
 from parallel.mesh import Layout
+from tests.hf_names import from_hf
 from tests.model.test_oracle import BASE, enliven, hf_config, relative, released_names
 from tests.parity.oracle_ranks import TOKENS, WEIGHTS, RankGradients, gradients_on
 from tests.ranks import run_ranks
-from train.checkpoint.hf import from_hf
 from train.data.batch import IGNORE_INDEX
 from train.model.config import ModelConfig
 
