@@ -2,8 +2,9 @@
 
     python -m launch.gpu        runs/gpu/report.json and runs/gpu/report.md; exit status 1 if any parity is red
 
-Needs a CUDA GPU, torch and Triton; what is missing besides is named in the report. Each part runs in a process of its
-own (`train/gpu_report.py`), started here with `--part`; Triton compiles there, whatever the environment says.
+Needs a CUDA GPU, torch, Triton, PyYAML and numpy; what is missing besides is named in the report. Each part runs in a
+process of its own (`train/gpu_report.py`), started here with `--part`; Triton compiles there, whatever the
+environment says.
 """
 
 from __future__ import annotations

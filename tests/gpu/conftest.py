@@ -25,7 +25,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
         pytest.skip("needs an NVIDIA GPU, which `make test` hides: run `make gpu` on a machine with one")
     limit = request.config.getoption("--gpu-seconds", default=None)
     if limit is not None and time.monotonic() - STARTED_S > limit:
-        pytest.skip(f"not measured: the {limit:.0f} s of the GPU tests were spent")
+        pytest.skip(f"not run: the {limit:.0f} s that --gpu-seconds allows were spent; `pytest tests/gpu` has no limit")
     return torch.device("cuda")
 
 
@@ -33,5 +33,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def hopper(device: torch.device) -> torch.device:
     """A GPU of compute capability 9.0, or a skip."""
     if torch.cuda.get_device_capability(device) != (9, 0):
-        pytest.skip(f"the Gluon GEMM is for compute capability 9.0, {torch.cuda.get_device_name(device)} has another")
+        name = torch.cuda.get_device_name(device)
+        pytest.skip(
+            f"the Gluon GEMM is for compute capability 9.0, not {name}: run `make gpu` on an H100, H200 or H800"
+        )
     return device

@@ -18,10 +18,11 @@ from train.gpu_report import Finished
 
 ROOT = Path(__file__).resolve().parents[2]
 ABSENT = ("hydra", "omegaconf", "datasets", "wandb", "deepspeed", "plotly", "rich", "tokenizers", "deep_gemm")
+ONLY_WITHOUT = "says what happens without a GPU, and this machine has one: CI runs it"
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: `make gpu` runs")
+@pytest.mark.skipif(torch.cuda.is_available(), reason=ONLY_WITHOUT)
 def test_without_a_gpu_make_says_one_sentence_and_sets_nothing_up() -> None:
     make = ["make", "gpu", f"GPU_PYTHON={sys.executable}"]
     # Under `make test ARGS=...` this would be a make within a make: it talks about folders and takes over ARGS.
@@ -67,7 +68,7 @@ def test_a_part_runs_where_only_torch_is_installed(run_command: Run, tmp_path: P
 
 def test_the_gpu_tests_are_collected_and_skipped_without_triton(run_command: Run) -> None:
     if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU: they run")
+        pytest.skip(ONLY_WITHOUT)
     code = "import sys, pytest; sys.modules['triton'] = None; sys.exit(pytest.main(['tests/gpu', '-q', '-x']))"
     shown = run_command("-c", code, PYTHONPATH=".").stdout
     assert "needs an NVIDIA GPU, which `make test` hides: run `make gpu` on a machine with one" in shown
