@@ -16,7 +16,7 @@ from tests.tiny_model import TINY
 from train.config import compose
 from train.model import decode
 from train.model.config import ModelConfig
-from train.model.decode import Decoder, LatentCache, Span
+from train.model.decode import Decoder, LatentCache, Span, latent_attention
 from train.model.init import initialize
 from train.model.moe import Router
 from train.model.precision import Precision
@@ -211,6 +211,27 @@ def test_the_cache_holds_576_values_per_token_and_layer_at_the_size_of_v3() -> N
     assert all(layer.numel() == sequences * slots * (512 + 64) for layer in cache.layers.values())
     # The published 70,272 bytes a token of the main model (fact sheet, section 1), and 1,152 of the MTP layer.
     assert cache.num_bytes == sequences * slots * (70_272 + 1_152)
+
+
+def test_a_short_prompt_beside_long_ones_is_hardly_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [60, 1, 1, 5, 2, 33, 1, 7, 3, 1]
+    decoder, scored = Decoder(model(TINY)), []
+
+    def counted(queries: Tensor, entries: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        scored.append((queries.shape[0] * queries.shape[1], entries.shape[1]))
+        return latent_attention(queries, entries, *arguments, **options)
+
+    monkeypatch.setattr(decode, "latent_attention", counted)
+    cache = decoder.new_cache(sequences=len(lengths), slots=64, drafting=False)
+    spans = [Span(row, 0, length) for row, length in enumerate(lengths)]
+    hidden = decoder.advance([1] * sum(lengths), spans, cache)
+    layers = TINY.num_hidden_layers
+    # One grid of all would have 600 queries of 60 keys each.
+    assert sum(queries for queries, _ in scored) < 2 * layers * sum(lengths)
+    assert sum(queries * keys for queries, keys in scored) < 4 * layers * sum(length**2 for length in lengths)
+    # The longest alone: nothing but roundings differ.
+    alone = decoder.advance([1] * 60, [Span(0, 0, 60)], decoder.new_cache(sequences=1, slots=64, drafting=False))
+    assert relative(hidden[:60], alone) < FP32_BOUND
 
 
 def test_tokens_taken_back_leave_no_trace() -> None:

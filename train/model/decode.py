@@ -13,8 +13,10 @@ norms, its router, dispatch, experts and combine. In FP8 the absorbed halves are
 training forward multiplies, and c_j is not quantised: one rounding fewer than in training.
 
 A pass adds tokens to some of the cache's sequences: any number to each, from a whole prompt to one token. They are laid
-out flat, without padding, so a short prompt beside a long one costs nothing and changes nothing. Positions are explicit
-and a query reads positions up to its own only: to take tokens back is to place the next ones on their positions.
+out flat, without padding, for everything but the attention core, which takes sequences of similar numbers of new tokens
+together (`_Group`): a short prompt beside a long one changes nothing but roundings and costs less than twice its own
+scores. Positions are explicit and a query reads positions up to its own only: to take tokens back is to place the next
+ones on their positions.
 
 Shapes: tokens = all new tokens of a pass, sequence after sequence; slots = positions a sequence may hold; keys = slots
 that a pass may read; width = kv_lora_rank + qk_rope_head_dim. Not here: sampling, when to stop, which drafts stand
@@ -24,7 +26,7 @@ that a pass may read; width = kv_lora_rank + qk_rope_head_dim. Not here: samplin
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
@@ -89,44 +91,71 @@ class LatentCache:
         return sum(layer.numel() * layer.element_size() for layer in self.layers.values())
 
 
+class _Group(NamedTuple):
+    """Sequences of a pass whose attention is computed together, as a grid padded to the longest of them.
+
+    rows [sequences]: of the cache, None where they are all of its rows in order; keys: slots read; tokens: places among
+    the pass's tokens; cells [tokens]: places in the grid [sequences, longest]; last_key [sequences, longest]: newest
+    slot that a query of the grid may read (0 where the grid has no token).
+    """
+
+    rows: Tensor | None
+    keys: int
+    tokens: Tensor
+    cells: Tensor
+    last_key: Tensor
+
+    def to_grid(self, x: Tensor) -> Tensor:
+        """[tokens of the pass, ...] -> [sequences, longest, ...]; zeros where there is no token."""
+        grid = x.new_zeros(self.last_key.numel(), *x.shape[1:])
+        return grid.index_copy_(0, self.cells, x.index_select(0, self.tokens)).view(*self.last_key.shape, *x.shape[1:])
+
+    def from_grid(self, grid: Tensor, out: Tensor) -> None:
+        """Put a grid's tokens to their places in [tokens of the pass, ...]."""
+        out.index_copy_(0, self.tokens, grid.flatten(0, 1).index_select(0, self.cells))
+
+
 class _Placed:
     """Where the tokens of one pass go, and what each may read; made once a pass, used by every layer.
 
-    rows [sequences in the pass]: their rows of the cache, None where they are all of them in order; keys: slots read;
-    slots_of [tokens]: in the cache flattened over rows and slots; cos, sin [tokens, rope / 2]; cells [tokens]: in the
-    grid [sequences in the pass, longest span]; last_key [sequences in the pass, longest span]: the newest slot that a
-    query of the grid may read (0 where the grid has no token).
+    groups: all sequences of the pass, those with 2^(n-1) to 2^n - 1 new tokens together, so that a grid is never half
+    padding; slots_of [tokens]: in the cache flattened over rows and slots; cos, sin [tokens, rope / 2].
     """
 
     def __init__(self, spans: Sequence[Span], cache: LatentCache) -> None:
-        device, sequences = cache.cos.device, len(next(iter(cache.layers.values())))
-
-        def ints(values: Iterable[int]) -> Tensor:
-            return torch.tensor(list(values), dtype=torch.int64, device=device)
-
-        longest = max(span.num_tokens for span in spans)
-        self.keys = max(span.start + span.num_tokens for span in spans)
-        assert self.keys <= cache.slots, (self.keys, cache.slots)
-        rows = [span.row for span in spans]
-        self.rows = None if rows == list(range(sequences)) else ints(rows)
-        positions = ints(chain.from_iterable(range(span.start, span.start + span.num_tokens) for span in spans))
+        self._device, self._cache_rows = cache.cos.device, len(next(iter(cache.layers.values())))
+        assert max(span.start + span.num_tokens for span in spans) <= cache.slots, (spans, cache.slots)
+        positions = self._ints(chain.from_iterable(range(span.start, span.start + span.num_tokens) for span in spans))
         first_slots = chain.from_iterable([span.row * cache.slots] * span.num_tokens for span in spans)
-        self.slots_of = positions + ints(first_slots)  # [tokens]
+        self.slots_of = positions + self._ints(first_slots)  # [tokens]
         self.cos, self.sin = cache.cos.index_select(0, positions), cache.sin.index_select(0, positions)
-        self.cells = ints(
-            chain.from_iterable(range(i * longest, i * longest + span.num_tokens) for i, span in enumerate(spans))
+        first_tokens = accumulate((span.num_tokens for span in spans), initial=0)
+        members: dict[int, list[tuple[Span, int]]] = {}
+        for span, first in zip(spans, first_tokens, strict=False):
+            members.setdefault(span.num_tokens.bit_length(), []).append((span, first))
+        self.groups = [self._group(pairs, positions) for pairs in members.values()]
+
+    def _ints(self, values: Iterable[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.int64, device=self._device)
+
+    def _group(self, members: Sequence[tuple[Span, int]], positions: Tensor) -> _Group:
+        """Spans with the place of each one's first token in the pass."""
+        rows = [span.row for span, _ in members]
+        longest = max(span.num_tokens for span, _ in members)
+        tokens = self._ints(chain.from_iterable(range(first, first + span.num_tokens) for span, first in members))
+        cells = self._ints(
+            chain.from_iterable(
+                range(i * longest, i * longest + span.num_tokens) for i, (span, _) in enumerate(members)
+            )
         )
-        grid = torch.zeros(len(spans) * longest, dtype=torch.int64, device=device)
-        self.last_key = grid.index_copy_(0, self.cells, positions).view(len(spans), longest)
-
-    def to_grid(self, x: Tensor) -> Tensor:
-        """[tokens, ...] -> [sequences in the pass, longest span, ...]; zeros where there is no token."""
-        grid = x.new_zeros(self.last_key.numel(), *x.shape[1:])
-        return grid.index_copy_(0, self.cells, x).view(*self.last_key.shape, *x.shape[1:])
-
-    def from_grid(self, grid: Tensor) -> Tensor:
-        """Inverse of `to_grid`."""
-        return grid.flatten(0, 1).index_select(0, self.cells)
+        grid = torch.zeros(len(members) * longest, dtype=torch.int64, device=self._device)
+        return _Group(
+            rows=None if rows == list(range(self._cache_rows)) else self._ints(rows),
+            keys=max(span.start + span.num_tokens for span, _ in members),
+            tokens=tokens,
+            cells=cells,
+            last_key=grid.index_copy_(0, cells, positions.index_select(0, tokens)).view(len(members), longest),
+        )
 
 
 def latent_attention(queries: Tensor, entries: Tensor, last_key: Tensor, *, scale: float, kv_lora_rank: int) -> Tensor:
@@ -278,18 +307,21 @@ class Decoder:
         new = torch.cat((attention.kv_a_layernorm(kv_latent), k_rope), dim=-1)[0]  # [tokens, width]
         layer = cache.layers[layer_id]
         layer.view(-1, layer.shape[-1]).index_copy_(0, placed.slots_of, new)
-        entries = (layer if placed.rows is None else layer.index_select(0, placed.rows))[:, : placed.keys]
-
         heads = q[0].unflatten(-1, (config.num_attention_heads, -1)).transpose(0, 1)  # [heads, tokens, qk]
         q_nope, q_rope = heads.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
         queries = torch.cat((q_nope @ up_k, apply_rope(q_rope, placed.cos, placed.sin)), dim=-1)
-        o = latent_attention(
-            placed.to_grid(queries.transpose(0, 1)),  # [sequences, longest, heads, width]
-            entries,
-            placed.last_key,
-            scale=attention.scale,
-            kv_lora_rank=config.kv_lora_rank,
-        )
-        o = placed.from_grid(o).transpose(0, 1) @ up_v  # [heads, tokens, v]
+        queries = queries.transpose(0, 1)  # [tokens, heads, width]
+        latent = queries.new_empty(*queries.shape[:2], config.kv_lora_rank)  # [tokens, heads, kv_rank]
+        for group in placed.groups:
+            entries = (layer if group.rows is None else layer.index_select(0, group.rows))[:, : group.keys]
+            o = latent_attention(
+                group.to_grid(queries),  # [sequences, longest, heads, width]
+                entries,
+                group.last_key,
+                scale=attention.scale,
+                kv_lora_rank=config.kv_lora_rank,
+            )
+            group.from_grid(o, latent)
+        o = latent.transpose(0, 1) @ up_v  # [heads, tokens, v]
         flat = o.transpose(0, 1).flatten(1)[None]  # [1, tokens, heads * v]
         return attention.o_proj.precision.linear_of_kept(flat, attention.o_proj.weight)
