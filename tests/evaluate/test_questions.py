@@ -94,6 +94,18 @@ def test_a_bad_problem_is_named(tmp_path: Path, line: Any, message: str) -> None
         read_problems(write(tmp_path, line))
 
 
+def test_a_line_that_is_not_utf_8_is_named_and_a_byte_order_mark_is_none(tmp_path: Path) -> None:
+    path = write(tmp_path, PRO)
+    good = path.read_bytes()
+    path.write_bytes(good + b'{"question": "caf\xe9"}\n')
+    with pytest.raises(
+        ValueError, match=r"questions\.jsonl line 2 is not JSON in UTF-8 \(.*0xe9.*\); write one object"
+    ):
+        read_choices(path, seed=0)
+    path.write_bytes(b"\xef\xbb\xbf" + good)
+    assert len(read_choices(path, seed=0)) == 1
+
+
 def test_an_empty_or_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no questions"):
         read_choices(write(tmp_path, ""), seed=0)

@@ -9,7 +9,8 @@ decides without a computer-algebra system. What `normalize` removes or rewrites,
     `\dfrac`, `\tfrac` -> `\frac`;  `\frac12`, `\frac1{2}` -> `\frac{1}{2}`;  `\sqrt3` -> `\sqrt{3}`
     `\text{...}` (also \mathrm, \textbf, \mbox): a unit after a number goes, other text stays without its command
     a left side of one letter: `x=5` -> `5`;  `a/b` of whole numbers -> `\frac{a}{b}`
-    commas between thousands; all blanks; outer braces; zeros that lead a number (`007` -> `7`), `.5` -> `0.5`,
+    commas between thousands, `{,}` too, where a number is the whole answer or fills braces: (1,200) are two numbers
+    all blanks; outer braces; `\frac{-1}{2}` -> `-\frac{1}{2}`; zeros that lead a number (`007` -> `7`), `.5` -> `0.5`,
     zeros that end decimals (`2.50` -> `2.5`), a plus sign in front
 
 Source: ours, for the answer formats of MATH (Hendrycks et al. 2021) and AIME (whole numbers from 000 to 999).
@@ -21,6 +22,8 @@ from __future__ import annotations
 import re
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+# A number with commas between thousands that is the whole answer, or fills braces that are no set's.
+_THOUSANDS = re.compile(r"(?:^\s*|(?<=[^\\]\{)\s*)[+-]?\d{1,3}(?:,\d{3})+(?=\s*$|\.\d+\s*$|\s*\}|\.\d+\s*\})")
 _TEXT = r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)"
 
 
@@ -44,6 +47,10 @@ def boxed(text: str) -> str | None:
     return None
 
 
+def _join(number: re.Match[str]) -> str:
+    return number[0].replace(",", "")
+
+
 def last_number(text: str) -> str | None:
     """The last number of a text, as written."""
     found = _NUMBER.findall(text)
@@ -63,11 +70,11 @@ def normalize(answer: str) -> str:
     text = re.sub(rf"(?<=[\d}}])\s*{_TEXT}\{{[^{{}}]*\}}(?:\^\{{?\d\}}?)?\s*$", "", text)
     text = re.sub(rf"{_TEXT}\{{([^{{}}]*)\}}", r"\1", text)
     text = re.sub(r"^\s*[A-Za-z]\s*=", "", text)
-    text = re.sub(r"(?<=\d),(?=\d{3}(?:\D|$))", "", text)
-    text = re.sub(r"\s+", "", text)
+    text = re.sub(r"\s+", "", _THOUSANDS.sub(_join, text.replace("{,}", ",")))
     while text.startswith("{") and text.endswith("}") and text.count("{") == 1:
         text = text[1:-1]
     text = re.sub(r"^(-?)(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", text)
+    text = re.sub(r"^\\frac\{(?:-(\d+)\}\{(\d+)|(\d+)\}\{-(\d+))\}$", r"-\\frac{\1\3}{\2\4}", text)
     return _number(text)
 
 

@@ -119,14 +119,16 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if not path.is_file():
         raise ValueError(f"there is no file {path}; give a JSONL file of questions")
     found = False
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                fields = json.loads(line)
+                fields = json.loads(line.decode("utf-8-sig"))
             except ValueError as error:
-                raise ValueError(f"{path} line {number} is not JSON ({error}); write one object a line") from None
+                raise ValueError(
+                    f"{path} line {number} is not JSON in UTF-8 ({error}); write one object a line"
+                ) from None
             if not isinstance(fields, dict):
                 raise ValueError(f"{path} line {number} is no JSON object; write one object a line")
             found = True
