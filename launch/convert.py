@@ -10,6 +10,7 @@ sentence and exit code 2.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -47,8 +48,7 @@ def transformers_logits(folder: Path, ids: Tensor, dequantised: dict[str, Tensor
         from transformers.utils import logging
     except ImportError:
         raise ValueError("--logits needs transformers: `pip install transformers==5.23.0`") from None
-    # It would list the MTP layers, which it leaves out.
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it would list the MTP layers, which it leaves out
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config: Any = AutoConfig.from_pretrained(folder)
     if dequantised is not None:
@@ -75,4 +75,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word; the same command goes on
     sys.exit(main(sys.argv[1:]))

@@ -10,8 +10,10 @@ sentence and exit code 2.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -29,6 +31,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (%(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, help="weight of the tokens drawn from (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt, seed + 1 of the next (%(default)s)")
+    parser.add_argument("--batch-tokens", type=int, default=16384, help="of caches held together (%(default)s)")
     parser.add_argument("--draft", action=argparse.BooleanOptionalAction, help="MTP drafts (if the model has MTP)")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json (that of the run's store)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp8"), help="to compute in (as trained)")
@@ -41,7 +44,7 @@ def main(arguments: list[str]) -> int:
     """Load, continue, print; returns the exit code."""
     options = parse(arguments)
     # Imported late: --help should not wait for torch.
-    from train.checkpoint.reader import load_model, open_weights
+    from train.checkpoint.reader import load_model, open_weights, tokenizer_of
     from train.data.store import TokenStore
     from train.evaluate import generate_text as text
     from train.evaluate.sampling import Sampling
@@ -49,21 +52,20 @@ def main(arguments: list[str]) -> int:
 
     try:
         sampling = Sampling(options.temperature, options.top_p)
-        asked = text.Generation(options.max_tokens, options.seed, sampling, options.draft)
+        asked = text.Generation(options.max_tokens, options.seed, sampling, options.draft, options.batch_tokens)
         device, texts = text.device_of(options.device), text.read_prompts(options.prompt, options.prompts_file)
         source = open_weights(options.model, options.weights)
-        tokenizer = text.tokenizer_of(options.tokenizer or source.tokenizer, source.config)
+        tokenizer = tokenizer_of(source, options.tokenizer)
+        start = source.trained_on.first_id(tokenizer.special_ids)
         precision = replace(source.precision, name=options.precision or source.precision.name)
         decoder = Decoder(load_model(source, precision=precision, device=device))
         if options.measure:
-            prompts = text.store_prompts(TokenStore.open(options.measure), tokenizer, tokens=options.prompt_tokens)
-            print(text.measure(decoder, prompts, asked))
+            beginnings = partial(text.store_prompts, start=start, tokens=options.prompt_tokens)
+            print(text.measure(decoder, beginnings(TokenStore.open(options.measure), tokenizer), asked))
             return 0
-        print(
-            text.continue_texts(decoder, tokenizer, texts, asked, lambda part: print(part, end="", flush=True)),
-            file=sys.stderr,
-        )
-    except ValueError as error:
+        write = partial(print, end="", flush=True)
+        print(text.continue_texts(decoder, tokenizer, texts, asked, write, start=start), file=sys.stderr)
+    except (ValueError, OSError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
@@ -73,4 +75,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     sys.exit(main(sys.argv[1:]))

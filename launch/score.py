@@ -8,18 +8,22 @@ The model is a run, one of its checkpoints, or a Hugging Face folder. Bad input 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 from train.build import choose_device
-from train.checkpoint.reader import CheckpointReader, Kind, load_model, open_weights
-from train.evaluate.suite import DEFAULT_TOKENS, Subject, check_free, evaluate, summary_lines
+from train.checkpoint.reader import Kind, load_model, open_weights, tokenizer_of
+from train.evaluate.subject import Subject
+from train.evaluate.suite import Report, evaluate, read_files, summary_lines
 from train.evaluate.suite_options import add_suite_options, suite_of
+
+BAD_INPUT, INTERRUPTED = 2, 130
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -33,27 +37,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--max-length", type=int, help="longest input, tokens (default: as trained)")
     add("--batch-tokens", type=int, default=4096, help="tokens of one forward pass (default: 4096)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
-    add("--out", type=Path, help="JSON file to write")
+    add("--out", type=Path, help="JSON file to write, anew after each score")
     return parser.parse_args(arguments)
 
 
 def subject_of(options: argparse.Namespace) -> Subject:
-    """Load the model; what a run says of its data holds unless the command line says otherwise."""
+    """Load the model; what it says of its training holds unless the command line says otherwise."""
     source = open_weights(options.model, options.weights)
     device = choose_device(options.device)
-    run = source.state if isinstance(source, CheckpointReader) else None
-    data = run["config"]["data"] if run else {}
-    tokens = data.get("sequence_length", min(DEFAULT_TOKENS, source.config.max_position_embeddings))
     return Subject(
         load_model(source, device=device),
         device,
         name=str(options.model),
-        tokenizer_path=options.tokenizer or source.tokenizer,
-        tokenizer_sha256=run["identity"]["store"]["tokenizer"] if run else None,
-        start="eos" if run else "bos",
-        max_tokens=tokens if options.max_length is None else options.max_length,
+        tokenizer=partial(tokenizer_of, source, options.tokenizer),
+        trained_on=source.trained_on,
+        max_length=options.max_length,
         batch_tokens=options.batch_tokens,
-        mask_documents=data.get("mask_documents", False),
     )
 
 
@@ -61,17 +60,20 @@ def main(arguments: list[str]) -> int:
     """Score as the command line says; returns the exit code."""
     options = parse(arguments)
     try:
-        check_free(options.out)
-        suite = suite_of(options)
-        results = evaluate(subject_of(options), suite)
-    except ValueError as error:
+        suite, report = suite_of(options), Report(options.out)
+        files = read_files(suite)
+        evaluate(subject_of(options), suite, files, report.keep)
+        report.finish(files.left_out)
+    except (ValueError, OSError) as error:
         print(f"score: {error}", file=sys.stderr)
-        return 2
-    print(*summary_lines(results), sep="\n")
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("score: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    print(*summary_lines(report.results), sep="\n")
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     sys.exit(main(sys.argv[1:]))

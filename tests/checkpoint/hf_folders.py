@@ -62,11 +62,13 @@ def lively(config: ModelConfig, precision: Precision) -> Transformer:
     return model
 
 
-def save_checkpoint(path: Path, model: Transformer, *, store: Path = Path("stores/none")) -> Path:
+def save_checkpoint(
+    path: Path, model: Transformer, *, store: Path = Path("stores/none"), tokenizer_sha256: str | None = None
+) -> Path:
     """What a run on some store saves of its model, as one process."""
     config = {"model": asdict(model.config), "precision": asdict(model.precision), "data": {"store": str(store)}}
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    save(path, tensors=tensors, state={"config": config})
+    save(path, tensors=tensors, state={"config": config, "identity": {"store": {"tokenizer": tokenizer_sha256}}})
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from kernels.rope import YarnScaling
 from tests.checkpoint.hf_folders import RAGGED
 from train.checkpoint.hf_config import is_fp8, model_config, released_config, small_files
 from train.data.tokenizer import SPECIAL_TOKENS, train_byte_level_bpe
+from train.data.trained_on import KEY, TrainedOn
 from train.model.config import ModelConfig
 
 YARN = YarnScaling(
@@ -87,6 +89,28 @@ def test_another_quantisation_is_refused() -> None:
             is_fp8(released(quantization_config=settings), origin="config.json")
 
 
+def test_how_samples_looked_survives_our_file_and_that_of_transformers() -> None:
+    trained_on = TrainedOn("eos", 256, mask_documents=True, tokenizer_sha256="ab" * 32)
+    ours = json.loads(small_files(RAGGED, format="bf16", tokenizer=None, trained_on=trained_on)["config.json"])
+    assert TrainedOn.from_json(ours, origin="config.json") == trained_on
+    theirs = DeepseekV3Config(**ours).to_dict()
+    assert TrainedOn.from_json(theirs, origin="config.json") == trained_on
+
+
+def test_a_released_model_begins_with_bos_and_gets_no_mark() -> None:
+    values = json.loads(small_files(RAGGED, format="bf16", tokenizer=None, trained_on=TrainedOn())["config.json"])
+    assert KEY not in values
+    assert TrainedOn.from_json(values, origin="config.json") == TrainedOn("bos", None, mask_documents=False)
+
+
+@pytest.mark.parametrize(
+    "mark", [5, {"first_token": "pad"}, {"sequence_length": "long"}, {"mask_documents": None}, {"new_field": 1}]
+)
+def test_a_mark_of_another_kind_is_refused(mark: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^config\.json has {KEY}=.*export the model again"):
+        TrainedOn.from_json({KEY: mark}, origin="config.json")
+
+
 def test_a_missing_field_is_named() -> None:
     values = released()
     del values["kv_lora_rank"]
@@ -97,7 +121,7 @@ def test_a_missing_field_is_named() -> None:
 def test_the_tokeniser_gives_the_same_ids_in_transformers(tmp_path: Path) -> None:
     texts = ["In the beginning", "the earth was without form, and void\n\n", "naïve 漢字 \t", "", " a  b "]
     ours = train_byte_level_bpe(texts * 3, vocab_size=290)
-    for name, text in small_files(RAGGED, format="bf16", tokenizer=ours).items():
+    for name, text in small_files(RAGGED, format="bf16", tokenizer=ours, trained_on=TrainedOn()).items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert theirs(texts)["input_ids"] == ours.encode_batch(texts)

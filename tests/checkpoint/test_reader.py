@@ -140,6 +140,14 @@ def test_a_damaged_file_is_named(damage: str, checkpoint: Path, tmp_path: Path) 
         open_weights(path)
 
 
+def test_a_file_of_the_right_size_that_is_no_safetensors_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    path = copied(checkpoint, tmp_path)
+    shard = sorted(path.glob("*.safetensors"))[1]
+    shard.write_bytes(b"\xff" * shard.stat().st_size)
+    with pytest.raises(ValueError, match=rf"damaged: {shard.name} \(.*take another step_"):
+        open_weights(path)
+
+
 def test_a_flipped_bit_is_found_when_asked(checkpoint: Path, tmp_path: Path) -> None:
     path = copied(checkpoint, tmp_path)
     shard = min(path.glob("*.safetensors"))

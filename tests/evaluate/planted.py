@@ -1,18 +1,19 @@
 """A model that knows what it is told: a table from everything before a token to that token.
 
-`PlantedModel` is a `LogitsAt`; what it has not been told it takes for equally likely. Its forward passes are counted.
+`PlantedModel` is a `LogitsOf`; what it has not been told it takes for equally likely. Its forward passes are counted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from train.data.tokenizer import TextTokenizer, train_byte_level_bpe
 from train.evaluate.likelihood import Scorer
+from train.evaluate.respondent import Generate, Respondent
 
 
 def small_tokenizer() -> TextTokenizer:
@@ -27,13 +28,19 @@ class PlantedModel:
         self.vocab_size = vocab_size
         self.known: dict[tuple[int, ...], int] = {}
         self.passes: list[tuple[int, int]] = []
+        # Rows of logits that were asked for at a time.
+        self.blocks: list[int] = []
 
     def tell(self, before: Sequence[int], after: Sequence[int]) -> None:
         for i, token in enumerate(after):
             self.known[(*before, *after[:i])] = token
 
-    def __call__(self, input_ids: Tensor, places: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor) -> Callable[[Tensor], Tensor]:
         self.passes.append(tuple(input_ids.shape))
+        return lambda places: self._logits(input_ids, places)
+
+    def _logits(self, input_ids: Tensor, places: Tensor) -> Tensor:
+        self.blocks.append(len(places))
         logits = torch.zeros(len(places), self.vocab_size)
         for row, place in zip(logits, places.tolist(), strict=True):
             sequence, last = divmod(place, input_ids.shape[1])
@@ -45,3 +52,15 @@ class PlantedModel:
 
     def scorer(self, *, max_tokens: int = 4096, batch_tokens: int = 4096) -> Scorer:
         return Scorer(self, self.vocab_size, max_tokens, batch_tokens)
+
+
+def writes_nothing(prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seed: int) -> list[list[int]]:
+    """A `Generate` for who is only asked for likelihoods."""
+    raise AssertionError("nobody asks for text here")
+
+
+def respondent(
+    planted: PlantedModel, *, start: int, generate: Generate = writes_nothing, max_tokens: int = 4096
+) -> Respondent:
+    """A planted model with the small tokeniser."""
+    return Respondent(planted.scorer(max_tokens=max_tokens), generate, small_tokenizer(), start, "runs/x")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.evaluate.planted import PlantedModel, small_tokenizer
+from tests.evaluate.planted import PlantedModel, respondent, small_tokenizer
 from train.evaluate.choice import Accuracy, choose, prompt_of, score_choices
 from train.evaluate.likelihood import encode_pair
 from train.evaluate.questions import Choice
@@ -20,7 +20,7 @@ QUESTIONS = [
 
 
 def ask(planted: PlantedModel, questions: list[Choice], **options: Any) -> dict[str, Any]:
-    return score_choices(planted.scorer(), TOKENIZER, questions, start=1, **options)
+    return score_choices(respondent(planted, start=1), questions, **options)
 
 
 def tell(planted: PlantedModel, way: str, question: Choice, text: str) -> None:
@@ -95,7 +95,7 @@ def test_examples_are_the_first_of_the_category() -> None:
 
 
 def test_a_prompt_that_does_not_fit_is_counted() -> None:
-    found = score_choices(PlantedModel().scorer(max_tokens=20), TOKENIZER, QUESTIONS[:1], start=1)
+    found = score_choices(respondent(PlantedModel(), start=1, max_tokens=20), QUESTIONS[:1])
     prompt = encode_pair(TOKENIZER, prompt_of("letters", QUESTIONS[0], []), " A", start=1)
     # " A" is two tokens, the second is not read.
     assert found["letters"]["cut_tokens"] == len(prompt.context) + 1 - 20

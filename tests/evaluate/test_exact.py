@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
-from tests.evaluate.planted import small_tokenizer
-from train.evaluate.exact import Attempts, Generate, answer_of, prompt_of, score_exact
+from tests.evaluate.planted import PlantedModel, respondent, small_tokenizer
+from train.evaluate.exact import Attempts, answer_of, examples_of, prompt_of, score_exact
 from train.evaluate.questions import Problem
+from train.evaluate.respondent import Generate
 
 TOKENIZER = small_tokenizer()
 EOS = TOKENIZER.special_ids.eos
@@ -31,8 +32,14 @@ def writer(write: Callable[[str, int], str], *, ends: bool = True) -> Generate:
     return run
 
 
-def solve(generate: Generate, attempts: Attempts | None = None, **options: object) -> dict:  # type: ignore[type-arg]
-    return score_exact(generate, TOKENIZER, PROBLEMS, start=EOS, attempts=attempts or Attempts(), **options)  # type: ignore[arg-type]
+def solve(
+    generate: Generate,
+    attempts: Attempts | None = None,
+    examples: Sequence[Problem] = (),
+    max_tokens: int = 4096,
+) -> dict:  # type: ignore[type-arg]
+    asked = respondent(PlantedModel(), start=EOS, generate=generate, max_tokens=max_tokens)
+    return score_exact(asked, PROBLEMS, attempts=attempts or Attempts(), examples=examples)
 
 
 def knows(prompt: str, n: int) -> str:
@@ -79,10 +86,41 @@ def test_examples_stand_before_the_problem_with_their_solutions() -> None:
     )
     assert prompt_of(PROBLEMS[0], examples) == expected
     seen: list[str] = []
-    solve(writer(lambda prompt, n: seen.append(prompt) or "0"), examples=examples, shots=2)  # type: ignore[func-returns-value]
+    solve(writer(lambda prompt, n: seen.append(prompt) or "0"), examples=examples)  # type: ignore[func-returns-value]
     assert seen[0] == expected
+    assert examples_of(examples, 1) == examples[:1]
     with pytest.raises(ValueError, match="--dev holds 2 problems, but --shots asks for 3"):
-        solve(writer(knows), examples=examples, shots=3)
+        examples_of(examples, 3)
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "asked", "new_tokens", "cut"), [(40, 10, 10, 2), (64, None, 32, 0), (40, 39, None, None)]
+)
+def test_a_prompt_keeps_its_start_token_and_its_end_and_leaves_room_for_the_solution(
+    max_tokens: int, asked: int | None, new_tokens: int | None, cut: int | None
+) -> None:
+    # "Problem:\nthree?\n\nSolution:", the longest, has 26 bytes; with the start token 27 of 30 or fewer are left.
+    assert len(prompt_of(PROBLEMS[2], [])) == 26
+    seen: list[tuple[list[int], int]] = []
+
+    def run(prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seed: int) -> list[list[int]]:
+        seen.extend((prompt, max_new_tokens) for prompt in prompts)
+        return [[EOS] for _ in prompts]
+
+    attempts, shown = Attempts(max_new_tokens=asked), [Problem("p", "1")] if cut else []
+    if new_tokens is None:
+        with pytest.raises(ValueError, match="39 new tokens leave no room for a prompt in 40; raise --max-length"):
+            solve(run, attempts, max_tokens=max_tokens)
+        return
+    found = solve(run, attempts, shown, max_tokens=max_tokens)
+    whole = [prompt_of(problem, shown) for problem in PROBLEMS]
+    lost = [max(0, len(text) + 1 + new_tokens - max_tokens) for text in whole]
+    assert found["cut_tokens"] == max(lost)
+    assert bool(max(lost)) == bool(cut)
+    assert [(prompt[0], TOKENIZER.decode(prompt[1:])) for prompt, _ in seen] == [
+        (EOS, text[first:]) for text, first in zip(whole, lost, strict=True)
+    ]
+    assert {new for _, new in seen} == {new_tokens}
 
 
 def test_the_last_number_stands_in_for_a_missing_box() -> None:
@@ -94,7 +132,10 @@ def test_the_last_number_stands_in_for_a_missing_box() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"samples": 0}, "must be 1 or more"),
+        ({"samples": 0}, "--samples 0 must be 1 or more"),
+        ({"max_new_tokens": 0}, "--max-new-tokens 0 must be 1 or more"),
+        ({"seed": -1}, "--seed -1 must be in 0"),
+        ({"seed": 2**31}, "--seed 2147483648 must be in 0"),
         ({"temperature": -1.0}, "must be 0"),
         ({"samples": 16}, "--samples 16 of a greedy model are all the same"),
     ],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.tiny_model import TINY
 from train.evaluate import generate as loop
-from train.evaluate.generate import Completion, Request, generate
+from train.evaluate.generate import Completion, Request, batches_of, generate, generate_in_batches
 from train.evaluate.sampling import Sampling
 from train.model.config import ModelConfig
 from train.model.decode import Decoder
@@ -231,6 +231,35 @@ def test_every_token_comes_of_a_pass_or_of_an_accepted_draft() -> None:
     for done in greedy(model(), drafting=True):
         assert len(done.ids) == 1 + done.passes + done.accepted
         assert done.accepted <= done.drafted
+
+
+def test_batches_are_consecutive_and_their_caches_fit() -> None:
+    lengths = [3, 3, 3, 8, 1, 1, 30, 2, 2]
+    requests = [Request((1,) * (length - 1), 1) for length in lengths]
+    batches = list(batches_of(requests, 16))
+    assert [list(batch) for batch in batches] == [[0, 1, 2], [3, 4], [5], [6], [7, 8]]
+    assert list(batches_of(requests, 10**6)) == [range(9)]
+    assert list(batches_of([], 16)) == []
+
+
+@pytest.mark.parametrize("drafting", [False, True])
+def test_batches_change_no_sample_and_who_is_told(drafting: bool) -> None:
+    net = model()
+    requests = [Request(prompt, 12, seed=row) for row, prompt in enumerate(PROMPTS)]
+    whole = generate(Decoder(net), requests, sampling=Sampling(1.0), eos=None, drafting=drafting)
+    told: dict[int, list[int]] = {}
+    found = generate_in_batches(
+        Decoder(net),
+        requests,
+        batch_tokens=40,
+        sampling=Sampling(1.0),
+        eos=None,
+        drafting=drafting,
+        on_tokens=lambda row, ids: told.setdefault(row, []).extend(ids),
+    )
+    assert len(list(batches_of(requests, 40))) > 1
+    assert [done.ids for done in found] == [done.ids for done in whole]
+    assert [tuple(told[row]) for row in range(len(PROMPTS))] == [done.ids for done in whole]
 
 
 def test_generation_changes_nothing_in_the_model() -> None:

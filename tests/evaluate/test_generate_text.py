@@ -20,7 +20,6 @@ from train.evaluate.generate_text import (
     measure,
     prompt_ids,
     read_prompts,
-    tokenizer_of,
     tokens_a_pass,
 )
 from train.evaluate.sampling import Sampling
@@ -29,6 +28,8 @@ from train.model.init import initialize
 from train.model.precision import Precision
 from train.model.transformer import Transformer
 
+# Of every tokeniser trained here.
+EOS = 1
 TEXT = "naïve café 日本語 👩‍🚀 \ufffd end"
 
 
@@ -74,26 +75,27 @@ def test_bytes_of_no_character_are_shown_as_the_replacement_character_once_settl
     assert stream.add(plain) == "z"
 
 
-def test_a_prompt_begins_with_one_end_of_sentence_and_cannot_spell_it(tokenizer: TextTokenizer) -> None:
+def test_a_prompt_begins_with_the_start_token_and_cannot_spell_one(tokenizer: TextTokenizer) -> None:
     eos = tokenizer.special_ids.eos
-    empty, spelled = prompt_ids(["", "<｜end▁of▁sentence｜>"], tokenizer)
-    assert empty == [eos]
-    assert spelled[0] == eos
+    for start in (eos, tokenizer.special_ids.bos):
+        empty, spelled = prompt_ids(["", "<｜end▁of▁sentence｜>"], tokenizer, start=start)
+        assert empty == [start]
+        assert spelled[0] == start
     assert eos not in spelled[1:]
 
 
-@pytest.mark.parametrize("drafting", [False, True])
+@pytest.mark.parametrize(("drafting", "batch_tokens"), [(False, 16384), (True, 16384), (True, 50), (False, 1)])
 def test_several_prompts_are_written_in_order_each_as_alone(
-    decoder: Decoder, tokenizer: TextTokenizer, drafting: bool
+    decoder: Decoder, tokenizer: TextTokenizer, drafting: bool, batch_tokens: int
 ) -> None:
     texts = ["the end", "", "cafe of the"]
-    asked = Generation(max_tokens=15, seed=3, sampling=Sampling(1.0), drafting=drafting)
+    asked = Generation(15, seed=3, sampling=Sampling(1.0), drafting=drafting, batch_tokens=batch_tokens)
     pieces: list[str] = []
-    line = continue_texts(decoder, tokenizer, texts, asked, pieces.append)
+    line = continue_texts(decoder, tokenizer, texts, asked, pieces.append, start=EOS)
     expected = ""
     for i, text in enumerate(texts):
         alone: list[str] = []
-        continue_texts(decoder, tokenizer, [text], replace(asked, seed=3 + i), alone.append)
+        continue_texts(decoder, tokenizer, [text], replace(asked, seed=3 + i), alone.append, start=EOS)
         assert "".join(alone).startswith(text)
         expected += f"--- {i + 1} of 3 ---\n" + "".join(alone)
     assert "".join(pieces) == expected
@@ -106,10 +108,10 @@ def test_text_stops_before_an_end_of_sentence_and_at_the_models_positions(
     decoder: Decoder, tokenizer: TextTokenizer
 ) -> None:
     pieces: list[str] = []
-    line = continue_texts(decoder, tokenizer, ["the end"], Generation(max_tokens=500), pieces.append)
+    line = continue_texts(decoder, tokenizer, ["the end"], Generation(max_tokens=500), pieces.append, start=EOS)
     assert "1 stopped at the model's 64 positions (max_position_embeddings)" in line
     # The same model, told that the fifth of its tokens means the end.
-    (prompt,) = prompt_ids(["the end"], tokenizer)
+    (prompt,) = prompt_ids(["the end"], tokenizer, start=EOS)
     (done,) = generate(decoder, [Request(tuple(prompt), 9)], sampling=Sampling(), eos=None, drafting=False)
     assert done.ids[4] not in (*prompt, *done.ids[:4])
     told = replace(tokenizer, special_ids=replace(tokenizer.special_ids, eos=done.ids[4]))
@@ -139,19 +141,14 @@ def test_prompts_come_from_the_command_line_then_from_the_lines_of_a_file(tmp_pa
     assert read_prompts([], None) == [""]
 
 
-def test_what_a_user_gets_wrong_is_said_in_a_sentence(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+def test_what_a_user_gets_wrong_is_said_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    tokenizer.save(tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match=r"empty\.txt is empty"):
         read_prompts([], tmp_path / "empty.txt")
     for name in ("latin.txt", "gone.txt"):
         with pytest.raises(ValueError, match=f"{name} cannot be read"):
             read_prompts([], tmp_path / name)
-    with pytest.raises(ValueError, match="give --tokenizer"):
-        tokenizer_of(None, TINY)
-    with pytest.raises(ValueError, match=r"ids, the model 61: give --tokenizer"):
-        tokenizer_of(tmp_path / "tokenizer.json", TINY)
     with pytest.raises(ValueError, match="device: cuda is not available"):
         device_of("cuda")
     assert device_of("auto") == device_of("cpu")

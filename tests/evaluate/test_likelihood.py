@@ -12,7 +12,7 @@ import torch
 from tests.evaluate.planted import PlantedModel, small_tokenizer
 from tests.model.test_oracle import pair
 from tests.tiny_model import TINY
-from train.evaluate.likelihood import Likelihood, LogitsAt, Request, Scorer, encode_pair, logits_at
+from train.evaluate.likelihood import Likelihood, LogitsOf, Request, Scorer, encode_pair, logits_of
 from train.model.init import initialize
 from train.model.precision import Precision
 from train.model.transformer import Transformer
@@ -51,13 +51,13 @@ def one_by_one(model: Transformer, request: Request) -> tuple[float, bool]:
     return total, greedy
 
 
-def scorer_of(read: LogitsAt, **options: Any) -> Scorer:
+def scorer_of(read: LogitsOf, **options: Any) -> Scorer:
     return Scorer(read, TINY.vocab_size, **{"max_tokens": 64, "batch_tokens": 256} | options)
 
 
 def test_batched_likelihoods_equal_one_forward_per_token(model: Transformer) -> None:
     requests = some_requests()
-    found = scorer_of(logits_at(model, CPU)).score(requests)
+    found = scorer_of(logits_of(model, CPU)).score(requests)
     for request, answer in zip(requests, found, strict=True):
         expected, greedy = one_by_one(model, request)
         assert answer.log_probability == pytest.approx(expected, abs=FP32_SUMS)
@@ -74,7 +74,7 @@ def test_likelihoods_equal_those_of_transformers() -> None:
         Request(*(tuple(draw.randrange(97) for _ in range(draw.randint(1, 9))) for _ in range(2))) for _ in range(12)
     ]
     with torch.no_grad():
-        found = Scorer(logits_at(ours, CPU), 97, max_tokens=64, batch_tokens=100).score(requests)
+        found = Scorer(logits_of(ours, CPU), 97, max_tokens=64, batch_tokens=100).score(requests)
         for request, answer in zip(requests, found, strict=True):
             ids = torch.tensor([[*request.context, *request.continuation]])
             table = oracle(ids).logits[0].double().log_softmax(-1)
@@ -86,9 +86,9 @@ def test_likelihoods_equal_those_of_transformers() -> None:
 @pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
 def test_padding_order_and_company_change_nothing_but_rounding(model: Transformer, batch_tokens: int) -> None:
     requests = some_requests()
-    expected = scorer_of(logits_at(model, CPU)).score(requests)
+    expected = scorer_of(logits_of(model, CPU)).score(requests)
     order = random.Random(batch_tokens).sample(range(len(requests)), len(requests))
-    found = scorer_of(logits_at(model, CPU), batch_tokens=batch_tokens).score([requests[i] for i in order])
+    found = scorer_of(logits_of(model, CPU), batch_tokens=batch_tokens).score([requests[i] for i in order])
     for answer, i in zip(found, order, strict=True):
         assert answer.log_probability == pytest.approx(expected[i].log_probability, abs=FP32_SUMS)
 
@@ -113,6 +113,31 @@ def test_letters_after_one_prompt_cost_one_forward_pass() -> None:
     assert planted.passes[0] == (1, 20)
     # The beginnings ride along with (prompt, 3); (prompt[:i], 3) is read off it.
     assert planted.passes[1:] == [(1, 21)]
+
+
+def test_logits_are_made_a_block_at_a_time(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = some_requests()
+    expected = scorer_of(logits_of(model, CPU)).score(requests)
+    monkeypatch.setattr("train.evaluate.likelihood.LOGITS_ELEMENTS", 3 * TINY.vocab_size + 1)
+    found = scorer_of(logits_of(model, CPU)).score(requests)
+    for one, other in zip(found, expected, strict=True):
+        assert one.log_probability == pytest.approx(other.log_probability, abs=FP32_SUMS)
+        assert one.is_greedy == other.is_greedy
+    monkeypatch.setattr("train.evaluate.likelihood.LOGITS_ELEMENTS", 3 * 262)
+    planted = PlantedModel()
+    # Eight places of one pass; letters after the same prompt share theirs.
+    planted.scorer().score([Request((1,), tuple(range(8))), Request((1,), (9,)), Request((1, 0), (9,))])
+    assert planted.passes == [(1, 8)]
+    assert planted.blocks == [3, 3, 2]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_model_without_finite_logits_has_no_likelihoods(bad: float) -> None:
+    def broken(input_ids: torch.Tensor) -> Any:
+        return lambda places: torch.full((len(places), 262), bad)
+
+    with pytest.raises(ValueError, match="not finite numbers: its weights are damaged, or it diverged"):
+        Scorer(broken, 262, 64).score([Request((1,), (2,))])
 
 
 def test_of_equal_tokens_the_lowest_is_the_greedy_one() -> None:

@@ -15,7 +15,6 @@ from train.evaluate.score import (
     LossOfBatch,
     StoreScore,
     bits_per_byte,
-    score_domains,
     score_store,
     total_score,
 )
@@ -116,13 +115,6 @@ def test_perplexity_and_total_equal_a_bigram_worked_out_by_hand(tmp_path: Path) 
     assert [score.perplexity for score in scores] == pytest.approx([4, 4], rel=1e-14)
     total = total_score(scores)
     assert (total.bits_per_byte, total.tokens, total.text_bytes) == (pytest.approx(18 / 10, rel=1e-14), 9, 10)
-    found = score_domains(bigram_loss(table), {"a": first, "b": second}, **options)
-    assert found == {
-        "eval/bits_per_byte": total.bits_per_byte,
-        "eval/bits_per_byte/a": scores[0].bits_per_byte,
-        "eval/bits_per_byte/b": scores[1].bits_per_byte,
-    }
-    assert score_domains(bigram_loss(table), {"a": first}, **options) == {"eval/bits_per_byte": scores[0].bits_per_byte}
 
 
 def test_the_total_perplexity_weighs_a_domain_by_its_tokens() -> None:

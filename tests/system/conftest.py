@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from train.build import build
+from train.config import compose
 from train.data.ingest import Recipe, prepare
+from train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 PROSE = "the king said unto his people behold this day is a day of the lord and he went out from thence"
@@ -46,6 +49,16 @@ def small_run(store: Path) -> list[str]:
         "checkpoint.every_steps=5",
         "observe.wandb=off",
     ]
+
+
+@pytest.fixture(scope="session")
+def trained_run(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps of the small model in BF16, scored at the end."""
+    folder = tmp_path_factory.mktemp("runs")
+    kept = [item for item in small_run if not item.startswith("schedule.total_tokens")]
+    config = compose([*kept, "schedule.total_tokens=192", f"run.directory={folder}", "run.name=run"])
+    Trainer(config, build(config)).fit()
+    return folder / "run"
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,8 @@ def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder with one checkpoint, trained on the store of these tests."""
     folder = tmp_path_factory.mktemp("runs") / "ragged"
     model = lively(RAGGED, Precision("fp8"))
-    save_checkpoint(folder / "checkpoints/step_00000007", model, store=store / "train")
+    sha256 = load_tokenizer(store / "tokenizer.json").sha256
+    save_checkpoint(folder / "checkpoints/step_00000007", model, store=store / "train", tokenizer_sha256=sha256)
     return folder
 
 
@@ -124,6 +125,8 @@ def test_without_its_store_an_export_says_that_it_has_no_tokeniser(
 def bad_inputs(run: Path, store: Path, folder: Path) -> dict[str, list[str]]:
     out = str(folder / "out")
     (folder / "text.json").write_text("{}")
+    other = folder / "other.json"
+    other.write_text((store / "tokenizer.json").read_text() + "\n")
     return {
         r"there is no folder .*nowhere": ["export", str(folder / "nowhere"), out],
         r"there is no folder .*nothing: name a Hugging Face": ["import", str(folder / "nothing"), out],
@@ -132,12 +135,13 @@ def bad_inputs(run: Path, store: Path, folder: Path) -> dict[str, list[str]]:
         r"--shard-size 5 apples is no size": ["export", str(run), out, "--shard-size", "5 apples"],
         r"--shard-size 0 is no size": ["export", str(run), out, "--shard-size", "0"],
         r"--logits is a part of --verify": ["export", str(run), out, "--logits"],
+        r"other\.json has sha256 .* trained with tokeniser": ["export", str(run), out, "--tokenizer", str(other)],
         r"text\.json is not a tokenizer\.json": ["export", str(run), out, "--tokenizer", str(folder / "text.json")],
         r"already holds something else": ["export", str(run), str(store)],
     }
 
 
-@pytest.mark.parametrize("number", range(9))
+@pytest.mark.parametrize("number", range(10))
 def test_bad_input_is_one_sentence_and_exit_code_2(
     run: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:

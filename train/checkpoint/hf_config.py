@@ -20,6 +20,7 @@ from kernels.formats import TILE
 from kernels.rope import YarnScaling
 from train.data.store import SpecialIds
 from train.data.tokenizer import SPECIAL_TOKENS, TextTokenizer
+from train.data.trained_on import TrainedOn
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 
@@ -188,18 +189,21 @@ def precision_of(stored: str, *, power_of_two: bool) -> Precision:
     return Precision("fp32" if stored == "F32" else "bf16")
 
 
-def small_files(config: ModelConfig, *, format: str, tokenizer: TextTokenizer | None) -> dict[str, str]:
+def small_files(
+    config: ModelConfig, *, format: str, tokenizer: TextTokenizer | None, trained_on: TrainedOn
+) -> dict[str, str]:
     """The text files beside the weights but the index; `config.json`, which makes the folder a model, is the last.
 
     Args:
         config: of the model.
         format: 'bf16', 'fp8' or 'fp32'.
         tokenizer: of the model, if known.
+        trained_on: how samples of its training looked.
     Returns:
         name -> text.
     """
     ids = None if tokenizer is None else tokenizer.special_ids
-    values = released_config(config, format=format, ids=ids)
+    values = {**released_config(config, format=format, ids=ids), **trained_on.to_json()}
     generation = {name: values[name] for name in ("bos_token_id", "eos_token_id")}
     files = {"generation_config.json": json.dumps(generation, indent=2)}
     if tokenizer is not None:

@@ -31,8 +31,7 @@ from train.checkpoint.hf_config import small_files
 from train.checkpoint.hf_plan import SCALE_SUFFIX, ExportPlan, Format, Item, export_plan
 from train.checkpoint.hf_reader import INDEX, HfReader
 from train.checkpoint.hf_writer import DTYPES, Journal, Produce, Shard, write_shards, write_text
-from train.checkpoint.reader import WeightSource
-from train.data.tokenizer import TextTokenizer, load_tokenizer
+from train.checkpoint.reader import WeightSource, tokenizer_of
 
 # Values that are read, converted and written at once; a multiple of 128 rows, at least 128.
 ROWS_ELEMENTS = 4 * 1024**2
@@ -80,13 +79,13 @@ def export(source: WeightSource, out: Path, options: ExportOptions) -> Exported:
     Returns:
         What was done.
     Raises:
-        ValueError: the source lacks a weight or holds one that is not finite (named), or `out` holds something else.
+        ValueError: the source lacks a weight or holds one that is not finite (named), the tokeniser is another model's,
+            or `out` holds something else.
     """
     plan = export_plan(source.config, format=options.format, shard_bytes=options.shard_bytes)
     check_source(source, plan)
-    path = options.tokenizer or source.tokenizer
-    tokenizer = None if path is None else load_tokenizer(path)
-    _check_vocabulary(source, tokenizer)
+    has_tokenizer = options.tokenizer is not None or source.tokenizer is not None
+    tokenizer = tokenizer_of(source, options.tokenizer) if has_tokenizer else None
     identity = {
         "direction": "export",
         "plan": plan.sha256(),
@@ -97,13 +96,13 @@ def export(source: WeightSource, out: Path, options: ExportOptions) -> Exported:
     }
     journal = Journal(out, identity)
     written = write_shards(out, plan.shards, producer(source, plan), journal)
-    texts = small_files(source.config, format=plan.format, tokenizer=tokenizer)
+    texts = small_files(source.config, format=plan.format, tokenizer=tokenizer, trained_on=source.trained_on)
     config = texts.pop("config.json")
     for name, text in {**texts, INDEX: json.dumps(plan.index(), indent=2), "config.json": config}.items():
         if not journal.holds(out / name):
             write_text(out / name, text)
             journal.note(name, publish.entry_of(out / name))
-    return Exported(plan, written, has_tokenizer=tokenizer is not None)
+    return Exported(plan, written, has_tokenizer=has_tokenizer)
 
 
 def check_source(source: WeightSource, plan: ExportPlan) -> None:
@@ -220,11 +219,3 @@ def row_ranges(rows: tuple[int, int], rest: tuple[int, ...]) -> Iterator[tuple[i
     step = max(TILE, ROWS_ELEMENTS // max(1, rest[0] if rest else 1) // TILE * TILE)
     for start in range(*rows, step):
         yield start, min(start + step, rows[1])
-
-
-def _check_vocabulary(source: WeightSource, tokenizer: TextTokenizer | None) -> None:
-    if tokenizer is not None and tokenizer.vocab_size > source.config.vocab_size:
-        raise ValueError(
-            f"the tokeniser has ids up to {tokenizer.vocab_size - 1}, but the model of {source.path} only "
-            f"{source.config.vocab_size} tokens; name its own with --tokenizer"
-        )

@@ -30,7 +30,7 @@ from train.checkpoint import publish
 from train.checkpoint.hf_export import row_ranges
 from train.checkpoint.hf_plan import shapes_of
 from train.checkpoint.hf_reader import HfReader
-from train.checkpoint.hf_writer import DTYPES, Entry, Journal, Shard, num_bytes, write_shards
+from train.checkpoint.hf_writer import DTYPES, Entry, Journal, Shard, num_bytes, write_shards, write_text
 from train.model.precision import Precision
 
 WORDS = {dtype: word for word, dtype in DTYPES.items()}
@@ -141,6 +141,7 @@ def _finish(hidden: Path, source: HfReader, precision: Precision, journal: Journ
         if leftover.name not in journal.files:
             leftover.unlink()
     config = {"model": asdict(source.config), "precision": asdict(precision)}
-    publish.write_json(hidden / publish.STATE, {"config": config, "imported": {"from": source.path.name}})
+    state = {"config": config, "imported": {"from": source.path.name}, **source.trained_on.to_json()}
+    publish.write_json(hidden / publish.STATE, state)
     if source.tokenizer is not None:
-        (hidden / "tokenizer.json").write_bytes(source.tokenizer.read_bytes())
+        write_text(hidden / "tokenizer.json", source.tokenizer.read_text(encoding="utf-8"))

@@ -35,6 +35,7 @@ from train.checkpoint.hf import places, shared_copies
 from train.checkpoint.hf_config import is_fp8, model_config, precision_of
 from train.checkpoint.hf_plan import SCALE_SUFFIX, scale_shape, shapes_of
 from train.checkpoint.hf_writer import DTYPES, JOURNAL, read_json
+from train.data.trained_on import TrainedOn
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 
@@ -63,6 +64,7 @@ class HfReader:
     Attributes:
         stored: released name -> file, dtype, shape.
         notes: what a user should know of what was found, one sentence each.
+        trained_on: how samples of its training looked, if it is an export of ours.
     Raises:
         ValueError: something in the folder is missing, damaged or beyond this model; named.
     """
@@ -74,6 +76,7 @@ class HfReader:
             raise ValueError(f"{path / CONFIG} holds no object; fetch it again")
         origin = str(path / CONFIG)
         announced, fp8 = model_config(values, origin=origin), is_fp8(values, origin=origin)
+        self.trained_on: TrainedOn = TrainedOn.from_json(values, origin=origin)
         self._open: OrderedDict[str, Any] = OrderedDict()
         self.stored = self._scan()
         depth = _mtp_depth(announced, self.stored)

@@ -25,11 +25,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from train.checkpoint import publish
 from train.checkpoint.hf_reader import CONFIG, HfReader
+from train.data.tokenizer import TextTokenizer, load_tokenizer
+from train.data.trained_on import TrainedOn
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
@@ -61,6 +63,11 @@ class WeightSource(Protocol):
     @property
     def tokenizer(self) -> Path | None:
         """Its tokenizer.json, if it is known and there."""
+        ...
+
+    @property
+    def trained_on(self) -> TrainedOn:
+        """How samples of its training looked."""
         ...
 
     def names(self) -> tuple[str, ...]:
@@ -136,6 +143,15 @@ class CheckpointReader:
         found: Path = store / json.loads(manifest.read_text(encoding="utf-8"))["tokenizer_file"]
         return found if found.is_file() else None
 
+    @property
+    def trained_on(self) -> TrainedOn:
+        """Of a run, what its configuration says; of an import, what came with it."""
+        data = self.state["config"].get("data")
+        if data is None:
+            return TrainedOn.from_json(self.state, origin=str(self.path / publish.STATE))
+        store = self.state.get("identity", {}).get("store", {})
+        return TrainedOn("eos", data.get("sequence_length"), data.get("mask_documents", False), store.get("tokenizer"))
+
     def names(self) -> tuple[str, ...]:
         """Every tensor of the model, in the checkpoint's order."""
         return tuple(self._keys)
@@ -172,7 +188,10 @@ class CheckpointReader:
             first, last = max(start, box.offset[0]), min(stop, box.offset[0] + box.size[0])
             if first >= last:
                 continue
-            part = self._file(box.file).get_slice(key)[first - box.offset[0] : last - box.offset[0]]
+            try:
+                part = self._file(box.file).get_slice(key)[first - box.offset[0] : last - box.offset[0]]
+            except (SafetensorError, OSError) as error:
+                raise _damaged(self.path / box.file, error) from None
             view = out[first - start : last - start]
             for dim in range(1, out.dim()):
                 view = view.narrow(dim, box.offset[dim], box.size[dim])
@@ -186,7 +205,7 @@ class CheckpointReader:
         if name not in self._open:
             if len(self._open) >= OPEN_FILES:
                 self._open.popitem(last=False)
-            self._open[name] = safe_open(self.path / name, framework="pt")
+            self._open[name] = _opened(self.path / name)
         self._open.move_to_end(name)
         return self._open[name]
 
@@ -213,6 +232,32 @@ def open_weights(path: Path, kind: Kind = "model") -> WeightSource:
         f"{path} holds no model: give a run's folder with checkpoints, one checkpoint (step_*), or a Hugging Face "
         f"folder with its {CONFIG}"
     )
+
+
+def tokenizer_of(source: WeightSource, given: Path | None = None) -> TextTokenizer:
+    """The model's tokeniser, compared with what the model knows of it.
+
+    Args:
+        source: of the weights.
+        given: a file to take instead of the source's own.
+    Raises:
+        ValueError: none is known, it is another one, or it has ids that the model lacks.
+    """
+    path = given or source.tokenizer
+    if path is None:
+        raise ValueError(f"the tokeniser of {source.path} is not where its run had it: give --tokenizer tokenizer.json")
+    tokenizer, known = load_tokenizer(path), source.trained_on.tokenizer_sha256
+    if known is not None and known != tokenizer.sha256:
+        raise ValueError(
+            f"{path} has sha256 {tokenizer.sha256[:12]}, but {source.path} was trained with tokeniser {known[:12]}; "
+            "give that one with --tokenizer"
+        )
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise ValueError(
+            f"{path} has {tokenizer.vocab_size} ids, the model of {source.path} only {source.config.vocab_size}; give "
+            "the file that it was trained with (--tokenizer)"
+        )
+    return tokenizer
 
 
 @torch.no_grad()
@@ -252,10 +297,21 @@ def _scan(path: Path, shards: list[str]) -> dict[str, list[_Box]]:
     """Saved tensor -> its boxes, from the headers of all shards."""
     boxes: dict[str, list[_Box]] = {}
     for file in shards:
-        with safe_open(path / file, framework="pt") as shard:
+        with _opened(path / file) as shard:
             offsets = json.loads((shard.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
             for key in shard.keys():  # noqa: SIM118  (no mapping, only a `keys` method)
                 size = tuple(shard.get_slice(key).get_shape())
                 offset = offsets.get(key, {}).get("saved_offsets", [0] * len(size))
                 boxes.setdefault(key, []).append(_Box(file, tuple(offset), size))
     return boxes
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, error) from None
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"checkpoint {file.parent} is damaged: {file.name} ({error}); take another step_* beside it")

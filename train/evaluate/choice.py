@@ -25,9 +25,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from train.data.tokenizer import TextTokenizer
-from train.evaluate.likelihood import Scorer, encode_pair
+from train.evaluate.likelihood import encode_pair
 from train.evaluate.questions import LETTERS, Choice
+from train.evaluate.respondent import Respondent
 
 
 @dataclass(frozen=True)
@@ -105,21 +105,13 @@ def prompt_of(way: str, question: Choice, examples: Sequence[Choice]) -> str:
 
 
 def score_choices(
-    scorer: Scorer,
-    tokenizer: TextTokenizer,
-    questions: Sequence[Choice],
-    *,
-    start: int,
-    examples: Sequence[Choice] = (),
-    shots: int = 0,
+    respondent: Respondent, questions: Sequence[Choice], *, examples: Sequence[Choice] = (), shots: int = 0
 ) -> dict[str, object]:
     """Ask every question both ways.
 
     Args:
-        scorer: the model.
-        tokenizer: its tokeniser.
+        respondent: the model.
         questions: one or more.
-        start: id that begins every sequence of the model.
         examples: what examples are taken from.
         shots: how many examples stand before each question.
     Returns:
@@ -127,22 +119,20 @@ def score_choices(
     Raises:
         ValueError: too few examples, or an option too long for the model.
     """
-    return {way: _score_one_way(way, scorer, tokenizer, questions, start, (examples, shots)) for way in WAYS}
+    shown = [examples_for(question, examples, shots) for question in questions]
+    return {way: _score_one_way(way, respondent, questions, shown) for way in WAYS}
 
 
 def _score_one_way(
-    way: str,
-    scorer: Scorer,
-    tokenizer: TextTokenizer,
-    questions: Sequence[Choice],
-    start: int,
-    shown: tuple[Sequence[Choice], int],
+    way: str, respondent: Respondent, questions: Sequence[Choice], shown: Sequence[Sequence[Choice]]
 ) -> dict[str, object]:
     requests = []
-    for question in questions:
-        prompt = prompt_of(way, question, examples_for(question, *shown))
-        requests += [encode_pair(tokenizer, prompt, text, start=start) for text in WAYS[way][1](question)]
-    answers = iter(scorer.score(requests))
+    for question, examples in zip(questions, shown, strict=True):
+        prompt = prompt_of(way, question, examples)
+        requests += [
+            encode_pair(respondent.tokenizer, prompt, text, start=respondent.start) for text in WAYS[way][1](question)
+        ]
+    answers = iter(respondent.scorer.score(requests))
     rights: list[dict[str, bool]] = []
     cut_tokens = 0
     for question in questions:

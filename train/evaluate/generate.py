@@ -18,7 +18,7 @@ Shapes: as in `train/model/decode.py`. Not here: text (`generate_text.py`), many
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -143,6 +143,61 @@ def generate(
         if drafting:
             _draft(decoder, cache, active, sampling)
     return [_complete(sequence) for sequence in sequences]
+
+
+def batches_of(requests: Sequence[Request], batch_tokens: int) -> Iterator[range]:
+    """Consecutive requests that are continued together; a single one may be larger than a batch.
+
+    Args:
+        requests: in order.
+        batch_tokens: positions of the caches of a batch, each as long as the longest.
+    """
+    first, longest = 0, 0
+    for index, request in enumerate(requests):
+        slots = len(request.prompt_ids) + request.max_tokens
+        if index > first and (index - first + 1) * max(longest, slots) > batch_tokens:
+            yield range(first, index)
+            first, longest = index, 0
+        longest = max(longest, slots)
+    if requests:
+        yield range(first, len(requests))
+
+
+def generate_in_batches(
+    decoder: Decoder,
+    requests: Sequence[Request],
+    *,
+    batch_tokens: int,
+    sampling: Sampling,
+    eos: int | None,
+    drafting: bool,
+    on_tokens: OnTokens | None = None,
+) -> list[Completion]:
+    """`generate`, as many requests at a time as fit into caches of `batch_tokens` positions.
+
+    Raises:
+        ValueError: as `generate`, of any request, before the first pass; `batch_tokens` is not positive.
+    """
+    if batch_tokens < 1:
+        raise ValueError(f"--batch-tokens {batch_tokens} must be 1 or more")
+    for request in requests:
+        _check(request, decoder.config)
+    done: list[Completion] = []
+    for batch in batches_of(requests, batch_tokens):
+
+        def told(index: int, ids: list[int], first: int = batch.start) -> None:
+            assert on_tokens is not None
+            on_tokens(first + index, ids)
+
+        done += generate(
+            decoder,
+            requests[batch.start : batch.stop],
+            sampling=sampling,
+            eos=eos,
+            drafting=drafting,
+            on_tokens=told if on_tokens else None,
+        )
+    return done
 
 
 def _check(request: Request, config: ModelConfig) -> None:

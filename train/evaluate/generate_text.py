@@ -6,8 +6,8 @@
 A token of byte-level BPE may hold part of a character. What is printed ends before an incomplete character, and a byte
 that can belong to none is shown as U+FFFD once the next token has settled it: nothing printed is ever taken back.
 
-A prompt begins with one end-of-sentence token, as the first document of a packed sample does (`train/data/stream.py`),
-so the empty prompt is one too. MTP drafting is that of arXiv:2412.19437 §5.4.3. Not here: chat templates, sampling
+A prompt begins with the token that samples of the model's training began with (`train/data/trained_on.py`), so the
+empty prompt is one too. MTP drafting is that of arXiv:2412.19437 §5.4.3. Not here: chat templates, sampling
 (`sampling.py`), the loop (`generate.py`).
 """
 
@@ -21,10 +21,9 @@ from pathlib import Path
 import torch
 
 from train.data.store import TokenStore
-from train.data.tokenizer import TextTokenizer, load_tokenizer
-from train.evaluate.generate import Completion, Request, generate
+from train.data.tokenizer import TextTokenizer
+from train.evaluate.generate import Completion, Request, batches_of, generate_in_batches
 from train.evaluate.sampling import Sampling
-from train.model.config import ModelConfig
 from train.model.decode import Decoder
 
 UNFINISHED = "\ufffd"
@@ -39,12 +38,14 @@ class Generation:
         seed: of the first prompt; the i-th, from 0, has seed + i, so it can be repeated alone.
         sampling: temperature and top-p.
         drafting: let MTP draft; None: if the model has MTP layers.
+        batch_tokens: positions of the caches that are held together.
     """
 
     max_tokens: int = 100
     seed: int = 0
     sampling: Sampling = field(default_factory=Sampling)
     drafting: bool | None = None
+    batch_tokens: int = 16384
 
     def requests(self, prompts: Sequence[Sequence[int]]) -> list[Request]:
         """One request per prompt, given as tokens."""
@@ -119,26 +120,6 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
-def tokenizer_of(path: Path | None, config: ModelConfig) -> TextTokenizer:
-    """The tokeniser of a model.
-
-    Args:
-        path: a tokenizer.json, or None where nobody knows of one.
-        config: of the model.
-    Raises:
-        ValueError: none is known, or it has ids that the model lacks.
-    """
-    if path is None:
-        raise ValueError("the tokenizer of this model is not where its run had it: give --tokenizer tokenizer.json")
-    tokenizer = load_tokenizer(path)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"tokenizer: {path} has {tokenizer.vocab_size} ids, the model {config.vocab_size}: "
-            "give --tokenizer with the file that the model was trained with"
-        )
-    return tokenizer
-
-
 def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
     """Prompts of the command line, then the lines of a file; without any, the empty one.
 
@@ -156,26 +137,28 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
     return [*given, *lines]
 
 
-def prompt_ids(texts: Sequence[str], tokenizer: TextTokenizer) -> list[list[int]]:
-    """Tokens of each text after one end-of-sentence token."""
-    return [[tokenizer.special_ids.eos, *ids] for ids in tokenizer.encode_batch(texts)]
+def prompt_ids(texts: Sequence[str], tokenizer: TextTokenizer, *, start: int) -> list[list[int]]:
+    """Tokens of each text after the one that begins a sequence."""
+    return [[start, *ids] for ids in tokenizer.encode_batch(texts)]
 
 
-def store_prompts(store: TokenStore, tokenizer: TextTokenizer, *, tokens: int) -> list[list[int]]:
+def store_prompts(store: TokenStore, tokenizer: TextTokenizer, *, start: int, tokens: int) -> list[list[int]]:
     """The beginning of every document that goes on after it.
 
     Args:
         store: tokenised text that the model has not seen.
         tokenizer: the model's.
-        tokens: of each document, after one end-of-sentence token.
+        start: token that begins a sequence.
+        tokens: of each document, after it.
     Raises:
         ValueError: the store has another tokeniser, or no document is so long.
     """
     if store.manifest.tokenizer_sha256 != tokenizer.sha256:
         raise ValueError(f"store: {store.path} was made with another tokenizer than the model's; prepare it with that")
-    eos = store.manifest.special_ids.eos
     prompts = [
-        [eos, *store.document(index)[:tokens].tolist()] for index, length in enumerate(store.lengths) if length > tokens
+        [start, *store.document(index)[:tokens].tolist()]
+        for index, length in enumerate(store.lengths)
+        if length > tokens
     ]
     if not prompts:
         raise ValueError(f"store: {store.path} has no document of more than {tokens} tokens; ask for shorter prompts")
@@ -183,7 +166,13 @@ def store_prompts(store: TokenStore, tokenizer: TextTokenizer, *, tokens: int) -
 
 
 def continue_texts(
-    decoder: Decoder, tokenizer: TextTokenizer, texts: Sequence[str], asked: Generation, write: Callable[[str], None]
+    decoder: Decoder,
+    tokenizer: TextTokenizer,
+    texts: Sequence[str],
+    asked: Generation,
+    write: Callable[[str], None],
+    *,
+    start: int,
 ) -> str:
     """Continue every text and write it as it comes; several texts are written one after another under a heading.
 
@@ -193,12 +182,13 @@ def continue_texts(
         texts: prompts; the empty one starts a new document.
         asked: how many tokens, how chosen.
         write: takes pieces of text, whole characters only.
+        start: token that begins a sequence.
     Returns:
         One line about speed and drafting.
     Raises:
         ValueError: as `generate`.
     """
-    requests = asked.requests(prompt_ids(texts, tokenizer))
+    requests = asked.requests(prompt_ids(texts, tokenizer, start=start))
     heads = [f"--- {i} of {len(texts)} ---\n{text}" for i, text in enumerate(texts, 1)] if len(texts) > 1 else texts
     eos = tokenizer.special_ids.eos
     printer = _InOrder(heads, tokenizer, eos, write)
@@ -212,9 +202,10 @@ def continue_texts(
             printer.end(index)
 
     started = time.perf_counter()
-    done = generate(
+    done = generate_in_batches(
         decoder,
         requests,
+        batch_tokens=asked.batch_tokens,
         sampling=asked.sampling,
         eos=eos,
         drafting=_drafting(decoder, asked),
@@ -258,8 +249,8 @@ def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], asked: Generatio
         asked: as for text; `drafting` is ignored.
         rounds: of each kind, after one of each that is not timed.
     Returns:
-        Lines: acceptance and tokens a pass; for all prompts as one batch and for the first alone, the medians of tokens
-        per second and their ratio; at temperature 0, how many prompts got the same tokens both ways.
+        Lines: acceptance and tokens a pass; for all prompts and for the first alone, the medians of tokens per second
+        and their ratio; at temperature 0, how many prompts got the same tokens both ways.
     Raises:
         ValueError: as `generate`.
     """
@@ -267,7 +258,14 @@ def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], asked: Generatio
 
     def timed(batch: Sequence[Request], *, drafting: bool) -> tuple[float, list[Completion]]:
         started = time.perf_counter()
-        done = generate(decoder, batch, sampling=asked.sampling, eos=None, drafting=drafting)
+        done = generate_in_batches(
+            decoder,
+            batch,
+            batch_tokens=asked.batch_tokens,
+            sampling=asked.sampling,
+            eos=None,
+            drafting=drafting,
+        )
         return sum(len(completion.ids) for completion in done) / (time.perf_counter() - started), done
 
     (_, drafted), (_, plain) = timed(requests, drafting=True), timed(requests, drafting=False)
@@ -276,7 +274,9 @@ def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], asked: Generatio
         f"{len(requests)} prompts, {asked.max_tokens} new tokens each, {asked.sampling}",
         f"acceptance rate {acceptance(drafted):.1%} of {drafts} drafts, {tokens_a_pass(drafted):.2f} tokens a pass",
     ]
-    for name, batch in (("as one batch", requests), ("the first alone", requests[:1])):
+    batches = len(list(batches_of(requests, asked.batch_tokens)))
+    together = "as one batch" if batches == 1 else f"in {batches} batches"
+    for name, batch in ((together, requests), ("the first alone", requests[:1])):
         pairs = [(timed(batch, drafting=True)[0], timed(batch, drafting=False)[0]) for _ in range(rounds)]
         with_drafts, without = (sorted(speeds)[rounds // 2] for speeds in zip(*pairs, strict=True))
         lines.append(

@@ -9,8 +9,9 @@ longer one. Letters after one prompt ("A", "B", ...) so cost one pass together. 
 continuations share is computed once for each: no keys and values are kept between requests.
 
 Shapes: sequences = rows of a batch, tokens = its padded length, rows = places whose logits are wanted, vocab.
-The model is injected as a function (`logits_at` makes it from a Transformer). Not here: prompts, and what counts as
-right (`choice.py`).
+The model is injected as a function (`logits_of` makes it from a Transformer): one forward pass, then logits of some
+places at a time, so that a large vocabulary is never held for all of them. Not here: prompts, and what counts as right
+(`choice.py`).
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from torch import Tensor
 from kernels.cross_entropy import cross_entropy_sum
 from train.data.batch import Batch
 from train.data.tokenizer import TextTokenizer
+from train.evaluate.sampling import check_finite
 from train.evaluate.score import LossOfBatch
 from train.model.transformer import Transformer
 
-# [sequences, tokens] int64, [rows] places in its flat form -> [rows, vocab] logits
-LogitsAt = Callable[[Tensor, Tensor], Tensor]
+# [sequences, tokens] int64 -> a function of [rows] places in its flat form -> [rows, vocab] logits
+LogitsOf = Callable[[Tensor], Callable[[Tensor], Tensor]]
 
-# Elements of one block of FP32 logits: 256 MiB.
-LOGITS_ELEMENTS = 1 << 26
+# Elements of one block of logits; each FP64 copy of a block has 256 MiB.
+LOGITS_ELEMENTS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,13 @@ class Scorer:
     """A model as something that scores continuations.
 
     Args:
-        logits_at: the model.
+        logits_of: the model.
         vocab_size: columns of its logits.
         max_tokens: longest input, tokens; longer contexts lose their beginning.
         batch_tokens: tokens of one forward pass, padding included; one input may have more.
     """
 
-    logits_at: LogitsAt
+    logits_of: LogitsOf
     vocab_size: int
     max_tokens: int
     batch_tokens: int = 4096
@@ -82,7 +84,8 @@ class Scorer:
         """Score requests; the answers come in their order.
 
         Raises:
-            ValueError: a context or continuation without tokens, or a continuation longer than the model's input.
+            ValueError: a context or continuation without tokens, a continuation longer than the model's input, or a
+                logit that is not finite.
         """
         inputs = [self._input(request) for request in requests]
         carriers = _carriers(inputs)
@@ -143,18 +146,21 @@ class Scorer:
     def _read(self, ids: Tensor, places: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """[rows] log p of each label, FP64, and whether it is the most likely token."""
         unique, position = places.unique(return_inverse=True)
-        logits = self.logits_at(ids, unique)  # [unique rows, vocab]
-        rows = max(1, LOGITS_ELEMENTS // self.vocab_size)
-        log_p, best = [], []
-        for some, targets in zip(position.split(rows), labels.split(rows), strict=True):
-            wide = logits[some.to(logits.device)].double()  # [rows, vocab]
-            targets = targets.to(logits.device)
-            log_p.append((wide.gather(1, targets[:, None])[:, 0] - wide.logsumexp(-1)).cpu())
+        logits_at = self.logits_of(ids)
+        log_p = torch.empty(len(places), dtype=torch.float64)
+        best = torch.empty(len(places), dtype=torch.bool)
+        step = max(1, LOGITS_ELEMENTS // self.vocab_size)
+        for first in range(0, len(unique), step):
+            wide = logits_at(unique[first : first + step]).double()  # [block, vocab]
+            check_finite(wide)
+            asked = ((position >= first) & (position < first + step)).nonzero()[:, 0]  # [rows of this block]
+            rows, targets = (position[asked] - first).to(wide.device), labels[asked].to(wide.device)
+            log_p[asked] = (wide[rows, targets] - wide.logsumexp(-1)[rows]).cpu()
             # The lowest id of equal values: argmax does not promise which one it gives.
             ids_of = torch.arange(wide.shape[1], device=wide.device)
-            top = torch.where(wide == wide.max(-1, keepdim=True).values, ids_of, wide.shape[1]).amin(-1)  # [rows]
-            best.append((top == targets).cpu())
-        return torch.cat(log_p), torch.cat(best)
+            top = torch.where(wide == wide.max(-1, keepdim=True).values, ids_of, wide.shape[1]).amin(-1)  # [block]
+            best[asked] = (top[rows] == targets).cpu()
+        return log_p, best
 
 
 def _carriers(inputs: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
@@ -171,24 +177,29 @@ def _carriers(inputs: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[
     return carriers
 
 
-def logits_at(model: Transformer, device: torch.device) -> LogitsAt:
-    """The main model as a `LogitsAt`; the head is applied to the wanted places only."""
+def logits_of(model: Transformer, device: torch.device) -> LogitsOf:
+    """The main model as a `LogitsOf`; the head is applied to the wanted places only."""
 
-    def read(input_ids: Tensor, places: Tensor) -> Tensor:
+    def forward(input_ids: Tensor) -> Callable[[Tensor], Tensor]:
         hidden = model.next_token_hidden(input_ids.to(device)).flatten(0, 1)  # [sequences * tokens, hidden]
-        return model.logits(hidden[places.to(device)])  # [rows, vocab]
+        return lambda places: model.logits(hidden[places.to(device)])  # [rows, vocab]
 
-    return read
+    return forward
 
 
 def loss_of_batch(model: Transformer, device: torch.device) -> LossOfBatch:
-    """The main model as what `score.py` injects: the same sum as the trainer's evaluation takes."""
+    """The main model as what `score.py` injects: the same sum as the trainer's evaluation takes.
+
+    Raises:
+        ValueError: from the function: the loss is not finite.
+    """
 
     @torch.no_grad()
     def loss(batch: Batch) -> tuple[float, int]:
         inputs = batch.inputs(device)
         hidden = model.next_token_hidden(inputs["input_ids"], inputs.get("document_ids"))
         nats = cross_entropy_sum(model.logits(hidden).flatten(0, 1), inputs["labels"].flatten())
+        check_finite(nats)
         return float(nats.double()), batch.num_targets
 
     return loss

@@ -6,7 +6,8 @@
 
 The contract is that of `lm_eval.api.model.LM` in 0.4.13: requests are `Instance`s whose `args` are the tuples above,
 the answers come in their order. Context and continuation are cut into tokens as `TemplateLM` does; every sequence
-begins with the model's start token. In rolling windows the last one is filled up with tokens already scored.
+begins with the model's start token. In rolling windows the last one is filled up with tokens already scored. What had
+to be cut off prompts that do not fit is counted (`cut_tokens`).
 
 `HarnessModel` holds all of the work and does not import lm-eval; `harness_model` marries it to the real base class.
 Chat templates are not supported, and neither is `top_k`.
@@ -14,15 +15,13 @@ Chat templates are not supported, and neither is `top_k`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Protocol
 
-from train.data.tokenizer import TextTokenizer
 from train.evaluate.benchmarks import Task
-from train.evaluate.exact import Generate
-from train.evaluate.likelihood import Request, Scorer, encode_pair
+from train.evaluate.likelihood import Request, encode_pair
+from train.evaluate.respondent import Respondent
 
 INSTALL = "lm-eval is not installed; it is optional: pip install 'lm-eval>=0.4.9'"
 # What lm-eval's own models generate at most where a task does not say.
@@ -38,29 +37,16 @@ class Instance(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class HarnessParts:
-    """What the adapter needs of a model.
+class HarnessModel:
+    """The three answers that the harness asks for. `harness_model` makes an object that the harness accepts.
 
-    Args:
-        scorer: gives log-likelihoods.
-        tokenizer: of the model.
-        start: id that begins every sequence of the model.
-        generate: continues prompts.
-        name: of the model, for the harness's caches.
+    Attributes:
+        respondent: the model.
+        cut_tokens: the most that a prompt lost since this was last set to 0.
     """
 
-    scorer: Scorer
-    tokenizer: TextTokenizer
-    start: int
-    generate: Generate
-    name: str
-
-
-class HarnessModel:
-    """The three answers that the harness asks for. `harness_model` makes an object that the harness accepts."""
-
-    parts: HarnessParts
+    respondent: Respondent
+    cut_tokens: int
 
     def loglikelihood(
         self,
@@ -68,12 +54,14 @@ class HarnessModel:
         disable_tqdm: bool = False,  # noqa: FBT002  (the harness's signature)
     ) -> list[tuple[float, bool]]:
         """See `lm_eval.api.model.LM.loglikelihood`."""
-        parts = self.parts
+        asked = self.respondent
         pairs = [
-            encode_pair(parts.tokenizer, context, continuation, start=parts.start)
+            encode_pair(asked.tokenizer, context, continuation, start=asked.start)
             for context, continuation in (request.args for request in requests)
         ]
-        return [(answer.log_probability, answer.is_greedy) for answer in parts.scorer.score(pairs)]
+        answers = asked.scorer.score(pairs)
+        self.cut_tokens = max([self.cut_tokens, *(answer.cut_tokens for answer in answers)])
+        return [(answer.log_probability, answer.is_greedy) for answer in answers]
 
     def loglikelihood_rolling(
         self,
@@ -81,16 +69,16 @@ class HarnessModel:
         disable_tqdm: bool = False,  # noqa: FBT002  (the harness's signature)
     ) -> list[float]:
         """See `lm_eval.api.model.LM.loglikelihood_rolling`; a text without tokens costs nothing."""
-        parts = self.parts
+        asked = self.respondent
         windows: list[Request] = []
         owners: list[int] = []
-        texts = parts.tokenizer.encode_batch([request.args[0] for request in requests])
+        texts = asked.tokenizer.encode_batch([request.args[0] for request in requests])
         for owner, ids in enumerate(texts):
-            found = rolling_windows([parts.start, *ids], parts.scorer.max_tokens)
+            found = rolling_windows([asked.start, *ids], asked.scorer.max_tokens)
             windows += found
             owners += [owner] * len(found)
         totals = [0.0] * len(texts)
-        for owner, answer in zip(owners, parts.scorer.score(windows), strict=True):
+        for owner, answer in zip(owners, asked.scorer.score(windows), strict=True):
             totals[owner] += answer.log_probability
         return totals
 
@@ -100,24 +88,24 @@ class HarnessModel:
         disable_tqdm: bool = False,  # noqa: FBT002  (the harness's signature)
     ) -> list[str]:
         """See `lm_eval.api.model.LM.generate_until`. Requests that ask for the same are generated together."""
-        parts = self.parts
+        asked = self.respondent
         groups: dict[tuple[int, float], list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(_wishes(request.args[1]), []).append(index)
         texts = [""] * len(requests)
         for (new_tokens, temperature), members in groups.items():
-            contexts = parts.tokenizer.encode_batch([requests[index].args[0] for index in members])
-            room = max(1, parts.scorer.max_tokens - new_tokens)
-            prompts = [[parts.start, *ids][-room:] for ids in contexts]
-            written = parts.generate(prompts, max_new_tokens=new_tokens, temperature=temperature, seed=members[0])
+            contexts = asked.tokenizer.encode_batch([requests[index].args[0] for index in members])
+            fitted = [asked.prompt(ids, max_new_tokens=new_tokens) for ids in contexts]
+            self.cut_tokens = max([self.cut_tokens, *(cut for _, cut in fitted)])
+            prompts = [prompt for prompt, _ in fitted]
+            written = asked.generate(prompts, max_new_tokens=new_tokens, temperature=temperature, seed=members[0])
             for index, ids in zip(members, written, strict=True):
                 texts[index] = self._text(ids, requests[index].args[1])
         return texts
 
     def _text(self, ids: list[int], wishes: Mapping[str, Any]) -> str:
         """Up to the end of the sentence and the first of the stop texts, neither of them kept."""
-        end = self.parts.tokenizer.special_ids.eos
-        text = self.parts.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
+        text = self.respondent.text(ids)
         stops = wishes.get("until") or []
         for stop in [stops] if isinstance(stops, str) else stops:
             text = text.split(stop, maxsplit=1)[0] if stop else text
@@ -126,7 +114,7 @@ class HarnessModel:
     @property
     def tokenizer_name(self) -> str:
         """Names the request cache."""
-        return self.parts.name
+        return self.respondent.name
 
 
 def _wishes(options: Mapping[str, Any]) -> tuple[int, float]:
@@ -175,34 +163,49 @@ def base_class() -> Any:
         raise ValueError(f"{INSTALL} ({error})") from None
 
 
-def harness_model(parts: HarnessParts) -> Any:
+def check_tasks(tasks: Sequence[Task]) -> None:
+    """Ask lm-eval whether it knows every name, before anything is scored.
+
+    Raises:
+        ValueError: lm-eval is not installed, or has no task, group or tag of a name.
+    """
+    base_class()
+    manager = import_module("lm_eval.tasks").TaskManager()
+    unknown = [task.name for task in tasks if not manager.match_tasks([task.name])]
+    if unknown:
+        raise ValueError(f"--tasks: this lm-eval has no {', '.join(unknown)}; `lm-eval ls tasks` lists what it has")
+
+
+def harness_model(respondent: Respondent) -> Any:
     """A `lm_eval.api.model.LM` of our model.
 
     Raises:
         ValueError: lm-eval is not installed.
     """
     model = type("V3Model", (HarnessModel, base_class()), {})()
-    model.parts = parts
+    model.respondent, model.cut_tokens = respondent, 0
     return model
 
 
-def run_tasks(parts: HarnessParts, tasks: Sequence[Task], *, limit: int | None, run_code: bool) -> dict[str, object]:
+def run_tasks(
+    respondent: Respondent, tasks: Sequence[Task], *, limit: int | None, run_code: bool
+) -> Iterator[tuple[str, dict[str, object]]]:
     """Let the harness run tasks, each with its own number of examples.
 
     Args:
-        parts: the model.
+        respondent: the model.
         tasks: what to run.
         limit: documents of each task; None for all.
         run_code: whether tasks may run what the model wrote.
-    Returns:
-        Task -> {"results" as the harness gives them, "shots", "deepseek_v3_base"}.
+    Yields:
+        As each is done: task, {"results" as the harness gives them, "shots", "deepseek_v3_base", "cut_tokens"}.
     Raises:
         ValueError: lm-eval is not installed, or refuses a task; passed on in its words.
     """
-    model = harness_model(parts)
+    model = harness_model(respondent)
     evaluate = import_module("lm_eval").simple_evaluate
-    found: dict[str, object] = {}
     for task in tasks:
+        model.cut_tokens = 0
         try:
             answer = evaluate(
                 model=model,
@@ -213,6 +216,13 @@ def run_tasks(parts: HarnessParts, tasks: Sequence[Task], *, limit: int | None, 
                 confirm_run_unsafe_code=run_code,
             )
         except (KeyError, ValueError) as error:
-            raise ValueError(f"--tasks: lm-eval refuses {task.name} ({error})") from None
-        found[task.name] = {"results": answer["results"], "shots": task.shots, "deepseek_v3_base": task.mark}
-    return found
+            raise ValueError(f"--tasks: {task.name} cannot be scored ({error})") from None
+        yield (
+            task.name,
+            {
+                "results": answer["results"],
+                "shots": task.shots,
+                "deepseek_v3_base": task.mark,
+                "cut_tokens": model.cut_tokens,
+            },
+        )

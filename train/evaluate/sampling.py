@@ -55,8 +55,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         ValueError: a logit is not a finite number.
     """
     wide = logits.to("cpu", torch.float64)
-    if not wide.isfinite().all():
-        raise ValueError("the model gives logits that are not finite numbers: its weights are damaged, or it diverged")
+    check_finite(wide)
     if sampling.temperature == 0.0:
         # torch's argmax is the first of equal values: the lowest id.
         return torch.zeros_like(wide).scatter_(-1, wide.argmax(-1, keepdim=True), 1.0)
@@ -69,6 +68,20 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     kept = ordered.values.masked_fill(heavier >= sampling.top_p, 0.0)
     kept /= kept.sum(-1, keepdim=True)
     return torch.zeros_like(wide).scatter_(-1, ordered.indices, kept)
+
+
+def check_finite(values: Tensor) -> None:
+    """Refuse what a broken model gives, before it is taken for an answer.
+
+    Args:
+        values: logits, or a loss.
+    Raises:
+        ValueError: one of them is not a finite number.
+    """
+    if not bool(values.isfinite().all()):
+        raise ValueError(
+            "the model gives logits or losses that are not finite numbers: its weights are damaged, or it diverged"
+        )
 
 
 def draw(weights: Tensor, uniform: float) -> int:

@@ -17,7 +17,7 @@ The model is injected as a function of a batch; this file imports no model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from train.data.batch import Batch
@@ -25,8 +25,6 @@ from train.data.store import TokenStore
 from train.data.stream import iterate_windows
 
 LossOfBatch = Callable[[Batch], tuple[float, int]]
-
-METRIC = "eval/bits_per_byte"
 
 
 @dataclass(frozen=True)
@@ -115,36 +113,3 @@ def bits_per_byte(
         batch_sequences=batch_sequences,
         mask_documents=mask_documents,
     ).bits_per_byte
-
-
-def score_domains(
-    loss_of_batch: LossOfBatch,
-    stores: Mapping[str, TokenStore],
-    *,
-    sequence_length: int,
-    batch_sequences: int,
-    mask_documents: bool = False,
-) -> dict[str, float]:
-    """Bits per byte of several held-out stores as metrics of a training record.
-
-    Args:
-        loss_of_batch: as in `score_store`.
-        stores: domain -> store; one or more.
-        sequence_length: tokens of one sample.
-        batch_sequences: samples of one batch.
-        mask_documents: whether batches carry document ids.
-    Returns:
-        `eval/bits_per_byte` of all together, and, where there are several, `eval/bits_per_byte/DOMAIN` of each.
-    """
-    scores = {
-        name: score_store(
-            loss_of_batch,
-            store,
-            sequence_length=sequence_length,
-            batch_sequences=batch_sequences,
-            mask_documents=mask_documents,
-        )
-        for name, store in stores.items()
-    }
-    single = {f"{METRIC}/{name}": score.bits_per_byte for name, score in scores.items()} if len(scores) > 1 else {}
-    return {METRIC: total_score(scores.values()).bits_per_byte, **single}

@@ -1,99 +1,37 @@
 """One evaluation of one model: stores, multiple choice, exact match, and tasks of lm-eval, in one report.
 
-Whatever a user can get wrong (files, hashes, names) is read and checked before the first forward pass; scores follow.
-A store is scored with the sample length and document masking of the run, so that a run's last score in its log comes
-out again (up to the order of sums in a batch of another size).
+    read_files   files, names and numbers of what is asked, before a model is loaded
+    evaluate     stores and tokeniser compared with the model's; then the scores, handed out as each is done
 
-Not here: where weights come from (`train/checkpoint/reader.py`), the command line (`launch/score.py`).
+Whatever a user can get wrong is said in one sentence before the first forward pass, and what was measured is never
+lost: the report is written anew after each score (`Report`).
+
+Not here: the model (`subject.py`), the command line (`suite_options.py`, `launch/score.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from train.data.store import TokenStore
-from train.data.tokenizer import TextTokenizer, load_tokenizer
 from train.evaluate.benchmarks import Task, choose_tasks
-from train.evaluate.choice import score_choices
-from train.evaluate.exact import Attempts, Generate, score_exact
-from train.evaluate.generate import Request, generate
-from train.evaluate.likelihood import Scorer, logits_at, loss_of_batch
-from train.evaluate.lm_eval_adapter import HarnessParts, base_class, run_tasks
-from train.evaluate.questions import read_choices, read_problems
-from train.evaluate.sampling import Sampling
-from train.evaluate.score import score_store, total_score
-from train.model.decode import Decoder
-from train.model.transformer import Transformer
+from train.evaluate.choice import examples_for, score_choices
+from train.evaluate.exact import Attempts, examples_of, score_exact
+from train.evaluate.lm_eval_adapter import check_tasks, run_tasks
+from train.evaluate.questions import Choice, Problem, read_choices, read_problems
+from train.evaluate.respondent import Respondent
+from train.evaluate.score import total_score
+from train.evaluate.subject import Subject
 
-# Sample length for models that say nothing of their own, tokens: V3's in pre-training (arXiv:2412.19437 §4.2).
-DEFAULT_TOKENS = 4096
 # Name of all stores together.
 TOTAL = "total"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The model under test.
-
-    Args:
-        model: all of it, in evaluation mode.
-        device: where it is.
-        name: for messages.
-        tokenizer_path: its tokenizer.json; None where it is unknown.
-        tokenizer_sha256: of that file as training knew it; None where it is unknown.
-        start: name of the special token that begins a sequence: "eos" for runs of ours, "bos" for released models.
-        max_tokens: longest input; also the sample length of stores.
-        batch_tokens: tokens of one forward pass.
-        mask_documents: whether samples of a store limit attention to a document.
-    """
-
-    model: Transformer
-    device: torch.device
-    name: str
-    tokenizer_path: Path | None
-    tokenizer_sha256: str | None = None
-    start: str = "eos"
-    max_tokens: int = DEFAULT_TOKENS
-    batch_tokens: int = 4096
-    mask_documents: bool = False
-
-    def __post_init__(self) -> None:
-        positions = self.model.config.max_position_embeddings
-        if not 1 <= self.max_tokens <= positions:
-            raise ValueError(f"--max-length {self.max_tokens}: the model has positions for 1 to {positions} tokens")
-        if self.batch_tokens < 1:
-            raise ValueError(f"--batch-tokens {self.batch_tokens} must be 1 or more")
-
-    def tokenizer(self) -> TextTokenizer:
-        """The tokeniser, compared with the one that training knew.
-
-        Raises:
-            ValueError: there is none, it is another one, or it has ids that the model lacks.
-        """
-        if self.tokenizer_path is None:
-            raise ValueError(f"{self.name} comes without a tokeniser; name its tokenizer.json with --tokenizer")
-        tokenizer = load_tokenizer(self.tokenizer_path)
-        if self.tokenizer_sha256 not in (None, tokenizer.sha256):
-            raise ValueError(
-                f"{self.tokenizer_path} has sha256 {tokenizer.sha256[:12]}, but {self.name} was trained with "
-                f"tokeniser {self.tokenizer_sha256[:12] if self.tokenizer_sha256 else None}; give that one"
-            )
-        if tokenizer.vocab_size > self.model.config.vocab_size:
-            raise ValueError(
-                f"{self.tokenizer_path} has {tokenizer.vocab_size} ids, more than the model's vocab_size "
-                f"{self.model.config.vocab_size}; it is another model's tokeniser"
-            )
-        return tokenizer
-
-    def scorer(self) -> Scorer:
-        """The model as something that scores continuations."""
-        vocab_size = self.model.config.vocab_size
-        return Scorer(logits_at(self.model, self.device), vocab_size, self.max_tokens, self.batch_tokens)
+# Told of every part of the report as it is measured: "stores", "choice", "exact" or "tasks"; name; figures.
+Keep = Callable[[str, str, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -147,120 +85,142 @@ def named_stores(arguments: Sequence[str]) -> dict[str, Path]:
     return stores
 
 
-def check_free(out: Path | None) -> None:
-    """Refuse a result file that could not be written, or that holds other results.
+@dataclass(frozen=True)
+class Files:
+    """What a suite's files hold.
+
+    Args:
+        choices: questions of each file.
+        problems: of each file.
+        choice_examples: what examples of questions are taken from.
+        problem_examples: stand before each problem.
+        tasks: for lm-eval.
+        left_out: what `deepseek-base` names and is not run, one sentence each.
+    """
+
+    choices: Mapping[str, Sequence[Choice]]
+    problems: Mapping[str, Sequence[Problem]]
+    choice_examples: Sequence[Choice]
+    problem_examples: Sequence[Problem]
+    tasks: Sequence[Task]
+    left_out: Sequence[str]
+
+
+def read_files(suite: Suite) -> Files:
+    """Read what is asked, and check all of it that needs no model.
 
     Raises:
-        ValueError: it exists, or its folder does not.
+        ValueError: a file, a number of examples, or a task's name; lm-eval is asked for but not installed.
     """
-    if out is not None and (out.exists() or not out.parent.is_dir()):
-        state = "exists already" if out.exists() else "lies in a folder that does not exist"
-        raise ValueError(f"--out {out} {state}; name another file")
-
-
-def open_store(subject: Subject, path: Path) -> TokenStore:
-    """A store that fits the model: same tokeniser, no id beyond its vocabulary.
-
-    Raises:
-        ValueError: it does not fit, or the model's tokeniser is unknown.
-    """
-    store = TokenStore.open(path)
-    store.check(vocab_size=subject.model.config.vocab_size)
-    known = subject.tokenizer_sha256 or subject.tokenizer().sha256
-    if store.manifest.tokenizer_sha256 != known:
-        raise ValueError(
-            f"--store {path} was made with tokeniser {store.manifest.tokenizer_sha256[:12]}, {subject.name} trained "
-            f"with {known[:12]}; prepare the store with the model's: launch/prepare.py --tokenizer FILE"
-        )
-    return store
-
-
-def evaluate(subject: Subject, suite: Suite) -> dict[str, Any]:
-    """Measure what the suite asks for.
-
-    Returns:
-        {"stores": {domain: figures, "total": figures}, "choice": {file: figures}, "exact": {file: figures},
-        "tasks": {task: figures}, "left_out": sentences}, each only where asked for.
-    Raises:
-        ValueError: anything a user can repair, in one sentence, before the first forward pass.
-    """
-    stores = {name: open_store(subject, path) for name, path in suite.stores.items()}
     choices = {str(path): read_choices(path, seed=suite.seed) for path in suite.choice}
     problems = {str(path): read_problems(path) for path in suite.exact}
-    choice_shots = read_choices(suite.dev, seed=suite.seed) if suite.dev and choices else []
-    problem_shots = read_problems(suite.dev) if suite.dev and problems else []
+    choice_examples = read_choices(suite.dev, seed=suite.seed) if suite.dev and choices else []
+    for question in (question for asked in choices.values() for question in asked):
+        examples_for(question, choice_examples, suite.shots)
+    problem_examples = read_problems(suite.dev) if suite.dev and problems else []
     tasks, left_out = choose_tasks(suite.tasks, run_code=suite.run_code) if suite.tasks else ([], [])
     if tasks:
-        base_class()
-    results: dict[str, Any] = {"stores": _score_stores(subject, stores)} if stores else {}
-    if choices or problems or tasks:
-        tokenizer = subject.tokenizer()
-        start = getattr(tokenizer.special_ids, subject.start)
-        for file, questions in choices.items():
-            results.setdefault("choice", {})[file] = score_choices(
-                subject.scorer(), tokenizer, questions, start=start, examples=choice_shots, shots=suite.shots
-            )
-        generate_ids = generator(subject, eos=tokenizer.special_ids.eos)
-        for file, asked in problems.items():
-            results.setdefault("exact", {})[file] = score_exact(
-                generate_ids,
-                tokenizer,
-                asked,
-                start=start,
-                attempts=suite.attempts,
-                examples=problem_shots,
-                shots=suite.shots,
-            )
-        parts = HarnessParts(subject.scorer(), tokenizer, start, generate_ids, subject.name)
-        results |= _run_tasks(parts, tasks, left_out, suite)
-    return results
+        check_tasks(tasks)
+    return Files(
+        choices,
+        problems,
+        choice_examples,
+        examples_of(problem_examples, suite.shots) if problems else [],
+        tasks,
+        left_out,
+    )
 
 
-def _score_stores(subject: Subject, stores: Mapping[str, TokenStore]) -> dict[str, dict[str, float]]:
-    loss = loss_of_batch(subject.model, subject.device)
-    scores = {
-        name: score_store(
-            loss,
-            store,
-            sequence_length=subject.max_tokens,
-            batch_sequences=max(1, subject.batch_tokens // subject.max_tokens),
-            mask_documents=subject.mask_documents,
-        )
-        for name, store in stores.items()
-    }
-    return {name: score.to_json() for name, score in {**scores, TOTAL: total_score(scores.values())}.items()}
+class Report:
+    """Everything measured so far, in a JSON file where one is wanted.
+
+    Args:
+        out: the file; None: nothing is written.
+    Attributes:
+        results: {"stores": {domain: figures, "total": figures}, "choice": {file: figures}, "exact": {file: figures},
+            "tasks": {task: figures}, "left_out": sentences}, each only where asked for; "finished": is it all there?
+    Raises:
+        ValueError: the file exists, or its folder does not.
+    """
+
+    def __init__(self, out: Path | None) -> None:
+        if out is not None and (out.exists() or not out.parent.is_dir()):
+            state = "exists already" if out.exists() else "lies in a folder that does not exist"
+            raise ValueError(f"--out {out} {state}; name another file")
+        self._out = out
+        self.results: dict[str, Any] = {"finished": False}
+
+    def keep(self, part: str, name: str, figures: Mapping[str, Any]) -> None:
+        """A score is there."""
+        self.results.setdefault(part, {})[name] = figures
+        self._write()
+
+    def finish(self, left_out: Sequence[str]) -> None:
+        """All scores are there."""
+        if left_out:
+            self.results["left_out"] = list(left_out)
+        self.results["finished"] = True
+        self._write()
+
+    def _write(self) -> None:
+        if self._out is None:
+            return
+        hidden = self._out.with_name(f".{self._out.name}.writing")
+        with hidden.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(_plain(self.results), indent=2, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        hidden.replace(self._out)
 
 
-def _run_tasks(parts: HarnessParts, tasks: list[Task], left_out: list[str], suite: Suite) -> dict[str, Any]:
-    if not tasks:
-        return {}
-    found = run_tasks(parts, tasks, limit=suite.limit, run_code=suite.run_code)
-    return {"tasks": found, "left_out": left_out}
+def _plain(value: Any) -> Any:
+    """JSON has no infinity: null stands for it (a perplexity that overflows). What it does not know is spelled out."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
-def generator(subject: Subject, *, eos: int) -> Generate:
-    """The model as a `Generate`: as many prompts together as fit `batch_tokens`, without drafting."""
+def evaluate(subject: Subject, suite: Suite, files: Files, keep: Keep) -> None:
+    """Measure what the suite asks for.
 
-    def run(prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seed: int) -> list[list[int]]:
-        decoder = Decoder(subject.model)
-        longest = max(map(len, prompts), default=1)
-        together = max(1, subject.batch_tokens // (longest + max_new_tokens))
-        requests = [
-            Request(tuple(prompt), max_new_tokens, seed=(seed << 32) + index) for index, prompt in enumerate(prompts)
-        ]
-        written: list[list[int]] = []
-        for first in range(0, len(requests), together):
-            done = generate(
-                decoder,
-                requests[first : first + together],
-                sampling=Sampling(temperature=temperature),
-                eos=eos,
-                drafting=False,
-            )
-            written += [list(completion.ids) for completion in done]
-        return written
+    Args:
+        subject: the model.
+        suite: what to measure.
+        files: of the suite (`read_files`).
+        keep: told of each score when it is there; see `Report`.
+    Raises:
+        ValueError: anything a user can repair, in one sentence, before the first forward pass; later, a model whose
+            figures are not finite, or what lm-eval finds out only then.
+    """
+    stores = {name: subject.open_store(path) for name, path in suite.stores.items()}
+    asks = files.choices or files.problems or files.tasks
+    respondent = subject.respondent() if asks else None
+    if respondent and files.problems:
+        respondent.prompt([], max_new_tokens=suite.attempts.new_tokens(subject.max_tokens))
+    scores = []
+    for name, store in stores.items():
+        scores.append(subject.score_store(store))
+        keep("stores", name, scores[-1].to_json())
+    if scores:
+        keep("stores", TOTAL, total_score(scores).to_json())
+    if respondent:
+        _ask(respondent, suite, files, keep)
 
-    return run
+
+def _ask(respondent: Respondent, suite: Suite, files: Files, keep: Keep) -> None:
+    for file, questions in files.choices.items():
+        figures = score_choices(respondent, questions, examples=files.choice_examples, shots=suite.shots)
+        keep("choice", file, figures)
+    for file, problems in files.problems.items():
+        solved = score_exact(respondent, problems, attempts=suite.attempts, examples=files.problem_examples)
+        keep("exact", file, solved)
+    if files.tasks:
+        for task, found in run_tasks(respondent, files.tasks, limit=suite.limit, run_code=suite.run_code):
+            keep("tasks", task, found)
 
 
 def summary_lines(results: Mapping[str, Any]) -> Iterator[str]:
@@ -276,8 +236,7 @@ def summary_lines(results: Mapping[str, Any]) -> Iterator[str]:
                 if name.startswith("acc"):
                     share = f"{value['value']:.2%} +- {value['standard_error']:.2%}"
                     yield f"{file} {way} {name}: {share} of {value['questions']} questions"
-            if figures["cut_tokens"]:
-                yield f"{file} {way}: prompts were cut, by up to {figures['cut_tokens']} tokens, to fit --max-length"
+            yield from _cut(f"{file} {way}", figures)
     for file, figures in results.get("exact", {}).items():
         value = figures["pass@1"]
         yield (
@@ -285,7 +244,14 @@ def summary_lines(results: Mapping[str, Any]) -> Iterator[str]:
             f"{figures['samples']} samples each; {figures['without_box']:.0%} without \\boxed, "
             f"{figures['unfinished']:.0%} unfinished"
         )
+        yield from _cut(file, figures)
     for name, figures in results.get("tasks", {}).items():
         yield f"{name}: {figures['results']} (DeepSeek-V3-Base: {figures['deepseek_v3_base']})"
+        yield from _cut(name, figures)
     for sentence in results.get("left_out", ()):
         yield f"left out: {sentence}"
+
+
+def _cut(name: str, figures: Mapping[str, Any]) -> Iterator[str]:
+    if figures["cut_tokens"]:
+        yield f"{name}: prompts were cut, by up to {figures['cut_tokens']} tokens, to fit --max-length"

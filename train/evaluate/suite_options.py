@@ -26,7 +26,7 @@ def add_suite_options(parser: argparse.ArgumentParser) -> None:
     add("--shots", type=int, default=0, help="examples before each question (default: 0)")
     add("--samples", type=int, default=1, help="solutions a problem (default: 1)")
     add("--temperature", type=float, default=0.0, help="of solutions (default: 0, greedy)")
-    add("--max-new-tokens", type=int, default=512, help="longest solution (default: 512)")
+    add("--max-new-tokens", type=int, help="longest solution (default: 512, at most half of --max-length)")
     add("--seed", type=int, default=0, help="of samples and of the order of GPQA's options (default: 0)")
     add("--limit", type=int, help="documents of each lm-eval task (default: all)")
     add("--run-code", action="store_true", help="let lm-eval run programs that the model wrote")
