@@ -176,6 +176,22 @@ def test_a_port_that_is_taken_is_one_sentence_and_exit_code_2(
     assert DEFAULT_PORT == 8663
 
 
+def test_an_interrupt_while_the_first_line_is_written_is_an_orderly_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "run", [record(1)])
+    said: list[str] = []
+
+    def interrupted(text: str, **_: object) -> None:
+        said.append(text)
+        if len(said) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.print", interrupted)
+    assert main(["--serve", str(tmp_path), "--port", "0"]) == 0
+    assert said[1:] == ["dashboard: ended"]
+
+
 def test_the_entrypoint_serves_until_it_is_interrupted(tmp_path: Path):
     write_run(tmp_path / "run", [record(1)])
     command = [sys.executable, str(REPOSITORY / "launch/dashboard.py"), "--serve", str(tmp_path), "--port", "0"]
