@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 
 import train.ablation
+import train.trainer
 from kernels.ablation_linear import AblatedLinears, Ablation
 from train.ablation import QUICK, Variant, ablate, base_config, choose, floor, measure_runs, run, variants
 from train.ablation_errors import moment_errors, operand_errors, operands, outlier_error, product_errors
 from train.ablation_report import tables, write
 from train.data.ingest import Recipe, prepare
 from train.observe.guards import TrainingStopped
+from train.step import compute_gradients
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "data/king_james_bible/text.jsonl"
@@ -120,6 +123,48 @@ def test_a_finished_run_is_read_and_not_run_again(config: Any, monkeypatch: pyte
 
     monkeypatch.setattr("train.trainer.Trainer.take_step", never)
     assert run(config, row, 0)["records"] == first["records"]
+
+
+def test_a_run_made_with_other_settings_is_refused_and_reporting_may_change(config: Any, tmp_path: Path) -> None:
+    row = variants()["bf16"]
+    first = run(config, row, 0)
+    told = replace(config, observe=replace(config.observe, console_every_steps=7))
+    assert run(told, row, 0)["records"] == first["records"]
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "runs").rename(moved)
+    there = replace(config, run=replace(config.run, directory=str(moved)))
+    assert run(there, row, 0)["records"] == first["records"]
+    others: dict[str, Any] = {
+        "schedule.lr_peak": replace(there, schedule=replace(there.schedule, lr_peak=0.5)),
+        "optim.weight_decay": replace(there, optim=replace(there.optim, weight_decay=0.7)),
+        "run.threads": replace(there, run=replace(there.run, threads=2)),
+    }
+    for field, other in others.items():
+        with pytest.raises(ValueError, match=rf"bf16-0 holds a run with {field}=\S+, and \S+ is asked for; give --out"):
+            run(other, row, 0)
+
+
+def test_a_run_that_diverged_is_not_trained_on(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = replace(config, run=replace(config.run, max_consecutive_nonfinite=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(train.trainer, "compute_gradients", not_finite)
+        first = run(broken, variants()["bf16"], 0)
+    assert first["stopped"] is not None
+    assert "2 steps in a row" in first["stopped"]
+    again = run(broken, variants()["bf16"], 0)
+    assert again["stopped"] == first["stopped"]
+    assert again["records"] == first["records"]
+    assert len(again["records"]) == 2
+
+
+def not_finite(*arguments: Any, **options: Any) -> Any:
+    gradients = compute_gradients(*arguments, **options)
+    return replace(gradients, finite=torch.zeros_like(gradients.finite))
+
+
+def test_runs_log_no_health_of_linears_they_do_not_have(config: Any) -> None:
+    records = run(config, variants()["gradients_e5m2"], 0)["records"]
+    assert not [name for record in records for name in record if name.startswith("fp8/")]
 
 
 def test_a_run_that_was_asked_to_stop_is_no_result(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

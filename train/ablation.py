@@ -6,7 +6,8 @@
 
 Runs of one seed see the same tokens and the same initial weights, so gaps are taken in pairs: mean relative gap of the
 EMA-0.9 losses over the second half of the run (`train/observe/compare.py`), as `tests/parity/test_fp8_run.py` does.
-Each run is a directory of its own; a finished one is read and not run again, so several processes can share the work.
+Each run is a directory of its own; a finished or diverged one is read and not run again, so several processes can
+share the work. A run made with other settings is refused: gaps are between runs that differ in one thing.
 
 Not here: what the errors are (`train/ablation_errors.py`) and what the result looks like (`train/ablation_report.py`).
 """
@@ -39,7 +40,7 @@ from train.config import PretrainConfig, compose
 from train.model.ablated_precision import AblatedPrecision
 from train.model.precision import Precision
 from train.observe.compare import mean_smoothed_gap
-from train.observe.guards import TrainingStopped
+from train.observe.guards import TrainingStopped, check_consecutive_skips
 from train.observe.sinks import read_run
 from train.trainer import Trainer
 
@@ -52,6 +53,10 @@ SMALL_MODEL = [
     "model.topk_group=1",
     "model.num_nextn_predict_layers=0",
 ]
+
+
+# What may differ between the runs of a table: where they lie and what they tell.
+REPORTING = ("run.directory", "data.store", "observe.", "checkpoint.")
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,8 @@ def base_config(store: Path, directory: Path, size: Size, overrides: Sequence[st
         "run.device=cpu",
         "observe.wandb=off",
         "observe.console_every_steps=1000000",
+        # It samples what the recipe's own linears would do, not a variant's.
+        "observe.fp8_health_every_steps=0",
         "checkpoint.every_steps=1000000",
     ]
     # What the caller gives wins.
@@ -175,7 +182,7 @@ def run(base: PretrainConfig, variant: Variant, seed: int) -> dict[str, Any]:
     Returns:
         records: the run's log; stopped: why it ended early (non-finite steps), or None; seconds: of this call.
     Raises:
-        ValueError: it was asked to stop before its end.
+        ValueError: it was asked to stop before its end, or the run that is there was made with other settings.
     """
     start = time.monotonic()
     micro = base.run.micro_batch_sequences // variant.pieces
@@ -187,8 +194,12 @@ def run(base: PretrainConfig, variant: Variant, seed: int) -> dict[str, Any]:
     )
     trainer = Trainer(config, build(config))
     trainer.resume()
+    _refuse_another(trainer)
     stopped = None
     try:
+        # A run that diverged when it was made has its verdict in its last checkpoint.
+        skips, limit = trainer.state.consecutive_skips, config.run.max_consecutive_nonfinite
+        check_consecutive_skips(skips, limit=limit, step=trainer.state.step)
         trainer.fit()
     except TrainingStopped as error:
         # A variant that diverges is a result.
@@ -196,6 +207,15 @@ def run(base: PretrainConfig, variant: Variant, seed: int) -> dict[str, Any]:
     if stopped is None and not trainer.budget_is_spent():
         raise ValueError(f"stopped in {config.run.name} at step {trainer.state.step}; the same command goes on")
     return {"records": read_run(trainer.directory), "stopped": stopped, "seconds": time.monotonic() - start}
+
+
+def _refuse_another(trainer: Trainer) -> None:
+    for name, (old, new) in trainer.changed.items():
+        if not name.startswith(REPORTING):
+            raise ValueError(
+                f"{trainer.directory} holds a run with {name}={old}, and {new} is asked for; give --out another "
+                "folder, or delete that run"
+            )
 
 
 def measure_runs(
