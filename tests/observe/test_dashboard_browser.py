@@ -29,7 +29,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
     path = find_chromium()
     if path is None:
         say = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
-        say("no chromium on this machine: apt install chromium, or .ci/setup dev as root")
+        say("no chromium here; CI installs one and fails without it: apt install chromium, or .ci/setup dev as root")
     with Chromium(path, tmp_path_factory.mktemp("profile")) as browser:
         yield browser
 
@@ -322,6 +322,19 @@ def test_a_live_page_gains_points_and_a_third_run_and_tells_of_a_dead_expert(chr
         assert tab.problems() == []
         tab.close()
     assert first.is_dir()
+
+
+def test_a_run_that_has_not_logged_yet_leaves_the_page_of_the_others_whole(chromium: Chromium, tmp_path: Path):
+    empty = write_run(tmp_path / "runs" / "a", [])
+    write_run(tmp_path / "runs" / "b", [record(step) for step in range(1, 11)], name="logging")
+    with Server([tmp_path / "runs"], port=0, period_s=0.05) as server:
+        tab = chromium.open(server.url)
+        tab.wait(f"state.live === 'live' && data.runs.length === 2 && {PLOT}?.data")
+        assert lines_in(tab, 1)[0]["x"] == list(range(1, 11))
+        (empty / "metrics.jsonl").write_text(lines_of([record(step) for step in range(1, 6)]))
+        tab.wait(f"{PLOT}.data.some(t => t.meta === 0 && t.x.length === 5)")
+        assert tab.problems() == []
+        tab.close()
 
 
 def test_a_zoom_stays_while_new_points_arrive(chromium: Chromium, tmp_path: Path):

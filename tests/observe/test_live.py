@@ -21,6 +21,7 @@ import pytest
 from launch.dashboard import main
 from tests.observe.synthetic_runs import lines_of, record, with_tables, write_run
 from train.observe.live import DEFAULT_PORT, Follower, Server
+from train.observe.run_reader import RunReader
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -161,6 +162,40 @@ def test_a_card_that_is_being_written_is_a_note_and_is_read_later(tmp_path: Path
     follower.look()
     answer = follower.runs(0, "")
     assert (answer["problems"], answer["runs"][0]["name"]) == ([], "half no more")
+
+
+def test_a_run_without_a_line_or_a_card_takes_its_place_among_the_others(tmp_path: Path):
+    write_run(tmp_path / "a", [])
+    write_run(tmp_path / "b", [record(1)])
+    follower = Follower([tmp_path])
+    assert follower.look()
+    news = follower.runs(0, "")
+    assert [run["key"] for run in news["runs"]] == [0, 1]
+    assert [one["state"] for one in news["states"]] == ["empty", "silent"]
+    write_run(tmp_path / "c", [])
+    assert follower.look()
+    assert [run["key"] for run in follower.runs(news["epoch"], news["server"])["runs"]] == [2]
+
+
+def test_a_run_that_cannot_be_read_is_a_note_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("bad", "good"):
+        write_run(tmp_path / name, [record(1)])
+    poll = RunReader.poll
+
+    def odd(reader: RunReader, max_bytes: int | None = None) -> bool:
+        if reader.directory.name == "bad":
+            raise OverflowError("no such number")
+        return poll(reader, max_bytes)
+
+    monkeypatch.setattr(RunReader, "poll", odd)
+    follower = Follower([tmp_path])
+    follower.look()
+    news = follower.runs(0, "")
+    assert news["problems"] == [f"{tmp_path / 'bad'} cannot be read (no such number)"]
+    assert [one["state"] for one in news["states"]] == ["empty", "silent"]
+    monkeypatch.undo()
+    follower.look()
+    assert follower.runs(0, "")["problems"] == []
 
 
 def test_a_port_that_is_taken_is_one_sentence_and_exit_code_2(

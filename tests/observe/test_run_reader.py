@@ -12,6 +12,7 @@ import pytest
 from tests.observe.synthetic_runs import lines_of, record, with_tables, write_run
 from train.observe import run_reader
 from train.observe.compare import ema
+from train.observe.dashboard import run_json, tables_json
 from train.observe.run_card import dead_experts, row, status
 from train.observe.run_reader import KEPT_EVENTS, RunReader, find_runs
 from train.observe.sinks import read_run
@@ -115,6 +116,34 @@ def test_odd_records_are_left_out(tmp_path: Path):
     assert reader.events == {}
 
 
+HUGE = 10**400
+ODD_NUMBERS = {
+    "a step": {"step": HUGE, "tokens_seen": 1, "time_unix_s": 1.0},
+    "tokens": {"step": 9, "tokens_seen": HUGE, "time_unix_s": 1.0},
+    "a time": {"step": 9, "tokens_seen": 1, "time_unix_s": HUGE},
+    "a year beyond dates": record(9) | {"time_unix_s": 1e18},
+    "a time before time": record(9) | {"time_unix_s": -1.0},
+    "an event": {"event": "skip", "step": HUGE},
+    "a metric": record(9) | {"loss/main": HUGE, "grad/norm": 1e300, "moe/dead_experts": HUGE},
+    "a table": with_tables(record(9)) | {"moe/expert_load": [[HUGE, 1.0]], "fp8/amax": [[1e300]]},
+}
+
+
+@pytest.mark.parametrize("line", ODD_NUMBERS.values(), ids=ODD_NUMBERS.keys())
+def test_numbers_beyond_every_type_cost_their_value_or_line_only(tmp_path: Path, line: dict[str, object]):
+    good = [record(1), record(2), record(10)]
+    run_dir = write_run(tmp_path / "run", [*good[:2], line, good[2]], tokens_total=HUGE, parameters=HUGE)
+    reader = reader_of(run_dir)
+    assert not reader.problems
+    assert (reader.last_step, reader.records) in ((10, 3), (10, 4))
+    page = json.dumps(
+        [run_json(reader, key=0, name="odd", limit=64, now_unix_s=2000.0), tables_json(reader, 64)], allow_nan=False
+    )
+    assert "Infinity" not in page
+    means = dict(zip(reader.series["loss/main"].buckets["key"].tolist(), losses(reader), strict=True))
+    assert [means[step] for step in (1, 2, 10)] == [one["loss/main"] for one in good]
+
+
 def test_of_many_events_the_first_and_the_last_stay_and_all_are_counted(tmp_path: Path):
     count = 3 * KEPT_EVENTS
     lines = [line for step in range(1, count + 1) for line in (record(step), {"event": "skip", "step": step})]
@@ -160,6 +189,19 @@ def test_the_state_of_a_run_is_told(tmp_path: Path):
     assert status(stopped, last_s)["eta_s"] is None
 
 
+def test_a_run_that_goes_on_is_not_stopped_any_more(tmp_path: Path):
+    stop = {"event": "stop", "step": 2, "reason": "asked to stop"}
+    run_dir = write_run(tmp_path / "run", [record(1), record(2), stop])
+    reader = reader_of(run_dir)
+    assert status(reader, 1010.0)["state"] == "stopped"
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(lines_of([{"event": "resume", "step": 2}]))
+    reader.poll()
+    # Before its first new record.
+    assert status(reader, 1010.0)["state"] == "running"
+    assert status(reader, 1010.0)["reason"] is None
+
+
 @pytest.mark.parametrize("piece", [3_000, 1 << 20])
 def test_an_expert_without_tokens_for_long_is_an_alarm_that_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
@@ -201,6 +243,14 @@ def test_the_patience_is_the_trainers_and_its_event_is_remembered(tmp_path: Path
     assert verdict is not None
     assert (verdict["level"], verdict["last"]) == ("past", 30)
     assert dead_experts(reader_of(write_run(tmp_path / "well", [record(1)]))) is None
+
+
+def test_a_patience_of_zero_is_never_an_alarm(tmp_path: Path):
+    run_dir = write_run(tmp_path / "run", [with_tables(record(step), dead=True) for step in range(1, 200)])
+    (run_dir / "config.yaml").write_text("observe:\n  dead_expert_steps: 0\n")
+    found = dead_experts(reader_of(run_dir))
+    assert found is not None
+    assert (found["level"], found["steps"], found["streak"]) == ("idle", 0, 199)
 
 
 def test_runs_below_a_folder_are_found_in_order_and_once(tmp_path: Path):

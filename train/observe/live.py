@@ -96,11 +96,14 @@ class Follower:
 
     def look(self) -> bool:
         """Find new runs and read what was appended; returns whether anything changed."""
+        changed = False
         for directory in find_runs(self._places):
             if directory not in self._runs:
                 with self._lock:
-                    self._runs[directory] = _Followed(RunReader(directory))
-        changed = False
+                    # Sent even while its files are empty: a page numbers runs by their places among all.
+                    self._epoch += 1
+                    self._runs[directory] = _Followed(RunReader(directory), self._epoch)
+                changed = True
         for run in list(self._runs.values()):
             with self._lock:
                 changed |= self._read(run)
@@ -109,9 +112,10 @@ class Follower:
     def _read(self, run: _Followed) -> bool:
         try:
             changed, problem = run.reader.poll(_PIECE_BYTES), ""
-        except OSError as error:
-            # A folder that is being deleted, or a disk that is away: said on the page, tried again.
-            changed, problem = False, str(error)
+        except Exception as error:  # noqa: BLE001
+            # A folder that is being deleted, a disk that is away, a file of somebody else's making: said on the page
+            # and tried again, while the other runs go on.
+            changed, problem = False, f"{run.reader.directory} cannot be read ({error})"
         if changed or problem != run.problem:
             self._epoch += 1
             run.changed, run.problem = self._epoch, problem

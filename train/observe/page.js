@@ -39,7 +39,7 @@ function deadNote(run) {
   if (dead.level === "past") return ["warn", `${run.name}: an expert was dead, the last time in step ${dead.last.toLocaleString("en")}; all get tokens again.`];
   const got = dead.count === 1 ? "1 expert got" : `${dead.count} experts got`;
   const pairs = dead.pairs.map(([layer, expert]) => `MoE layer ${moeLayerName(run, layer)} expert ${expert}`).join(", ") + (dead.count > dead.pairs.length && dead.pairs.length ? ", …" : "");
-  if (dead.level === "idle") return ["warn", `${run.name}: ${got} no token in the last step${pairs && ` (${pairs})`}. After ${dead.steps} steps in a row this becomes an alarm.`];
+  if (dead.level === "idle") return ["warn", `${run.name}: ${got} no token in the last step${pairs && ` (${pairs})`}.${dead.steps ? ` After ${dead.steps} steps in a row this becomes an alarm.` : ""}`];
   return ["alarm", `Dead experts in ${run.name}: ${got} no token since step ${dead.since.toLocaleString("en")}, ${dead.streak.toLocaleString("en")} logged steps in a row${pairs && `: ${pairs}`}.`];
 }
 
@@ -299,16 +299,13 @@ function take(news) {
 
 async function follow() {
   const query = new URLSearchParams({ since: data.epoch || 0, server: data.server || "" });
+  const news = await fetch(`/api/runs?${query}`).then(answer => answer.ok ? answer.json() : null).catch(() => null);
+  // What this page does wrong with an answer is no lost server: it shows in the console, and the next answer is asked for.
   try {
-    const answer = await fetch(`/api/runs?${query}`);
-    if (!answer.ok) throw new Error(`the server answered ${answer.status}`);
-    take(await answer.json());
-  } catch (error) {
-    if (!(error instanceof TypeError)) console.error(error);
-    state.live = "lost";
-    fillSubtitle();
+    if (news) take(news); else { state.live = "lost"; fillSubtitle(); }
+  } finally {
+    setTimeout(follow, data.bytes_read < data.bytes ? POLL_MS / 2 : POLL_MS);
   }
-  setTimeout(follow, data.bytes_read < data.bytes ? POLL_MS / 2 : POLL_MS);
 }
 
 root.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";

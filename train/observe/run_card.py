@@ -106,20 +106,20 @@ def dead_experts(run: RunReader) -> Json | None:
     told = run.events["dead_experts"].steps[-1] if "dead_experts" in run.events else -1
     if not dead.now:
         return {"level": "past", "steps": steps, "now": 0, "last": max(dead.last, told)} if told >= 0 else None
-    limit = steps if (dead.idle >= steps).any() else 1
-    idle = np.flatnonzero(dead.idle >= limit)
+    is_dead = steps > 0 and bool((dead.idle >= steps).any())
+    idle = np.flatnonzero(dead.idle >= (steps if is_dead else 1))
     idle = idle[np.argsort(-dead.idle[idle], kind="stable")]
-    level = "alarm" if limit == steps or told == run.last_step else "idle"
+    level = "alarm" if is_dead or told == run.last_step else "idle"
     since, streak = (int(dead.since[idle[0]]), int(dead.idle[idle[0]])) if len(idle) else (dead.last, 1)
     verdict = {"level": level, "steps": steps, "now": dead.now, "last": dead.last}
     return verdict | {"count": len(idle) or dead.now, "since": since, "streak": streak, "pairs": _pairs(run, idle[:12])}
 
 
 def _patience(run: RunReader) -> int:
-    """After how many steps the trainer itself calls an expert dead."""
+    """After how many steps the trainer itself calls an expert dead; 0: never."""
     observe = run.config.get("observe")
     steps = observe.get("dead_expert_steps") if isinstance(observe, dict) else None
-    return steps if type(steps) is int and steps > 0 else DEAD_STEPS
+    return steps if type(steps) is int and steps >= 0 else DEAD_STEPS
 
 
 def _pairs(run: RunReader, cells: Steps) -> list[list[int]]:
@@ -225,8 +225,11 @@ def _percent(run: RunReader, name: str) -> str:
 
 
 def finite(value: Any) -> float | None:
-    """The value, or None where it is no finite number."""
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    """The value, or None where it is no number that float64 can hold."""
+    try:
+        return value if isinstance(value, int | float) and math.isfinite(value) else None
+    except OverflowError:
+        return None
 
 
 def amount(value: float) -> str:

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -48,6 +48,8 @@ KEPT_EVENTS = 200
 _CHUNK_BYTES = 4 << 20
 _MAX_METRICS = 200
 _RECENT_RECORDS = 101
+# Of the year 5138: dates and durations beyond it overflow.
+_LAST_SECOND = 1e11
 
 
 @dataclass
@@ -118,7 +120,7 @@ class RunReader:
         series: metric -> Series; tables: metric -> TableSeries; events: kind -> EventLog; dead: DeadExperts.
         records: step records taken. last_step, tokens_seen, first_time_s, last_time_s: of these.
         recent: (time, tokens) of the newest records of this process, for the speed.
-        stopped: reason of the stop event that is the last line, None while the run goes on.
+        stopped: reason of the last stop event, None when a record, a start or a resume came after it.
         problems: file name -> why run_card.json or summary.json could not be read.
     """
 
@@ -186,7 +188,7 @@ class RunReader:
 
     def _take_event(self, event: Record, before: list[Record]) -> None:
         kind, step = str(event["event"]), event.get("step")
-        if type(step) is not int or (kind not in self.events and len(self.events) >= _MAX_METRICS):
+        if not _is_step(step) or (kind not in self.events and len(self.events) >= _MAX_METRICS):
             return
         self.events.setdefault(kind, EventLog()).add(step)
         if kind == "stop":
@@ -196,6 +198,7 @@ class RunReader:
             self._take_records(before)
             before.clear()
             self.recent.clear()
+            self.stopped = None
 
     def _take_records(self, records: list[Record]) -> None:
         if not records:
@@ -304,17 +307,28 @@ def _parse_lines(data: bytes) -> list[Any]:
 def _places(record: Record) -> bool:
     """Whether the record says where in the run it stands."""
     step, tokens, time_s = (record.get(name) for name in REQUIRED)
-    if type(step) is not int or type(tokens) is not int or not isinstance(time_s, int | float):
+    if not _is_step(step) or type(tokens) is not int or not isinstance(time_s, int | float):
         return False
-    return 0 <= step < 2**32 and 0 <= tokens < 2**63 and math.isfinite(time_s)
+    return 0 <= tokens < 2**63 and 0 <= time_s < _LAST_SECOND
+
+
+def _is_step(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 2**32
 
 
 def _numbers(values: list[Any]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Float64; NaN for what is no number."""
+    """Float64; NaN for what is no number, or none that float64 can hold."""
     try:
         return np.array(values, np.float64).reshape(len(values))
     except (TypeError, ValueError, OverflowError):
-        return np.array([value if type(value) in (int, float) else math.nan for value in values], np.float64)
+        return np.array([_number(value) for value in values], np.float64)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def find_runs(places: Sequence[Path], max_depth: int = 3) -> list[Path]:

@@ -230,8 +230,10 @@ def _shape(table: object) -> tuple[int, ...]:
 def _flat(tables: Sequence[list[list[float]]]) -> Cells | None:
     """[tables, cells] of tables of one shape; None where a cell is no number."""
     try:
-        return np.array([list(chain.from_iterable(table)) for table in tables], np.float32)
-    except (TypeError, ValueError):
+        # A double beyond FP32's range becomes infinite, as in `_packed`.
+        with np.errstate(over="ignore"):
+            return np.array([list(chain.from_iterable(table)) for table in tables], np.float32)
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
