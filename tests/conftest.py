@@ -6,6 +6,7 @@
   same examples every time and has no deadline (machines are noisy).
 - Hugging Face libraries and wandb are told that there is no network, before anything imports them.
 - `run_command` runs an entrypoint or a command of the README in a fresh process, from the repository's root.
+- Ctrl-C reaches the processes that tests start, also where a shell runs the tests in the background and ignores it.
 - Files that take minutes start first, so that no worker is left alone with one of them at the end.
 """
 
@@ -15,6 +16,7 @@ import importlib.util
 import logging
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -47,6 +49,8 @@ SEED = 20241227
 LONG_FIRST = ("tests/parity/", "tests/system/", "tests/test_dry_run.py")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 # One thread a worker: pytest-xdist runs one worker per core, and bit-equality promises name the thread count.
