@@ -1,9 +1,9 @@
 """Ablations of the FP8 recipe: `python launch/ablate.py [--variants NAME ...] [--quick] [OVERRIDE ...]`.
 
 Measures one-step errors, trains short runs over three seeds on the text that ships with the repository, and writes
-result.json, tables.md and three pictures (HTML) into --out. Finished runs in that folder are read, not repeated;
-arguments such as schedule.total_tokens=... or model.num_hidden_layers=... are Hydra overrides of every run. CPU only. A
-mistake is one sentence and exit code 2.
+result.json, tables.md and three pictures (HTML) into --out. Finished runs in that folder are read, not repeated, and
+refused if they were begun with other settings; arguments such as schedule.total_tokens=... or
+model.num_hidden_layers=... are Hydra overrides of every run. CPU only. A mistake is one sentence and exit code 2.
 """
 
 from __future__ import annotations

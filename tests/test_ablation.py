@@ -144,6 +144,86 @@ def test_a_run_made_with_other_settings_is_refused_and_reporting_may_change(conf
             run(other, row, 0)
 
 
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        # Its tensors do not fit either; the field says more.
+        ("model.num_hidden_layers=1", "model.num_hidden_layers=2, and 1"),
+        ("data.fim_rate=0.5", "data.fim_rate=0.1, and 0.5"),
+    ],
+)
+def test_a_run_of_another_model_or_data_is_refused_by_its_field(
+    override: str, difference: str, config: Any, store: Path, tmp_path: Path
+) -> None:
+    run(config, variants()["bf16"], 0)
+    other = base_config(store, tmp_path / "runs", QUICK, [override])
+    with pytest.raises(ValueError, match=f"bf16-0 holds a run with {difference} is asked for; give --out another"):
+        run(other, variants()["bf16"], 0)
+
+
+def test_a_killed_run_goes_on_as_it_was_begun_or_not_at_all(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = variants()["bf16"]
+    kill_after_three_steps(config, row, monkeypatch)
+    assert not list(Path(config.run.directory).glob("bf16-0/checkpoints/step_*"))
+    other = replace(config, optim=replace(config.optim, weight_decay=0.7))
+    with pytest.raises(ValueError, match=r"bf16-0 holds a run with optim\.weight_decay=0\.1, and 0\.7 is asked for"):
+        run(other, row, 0)
+    # Bit for bit, as the log's own promise is.
+    unbroken = replace(config, run=replace(config.run, directory=f"{config.run.directory}_unbroken"))
+    expected = [record["loss/main"] for record in run(unbroken, row, 0)["records"]]
+    assert [record["loss/main"] for record in run(config, row, 0)["records"]] == expected
+    assert len(expected) == 4
+
+
+def test_a_killed_run_whose_log_is_of_another_text_is_no_result(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = variants()["bf16"]
+    kill_after_three_steps(config, row, monkeypatch)
+    log = Path(config.run.directory) / "bf16-0/metrics.jsonl"
+    log.write_text(log.read_text(encoding="utf-8").replace('"loss/main":', '"loss/main":1'), encoding="utf-8")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="bf16-0 was killed, and its steps, taken again, are not those of its log"):
+            run(config, row, 0)
+
+
+def kill_after_three_steps(config: Any, row: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_step = train.trainer.Trainer.take_step
+
+    def killed(self: Any, *arguments: Any, **options: Any) -> None:
+        if self.state.step == 3:
+            raise KeyboardInterrupt
+        take_step(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.trainer.Trainer, "take_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, row, 0)
+
+
+@pytest.mark.parametrize("text", [b"", b"run: [", b"\xff"])
+def test_a_finished_run_whose_configuration_is_torn_is_judged_by_its_checkpoint(text: bytes, config: Any) -> None:
+    row = variants()["bf16"]
+    first = run(config, row, 0)
+    (Path(config.run.directory) / "bf16-0/config.yaml").write_bytes(text)
+    other = replace(config, optim=replace(config.optim, weight_decay=0.7))
+    with pytest.raises(ValueError, match=r"bf16-0 holds a run with optim\.weight_decay=0\.1, and 0\.7 is asked for"):
+        run(other, row, 0)
+    assert run(config, row, 0)["records"] == first["records"]
+
+
+def test_runs_with_other_settings_are_refused_before_anything_is_measured(
+    config: Any, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(config, variants()["moments_fp8"], 1)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("something was measured")
+
+    monkeypatch.setattr(train.ablation, "measure_errors", never)
+    monkeypatch.setattr(train.ablation, "run", never)
+    with pytest.raises(ValueError, match=r"moments_fp8-1 holds a run with optim\.weight_decay=0\.1, and 0\.7 is asked"):
+        ablate(store, tmp_path / "runs", QUICK, names=["moments_fp8"], overrides=["optim.weight_decay=0.7"])
+
+
 def test_a_run_that_diverged_is_not_trained_on(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = replace(config, run=replace(config.run, max_consecutive_nonfinite=2))
     with monkeypatch.context() as patch:
@@ -194,6 +274,32 @@ def test_a_run_that_diverges_is_reported_and_does_not_end_the_table(
     assert len(said) == 3
 
 
+def test_a_run_without_a_finite_loss_is_a_row_of_the_table_again_and_again(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nan_for_fp8_moments(engine: Any, *arguments: Any, **options: Any) -> Any:
+        gradients = compute_gradients(engine, *arguments, **options)
+        if engine.optimizer.config.moments_dtype != "fp8":
+            return gradients
+        nan = torch.full_like(gradients.loss_main, torch.nan)
+        return replace(gradients, loss_main=nan, finite=torch.zeros_like(gradients.finite))
+
+    monkeypatch.setattr(train.trainer, "compute_gradients", nan_for_fp8_moments)
+    broken = replace(config, run=replace(config.run, max_consecutive_nonfinite=2))
+    first = measure_runs(broken, choose(["moments_fp8"]), QUICK, lambda _: None)
+    again = measure_runs(broken, choose(["moments_fp8"]), QUICK, lambda _: None)
+    assert all("2 steps in a row" in stopped for stopped in first["moments_fp8"]["stopped"])
+    assert again["moments_fp8"]["stopped"] == first["moments_fp8"]["stopped"]
+    assert again["bf16_reordered"]["gaps"] == first["bf16_reordered"]["gaps"]
+    names = {name: row.change for name, row in variants().items()}
+    result = {
+        "changes": names, "errors": {"linears": {}, "moments": {}}, "runs": again, "size": {"seeds": (0, 1)},
+        "floor": floor(again),
+    }  # fmt: skip
+    assert "| moments in FP8 |  (stopped) |  (stopped) |  |  |" in tables(result)
+    assert "nan" not in tables(result)
+
+
 def fake_runs(losses: dict[tuple[str, int], list[float]]) -> Any:
     def one(base: object, variant: Variant, seed: int) -> dict[str, Any]:
         records = [{"step": i + 1, "loss/main": loss} for i, loss in enumerate(losses[variant.name, seed])]
@@ -235,6 +341,13 @@ def test_everything_is_measured_and_written(store: Path, tmp_path: Path) -> None
     assert f"{result['errors']['linears']['hopper_none']['sum']:.3g}" in text
     assert f"{result['floor']:.3%}" in tables(result)
     assert "promotion" in (tmp_path / "out/sums.html").read_text()
+
+
+def test_nothing_measured_leaves_no_picture(store: Path, tmp_path: Path) -> None:
+    # Neither sums nor spread gradients are measured for rows that share the recipe's linears, or have none.
+    result = ablate(store, tmp_path / "runs", QUICK, names=["moments_fp8"], tell=lambda _: None)
+    paths = write(result, tmp_path / "out")
+    assert [path.name for path in paths] == ["result.json", "tables.md", "runs.html"]
 
 
 def test_what_is_measured_repeats_bit_for_bit() -> None:

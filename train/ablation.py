@@ -7,13 +7,14 @@
 Runs of one seed see the same tokens and the same initial weights, so gaps are taken in pairs: mean relative gap of the
 EMA-0.9 losses over the second half of the run (`train/observe/compare.py`), as `tests/parity/test_fp8_run.py` does.
 Each run is a directory of its own; a finished or diverged one is read and not run again, so several processes can
-share the work. A run made with other settings is refused: gaps are between runs that differ in one thing.
+share the work. A run begun with other settings is refused: gaps are between runs that differ in one thing.
 
 Not here: what the errors are (`train/ablation_errors.py`) and what the result looks like (`train/ablation_report.py`).
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from kernels.ablation_linear import AblatedLinears, Ablation
 from train.ablation_errors import (
@@ -39,10 +41,11 @@ from train.checkup import recipe
 from train.config import PretrainConfig, compose
 from train.model.ablated_precision import AblatedPrecision
 from train.model.precision import Precision
-from train.observe.compare import mean_smoothed_gap
+from train.observe.compare import common_steps, mean_smoothed_gap
 from train.observe.guards import TrainingStopped, check_consecutive_skips
-from train.observe.sinks import read_run
-from train.trainer import Trainer
+from train.observe.metrics import Record
+from train.observe.sinks import read_events, read_run
+from train.trainer import Trainer, changed_fields
 
 SEEDS = (0, 1, 2)
 # Two layers, so that the accumulation of Hopper, some fifty times slower than FP32 sums, fits in minutes.
@@ -53,9 +56,8 @@ SMALL_MODEL = [
     "model.topk_group=1",
     "model.num_nextn_predict_layers=0",
 ]
-
-
-# What may differ between the runs of a table: where they lie and what they tell.
+# What may differ between the runs of a table: where they lie (a checkpoint knows the hash of its text) and what they
+# tell.
 REPORTING = ("run.directory", "data.store", "observe.", "checkpoint.")
 
 
@@ -63,8 +65,8 @@ REPORTING = ("run.directory", "data.store", "observe.", "checkpoint.")
 class Size:
     """How much is measured.
 
-    length: terms of the products in the table of errors. lengths: those of the curve of sums. steps, sequences, tokens:
-    of a run. seeds: of the runs.
+    length: terms of the products in the table of errors. lengths: those of the curve of sums. octaves: spreads of the
+    curve of outliers. steps, sequences, tokens: of a run. seeds: of the runs.
     """
 
     length: int = 4096
@@ -182,19 +184,16 @@ def run(base: PretrainConfig, variant: Variant, seed: int) -> dict[str, Any]:
     Returns:
         records: the run's log; stopped: why it ended early (non-finite steps), or None; seconds: of this call.
     Raises:
-        ValueError: it was asked to stop before its end, or the run that is there was made with other settings.
+        ValueError: it was asked to stop before its end; or the run that is there was begun with other settings, or
+            with what else makes other losses.
     """
     start = time.monotonic()
-    micro = base.run.micro_batch_sequences // variant.pieces
-    config = replace(
-        base,
-        precision=variant.precision,
-        optim=replace(base.optim, moments_dtype=variant.moments),
-        run=replace(base.run, name=f"{variant.name}-{seed}", seed=seed, micro_batch_sequences=micro),
-    )
+    config = run_config(base, variant, seed)
+    # First, since a checkpoint of another model is refused for its tensors, and a killed run has no checkpoint.
+    refuse_another(config)
     trainer = Trainer(config, build(config))
     trainer.resume()
-    _refuse_another(trainer)
+    _refuse_changed(trainer.directory, trainer.changed)
     stopped = None
     try:
         # A run that diverged when it was made has its verdict in its last checkpoint.
@@ -206,16 +205,55 @@ def run(base: PretrainConfig, variant: Variant, seed: int) -> dict[str, Any]:
         stopped = str(error)
     if stopped is None and not trainer.budget_is_spent():
         raise ValueError(f"stopped in {config.run.name} at step {trainer.state.step}; the same command goes on")
+    if any(event["event"] == "replay_differs" for event in read_events(trainer.directory)):
+        raise ValueError(
+            f"{trainer.directory} was killed, and its steps, taken again, are not those of its log: the text or the "
+            "version changed; delete that run"
+        )
     return {"records": read_run(trainer.directory), "stopped": stopped, "seconds": time.monotonic() - start}
 
 
-def _refuse_another(trainer: Trainer) -> None:
-    for name, (old, new) in trainer.changed.items():
+def run_config(base: PretrainConfig, variant: Variant, seed: int) -> PretrainConfig:
+    """The configuration of one run; its name is that of its folder."""
+    micro = base.run.micro_batch_sequences // variant.pieces
+    return replace(
+        base,
+        precision=variant.precision,
+        optim=replace(base.optim, moments_dtype=variant.moments),
+        run=replace(base.run, name=f"{variant.name}-{seed}", seed=seed, micro_batch_sequences=micro),
+    )
+
+
+def refuse_another(config: PretrainConfig) -> None:
+    """Refuse a run whose folder holds one that was begun with other settings, finished or killed.
+
+    Raises:
+        ValueError: it does; names the first field that differs.
+    """
+    directory = Path(config.run.directory) / config.run.name
+    try:
+        saved = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):
+        # Not begun, or torn by a kill: then the checkpoint and the log decide.
+        return
+    if isinstance(saved, dict):
+        _refuse_changed(directory, changed_fields(saved, config))
+
+
+def _refuse_changed(directory: Path, changed: Mapping[str, Sequence[object]]) -> None:
+    for name, (old, new) in changed.items():
         if not name.startswith(REPORTING):
             raise ValueError(
-                f"{trainer.directory} holds a run with {name}={old}, and {new} is asked for; give --out another "
-                "folder, or delete that run"
+                f"{directory} holds a run with {name}={old}, and {new} is asked for; give --out another folder, or "
+                "delete that run"
             )
+
+
+def _runs_of(chosen: Sequence[Variant]) -> dict[str, Variant]:
+    """What is trained for a table of the chosen: both BF16 rows, which every gap needs, come first."""
+    known = variants()
+    wanted = (known["bf16"], known["bf16_reordered"], *chosen)
+    return {row.name: row for row in wanted if row.trained}
 
 
 def measure_runs(
@@ -225,11 +263,10 @@ def measure_runs(
 
     Returns:
         variant -> gaps: to BF16 by seed; mean; against_fp8: mean gap to the recipe of the same seeds, where it was run;
-        last_losses by seed; stopped: why a run ended early, by seed; seconds of all seeds.
+        last_losses by seed; stopped: why a run ended early, by seed; seconds of all seeds, in this call. A gap is NaN
+        where a run diverged before it had a finite loss.
     """
-    known = variants()
-    wanted = (known["bf16"], known["bf16_reordered"], *chosen)
-    rows = {row.name: row for row in wanted if row.trained}
+    rows = _runs_of(chosen)
     done: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows.values():
         done[row.name] = {seed: run(base, row, seed) for seed in size.seeds}
@@ -241,7 +278,7 @@ def _gaps(done: Mapping[str, Mapping[int, Mapping[str, Any]]], name: str) -> dic
     mine = done[name]
 
     def against(other: str) -> list[float]:
-        return [mean_smoothed_gap(mine[seed]["records"], done[other][seed]["records"]) for seed in mine]
+        return [_gap(mine[seed]["records"], done[other][seed]["records"]) for seed in mine]
 
     gaps = against("bf16")
     return {
@@ -252,6 +289,10 @@ def _gaps(done: Mapping[str, Mapping[int, Mapping[str, Any]]], name: str) -> dic
         "stopped": [one["stopped"] for one in mine.values()],
         "seconds": sum(one["seconds"] for one in mine.values()),
     }
+
+
+def _gap(ours: Sequence[Record], theirs: Sequence[Record]) -> float:
+    return mean_smoothed_gap(ours, theirs) if common_steps(ours, theirs) else math.nan
 
 
 def floor(runs: Mapping[str, Mapping[str, Any]]) -> float:
@@ -323,12 +364,16 @@ def ablate(
         overrides: Hydra's, of every run.
         tell: called with one line as each variant ends.
     Returns:
-        errors (`measure_errors`), runs (`measure_runs`), floor, changes (variant -> words), size and versions.
+        errors (`measure_errors`), runs (`measure_runs`), floor, changes (variant -> words), and what it was measured
+        with: size, overrides, torch, threads.
     Raises:
-        ValueError: an unknown variant or a bad override, before anything is measured.
+        ValueError: an unknown variant, a bad override, or a run begun with other settings, before anything is measured.
     """
     chosen = choose(names)
     base = base_config(store, directory, size, overrides)
+    for row in _runs_of(chosen).values():
+        for seed in size.seeds:
+            refuse_another(run_config(base, row, seed))
     errors = measure_errors(chosen, size, base)
     tell("one-step errors: done")
     runs = measure_runs(base, chosen, size, tell)

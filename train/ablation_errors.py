@@ -96,14 +96,15 @@ def product_errors(linears: AblatedLinears, *, length: int) -> dict[str, float]:
     dw = _run(linears, wgrad)[2]
     xq = tile_values(quantize_tiles(fprop.x, power_of_two=linears.power_of_two))
     wq = dequantize_blocks(weight_fp8(fprop.weight, power_of_two=linears.power_of_two)).double()
-    rest = y.double() - xq @ wq.t()
+    of_quantized = xq @ wq.t()  # [ROWS, ROWS] fp64
+    rest = y.double() - of_quantized
     return {
         "y": relative_error(y, fprop.x.double() @ fprop.weight.double().t()),
         "dx": relative_error(dx, dgrad.dy.double() @ dgrad.weight.double()),
         "dx_token": _token_error(dx, dgrad),
         "dw": relative_error(dw, wgrad.dy.double().t() @ wgrad.x.double()),
-        "sum": float(rest.norm() / (xq @ wq.t()).norm()),
-        "sum_largest": float(rest.abs().max() / (xq @ wq.t()).square().mean().sqrt()),
+        "sum": float(rest.norm() / of_quantized.norm()),
+        "sum_largest": float(rest.abs().max() / of_quantized.square().mean().sqrt()),
     }
 
 

@@ -12,6 +12,7 @@ A page of 960 x 460 pixels holds one picture; docs/numerics.md says how they bec
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,19 +84,23 @@ def _cells(row: Mapping[str, float], columns: Mapping[str, str]) -> list[str]:
 
 def _gap_cells(row: Mapping[str, Any]) -> list[str]:
     ended = ["" if stopped is None else " (stopped)" for stopped in row["stopped"]]
-    gaps = [f"{gap:+.3%}{note}" for gap, note in zip(row["gaps"], ended, strict=True)]
-    against = row["against_fp8"]
-    return [*gaps, f"{row['mean']:+.3%}", "" if against is None else f"{against:+.3%}"]
+    gaps = [f"{_percent(gap)}{note}" for gap, note in zip(row["gaps"], ended, strict=True)]
+    return [*gaps, _percent(row["mean"]), _percent(row["against_fp8"])]
+
+
+def _percent(gap: float | None) -> str:
+    """A gap; nothing where there is none: the recipe was not run, or a run had no finite loss."""
+    return "" if gap is None or math.isnan(gap) else f"{gap:+.3%}"
 
 
 def pages(result: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> HTML page with one picture; plotly.js is inside, so that it opens offline."""
-    errors = result["errors"]
-    figures = {
-        "sums": _sums(errors["sums"], result["changes"]),
-        "outliers": _outliers(errors["outliers"], result["changes"]),
-        "runs": _runs(result),
-    }
+    """Name -> HTML page with one picture of what was measured; plotly.js is inside, so that it opens offline."""
+    errors, figures = result["errors"], {}
+    if errors["sums"]:
+        figures["sums"] = _sums(errors["sums"], result["changes"])
+    if errors["outliers"]:
+        figures["outliers"] = _outliers(errors["outliers"], result["changes"])
+    figures["runs"] = _runs(result)
     return {
         name: figure.to_html(include_plotlyjs=True, config={"displayModeBar": False})
         for name, figure in figures.items()

@@ -298,7 +298,7 @@ class Trainer:
         torch.set_rng_state(generator_state)
         self.state = TrainState.from_json(saved["train_state"])
         self.saved_step = self.state.step
-        self.changed = _changed_fields(saved["config"], _as_json(asdict(self.config)))
+        self.changed = changed_fields(saved["config"], self.config)
 
     def _refuse_an_old_run(self) -> None:
         """With `run.resume=false`."""
@@ -345,15 +345,12 @@ def _difference(old: object, new: object) -> str:
     return f"was {old}, now {new}"
 
 
-def _as_json(value: object) -> Any:
-    """The value as it comes back from a JSON file: tuples become lists."""
-    return json.loads(json.dumps(value))
-
-
-def _changed_fields(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[object]]:
-    """`section.field` -> [old, new], for every field that differs."""
+def changed_fields(old: dict[str, Any], config: PretrainConfig) -> dict[str, list[object]]:
+    """`section.field` -> [old, new], for every field in which a configuration differs from a saved one."""
+    # As it comes back from a file: tuples become lists.
+    new = json.loads(json.dumps(asdict(config)))
     pairs = {
-        f"{section}.{name}": [old.get(section, {}).get(name), value]
+        f"{section}.{name}": [(old.get(section) or {}).get(name), value]
         for section, fields in new.items()
         if isinstance(fields, dict)
         for name, value in fields.items()

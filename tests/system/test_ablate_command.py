@@ -45,3 +45,19 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     assert said[0].startswith("ablate: ")
     assert sentence in said[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_another_size_is_refused_in_one_sentence_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(TEXT.read_text(encoding="utf-8").splitlines(keepends=True)[:12]), encoding="utf-8")
+    where = ["--text", str(text), "--stores", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
+    arguments = ["--quick", "--variants", "bf16", *where]
+    assert ablate.main([*arguments, "model.num_hidden_layers=1"]) == 0
+    kept = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert ablate.main(arguments) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"ablate: {tmp_path / 'out/bf16-0'} holds a run with model.num_hidden_layers=1, and 2 is")
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == kept
