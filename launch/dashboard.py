@@ -19,13 +19,13 @@ from train.observe.live import DEFAULT_PORT, Server
 
 def serve(options: argparse.Namespace) -> None:
     """Serve until Ctrl-C."""
-    with Server(options.runs, port=options.port, title=options.title) as server:
-        # The line invites Ctrl-C, so one may come before it is written out.
-        try:
+    try:
+        with Server(options.runs, port=options.port, title=options.title) as server:
             print(f"dashboard: {server.url} follows {', '.join(map(str, options.runs))}; Ctrl-C ends it", flush=True)
             server.wait()
-        except KeyboardInterrupt:
-            print("dashboard: ended")
+    except KeyboardInterrupt:
+        # However early it came: the line above invites it.
+        print("dashboard: ended")
 
 
 def main(arguments: list[str]) -> int:

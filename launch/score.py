@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 from train.build import choose_device
 from train.checkpoint.reader import Kind, load_model, open_weights, tokenizer_of
 from train.evaluate.subject import Subject
-from train.evaluate.suite import Report, evaluate, read_files, summary_lines
+from train.evaluate.suite import Report, evaluate, read_files
 from train.evaluate.suite_options import add_suite_options, suite_of
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -59,21 +58,22 @@ def subject_of(options: argparse.Namespace) -> Subject:
 def main(arguments: list[str]) -> int:
     """Score as the command line says; returns the exit code."""
     options = parse(arguments)
+    report, code = None, 0
     try:
         suite, report = suite_of(options), Report(options.out)
         files = read_files(suite)
         evaluate(subject_of(options), suite, files, report.keep)
-        report.finish(files.left_out)
+        code = 0 if report.finish(files.left_out) else BAD_INPUT
     except (ValueError, OSError) as error:
         print(f"score: {error}", file=sys.stderr)
-        return BAD_INPUT
+        code = BAD_INPUT
     except KeyboardInterrupt:
         print("score: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    print(*summary_lines(report.results), sep="\n")
-    return 0
+        code = INTERRUPTED
+    if report is not None:
+        report.show()
+    return code
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     sys.exit(main(sys.argv[1:]))

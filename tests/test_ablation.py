@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -199,7 +200,7 @@ def kill_after_three_steps(config: Any, row: Variant, monkeypatch: pytest.Monkey
             run(config, row, 0)
 
 
-@pytest.mark.parametrize("text", [b"", b"run: [", b"\xff"])
+@pytest.mark.parametrize("text", [b"", b"run: [", b"\xff", b"model:\n  vocab_size: 1024\n", b"model: 5\n"])
 def test_a_finished_run_whose_configuration_is_torn_is_judged_by_its_checkpoint(text: bytes, config: Any) -> None:
     row = variants()["bf16"]
     first = run(config, row, 0)
@@ -275,7 +276,7 @@ def test_a_run_that_diverges_is_reported_and_does_not_end_the_table(
 
 
 def test_a_run_without_a_finite_loss_is_a_row_of_the_table_again_and_again(
-    config: Any, monkeypatch: pytest.MonkeyPatch
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def nan_for_fp8_moments(engine: Any, *arguments: Any, **options: Any) -> Any:
         gradients = compute_gradients(engine, *arguments, **options)
@@ -293,11 +294,17 @@ def test_a_run_without_a_finite_loss_is_a_row_of_the_table_again_and_again(
     assert again["bf16_reordered"]["gaps"] == first["bf16_reordered"]["gaps"]
     names = {name: row.change for name, row in variants().items()}
     result = {
-        "changes": names, "errors": {"linears": {}, "moments": {}}, "runs": again, "size": {"seeds": (0, 1)},
+        "changes": names,
+        "errors": {"linears": {}, "moments": {}, "sums": {}, "outliers": {}},
+        "runs": again,
+        "size": {"seeds": (0, 1)},
         "floor": floor(again),
-    }  # fmt: skip
+    }
     assert "| moments in FP8 |  (stopped) |  (stopped) |  |  |" in tables(result)
     assert "nan" not in tables(result)
+    write(result, tmp_path / "out")
+    text = (tmp_path / "out/result.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["runs"]["moments_fp8"]["mean"] is None
 
 
 def fake_runs(losses: dict[tuple[str, int], list[float]]) -> Any:

@@ -236,7 +236,8 @@ def refuse_another(config: PretrainConfig) -> None:
     except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):
         # Not begun, or torn by a kill: then the checkpoint and the log decide.
         return
-    if isinstance(saved, dict):
+    sections = [name for name, fields in asdict(config).items() if isinstance(fields, dict)]
+    if isinstance(saved, dict) and all(isinstance(saved.get(name), dict) for name in sections):
         _refuse_changed(directory, changed_fields(saved, config))
 
 

@@ -11,12 +11,12 @@ A page of 960 x 460 pixels holds one picture; docs/numerics.md says how they bec
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from train.data.strict_json import strict_json
 from train.observe.compare import PAPER_GAP
 
 WIDTH, HEIGHT = 960, 460
@@ -46,7 +46,7 @@ COLOURS = ("#1f5fa8", "#d1662a", "#2f8f5b", "#8a4fb0", "#7a7a7a")
 def write(result: Mapping[str, Any], directory: Path) -> list[Path]:
     """Write all files into a folder, made if missing; returns their paths."""
     directory.mkdir(parents=True, exist_ok=True)
-    texts = {"result.json": json.dumps(result, indent=2) + "\n", "tables.md": tables(result)}
+    texts = {"result.json": strict_json(result), "tables.md": tables(result)}
     texts |= {f"{name}.html": page for name, page in pages(result).items()}
     for name, text in texts.items():
         (directory / name).write_text(text, encoding="utf-8")

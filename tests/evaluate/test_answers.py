@@ -66,6 +66,9 @@ def test_the_last_number_is_found(text: str, found: str | None) -> None:
         (r"1,\!204", "1204"),
         ("-1,234,567.50", "-1234567.5"),
         ("1,200,300", "1200300"),
+        ("{1,200}", "1200"),
+        ("1,200 miles", "1200miles"),
+        ("+1,200.5", "1200.5"),
         ("1,2", "1,2"),
         # Commas between numbers are no thousands, however they are spaced.
         ("(1,100)", "(1,100)"),

@@ -236,10 +236,13 @@ def test_every_token_comes_of_a_pass_or_of_an_accepted_draft() -> None:
 def test_batches_are_consecutive_and_their_caches_fit() -> None:
     lengths = [3, 3, 3, 8, 1, 1, 30, 2, 2]
     requests = [Request((1,) * (length - 1), 1) for length in lengths]
-    batches = list(batches_of(requests, 16))
+    batches = list(batches_of(requests, 16, 64))
     assert [list(batch) for batch in batches] == [[0, 1, 2], [3, 4], [5], [6], [7, 8]]
-    assert list(batches_of(requests, 10**6)) == [range(9)]
-    assert list(batches_of([], 16)) == []
+    assert list(batches_of(requests, 10**6, 64)) == [range(9)]
+    assert list(batches_of([], 16, 64)) == []
+    # Asked to go on for ever, a sequence ends where the model's positions do.
+    endless = [Request((1,), 10**9)] * 5
+    assert list(batches_of(endless, 128, 64)) == [range(2), range(2, 4), range(4, 5)]
 
 
 @pytest.mark.parametrize("drafting", [False, True])
@@ -257,9 +260,17 @@ def test_batches_change_no_sample_and_who_is_told(drafting: bool) -> None:
         drafting=drafting,
         on_tokens=lambda row, ids: told.setdefault(row, []).extend(ids),
     )
-    assert len(list(batches_of(requests, 40))) > 1
+    assert len(list(batches_of(requests, 40, TINY.max_position_embeddings))) > 1
     assert [done.ids for done in found] == [done.ids for done in whole]
     assert [tuple(told[row]) for row in range(len(PROMPTS))] == [done.ids for done in whole]
+
+
+def test_every_bit_of_a_seed_tells() -> None:
+    net = model()
+    seeds = (0, 1, 2**31, 2**32, 2**32 + 1, 5 * 2**32, 2**62)
+    requests = [Request((1, 2), 20, seed=seed) for seed in seeds]
+    done = generate(Decoder(net), requests, sampling=Sampling(1.0), eos=None, drafting=False)
+    assert len({completion.ids for completion in done}) == len(seeds)
 
 
 def test_generation_changes_nothing_in_the_model() -> None:

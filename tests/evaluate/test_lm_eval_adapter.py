@@ -18,6 +18,7 @@ from train.evaluate.benchmarks import DEEPSEEK_BASE, Task, choose_tasks
 from train.evaluate.likelihood import encode_pair
 from train.evaluate.lm_eval_adapter import check_tasks, harness_model, rolling_windows, run_tasks
 from train.evaluate.respondent import Respondent
+from train.evaluate.suite import Report, summary_lines
 
 TOKENIZER = small_tokenizer()
 EOS = TOKENIZER.special_ids.eos
@@ -154,8 +155,8 @@ def test_the_evaluator_gets_the_model_and_each_tasks_shots(harness: types.Module
 
     def simple_evaluate(**options: Any) -> dict[str, Any]:
         calls.append(options)
-        if options["tasks"] == ["unknown"]:
-            raise KeyError("unknown")
+        if options["tasks"] == ["arc_easy"]:
+            raise ConnectionError("no network")
         return {"results": {options["tasks"][0]: {"acc,none": 0.5}}}
 
     harness.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
@@ -174,8 +175,14 @@ def test_the_evaluator_gets_the_model_and_each_tasks_shots(harness: types.Module
         "deepseek_v3_base": 87.1,
         "cut_tokens": 0,
     }
-    with pytest.raises(ValueError, match="unknown cannot be scored"):
-        list(run_tasks(parts(PlantedModel()), [Task("unknown")], limit=None, run_code=False))
+    # What cannot be scored is told, and the others go on.
+    assert found["arc_easy"] == {"failed": "ConnectionError: no network"}
+    assert found["my_task"]["results"] == {"my_task": {"acc,none": 0.5}}
+    report = Report(None)
+    for name, figures in found.items():
+        report.keep("tasks", name, figures)
+    assert not report.finish([])
+    assert "arc_easy: not scored (ConnectionError: no network)" in list(summary_lines(report.results))
 
 
 def test_without_lm_eval_one_sentence_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

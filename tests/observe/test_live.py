@@ -20,6 +20,7 @@ import pytest
 
 from launch.dashboard import main
 from tests.observe.synthetic_runs import lines_of, record, with_tables, write_run
+from train.observe.dashboard import render
 from train.observe.live import DEFAULT_PORT, Follower, Server
 from train.observe.run_reader import RunReader
 
@@ -177,25 +178,87 @@ def test_a_run_without_a_line_or_a_card_takes_its_place_among_the_others(tmp_pat
     assert [run["key"] for run in follower.runs(news["epoch"], news["server"])["runs"]] == [2]
 
 
-def test_a_run_that_cannot_be_read_is_a_note_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_that_cannot_be_read_is_a_note_until_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("bad", "good"):
         write_run(tmp_path / name, [record(1)])
     poll = RunReader.poll
 
-    def odd(reader: RunReader, max_bytes: int | None = None) -> bool:
+    def away(reader: RunReader, max_bytes: int | None = None) -> bool:
         if reader.directory.name == "bad":
-            raise OverflowError("no such number")
+            raise OSError("the disk is away")
         return poll(reader, max_bytes)
 
-    monkeypatch.setattr(RunReader, "poll", odd)
+    monkeypatch.setattr(RunReader, "poll", away)
     follower = Follower([tmp_path])
     follower.look()
     news = follower.runs(0, "")
-    assert news["problems"] == [f"{tmp_path / 'bad'} cannot be read (no such number)"]
+    assert news["problems"] == ["the disk is away"]
     assert [one["state"] for one in news["states"]] == ["empty", "silent"]
     monkeypatch.undo()
     follower.look()
     assert follower.runs(0, "")["problems"] == []
+
+
+DEEP = "[" * 3000
+HOSTILE = {
+    "a deep card": ("run_card.json", DEEP, "run_card.json is not JSON"),
+    "a deep summary": ("summary.json", DEEP, "summary.json is not JSON"),
+    "a configuration that holds itself": ("config.yaml", "a: &a {b: *a}", None),
+    "a deep configuration": ("config.yaml", DEEP, None),
+    "an endless budget": ("run_card.json", '{"tokens_total": 1e308, "parameters": {"total": 1e308}}', None),
+    "a summary of infinity": ("summary.json", '{"heldout_bits_per_byte": 1e999}', None),
+}
+
+
+@pytest.mark.parametrize(("name", "text", "note"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_files_of_somebody_elses_making_cost_their_run_a_note_at_most(
+    tmp_path: Path, name: str, text: str, note: str | None
+):
+    slow = [record(step) | {"time_unix_s": 1e6 * step, "tokens_seen": step} for step in (1, 2)]
+    bad = write_run(tmp_path / "bad", slow)
+    write_run(tmp_path / "good", [record(1), record(2)])
+    (bad / name).write_text(text)
+    with Server([tmp_path], port=0, period_s=0.05) as server:
+        for _ in range(2):
+            news = until(lambda: (found := runs(server)) and len(found["runs"]) == 2 and found)
+            assert [run["records"] for run in news["runs"]] == [2, 2]
+            assert len(news["problems"]) == (note is not None)
+            assert note is None or note in news["problems"][0]
+            # A later look does not forget it.
+            server.follower.look()
+    render([tmp_path / "good"], tmp_path / "page.html")
+    if note:
+        with pytest.raises(ValueError, match=note):
+            render([tmp_path], tmp_path / "page.html")
+    else:
+        render([tmp_path], tmp_path / "page.html")
+
+
+def test_lines_and_runs_that_break_the_reader_are_a_note_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    bad = write_run(tmp_path / "bad", [record(1)])
+    write_run(tmp_path / "good", [record(1)])
+    take = RunReader._take_records
+
+    def odd(reader: RunReader, records: list[dict[str, Any]]) -> None:
+        if reader.directory.name == "bad" and any(one["step"] == 2 for one in records):
+            raise ArithmeticError("no such number")
+        take(reader, records)
+
+    monkeypatch.setattr(RunReader, "_take_records", odd)
+    follower = Follower([tmp_path])
+    follower.look()
+    for step in (2, 3):
+        with (bad / "metrics.jsonl").open("a") as file:
+            file.write(lines_of([record(step)]))
+        follower.look()
+        note = f"{bad / 'metrics.jsonl'} has lines that cannot be read (no such number)"
+        assert follower.runs(0, "")["problems"] == [note]
+    assert [run["records"] for run in follower.runs(0, "")["runs"]] == [2, 1]
+    monkeypatch.setattr("train.observe.run_card.facts", lambda reader: 1 / (reader.records - 1))
+    news = follower.runs(0, "")
+    assert [run["records"] for run in news["runs"]] == [2, 0]
+    monkeypatch.undo()
+    assert [run["records"] for run in follower.runs(0, "")["runs"]] == [2, 1]
 
 
 def test_a_port_that_is_taken_is_one_sentence_and_exit_code_2(
@@ -223,6 +286,11 @@ def test_an_interrupt_while_the_first_line_is_written_is_an_orderly_end(
             raise KeyboardInterrupt
 
     monkeypatch.setattr("builtins.print", interrupted)
+    assert main(["--serve", str(tmp_path), "--port", "0"]) == 0
+    assert said[1:] == ["dashboard: ended"]
+    # Or even before that.
+    monkeypatch.setattr("launch.dashboard.Server.__init__", lambda *_, **__: interrupted(""))
+    said.clear()
     assert main(["--serve", str(tmp_path), "--port", "0"]) == 0
     assert said[1:] == ["dashboard: ended"]
 

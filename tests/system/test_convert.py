@@ -122,6 +122,17 @@ def test_without_its_store_an_export_says_that_it_has_no_tokeniser(
     assert (tmp_path / "with/tokenizer.json").read_text() == (store / "tokenizer.json").read_text()
 
 
+def test_an_export_whose_tokeniser_was_changed_is_not_imported(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    tokenizer = tmp_path / "out/tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    assert main(["import", str(tmp_path / "out"), str(tmp_path / "back")]) == 2
+    assert "was trained with tokeniser" in capsys.readouterr().err
+    assert not (tmp_path / "back/checkpoints").exists()
+
+
 def bad_inputs(run: Path, store: Path, folder: Path) -> dict[str, list[str]]:
     out = str(folder / "out")
     (folder / "text.json").write_text("{}")

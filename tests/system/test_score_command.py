@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from launch.convert import main as convert
-from launch.score import main
+from launch.score import main, parse, subject_of
 from train.checkpoint.reader import open_weights
 from train.data.ingest import Recipe, prepare
 from train.data.tokenizer import load_tokenizer
@@ -56,6 +56,13 @@ def test_questions_are_asked_and_problems_solved(trained_run: Path, tmp_path: Pa
     once = scored(tmp_path / "b.json", trained_run, "--exact", problems, *options)["exact"][str(problems)]
     again = scored(tmp_path / "d.json", trained_run, "--exact", problems, *options)["exact"][str(problems)]
     assert once == again
+    # Another seed writes something else: bytes of 15 tokens agree by chance with no weight worth naming.
+    texts = []
+    for seed in (0, 0, 1):
+        respondent = subject_of(parse([str(trained_run), "--exact", "x", "--device", "cpu"])).respondent()
+        texts.append(respondent.generate([[1, 20, 30]] * 3, max_new_tokens=5, temperature=1.0, seed=seed))
+    assert texts[0] == texts[1] != texts[2]
+    assert len({tuple(ids) for ids in texts[0]}) == 3
     assert (once["samples"], once["pass@1"]["problems"]) == (3, 1)
 
 
@@ -106,7 +113,9 @@ def test_what_was_measured_is_on_the_disk_when_a_later_part_fails(
     monkeypatch.setattr(suite, "score_exact", fails)
     assert main([*map(str, asked)]) == 130
     assert json.loads(out.read_text())["finished"] is False
-    assert capsys.readouterr().err == "score: interrupted\n"
+    shown = capsys.readouterr()
+    assert shown.err == "score: interrupted\n"
+    assert shown.out.startswith("held: ")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     monkeypatch.undo()
     finished = scored(tmp_path / "again.json", *asked[:5])
@@ -131,6 +140,7 @@ def test_what_a_user_can_get_wrong_is_one_sentence(
     other = prepare(Recipe(source=str(source), vocab_size=280), tmp_path / "other")
     assert other.heldout is not None
     bad = write(tmp_path / "bad.jsonl", CHOICE, {"question": "?"})
+    long_option = write(tmp_path / "long.jsonl", CHOICE, CHOICE | {"options": ["a", "qx" * 20], "answer": "A"})
     good, problems = write(tmp_path / "good.jsonl", CHOICE), write(tmp_path / "p.jsonl", PROBLEM)
     cases = {
         "nothing to score: give --store, --choice, --exact or --tasks": [trained_run],
@@ -155,6 +165,10 @@ def test_what_a_user_can_get_wrong_is_one_sentence(
         "32 new tokens leave no room for a prompt in 32": [
             *(trained_run, "--store", store / "heldout", "--exact", problems, "--max-new-tokens", 32),
         ],
+        "a continuation of 41 tokens is longer": [
+            *(trained_run, "--store", store / "heldout", "--choice", long_option),
+        ],
+        "lies in a folder that is not there": [trained_run, "--choice", good, "--out", tmp_path / "none" / "x.json"],
         "trained with tokeniser": [
             *(trained_run, "--store", store / "heldout"),
             *("--choice", good, "--tokenizer", other.heldout.tokenizer_path),

@@ -31,6 +31,7 @@ from train.checkpoint.hf_export import row_ranges
 from train.checkpoint.hf_plan import shapes_of
 from train.checkpoint.hf_reader import HfReader
 from train.checkpoint.hf_writer import DTYPES, Entry, Journal, Shard, num_bytes, write_shards, write_text
+from train.checkpoint.reader import tokenizer_of
 from train.model.precision import Precision
 
 WORDS = {dtype: word for word, dtype in DTYPES.items()}
@@ -64,7 +65,7 @@ def import_hf(
         What was done.
     Raises:
         ValueError: a value is not finite, a stored copy of embedding or head differs (named), or `run` holds
-            something else.
+            something else, or an export of ours has another tokeniser than its training had.
     """
     if shard_bytes < 1:
         raise ValueError(f"shard size {shard_bytes} must be at least 1 byte; 5GB is usual")
@@ -84,6 +85,8 @@ def import_hf(
         publish.verify(target)
         return Imported(target, written=0)
     source.check_shared_copies()
+    if source.tokenizer is not None and source.trained_on.tokenizer_sha256 is not None:
+        tokenizer_of(source)
     hidden = publish.writing_path(target)
     hidden.mkdir(parents=True, exist_ok=True)
     written = write_shards(hidden, shards, _producer(source), journal)

@@ -22,8 +22,10 @@ from __future__ import annotations
 import re
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
-# A number with commas between thousands that is the whole answer, or fills braces that are no set's.
-_THOUSANDS = re.compile(r"(?:^\s*|(?<=[^\\]\{)\s*)[+-]?\d{1,3}(?:,\d{3})+(?=\s*$|\.\d+\s*$|\s*\}|\.\d+\s*\})")
+# A number with commas between thousands that is the whole answer, a unit aside, or fills braces that are no set's.
+_THOUSANDS = re.compile(
+    r"(?:^\s*|(?<=\{)(?<!\\\{)\s*)[+-]?\d{1,3}(?:,\d{3})+(?=(?:\.\d+)?\s*(?:$|\}|[A-Za-z][A-Za-z ]*$))"
+)
 _TEXT = r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)"
 
 

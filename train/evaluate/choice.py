@@ -25,7 +25,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from train.evaluate.likelihood import encode_pair
+from train.evaluate.likelihood import Request, encode_pair
 from train.evaluate.questions import LETTERS, Choice
 from train.evaluate.respondent import Respondent
 
@@ -119,19 +119,33 @@ def score_choices(
     Raises:
         ValueError: too few examples, or an option too long for the model.
     """
-    shown = [examples_for(question, examples, shots) for question in questions]
-    return {way: _score_one_way(way, respondent, questions, shown) for way in WAYS}
+    asked = requests_of(respondent, questions, examples=examples, shots=shots)
+    return {way: _score_one_way(way, respondent, questions, requests) for way, requests in asked.items()}
+
+
+def requests_of(
+    respondent: Respondent, questions: Sequence[Choice], *, examples: Sequence[Choice] = (), shots: int = 0
+) -> dict[str, list[Request]]:
+    """Way -> a request for every option of every question, in order; arguments as for `score_choices`.
+
+    Raises:
+        ValueError: too few examples, or an option too long for the model.
+    """
+    asked: dict[str, list[Request]] = {way: [] for way in WAYS}
+    for way, requests in asked.items():
+        for question in questions:
+            prompt = prompt_of(way, question, examples_for(question, examples, shots))
+            requests += [
+                encode_pair(respondent.tokenizer, prompt, text, start=respondent.start)
+                for text in WAYS[way][1](question)
+            ]
+        respondent.scorer.check(requests)
+    return asked
 
 
 def _score_one_way(
-    way: str, respondent: Respondent, questions: Sequence[Choice], shown: Sequence[Sequence[Choice]]
+    way: str, respondent: Respondent, questions: Sequence[Choice], requests: Sequence[Request]
 ) -> dict[str, object]:
-    requests = []
-    for question, examples in zip(questions, shown, strict=True):
-        prompt = prompt_of(way, question, examples)
-        requests += [
-            encode_pair(respondent.tokenizer, prompt, text, start=respondent.start) for text in WAYS[way][1](question)
-        ]
     answers = iter(respondent.scorer.score(requests))
     rights: list[dict[str, bool]] = []
     cut_tokens = 0

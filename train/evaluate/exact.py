@@ -28,7 +28,7 @@ from train.evaluate.respondent import Respondent
 STOP = "Problem:"
 # Longest solution where none is asked for, tokens; half of the model's longest input where that is less.
 DEFAULT_NEW_TOKENS = 512
-# Samples of one call draw from seeds counted on from seed * 2^32 (`subject.py`), below 2^63.
+# Solutions draw from streams counted on from seed * 2^32 (`subject.py`), below 2^63.
 SEEDS = 1 << 31
 
 

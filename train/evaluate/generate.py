@@ -18,6 +18,7 @@ Shapes: as in `train/model/decode.py`. Not here: text (`generate_text.py`), many
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -145,16 +146,17 @@ def generate(
     return [_complete(sequence) for sequence in sequences]
 
 
-def batches_of(requests: Sequence[Request], batch_tokens: int) -> Iterator[range]:
+def batches_of(requests: Sequence[Request], batch_tokens: int, positions: int) -> Iterator[range]:
     """Consecutive requests that are continued together; a single one may be larger than a batch.
 
     Args:
         requests: in order.
         batch_tokens: positions of the caches of a batch, each as long as the longest.
+        positions: of the model; a sequence ends there, whatever is asked for.
     """
     first, longest = 0, 0
     for index, request in enumerate(requests):
-        slots = len(request.prompt_ids) + request.max_tokens
+        slots = min(len(request.prompt_ids) + request.max_tokens, positions)
         if index > first and (index - first + 1) * max(longest, slots) > batch_tokens:
             yield range(first, index)
             first, longest = index, 0
@@ -183,7 +185,7 @@ def generate_in_batches(
     for request in requests:
         _check(request, decoder.config)
     done: list[Completion] = []
-    for batch in batches_of(requests, batch_tokens):
+    for batch in batches_of(requests, batch_tokens, decoder.config.max_position_embeddings):
 
         def told(index: int, ids: list[int], first: int = batch.start) -> None:
             assert on_tokens is not None
@@ -226,8 +228,13 @@ def _begin(row: int, request: Request, config: ModelConfig) -> _Sequence:
         ids=list(request.prompt_ids),
         prompt_tokens=prompt_tokens,
         limit=min(request.max_tokens, config.max_position_embeddings - prompt_tokens),
-        uniforms=torch.Generator().manual_seed(request.seed),
+        uniforms=torch.Generator().manual_seed(_stream(request.seed)),
     )
+
+
+def _stream(seed: int) -> int:
+    """torch's CPU generator reads the low 32 bits of a seed; larger ones are hashed, so that all bits tell."""
+    return seed if seed < 2**32 else int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "little")
 
 
 def _verify(decoder: Decoder, cache: LatentCache, active: Sequence[_Sequence], sampling: Sampling) -> list[list[int]]:

@@ -274,7 +274,7 @@ def measure(decoder: Decoder, prompts: Sequence[Sequence[int]], asked: Generatio
         f"{len(requests)} prompts, {asked.max_tokens} new tokens each, {asked.sampling}",
         f"acceptance rate {acceptance(drafted):.1%} of {drafts} drafts, {tokens_a_pass(drafted):.2f} tokens a pass",
     ]
-    batches = len(list(batches_of(requests, asked.batch_tokens)))
+    batches = len(list(batches_of(requests, asked.batch_tokens, decoder.config.max_position_embeddings)))
     together = "as one batch" if batches == 1 else f"in {batches} batches"
     for name, batch in ((together, requests), ("the first alone", requests[:1])):
         pairs = [(timed(batch, drafting=True)[0], timed(batch, drafting=False)[0]) for _ in range(rounds)]

@@ -80,12 +80,20 @@ class Scorer:
     max_tokens: int
     batch_tokens: int = 4096
 
+    def check(self, requests: Sequence[Request]) -> None:
+        """Refuse what `score` would refuse, without a forward pass.
+
+        Raises:
+            ValueError: a context or continuation without tokens, or a continuation longer than the model's input.
+        """
+        for request in requests:
+            self._input(request)
+
     def score(self, requests: Sequence[Request]) -> list[Likelihood]:
         """Score requests; the answers come in their order.
 
         Raises:
-            ValueError: a context or continuation without tokens, a continuation longer than the model's input, or a
-                logit that is not finite.
+            ValueError: as `check`, or a logit is not finite.
         """
         inputs = [self._input(request) for request in requests]
         carriers = _carriers(inputs)

@@ -198,9 +198,10 @@ def run_tasks(
         limit: documents of each task; None for all.
         run_code: whether tasks may run what the model wrote.
     Yields:
-        As each is done: task, {"results" as the harness gives them, "shots", "deepseek_v3_base", "cut_tokens"}.
+        As each is done: task, {"results" as the harness gives them, "shots", "deepseek_v3_base", "cut_tokens"}, or
+        {"failed": why it could not be scored, such as data that cannot be fetched}; the others go on.
     Raises:
-        ValueError: lm-eval is not installed, or refuses a task; passed on in its words.
+        ValueError: lm-eval is not installed.
     """
     model = harness_model(respondent)
     evaluate = import_module("lm_eval").simple_evaluate
@@ -215,8 +216,9 @@ def run_tasks(
                 log_samples=False,
                 confirm_run_unsafe_code=run_code,
             )
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"--tasks: {task.name} cannot be scored ({error})") from None
+        except (KeyError, ValueError, OSError, ImportError) as error:
+            yield task.name, {"failed": f"{type(error).__name__}: {error}"}
+            continue
         yield (
             task.name,
             {

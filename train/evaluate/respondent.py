@@ -66,7 +66,7 @@ class Respondent:
         if room < 1:
             raise ValueError(
                 f"{max_new_tokens} new tokens leave no room for a prompt in {self.scorer.max_tokens}; raise "
-                "--max-length, if the model has positions for it, or ask for fewer (--max-new-tokens)"
+                "--max-length, if the model has positions for it, or ask for fewer new tokens"
             )
         kept = ids[max(0, len(ids) - room) :]
         return [self.start, *kept], len(ids) - len(kept)

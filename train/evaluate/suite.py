@@ -4,23 +4,23 @@
     evaluate     stores and tokeniser compared with the model's; then the scores, handed out as each is done
 
 Whatever a user can get wrong is said in one sentence before the first forward pass, and what was measured is never
-lost: the report is written anew after each score (`Report`).
+lost: with `--out` the report is written anew after each score, and it is printed however the command ends (`Report`).
 
 Not here: the model (`subject.py`), the command line (`suite_options.py`, `launch/score.py`).
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from train.data.strict_json import strict_json
 from train.evaluate.benchmarks import Task, choose_tasks
-from train.evaluate.choice import examples_for, score_choices
+from train.evaluate.choice import examples_for, requests_of, score_choices
 from train.evaluate.exact import Attempts, examples_of, score_exact
 from train.evaluate.lm_eval_adapter import check_tasks, run_tasks
 from train.evaluate.questions import Choice, Problem, read_choices, read_problems
@@ -140,12 +140,12 @@ class Report:
         results: {"stores": {domain: figures, "total": figures}, "choice": {file: figures}, "exact": {file: figures},
             "tasks": {task: figures}, "left_out": sentences}, each only where asked for; "finished": is it all there?
     Raises:
-        ValueError: the file exists, or its folder does not.
+        ValueError: the file exists, or nothing can be written where it should be.
     """
 
     def __init__(self, out: Path | None) -> None:
-        if out is not None and (out.exists() or not out.parent.is_dir()):
-            state = "exists already" if out.exists() else "lies in a folder that does not exist"
+        if out is not None and (out.exists() or not os.access(out.parent, os.W_OK | os.X_OK)):
+            state = "exists already" if out.exists() else "lies in a folder that is not there or cannot be written to"
             raise ValueError(f"--out {out} {state}; name another file")
         self._out = out
         self.results: dict[str, Any] = {"finished": False}
@@ -155,33 +155,32 @@ class Report:
         self.results.setdefault(part, {})[name] = figures
         self._write()
 
-    def finish(self, left_out: Sequence[str]) -> None:
-        """All scores are there."""
+    def finish(self, left_out: Sequence[str]) -> bool:
+        """All scores are there; returns whether every task of lm-eval could be scored."""
         if left_out:
             self.results["left_out"] = list(left_out)
         self.results["finished"] = True
         self._write()
+        return not any("failed" in figures for figures in self.results.get("tasks", {}).values())
+
+    def show(self) -> None:
+        """Print what was measured; a reader that has seen enough (`| head`) is no error."""
+        try:
+            for line in summary_lines(self.results):
+                print(line, flush=True)
+        except BrokenPipeError:
+            # Nothing may be left for Python to write when it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def _write(self) -> None:
         if self._out is None:
             return
         hidden = self._out.with_name(f".{self._out.name}.writing")
         with hidden.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(_plain(self.results), indent=2, allow_nan=False) + "\n")
+            file.write(strict_json(self.results))
             file.flush()
             os.fsync(file.fileno())
         hidden.replace(self._out)
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no infinity: null stands for it (a perplexity that overflows). What it does not know is spelled out."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def evaluate(subject: Subject, suite: Suite, files: Files, keep: Keep) -> None:
@@ -194,13 +193,13 @@ def evaluate(subject: Subject, suite: Suite, files: Files, keep: Keep) -> None:
         keep: told of each score when it is there; see `Report`.
     Raises:
         ValueError: anything a user can repair, in one sentence, before the first forward pass; later, a model whose
-            figures are not finite, or what lm-eval finds out only then.
+            figures are not finite. What lm-eval finds out only then is a figure of its task, {"failed": sentence}.
     """
     stores = {name: subject.open_store(path) for name, path in suite.stores.items()}
     asks = files.choices or files.problems or files.tasks
     respondent = subject.respondent() if asks else None
-    if respondent and files.problems:
-        respondent.prompt([], max_new_tokens=suite.attempts.new_tokens(subject.max_tokens))
+    if respondent:
+        _check(respondent, suite, files)
     scores = []
     for name, store in stores.items():
         scores.append(subject.score_store(store))
@@ -209,6 +208,14 @@ def evaluate(subject: Subject, suite: Suite, files: Files, keep: Keep) -> None:
         keep("stores", TOTAL, total_score(scores).to_json())
     if respondent:
         _ask(respondent, suite, files, keep)
+
+
+def _check(respondent: Respondent, suite: Suite, files: Files) -> None:
+    """What only the model's tokens and positions can tell, before anything is scored."""
+    for questions in files.choices.values():
+        requests_of(respondent, questions, examples=files.choice_examples, shots=suite.shots)
+    if files.problems:
+        respondent.prompt([], max_new_tokens=suite.attempts.new_tokens(respondent.scorer.max_tokens))
 
 
 def _ask(respondent: Respondent, suite: Suite, files: Files, keep: Keep) -> None:
@@ -246,6 +253,9 @@ def summary_lines(results: Mapping[str, Any]) -> Iterator[str]:
         )
         yield from _cut(file, figures)
     for name, figures in results.get("tasks", {}).items():
+        if "failed" in figures:
+            yield f"{name}: not scored ({figures['failed']})"
+            continue
         yield f"{name}: {figures['results']} (DeepSeek-V3-Base: {figures['deepseek_v3_base']})"
         yield from _cut(name, figures)
     for sentence in results.get("left_out", ()):

@@ -14,9 +14,9 @@ training forward multiplies, and c_j is not quantised: one rounding fewer than i
 
 A pass adds tokens to some of the cache's sequences: any number to each, from a whole prompt to one token. They are laid
 out flat, without padding, for everything but the attention core, which takes sequences of similar numbers of new tokens
-together (`_Group`): a short prompt beside a long one changes nothing but roundings and costs less than twice its own
-scores. Positions are explicit and a query reads positions up to its own only: to take tokens back is to place the next
-ones on their positions.
+together (`_Group`): a short prompt beside a long one changes nothing but roundings, and is padded to less than twice
+its queries, each over the keys of the longest sequence of its group. Positions are explicit and a query reads positions
+up to its own only: to take tokens back is to place the next ones on their positions.
 
 Shapes: tokens = all new tokens of a pass, sequence after sequence; slots = positions a sequence may hold; keys = slots
 that a pass may read; width = kv_lora_rank + qk_rope_head_dim. Not here: sampling, when to stop, which drafts stand
@@ -313,7 +313,8 @@ class Decoder:
         queries = queries.transpose(0, 1)  # [tokens, heads, width]
         latent = queries.new_empty(*queries.shape[:2], config.kv_lora_rank)  # [tokens, heads, kv_rank]
         for group in placed.groups:
-            entries = (layer if group.rows is None else layer.index_select(0, group.rows))[:, : group.keys]
+            entries = layer[:, : group.keys]
+            entries = entries if group.rows is None else entries.index_select(0, group.rows)
             o = latent_attention(
                 group.to_grid(queries),  # [sequences, longest, heads, width]
                 entries,

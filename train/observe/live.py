@@ -26,6 +26,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from plotly.offline import get_plotlyjs
@@ -73,10 +74,11 @@ class _Followed:
     reader: RunReader
     changed: int = 0
     problem: str = ""
+    untold: str = ""
 
     def notes(self) -> list[str]:
-        """What could not be read."""
-        return [*self.reader.problems.values(), *([self.problem] if self.problem else [])]
+        """What could not be read, or not be drawn."""
+        return [*self.reader.problems.values(), *filter(None, (self.problem, self.untold))]
 
 
 class Follower:
@@ -112,10 +114,9 @@ class Follower:
     def _read(self, run: _Followed) -> bool:
         try:
             changed, problem = run.reader.poll(_PIECE_BYTES), ""
-        except Exception as error:  # noqa: BLE001
-            # A folder that is being deleted, a disk that is away, a file of somebody else's making: said on the page
-            # and tried again, while the other runs go on.
-            changed, problem = False, f"{run.reader.directory} cannot be read ({error})"
+        except OSError as error:
+            # A folder that is being deleted, or a disk that is away: said on the page, tried again.
+            changed, problem = False, str(error)
         if changed or problem != run.problem:
             self._epoch += 1
             run.changed, run.problem = self._epoch, problem
@@ -128,7 +129,7 @@ class Follower:
             since = since if server == self._server else 0
             now, limit = time.time(), curve_limit(readers, _CURVE_BYTES)
             changed = [
-                run_json(run.reader, key=key, name=name, limit=limit, now_unix_s=now)
+                _told(run, key=key, name=name, limit=limit, now_unix_s=now)
                 for key, (run, name) in enumerate(zip(self._runs.values(), names(readers), strict=True))
                 if run.changed > since
             ]
@@ -149,6 +150,18 @@ class Follower:
         with self._lock:
             readers = [run.reader for run in self._runs.values()]
             return tables_json(readers[key], MAX_CELLS) if 0 <= key < len(readers) else None
+
+
+def _told(run: _Followed, **options: Any) -> Json:
+    """A run as the page draws it; of one that cannot be told, its place with nothing in it, and a note."""
+    try:
+        told = run_json(run.reader, **options)
+        json.dumps(told, allow_nan=False)
+    except Exception as error:  # noqa: BLE001
+        run.untold = f"{run.reader.directory} cannot be drawn ({error})"
+        return run_json(RunReader(run.reader.directory), **options)
+    run.untold = ""
+    return told
 
 
 class Server:

@@ -70,7 +70,7 @@ def status(run: RunReader, now_unix_s: float) -> Json:
         "tokens_total": total,
         "progress": min(1.0, run.tokens_seen / total) if total else None,
         "tokens_per_s": speed,
-        "eta_s": eta_s,
+        "eta_s": finite(eta_s),
         "age_s": age_s,
         "reason": run.stopped,
     }
@@ -91,7 +91,7 @@ def _recent_speed(run: RunReader) -> float | None:
     if len(run.recent) < 2:
         return None
     (first_s, first), (last_s, last) = run.recent[0], run.recent[-1]
-    return (last - first) / (last_s - first_s) if last_s > first_s and last > first else None
+    return finite((last - first) / (last_s - first_s)) if last_s > first_s and last > first else None
 
 
 def dead_experts(run: RunReader) -> Json | None:

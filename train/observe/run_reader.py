@@ -121,7 +121,7 @@ class RunReader:
         records: step records taken. last_step, tokens_seen, first_time_s, last_time_s: of these.
         recent: (time, tokens) of the newest records of this process, for the speed.
         stopped: reason of the last stop event, None when a record, a start or a resume came after it.
-        problems: file name -> why run_card.json or summary.json could not be read.
+        problems: file name -> why it, or some lines of metrics.jsonl, could not be read.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -163,6 +163,7 @@ class RunReader:
         self.records, self.last_step, self.tokens_seen = 0, -1, 0
         self.first_time_s, self.last_time_s = 0.0, 0.0
         self.offset, self.size = 0, 0
+        self.problems.pop(METRICS_FILE, None)
 
     def _take(self, data: bytes) -> int:
         """Take the whole lines of `data`; returns how many bytes that was."""
@@ -173,7 +174,11 @@ class RunReader:
                 return 0
             end = len(data)
         self.offset += end
-        self._take_lines([line for line in _parse_lines(data[:end]) if isinstance(line, dict)])
+        try:
+            self._take_lines([line for line in _parse_lines(data[:end]) if isinstance(line, dict)])
+        except Exception as error:  # noqa: BLE001
+            # A file of somebody else's making: what follows is read, and the page says that something is missing.
+            self.problems[METRICS_FILE] = f"{self.path} has lines that cannot be read ({error})"
         return end
 
     def _take_lines(self, lines: list[Record]) -> None:
@@ -269,7 +274,7 @@ def read_object(path: Path) -> Json:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): mend it or delete it") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not an object: mend it or delete it")
@@ -277,12 +282,15 @@ def read_object(path: Path) -> Json:
 
 
 def _read_yaml(path: Path) -> Json:
-    # The trainer writes it; the page does without when a person broke it.
+    # The trainer writes it; the page does without when a person broke it. An alias could hold itself.
     import yaml
 
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError):
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            return {}
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
