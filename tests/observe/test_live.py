@@ -220,8 +220,10 @@ def test_files_of_somebody_elses_making_cost_their_run_a_note_at_most(
     (bad / name).write_text(text)
     with Server([tmp_path], port=0, period_s=0.05) as server:
         for _ in range(2):
-            news = until(lambda: (found := runs(server)) and len(found["runs"]) == 2 and found)
-            assert [run["records"] for run in news["runs"]] == [2, 2]
+            # A run is sent when it is found, and again when it has been read.
+            news = until(
+                lambda: (found := runs(server)) and [run["records"] for run in found["runs"]] == [2, 2] and found
+            )
             assert len(news["problems"]) == (note is not None)
             assert note is None or note in news["problems"][0]
             # A later look does not forget it.
