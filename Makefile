@@ -11,7 +11,7 @@ WORKERS ?= 2
 ARGS ?=
 START := $(shell date +%s)
 export PYTHON
-# make gpu needs torch, Triton, PyYAML and numpy only, so another environment serves as well: make gpu GPU_PYTHON=python3.
+# make gpu needs torch, Triton, PyYAML, numpy and safetensors only: another Python serves as well, GPU_PYTHON=python3.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 .PHONY: demo test check gpu clean setup setup-dev
