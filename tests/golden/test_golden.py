@@ -1,0 +1,68 @@
+"""The bits of a run stay what they were: logged losses of golden runs, and a checkpoint that an older commit wrote.
+
+`runs.py` has the runs and the command that records them anew. On the processor and torch that recorded them every bit
+must be equal. On others the last bits may differ (libraries choose their kernels by instruction set): then the figures
+are compared within BOUND, and the test is skipped aloud with what differed.
+
+BOUND, 5 % of a loss or norm: a smoke bound only. One BF16 rounding can turn a choice of experts, and from then on two
+runs are two samples (docs/numerics.md, noise floor). The bit-exact promise is kept by machines like the recording one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.golden import runs
+
+GOLDEN: dict[str, Any] = json.loads(runs.LOSSES.read_text())
+BOUND = 0.05
+
+
+def assert_same(actual: list[dict[str, str]], expected: list[dict[str, str]]) -> None:
+    assert len(actual) == len(expected)
+    different = [
+        (step, name, float.fromhex(now[name]), float.fromhex(then[name]))
+        for step, (now, then) in enumerate(zip(actual, expected, strict=True), start=1)
+        for name in runs.METRICS
+        if now[name] != then[name]
+    ]
+    if not different:
+        return
+    step, name, now, then = different[0]
+    first = f"first difference: step {step}, {name} is {now!r}, was {then!r}"
+    here = runs.machine()
+    assert here != GOLDEN["recorded_on"], first
+    outside = [item for item in different if abs(item[2] - item[3]) > BOUND * abs(item[3])]
+    assert not outside, f"beyond {BOUND}: {outside[0]}"
+    pytest.skip(f"bits not compared: recorded on {GOLDEN['recorded_on']}, this is {here}; within {BOUND}; {first}")
+
+
+@pytest.mark.parametrize("name", runs.RUNS)
+def test_every_logged_loss_and_norm_keeps_its_bits(tmp_path: Path, name: str) -> None:
+    assert_same(runs.run_in(tmp_path, name), GOLDEN["runs"][name])
+
+
+def test_a_checkpoint_of_an_older_commit_resumes(tmp_path: Path) -> None:
+    """Identity, tensors and counters of the stored checkpoint are accepted, and the run goes on as the unbroken one."""
+    runs.write_golden_store(tmp_path / "store")
+    shutil.copytree(runs.CHECKPOINT, tmp_path / f"runs/golden/checkpoints/step_{runs.SAVED_AT:08d}")
+    runs.train(0, 1, str(tmp_path), runs.SMALL, resume=True)
+    assert_same(runs.logged(tmp_path), GOLDEN["runs"]["small"][runs.SAVED_AT :])
+
+
+def test_another_bit_is_seen() -> None:
+    expected = GOLDEN["runs"]["small"]
+    changed = [dict(step) for step in expected]
+    loss = float.fromhex(changed[7]["loss/main"])
+    changed[7]["loss/main"] = (loss * (1 + 2**-50)).hex()
+    if runs.machine() == GOLDEN["recorded_on"]:
+        with pytest.raises(AssertionError, match="step 8, loss/main"):
+            assert_same(changed, expected)
+    changed[7]["loss/main"] = (loss * 1.1).hex()
+    with pytest.raises(AssertionError):
+        assert_same(changed, expected)
