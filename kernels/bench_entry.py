@@ -1,6 +1,6 @@
 """One row of the kernel table: an operation, its peer, and what parity between them means.
 
-A kernel file ends with `BENCH: tuple[Bench, ...]`; `kernels.bench_table` gathers them, checks parity, then
+A kernel file ends with `BENCH: tuple[Bench, ...]`; `train.studies.bench.table` gathers them, checks parity, then
 times both sides on the same inputs. The dataclass lives apart from the table so that kernel files can import
 it without a cycle. It holds no measuring code.
 """

@@ -15,9 +15,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
-from train.ablation import QUICK, Size, ablate, choose, variants
-from train.ablation_report import tables, write
 from train.data.ingest import Recipe, prepare
+from train.studies.ablation.report import tables, write
+from train.studies.ablation.runs import QUICK, Size, ablate, choose, variants
 
 TEXT = "data/king_james_bible/text.jsonl"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from kernels import bench_table
+from train.studies.bench import table as bench_table
 
 
 def kernels(arguments: argparse.Namespace, device: torch.device) -> int:
@@ -31,7 +31,7 @@ def kernels(arguments: argparse.Namespace, device: torch.device) -> int:
 
 def layer(arguments: argparse.Namespace, device: torch.device) -> int:
     """Bench MoE blocks; 2 without a GPU."""
-    from train import bench_layer
+    from train.studies.bench import layer as bench_layer
 
     if device.type == "cpu" and not arguments.tiny:
         print("bench layer: needs a CUDA GPU, and this machine shows none; --tiny runs a tiny one", file=sys.stderr)

@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
     """Convert as the command line says; returns the exit code."""
     options = parse(arguments)
     # Imported late: --help should not wait for torch.
-    from train.checkpoint.hf_commands import run_export, run_import
+    from train.huggingface.convert import run_export, run_import
 
     try:
         lines = run_import(options) if options.direction == "import" else run_export(options, transformers_logits)

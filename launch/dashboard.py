@@ -13,8 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from train.observe.dashboard import render
-from train.observe.live import DEFAULT_PORT, Server
+from train.studies.dashboard.page import render
+from train.studies.dashboard.server import DEFAULT_PORT, Server
 
 
 def serve(options: argparse.Namespace) -> None:

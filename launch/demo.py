@@ -17,13 +17,13 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 from rich.console import Console
 from rich.table import Table
 
-from train.build import build
+from train.assemble import build
 from train.config import compose
 from train.data.ingest import Recipe, prepare
-from train.observe.compare import PAPER_GAP
-from train.observe.dashboard import render
 from train.observe.guards import TrainingStopped
-from train.report import Report, report
+from train.studies.compare import PAPER_GAP
+from train.studies.dashboard.page import render
+from train.studies.demo_summary import Report, report
 from train.trainer import Trainer
 
 TEXT, STORES = "data/king_james_bible/text.jsonl", Path("stores/demo")

@@ -44,11 +44,11 @@ def main(arguments: list[str]) -> int:
     """Load, continue, print; returns the exit code."""
     options = parse(arguments)
     # Imported late: --help should not wait for torch.
-    from train.checkpoint.reader import load_model, open_weights, tokenizer_of
     from train.data.store import TokenStore
-    from train.evaluate import generate_text as text
-    from train.evaluate.sampling import Sampling
-    from train.model.decode import Decoder
+    from train.generate import text
+    from train.generate.latent_cache import Decoder
+    from train.generate.sampling import Sampling
+    from train.huggingface.weights import load_model, open_weights, tokenizer_of
 
     try:
         sampling = Sampling(options.temperature, options.top_p)

@@ -3,7 +3,7 @@
     python -m launch.gpu        runs/gpu/report.json and runs/gpu/report.md; exit status 1 if any parity is red
 
 Needs a CUDA GPU, torch, Triton, PyYAML and numpy; what is missing besides is named in the report. Each part runs in a
-process of its own (`train/gpu_report.py`), started here with `--part`; Triton compiles there, whatever the
+process of its own (`train/studies/gpu_report.py`), started here with `--part`; Triton compiles there, whatever the
 environment says.
 """
 
@@ -18,8 +18,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 
-from train.gpu_parts import PARTS, ROOT, Options
-from train.gpu_report import is_green, run_all, run_part, write
+from train.studies.gpu_report import is_green, run_all, run_part, write
+from train.studies.gpu_sections import PARTS, ROOT, Options
 
 # All parts together; the rest of the eight minutes is for starting and writing.
 BUDGET_S = 460.0

@@ -19,9 +19,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from parallel.layout_check import check_world
 from train.config import PretrainConfig, compose, to_yaml
-from train.dry_run import dry_run
 from train.observe.guards import TrainingStopped
-from train.session import Place, pretrain
+from train.studies.plan.dry_run import dry_run
+from train.worker import Place, pretrain
 
 # How long the first rank may start after the others and still be heard when it refuses a configuration.
 SPEAKER_S = 30

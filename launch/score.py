@@ -16,11 +16,11 @@ from typing import get_args
 
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
-from train.build import choose_device
-from train.checkpoint.reader import Kind, load_model, open_weights, tokenizer_of
+from train.assemble import choose_device
 from train.evaluate.subject import Subject
 from train.evaluate.suite import Report, evaluate, read_files
 from train.evaluate.suite_options import add_suite_options, suite_of
+from train.huggingface.weights import Kind, load_model, open_weights, tokenizer_of
 
 BAD_INPUT, INTERRUPTED = 2, 130
 

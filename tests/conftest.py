@@ -46,7 +46,7 @@ import torch  # noqa: E402
 
 SEED = 20241227
 # Handed out in this order by `--dist loadfile --no-loadscope-reorder`; everything else follows.
-LONG_FIRST = ("tests/parity/", "tests/system/", "tests/test_dry_run.py")
+LONG_FIRST = ("tests/parity/", "tests/system/", "tests/studies/plan/test_dry_run.py")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

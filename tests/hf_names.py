@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from train.checkpoint.hf import places, shared_copies
+from train.huggingface.names import places, shared_copies
 from train.model.config import ModelConfig
 
 _SHARED_COPIES = ("embed_tokens.weight", "shared_head.head.weight")

@@ -17,7 +17,7 @@ from train.config import CONFIGS, PretrainConfig, compose
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
-from train.optim.schedules import at
+from train.schedules import at
 
 BASE_GROUPS = ("model", "precision", "layout", "network", "data", "schedule", "optim", "observe", "checkpoint")
 CLUSTERS = sorted(path.stem for path in (CONFIGS / "cluster").glob("*.yaml"))

@@ -29,17 +29,14 @@ MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 8
 MAX_ENTRYPOINT_LINES = 80
 
-# Files in kernels/ that are no kernels: formats, queue and probe, the benches, the choice of backend.
-NOT_KERNELS = (
-    "__init__", "formats", "backend", "deferred", "operators", "probe",
-    "bench_entry", "bench_table", "bench_peers", "bench_cases", "bench_traffic", "bench_timing",
-)  # fmt: skip
+# Files in kernels/ that are no kernels: formats, queue and probe, the choice of backend.
+NOT_KERNELS = ("__init__", "formats", "backend", "deferred", "operators", "probe", "bench_entry")
 # Kernel files whose arithmetic is all in other kernel files, which have references: name -> what it composes.
 COMPOSITIONS = {"fp8_linear": ("gemm_fp8", "gemm_grouped", "quantize", "swiglu")}
 # Functions that may read a device value inside the step, and why.
 HOST_READS = {
     "kernels/gemm_grouped.py:group_rows": "plain torch slices by group; a device kernel would not",
-    "kernels/bench_timing.py:wait": "a clock waits for what it times",
+    "train/studies/bench/timing.py:wait": "a clock waits for what it times",
     "train/optim/ema.py:_fold": "its own thread waits for a copy, beside the step",
     "parallel/expert.py:_read_counts": "split sizes of the uneven all-to-all: one read a MoE layer and micro-batch",
 }
@@ -284,13 +281,12 @@ def test_nothing_unpickles() -> None:
 
 
 def test_the_step_never_waits_for_the_device() -> None:
-    """No value is read back inside forward, backward and update; references and the bench table may."""
+    """No value is read back inside forward, backward and update; references may."""
     step = sources("kernels", "parallel", "train/model", "train/optim")
     step += [path for path in sources("train") if place(path) in ("train/step.py", "train/losses.py")]
     offenders = [
         f"{place(path, node)}: .{node.attr} in {function.name}"
         for path in step
-        if path.stem != "bench_table"
         for function in functions(path)
         if not function.name.endswith("_reference") and f"{place(path)}:{function.name}" not in HOST_READS
         for node in ast.walk(function)
@@ -310,7 +306,7 @@ def text_files() -> list[Path]:
     """What people read or run: code, configs, documents, build files."""
     found = [p for d in (*ROOMS, "tests", "configs", "docs", "requirements", ".ci") for p in (ROOT / d).rglob("*")]
     found += [p for p in ROOT.glob("*") if p.suffix in (".md", ".toml", ".yaml") or p.name == "Makefile"]
-    return sorted(p for p in found if p.is_file() and p.suffix not in (".pyc", ".png", ".svg", ".html"))
+    return sorted(p for p in found if p.is_file() and p.suffix not in (".pyc", ".png", ".svg", ".html", ".safetensors"))
 
 
 def test_no_file_names_a_folder_of_one_machine() -> None:

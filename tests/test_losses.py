@@ -10,12 +10,12 @@ import torch.nn.functional as F
 
 from parallel.mesh import single
 from tests.tiny_model import TINY
-from train.build import build_engine
+from train.assemble import build_engine
 from train.data.batch import IGNORE_INDEX, Batch
 from train.losses import LossWeights, attach_loss, balance_sum, loss_sums
 from train.model.precision import Precision
 from train.optim.adamw import OptimConfig
-from train.optim.schedules import Now
+from train.schedules import Now
 from train.step import Engine, StepGradients, compute_gradients
 
 NOW = Now(lr=1e-3, batch_sequences=4, bias_speed=1e-3, mtp_weight=0.3, balance_alpha=0.01)

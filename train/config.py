@@ -8,7 +8,7 @@ anything is allocated: unknown groups, options and keys, keys given twice, wrong
 each other. Nothing is ever ignored.
 
 Hydra and OmegaConf are imported by the first call that needs them: the dataclasses and `build` work without, so that
-a machine that lacks them can still train from a `ModelConfig` (`train/checkup.py`).
+a machine that lacks them can still train from a `ModelConfig` (`train/studies/smoke_runs.py`).
 
 Not here: the meaning of the values (their rooms), the launcher's environment (`launch/`).
 """
@@ -36,7 +36,7 @@ from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.observe.sinks import ObserveConfig
 from train.optim.adamw import OptimConfig
-from train.optim.schedules import ScheduleConfig
+from train.schedules import ScheduleConfig
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override

@@ -31,7 +31,7 @@ from train.observe.fp8_health import Fp8Health
 from train.optim.adamw import AdamW
 from train.optim.balance import update_bias
 from train.optim.ema import Ema
-from train.optim.schedules import Now
+from train.schedules import Now
 from train.stage import Stage, Tally
 
 

@@ -25,27 +25,27 @@ from torch import Tensor, nn
 
 from kernels.cross_entropy import cross_entropy_sum
 from parallel.collectives import sum_over
+from parallel.consensus import Ranks
 from parallel.pieces import Piece
-from train.build import (
+from train.assemble import (
     Parts,
     checkpoint_tensors,
     device_name,
-    model_flops_per_token,
     run_card,
     store_hashes,
 )
-from train.checkpoint.agreement import Ranks
 from train.checkpoint.dcp import Saver, latest, load
 from train.checkpoint.publish import published
 from train.config import PretrainConfig, to_yaml
 from train.data.batch import Batch
 from train.evaluate.score import bits_per_byte
+from train.model.sizes import model_flops_per_token
 from train.observe.fp8_health import Fp8Health
 from train.observe.guards import DeadExpertGuard, TerminationGuard, TrainingStopped, check_consecutive_skips
 from train.observe.metrics import Record
 from train.observe.records import dead_experts, dense_bf16_peak, step_record
 from train.observe.sinks import NoSinks, Sinks, open_sinks
-from train.optim.schedules import Now, at
+from train.schedules import Now, at
 from train.stage import Stage
 from train.state import TrainState
 from train.step import StepGradients, apply_update, compute_gradients, expert_biases

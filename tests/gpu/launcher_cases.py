@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import bench_table
 from kernels.formats import TILE, ceil_div
+from train.studies.bench import table as bench_table
 
 # Imports every kernel file, and with it registers every operator.
 bench_table.entries()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import bench_peers
+from train.studies.bench import peers as bench_peers
 
 pytestmark = pytest.mark.gpu
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from train import bench_layer
-from train.bench_layer import Layers, Sizes
-from train.checkup import PrecisionName
+from train.studies.bench import layer as bench_layer
+from train.studies.bench.layer import Layers, Sizes
+from train.studies.smoke_runs import PrecisionName
 
 pytestmark = pytest.mark.gpu
 
@@ -86,10 +86,11 @@ def test_forward_and_backward_never_wait_for_the_device(
 REFERENCE = """
 import sys
 import torch
-from train import checkup, one_step
+from train.studies import smoke_runs
+from train.studies import step_parity
 
-checkup.prepare(deterministic=True)
-found = one_step.one_step(checkup.recipe("tiny", sequences=1, tokens=64), "fp8", torch.device("cuda"))
+smoke_runs.prepare(deterministic=True)
+found = step_parity.one_step(smoke_runs.recipe("tiny", sequences=1, tokens=64), "fp8", torch.device("cuda"))
 print([name for name in sys.modules if name.startswith("kernels.gpu")], found.worst_error, found.green)
 """
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import bench_table, deferred
+from kernels import deferred
 from kernels.attention import causal_attention
 from kernels.e5m6 import pack_e5m6
 from kernels.fp8_linear import fp8_linear, grouped_fp8_linear, grouped_linear, linear, weight_fp8
@@ -28,6 +28,7 @@ from tests.operator_calls import FP8_GEMMS, OperatorCalls
 from tests.tiny_model import TINY
 from train.model.precision import Precision
 from train.model.transformer import Transformer
+from train.studies.bench import table as bench_table
 
 BF16, FP32 = torch.bfloat16, torch.float32
 

@@ -1,6 +1,6 @@
 """Ours against `transformers`' independent DeepSeek-V3, FP32: logits, every parameter's gradient, and MTP.
 
-Both models hold the same weights (moved by `train.checkpoint.hf`, so the name mapping is proved on the way).
+Both models hold the same weights (moved by `train.huggingface.names`, so the name mapping is proved on the way).
 Tolerances are the issue's: 1e-5 on logits and 1e-4 on gradients, relative Frobenius. FP32 rounding alone explains
 about sqrt(depth of the longest sum) * 6e-8 < 1e-6; the slack is for the different order of sums.
 """

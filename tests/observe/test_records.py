@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.build import model_flops_per_token
 from train.config import compose
+from train.model.sizes import model_flops_per_token
 from train.observe.records import dead_experts, dense_bf16_peak, step_record
 from train.observe.sinks import ObserveConfig
-from train.optim.schedules import at
+from train.schedules import at
 from train.state import TrainState
 
 

@@ -231,6 +231,6 @@ def test_a_missing_wandb_says_how_to_install_it(
 
 
 def test_training_without_a_mirror_never_imports_wandb():
-    code = "import sys, train.observe.sinks, train.observe.dashboard; sys.exit('wandb' in sys.modules)"
+    code = "import sys, train.observe.sinks, train.studies.dashboard.page; sys.exit('wandb' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

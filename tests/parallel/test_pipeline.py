@@ -21,8 +21,9 @@ from parallel.schedules import SCHEDULES
 from tests.parallel.pipeline_ranks import CASES, COUNTED, Walks, announced, count_calls, let_wait, walk
 from tests.parity.layout_theorem import MODEL
 from tests.ranks import run_ranks
-from train.build import balanced_layers, layer_costs
+from train.assemble import balanced_layers
 from train.config import compose
+from train.model.sizes import layer_costs
 
 # A gradient is a sum over at most 384 tokens, regrouped: sqrt(384) 2^-24 times 4 for cancellation (docs/numerics.md).
 GRADIENT_BOUND = 5e-6

@@ -17,7 +17,7 @@ import parallel.zero
 from parallel.mesh import Layout
 from tests.parity.layout_theorem import MODEL, NOW, engine_on, take_step
 from tests.ranks import run_ranks
-from train.build import build_stages
+from train.assemble import build_stages
 from train.model.precision import Precision
 from train.step import apply_update
 

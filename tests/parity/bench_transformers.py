@@ -23,14 +23,14 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from parallel.mesh import single
 from tests.hf_names import to_hf
-from train.build import build_engine, set_determinism
+from train.assemble import build_engine, set_determinism
 from train.config import compose
 from train.data.batch import Batch
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
 from train.optim.adamw import OptimConfig
-from train.optim.schedules import Now
+from train.schedules import Now
 from train.step import apply_update, compute_gradients
 
 SEQUENCES, TOKENS = 8, 256

@@ -32,14 +32,14 @@ from kernels.permute import Dispatched, combine_tokens, group_gates, group_token
 from parallel.mesh import Layout, make_mesh, single
 from parallel.pieces import Piece
 from tests.tiny_model import TINY
-from train.build import assemble, build_engine, build_stages, expert_pieces
+from train.assemble import assemble, build_engine, build_stages, expert_pieces
 from train.data.batch import IGNORE_INDEX, Batch
 from train.model.config import ModelConfig
 from train.model.init import initialize
 from train.model.moe import Routing
 from train.model.precision import Precision
 from train.optim.adamw import OptimConfig
-from train.optim.schedules import Now
+from train.schedules import Now
 from train.step import Engine, StepGradients, apply_update, compute_gradients, routers
 
 STEPS = 20

@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 
 from parallel.mesh import Layout, make_mesh
 from tests.parity.layout_theorem import force, gradient_pieces
-from train.build import build_engine
+from train.assemble import build_engine
 from train.data.batch import Batch
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.optim.adamw import OptimConfig
-from train.optim.schedules import Now
+from train.schedules import Now
 from train.step import Engine, compute_gradients
 
 WEIGHTS, TOKENS = "weights.safetensors", "tokens.safetensors"

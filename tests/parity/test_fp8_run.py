@@ -6,7 +6,7 @@ top-k choices turn roundings into jumps. That drift is the floor: no precision c
     floor = mean over seeds of |gap(BF16 in two pieces, BF16)|
     gate    |mean over seeds of gap(FP8, BF16)| <= floor + 0.25 %
 
-gap = mean relative difference of the EMA-0.9 losses over the second half of the run (`train/observe/compare.py`);
+gap = mean relative difference of the EMA-0.9 losses over the second half of the run (`train/studies/compare.py`);
 0.25 % is the report's bound (arXiv:2412.19437 §3.3). A planted defect shows that the gate can turn red.
 """
 
@@ -22,11 +22,11 @@ from torch import Tensor
 
 import kernels.fp8_linear
 from kernels.formats import Quantized
-from train.build import build
+from train.assemble import build
 from train.config import PretrainConfig, compose
-from train.observe.compare import PAPER_GAP, mean_smoothed_gap
 from train.observe.metrics import Record
 from train.observe.sinks import read_run
+from train.studies.compare import PAPER_GAP, mean_smoothed_gap
 from train.trainer import Trainer
 
 SEEDS = (0, 1, 2)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from train.build import build
+from train.assemble import build
 from train.config import compose
 from train.data.ingest import Recipe, prepare
 from train.trainer import Trainer

@@ -24,10 +24,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from parallel.pieces import Piece
-from train.build import build
+from train.assemble import build
 from train.config import PretrainConfig
-from train.session import join
 from train.trainer import Trainer
+from train.worker import join
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -78,7 +78,7 @@ class Plan(NamedTuple):
 
 
 def trainer_on(config: PretrainConfig, world: int) -> Trainer:
-    """This rank's trainer, as `train.session` makes it."""
+    """This rank's trainer, as `train.worker` makes it."""
     mesh = join(config, torch.device("cpu")) if world > 1 else None
     return Trainer(config, build(config, mesh))
 

@@ -13,16 +13,16 @@ import torch
 from transformers import AutoTokenizer
 
 from launch.convert import main
-from tests.checkpoint.hf_folders import RAGGED, bytes_of, lively, save_checkpoint, tensors_of
-from train.checkpoint.reader import open_weights
+from tests.huggingface.hf_folders import RAGGED, bytes_of, lively, save_checkpoint, tensors_of
 from train.data.tokenizer import load_tokenizer
+from train.huggingface.weights import open_weights
 from train.model.precision import Precision
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 # The second file is never finished.
 DYING = """
 import os, signal, sys
-from train.checkpoint import hf_writer
+from train.huggingface import safetensors_writer as hf_writer
 write, calls = hf_writer.write_shard, []
 def dying(path, shard, values):
     calls.append(path)

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from train import gpu_parts, gpu_report
-from train.gpu_parts import PARTS, Section
-from train.gpu_report import Finished
+from train.studies import gpu_report
+from train.studies import gpu_sections as gpu_parts
+from train.studies.gpu_report import Finished
+from train.studies.gpu_sections import PARTS, Section
 
 ROOT = Path(__file__).resolve().parents[2]
 ABSENT = ("hydra", "omegaconf", "datasets", "wandb", "deepspeed", "plotly", "rich", "tokenizers", "deep_gemm")

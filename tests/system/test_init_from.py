@@ -13,10 +13,10 @@ from parallel.mesh import Layout, make_mesh, single
 from parallel.pieces import Piece
 from tests.ranks import run_ranks
 from tests.tiny_model import TINY
-from train.build import build, build_engine, checkpoint_tensors, first_weights
+from train.assemble import build, build_engine, checkpoint_tensors, first_weights
 from train.checkpoint.dcp import save
-from train.checkpoint.reader import open_weights
 from train.config import PretrainConfig, compose
+from train.huggingface.weights import open_weights
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer

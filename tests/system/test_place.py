@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 import launch.pretrain
-import train.session
+import train.worker
 from parallel.mesh import Layout
 from train.config import PretrainConfig, compose
-from train.session import Place
+from train.worker import Place
 
 
 @pytest.fixture
@@ -59,18 +59,18 @@ def store_with_another_rank(refusal: str = "") -> dist.Store:
 
 def test_what_one_rank_lacks_is_the_refusal_of_all(config: PretrainConfig) -> None:
     with pytest.raises(ValueError, match=r"^rank 7: no store on this node$"):
-        train.session.pretrain(
+        train.worker.pretrain(
             config, Place(rank=1, world=2, store=store_with_another_rank("rank 7: no store on this node"))
         )
     missing = replace(config, data=replace(config.data, store="nowhere"))
     store = store_with_another_rank()
     with pytest.raises(ValueError, match=r"^rank 1: .*nowhere"):
-        train.session.pretrain(missing, Place(rank=1, world=2, store=store))
+        train.worker.pretrain(missing, Place(rank=1, world=2, store=store))
 
 
 def test_a_rank_without_dry_run_is_refused(config: PretrainConfig) -> None:
     with pytest.raises(ValueError, match=r"^rank=1 says which rank dry_run=true plans"):
-        train.session.pretrain(replace(config, rank=1), Place())
+        train.worker.pretrain(replace(config, rank=1), Place())
 
 
 def test_the_rank_that_hosts_the_meeting_place_stays_until_the_others_have_read_the_refusal(
@@ -83,16 +83,16 @@ def test_the_rank_that_hosts_the_meeting_place_stays_until_the_others_have_read_
         naps.append(seconds)
         dist.PrefixStore("start", store).add("read", 1)
 
-    monkeypatch.setattr(train.session.time, "sleep", the_other_reads)
+    monkeypatch.setattr(train.worker.time, "sleep", the_other_reads)
     with pytest.raises(ValueError, match=r"^rank 1: no store"):
-        train.session.pretrain(config, Place(rank=0, world=2, store=store, store_rank=0))
+        train.worker.pretrain(config, Place(rank=0, world=2, store=store, store_rank=0))
     assert len(naps) == 1
 
 
 def test_ranks_that_do_not_come_are_missed_in_one_sentence(config: PretrainConfig) -> None:
     hurried = replace(config, network=replace(config.network, timeout_s=2, peer_timeout_s=1))
     with pytest.raises(ValueError, match=r"only 1 of 2 processes came within network.timeout_s=2"):
-        train.session.pretrain(hurried, Place(rank=1, world=2, store=dist.HashStore()))
+        train.worker.pretrain(hurried, Place(rank=1, world=2, store=dist.HashStore()))
 
 
 def test_nccl_settings_are_in_the_environment_before_ranks_meet_and_a_users_own_wins(
@@ -139,11 +139,11 @@ def test_the_configured_times_reach_heartbeat_and_process_groups(
         given["groups"] = (layout.dp, named["device"], named["tied_embedding"], named["timeout_s"])
         raise Reached
 
-    monkeypatch.setattr(train.session, "Watchdog", Heartbeat)
-    monkeypatch.setattr(train.session, "init_processes", first_group)
-    monkeypatch.setattr(train.session, "make_mesh", groups)
+    monkeypatch.setattr(train.worker, "Watchdog", Heartbeat)
+    monkeypatch.setattr(train.worker, "init_processes", first_group)
+    monkeypatch.setattr(train.worker, "make_mesh", groups)
     with pytest.raises(Reached):
-        train.session.pretrain(config, Place(rank=1, world=2, store=store_with_another_rank()))
+        train.worker.pretrain(config, Place(rank=1, world=2, store=store_with_another_rank()))
     assert given["heartbeat"] == 7
     assert given["world"] == (1, 2, "gloo", 77)
     assert given["groups"] == (2, torch.device("cpu"), True, 77)

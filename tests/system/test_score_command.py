@@ -11,11 +11,11 @@ import pytest
 
 from launch.convert import main as convert
 from launch.score import main, parse, subject_of
-from train.checkpoint.reader import open_weights
 from train.data.ingest import Recipe, prepare
 from train.data.tokenizer import load_tokenizer
 from train.data.trained_on import KEY, TrainedOn
 from train.evaluate import subject, suite
+from train.huggingface.weights import open_weights
 from train.observe.sinks import read_run
 
 CHOICE = {"question": "Who?", "options": ["king", "people", "lord"], "answer": "C", "category": "prose"}

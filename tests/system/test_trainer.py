@@ -15,11 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import train.build
+import train.assemble
 import train.trainer
 from kernels.deferred import deferred, take
 from parallel.pieces import Piece
-from train.build import build, choose_device
+from train.assemble import build, choose_device
 from train.checkpoint.dcp import Saver
 from train.checkpoint.publish import latest
 from train.config import PretrainConfig, compose
@@ -28,7 +28,7 @@ from train.data.stream import iterate_windows
 from train.losses import LossWeights, balance_sum, loss_sums
 from train.observe.guards import TrainingStopped
 from train.observe.sinks import read_events, read_run
-from train.optim.schedules import at
+from train.schedules import at
 from train.step import StepGradients, apply_update, compute_gradients, routers
 from train.trainer import Trainer
 
@@ -274,7 +274,7 @@ def test_stores_that_do_not_fit_are_refused_before_the_model_is_made(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the model was built")
 
-    monkeypatch.setattr(train.build, "build_engine", never)
+    monkeypatch.setattr(train.assemble, "build_engine", never)
     source = tmp_path / "other.jsonl"
     source.write_text("\n".join(json.dumps({"text": f"another text, number {i}"}) for i in range(40)))
     foreign = prepare(Recipe(source=str(source), vocab_size=280), tmp_path / "foreign")

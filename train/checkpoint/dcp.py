@@ -8,7 +8,7 @@ boxes it holds now, and reads them from whatever boxes were saved.
                   -> the coordinator: state.json, manifest.json, fsync, rename, prune
     load          verify, each rank a share of the files -> compare names, shapes, dtypes -> fill in place
 
-Every arrow is an agreement of all ranks (`train.checkpoint.agreement`): an error of one is raised by all, nobody hangs.
+Every arrow is an agreement of all ranks (`parallel.consensus`): an error of one is raised by all, nobody hangs.
 DCP stages, writes, reads and intersects boxes on each rank by itself (`no_dist=True`): its own collectives, its default
 file format and every value that is not a tensor are pickles, and unpickling executes what it reads. Here DCP's Hugging
 Face storage carries tensors, JSON the rest. Nothing that is read can run.
@@ -38,10 +38,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
+from parallel.consensus import Ranks
 from parallel.pieces import Piece
+from parallel.shards import Part, Wholes, assign, local_of, part_of, read_parts, union
 from train.checkpoint import publish
-from train.checkpoint.agreement import Ranks
-from train.checkpoint.boxes import Part, Wholes, assign, local_of, part_of, read_parts, union
 from train.checkpoint.planner import BoxLoadPlanner, BoxSavePlanner
 
 __all__ = ["CheckpointConfig", "Saver", "latest", "load", "save"]

@@ -1,7 +1,7 @@
 """DCP's plans for boxes: which rectangle of which tensor a rank writes, and from which saved rectangles it reads.
 
 torch DCP asks a planner what to write and what to read; its own planners know whole tensors, DTensors and
-ShardedTensors. Ours know a name and a box (`train.checkpoint.boxes`), which covers ZeRO-1's flat slices, a stage's
+ShardedTensors. Ours know a name and a box (`parallel.shards`), which covers ZeRO-1's flat slices, a stage's
 layers and a rank's experts alike. Intersecting a wanted box with the saved ones is DCP's own function.
 
 Each rank plans for itself: who writes what is agreed before, so DCP runs without its collectives (`no_dist=True`),
@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from train.checkpoint.boxes import Part
+from parallel.shards import Part
 
 
 class BoxSavePlanner(SavePlanner):

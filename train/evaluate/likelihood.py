@@ -25,8 +25,8 @@ from torch import Tensor
 from kernels.cross_entropy import cross_entropy_sum
 from train.data.batch import Batch
 from train.data.tokenizer import TextTokenizer
-from train.evaluate.sampling import check_finite
 from train.evaluate.score import LossOfBatch
+from train.generate.sampling import check_finite
 from train.model.transformer import Transformer
 
 # [sequences, tokens] int64 -> a function of [rows] places in its flat form -> [rows, vocab] logits

@@ -4,7 +4,7 @@ A `Subject` checks at once what the command line says of it, gives its `Responde
 store is scored with the sample length and document masking of the run, so that a run's last score in its log comes out
 again (up to the order of sums in a batch of another size).
 
-Not here: where weights come from (`train/checkpoint/reader.py`), what is asked (`suite.py`).
+Not here: where weights come from (`train/huggingface/weights.py`), what is asked (`suite.py`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 from train.data.store import TokenStore
 from train.data.tokenizer import TextTokenizer
 from train.data.trained_on import TrainedOn
-from train.evaluate.generate import Request, generate_in_batches
 from train.evaluate.likelihood import Scorer, logits_of, loss_of_batch
 from train.evaluate.respondent import Generate, Respondent
-from train.evaluate.sampling import Sampling
 from train.evaluate.score import StoreScore, score_store
-from train.model.decode import Decoder
+from train.generate.latent_cache import Decoder
+from train.generate.sampling import Sampling
+from train.generate.speculative import Request, generate_in_batches
 from train.model.transformer import Transformer
 
 # Sample length for models that say nothing of their own, tokens: V3's in pre-training (arXiv:2412.19437 §4.2).

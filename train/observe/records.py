@@ -18,7 +18,7 @@ from torch import Tensor
 
 from train.observe.metrics import Record
 from train.optim.balance import max_violation
-from train.optim.schedules import Now
+from train.schedules import Now
 from train.state import TrainState
 
 # Dense BF16 peak of the SXM parts, FLOP/s, from their data sheets; PCIe and NVL parts of the same name have another.

@@ -19,7 +19,7 @@ Shapes: all companions are [elements], as long as their segment, sharded over th
 axis (experts).
 
 Not done here: the sums over ranks and the gathering of new weights (`parallel.zero`), the division by the number of
-targets and the clipping (`parallel.grads`), the learning rate (`train.optim.schedules`), the update formula
+targets and the clipping (`parallel.grads`), the learning rate (`train.schedules`), the update formula
 (`kernels.adamw`).
 """
 

@@ -1,0 +1,112 @@
+"""A small V3 with ragged blocks, its checkpoint, its Hugging Face folders, and small changes to their files.
+
+Hidden and expert widths are one block and eight, so every FP8 weight has a ragged last block in both directions. Norm
+gains and router biases are at no value that would hide a mistake.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from train.checkpoint.dcp import save
+from train.huggingface.reader import INDEX
+from train.model.config import ModelConfig
+from train.model.precision import Precision
+from train.model.transformer import Transformer
+
+CPU = torch.device("cpu")
+RAGGED = ModelConfig(
+    vocab_size=300,
+    hidden_size=136,
+    intermediate_size=144,
+    moe_intermediate_size=136,
+    num_hidden_layers=3,
+    first_k_dense_replace=1,
+    num_attention_heads=3,
+    q_lora_rank=128,
+    kv_lora_rank=12,
+    qk_nope_head_dim=10,
+    qk_rope_head_dim=6,
+    v_head_dim=14,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    routed_scaling_factor=2.5,
+    max_position_embeddings=64,
+    num_nextn_predict_layers=1,
+)
+# Small enough for several files.
+SHARD_BYTES = 400_000
+
+
+@torch.no_grad()
+def lively(config: ModelConfig, precision: Precision) -> Transformer:
+    """A model with random weights."""
+    model = Transformer(config, precision)
+    generator = torch.Generator().manual_seed(11)
+    for name, tensor in model.state_dict().items():
+        random = torch.randn(tensor.shape, generator=generator)
+        if "norm" in name:
+            tensor.copy_(1.0 + 0.3 * random.tanh())
+        else:
+            tensor.copy_(0.15 * random)
+    return model
+
+
+def save_checkpoint(
+    path: Path, model: Transformer, *, store: Path = Path("stores/none"), tokenizer_sha256: str | None = None
+) -> Path:
+    """What a run on some store saves of its model, as one process."""
+    config = {"model": asdict(model.config), "precision": asdict(model.precision), "data": {"store": str(store)}}
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    save(path, tensors=tensors, state={"config": config, "identity": {"store": {"tokenizer": tokenizer_sha256}}})
+    return path
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """Everything that the shards of a folder hold."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        held = load_file(file)
+        assert not found.keys() & held.keys()
+        found |= held
+    return found
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """Name -> content of every file."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def changed(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """A copy of a folder, in one file with an index, after a change to its tensors."""
+    target.mkdir()
+    for file in folder.iterdir():
+        if file.suffix == ".json" and file.name not in (INDEX, "conversion.json"):
+            shutil.copy(file, target)
+    tensors = tensors_of(folder)
+    change(tensors)
+    write_index(target, dict.fromkeys(tensors, "model-00001-of-00001.safetensors"))
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, target / "model-00001-of-00001.safetensors"
+    )
+    return target
+
+
+def write_index(folder: Path, weight_map: dict[str, str]) -> None:
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def edit_config(folder: Path, **fields: object) -> None:
+    """Change fields of config.json."""
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, **fields}))

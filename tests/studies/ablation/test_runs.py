@@ -1,0 +1,365 @@
+"""The ablations: what each variant's one-step errors are, that runs are paired and taken up again, and the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train.studies.ablation.runs
+import train.trainer
+from train.data.ingest import Recipe, prepare
+from train.observe.guards import TrainingStopped
+from train.step import compute_gradients
+from train.studies.ablation.errors import moment_errors, operand_errors, operands, outlier_error, product_errors
+from train.studies.ablation.linear import AblatedLinears, Ablation
+from train.studies.ablation.report import tables, write
+from train.studies.ablation.runs import QUICK, Variant, ablate, base_config, choose, floor, measure_runs, run, variants
+
+ROOT = Path(__file__).resolve().parents[3]
+TEXT = ROOT / "data/king_james_bible/text.jsonl"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    text = tmp_path_factory.mktemp("text") / "text.jsonl"
+    text.write_text("".join(TEXT.read_text(encoding="utf-8").splitlines(keepends=True)[:12]), encoding="utf-8")
+    return prepare(Recipe(source=str(text), vocab_size=1024), text.parent / "store").train.path
+
+
+def linears(ablation: Ablation, *, power_of_two: bool = True) -> AblatedLinears:
+    return AblatedLinears(ablation, power_of_two)
+
+
+RECIPE = linears(Ablation())
+# Operands and products that a change may touch; every other number must be that of the recipe, to the last bit.
+TOUCHES = {
+    "fp32_scales": {"x", "w", "dy_dgrad", "dy_wgrad", "y", "dx", "dx_token", "dw", "sum", "sum_largest"},
+    "gradients_e5m2": {"dy_dgrad", "dy_wgrad", "dx", "dx_token", "dw"},
+    "gradients_128x128": {"dy_dgrad", "dy_wgrad", "dx", "dx_token", "dw"},
+    "hopper_128": {"y", "dx", "dx_token", "dw", "sum", "sum_largest"},
+    "hopper_none": {"y", "dx", "dx_token", "dw", "sum", "sum_largest"},
+}
+
+
+def all_errors(measured: AblatedLinears) -> dict[str, float]:
+    return operand_errors(measured, operands(256, 256, 256)) | product_errors(measured, length=512)
+
+
+@pytest.fixture(scope="module")
+def of_recipe() -> dict[str, float]:
+    return all_errors(RECIPE)
+
+
+@pytest.mark.parametrize("name", sorted(TOUCHES))
+def test_a_variant_changes_what_it_names_and_nothing_else(name: str, of_recipe: dict[str, float]) -> None:
+    measured = variants()[name].linears
+    assert measured is not None
+    errors = all_errors(measured)
+    assert errors.keys() == of_recipe.keys()
+    assert {key for key in errors if errors[key] != of_recipe[key]} == TOUCHES[name]
+
+
+def test_errors_are_those_that_the_formats_allow(of_recipe: dict[str, float]) -> None:
+    # docs/numerics.md: 0.0265 for one rounding to E4M3, sqrt(2) of it for a product, whatever the tile's scale is.
+    # Tokens differ in size here, so few of them carry dW and the norms scatter: 3 % of the prediction.
+    for name in ("x", "w", "dy_dgrad", "dy_wgrad"):
+        assert of_recipe[name] == pytest.approx(0.0265, rel=0.03), name
+    for name in ("y", "dx", "dx_token", "dw"):
+        assert of_recipe[name] == pytest.approx(0.0375, rel=0.04), name
+    # E5M2 has one bit less: twice the error of one rounding.
+    e5m2 = all_errors(linears(Ablation("e5m2")))
+    assert e5m2["dy_dgrad"] == pytest.approx(2 * 0.0265, rel=0.03)
+    assert e5m2["dx"] == pytest.approx((1 + 4) ** 0.5 * 0.0265, rel=0.06)
+
+
+def test_one_scale_for_128_tokens_fails_where_tokens_differ_much() -> None:
+    blocks = linears(Ablation(gradient_tile="128x128"))
+    # E4M3 is floating: under a scale of its own or not, a token loses no bit until it falls below the normal range.
+    assert outlier_error(blocks, octaves=0.0) == pytest.approx(outlier_error(RECIPE, octaves=0.0), rel=0.02)
+    assert outlier_error(RECIPE, octaves=5.0) == pytest.approx(0.0375, rel=0.04)
+    assert outlier_error(blocks, octaves=5.0) > 0.15
+
+
+def test_moments_in_fp8_lose_the_second_one() -> None:
+    bf16, fp8 = moment_errors("bf16", steps=20, numel=2048), moment_errors("fp8", steps=20, numel=2048)
+    assert moment_errors("fp32", steps=20, numel=2048)["update"] < 1e-5
+    # One rounding to BF16 is at most 2^-9; beta2 = 0.95 remembers twenty of them.
+    assert bf16["update"] < 0.01
+    assert fp8["zero_share"] > 0.01
+    assert fp8["update"] > 1.0
+
+
+def test_unknown_variants_are_refused_with_all_names() -> None:
+    with pytest.raises(ValueError, match="variant 'fp9' does not exist: choose among bf16, bf16_reordered, fp8"):
+        choose(["fp8", "fp9"])
+    assert [row.name for row in choose(["fp8", "bf16"])] == ["bf16", "fp8"]
+
+
+def test_every_variant_changes_one_thing() -> None:
+    rows = variants()
+    recipe = rows["fp8"]
+    for row in rows.values():
+        if row.linears is not None and row.name != "fp8":
+            assert (row.linears == recipe.linears) == (row.moments != recipe.moments), row.name
+
+
+@pytest.fixture
+def config(store: Path, tmp_path: Path) -> Any:
+    return base_config(store, tmp_path / "runs", QUICK, ["observe.console_every_steps=1000"])
+
+
+def test_a_finished_run_is_read_and_not_run_again(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = variants()["fp8"]
+    first = run(config, row, 0)
+    assert [record["step"] for record in first["records"]] == [1, 2, 3, 4]
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a step was taken again")
+
+    monkeypatch.setattr("train.trainer.Trainer.take_step", never)
+    assert run(config, row, 0)["records"] == first["records"]
+
+
+def test_a_run_made_with_other_settings_is_refused_and_reporting_may_change(config: Any, tmp_path: Path) -> None:
+    row = variants()["bf16"]
+    first = run(config, row, 0)
+    told = replace(config, observe=replace(config.observe, console_every_steps=7))
+    assert run(told, row, 0)["records"] == first["records"]
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "runs").rename(moved)
+    there = replace(config, run=replace(config.run, directory=str(moved)))
+    assert run(there, row, 0)["records"] == first["records"]
+    others: dict[str, Any] = {
+        "schedule.lr_peak": replace(there, schedule=replace(there.schedule, lr_peak=0.5)),
+        "optim.weight_decay": replace(there, optim=replace(there.optim, weight_decay=0.7)),
+        "run.threads": replace(there, run=replace(there.run, threads=2)),
+    }
+    for field, other in others.items():
+        with pytest.raises(ValueError, match=rf"bf16-0 holds a run with {field}=\S+, and \S+ is asked for; give --out"):
+            run(other, row, 0)
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        # Its tensors do not fit either; the field says more.
+        ("model.num_hidden_layers=1", "model.num_hidden_layers=2, and 1"),
+        ("data.fim_rate=0.5", "data.fim_rate=0.1, and 0.5"),
+    ],
+)
+def test_a_run_of_another_model_or_data_is_refused_by_its_field(
+    override: str, difference: str, config: Any, store: Path, tmp_path: Path
+) -> None:
+    run(config, variants()["bf16"], 0)
+    other = base_config(store, tmp_path / "runs", QUICK, [override])
+    with pytest.raises(ValueError, match=f"bf16-0 holds a run with {difference} is asked for; give --out another"):
+        run(other, variants()["bf16"], 0)
+
+
+def test_a_killed_run_goes_on_as_it_was_begun_or_not_at_all(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = variants()["bf16"]
+    kill_after_three_steps(config, row, monkeypatch)
+    assert not list(Path(config.run.directory).glob("bf16-0/checkpoints/step_*"))
+    other = replace(config, optim=replace(config.optim, weight_decay=0.7))
+    with pytest.raises(ValueError, match=r"bf16-0 holds a run with optim\.weight_decay=0\.1, and 0\.7 is asked for"):
+        run(other, row, 0)
+    # Bit for bit, as the log's own promise is.
+    unbroken = replace(config, run=replace(config.run, directory=f"{config.run.directory}_unbroken"))
+    expected = [record["loss/main"] for record in run(unbroken, row, 0)["records"]]
+    assert [record["loss/main"] for record in run(config, row, 0)["records"]] == expected
+    assert len(expected) == 4
+
+
+def test_a_killed_run_whose_log_is_of_another_text_is_no_result(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = variants()["bf16"]
+    kill_after_three_steps(config, row, monkeypatch)
+    log = Path(config.run.directory) / "bf16-0/metrics.jsonl"
+    log.write_text(log.read_text(encoding="utf-8").replace('"loss/main":', '"loss/main":1'), encoding="utf-8")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="bf16-0 was killed, and its steps, taken again, are not those of its log"):
+            run(config, row, 0)
+
+
+def kill_after_three_steps(config: Any, row: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_step = train.trainer.Trainer.take_step
+
+    def killed(self: Any, *arguments: Any, **options: Any) -> None:
+        if self.state.step == 3:
+            raise KeyboardInterrupt
+        take_step(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.trainer.Trainer, "take_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, row, 0)
+
+
+@pytest.mark.parametrize("text", [b"", b"run: [", b"\xff", b"model:\n  vocab_size: 1024\n", b"model: 5\n"])
+def test_a_finished_run_whose_configuration_is_torn_is_judged_by_its_checkpoint(text: bytes, config: Any) -> None:
+    row = variants()["bf16"]
+    first = run(config, row, 0)
+    (Path(config.run.directory) / "bf16-0/config.yaml").write_bytes(text)
+    other = replace(config, optim=replace(config.optim, weight_decay=0.7))
+    with pytest.raises(ValueError, match=r"bf16-0 holds a run with optim\.weight_decay=0\.1, and 0\.7 is asked for"):
+        run(other, row, 0)
+    assert run(config, row, 0)["records"] == first["records"]
+
+
+def test_runs_with_other_settings_are_refused_before_anything_is_measured(
+    config: Any, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(config, variants()["moments_fp8"], 1)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("something was measured")
+
+    monkeypatch.setattr(train.studies.ablation.runs, "measure_errors", never)
+    monkeypatch.setattr(train.studies.ablation.runs, "run", never)
+    with pytest.raises(ValueError, match=r"moments_fp8-1 holds a run with optim\.weight_decay=0\.1, and 0\.7 is asked"):
+        ablate(store, tmp_path / "runs", QUICK, names=["moments_fp8"], overrides=["optim.weight_decay=0.7"])
+
+
+def test_a_run_that_diverged_is_not_trained_on(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = replace(config, run=replace(config.run, max_consecutive_nonfinite=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(train.trainer, "compute_gradients", not_finite)
+        first = run(broken, variants()["bf16"], 0)
+    assert first["stopped"] is not None
+    assert "2 steps in a row" in first["stopped"]
+    again = run(broken, variants()["bf16"], 0)
+    assert again["stopped"] == first["stopped"]
+    assert again["records"] == first["records"]
+    assert len(again["records"]) == 2
+
+
+def not_finite(*arguments: Any, **options: Any) -> Any:
+    gradients = compute_gradients(*arguments, **options)
+    return replace(gradients, finite=torch.zeros_like(gradients.finite))
+
+
+def test_runs_log_no_health_of_linears_they_do_not_have(config: Any) -> None:
+    records = run(config, variants()["gradients_e5m2"], 0)["records"]
+    assert not [name for record in records for name in record if name.startswith("fp8/")]
+
+
+def test_a_run_that_was_asked_to_stop_is_no_result(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(train.studies.ablation.runs.Trainer, "fit", lambda self: self.state)
+        with pytest.raises(ValueError, match="stopped in fp8-0 at step 0; the same command goes on"):
+            run(config, variants()["fp8"], 0)
+    assert len(run(config, variants()["fp8"], 0)["records"]) == 4
+
+
+def test_a_run_that_diverges_is_reported_and_does_not_end_the_table(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = train.studies.ablation.runs.Trainer.fit
+
+    def stop(self: Any) -> Any:
+        state = fit(self)
+        if "moments_fp8" in str(self.directory):
+            raise TrainingStopped("20 steps in a row were not finite")
+        return state
+
+    monkeypatch.setattr(train.studies.ablation.runs.Trainer, "fit", stop)
+    said: list[str] = []
+    rows = measure_runs(config, choose(["moments_fp8"]), QUICK, said.append)
+    assert rows["moments_fp8"]["stopped"] == ["20 steps in a row were not finite"] * 2
+    assert rows["bf16"]["stopped"] == [None, None]
+    assert len(said) == 3
+
+
+def test_a_run_without_a_finite_loss_is_a_row_of_the_table_again_and_again(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nan_for_fp8_moments(engine: Any, *arguments: Any, **options: Any) -> Any:
+        gradients = compute_gradients(engine, *arguments, **options)
+        if engine.optimizer.config.moments_dtype != "fp8":
+            return gradients
+        nan = torch.full_like(gradients.loss_main, torch.nan)
+        return replace(gradients, loss_main=nan, finite=torch.zeros_like(gradients.finite))
+
+    monkeypatch.setattr(train.trainer, "compute_gradients", nan_for_fp8_moments)
+    broken = replace(config, run=replace(config.run, max_consecutive_nonfinite=2))
+    first = measure_runs(broken, choose(["moments_fp8"]), QUICK, lambda _: None)
+    again = measure_runs(broken, choose(["moments_fp8"]), QUICK, lambda _: None)
+    assert all("2 steps in a row" in stopped for stopped in first["moments_fp8"]["stopped"])
+    assert again["moments_fp8"]["stopped"] == first["moments_fp8"]["stopped"]
+    assert again["bf16_reordered"]["gaps"] == first["bf16_reordered"]["gaps"]
+    names = {name: row.change for name, row in variants().items()}
+    result = {
+        "changes": names,
+        "errors": {"linears": {}, "moments": {}, "sums": {}, "outliers": {}},
+        "runs": again,
+        "size": {"seeds": (0, 1)},
+        "floor": floor(again),
+    }
+    assert "| moments in FP8 |  (stopped) |  (stopped) |  |  |" in tables(result)
+    assert "nan" not in tables(result)
+    write(result, tmp_path / "out")
+    text = (tmp_path / "out/result.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["runs"]["moments_fp8"]["mean"] is None
+
+
+def fake_runs(losses: dict[tuple[str, int], list[float]]) -> Any:
+    def one(base: object, variant: Variant, seed: int) -> dict[str, Any]:
+        records = [{"step": i + 1, "loss/main": loss} for i, loss in enumerate(losses[variant.name, seed])]
+        return {"records": records, "stopped": None, "seconds": 1.0}
+
+    return one
+
+
+def test_gaps_are_paired_by_seed_and_the_floor_is_the_mean_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Constant losses: the smoothed gap is the ratio itself. Seeds differ by far more than precisions.
+    level = {0: 2.0, 1: 5.0}
+    factor = {"bf16": (1.0, 1.0), "bf16_reordered": (1.01, 0.97), "fp8": (1.02, 1.04), "moments_fp8": (1.02, 1.14)}
+    losses = {(name, seed): [level[seed] * f[seed]] * 6 for name, f in factor.items() for seed in level}
+    monkeypatch.setattr(train.studies.ablation.runs, "run", fake_runs(losses))
+    config: Any = None
+    rows = measure_runs(config, choose(["fp8", "moments_fp8", "hopper_256"]), QUICK, lambda _: None)
+    assert rows["fp8"]["gaps"] == pytest.approx([0.02, 0.04])
+    assert rows["moments_fp8"]["against_fp8"] == pytest.approx((0.0 + 0.10 / 1.04) / 2)
+    assert floor(rows) == pytest.approx((0.01 + 0.03) / 2)
+    assert "hopper_256" not in rows
+
+
+def test_everything_is_measured_and_written(store: Path, tmp_path: Path) -> None:
+    names: Sequence[str] = ("fp8", "gradients_128x128", "hopper_none")
+    overrides = ["model.hidden_size=128", "model.moe_intermediate_size=128", "model.intermediate_size=128"]
+    result = ablate(store, tmp_path / "runs", QUICK, names=names, overrides=overrides, tell=lambda _: None)
+    assert set(result["runs"]) == {"bf16", "bf16_reordered", *names}
+    assert result["runs"]["bf16"]["gaps"] == [0.0, 0.0]
+    assert all(gap != 0 for name in ("bf16_reordered", *names) for gap in result["runs"][name]["gaps"])
+    model = {name: row["gradient"] for name, row in result["errors"]["linears"].items()}
+    # BF16 against FP8: 2^-9 against 2^-4 a rounding; measured 0.5 % and 5.7 %.
+    assert model["bf16"] < 0.02 < model["fp8"] < 0.1
+    paths = write(result, tmp_path / "out")
+    assert sorted(path.name for path in paths) == [
+        "outliers.html", "result.json", "runs.html", "sums.html", "tables.md",
+    ]  # fmt: skip
+    text = (tmp_path / "out/tables.md").read_text()
+    assert "| gradients in 128x128 blocks |" in text
+    assert f"{result['errors']['linears']['hopper_none']['sum']:.3g}" in text
+    assert f"{result['floor']:.3%}" in tables(result)
+    assert "promotion" in (tmp_path / "out/sums.html").read_text()
+
+
+def test_nothing_measured_leaves_no_picture(store: Path, tmp_path: Path) -> None:
+    # Neither sums nor spread gradients are measured for rows that share the recipe's linears, or have none.
+    result = ablate(store, tmp_path / "runs", QUICK, names=["moments_fp8"], tell=lambda _: None)
+    paths = write(result, tmp_path / "out")
+    assert [path.name for path in paths] == ["result.json", "tables.md", "runs.html"]
+
+
+def test_what_is_measured_repeats_bit_for_bit() -> None:
+    generator = torch.get_rng_state()
+    first = product_errors(linears(Ablation("e5m2")), length=256)
+    torch.manual_seed(99)
+    assert product_errors(linears(Ablation("e5m2")), length=256) == first
+    torch.set_rng_state(generator)

@@ -1,0 +1,262 @@
+"""A run is read once and from where the last look ended; torn lines, replaced files and odd records do no harm."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.studies.dashboard.synthetic_runs import lines_of, record, with_tables, write_run
+from train.observe.sinks import read_run
+from train.studies.compare import ema
+from train.studies.dashboard import run_reader
+from train.studies.dashboard.page import run_json, tables_json
+from train.studies.dashboard.run_card import dead_experts, row, status
+from train.studies.dashboard.run_reader import KEPT_EVENTS, RunReader, find_runs
+
+
+def reader_of(run_dir: Path) -> RunReader:
+    reader = RunReader(run_dir)
+    reader.poll()
+    return reader
+
+
+def losses(reader: RunReader) -> list[float]:
+    return reader.series["loss/main"].means.tolist()
+
+
+def test_cut_at_any_byte_and_followed_it_gives_what_one_reading_gives(tmp_path: Path):
+    lines = [record(1), {"event": "checkpoint", "step": 1}, record(2) | {"loss/main": math.nan}, record(3)]
+    text = lines_of(lines).encode()
+    whole = reader_of(write_run(tmp_path / "whole", lines))
+    path = write_run(tmp_path / "cut", []) / "metrics.jsonl"
+    for cut in range(0, len(text), 7):
+        path.write_bytes(b"")
+        reader = RunReader(path.parent)
+        for end in (cut, len(text)):
+            path.write_bytes(text[:end])
+            reader.poll()
+        np.testing.assert_array_equal(losses(reader), losses(whole))
+        assert (reader.records, reader.offset) == (3, len(text))
+        assert reader.events["checkpoint"].steps == [1]
+
+
+def test_a_look_reads_only_what_was_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run_dir = write_run(tmp_path / "run", [record(step) for step in range(1, 500)])
+    reader = reader_of(run_dir)
+    taken: list[int] = []
+    parse = run_reader._parse_lines
+    monkeypatch.setattr(run_reader, "_parse_lines", lambda data: taken.append(len(data)) or parse(data))
+    assert not reader.poll()
+    assert sum(taken) == 0
+    line = lines_of([record(500)])
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(line)
+    assert reader.poll()
+    assert sum(taken) == len(line)
+    assert reader.last_step == 500
+
+
+def test_a_torn_line_in_the_middle_costs_that_line_only(tmp_path: Path):
+    run_dir = write_run(tmp_path / "run", [])
+    torn = lines_of([record(2)])[:-40]
+    (run_dir / "metrics.jsonl").write_text(lines_of([record(1)]) + torn + "\n" + lines_of([record(3), record(4)]))
+    reader = reader_of(run_dir)
+    assert reader.series["loss/main"].buckets["key"].tolist() == [1, 3, 4]
+    assert [r["step"] for r in read_run(run_dir)] == [1, 3, 4]
+
+
+def test_small_pieces_and_lines_longer_than_a_piece_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lines = [record(step) for step in range(1, 100)]
+    whole = reader_of(write_run(tmp_path / "whole", lines))
+    monkeypatch.setattr(run_reader, "_CHUNK_BYTES", 700)
+    reader = RunReader(write_run(tmp_path / "pieces", lines))
+    looks = 0
+    while reader.poll(max_bytes=1000):
+        looks += 1
+    assert looks > 20
+    assert losses(reader) == losses(whole)
+
+
+def test_a_replaced_or_shortened_file_is_read_from_its_start(tmp_path: Path):
+    run_dir = write_run(tmp_path / "run", [record(step) for step in range(1, 30)])
+    reader = reader_of(run_dir)
+    (run_dir / "metrics.jsonl").write_text(lines_of([record(1, factor=2.0)]))
+    assert reader.poll()
+    assert losses(reader) == [record(1, factor=2.0)["loss/main"]]
+    other = run_dir / "new.jsonl"
+    other.write_text(lines_of([record(step, factor=3.0) for step in range(1, 50)]))
+    other.replace(run_dir / "metrics.jsonl")
+    reader.poll()
+    assert losses(reader)[0] == record(1, factor=3.0)["loss/main"]
+    assert reader.records == 49
+
+
+def test_odd_records_are_left_out(tmp_path: Path):
+    odd = [
+        {"step": "2", "tokens_seen": 1, "time_unix_s": 1.0},
+        {"step": 3},
+        {"step": -4, "tokens_seen": 1, "time_unix_s": 1.0},
+        {"event": "skip", "step": None},
+        [1, 2],
+        record(1) | {"loss/main": 7.0},
+        record(5) | {"loss/main": "low", "x": {"y": 1}, "moe/expert_load": "none"},
+    ]
+    run_dir = write_run(tmp_path / "run", [record(1), record(2)])
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in odd))
+    reader = reader_of(run_dir)
+    assert reader.series["loss/main"].buckets["key"].tolist() == [1, 2, 5]
+    assert math.isnan(losses(reader)[2])
+    assert losses(reader)[0] == record(1)["loss/main"], "a step that comes again is not taken again"
+    assert "x" not in reader.series
+    assert reader.events == {}
+
+
+HUGE = 10**400
+ODD_NUMBERS = {
+    "a step": {"step": HUGE, "tokens_seen": 1, "time_unix_s": 1.0},
+    "tokens": {"step": 9, "tokens_seen": HUGE, "time_unix_s": 1.0},
+    "a time": {"step": 9, "tokens_seen": 1, "time_unix_s": HUGE},
+    "a year beyond dates": record(9) | {"time_unix_s": 1e18},
+    "a time before time": record(9) | {"time_unix_s": -1.0},
+    "an event": {"event": "skip", "step": HUGE},
+    "a metric": record(9) | {"loss/main": HUGE, "grad/norm": 1e300, "moe/dead_experts": HUGE},
+    "a table": with_tables(record(9)) | {"moe/expert_load": [[HUGE, 1.0]], "fp8/amax": [[1e300]]},
+}
+
+
+@pytest.mark.parametrize("line", ODD_NUMBERS.values(), ids=ODD_NUMBERS.keys())
+def test_numbers_beyond_every_type_cost_their_value_or_line_only(tmp_path: Path, line: dict[str, object]):
+    good = [record(1), record(2), record(10)]
+    run_dir = write_run(tmp_path / "run", [*good[:2], line, good[2]], tokens_total=HUGE, parameters=HUGE)
+    reader = reader_of(run_dir)
+    assert not reader.problems
+    assert (reader.last_step, reader.records) in ((10, 3), (10, 4))
+    page = json.dumps(
+        [run_json(reader, key=0, name="odd", limit=64, now_unix_s=2000.0), tables_json(reader, 64)], allow_nan=False
+    )
+    assert "Infinity" not in page
+    means = dict(zip(reader.series["loss/main"].buckets["key"].tolist(), losses(reader), strict=True))
+    assert [means[step] for step in (1, 2, 10)] == [one["loss/main"] for one in good]
+
+
+def test_of_many_events_the_first_and_the_last_stay_and_all_are_counted(tmp_path: Path):
+    count = 3 * KEPT_EVENTS
+    lines = [line for step in range(1, count + 1) for line in (record(step), {"event": "skip", "step": step})]
+    log = reader_of(write_run(tmp_path / "run", lines)).events["skip"]
+    assert log.total == count
+    assert log.steps == [*range(1, KEPT_EVENTS + 1), *range(count - KEPT_EVENTS + 1, count + 1)]
+
+
+def test_the_row_has_the_smoothed_last_values(tmp_path: Path):
+    lines = [record(step) for step in range(1, 2001)]
+    cells = dict(row(reader_of(write_run(tmp_path / "run", lines))))
+    assert cells["Loss"] == f"{ema([line['loss/main'] for line in lines], 0.9)[-1]:.4f}"
+    assert cells["Median tokens/s"] == "2 k"
+    assert (cells["Steps"], cells["MFU"], cells["Skipped"], cells["Time"]) == ("2,000", "25.0 %", "0", "1:39:57")
+
+
+def test_the_eta_is_the_tokens_left_over_the_recent_speed(tmp_path: Path):
+    slow = [record(step) | {"time_unix_s": 100.0 * step} for step in range(1, 51)]
+    pause = {"event": "resume", "step": 50}
+    fast = [record(step) | {"time_unix_s": 1e6 + 2.0 * step} for step in range(51, 81)]
+    reader = reader_of(write_run(tmp_path / "run", [*slow, pause, *fast], tokens_total=512 * 100))
+    state = status(reader, now_unix_s=1e6 + 2.0 * 80 + 5.0)
+    # Twenty steps of two seconds; neither the slow process nor the pause counts.
+    assert (state["state"], state["eta_s"], state["progress"]) == ("running", pytest.approx(40.0), 0.8)
+    assert state["tokens_per_s"] == pytest.approx(256.0)
+
+
+def test_the_state_of_a_run_is_told(tmp_path: Path):
+    stop = {"event": "stop", "step": 3, "reason": "signal"}
+    lines = [record(step) for step in (1, 2, 3)]
+    run = reader_of(write_run(tmp_path / "run", lines, tokens_total=10_000))
+    stopped = reader_of(write_run(tmp_path / "stopped", [*lines, stop], tokens_total=10_000))
+    again = reader_of(write_run(tmp_path / "again", [*lines, stop, record(4)], tokens_total=10_000))
+    finished = reader_of(write_run(tmp_path / "finished", lines, tokens_total=512 * 3))
+    empty = reader_of(write_run(tmp_path / "empty", []))
+    last_s = lines[-1]["time_unix_s"]
+    assert status(run, last_s + 100)["state"] == "running"
+    assert status(run, last_s + 1000)["state"] == "silent"
+    assert status(stopped, last_s + 1000)["state"] == "stopped"
+    assert status(again, last_s + 10)["state"] == "running"
+    assert status(finished, last_s + 1000)["state"] == "finished"
+    assert status(empty, last_s)["state"] == "empty"
+    assert status(stopped, last_s)["eta_s"] is None
+
+
+def test_a_run_that_goes_on_is_not_stopped_any_more(tmp_path: Path):
+    stop = {"event": "stop", "step": 2, "reason": "asked to stop"}
+    run_dir = write_run(tmp_path / "run", [record(1), record(2), stop])
+    reader = reader_of(run_dir)
+    assert status(reader, 1010.0)["state"] == "stopped"
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(lines_of([{"event": "resume", "step": 2}]))
+    reader.poll()
+    # Before its first new record.
+    assert status(reader, 1010.0)["state"] == "running"
+    assert status(reader, 1010.0)["reason"] is None
+
+
+@pytest.mark.parametrize("piece", [3_000, 1 << 20])
+def test_an_expert_without_tokens_for_long_is_an_alarm_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+):
+    monkeypatch.setattr(run_reader, "_CHUNK_BYTES", piece)
+    lines = [with_tables(record(step), dead=step > 20) for step in range(1, 81)]
+    reader = RunReader(write_run(tmp_path / "run", lines))
+    reader.poll()
+    verdict = dead_experts(reader)
+    assert verdict is not None
+    assert {name: verdict[name] for name in ("level", "count", "since", "streak", "pairs")} == {
+        "level": "alarm",
+        "count": 1,
+        "since": 21,
+        "streak": 60,
+        "pairs": [[1, 2]],
+    }
+
+
+def test_experts_that_are_idle_in_turn_are_no_alarm(tmp_path: Path):
+    def load(step: int) -> list[list[float]]:
+        return [[0.0 if expert == step % 4 else 4 / 3 for expert in range(4)]]
+
+    lines = [record(step) | {"moe/expert_load": load(step), "moe/dead_experts": 1} for step in range(1, 101)]
+    verdict = dead_experts(reader_of(write_run(tmp_path / "run", lines)))
+    assert verdict is not None
+    assert (verdict["level"], verdict["streak"], verdict["pairs"]) == ("idle", 1, [[0, 0]])
+
+
+def test_the_patience_is_the_trainers_and_its_event_is_remembered(tmp_path: Path):
+    lines = [with_tables(record(step), dead=step > 20) for step in range(1, 31)]
+    run_dir = write_run(tmp_path / "run", lines)
+    (run_dir / "config.yaml").write_text("observe:\n  dead_expert_steps: 7\n")
+    verdict = dead_experts(reader_of(run_dir))
+    assert verdict is not None
+    assert (verdict["level"], verdict["steps"]) == ("alarm", 7)
+    back = [{"event": "dead_experts", "step": 27}, *(record(step) for step in range(31, 40))]
+    verdict = dead_experts(reader_of(write_run(tmp_path / "back", [*lines, *back])))
+    assert verdict is not None
+    assert (verdict["level"], verdict["last"]) == ("past", 30)
+    assert dead_experts(reader_of(write_run(tmp_path / "well", [record(1)]))) is None
+
+
+def test_a_patience_of_zero_is_never_an_alarm(tmp_path: Path):
+    run_dir = write_run(tmp_path / "run", [with_tables(record(step), dead=True) for step in range(1, 200)])
+    (run_dir / "config.yaml").write_text("observe:\n  dead_expert_steps: 0\n")
+    found = dead_experts(reader_of(run_dir))
+    assert found is not None
+    assert (found["level"], found["steps"], found["streak"]) == ("idle", 0, 199)
+
+
+def test_runs_below_a_folder_are_found_in_order_and_once(tmp_path: Path):
+    for name in ("b", "a", "sweep/one", ".hidden/x"):
+        write_run(tmp_path / "runs" / name, [record(1)])
+    write_run(tmp_path / "runs" / "a" / "inner", [record(1)])
+    (tmp_path / "runs" / "empty").mkdir()
+    found = find_runs([tmp_path / "runs" / "b", tmp_path / "runs"])
+    assert [path.relative_to(tmp_path / "runs").as_posix() for path in found] == ["b", "a", "sweep/one"]

@@ -1,0 +1,318 @@
+"""The served dashboard sends what is new, and answers nobody but a page of its own on this machine."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+
+from launch.dashboard import main
+from tests.studies.dashboard.synthetic_runs import lines_of, record, with_tables, write_run
+from train.studies.dashboard.page import render
+from train.studies.dashboard.run_reader import RunReader
+from train.studies.dashboard.server import DEFAULT_PORT, Follower, Server
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    write_run(tmp_path / "runs" / "a", [with_tables(record(step)) for step in range(1, 31)], name="first")
+    (tmp_path / "secret.txt").write_text("secret")
+    with Server([tmp_path / "runs"], port=0, period_s=0.05) as running:
+        yield running
+
+
+def ask(
+    server: Server, path: str, *, method: str = "GET", host: str | None = None
+) -> tuple[int, dict[str, str], bytes]:
+    address = urlsplit(server.url)
+    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=20)
+    try:
+        connection.putrequest(method, path, skip_host=host is not None)
+        if host:
+            connection.putheader("Host", host)
+        connection.endheaders()
+        answer = connection.getresponse()
+        return answer.status, dict(answer.getheaders()), answer.read()
+    finally:
+        connection.close()
+
+
+def runs(server: Server, since: int = 0, token: str = "") -> Any:
+    return json.loads(ask(server, f"/api/runs?since={since}&server={token}")[2])
+
+
+def steps_of(run: dict[str, Any]) -> list[int]:
+    return np.frombuffer(base64.b64decode(run["series"]["loss/main"]["key"]), "<u4").tolist()
+
+
+def until(condition: Any, timeout_s: float = 20) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "nothing came"
+        time.sleep(0.02)
+    return value
+
+
+def test_only_runs_that_changed_are_sent_again(server: Server, tmp_path: Path):
+    write_run(tmp_path / "runs" / "b", [record(1)], name="second")
+    news = until(lambda: (answer := runs(server)) and len(answer["runs"]) == 2 and answer)
+    assert [run["name"] for run in news["runs"]] == ["first", "second"]
+    since, token = news["epoch"], news["server"]
+    assert runs(server, since, token)["runs"] == []
+    with (tmp_path / "runs" / "a" / "metrics.jsonl").open("a") as file:
+        file.write(lines_of([record(31)]))
+    (grown,) = until(lambda: runs(server, since, token)["runs"])
+    assert (grown["key"], steps_of(grown)) == (0, list(range(1, 32)))
+    assert len(runs(server, since, "another")["runs"]) == 2
+
+
+def test_a_long_run_is_sent_thinned_and_the_answer_stays_small(tmp_path: Path):
+    write_run(tmp_path / "long", [record(step) for step in range(1, 20_001)])
+    follower = Follower([tmp_path])
+    while follower.look():
+        pass
+    (run,) = follower.runs(0, "")["runs"]
+    assert run["records"] == 20_000
+    assert 500 < len(steps_of(run)) <= 2048
+    # Fourteen curves of at most 2048 buckets of 32 bytes.
+    assert len(json.dumps(run)) < 14 * 2048 * 32 + 20_000
+
+
+def test_tables_are_sent_on_demand(server: Server):
+    until(lambda: runs(server)["runs"])
+    code, _, body = ask(server, "/api/tables?run=0")
+    tables = json.loads(body)
+    assert (code, tables["moe/expert_bias"]["shape"], tables["fp8/snr_db"]["shape"]) == (200, [4] * 3, [6] * 3)
+    assert ask(server, "/api/tables?run=7")[0] == 404
+    assert ask(server, "/api/tables?run=-1")[0] == 404
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../secret.txt",
+        "/runs/a/metrics.jsonl",
+        "/%2e%2e/secret.txt",
+        "//etc/passwd",
+        "/page.py",
+        "/api/tables?run=../secret",
+        "/api/tables?run=0/../../secret.txt",
+        "/api/",
+    ],
+)
+def test_no_path_leads_to_a_file(server: Server, path: str):
+    code, _, body = ask(server, path)
+    assert (code, b"secret" in body) == (404, False)
+
+
+def test_a_foreign_host_is_refused(server: Server):
+    address = urlsplit(server.url)
+    for host in ("evil.example", f"evil.example:{address.port}", "127.0.0.1", f"127.0.0.1.evil.example:{address.port}"):
+        assert ask(server, "/api/runs", host=host)[0] == 421
+    for host in (address.netloc, f"localhost:{address.port}"):
+        assert ask(server, "/api/runs", host=host)[0] == 200
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "HEAD"])
+def test_every_method_but_get_is_refused(server: Server, method: str):
+    assert ask(server, "/", method=method)[0] == 501
+
+
+def test_every_answer_carries_the_policy(server: Server):
+    for path in ("/", "/page.js", "/plotly.js", "/api/runs", "/nothing"):
+        _, headers, _ = ask(server, path)
+        policy = headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy
+        assert "script-src 'self';" in policy
+        assert "connect-src 'self'" in policy
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert "Access-Control-Allow-Origin" not in headers
+
+
+def test_it_listens_on_this_machine_only(server: Server):
+    # Another address of this machine: a socket bound to all of them would answer there.
+    with socket.socket() as probe:
+        probe.settimeout(5)
+        assert probe.connect_ex(("127.0.0.2", urlsplit(server.url).port)) != 0
+
+
+def test_a_card_that_is_being_written_is_a_note_and_is_read_later(tmp_path: Path):
+    run_dir = write_run(tmp_path / "run", [record(1)])
+    (run_dir / "run_card.json").write_text('{"name": "ha')
+    follower = Follower([run_dir])
+    follower.look()
+    follower.look()
+    answer = follower.runs(0, "")
+    assert "is not JSON" in answer["problems"][0]
+    assert answer["runs"][0]["records"] == 1
+    (run_dir / "run_card.json").write_text('{"name": "half no more"}')
+    follower.look()
+    answer = follower.runs(0, "")
+    assert (answer["problems"], answer["runs"][0]["name"]) == ([], "half no more")
+
+
+def test_a_run_without_a_line_or_a_card_takes_its_place_among_the_others(tmp_path: Path):
+    write_run(tmp_path / "a", [])
+    write_run(tmp_path / "b", [record(1)])
+    follower = Follower([tmp_path])
+    assert follower.look()
+    news = follower.runs(0, "")
+    assert [run["key"] for run in news["runs"]] == [0, 1]
+    assert [one["state"] for one in news["states"]] == ["empty", "silent"]
+    write_run(tmp_path / "c", [])
+    assert follower.look()
+    assert [run["key"] for run in follower.runs(news["epoch"], news["server"])["runs"]] == [2]
+
+
+def test_a_folder_that_cannot_be_read_is_a_note_until_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("bad", "good"):
+        write_run(tmp_path / name, [record(1)])
+    poll = RunReader.poll
+
+    def away(reader: RunReader, max_bytes: int | None = None) -> bool:
+        if reader.directory.name == "bad":
+            raise OSError("the disk is away")
+        return poll(reader, max_bytes)
+
+    monkeypatch.setattr(RunReader, "poll", away)
+    follower = Follower([tmp_path])
+    follower.look()
+    news = follower.runs(0, "")
+    assert news["problems"] == ["the disk is away"]
+    assert [one["state"] for one in news["states"]] == ["empty", "silent"]
+    monkeypatch.undo()
+    follower.look()
+    assert follower.runs(0, "")["problems"] == []
+
+
+DEEP = "[" * 3000
+HOSTILE = {
+    "a deep card": ("run_card.json", DEEP, "run_card.json is not JSON"),
+    "a deep summary": ("summary.json", DEEP, "summary.json is not JSON"),
+    "a configuration that holds itself": ("config.yaml", "a: &a {b: *a}", None),
+    "a deep configuration": ("config.yaml", DEEP, None),
+    "an endless budget": ("run_card.json", '{"tokens_total": 1e308, "parameters": {"total": 1e308}}', None),
+    "a summary of infinity": ("summary.json", '{"heldout_bits_per_byte": 1e999}', None),
+}
+
+
+@pytest.mark.parametrize(("name", "text", "note"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_files_of_somebody_elses_making_cost_their_run_a_note_at_most(
+    tmp_path: Path, name: str, text: str, note: str | None
+):
+    slow = [record(step) | {"time_unix_s": 1e6 * step, "tokens_seen": step} for step in (1, 2)]
+    bad = write_run(tmp_path / "bad", slow)
+    write_run(tmp_path / "good", [record(1), record(2)])
+    (bad / name).write_text(text)
+    with Server([tmp_path], port=0, period_s=0.05) as server:
+        for _ in range(2):
+            # A run is sent when it is found, and again when it has been read.
+            news = until(
+                lambda: (found := runs(server)) and [run["records"] for run in found["runs"]] == [2, 2] and found
+            )
+            assert len(news["problems"]) == (note is not None)
+            assert note is None or note in news["problems"][0]
+            # A later look does not forget it.
+            server.follower.look()
+    render([tmp_path / "good"], tmp_path / "page.html")
+    if note:
+        with pytest.raises(ValueError, match=note):
+            render([tmp_path], tmp_path / "page.html")
+    else:
+        render([tmp_path], tmp_path / "page.html")
+
+
+def test_lines_and_runs_that_break_the_reader_are_a_note_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    bad = write_run(tmp_path / "bad", [record(1)])
+    write_run(tmp_path / "good", [record(1)])
+    take = RunReader._take_records
+
+    def odd(reader: RunReader, records: list[dict[str, Any]]) -> None:
+        if reader.directory.name == "bad" and any(one["step"] == 2 for one in records):
+            raise ArithmeticError("no such number")
+        take(reader, records)
+
+    monkeypatch.setattr(RunReader, "_take_records", odd)
+    follower = Follower([tmp_path])
+    follower.look()
+    for step in (2, 3):
+        with (bad / "metrics.jsonl").open("a") as file:
+            file.write(lines_of([record(step)]))
+        follower.look()
+        note = f"{bad / 'metrics.jsonl'} has lines that cannot be read (no such number)"
+        assert follower.runs(0, "")["problems"] == [note]
+    assert [run["records"] for run in follower.runs(0, "")["runs"]] == [2, 1]
+    monkeypatch.setattr("train.studies.dashboard.run_card.facts", lambda reader: 1 / (reader.records - 1))
+    news = follower.runs(0, "")
+    assert [run["records"] for run in news["runs"]] == [2, 0]
+    monkeypatch.undo()
+    assert [run["records"] for run in follower.runs(0, "")["runs"]] == [2, 1]
+
+
+def test_a_port_that_is_taken_is_one_sentence_and_exit_code_2(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    port = str(urlsplit(server.url).port)
+    assert main(["--serve", str(tmp_path), "--port", port]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"dashboard: port {port} of 127.0.0.1 cannot be had")
+    assert "--port" in error
+    assert main(["--serve", str(tmp_path / "nowhere")]) == 2
+    assert "is no directory" in capsys.readouterr().err
+    assert DEFAULT_PORT == 8663
+
+
+def test_an_interrupt_while_the_first_line_is_written_is_an_orderly_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "run", [record(1)])
+    said: list[str] = []
+
+    def interrupted(text: str, **_: object) -> None:
+        said.append(text)
+        if len(said) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.print", interrupted)
+    assert main(["--serve", str(tmp_path), "--port", "0"]) == 0
+    assert said[1:] == ["dashboard: ended"]
+    # Or even before that.
+    monkeypatch.setattr("launch.dashboard.Server.__init__", lambda *_, **__: interrupted(""))
+    said.clear()
+    assert main(["--serve", str(tmp_path), "--port", "0"]) == 0
+    assert said[1:] == ["dashboard: ended"]
+
+
+def test_the_entrypoint_serves_until_it_is_interrupted(tmp_path: Path):
+    write_run(tmp_path / "run", [record(1)])
+    command = [sys.executable, str(REPOSITORY / "launch/dashboard.py"), "--serve", str(tmp_path), "--port", "0"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env={"PYTHONPATH": str(REPOSITORY)}
+    ) as process:
+        assert process.stdout is not None
+        try:
+            said = process.stdout.readline()
+            found = re.search(r"http://127\.0\.0\.1:(\d+)/", said)
+            assert found, said
+            connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=20)
+            connection.request("GET", "/")
+            assert b"Training runs" in connection.getresponse().read()
+            connection.close()
+            process.send_signal(2)
+            assert process.wait(timeout=20) == 0
+        finally:
+            process.kill()

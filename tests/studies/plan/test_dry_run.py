@@ -1,0 +1,357 @@
+"""The plan of one rank: it runs on a laptop, its state is the closed form, its activations are those of a real run.
+
+Two truths stand against it. Closed forms: state (train/model/sizes.py), dispatch buffers, the points of V3's ramp. And
+the same step on real tensors, counted by the same `LiveBytes`: `measure` without fake tensors, in one process and on
+two gloo ranks, must report the same bytes. `LiveBytes` and the ramp have tests of their own under tests/plan/.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import resource
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels import router
+from kernels.attention import causal_attention_reference
+from parallel.mesh import Layout, init_processes, make_mesh, single
+from tests.ranks import run_ranks
+from tests.studies.plan.closed_form import StateBytes, state_bytes
+from train.assemble import parts_of_stages
+from train.config import PretrainConfig, compose
+from train.model import attention
+from train.model.sizes import Held, held_by, weights
+from train.studies.plan import dry_run as planner
+from train.studies.plan.dry_run import Memory, dry_run, measure
+
+STATE = ("weights", "fp8_copies", "gradients", "masters", "moments")
+GB = 1e9
+# What `configs/layout/h800_2048.yaml` says, so that the closed form does not pass through it.
+H800 = Layout(pp=16, dp=128, ep=64, schedule="ZBVZeroBubble")
+# Every width a multiple of 128 and nothing large: a step takes a second.
+SMALL = {
+    "experiment": "tiny",
+    "model.num_hidden_layers": 2,
+    "model.vocab_size": 256,
+    "model.hidden_size": 128,
+    "model.intermediate_size": 128,
+    "model.moe_intermediate_size": 128,
+    "model.q_lora_rank": 128,
+    "model.kv_lora_rank": 128,
+    "model.qk_nope_head_dim": 64,
+    "model.qk_rope_head_dim": 128,
+    "data.sequence_length": 40,
+    "run.micro_batch_sequences": 1,
+    "schedule.batch_start_sequences": 24,
+    "schedule.batch_full_sequences": 24,
+}
+
+
+def small(**changes: object) -> PretrainConfig:
+    """The small run with changes; `layout_pp=2` stands for `layout.pp=2`."""
+    fields = SMALL | {name.replace("_", ".", 1): value for name, value in changes.items()}
+    return compose([f"{name}={value}" for name, value in fields.items()])
+
+
+def plan(config: PretrainConfig, *, rank: int, num_micro_batches: int) -> tuple[Memory, StateBytes]:
+    """What `measure` counts for a rank under the fake process group, and the closed form of its state."""
+    init_processes(rank=rank, world=config.layout.world, backend="fake", store=None)
+    try:
+        mesh = make_mesh(config.layout, device=torch.device("cpu"), tied_embedding=True)
+        held = held_by(config.model, parts_of_stages(config.model, mesh).values())
+        table = weights(config.model, held, ep=config.layout.ep)
+        closed = state_bytes(table, config.layout, precision=config.precision.name, dp_rank=mesh.dp.rank)
+        return measure(config, mesh, num_micro_batches=num_micro_batches), closed
+    finally:
+        dist.destroy_process_group()
+
+
+def table_of(output: str) -> dict[str, float]:
+    """Row -> GB of the memory table, GB or TFLOP of the others."""
+    rows = re.findall(r"^(\S.*?)\s{2,}([\d.]+) (?:GB|TFLOP)$", output, flags=re.MULTILINE)
+    return {name: float(value) for name, value in rows}
+
+
+STATE_ROWS = {
+    "weights": "weights",
+    "FP8 copies of weights": "fp8_copies",
+    "FP32 gradients": "gradients",
+    "FP32 masters, this rank's share": "masters",
+    "moments, this rank's share": "moments",
+}
+OTHER_ROWS = (
+    "activations at the schedule's peak",
+    "temporaries above that, dispatch buffers apart",
+    "dispatch buffers",
+)
+RunCommand = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def held_of(output: str) -> Held:
+    """The line `holds stage 0: embedding, layers 0-1; stage 31: layers 60-60, head and MTP; ...` of a V3 plan."""
+    line = next(line for line in output.splitlines() if line.startswith("holds "))
+    layers = [range(int(a), int(b) + 1) for a, b in re.findall(r"layers (\d+)-(\d+)", line)]
+    # Head and MTP lie together; the MTP layer's id follows those of the main model.
+    head = "head and MTP" in line
+    ids = (*itertools.chain.from_iterable(layers), *((61,) if head else ()))
+    return Held(ids, embedding="embedding" in line, head=head)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "ends", "experts", "counts"),
+    [(0, True, "0-3", [24, 31, 120]), (1024, False, "0-3", [24, 120]), (2047, False, "252-255", [24, 120])],
+)
+def test_a_rank_of_2048_is_planned_on_a_laptop(
+    rank: int, ends: bool, experts: str, counts: list[int], run_command: RunCommand
+) -> None:
+    done = run_command("launch/pretrain.py", "+cluster=h800_2048", "dry_run=true", f"rank={rank}")
+    # Peak of all children so far, kB on Linux: this one was among them. The issue allows 8 GiB.
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 8 * 2**20
+    assert f"; experts {experts} of 256\n" in done.stdout
+    held = held_of(done.stdout)
+    # The first and the last stage share rank 0.
+    assert (held.embedding, held.head) == (ends, ends)
+    shown = table_of(done.stdout)
+    model = compose(["+cluster=h800_2048"]).model
+    closed = state_bytes(weights(model, held, ep=64), H800, precision="fp8", dp_rank=rank % 128)
+    for row, field in STATE_ROWS.items():
+        # Half a unit of the last digit; padding is at most 127 elements a parameter, 0.0001 GB.
+        assert abs(shown[row] - getattr(closed, field) / GB) < 0.005 + 0.001, row
+    # 4096 tokens x 8 ranks in the widest exchange, combine's BF16 rows; one send and one receive buffer.
+    assert shown["dispatch buffers"] == pytest.approx(2 * 4096 * 8 * 7168 * 2 / GB, abs=0.005)
+    assert_total_and_verdict(done.stdout)
+    # Micro-batches per pipeline: 3072 / 128, the threshold where there is one, 15360 / 128. A V of 16 ranks holds 32.
+    assert [int(line.split()[-2]) for line in ramp_lines(done.stdout)] == counts
+    assert ramp_lines(done.stdout)[-1].split()[-1] == "32"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cluster", "counts"), [("h100_8", [8, 32]), ("h100_256", [18])])
+def test_the_clusters_of_h100_are_planned(cluster: str, counts: list[int], run_command: RunCommand) -> None:
+    """No pipeline: one micro-batch in flight, so no threshold. The 16 B model fits (configs/cluster/h100_8.yaml)."""
+    config = compose([f"+cluster={cluster}"])
+    done = run_command("launch/pretrain.py", f"+cluster={cluster}", "dry_run=true", f"rank={config.layout.world - 1}")
+    shown = table_of(done.stdout)
+    held = Held(tuple(range(28)), embedding=True, head=True)
+    table = weights(config.model, held, ep=8)
+    closed = state_bytes(table, config.layout, precision="fp8", dp_rank=config.layout.dp - 1)
+    for row, field in STATE_ROWS.items():
+        # As above; over 256 ranks a bucket is padded by up to 32,767 elements, in about 60 buckets: 0.008 GB whole,
+        # and of that the last rank's share of states may lack all that its shards had of it: 128 elements a bucket.
+        assert abs(shown[row] - getattr(closed, field) / GB) < 0.005 + 0.009, row
+    assert shown["dispatch buffers"] == pytest.approx(2 * 4096 * 6 * 2048 * 2 / GB, abs=0.005)
+    assert_total_and_verdict(done.stdout)
+    assert "fits 80 GB" in done.stdout
+    assert [int(line.split()[-2]) for line in ramp_lines(done.stdout)] == counts
+    assert {line.split()[-1] for line in ramp_lines(done.stdout)} == {"1"}
+
+
+def ramp_lines(output: str) -> list[str]:
+    return re.findall(r"^(?:first step|pipeline full from here|full batch)\s.*$", output, flags=re.MULTILINE)
+
+
+def assert_total_and_verdict(output: str) -> None:
+    """The rows add up to the total, and the verdict is its distance from 80 GB."""
+    shown = table_of(output)
+    rows = sum(shown[name] for name in (*STATE_ROWS, *OTHER_ROWS))
+    # Eight rows and the total, each rounded to 0.01.
+    assert abs(rows - shown["total"]) < 9 * 0.005 + 1e-9
+    left = 80 - shown["total"]
+    (verdict,) = re.findall(r"^(fits 80 GB, [\d.]+ GB left|does not fit: [\d.]+ GB too much)$", output, re.MULTILINE)
+    assert verdict.startswith("fits" if left >= 0 else "does not fit")
+    number = float(re.findall(r"([\d.]+) GB (?:left|too much)", verdict)[0])
+    assert abs(number - abs(left)) < 0.05 + 0.005 + 1e-9
+
+
+def test_a_rank_that_does_not_exist_is_refused(run_command: RunCommand) -> None:
+    done = run_command("launch/pretrain.py", "+cluster=h800_2048", "dry_run=true", "rank=2048", check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "pretrain: rank=2048 is not one of the 2048 ranks: use 0 to 2047\n"
+    with pytest.raises(ValueError, match="rank=-1 is not one of the 1 ranks: use 0 to 0"):
+        dry_run(replace(small(), rank=-1))
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks"),
+    [
+        ({"layout_pp": 2, "layout_dp": 4, "layout_ep": 2, "layout_schedule": "ZBVZeroBubble"}, (0, 7)),
+        ({"layout_pp": 2, "layout_dp": 4, "layout_ep": 2}, (3, 4)),
+        ({"layout_dp": 3, "layout_zero": "false"}, (1,)),
+    ],
+    ids=["v", "1f1b", "unsharded"],
+)
+def test_the_state_of_a_rank_is_the_closed_form(layout: dict[str, object], ranks: tuple[int, ...]) -> None:
+    config = small(model_num_hidden_layers=4, **layout).model
+    layers = {"model_num_hidden_layers": config.num_hidden_layers}
+    for rank in ranks:
+        run = small(precision="fp8", **layers, **layout)
+        memory, closed = plan(run, rank=rank, num_micro_batches=run.layout.pp)
+        assert (memory.weights, memory.fp8_copies) == (closed.weights, closed.fp8_copies)
+        # parallel/zero.py: every size here is a multiple of 128 elements, so only buckets are padded, and there are at
+        # most six: one dtype for experts, two for dense parameters, one for the tied embedding, and two to spare.
+        padding = 6 * (128 * run.layout.dp - 1)
+        assert 0 <= memory.gradients - closed.gradients <= 4 * padding
+        # Of a shard's padding a rank may have all or nothing.
+        assert abs(memory.masters - closed.masters) <= 4 * padding
+        assert abs(memory.moments - closed.moments) <= 4 * padding
+        assert closed.masters > 100 * 4 * padding, "the bound must be small beside what it bounds"
+
+
+@pytest.mark.parametrize(("ep", "topk", "destinations"), [(2, 2, 2), (2, 4, 2), (4, 2, 2), (8, 4, 4)])
+def test_dispatch_buffers_are_the_rows_of_the_widest_exchange(ep: int, topk: int, destinations: int) -> None:
+    """tokens x min(topk, ep) rows out and as many in; combine's BF16 row is wider than dispatch's FP8 one."""
+    config = small(layout_dp=ep, layout_ep=ep, model_num_experts_per_tok=topk, precision="fp8")
+    memory, _ = plan(config, rank=ep - 1, num_micro_batches=1)
+    assert memory.dispatch == 2 * (40 * destinations) * (2 * 128)
+    assert plan(small(), rank=0, num_micro_batches=1)[0].dispatch == 0
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_ids: Tensor | None) -> Tensor:
+    """Attention of torch's own operators, which keep the same on fake and on real tensors."""
+    return causal_attention_reference(q, k, v, scale=scale, document_ids=document_ids)
+
+
+def fake_and_real(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Memory, Memory]:
+    """`measure` in one process, then again with tensors that have memory."""
+    fake = measure(config, single("cpu"), num_micro_batches=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(planner, "FakeTensorMode", contextlib.nullcontext)
+        return fake, measure(config, single("cpu"), num_micro_batches=2)
+
+
+@pytest.mark.parametrize("recompute", ["false", "true"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+def test_a_real_step_holds_to_the_byte_what_the_plan_says(
+    precision: str, recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every field, the peak included."""
+    monkeypatch.setattr(attention, "causal_attention", written_out)
+    fake, real = fake_and_real(small(precision=precision, run_recompute=recompute), monkeypatch)
+    assert real == fake
+    assert fake.held > 0
+    assert fake.transient > 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_ragged_sizes_are_planned_to_the_byte(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but one field: on a CPU the reference keeps an FP8 copy with its rows padded to 128."""
+    monkeypatch.setattr(attention, "causal_attention", written_out)
+    config = compose(["model=ragged_test", "data.sequence_length=37", f"precision={precision}"])
+    fake, real = fake_and_real(config, monkeypatch)
+    assert real.fp8_copies >= fake.fp8_copies
+    assert {**vars(real), "fp8_copies": 0} == {**vars(fake), "fp8_copies": 0}
+
+
+@pytest.mark.parametrize(("precision", "width"), [("fp32", 4), ("bf16", 2), ("fp8", 2)])
+def test_attention_is_planned_as_the_fused_kernel_and_differs_by_what_it_says(
+    precision: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kernels/attention.py: on a CPU a row of probabilities a query, on a GPU one FP32 number; and o in another order.
+
+    o then is copied once to lie as [tokens, heads * v_dim], which the fused kernel writes at once.
+    """
+    config = small(precision=precision)
+    fake, real = fake_and_real(config, monkeypatch)
+    heads, v_dim = config.model.num_attention_heads, config.model.v_head_dim
+    # Two layers, and the MTP layer, which sees one token less.
+    tokens_of_layers = (40, 40, 39)
+    more = sum(heads * t * (t * width - 4 + v_dim * width) for t in tokens_of_layers)
+    assert real.held - fake.held == more
+
+
+def balanced(scores: Tensor, bias: Tensor, *, n_group: int, topk_group: int, topk: int) -> Tensor:
+    """Token t to the experts t, t + stride, ...: every expert gets as many, every token reaches both ranks."""
+    stride = scores.shape[1] // topk
+    first = torch.arange(len(scores), device=scores.device) % stride
+    return first[:, None] + stride * torch.arange(topk, device=scores.device)
+
+
+TWO_RANKS: tuple[dict[str, object], ...] = (
+    {"layout_pp": 2, "layout_schedule": "1F1B"},
+    {"layout_pp": 2, "layout_schedule": "ZBVZeroBubble"},
+    {"layout_dp": 2, "layout_ep": 2},
+)
+MICRO_BATCHES = 4
+
+
+def two_rank_runs(precision: str) -> Iterator[PretrainConfig]:
+    for layout in TWO_RANKS:
+        yield small(precision=precision, model_num_hidden_layers=4, **layout)
+
+
+def measured_on_a_real_rank(rank: int, world: int, precision: str) -> list[Memory]:
+    # This process ends with the function, so nothing is put back.
+    patch = pytest.MonkeyPatch()
+    patch.setattr(planner, "FakeTensorMode", contextlib.nullcontext)
+    patch.setattr(attention, "causal_attention", written_out)
+    patch.setattr(router, "select_experts", balanced)
+    device = torch.device("cpu")
+    return [
+        measure(config, make_mesh(config.layout, device=device, tied_embedding=True), num_micro_batches=MICRO_BATCHES)
+        for config in two_rank_runs(precision)
+    ]
+
+
+def test_real_ranks_hold_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both schedules and an expert exchange with routing as balanced as the plan assumes.
+
+    A gloo call keeps its tensors until it has been waited for and its thread has let go of it, which the plan does not
+    see. 1F1B waits for a send before the next one; ZBVZeroBubble of torch waits for all at the end of the step, so
+    it may hold all that it sent; an exchange of experts lasts until its end, plus the turn of gloo's thread.
+    """
+    real = run_ranks(2, measured_on_a_real_rank, "bf16")
+    monkeypatch.setattr(attention, "causal_attention", written_out)
+    monkeypatch.setattr(router, "select_experts", balanced)
+    hidden = 40 * 128 * 2
+    # Hidden states and gradients sent: a V of two ranks crosses borders 0-1 and 2-3, its turn lies in one rank.
+    still_held = (2 * hidden, 2 * MICRO_BATCHES * hidden, None)
+    for rank, (index, config) in itertools.product(range(2), enumerate(two_rank_runs("bf16"))):
+        fake, _ = plan(config, rank=rank, num_micro_batches=MICRO_BATCHES)
+        found = real[rank][index]
+        assert [getattr(found, field) for field in STATE] == [getattr(fake, field) for field in STATE]
+        assert found.dispatch == fake.dispatch
+        late = still_held[index]
+        assert 0 <= found.held - fake.held <= (late if late is not None else 2 * fake.dispatch)
+        if late is not None:
+            # Not for the last layout: gloo copies whole buckets to reduce them.
+            assert 0 <= (found.held + found.transient) - (fake.held + fake.transient) <= late
+        assert fake.held > 10 * (late or fake.dispatch), "the bound must be small beside what it bounds"
+
+
+@pytest.mark.parametrize(("schedule", "rank"), [("1F1B", 0), ("ZBVZeroBubble", 0), ("ZBVZeroBubble", 2)])
+def test_more_micro_batches_than_the_plan_takes_hold_no_more(
+    schedule: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a V3 rank is: FP8 and recomputation make activations small beside weight gradients that wait for their slot.
+
+    On the last rank of a V up to 2 pp - 1 of them wait; so the peak comes later than the most micro-batches in flight.
+    """
+    changes = {"layout_pp": 3, "layout_schedule": schedule, "precision": "fp8", "run_recompute": "true"}
+    config = replace(small(model_num_hidden_layers=6, **changes), rank=rank)
+    taken: list[tuple[int, Memory]] = []
+
+    def spy(config: PretrainConfig, mesh: Any, *, num_micro_batches: int) -> Memory:
+        taken.append((num_micro_batches, measure(config, mesh, num_micro_batches=num_micro_batches)))
+        return taken[-1][1]
+
+    monkeypatch.setattr(planner, "measure", spy)
+    dry_run(config)
+    ((count, memory),) = taken
+    assert count < 24, "fewer than the run has, else nothing is saved"
+    more = 5
+    again, _ = plan(config, rank=rank, num_micro_batches=count + more)
+    # Token ids and labels of 40 int64 each; on the stage that ends also one FP32 loss each, and its gradient.
+    inputs = more * 2 * 40 * 8
+    assert 0 <= again.held - memory.held - inputs <= 8 * more
+    assert 0 <= again.total - memory.total - inputs <= 8 * more

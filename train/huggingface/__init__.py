@@ -1,0 +1,1 @@
+"""The layout in which DeepSeek-V3 was released: read, write, convert, verify."""

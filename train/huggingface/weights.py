@@ -1,0 +1,317 @@
+"""Weights of a trained model, read one tensor at a time from a checkpoint of any layout.
+
+    open_weights(path) -> WeightSource      a run's folder, one checkpoint, or a Hugging Face folder
+    load_model(source) -> Transformer       the whole model in one process, for evaluation and generation
+
+Nothing is held: a tensor, or a range of its rows, is put together from the boxes that the ranks saved (the shards'
+headers say where each lies) and handed out, so memory is bounded by the largest read, whatever the model's size.
+Weights come under our names (`Transformer.state_dict()`), in one of three kinds:
+
+    model    the parameters as the forward pass uses them
+    master   the FP32 values that the optimizer updates
+    ema      their moving average, where the run kept one (`optim.ema_decay`)
+
+Sizes of files are compared with the manifest when a checkpoint is opened, hashes when `verify` is called.
+Not here: resuming a run (`dcp.load` fills many tensors on many ranks), writing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import OrderedDict
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from train.checkpoint import publish
+from train.data.tokenizer import TextTokenizer, load_tokenizer
+from train.data.trained_on import TrainedOn
+from train.huggingface.reader import CONFIG, HfReader
+from train.model.config import ModelConfig
+from train.model.precision import Precision
+from train.model.transformer import Transformer
+
+Kind = Literal["model", "master", "ema"]
+KINDS: tuple[Kind, ...] = ("model", "master", "ema")
+# Mapped files that stay open; thousands of shards must not exhaust the process's file descriptors.
+OPEN_FILES = 32
+
+
+class WeightSource(Protocol):
+    """Where weights come from. Names are those of `Transformer.state_dict()`."""
+
+    @property
+    def path(self) -> Path:
+        """The folder, for messages."""
+        ...
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the model."""
+        ...
+
+    @property
+    def precision(self) -> Precision:
+        """What the model was trained, or saved, in."""
+        ...
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Its tokenizer.json, if it is known and there."""
+        ...
+
+    @property
+    def trained_on(self) -> TrainedOn:
+        """How samples of its training looked."""
+        ...
+
+    def names(self) -> tuple[str, ...]:
+        """Every tensor, in the order they are best read."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        ...
+
+    def read(self, name: str, rows: range | None = None) -> Tensor:
+        """The tensor, or some of its rows (of the first dim), as a new CPU tensor.
+
+        Raises:
+            ValueError: the files do not hold it; named.
+        """
+        ...
+
+
+class _Box(NamedTuple):
+    """One rank's part of a tensor: file, first element and size along each dim."""
+
+    file: str
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+
+class CheckpointReader:
+    """A published checkpoint as a `WeightSource`.
+
+    Args:
+        path: the checkpoint's folder, `.../checkpoints/step_00000010`.
+        kind: which values of a weight. What has no such value is the model's: buffers, and FP32 parameters, which
+            are their own masters.
+    Attributes:
+        state: the JSON saved with it: `config`, `identity`, `train_state`.
+    Raises:
+        ValueError: a file is missing or has another size than the manifest says, or the run kept no moving average.
+    """
+
+    def __init__(self, path: Path, kind: Kind = "model") -> None:
+        self.path = path
+        manifest = publish.read_manifest(path)
+        _check_sizes(path, manifest["files"])
+        self.state: dict[str, Any] = publish.read_json(path / publish.STATE)
+        self.config = ModelConfig.from_dict(self.state["config"]["model"])
+        # A run of `launch/ablate.py` names more; its weights are computed with as the plain recipe says.
+        known = {field.name for field in fields(Precision)}
+        self.precision = Precision(
+            **{name: value for name, value in self.state["config"]["precision"].items() if name in known}
+        )
+        self._tensors: dict[str, dict[str, Any]] = manifest["tensors"]
+        self._boxes = _scan(path, [name for name in manifest["files"] if name.endswith(publish.SHARD_SUFFIX)])
+        self._open: OrderedDict[str, Any] = OrderedDict()
+        prefix = {"model": "model.", "master": "optim.master.", "ema": "ema."}[kind]
+        self._keys = {
+            name: prefix + name if prefix + name in self._tensors else f"model.{name}"
+            for name in (key.removeprefix("model.") for key in self._tensors if key.startswith("model."))
+        }
+        if kind == "ema" and not any(key.startswith("ema.") for key in self._tensors):
+            raise ValueError(f"{path} holds no moving average: train with optim.ema_decay, or take the model's weights")
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The checkpoint's own (imports bring one), or that of the run's store, relative to the working directory."""
+        own = self.path / "tokenizer.json"
+        if own.is_file() or "data" not in self.state["config"]:
+            return own if own.is_file() else None
+        store = Path(self.state["config"]["data"]["store"])
+        manifest = store / "manifest.json"
+        if not manifest.is_file():
+            return None
+        found: Path = store / json.loads(manifest.read_text(encoding="utf-8"))["tokenizer_file"]
+        return found if found.is_file() else None
+
+    @property
+    def trained_on(self) -> TrainedOn:
+        """Of a run, what its configuration says; of an import, what came with it."""
+        data = self.state["config"].get("data")
+        if data is None:
+            return TrainedOn.from_json(self.state, origin=str(self.path / publish.STATE))
+        store = self.state.get("identity", {}).get("store", {})
+        return TrainedOn("eos", data.get("sequence_length"), data.get("mask_documents", False), store.get("tokenizer"))
+
+    def names(self) -> tuple[str, ...]:
+        """Every tensor of the model, in the checkpoint's order."""
+        return tuple(self._keys)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor; masters and averages are stored flat but read in the model's shape."""
+        return tuple(self._tensors[f"model.{name}"]["shape"])
+
+    def read(self, name: str, rows: range | None = None) -> Tensor:
+        """See `WeightSource.read`."""
+        shape, key = self.shape(name), self._keys[name]
+        rows = range(shape[0]) if rows is None else rows
+        per_row = math.prod(shape[1:])
+        if tuple(self._tensors[key]["shape"]) == shape:
+            return self._read(key, rows.start, rows.stop)
+        flat = self._read(key, rows.start * per_row, rows.stop * per_row)
+        return flat.view(len(rows), *shape[1:])
+
+    def verify(self) -> None:
+        """Compare the hash of every file with the manifest; reads them all.
+
+        Raises:
+            ValueError: names the first file that is damaged.
+        """
+        publish.verify(self.path)
+
+    def _read(self, key: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of a saved tensor, from every box that meets them."""
+        entry = self._tensors[key]
+        dtype = getattr(torch, entry["dtype"].removeprefix("torch."))
+        out = torch.empty((stop - start, *entry["shape"][1:]), dtype=dtype)
+        found = 0
+        for box in self._boxes.get(key, ()):
+            first, last = max(start, box.offset[0]), min(stop, box.offset[0] + box.size[0])
+            if first >= last:
+                continue
+            try:
+                part = self._file(box.file).get_slice(key)[first - box.offset[0] : last - box.offset[0]]
+            except (SafetensorError, OSError) as error:
+                raise _damaged(self.path / box.file, error) from None
+            view = out[first - start : last - start]
+            for dim in range(1, out.dim()):
+                view = view.narrow(dim, box.offset[dim], box.size[dim])
+            view.copy_(part)
+            found += view.numel()
+        if found != out.numel():
+            raise ValueError(f"{self.path} holds {found} of {out.numel()} elements asked of {key}: it is incomplete")
+        return out
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            if len(self._open) >= OPEN_FILES:
+                self._open.popitem(last=False)
+            self._open[name] = _opened(self.path / name)
+        self._open.move_to_end(name)
+        return self._open[name]
+
+
+def open_weights(path: Path, kind: Kind = "model") -> WeightSource:
+    """The weights in a folder.
+
+    Args:
+        path: a run's folder (its newest checkpoint is taken), one checkpoint, or a Hugging Face model's folder.
+        kind: which values, for our own checkpoints; a Hugging Face folder holds one.
+    Raises:
+        ValueError: nothing to read there, or it is damaged; says what.
+    """
+    if (path / publish.MANIFEST).is_file():
+        return CheckpointReader(path, kind)
+    for directory in (path / "checkpoints", path):
+        if published := publish.published(directory):
+            return CheckpointReader(published[0], kind)
+    if (path / CONFIG).is_file():
+        return HfReader(path)
+    if not path.is_dir():
+        raise ValueError(f"there is no folder {path}: give a run, such as runs/tiny_bf16, or one of its checkpoints")
+    raise ValueError(
+        f"{path} holds no model: give a run's folder with checkpoints, one checkpoint (step_*), or a Hugging Face "
+        f"folder with its {CONFIG}"
+    )
+
+
+def tokenizer_of(source: WeightSource, given: Path | None = None) -> TextTokenizer:
+    """The model's tokeniser, compared with what the model knows of it.
+
+    Args:
+        source: of the weights.
+        given: a file to take instead of the source's own.
+    Raises:
+        ValueError: none is known, it is another one, or it has ids that the model lacks.
+    """
+    path = given or source.tokenizer
+    if path is None:
+        raise ValueError(f"the tokeniser of {source.path} is not where its run had it: give --tokenizer tokenizer.json")
+    tokenizer, known = load_tokenizer(path), source.trained_on.tokenizer_sha256
+    if known is not None and known != tokenizer.sha256:
+        raise ValueError(
+            f"{path} has sha256 {tokenizer.sha256[:12]}, but {source.path} was trained with tokeniser {known[:12]}; "
+            "give that one with --tokenizer"
+        )
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise ValueError(
+            f"{path} has {tokenizer.vocab_size} ids, the model of {source.path} only {source.config.vocab_size}; give "
+            "the file that it was trained with (--tokenizer)"
+        )
+    return tokenizer
+
+
+@torch.no_grad()
+def load_model(source: WeightSource, *, precision: Precision | None = None, device: torch.device) -> Transformer:
+    """The whole model in one process, in evaluation mode.
+
+    Args:
+        source: weights of every tensor of the model.
+        precision: to compute in; None: the source's own. Weights are rounded to its dtype.
+        device: where it goes, tensor by tensor.
+    Returns:
+        The model, filled.
+    Raises:
+        ValueError: the source lacks a tensor, or holds it in another shape; names it.
+    """
+    with device:
+        model = Transformer(source.config, precision or source.precision)
+    held = set(source.names())
+    for name, target in model.state_dict().items():
+        if name not in held:
+            raise ValueError(f"{source.path} lacks {name}: it is incomplete, or of another model")
+        if source.shape(name) != tuple(target.shape):
+            raise ValueError(f"{source.path} holds {name} as {list(source.shape(name))}, not {list(target.shape)}")
+        target.copy_(source.read(name))
+    return model.requires_grad_(requires_grad=False).eval()
+
+
+def _check_sizes(path: Path, files: dict[str, dict[str, Any]]) -> None:
+    for name, entry in files.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            found = f"has {file.stat().st_size} bytes, not {entry['bytes']}" if file.is_file() else "is missing"
+            raise ValueError(f"checkpoint {path} is damaged: {name} {found}; take another step_* beside it")
+
+
+def _scan(path: Path, shards: list[str]) -> dict[str, list[_Box]]:
+    """Saved tensor -> its boxes, from the headers of all shards."""
+    boxes: dict[str, list[_Box]] = {}
+    for file in shards:
+        with _opened(path / file) as shard:
+            offsets = json.loads((shard.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+            for key in shard.keys():  # noqa: SIM118  (no mapping, only a `keys` method)
+                size = tuple(shard.get_slice(key).get_shape())
+                offset = offsets.get(key, {}).get("saved_offsets", [0] * len(size))
+                boxes.setdefault(key, []).append(_Box(file, tuple(offset), size))
+    return boxes
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, error) from None
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"checkpoint {file.parent} is damaged: {file.name} ({error}); take another step_* beside it")

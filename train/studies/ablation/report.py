@@ -1,0 +1,201 @@
+"""The ablations of `runs.py` as files: JSON, Markdown tables, and pictures as offline HTML pages.
+
+    result.json     everything measured
+    tables.md       runs, one-step errors, moments: what docs/numerics.md shows
+    sums.html       error of the accumulation alone against the length of the contraction (arXiv:2412.19437 §3.3.2)
+    outliers.html   error of dx token by token against the spread of tokens, 1x128 against 128x128 (App. B.2)
+    runs.html       gap of each run to BF16 of its seed, with the noise floor
+
+A page of 960 x 460 pixels holds one picture; docs/numerics.md says how they become PNG. This file measures nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from train.data.strict_json import strict_json
+from train.studies.compare import PAPER_GAP
+
+WIDTH, HEIGHT = 960, 460
+LINEAR_COLUMNS = {
+    "x": "x",
+    "w": "W",
+    "dy_dgrad": "dy, dgrad",
+    "dy_wgrad": "dy, wgrad",
+    "y": "y",
+    "dx": "dx",
+    "dw": "dW",
+    "sum": "sum of y alone",
+    "sum_largest": "its largest",
+    "gradient": "model: gradient",
+    "turn": "model: turn",
+}
+MOMENT_COLUMNS = {
+    "exp_avg": "first moment",
+    "exp_avg_sq": "second moment",
+    "update": "update",
+    "update_largest": "largest, in learning rates",
+    "zero_share": "second moments that are 0",
+}
+COLOURS = ("#1f5fa8", "#d1662a", "#2f8f5b", "#8a4fb0", "#7a7a7a")
+
+
+def write(result: Mapping[str, Any], directory: Path) -> list[Path]:
+    """Write all files into a folder, made if missing; returns their paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    texts = {"result.json": strict_json(result), "tables.md": tables(result)}
+    texts |= {f"{name}.html": page for name, page in pages(result).items()}
+    for name, text in texts.items():
+        (directory / name).write_text(text, encoding="utf-8")
+    return [directory / name for name in texts]
+
+
+def tables(result: Mapping[str, Any]) -> str:
+    """The measured numbers as Markdown."""
+    changes, errors = result["changes"], result["errors"]
+    linears = _table(
+        ["one step", *LINEAR_COLUMNS.values()],
+        [[changes[name], *_cells(row, LINEAR_COLUMNS)] for name, row in errors["linears"].items()],
+    )
+    moments = _table(
+        ["moments", *MOMENT_COLUMNS.values()],
+        [[dtype, *_cells(row, MOMENT_COLUMNS)] for dtype, row in errors["moments"].items()],
+    )
+    runs = _table(
+        ["run", *(f"seed {seed}" for seed in result["size"]["seeds"]), "mean", "mean against the recipe"],
+        [[changes[name], *_gap_cells(row)] for name, row in result["runs"].items() if name != "bf16"],
+    )
+    floor = f"Floor (mean absolute gap of BF16 in another order): {result['floor']:.3%}"
+    return "\n\n".join((runs, floor, linears, moments)) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cells(row: Mapping[str, float], columns: Mapping[str, str]) -> list[str]:
+    """Numbers of a row; where one was not measured, nothing."""
+    return [f"{row[name]:.3g}" if name in row else "" for name in columns]
+
+
+def _gap_cells(row: Mapping[str, Any]) -> list[str]:
+    ended = ["" if stopped is None else " (stopped)" for stopped in row["stopped"]]
+    gaps = [f"{_percent(gap)}{note}" for gap, note in zip(row["gaps"], ended, strict=True)]
+    return [*gaps, _percent(row["mean"]), _percent(row["against_fp8"])]
+
+
+def _percent(gap: float | None) -> str:
+    """A gap; nothing where there is none: the recipe was not run, or a run had no finite loss."""
+    return "" if gap is None or math.isnan(gap) else f"{gap:+.3%}"
+
+
+def pages(result: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> HTML page with one picture of what was measured; plotly.js is inside, so that it opens offline."""
+    errors, figures = result["errors"], {}
+    if errors["sums"]:
+        figures["sums"] = _sums(errors["sums"], result["changes"])
+    if errors["outliers"]:
+        figures["outliers"] = _outliers(errors["outliers"], result["changes"])
+    figures["runs"] = _runs(result)
+    return {
+        name: figure.to_html(include_plotlyjs=True, config={"displayModeBar": False})
+        for name, figure in figures.items()
+    }
+
+
+def _figure(title: str, x: str, y: str) -> Any:
+    import plotly.graph_objects as graph
+
+    figure = graph.Figure()
+    figure.update_layout(
+        template="plotly_white",
+        title={"text": title, "font": {"size": 17}},
+        xaxis_title=x,
+        yaxis_title=y,
+        font={"size": 13},
+        margin={"l": 80, "r": 20, "t": 60, "b": 60},
+        legend={"x": 0.01, "y": 0.99, "bgcolor": "rgba(255, 255, 255, 0.8)"},
+        width=WIDTH,
+        height=HEIGHT,
+    )
+    return figure
+
+
+def _lines(figure: Any, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Any:
+    for (name, (x, y)), colour in zip(curves.items(), COLOURS, strict=False):
+        figure.add_scatter(x=list(x), y=list(y), name=name, mode="lines+markers", line={"color": colour})
+    return figure
+
+
+def _sums(curves: Mapping[str, Mapping[float, Mapping[str, float]]], changes: Mapping[str, str]) -> Any:
+    figure = _figure(
+        "What the sum alone costs: largest error of y over its root mean square",
+        "terms of the contraction",
+        "largest error",
+    )
+    figure.update_yaxes(type="log", dtick=1, exponentformat="power")
+    figure.update_layout(legend={"y": 0.47})
+    lengths = sorted({int(k) for curve in curves.values() for k in curve})
+    figure.update_xaxes(type="log", tickvals=lengths)
+    figure.add_scatter(
+        x=[lengths[0], lengths[-1]],
+        y=[0.02, 0.02],
+        name="the report: near 2 % at 4096, no promotion",
+        mode="lines",
+        line={"dash": "dot", "color": "black"},
+    )
+    return _lines(
+        figure,
+        {
+            "FP32 sums" if name == "fp8" else changes[name]: (
+                list(curve),
+                [errors["sum_largest"] for errors in curve.values()],
+            )
+            for name, curve in curves.items()
+        },
+    )
+
+
+def _outliers(curves: Mapping[str, Mapping[float, float]], changes: Mapping[str, str]) -> Any:
+    figure = _figure(
+        "Error of dx, token by token, where the gradients of tokens differ in size",
+        "spread of tokens: standard deviation in powers of two",
+        "relative error of a token's dx (rms)",
+    )
+    figure.update_yaxes(type="log", tickformat=".2~%")
+    names = {"fp8": "gradients in 1x128 (the recipe)"}
+    return _lines(
+        figure, {names.get(name, changes[name]): (list(curve), list(curve.values())) for name, curve in curves.items()}
+    )
+
+
+def _runs(result: Mapping[str, Any]) -> Any:
+    figure = _figure(
+        "Loss gap to BF16 of the same seed; the band is the report's 0.25 %", "", "mean gap of smoothed losses"
+    )
+    figure.update_yaxes(tickformat="+.2~%")
+    figure.update_layout(legend={"x": 1.01, "y": 1.0})
+    figure.add_hrect(y0=-PAPER_GAP, y1=PAPER_GAP, fillcolor="#1f5fa8", opacity=0.08, line_width=0)
+    floor = result["floor"]
+    figure.add_hrect(y0=-floor, y1=floor, fillcolor="#7a7a7a", opacity=0.25, line_width=0)
+    rows = {result["changes"][name]: row for name, row in result["runs"].items() if name != "bf16"}
+    for index, seed in enumerate(result["size"]["seeds"]):
+        figure.add_scatter(
+            x=list(rows),
+            y=[row["gaps"][index] for row in rows.values()],
+            name=f"seed {seed}",
+            mode="markers",
+            marker={"size": 9, "color": COLOURS[index % len(COLOURS)]},
+        )
+    figure.add_scatter(
+        x=list(rows),
+        y=[row["mean"] for row in rows.values()],
+        name="mean",
+        mode="markers",
+        marker={"size": 20, "symbol": "line-ew-open", "color": "black"},
+    )
+    return figure

@@ -1,0 +1,388 @@
+"""Ablations of the FP8 recipe: each variant changes one piece, and is measured in one step and in short runs.
+
+    reference  BF16; and BF16 adding in another order (two micro-batches instead of one), whose distance is the floor
+    recipe     FP8 as shipped (arXiv:2412.19437 §3.3)
+    variants   FP8 with one change: scales, format or tile of gradients, accumulation (§3.3.2), moments (§3.3.3)
+
+Runs of one seed see the same tokens and the same initial weights, so gaps are taken in pairs: mean relative gap of the
+EMA-0.9 losses over the second half of the run (`train/studies/compare.py`), as `tests/parity/test_fp8_run.py` does.
+Each run is a directory of its own; a finished or diverged one is read and not run again, so several processes can
+share the work. A run begun with other settings is refused: gaps are between runs that differ in one thing.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from train.assemble import build
+from train.config import PretrainConfig, compose
+from train.model.precision import Precision
+from train.observe.guards import TrainingStopped, check_consecutive_skips
+from train.observe.metrics import Record
+from train.observe.sinks import read_events, read_run
+from train.studies.ablation.errors import (
+    Reference,
+    model_errors,
+    moment_errors,
+    operand_errors,
+    operands,
+    outlier_error,
+    product_errors,
+    reference_gradients,
+)
+from train.studies.ablation.linear import AblatedLinears, Ablation
+from train.studies.ablation.precision import AblatedPrecision
+from train.studies.compare import common_steps, mean_smoothed_gap
+from train.studies.smoke_runs import recipe
+from train.trainer import Trainer, changed_fields
+
+SEEDS = (0, 1, 2)
+# Two layers, so that the accumulation of Hopper, some fifty times slower than FP32 sums, fits in minutes.
+SMALL_MODEL = [
+    "model.num_hidden_layers=2",
+    "model.n_routed_experts=4",
+    "model.n_group=2",
+    "model.topk_group=1",
+    "model.num_nextn_predict_layers=0",
+]
+# What may differ between the runs of a table: where they lie (a checkpoint knows the hash of its text) and what they
+# tell.
+REPORTING = ("run.directory", "data.store", "observe.", "checkpoint.")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured.
+
+    length: terms of the products in the table of errors. lengths: those of the curve of sums. octaves: spreads of the
+    curve of outliers. steps, sequences, tokens: of a run. seeds: of the runs.
+    """
+
+    length: int = 4096
+    lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
+    octaves: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+    steps: int = 60
+    sequences: int = 4
+    tokens: int = 128
+    seeds: tuple[int, ...] = SEEDS
+
+
+QUICK = Size(length=512, lengths=(128, 512), octaves=(0.0, 5.0), steps=4, sequences=2, tokens=64, seeds=(0, 1))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row: what is changed, in words, the precision and the storage of the moments.
+
+    pieces: micro-batches of a step. trained: whether runs are made with it; else it is measured in one step only.
+    """
+
+    name: str
+    change: str
+    precision: Precision
+    moments: str = "bf16"
+    pieces: int = 1
+    trained: bool = True
+
+    @property
+    def linears(self) -> AblatedLinears | None:
+        """What its linears compute, if in FP8."""
+        return self.precision.linears if isinstance(self.precision, AblatedPrecision) else None
+
+
+def _hopper(interval: int | None) -> Ablation:
+    return Ablation(accumulation="hopper", promotion_interval=interval)
+
+
+def variants() -> dict[str, Variant]:
+    """All rows by name; the first is the reference of every gap, the second its floor, the third the recipe."""
+    bf16 = Precision("bf16")
+
+    def fp8(name: str, change: str, ablation: Ablation | None = None, *, power_of_two: bool = True) -> Variant:
+        return Variant(name, change, AblatedPrecision("fp8", power_of_two, True, ablation or Ablation()))
+
+    recipe_row = fp8("fp8", "the recipe")
+    rows = (
+        Variant("bf16", "no FP8", bf16),
+        Variant("bf16_reordered", "no FP8, sums in another order", bf16, pieces=2),
+        recipe_row,
+        fp8("fp32_scales", "FP32 scales", power_of_two=False),
+        fp8("gradients_e5m2", "gradients in E5M2", Ablation(gradient_format="e5m2")),
+        fp8("gradients_128x128", "gradients in 128x128 blocks", Ablation(gradient_tile="128x128")),
+        fp8("hopper_128", "Hopper's sums, promotion every 128", _hopper(128)),
+        # What lies between is shown in one step: a run of them costs minutes and its contractions are short.
+        replace(fp8("hopper_256", "Hopper's sums, promotion every 256", _hopper(256)), trained=False),
+        replace(fp8("hopper_512", "Hopper's sums, promotion every 512", _hopper(512)), trained=False),
+        fp8("hopper_none", "Hopper's sums, no promotion", _hopper(None)),
+        replace(recipe_row, name="moments_fp8", change="moments in FP8", moments="fp8"),
+    )
+    return {row.name: row for row in rows}
+
+
+def choose(names: Sequence[str]) -> list[Variant]:
+    """The named variants, all if none is named, in the table's order.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    known = variants()
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"variant {unknown[0]!r} does not exist: choose among {', '.join(known)}")
+    return [row for name, row in known.items() if not names or name in names]
+
+
+def base_config(store: Path, directory: Path, size: Size, overrides: Sequence[str] = ()) -> PretrainConfig:
+    """The configuration that all runs share.
+
+    Args:
+        store: folder of the tokenised text.
+        directory: where runs are written.
+        size: of the runs.
+        overrides: Hydra's, for a larger model or a longer run.
+    Raises:
+        ValueError: a bad override.
+    """
+    shared = [
+        "experiment=tiny",
+        *SMALL_MODEL,
+        f"data.store={store}",
+        "data.heldout=null",
+        f"data.sequence_length={size.tokens}",
+        f"schedule.total_tokens={size.steps * size.sequences * size.tokens}",
+        f"schedule.batch_start_sequences={size.sequences}",
+        f"schedule.batch_full_sequences={size.sequences}",
+        f"run.micro_batch_sequences={size.sequences}",
+        f"run.directory={directory}",
+        "run.threads=1",
+        "run.device=cpu",
+        "observe.wandb=off",
+        "observe.console_every_steps=1000000",
+        # It samples what the recipe's own linears would do, not a variant's.
+        "observe.fp8_health_every_steps=0",
+        "checkpoint.every_steps=1000000",
+    ]
+    # What the caller gives wins.
+    given = {override.partition("=")[0] for override in overrides}
+    return compose([*(line for line in shared if line.partition("=")[0] not in given), *overrides])
+
+
+def run(base: PretrainConfig, variant: Variant, seed: int) -> dict[str, Any]:
+    """Train one variant with one seed, or read it if it is there.
+
+    Returns:
+        records: the run's log; stopped: why it ended early (non-finite steps), or None; seconds: of this call.
+    Raises:
+        ValueError: it was asked to stop before its end; or the run that is there was begun with other settings, or
+            with what else makes other losses.
+    """
+    start = time.monotonic()
+    config = run_config(base, variant, seed)
+    # First, since a checkpoint of another model is refused for its tensors, and a killed run has no checkpoint.
+    refuse_another(config)
+    trainer = Trainer(config, build(config))
+    trainer.resume()
+    _refuse_changed(trainer.directory, trainer.changed)
+    stopped = None
+    try:
+        # A run that diverged when it was made has its verdict in its last checkpoint.
+        skips, limit = trainer.state.consecutive_skips, config.run.max_consecutive_nonfinite
+        check_consecutive_skips(skips, limit=limit, step=trainer.state.step)
+        trainer.fit()
+    except TrainingStopped as error:
+        # A variant that diverges is a result.
+        stopped = str(error)
+    if stopped is None and not trainer.budget_is_spent():
+        raise ValueError(f"stopped in {config.run.name} at step {trainer.state.step}; the same command goes on")
+    if any(event["event"] == "replay_differs" for event in read_events(trainer.directory)):
+        raise ValueError(
+            f"{trainer.directory} was killed, and its steps, taken again, are not those of its log: the text or the "
+            "version changed; delete that run"
+        )
+    return {"records": read_run(trainer.directory), "stopped": stopped, "seconds": time.monotonic() - start}
+
+
+def run_config(base: PretrainConfig, variant: Variant, seed: int) -> PretrainConfig:
+    """The configuration of one run; its name is that of its folder."""
+    micro = base.run.micro_batch_sequences // variant.pieces
+    return replace(
+        base,
+        precision=variant.precision,
+        optim=replace(base.optim, moments_dtype=variant.moments),
+        run=replace(base.run, name=f"{variant.name}-{seed}", seed=seed, micro_batch_sequences=micro),
+    )
+
+
+def refuse_another(config: PretrainConfig) -> None:
+    """Refuse a run whose folder holds one that was begun with other settings, finished or killed.
+
+    Raises:
+        ValueError: it does; names the first field that differs.
+    """
+    directory = Path(config.run.directory) / config.run.name
+    try:
+        saved = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):
+        # Not begun, or torn by a kill: then the checkpoint and the log decide.
+        return
+    sections = [name for name, fields in asdict(config).items() if isinstance(fields, dict)]
+    if isinstance(saved, dict) and all(isinstance(saved.get(name), dict) for name in sections):
+        _refuse_changed(directory, changed_fields(saved, config))
+
+
+def _refuse_changed(directory: Path, changed: Mapping[str, Sequence[object]]) -> None:
+    for name, (old, new) in changed.items():
+        if not name.startswith(REPORTING):
+            raise ValueError(
+                f"{directory} holds a run with {name}={old}, and {new} is asked for; give --out another folder, or "
+                "delete that run"
+            )
+
+
+def _runs_of(chosen: Sequence[Variant]) -> dict[str, Variant]:
+    """What is trained for a table of the chosen: both BF16 rows, which every gap needs, come first."""
+    known = variants()
+    wanted = (known["bf16"], known["bf16_reordered"], *chosen)
+    return {row.name: row for row in wanted if row.trained}
+
+
+def measure_runs(
+    base: PretrainConfig, chosen: Sequence[Variant], size: Size, tell: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """Train what was chosen, and both BF16 rows, which every gap needs.
+
+    Returns:
+        variant -> gaps: to BF16 by seed; mean; against_fp8: mean gap to the recipe of the same seeds, where it was run;
+        last_losses by seed; stopped: why a run ended early, by seed; seconds of all seeds, in this call. A gap is NaN
+        where a run diverged before it had a finite loss.
+    """
+    rows = _runs_of(chosen)
+    done: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in rows.values():
+        done[row.name] = {seed: run(base, row, seed) for seed in size.seeds}
+        tell(f"{row.name}: {sum(one['seconds'] for one in done[row.name].values()):.0f} s")
+    return {name: _gaps(done, name) for name in rows}
+
+
+def _gaps(done: Mapping[str, Mapping[int, Mapping[str, Any]]], name: str) -> dict[str, Any]:
+    mine = done[name]
+
+    def against(other: str) -> list[float]:
+        return [_gap(mine[seed]["records"], done[other][seed]["records"]) for seed in mine]
+
+    gaps = against("bf16")
+    return {
+        "gaps": gaps,
+        "mean": statistics.fmean(gaps),
+        "against_fp8": statistics.fmean(against("fp8")) if "fp8" in done else None,
+        "last_losses": [one["records"][-1]["loss/main"] for one in mine.values()],
+        "stopped": [one["stopped"] for one in mine.values()],
+        "seconds": sum(one["seconds"] for one in mine.values()),
+    }
+
+
+def _gap(ours: Sequence[Record], theirs: Sequence[Record]) -> float:
+    return mean_smoothed_gap(ours, theirs) if common_steps(ours, theirs) else math.nan
+
+
+def floor(runs: Mapping[str, Mapping[str, Any]]) -> float:
+    """Mean absolute gap of two equally good BF16 runs: nothing can be told from another below it."""
+    return statistics.fmean(map(abs, runs["bf16_reordered"]["gaps"]))
+
+
+def measure_errors(chosen: Sequence[Variant], size: Size, base: PretrainConfig) -> dict[str, Any]:
+    """One-step errors of the chosen FP8 variants, of BF16 on the whole model, and of the moments.
+
+    Returns:
+        linears: variant -> operand, product and model errors; sums: variant of Hopper's -> length -> error of the sum
+        alone; outliers: tile of gradients -> spread in octaves -> error of dx; moments: dtype -> errors.
+    """
+    reference = reference_gradients(recipe("tiny", sequences=size.sequences, tokens=size.tokens, model=base.model))
+    measured = [row for row in chosen if row.linears is not None and row.moments == "bf16"]
+    table = {row.name: _errors(row, size, reference) for row in measured}
+    table["bf16"] = model_errors(Precision("bf16"), reference)
+    curve = {
+        row.name: {length: _sums(row, length) for length in size.lengths}
+        for row in measured
+        if row.name == "fp8" or row.name.startswith("hopper")
+    }
+    tiles = {row.name: row.linears for row in measured if row.name in ("fp8", "gradients_128x128") and row.linears}
+    outliers = {
+        name: {octaves: outlier_error(linears, octaves=octaves) for octaves in size.octaves}
+        for name, linears in tiles.items()
+    }
+    return {
+        "linears": table,
+        "sums": curve,
+        "outliers": outliers,
+        "moments": {dtype: moment_errors(dtype) for dtype in ("fp32", "bf16", "fp8")},
+    }
+
+
+def _errors(row: Variant, size: Size, reference: Reference) -> dict[str, float]:
+    assert row.linears is not None
+    given = operands(512, 512, 512)
+    return {
+        **operand_errors(row.linears, given),
+        **product_errors(row.linears, length=size.length),
+        **model_errors(row.precision, reference),
+    }
+
+
+def _sums(row: Variant, length: int) -> dict[str, float]:
+    assert row.linears is not None
+    errors = product_errors(row.linears, length=length)
+    return {name: errors[name] for name in ("sum", "sum_largest")}
+
+
+def ablate(
+    store: Path,
+    directory: Path,
+    size: Size,
+    *,
+    names: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    tell: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Measure errors and runs.
+
+    Args:
+        store: folder of the tokenised text.
+        directory: of the runs; finished ones are read.
+        size: how much is measured.
+        names: variants; all if none is named. Both BF16 rows are always run.
+        overrides: Hydra's, of every run.
+        tell: called with one line as each variant ends.
+    Returns:
+        errors (`measure_errors`), runs (`measure_runs`), floor, changes (variant -> words), and what it was measured
+        with: size, overrides, torch, threads.
+    Raises:
+        ValueError: an unknown variant, a bad override, or a run begun with other settings, before anything is measured.
+    """
+    chosen = choose(names)
+    base = base_config(store, directory, size, overrides)
+    for row in _runs_of(chosen).values():
+        for seed in size.seeds:
+            refuse_another(run_config(base, row, seed))
+    errors = measure_errors(chosen, size, base)
+    tell("one-step errors: done")
+    runs = measure_runs(base, chosen, size, tell)
+    return {
+        "changes": {row.name: row.change for row in variants().values()},
+        "size": asdict(size),
+        "overrides": list(overrides),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "errors": errors,
+        "runs": runs,
+        "floor": floor(runs),
+    }

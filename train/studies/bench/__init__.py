@@ -1,0 +1,1 @@
+"""Kernels and layers against their peers: parity first, then time."""

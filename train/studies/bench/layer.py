@@ -1,0 +1,317 @@
+"""How fast one MoE block of DeepSeek-V3 runs forward and backward on one GPU, in BF16 and in FP8.
+
+    hidden 7168, 128 heads, latents 1536 and 512, experts 2048 wide   V3's own (arXiv:2412.19437 §4.2)
+    8 experts, all 8 chosen by each token                             what one rank of 32 computes, in perfect balance
+    1 sequence of 4096 tokens                                         V3's micro-batch
+
+A token of V3 goes to 8 of 256 experts, so under balanced routing a rank with 8 of them works on as many rows as it has
+tokens times 8, over all its peers. With all 8 experts chosen by every token the same GEMMs run here without any peer,
+and no choice can be unbalanced or flip between precisions.
+
+Parity comes first: outputs, input gradients and weight gradients of FP8 against BF16, from equal weights; where it is
+red no time is given. Then, per layer: time between CUDA events, host time to enqueue a forward and backward onto an
+idle GPU, kernels (by torch's profiler), peak memory. FLOPs are counted in closed form, the causal half of attention
+once and nothing that a backward computes again. Weights have FP32 `main_grad`; their FP8 copies exist already, as in
+all micro-batches of a step but the first.
+
+Not here: optimizer, embedding, head, communication. On a CPU it runs with small sizes, for tests.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from parallel.mesh import single
+from parallel.zero import GradientBuckets
+from train.model.attention import RopeTables
+from train.model.block import MoEBlock
+from train.model.config import ModelConfig
+from train.model.moe import LocalDispatcher
+from train.model.sizes import Held, flops_per_token, weights
+from train.studies.smoke_runs import PrecisionName, model_config, precision_config
+from train.studies.step_parity import relative_error, turn
+
+PRECISIONS: tuple[PrecisionName, ...] = ("bf16", "fp8")
+# A product of two E4M3 operands is off by 3.7 % (tests/parity/test_one_step_gate.py). Measured through two layers on a
+# CPU, at 256 and at 1024 wide: 0.060 to 0.097, the norms of the query latents worst. The limit leaves a third above.
+ERROR_LIMIT = 0.13
+# An error of that size turns a vector by half its square.
+TURN_LIMIT = ERROR_LIMIT**2 / 2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured.
+
+    Args:
+        model: a shape whose layers are all MoE blocks; its vocabulary is not used.
+        tokens: of the one sequence.
+        warm_ups: runs before anything is timed.
+        repeats: timed runs; medians count.
+    """
+
+    model: ModelConfig
+    tokens: int
+    warm_ups: int = 3
+    repeats: int = 10
+
+
+def v3_sizes() -> Sizes:
+    """Two layers at full width."""
+    model = replace(
+        model_config("v3_671b"),
+        num_hidden_layers=2,
+        first_k_dense_replace=0,
+        n_routed_experts=8,
+        n_group=1,
+        topk_group=1,
+        num_nextn_predict_layers=0,
+    )
+    return Sizes(model, tokens=4096)
+
+
+def tiny_sizes() -> Sizes:
+    """The same two layers with every dimension small: seconds on a CPU."""
+    model = replace(
+        v3_sizes().model,
+        hidden_size=256,
+        moe_intermediate_size=128,
+        num_attention_heads=2,
+        q_lora_rank=128,
+        kv_lora_rank=128,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        initializer_range=0.03,
+    )
+    return Sizes(model, tokens=96, warm_ups=1, repeats=2)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """FP8 against BF16: relative Frobenius error and 1 - cosine of each tensor, by name."""
+
+    errors: Mapping[str, float]
+    turns: Mapping[str, float]
+
+    @property
+    def green(self) -> bool:
+        """Whether every tensor is within E4M3's roundings; NaN never is."""
+        within = all(error <= ERROR_LIMIT for error in self.errors.values())
+        return within and all(value <= TURN_LIMIT for value in self.turns.values())
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """One precision, per layer; what a CPU cannot tell is None.
+
+    Args:
+        precision: of the linears.
+        time_ms: forward and backward, median.
+        host_ms: until both are enqueued, from an idle device, median.
+        tokens_per_s: tokens over time.
+        tflop_per_s: of the model, in closed form.
+        peak_bytes: largest memory of all layers together, weights and gradients included.
+        state_bytes: of that, what is there before a forward.
+        kernels: launches, copies and fills included.
+        slowest: the kernels that take most time: name, launches, microseconds.
+    """
+
+    precision: PrecisionName
+    time_ms: float
+    host_ms: float
+    tokens_per_s: float
+    tflop_per_s: float
+    peak_bytes: int | None
+    state_bytes: int | None
+    kernels: float | None
+    slowest: tuple[tuple[str, float, float], ...] = ()
+
+
+class Layers(nn.Module):
+    """A row of MoE blocks with what feeds them."""
+
+    def __init__(self, sizes: Sizes, precision: PrecisionName, device: torch.device) -> None:
+        super().__init__()
+        config, recipe = sizes.model, precision_config(precision)
+        dispatcher, rope = LocalDispatcher(config.n_routed_experts), RopeTables(config)
+        with device:
+            self.blocks = nn.ModuleList(
+                MoEBlock(config, recipe, rope, dispatcher) for _ in range(config.num_hidden_layers)
+            )
+        self.buckets = GradientBuckets(self.blocks.named_parameters(), axis=single(device).dp, sharded=False)
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (1, sizes.tokens, config.hidden_size)
+        x, grad = torch.randn(2, *shape, generator=generator, device=device).to(recipe.dtype)
+        self.x, self.grad = x.requires_grad_(), grad
+
+    @torch.no_grad()
+    def fill(self, std: float) -> None:
+        """Initial values drawn on the device: only the spread matters here."""
+        generator = torch.Generator(self.x.device).manual_seed(1)
+        for name, parameter in self.blocks.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, std, generator=generator)
+
+    def step(self) -> Tensor:
+        """Forward and backward; gradients are added to `main_grad` and `x.grad`. Returns the output."""
+        self.x.grad = None
+        hidden = self.x
+        for block in self.blocks:
+            hidden, _ = block(hidden, None)
+        hidden.backward(self.grad)
+        output: Tensor = hidden.detach()
+        return output
+
+
+def flops_per_layer(config: ModelConfig, tokens: int) -> float:
+    """Model FLOPs of one layer's forward and backward: 6 for each weight that a token meets, and causal attention."""
+    held = Held((0,), embedding=False, head=False)
+    per_token = flops_per_token(config, weights(config, held, ep=1), held, sequence_length=tokens)
+    return float(tokens * sum(per_token.values()))
+
+
+def make(sizes: Sizes, precision: PrecisionName, device: torch.device) -> Layers:
+    """Layers with initial values; the same in every precision."""
+    layers = Layers(sizes, precision, device)
+    layers.fill(sizes.model.initializer_range)
+    return layers
+
+
+def parity(layers: Mapping[PrecisionName, Layers]) -> Parity:
+    """FP8 against BF16, from equal weights, input and gradient; of the output only what the layers added to it."""
+    found: dict[PrecisionName, dict[str, Tensor]] = {}
+    for precision, each in layers.items():
+        each.buckets.zero()
+        update = each.step() - each.x.detach()
+        assert each.x.grad is not None
+        grads = {segment.name: segment.grad for segment in each.buckets.segments()}
+        found[precision] = {"output": update, "input gradient": each.x.grad - each.grad, **grads}
+    pairs = {name: (found["fp8"][name], expected) for name, expected in found["bf16"].items()}
+    return Parity(
+        errors={name: relative_error(*pair) for name, pair in pairs.items()},
+        turns={name: turn(*pair) for name, pair in pairs.items()},
+    )
+
+
+def measure(layers: Layers, sizes: Sizes, precision: PrecisionName) -> LayerTime:
+    """Times, kernels and memory of one precision."""
+    device, count = layers.x.device, sizes.model.num_hidden_layers
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+    for _ in range(sizes.warm_ups):
+        layers.step()
+    state = torch.cuda.memory_allocated(device) if on_gpu else None
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    runs = [_time_on_gpu(layers) if on_gpu else _time_on_cpu(layers) for _ in range(sizes.repeats)]
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
+    time_ms, host_ms = (statistics.median(values) / count for values in zip(*runs, strict=True))
+    kernels, slowest = _kernels(layers) if on_gpu else (None, ())
+    return LayerTime(
+        precision=precision,
+        time_ms=time_ms,
+        host_ms=host_ms,
+        tokens_per_s=sizes.tokens / time_ms * 1e3,
+        tflop_per_s=flops_per_layer(sizes.model, sizes.tokens) / time_ms / 1e9,
+        peak_bytes=peak,
+        state_bytes=state,
+        kernels=None if kernels is None else kernels / count,
+        slowest=slowest,
+    )
+
+
+def _time_on_gpu(layers: Layers) -> tuple[float, float]:
+    """(device, host) milliseconds of one run that begins on an idle device."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    begin.synchronize()
+    started = time.perf_counter()
+    begin.record()
+    layers.step()
+    end.record()
+    host_s = time.perf_counter() - started
+    end.synchronize()
+    return begin.elapsed_time(end), host_s * 1e3
+
+
+def _time_on_cpu(layers: Layers) -> tuple[float, float]:
+    started = time.perf_counter()
+    layers.step()
+    elapsed_ms = (time.perf_counter() - started) * 1e3
+    return elapsed_ms, elapsed_ms
+
+
+def _kernels(layers: Layers) -> tuple[int, tuple[tuple[str, float, float], ...]]:
+    """Launches of one run, and the eight kernels that take most time."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        layers.step()
+        end = torch.cuda.Event()
+        end.record()
+        end.synchronize()
+    on_device = [event for event in profiler.events() or () if event.device_type.name == "CUDA"]
+    total: dict[str, tuple[int, float]] = {}
+    for event in on_device:
+        launches, micros = total.get(event.name, (0, 0.0))
+        total[event.name] = (launches + 1, micros + event.time_range.elapsed_us())
+    by_time = sorted(total.items(), key=lambda item: -item[1][1])[:8]
+    return len(on_device), tuple((name[:60], float(n), micros) for name, (n, micros) in by_time)
+
+
+@dataclass(frozen=True)
+class LayerBench:
+    """The whole bench; times are empty where parity is red."""
+
+    parity: Parity
+    times: tuple[LayerTime, ...]
+
+
+def run(sizes: Sizes, device: torch.device) -> LayerBench:
+    """Parity of both precisions, then each alone, so that its memory is its own."""
+    checked = parity({precision: make(sizes, precision, device) for precision in PRECISIONS})
+    if not checked.green:
+        return LayerBench(checked, ())
+    return LayerBench(
+        checked, tuple(measure(make(sizes, precision, device), sizes, precision) for precision in PRECISIONS)
+    )
+
+
+def markdown(bench: LayerBench) -> str:
+    """Parity, then the table; all figures are per layer but the memory."""
+    (error, where), (angle, whose) = (
+        max((value, name) for name, value in values.items()) for values in (bench.parity.errors, bench.parity.turns)
+    )
+    summary = (
+        f"FP8 against BF16, worst of outputs and gradients: relative error {error:.3f} ({where}, limit {ERROR_LIMIT}), "
+        f"turned by {angle:.4f} ({whose}, limit {TURN_LIMIT:.4f}): {'green' if bench.parity.green else 'RED'}."
+    )
+    lines = [summary, ""]
+    if not bench.times:
+        return "\n".join([*lines, "Parity is red: no time is given."])
+    lines += [
+        "| per layer | ms | tokens/s | TFLOP/s | kernels | host ms | peak GB, all layers | of that state GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {t.precision} | {t.time_ms:.2f} | {t.tokens_per_s:,.0f} | {t.tflop_per_s:.1f} | {_shown(t.kernels, 1)} "
+        f"| {t.host_ms:.2f} | {_shown(t.peak_bytes, 1e9)} | {_shown(t.state_bytes, 1e9)} |"
+        for t in bench.times
+    ]
+    for t in bench.times:
+        lines += ["", f"Kernels of {t.precision} that take most time, all layers:", ""] if t.slowest else []
+        lines += [f"- {micros:,.0f} us in {launches:.0f}: `{name}`" for name, launches, micros in t.slowest]
+    return "\n".join(lines)
+
+
+def _shown(value: float | None, unit: float) -> str:
+    return "-" if value is None else f"{value / unit:.1f}"

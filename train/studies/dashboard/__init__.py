@@ -1,0 +1,1 @@
+"""One page on runs, finished or running: read their logs, draw, serve."""

@@ -1,0 +1,362 @@
+"""A run's metrics.jsonl read once, from the last byte on, into bounded series: for finished and running jobs.
+
+    runs/<name>/metrics.jsonl   records and events                              required
+    runs/<name>/run_card.json   who it is and on what it ran                    optional, may come later
+    runs/<name>/config.yaml     every value it was started with                 optional
+    runs/<name>/summary.json    held-out bits per byte and its baselines        optional, comes last
+
+`poll` takes what was appended since the last call. A line without its end is left for the next call, unless it
+is whole (its closing brace comes last, so a torn line never parses); a file that became shorter or was replaced is
+read from its start. Memory does not grow with the run (`series.py`), nor with its events: of each kind the first
+and the last are kept, and all are counted.
+
+An expert is idle in a step when it got no token: a zero of `moe/expert_load`; where only `moe/dead_experts` is logged,
+that count stands alone. This file reads only, and judges nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from train.observe.metrics import REQUIRED, Record
+from train.observe.sinks import METRICS_FILE, RUN_CARD_FILE
+from train.studies.dashboard.series import Cells, Json, Reduction, Series, Steps, TableSeries
+
+SUMMARY_FILE = "summary.json"
+CONFIG_FILE = "config.yaml"
+# Tables that are drawn, and what one cell of the picture is when it stands for several steps.
+TABLES: dict[str, Reduction] = {
+    "moe/expert_load": "mean",
+    "moe/expert_bias": "last",
+    "fp8/amax": "max",
+    "fp8/scale_spread_ratio": "max",
+    "fp8/saturated_ratio": "max",
+    "fp8/underflow_ratio": "max",
+    "fp8/snr_db": "min",
+}
+KEPT_EVENTS = 200
+# Records and metrics that a file may bring; a hostile file cannot fill memory with names.
+_CHUNK_BYTES = 4 << 20
+_MAX_METRICS = 200
+_RECENT_RECORDS = 101
+# Of the year 5138: dates and durations beyond it overflow.
+_LAST_SECOND = 1e11
+
+
+@dataclass
+class EventLog:
+    """Events of one kind: how many there were, and the steps of the first and of the last of them."""
+
+    total: int = 0
+    first: list[int] = field(default_factory=list)
+    last: deque[int] = field(default_factory=lambda: deque(maxlen=KEPT_EVENTS))
+
+    def add(self, step: int) -> None:
+        """Count one."""
+        self.total += 1
+        (self.first if len(self.first) < KEPT_EVENTS else self.last).append(step)
+
+    @property
+    def steps(self) -> list[int]:
+        """What is kept, in the order it happened."""
+        return [*self.first, *self.last]
+
+
+class DeadExperts:
+    """How many (layer, expert) pairs got no token in the last step, and for how long each of them.
+
+    Attributes:
+        now: pairs in the last step. last: the last step with one.
+        idle: [cells] logged steps in a row without a token, of each pair. since: [cells] first step of that streak.
+    """
+
+    def __init__(self) -> None:
+        self.now, self.last = 0, 0
+        self.idle = np.zeros(0, np.int64)
+        self.since = np.zeros(0, np.int64)
+
+    def add_counts(self, steps: Sequence[int], counts: Sequence[float]) -> None:
+        """Take `moe/dead_experts` of more steps."""
+        for step, count in zip(steps, counts, strict=True):
+            self.now = int(count) if math.isfinite(count) else 0
+            self.last = step if self.now else self.last
+
+    def add_loads(self, steps: Steps, loads: Cells, shape: Sequence[int]) -> None:
+        """Take load tables: [tables] steps, [tables, cells] loads of `shape` = experts of each layer."""
+        fed = np.zeros_like(loads, bool)
+        at = 0
+        for experts in shape:
+            layer = loads[:, at : at + experts]
+            # A layer without any load was not measured.
+            fed[:, at : at + experts] = (layer != 0) | ~layer.any(axis=1, keepdims=True)
+            at += experts
+        if len(self.idle) != loads.shape[1]:
+            self.idle = self.since = np.zeros(loads.shape[1], np.int64)
+        trailing = np.where(fed.any(axis=0), np.argmax(fed[::-1], axis=0), len(steps))
+        begins_here = (trailing < len(steps)) | (self.idle == 0)
+        first = steps[np.minimum(len(steps) - trailing, len(steps) - 1)]
+        self.since = np.where(begins_here, first, self.since)
+        self.idle = np.where(trailing == len(steps), self.idle + trailing, trailing)
+        self.now = int((self.idle > 0).sum())
+        rows = np.flatnonzero(~fed.all(axis=1))
+        self.last = int(steps[rows[-1]]) if len(rows) else self.last
+
+
+class RunReader:
+    """One run directory, followed.
+
+    Args:
+        directory: it need not have a metrics.jsonl yet.
+    Attributes:
+        series: metric -> Series; tables: metric -> TableSeries; events: kind -> EventLog; dead: DeadExperts.
+        records: step records taken. last_step, tokens_seen, first_time_s, last_time_s: of these.
+        recent: (time, tokens) of the newest records of this process, for the speed.
+        stopped: reason of the last stop event, None when a record, a start or a resume came after it.
+        problems: file name -> why it, or some lines of metrics.jsonl, could not be read.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.path = directory / METRICS_FILE
+        self.problems: dict[str, str] = {}
+        self.card: Json = {}
+        self.summary: Json = {}
+        self.config: Json = {}
+        self._stamps: dict[str, tuple[int, int]] = {}
+        self._inode = -1
+        self._restart()
+
+    def poll(self, max_bytes: int | None = None) -> bool:
+        """Take what was appended, at most about `max_bytes`; returns whether anything changed."""
+        changed = self._read_cards()
+        read = 0
+        if self.path.is_file():
+            with self.path.open("rb") as file:
+                facts = os.fstat(file.fileno())
+                if facts.st_ino != self._inode or facts.st_size < self.offset:
+                    changed |= self.offset > 0
+                    self._restart()
+                    self._inode = facts.st_ino
+                self.size = facts.st_size
+                file.seek(self.offset)
+                while (max_bytes is None or read < max_bytes) and (taken := self._take(file.read(_CHUNK_BYTES))):
+                    read += taken
+                    file.seek(self.offset)
+        return bool(changed or read)
+
+    def _restart(self) -> None:
+        self.series: dict[str, Series] = {}
+        self.tables: dict[str, TableSeries] = {}
+        self.events: dict[str, EventLog] = {}
+        self.dead = DeadExperts()
+        self.recent: deque[tuple[float, int]] = deque(maxlen=_RECENT_RECORDS)
+        self.stopped: str | None = None
+        self.records, self.last_step, self.tokens_seen = 0, -1, 0
+        self.first_time_s, self.last_time_s = 0.0, 0.0
+        self.offset, self.size = 0, 0
+        self.problems.pop(METRICS_FILE, None)
+
+    def _take(self, data: bytes) -> int:
+        """Take the whole lines of `data`; returns how many bytes that was."""
+        end = data.rfind(b"\n") + 1
+        # A line longer than a chunk, or the unfinished last one: whole if it parses.
+        if end == 0 and data:
+            if len(data) < _CHUNK_BYTES and not isinstance(_parsed(data), dict):
+                return 0
+            end = len(data)
+        self.offset += end
+        try:
+            self._take_lines([line for line in _parse_lines(data[:end]) if isinstance(line, dict)])
+        except Exception as error:  # noqa: BLE001
+            # A file of somebody else's making: what follows is read, and the page says that something is missing.
+            self.problems[METRICS_FILE] = f"{self.path} has lines that cannot be read ({error})"
+        return end
+
+    def _take_lines(self, lines: list[Record]) -> None:
+        records: list[Record] = []
+        for line in lines:
+            if "event" in line:
+                self._take_event(line, records)
+            elif _places(line) and line["step"] > self.last_step:
+                records.append(line)
+                self.last_step, self.stopped = line["step"], None
+        self._take_records(records)
+
+    def _take_event(self, event: Record, before: list[Record]) -> None:
+        kind, step = str(event["event"]), event.get("step")
+        if not _is_step(step) or (kind not in self.events and len(self.events) >= _MAX_METRICS):
+            return
+        self.events.setdefault(kind, EventLog()).add(step)
+        if kind == "stop":
+            self.stopped = str(event.get("reason", "stopped"))
+        if kind in ("start", "resume"):
+            # The time between two processes is no training time.
+            self._take_records(before)
+            before.clear()
+            self.recent.clear()
+            self.stopped = None
+
+    def _take_records(self, records: list[Record]) -> None:
+        if not records:
+            return
+        steps = [record["step"] for record in records]
+        if not self.records:
+            self.first_time_s = records[0]["time_unix_s"]
+        self.records += len(records)
+        self.tokens_seen, self.last_time_s = records[-1]["tokens_seen"], records[-1]["time_unix_s"]
+        self.recent.extend((r["time_unix_s"], r["tokens_seen"]) for r in records[-_RECENT_RECORDS:])
+        for name in sorted(set[str]().union(*records) - {"step"}):
+            self._take_column(name, steps, [record.get(name) for record in records])
+
+    def _take_column(self, name: str, steps: list[int], values: list[Any]) -> None:
+        if None in values:
+            present = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
+            steps, values = [step for step, _ in present], [value for _, value in present]
+        if name in TABLES:
+            table = self.tables.setdefault(name, TableSeries(TABLES[name]))
+            for at, cells in table.add(steps, values):
+                if name == "moe/expert_load" and cells.shape[1] == sum(table.shape):
+                    self.dead.add_loads(at, cells, table.shape)
+            return
+        numbers = _numbers(values)
+        if name not in self.series and (not np.isfinite(numbers).any() or len(self.series) >= _MAX_METRICS):
+            # A metric that is never a number has no curve.
+            return
+        self.series.setdefault(name, Series()).add(np.array(steps, np.int64), numbers)
+        if name == "moe/dead_experts":
+            self.dead.add_counts(steps, numbers.tolist())
+
+    def _read_cards(self) -> bool:
+        """Read again the small files that changed."""
+        changed = False
+        for name in (RUN_CARD_FILE, SUMMARY_FILE, CONFIG_FILE):
+            path = self.directory / name
+            try:
+                facts = path.stat()
+            except OSError:
+                continue
+            stamp = (facts.st_mtime_ns, facts.st_size)
+            if self._stamps.get(name) == stamp:
+                continue
+            self._stamps[name] = stamp
+            changed = True
+            self._read_card(name)
+        return changed
+
+    def _read_card(self, name: str) -> None:
+        path = self.directory / name
+        self.problems.pop(name, None)
+        try:
+            if name == RUN_CARD_FILE:
+                self.card = read_object(path)
+            elif name == SUMMARY_FILE:
+                self.summary = read_object(path)
+            else:
+                self.config = _read_yaml(path)
+        except (ValueError, OSError) as error:
+            self.problems[name] = str(error)
+
+
+def read_object(path: Path) -> Json:
+    """The JSON object of a small file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): mend it or delete it") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not an object: mend it or delete it")
+    return value
+
+
+def _read_yaml(path: Path) -> Json:
+    # The trainer writes it; the page does without when a person broke it. An alias could hold itself.
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            return {}
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _parsed(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _parse_lines(data: bytes) -> list[Any]:
+    """Every line of `data`; all at once, which is faster, unless one of them is torn."""
+    lines = data.split(b"\n")
+    whole = [line for line in lines if line.endswith(b"}")]
+    joined = _parsed(b"[" + b",".join(whole) + b"]")
+    if isinstance(joined, list) and len(joined) == len(whole):
+        return joined
+    return [_parsed(line) for line in whole]
+
+
+def _places(record: Record) -> bool:
+    """Whether the record says where in the run it stands."""
+    step, tokens, time_s = (record.get(name) for name in REQUIRED)
+    if not _is_step(step) or type(tokens) is not int or not isinstance(time_s, int | float):
+        return False
+    return 0 <= tokens < 2**63 and 0 <= time_s < _LAST_SECOND
+
+
+def _is_step(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 2**32
+
+
+def _numbers(values: list[Any]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Float64; NaN for what is no number, or none that float64 can hold."""
+    try:
+        return np.array(values, np.float64).reshape(len(values))
+    except (TypeError, ValueError, OverflowError):
+        return np.array([_number(value) for value in values], np.float64)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:
+        return math.nan
+
+
+def find_runs(places: Sequence[Path], max_depth: int = 3) -> list[Path]:
+    """The run directories among `places`, and those below a place that is none itself; in order, each once."""
+    found: dict[Path, Path] = {}
+    for place in places:
+        for directory in [place] if (place / METRICS_FILE).is_file() else _below(place, max_depth):
+            found.setdefault(directory.resolve(), directory)
+    return list(found.values())
+
+
+def _below(place: Path, depth: int) -> list[Path]:
+    found: list[Path] = []
+    try:
+        folders = sorted(entry for entry in place.iterdir() if entry.is_dir() and not entry.is_symlink())
+    except OSError:
+        return []
+    for folder in folders:
+        if (folder / METRICS_FILE).is_file():
+            found.append(folder)
+        elif depth > 1 and not folder.name.startswith("."):
+            found += _below(folder, depth - 1)
+    return found

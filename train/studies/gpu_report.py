@@ -1,0 +1,242 @@
+"""`make gpu`: run every part in a process of its own, within one budget, and write one report.
+
+    for each part of train/studies/gpu_sections.py, parity before speed:
+        start its process -> wait until its deadline, then kill it -> its section, or why there is none
+    runs/gpu/report.json, runs/gpu/report.md    what, where, when; parity; speed; what was left out and why
+    runs/gpu/<part>.log                          what the part's process said
+
+Part i may run until the sum of the first i shares after the start: time that one part leaves is the next one's, and no
+part can take another's. A part whose process dies is "failed", with the last line it wrote. The report is green only if
+every parity part that can run here is green and no speed part's own parity is red: no speed without parity.
+
+The command line and the environment belong to `launch/gpu.py`, numbers and bounds to the parts. Source: ours.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.studies.gpu_sections import PARTS, ROOT, Options, Section
+
+# Package -> what is left out without it.
+OPTIONAL = {
+    "hydra": "launch/pretrain.py and its overrides; the checkup reads configs/*.yaml itself",
+    "datasets": "tokenised stores; the checkup trains on tokens of its own",
+    "wandb": "the mirror to wandb",
+    "plotly": "the dashboard",
+    "deepspeed": "nothing of ours needs it",
+    "deep_gemm": "DeepGEMM as a peer of the products",
+}
+VERSIONS = ("torch", "triton", "numpy", "pytest", "transformers")
+# A part is asked to finish this long before it is killed, so that it can write what it has.
+GRACE_S = 8.0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A part with its section and how long its process took, seconds."""
+
+    name: str
+    section: Section
+    seconds: float
+
+
+def run_part(name: str, options: Options, budget_s: float, out: Path) -> None:
+    """What a part's own process does: run it and write its section.
+
+    Args:
+        name: of PARTS.
+        options: device and sizes.
+        budget_s: seconds until the process is killed.
+        out: JSON file to write.
+    """
+    section = PARTS[name].run(options, max(1.0, budget_s - GRACE_S))
+    out.write_text(json.dumps(plain(vars(section)), allow_nan=False), encoding="utf-8")
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: tuples become lists, NaN and infinity become text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def run_all(
+    command: Callable[[str, float, Path], Sequence[str]],
+    directory: Path,
+    *,
+    environment: Mapping[str, str],
+    total_s: float | None = None,
+) -> list[Finished]:
+    """Every part, one after the other.
+
+    Args:
+        command: (part, seconds, JSON file) -> command line that calls `run_part`.
+        directory: receives logs and sections; made if missing.
+        environment: of the processes.
+        total_s: shares are stretched to this sum; None: as they stand.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    stretch = 1.0 if total_s is None else total_s / sum(plan.share_s for plan in PARTS.values())
+    deadline_s, finished = time.monotonic(), []
+    for name, plan in PARTS.items():
+        deadline_s += plan.share_s * stretch
+        began_s = time.monotonic()
+        print(f"gpu: {plan.title} ...", end=" ", flush=True)
+        section = _run_process(name, deadline_s - began_s, command, directory, environment)
+        finished.append(Finished(name, section, time.monotonic() - began_s))
+        print(f"{section.status}, {finished[-1].seconds:.0f} s {section.reason}".rstrip(), flush=True)
+    return finished
+
+
+def _run_process(
+    name: str,
+    budget_s: float,
+    command: Callable[[str, float, Path], Sequence[str]],
+    directory: Path,
+    environment: Mapping[str, str],
+) -> Section:
+    """Start a part's process and read its section."""
+    out, log = directory / f"{name}.json", directory / f"{name}.log"
+    out.unlink(missing_ok=True)
+    if budget_s <= GRACE_S:
+        return Section("not measured", "the budget was spent by the parts before it")
+    with log.open("w", encoding="utf-8") as stream:
+        try:
+            done = subprocess.run(
+                [*command(name, budget_s, out)],
+                cwd=ROOT,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                timeout=budget_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return Section("not measured", f"it did not finish in its {budget_s:.0f} s; {log.name} has its words")
+    if done.returncode or not out.exists():
+        words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
+        return Section("failed", f"its process ended with {done.returncode}: {words[-1][:300]}")
+    section = Section(**json.loads(out.read_text(encoding="utf-8")))
+    out.unlink()
+    return section
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers belong to: device, driver, versions, commit, date."""
+    gpu: dict[str, Any] = {"name": "CPU"}
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        gpu = {
+            "name": found.name,
+            "memory_gb": round(found.total_memory / 1e9, 1),
+            "multiprocessors": found.multi_processor_count,
+            "compute_capability": f"{found.major}.{found.minor}",
+            "driver": _said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]),
+        }
+    versions = {name: _version(name) for name in VERSIONS}
+    versions |= {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    if device.type == "cuda":
+        versions["cudnn"] = str(torch.backends.cudnn.version())
+    changed = _said(["git", "status", "--porcelain", "--untracked-files=no"])
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "commit": _said(["git", "rev-parse", "HEAD"]) + ("" if changed in ("", "unknown") else " with changes"),
+        "device": gpu,
+        "versions": versions,
+        "python": sys.executable,
+    }
+
+
+def _said(command: Sequence[str]) -> str:
+    """What a command prints, or 'unknown' where it is missing or fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def left_out() -> dict[str, str]:
+    """Absent package -> what is left out without it."""
+    return {name: what for name, what in OPTIONAL.items() if importlib.util.find_spec(name) is None}
+
+
+def is_green(finished: Sequence[Finished]) -> bool:
+    """Every parity part that can run here is green, and no speed part is red or failed."""
+    parity = [each.section.status in ("green", "left out") for each in finished if PARTS[each.name].kind == "parity"]
+    speed = [each.section.status not in ("red", "failed") for each in finished if PARTS[each.name].kind == "speed"]
+    return all(parity) and all(speed)
+
+
+def write(finished: Sequence[Finished], device: torch.device, directory: Path) -> Path:
+    """report.json and report.md; returns the path of the second."""
+    where, absent = machine(device), left_out()
+    sections = {each.name: {"seconds": each.seconds, **vars(each.section)} for each in finished}
+    report = {
+        **where,
+        "green": is_green(finished),
+        "left_out": absent,
+        **{
+            kind: {name: section for name, section in sections.items() if PARTS[name].kind == kind}
+            for kind in ("parity", "speed")
+        },
+    }
+    text = json.dumps(plain(report), indent=1, allow_nan=False, ensure_ascii=False)
+    (directory / "report.json").write_text(text + "\n", encoding="utf-8")
+    page = directory / "report.md"
+    page.write_text(markdown(finished, where, absent), encoding="utf-8")
+    return page
+
+
+def markdown(finished: Sequence[Finished], where: Mapping[str, Any], absent: Mapping[str, str]) -> str:
+    """The page: what and where, a line per part, parity, speed, what was left out."""
+    device, versions = where["device"], where["versions"]
+    lines = ["# GPU report", "", f"**{'green' if is_green(finished) else 'RED'}**, {where['date']}.", ""]
+    lines += [f"- {key.replace('_', ' ')}: {value}" for key, value in device.items()]
+    lines += [f"- commit: {where['commit']}", "- " + ", ".join(f"{key} {value}" for key, value in versions.items()), ""]
+    lines += ["| part | status | s | why |", "|---|---|---|---|"]
+    lines += [
+        f"| {PARTS[each.name].title} | {each.section.status} | {each.seconds:.0f} "
+        f"| {each.section.reason.replace('|', '/')} |"
+        for each in finished
+    ]
+    for kind in ("parity", "speed"):
+        mine = [each for each in finished if PARTS[each.name].kind == kind]
+        lines += ["", f"# {kind.capitalize()}"]
+        parity = [each.section.status for each in finished if PARTS[each.name].kind == "parity"]
+        if kind == "speed" and not set(parity) <= {"green", "left out"}:
+            lines += ["", "**Parity above is not green: these times belong to a build that has not passed it.**"]
+        for each in mine:
+            body = each.section.markdown or f"{each.section.status}: {each.section.reason}"
+            lines += ["", f"## {PARTS[each.name].title}: {each.section.status}", "", body]
+    lines += ["", "# Left out", ""]
+    missing = [each for each in finished if each.section.status in ("left out", "not measured", "failed")]
+    lines += [f"- {PARTS[each.name].title}, {each.section.status}: {each.section.reason}" for each in missing]
+    lines += [f"- `{name}` is not installed: {what}" for name, what in absent.items()]
+    return "\n".join(lines if lines[-1] else [*lines, "Nothing."]) + "\n"

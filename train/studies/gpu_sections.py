@@ -1,0 +1,308 @@
+"""The parts of `make gpu`, each a section of its report: tests, training, one step, resume, a large step, benches.
+
+    parity   tests       tests/gpu: every launcher against its reference, graphs, host waits
+             one_step    one step against the CPU, in FP32, BF16 and FP8       `train/studies/step_parity.py`
+             training    50 steps of tiny in BF16 and FP8                     `train/studies/smoke_runs.py`
+             resume      save, load, go on                                    `train/studies/smoke_runs.py`
+             small       one step of small in BF16 and FP8                    `train/studies/smoke_runs.py`
+    speed    kernels     every kernel file's own bench                        `train/studies/bench/table.py`
+             peers       V3's GEMMs and memory-bound kernels against peers    `train/studies/bench/peers.py`
+             layer       MoE blocks at V3's width                             `train/studies/bench/layer.py`
+
+A part is one call in a process of its own, started by `gpu_report.py`: an illegal access or a spent budget costs
+that part only. It returns a Section, figures as data for JSON and as Markdown for people. Parity is a number against a
+bound that stands where the number is made (arXiv:2412.19437 §3.3 for the one on FP8's loss).
+
+On a CPU the same parts run with small sizes (`Options.tiny`), to test the report. Not here: order, budgets, files.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from train.studies import smoke_runs, step_parity
+from train.studies.bench import layer as bench_layer
+from train.studies.bench import table as bench_table
+from train.studies.smoke_runs import PrecisionName, Recipe
+
+# "left out": cannot run here, and says why. "not measured": the budget was spent. "failed": ended with an error.
+Status = Literal["green", "red", "left out", "not measured", "failed"]
+Kind = Literal["parity", "speed"]
+ROOT = Path(__file__).resolve().parents[2]
+# More lines of failures than anybody reads at once are left to the JUnit file and the log.
+SHOWN_FAILURES = 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for.
+
+    Args:
+        device: where everything runs.
+        tiny: small sizes and few repeats, for tests of the report itself.
+    """
+
+    device: torch.device
+    tiny: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part's outcome.
+
+    Args:
+        status: see Status; of a speed part, that of its own parity checks.
+        reason: why it is not green, in one sentence.
+        data: for the JSON report.
+        markdown: for the other one.
+    """
+
+    status: Status
+    reason: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
+    markdown: str = ""
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """A part of the report.
+
+    Args:
+        title: heading of its section.
+        kind: parity comes first in the report.
+        share_s: its time; what the parts before it left is added.
+        run: (options, seconds it may take) -> Section.
+    """
+
+    title: str
+    kind: Kind
+    share_s: float
+    run: Callable[[Options, float], Section]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |" for line in lines)
+
+
+def verdict(green: bool) -> Status:
+    """The status of a check."""
+    return "green" if green else "red"
+
+
+def tests(options: Options, budget_s: float) -> Section:
+    """`tests/gpu` in this process; tests that would begin after the budget are skipped and listed."""
+    try:
+        import pytest
+    except ModuleNotFoundError:
+        return Section("left out", "pytest is not installed here")
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "junit.xml"
+        # Warnings of libraries are errors on the pinned versions only.
+        arguments = ["-q", "-W", "default", "-p", "no:cacheprovider", f"--gpu-seconds={budget_s:.0f}"]
+        pytest.main([str(ROOT / "tests/gpu"), f"--rootdir={ROOT}", *arguments, f"--junitxml={found}"])
+        if not found.exists():
+            return Section("failed", "pytest wrote no result; the log has its words")
+        return read_junit(found)
+
+
+def read_junit(path: Path) -> Section:
+    """A Section from pytest's own report."""
+    cases = list(ElementTree.parse(path).getroot().iter("testcase"))
+    failures, skips = [], Counter[str]()
+    for case in cases:
+        for kind in ("failure", "error"):
+            failures += [(_name_of(case), found.get("message", "")[:200]) for found in case.findall(kind)]
+        skips.update(found.get("message", "") for found in case.findall("skipped"))
+    skipped = sum(skips.values())
+    passed = len(cases) - skipped - len({name for name, _ in failures})
+    data = {"passed": passed, "failed": [list(pair) for pair in failures], "skipped": dict(skips)}
+    lines = [f"{passed} passed, {len(failures)} failed, {skipped} skipped.", ""]
+    lines += [f"- FAILED `{name}`: {message}" for name, message in failures[:SHOWN_FAILURES]]
+    lines += [f"- skipped {count}: {reason}" for reason, count in skips.items()]
+    markdown = "\n".join(lines)
+    if failures:
+        return Section("red", f"{len(failures)} tests failed", data, markdown)
+    if not passed:
+        return Section("left out", "; ".join(skips) or "no test was found", data, markdown)
+    return Section("green", "", data, markdown)
+
+
+def _name_of(case: ElementTree.Element) -> str:
+    return f"{case.get('classname', '')}::{case.get('name', '')}"
+
+
+def tiny_recipe(options: Options) -> Recipe:
+    """The training parts' model: configs/model/tiny.yaml with its own batch of 1,024 tokens."""
+    sequences, tokens = (2, 32) if options.tiny else (4, 256)
+    return smoke_runs.recipe("tiny", sequences=sequences, tokens=tokens)
+
+
+def training(options: Options, budget_s: float) -> Section:
+    """Losses are finite, fall, and FP8's are BF16's."""
+    smoke_runs.prepare(deterministic=True)
+    steps = 6 if options.tiny else 50
+    runs = {name: smoke_runs.train(tiny_recipe(options), name, options.device, steps=steps) for name in ("bf16", "fp8")}
+    gap = smoke_runs.training_gap(runs["fp8"], runs["bf16"])
+    least = smoke_runs.LEAST_FALL * steps / 50
+    green = abs(gap) <= smoke_runs.TRAINING_GAP and all(run.fall >= least for run in runs.values())
+    rows = [(name, f"{run.losses[0]:.3f}", f"{run.losses[-1]:.3f}") for name, run in runs.items()]
+    markdown = table(("precision", "first loss", f"loss after {steps} steps"), rows)
+    markdown += (
+        f"\n\nSmoothed losses of FP8 against BF16: {gap:+.3%} (bound {smoke_runs.TRAINING_GAP:.2%}); "
+        f"each must fall by {least:.2f} nats at least."
+    )
+    data = {"steps": steps, "gap_ratio": gap, "losses": {name: run.losses for name, run in runs.items()}}
+    return Section(verdict(green), "" if green else "losses differ or do not fall", data, markdown)
+
+
+def step_against_cpu(options: Options, budget_s: float) -> Section:
+    """One step in every precision against the CPU's, with the attention that is fastest."""
+    smoke_runs.prepare(deterministic=False)
+    names: tuple[PrecisionName, ...] = ("bf16", "fp8") if options.tiny else ("fp32", "bf16", "fp8")
+    found = [step_parity.one_step(tiny_recipe(options), name, options.device) for name in names]
+    header = ("precision", "loss", "worst gradient", "of", "most turned", "of", "choices forced", "verdict")
+    rows = []
+    for each in found:
+        bounds = step_parity.STEP_BOUNDS[each.precision]
+        (error, where), (turned, whose) = each.worst_error, each.worst_turn
+        rows.append(
+            (
+                each.precision,
+                f"{each.loss_error:.1e} (bound {bounds.loss:.0e})",
+                f"{error:.1e} (bound {bounds.error:.0e})",
+                f"`{where}`",
+                f"{turned:.1e} (bound {bounds.turn:.0e})",
+                f"`{whose}`",
+                f"{each.flipped_tokens} of {each.routed_tokens}",
+                verdict(each.green),
+            )
+        )
+    green = all(each.green for each in found)
+    reason = "" if green else "a loss or gradient is further from the CPU's than roundings explain"
+    return Section(verdict(green), reason, {"steps": [asdict(each) for each in found]}, table(header, rows))
+
+
+def resumed(options: Options, budget_s: float) -> Section:
+    """A resumed run against the unbroken one, in BF16 and FP8."""
+    smoke_runs.prepare(deterministic=True)
+    names: tuple[PrecisionName, ...] = ("fp8",) if options.tiny else ("bf16", "fp8")
+    steps = 1 if options.tiny else 5
+    with tempfile.TemporaryDirectory() as folder:
+        found = [
+            smoke_runs.resume(tiny_recipe(options), name, options.device, steps=steps, directory=Path(folder) / name)
+            for name in names
+        ]
+    header = ("precision", "bit-equal", "tensors that differ", "masters, of what they moved", "verdict")
+    rows = [
+        (
+            each.precision,
+            "yes" if each.bit_equal else "no",
+            len(each.differing),
+            f"{each.difference:.1e} (bound {0 if each.on_cpu else smoke_runs.RESUME_BOUND})",
+            verdict(each.green),
+        )
+        for each in found
+    ]
+    green = all(each.green for each in found)
+    reason = "" if green else "a resumed run is another run"
+    return Section(verdict(green), reason, {"resumes": [asdict(each) for each in found]}, table(header, rows))
+
+
+def small_step(options: Options, budget_s: float) -> Section:
+    """One step of `small`, or of tiny in its place."""
+    smoke_runs.prepare(deterministic=False)
+    recipe = tiny_recipe(options) if options.tiny else smoke_runs.recipe("small", sequences=1, tokens=4096)
+    found = smoke_runs.big_steps(recipe, options.device)
+    gap = found[1].loss / found[0].loss - 1
+    green = abs(gap) <= smoke_runs.BIG_STEP_GAP
+    rows = [
+        (
+            each.precision,
+            f"{each.loss:.4f}",
+            f"{each.grad_norm:.3f}",
+            "-" if each.peak_bytes is None else f"{each.peak_bytes / 1e9:.1f}",
+        )
+        for each in found
+    ]
+    markdown = table(("precision", "loss", "gradient norm", "peak memory GB"), rows)
+    markdown += f"\n\nLoss of FP8 against BF16: {gap:+.3%} (bound {smoke_runs.BIG_STEP_GAP:.0%})."
+    data = {"gap_ratio": gap, "steps": [asdict(each) for each in found]}
+    return Section(verdict(green), "" if green else "FP8's first loss is not BF16's", data, markdown)
+
+
+def kernel_benches(options: Options, budget_s: float) -> Section:
+    """Each kernel file's own entries, until the budget is spent."""
+    deadline_s = time.monotonic() + budget_s
+    benches = bench_table.entries()
+    chosen = tuple(bench for bench in benches if bench.name in ("adamw", "quantize_tiles")) if options.tiny else benches
+    rows = []
+    for bench in chosen:
+        if time.monotonic() > deadline_s:
+            break
+        rows.append(bench_table.measure(bench, options.device, rounds=1 if options.tiny else 5))
+    late = [bench.name for bench in chosen[len(rows) :]]
+    red = [row.name for row in rows if not row.green]
+    cells = [
+        (
+            row.name,
+            row.peer_name,
+            f"{row.parity_error:.1e}" if row.green else f"RED {row.parity_error:.1e}",
+            _shown(row.time_us),
+            _shown(row.speedup, ".2f"),
+            _shown(row.tflop_per_s),
+            _shown(row.gbyte_per_s),
+        )
+        for row in rows
+    ]
+    markdown = table(("kernel", "peer", "parity", "us", "peer time / ours", "TFLOP/s", "GB/s"), cells)
+    markdown += f"\n\nNot measured, the budget was spent: {', '.join(late)}." if late else ""
+    data = {"rows": [asdict(row) for row in rows], "not_measured": late}
+    return Section(verdict(not red), f"parity is red: {', '.join(red)}" if red else "", data, markdown)
+
+
+def peer_benches(options: Options, budget_s: float) -> Section:
+    """V3's products and memory-bound kernels against what else this machine has."""
+    from train.studies.bench import peers as bench_peers
+
+    rows = bench_peers.run(options.device, budget_s=budget_s, small=options.tiny)
+    red = [f"{row.case}: {row.reason}" for row in bench_peers.red(rows)]
+    data = {"rows": bench_peers.records(rows)}
+    return Section(verdict(not red), "; ".join(red), data, bench_peers.markdown(rows))
+
+
+def layer_bench(options: Options, budget_s: float) -> Section:
+    """MoE blocks at V3's width."""
+    smoke_runs.prepare(deterministic=False)
+    sizes = bench_layer.tiny_sizes() if options.tiny else bench_layer.v3_sizes()
+    found = bench_layer.run(sizes, options.device)
+    reason = "" if found.parity.green else "FP8 differs from BF16 by more than its roundings: no time is given"
+    return Section(verdict(found.parity.green), reason, asdict(found), bench_layer.markdown(found))
+
+
+def _shown(value: float | None, spec: str = ".1f") -> str:
+    return "-" if value is None else format(value, spec)
+
+
+# In the order of the report. The shares are what a first run on an H100 is expected to need, kernels compiled on the
+# way; together 460 s, which leaves 20 of 8 minutes for starting and writing.
+PARTS: dict[str, PartPlan] = {
+    "tests": PartPlan("GPU tests", "parity", 140, tests),
+    "one_step": PartPlan("One step of tiny against the CPU", "parity", 35, step_against_cpu),
+    "training": PartPlan("Training tiny in BF16 and FP8", "parity", 55, training),
+    "resume": PartPlan("Resume", "parity", 30, resumed),
+    "small": PartPlan("One step of small", "parity", 60, small_step),
+    "kernels": PartPlan("Kernels against torch", "speed", 30, kernel_benches),
+    "peers": PartPlan("Products and memory-bound kernels against peers", "speed", 70, peer_benches),
+    "layer": PartPlan("MoE blocks at V3's width", "speed", 40, layer_bench),
+}

@@ -1,0 +1,67 @@
+"""Bytes that are alive while a program runs: every storage from the call that made it to its last reference.
+
+Made for `FakeTensorMode`, where nothing is allocated: operators report the shapes they would make, and Python's own
+reference counts say how long each lives. Views share a storage and count once. What an allocator adds (blocks rounded
+up, holes) is not seen, nor what a kernel takes and gives back inside one call.
+
+    with FakeTensorMode(), LiveBytes() as live:
+        ...
+    live.now, live.peak
+
+Not here: what the bytes are for (`train/studies/plan/dry_run.py`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operators return while it is active.
+
+    Attributes:
+        now: bytes alive.
+        peak: most bytes alive so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run the operator, then count what it returned."""
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            # What is on the meta device stays without memory: a schedule's receive buffers until they are needed.
+            if isinstance(value, Tensor) and value.device.type != "meta":
+                self._count(value.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        # An address is free for reuse only after the finalizer of its last owner has run.
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        num_bytes = storage.nbytes()
+        self.now += num_bytes
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, num_bytes)
+
+    def _forget(self, key: int, num_bytes: int) -> None:
+        self._known.discard(key)
+        self.now -= num_bytes

@@ -1,0 +1,156 @@
+"""Bytes that a rank sends, by axis: tokens to experts, hidden states between stages, gradients and weights.
+
+Expert axis, per micro-batch and MoE layer (arXiv:2412.19437 §3.2.2). A token goes once to each rank that holds one of
+its experts; `destinations` is how many that are:
+
+    forward    dispatch, routing (ids and gates), counts, combine
+    backward   dispatch (of combine's gradient), combine (of dispatch's gradient), gates
+
+Pipeline axis, per micro-batch (§3.2.1): the hidden state forward and its gradient back, at each border to another rank.
+
+Data axes, per optimizer step (§3.2): reduce-scatter of FP32 gradients, all-gather of weights. A rank sends
+(ranks - 1) / ranks of a buffer in either, which is what a ring does and no algorithm beats.
+
+Like `parallel.collectives.Traffic.sent`, the expert axis counts what a rank keeps for itself; a share of
+(ep - 1) / ep leaves it under uniform routing. Left out: the norm, the loss tally and the balancing counts, a few
+kilobytes a step. Not here: time and overlap.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from itertools import combinations
+from math import comb
+
+from kernels.formats import TILE, ceil_div
+from parallel.mesh import Layout
+from parallel.schedules import num_stages, rank_of_stage, stage_ids
+from train.model.config import ModelConfig
+from train.model.sizes import BF16_BYTES, E4M3_BYTES, FP32_BYTES, Held, Weight
+
+INT64_BYTES, INT32_BYTES = 8, 4
+
+
+def expected_destinations(config: ModelConfig, *, ep: int) -> float:
+    """Ranks that a token goes to on average, when every choice of groups and of experts in them is equally likely.
+
+    Args:
+        config: groups, experts and topk.
+        ep: ranks that share one copy of the experts.
+    Returns:
+        between 1 and topk; V3 on 64 ranks: 7.36. The router chooses groups by their two best experts, which
+        spreads a token more evenly than chance: 7.49 with independent scores.
+    Source: ours; a rank with c of the E reachable experts is missed with probability C(E - c, k) / C(E, k).
+    """
+    groups, chosen, topk = config.n_group, config.topk_group, config.num_experts_per_tok
+    reachable, local = chosen * config.experts_per_group, config.n_routed_experts // ep
+    total = 0.0
+    for rank in range(ep):
+        of_group = Counter(expert // config.experts_per_group for expert in range(rank * local, (rank + 1) * local))
+        for number in range(min(len(of_group), chosen) + 1):
+            # So many of the rank's groups are chosen, and the others elsewhere.
+            likely = comb(groups - len(of_group), chosen - number) / comb(groups, chosen)
+            for experts in combinations(of_group.values(), number):
+                total += likely * (1 - comb(reachable - sum(experts), topk) / comb(reachable, topk))
+    return total
+
+
+def dispatch_bytes(hidden_size: int, *, precision: str) -> int:
+    """One token copy on its way to an expert: E4M3 with one FP32 scale per 128, or the recipe's own dtype."""
+    if precision == "fp8":
+        return hidden_size * E4M3_BYTES + ceil_div(hidden_size, TILE) * FP32_BYTES
+    return hidden_bytes(hidden_size, precision=precision)
+
+
+def hidden_bytes(hidden_size: int, *, precision: str) -> int:
+    """One token on its way home from an expert, or between stages: BF16, FP32 in the fp32 recipe."""
+    return hidden_size * (FP32_BYTES if precision == "fp32" else BF16_BYTES)
+
+
+def share(elements: int, *, ranks: int, rank: int) -> int:
+    """A rank's even share of a flat tensor: the shares of all ranks add up to it, and differ by one at most."""
+    assert 0 <= rank < ranks, (rank, ranks)
+    return elements // ranks + (rank < elements % ranks)
+
+
+def expert_bytes(
+    config: ModelConfig, layout: Layout, held: Held, *, tokens: int, precision: str, destinations: float
+) -> dict[str, float]:
+    """Bytes that a rank sends over the expert axis in forward and backward of one micro-batch.
+
+    Args:
+        config: of the whole model.
+        layout: gives ep.
+        held: this rank's layers.
+        tokens: of the micro-batch on this rank.
+        precision: 'fp32', 'bf16' or 'fp8'.
+        destinations: ranks per token, from `expected_destinations`.
+    Returns:
+        kind -> bytes, the kinds of `parallel.collectives.Traffic`, its own share included; empty without the axis.
+    """
+    layers = sum(config.is_moe(layer_id) for layer_id in held.layer_ids)
+    if layout.ep == 1 or not layers:
+        return {}
+    copies, topk = layers * tokens * destinations, config.num_experts_per_tok
+    return {
+        "dispatch": 2 * copies * dispatch_bytes(config.hidden_size, precision=precision),
+        "combine": 2 * copies * hidden_bytes(config.hidden_size, precision=precision),
+        "routing": copies * topk * (INT32_BYTES + FP32_BYTES),
+        "gates": copies * topk * FP32_BYTES,
+        "counts": layers * (layout.ep + config.n_routed_experts) * INT64_BYTES,
+    }
+
+
+def pipeline_bytes(config: ModelConfig, layout: Layout, *, pp_rank: int, tokens: int, precision: str) -> int:
+    """Bytes that a rank sends to other stages in forward and backward of one micro-batch; a V turns without sending.
+
+    Args:
+        config: gives the hidden size.
+        layout: pipeline ranks and schedule.
+        pp_rank: index on the pipeline axis.
+        tokens: of the micro-batch.
+        precision: 'fp32', 'bf16' or 'fp8'.
+    """
+    stages = num_stages(layout.schedule, layout.pp)
+    borders = 0
+    for stage in stage_ids(layout.schedule, layout.pp, pp_rank):
+        # Forward to the stage after, the gradient to the stage before.
+        neighbours = [other for other in (stage + 1, stage - 1) if 0 <= other < stages]
+        borders += sum(rank_of_stage(layout.schedule, layout.pp, other) != pp_rank for other in neighbours)
+    return borders * tokens * hidden_bytes(config.hidden_size, precision=precision)
+
+
+def ends_apart(config: ModelConfig, layout: Layout) -> bool:
+    """Whether the first and the last pipeline rank both hold a copy of the embedding (the last one for MTP)."""
+    last = num_stages(layout.schedule, layout.pp) - 1
+    return bool(config.mtp_layer_ids) and rank_of_stage(layout.schedule, layout.pp, last) != 0
+
+
+def update_bytes(
+    config: ModelConfig, layout: Layout, table: Iterable[Weight], *, precision: str
+) -> dict[str, dict[str, float]]:
+    """Bytes that a rank sends over the data axes in one optimizer step, whatever the number of micro-batches.
+
+    Args:
+        config: whether copies of the embedding are tied.
+        layout: axes and ZeRO.
+        table: of the rank, from `train.model.sizes.weights`.
+        precision: 'fp32', 'bf16' or 'fp8'.
+    Returns:
+        axis "dp", "edp" or "tied" -> {"gradients": reduce-scatter, "weights": all-gather}; without ZeRO the summed
+        FP32 gradients are gathered in place of the weights. Axes of one rank are absent.
+    """
+    table = [weight for weight in table if weight.trained]
+    sent: dict[str, dict[str, float]] = {}
+    for axis, ranks in (("dp", layout.dp), ("edp", layout.edp)):
+        part = [weight for weight in table if weight.expert == (axis == "edp")]
+        if ranks > 1 and part:
+            gradients = FP32_BYTES * sum(weight.elements for weight in part)
+            gathered = sum(weight.bytes(precision) for weight in part) if layout.zero else gradients
+            sent[axis] = {"gradients": gradients * (ranks - 1) / ranks, "weights": gathered * (ranks - 1) / ranks}
+    embedding = sum(weight.elements for weight in table if weight.part == "embedding")
+    if embedding and ends_apart(config, layout):
+        # An all-reduce between two ranks, on the shard of dp that each owns: half of it twice.
+        sent["tied"] = {"gradients": FP32_BYTES * share(embedding, ranks=layout.dp, rank=0), "weights": 0.0}
+    return sent
