@@ -18,7 +18,6 @@ from train.model.moe import Experts
 from train.model.precision import Precision
 from train.model.transformer import Transformer
 
-
 PrecisionName = Literal["fp32", "bf16", "fp8"]
 
 
