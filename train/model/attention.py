@@ -12,9 +12,8 @@ The block scales of FP8 split cleanly at 1536, a multiple of 128.
 
 With `recompute` a layer keeps the latents, o and the softmax statistics; queries, keys and values are made again in
 backward (§3.2.3). At V3's size that is 0.15 instead of 0.82 GB a layer and sequence, for one more pass of both
-up-projections; the core itself does not run again. Same bits either way.
-
-Not here: KV cache, context parallelism.
+up-projections; the core itself does not run again. Same bits either way. `train/generate/latent_cache.py` restates
+these equations in absorbed form.
 """
 
 from __future__ import annotations
@@ -66,10 +65,7 @@ _keep_core = partial(create_selective_checkpoint_contexts, list(CORE_OPERATORS))
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """MLA over whole sequences; parameters as in the released checkpoint, the down-projections fused.
-
-    `recompute` may be set at any time; see the head of the file.
-    """
+    """MLA over whole sequences; parameters as in the released checkpoint, the down-projections fused."""
 
     def __init__(self, config: ModelConfig, precision: Precision, rope: RopeTables) -> None:
         super().__init__()
