@@ -113,7 +113,8 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """The routed experts held by this process, stored stacked: one grouped GEMM serves them all.
 
-    gate_up_proj [experts, 2 * moe_intermediate, hidden], gate rows first; down_proj [experts, hidden, moe_intermediate].
+    gate_up_proj [experts, 2 * moe_intermediate, hidden], gate rows first;
+    down_proj [experts, hidden, moe_intermediate].
     """
 
     def __init__(self, config: ModelConfig, precision: Precision, experts: range) -> None:
