@@ -1,8 +1,8 @@
 """The commands that the documents show, run as they are written; README first, the others on what it leaves behind.
 
-Commands are read from the documents themselves: lines of code blocks, fenced or indented, and code spans that begin with
-`python` or `torchrun`. Training commands get a smaller budget appended; nothing else is touched. A line that begins with
-`$` shows output or needs machines that are not here; what else is not run here is in ELSEWHERE with the test that runs it.
+Commands are read from the documents: lines of code blocks, fenced or indented, and code spans that begin with `python`
+or `torchrun`. Training commands get a smaller budget appended; nothing else is touched. A line after `$` shows
+output or needs other machines; what else is not run here is in ELSEWHERE with the test that runs it.
 """
 
 from __future__ import annotations
