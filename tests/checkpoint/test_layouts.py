@@ -20,16 +20,17 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from parallel.pieces import Piece
+from parallel.shards import LocalShard
 from tests.ranks import run_ranks
 from train.checkpoint import dcp, publish
-from train.checkpoint.dcp import CheckpointConfig, Saver, latest, load, save
+from train.checkpoint.config import CheckpointConfig
+from train.checkpoint.dcp import Saver, latest, load, save
 
 STATE = {"train_state": {"step": 3}}
 WORLDS = (1, 2, 4)
 CUTS = ("even", "uneven", "other")
 
-Parts = dict[str, "Tensor | Piece"]
+Parts = dict[str, "Tensor | LocalShard"]
 
 
 def truth(seed: int = 0) -> dict[str, Tensor]:
@@ -62,11 +63,11 @@ def bounds(num_elements: int, parts: int, cut: str) -> list[int]:
     return [0, *sorted(inner.randint(0, num_elements) for _ in range(parts - 1)), num_elements]
 
 
-def narrowed(tensor: Tensor, dim: int, ends: list[int], index: int) -> Piece:
+def narrowed(tensor: Tensor, dim: int, ends: list[int], index: int) -> LocalShard:
     offset = [0] * tensor.dim()
     offset[dim] = ends[index]
     local = tensor.narrow(dim, ends[index], ends[index + 1] - ends[index])
-    return Piece(local, tuple(tensor.shape), tuple(offset))
+    return LocalShard.at(local, tuple(tensor.shape), tuple(offset))
 
 
 def held(tensors: dict[str, Tensor], rank: int, world: int, cut: str) -> Parts:
@@ -92,8 +93,8 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
 
 
-def local(value: Tensor | Piece) -> Tensor:
-    return value.local if isinstance(value, Piece) else value
+def local(value: Tensor | LocalShard) -> Tensor:
+    return value.tensor if isinstance(value, LocalShard) else value
 
 
 def blank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -206,7 +207,7 @@ def test_a_load_refused_on_one_rank_is_refused_on_all_with_one_sentence(saved: P
     assert first == second
     expected = {
         "extra": "does not fit: it lacks surplus.",
-        "missing": "holds model.layers.1.weight, which nobody asked for",
+        "missing": "holds model.layers.1.weight, which no rank asked for",
         "shape": "tensor step is torch.int64 [1] on rank 0, but torch.int64 [] on rank 1",
         "dtype": "model.layers.1.weight (saved torch.float32 [7, 3], wanted torch.bfloat16 [7, 3])",
         "no tensor": "tensors['step'] is a int, not a tensor",
@@ -222,9 +223,9 @@ def refused_saves(rank: int, world: int, root: Path) -> dict[str, str]:
     saver = Saver(root, CheckpointConfig(every_steps=1), dist.group.WORLD)
     flat = torch.arange(10.0)
     cases: dict[str, tuple[tuple[Any, Any], Any]] = {
-        "overlap": ((Piece(flat[:6], (10,), (0,)), Piece(flat[5:], (10,), (5,))), {}),
-        "hole": ((Piece(flat[:4], (10,), (0,)), Piece(flat[5:], (10,), (5,))), {}),
-        "same start": ((Piece(flat[:4], (10,), (0,)), Piece(flat, (10,), (0,))), {}),
+        "overlap": ((LocalShard.at(flat[:6], (10,), (0,)), LocalShard.at(flat[5:], (10,), (5,))), {}),
+        "hole": ((LocalShard.at(flat[:4], (10,), (0,)), LocalShard.at(flat[5:], (10,), (5,))), {}),
+        "same start": ((LocalShard.at(flat[:4], (10,), (0,)), LocalShard.at(flat, (10,), (0,))), {}),
         "shape": ((flat, flat[:9]), {}),
         "no tensor": ((flat, 3), {}),
         "state": ((flat, flat), {"path": root} if rank == 1 else {}),
@@ -239,9 +240,9 @@ def test_a_save_refused_on_one_rank_is_refused_on_all_with_one_sentence(tmp_path
     first, second = run_ranks(2, refused_saves, tmp_path)
     assert first == second
     expected = {
-        "overlap": "parts of tensor w [10] overlap: [6] at [0] of rank 0, [5] at [5] of rank 1",
-        "hole": "parts of tensor w [10] hold 9 of its 10 elements",
-        "same start": "parts of tensor w [10] overlap",
+        "overlap": "shards of tensor w [10] overlap: [6] at [0] of rank 0, [5] at [5] of rank 1",
+        "hole": "shards of tensor w [10] hold 9 of its 10 elements",
+        "same start": "shards of tensor w [10] overlap",
         "shape": "tensor w is torch.float32 [10] on rank 0, but torch.float32 [9] on rank 1",
         "no tensor": "tensors['w'] is a int, not a tensor",
         "state": "state is not JSON",
@@ -442,7 +443,7 @@ def test_a_piece_that_the_shards_do_not_hold_whole_is_refused(saved: Path, tmp_p
     tensors = json.loads((path / "manifest.json").read_text())["tensors"]
     next(path.glob("shard-00003-*")).unlink()
     publish.write_manifest(path, tensors)
-    with pytest.raises(ValueError, match=r"step_00000001 is damaged: .*the shards hold \d+ of \d+ elements"):
+    with pytest.raises(ValueError, match=r"step_00000001 is damaged: .*the files hold \d+ of \d+ elements"):
         load(path, blank(truth()))
 
 

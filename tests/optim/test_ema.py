@@ -9,46 +9,46 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.pieces import Piece
+from parallel.shards import LocalShard
 from train.optim.ema import Ema
 
 DECAY = 0.9
 SHAPES = {"norm.weight": (129,), "layers.0.mlp.experts.down_proj": (3, 5, 7), "lm_head.weight": (1, 63), "none": (0, 4)}
 
 
-def make_pieces(seed: int = 0) -> dict[str, Piece]:
+def make_pieces(seed: int = 0) -> dict[str, LocalShard]:
     """Pieces as a second rank holds them: the second half of each tensor along its first dim."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: Piece(
+        name: LocalShard.at(
             torch.randn(shape, generator=generator), (2 * shape[0], *shape[1:]), (shape[0], *(0 for _ in shape[1:]))
         )
         for name, shape in SHAPES.items()
     }
 
 
-def move(pieces: dict[str, Piece], ema: Ema | None, step: int) -> None:
+def move(pieces: dict[str, LocalShard], ema: Ema | None, step: int) -> None:
     """What an optimizer does: changes the live tensors in place."""
     if ema is not None:
         ema.before_write()
     generator = torch.Generator().manual_seed(1000 + step)
     for piece in pieces.values():
-        piece.local.add_(torch.randn(piece.local.shape, generator=generator), alpha=0.3)
+        piece.tensor.add_(torch.randn(piece.tensor.shape, generator=generator), alpha=0.3)
 
 
 def one_after_the_other(steps: int, *, decay: float = DECAY) -> dict[str, Tensor]:
     """The same updates without thread or staging."""
     pieces = make_pieces()
-    average = {name: piece.local.clone() for name, piece in pieces.items()}
+    average = {name: piece.tensor.clone() for name, piece in pieces.items()}
     for step in range(steps):
         move(pieces, None, step)
         for name, piece in pieces.items():
-            average[name].lerp_(piece.local, 1.0 - decay)
+            average[name].lerp_(piece.tensor, 1.0 - decay)
     return average
 
 
 def average_of(ema: Ema) -> dict[str, Tensor]:
-    return {name.removeprefix("ema."): piece.local for name, piece in ema.state_pieces().items()}
+    return {name.removeprefix("ema."): piece.tensor for name, piece in ema.state_shards().items()}
 
 
 class Gate:
@@ -70,16 +70,16 @@ def test_the_average_is_the_closed_form_in_fp64(decay: float) -> None:
     """e_T = d^T w_0 + (1 - d) sum_t d^(T - t) w_t."""
     steps = 40
     pieces = make_pieces()
-    exact = {name: decay**steps * piece.local.double() for name, piece in pieces.items()}
-    largest = max(piece.local.abs().max() for piece in pieces.values() if piece.local.numel())
+    exact = {name: decay**steps * piece.tensor.double() for name, piece in pieces.items()}
+    largest = max(piece.tensor.abs().max() for piece in pieces.values() if piece.tensor.numel())
     ema = Ema(pieces, decay)
     for step in range(steps):
         move(pieces, ema, step)
         ema.update()
         for name, piece in pieces.items():
-            exact[name] += (1 - decay) * decay ** (steps - 1 - step) * piece.local.double()
-            if piece.local.numel():
-                largest = max(largest, piece.local.abs().max())
+            exact[name] += (1 - decay) * decay ** (steps - 1 - step) * piece.tensor.double()
+            if piece.tensor.numel():
+                largest = max(largest, piece.tensor.abs().max())
     average = average_of(ema)
     ema.close()
     # One lerp rounds its sum once (2**-24 of at most M), and on the way the weight, the difference and the product
@@ -90,8 +90,8 @@ def test_the_average_is_the_closed_form_in_fp64(decay: float) -> None:
         assert average[name].dtype == torch.float32
         torch.testing.assert_close(average[name].double(), exact[name], rtol=0, atol=float(bound))
         # The bound can tell: the weights themselves are far from their average, unless nothing is kept of it.
-        if decay > 0 and piece.local.numel():
-            assert (piece.local - exact[name]).abs().max() > 100 * bound
+        if decay > 0 and piece.tensor.numel():
+            assert (piece.tensor - exact[name]).abs().max() > 100 * bound
 
 
 def test_the_thread_changes_no_bit() -> None:
@@ -116,7 +116,7 @@ def test_weights_that_change_while_an_update_is_under_way_do_not_leak_into_it() 
     assert gate.reached.wait(60)
     move(pieces, ema, 1)
     for piece in pieces.values():
-        piece.local.fill_(float("nan"))
+        piece.tensor.fill_(float("nan"))
     gate.opened.set()
     expected = one_after_the_other(1)
     for name, average in average_of(ema).items():
@@ -150,11 +150,11 @@ def test_a_resumed_average_goes_on_bit_by_bit() -> None:
     for step in range(7):
         move(pieces, first, step)
         first.update()
-    saved = {name: piece.local.clone() for name, piece in first.state_pieces().items()}
+    saved = {name: piece.tensor.clone() for name, piece in first.state_shards().items()}
     first.close()
     second = Ema(pieces, DECAY)
-    for name, piece in second.state_pieces().items():
-        piece.local.copy_(saved[name])
+    for name, piece in second.state_shards().items():
+        piece.tensor.copy_(saved[name])
     for step in range(7, 12):
         move(pieces, second, step)
         second.update()
@@ -167,14 +167,14 @@ def test_a_resumed_average_goes_on_bit_by_bit() -> None:
 def test_the_state_says_where_each_piece_lies() -> None:
     pieces = make_pieces()
     ema = Ema(pieces, DECAY)
-    state = ema.state_pieces()
+    state = ema.state_shards()
     assert set(state) == {f"ema.{name}" for name in SHAPES}
     for name, piece in pieces.items():
         mine = state[f"ema.{name}"]
-        assert (mine.global_shape, mine.offset) == (piece.global_shape, piece.offset)
+        assert (mine.shard.global_shape, mine.shard.offsets) == (piece.shard.global_shape, piece.shard.offsets)
         # It starts as the weights, in memory of its own.
-        assert torch.equal(mine.local, piece.local)
-        assert piece.local.numel() == 0 or mine.local.data_ptr() != piece.local.data_ptr()
+        assert torch.equal(mine.tensor, piece.tensor)
+        assert piece.tensor.numel() == 0 or mine.tensor.data_ptr() != piece.tensor.data_ptr()
     ema.close()
 
 
@@ -187,7 +187,7 @@ def test_an_error_of_the_worker_ends_the_next_call_and_every_later_one() -> None
 
     ema._fold = fails  # type: ignore[method-assign]
     ema.update()
-    for call in (ema.wait, ema.state_pieces, ema.close):
+    for call in (ema.wait, ema.state_shards, ema.close):
         with pytest.raises(MemoryError, match="no page left"):
             call()
     ema.before_write()
@@ -216,7 +216,7 @@ def test_a_rank_that_owns_nothing_has_an_average_of_nothing() -> None:
     ema.update()
     ema.before_write()
     ema.update()
-    assert ema.state_pieces() == {}
+    assert ema.state_shards() == {}
     ema.close()
 
 

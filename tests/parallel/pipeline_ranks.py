@@ -21,9 +21,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import parallel.pipeline
 from kernels import deferred
 from kernels.cross_entropy import cross_entropy_sum
-from parallel.mesh import Layout, init_processes, make_mesh
+from parallel.layout import SCHEDULES, Layout, stage_ids
+from parallel.mesh import init_processes, make_mesh
 from parallel.pipeline import Pipeline, _Waiting
-from parallel.schedules import SCHEDULES, stage_ids
 from tests.operator_calls import OperatorCalls
 from tests.parity.layout_theorem import NOW, batch_of, engine_on, gradient_pieces
 from train.data.batch import Batch
@@ -190,7 +190,7 @@ def gradients_of(engine: Engine, micro_batches: int, sequences: int) -> StepGrad
 
 
 def copied_gradients(engine: Engine) -> dict[str, Tensor]:
-    return {name: piece.local.clone() for name, piece in gradient_pieces(engine).items()}
+    return {name: piece.tensor.clone() for name, piece in gradient_pieces(engine).items()}
 
 
 def losses_of(result: StepGradients) -> list[float]:
@@ -294,7 +294,7 @@ class Walker:
 
     def one_embedding(self) -> bool:
         """Whether this rank has one embedding: one tensor, one gradient, one entry in the optimizer."""
-        segments = [segment for bucket in self.engine.optimizer.buckets for segment in bucket.segments()]
+        segments = [segment for bucket in self.engine.optimizer.buckets for segment in bucket.parameter_shards()]
         entries = [segment for segment in segments if segment.name == "embed_tokens.weight"]
         return len({id(weight) for weight in self.embeddings()}) == len(entries) == 1
 

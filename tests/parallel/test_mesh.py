@@ -14,9 +14,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.layout_check import Workload, check_layout, check_world
-from parallel.mesh import AXES, Axis, Layout, Mesh, axis_ranks, cpu_group, init_processes, make_mesh, shutdown, single
-from parallel.network import NetworkConfig
+from parallel.layout import Layout, Workload, check_layout, check_world
+from parallel.mesh import (
+    AXES,
+    Axis,
+    Mesh,
+    NetworkConfig,
+    axis_ranks,
+    cpu_group,
+    init_processes,
+    make_mesh,
+    shutdown,
+    single,
+)
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -401,7 +411,8 @@ def test_on_gloo_each_axis_reaches_exactly_its_ranks() -> None:
 
 ORDERLY = """
 import sys, torch, torch.distributed as dist
-from parallel.mesh import Layout, cpu_group, init_processes, make_mesh, shutdown
+from parallel.layout import Layout
+from parallel.mesh import cpu_group, init_processes, make_mesh, shutdown
 rank, path = int(sys.argv[1]), sys.argv[2]
 init_processes(rank=rank, world=2, backend="gloo", store=dist.FileStore(path, 2), timeout_s=60)
 mesh = make_mesh(Layout(pp=2), device=torch.device("cpu"), tied_embedding=True, timeout_s=60)

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 from torch.distributed.pipelining import PipelineStage
 
-from parallel.mesh import Layout
+from parallel.layout import SCHEDULES, Layout
 from parallel.pipeline import _Stage, _Waiting, balanced_split, balanced_v
-from parallel.schedules import SCHEDULES
 from tests.parallel.pipeline_ranks import CASES, COUNTED, Walks, announced, count_calls, let_wait, walk
 from tests.parity.layout_theorem import MODEL
 from tests.ranks import run_ranks

@@ -11,7 +11,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._utils import generate_rank_to_stage_mapping
 from torch.distributed.pipelining.schedules import get_schedule_class
 
-from parallel.schedules import SCHEDULES, num_stages, rank_of_stage, schedule_facts, stage_ids
+from parallel.layout import SCHEDULES, num_stages, rank_of_stage, schedule_facts, stage_ids
 from tests.ranks import run_ranks
 
 WIDTH = 3

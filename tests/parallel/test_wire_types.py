@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import parallel.zero
-from parallel.mesh import Layout
+from parallel.layout import Layout
 from tests.parity.layout_theorem import MODEL, NOW, engine_on, take_step
 from tests.ranks import run_ranks
 from train.assemble import build_stages

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from kernels.fp8_linear import fp8_linear
 from parallel.grads import GradNorm, reduce_and_clip
 from parallel.mesh import Axis
-from parallel.zero import ALIGNMENT, BucketPlan, GradientBuckets, Slot, plan_buckets
+from parallel.shards import Shard
+from parallel.zero import ALIGNMENT, BucketPlan, BucketRange, GradientBuckets, plan_buckets
 from tests.ranks import run_ranks
-from train.optim.adamw import AdamW, OptimConfig, Within
+from train.optim.adamw import AdamW
+from train.optim.config import OptimConfig
 
 ALONE = Axis(name="dp", size=1, rank=0, group=None)
 SHAPES = {
@@ -71,8 +73,11 @@ def arrays(parameters: dict[str, nn.Parameter]) -> Arrays:
 
 def pieces_of(optimizer: AdamW) -> dict[str, tuple[int, int, Any]]:
     """Name -> (offset, global elements, values) of this rank's state; BF16 is exact in FP32."""
-    pieces = optimizer.state_pieces()
-    return {n: (p.offset[0], p.global_shape[0], p.local.detach().float().numpy().copy()) for n, p in pieces.items()}
+    pieces = optimizer.state_shards()
+    return {
+        n: (p.shard.offsets[0], p.shard.global_shape[0], p.tensor.detach().float().numpy().copy())
+        for n, p in pieces.items()
+    }
 
 
 def whole(pieces: Iterable[dict[str, tuple[int, int, Any]]]) -> Arrays:
@@ -227,8 +232,8 @@ def test_state_of_two_ranks_goes_on_in_one_process(two: list[dict[str, Any]]) ->
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(torch.from_numpy(ways[0]["weights"][1][name]))
-            for name, piece in optimizer.state_pieces().items():
-                piece.local.copy_(torch.from_numpy(saved[name]))
+            for name, piece in optimizer.state_shards().items():
+                piece.tensor.copy_(torch.from_numpy(saved[name]))
         for rank in (0, 1):
             add_gradients(parameters, rank=rank, step=3, exact=False)
         reduce_and_clip([buckets], num_targets=TARGETS, max_norm=0.5, world=ALONE)
@@ -244,7 +249,7 @@ def state_bytes(rank: int, world: int, *, sharded: bool) -> int:
     weight = nn.Parameter(torch.zeros(1000, 333, dtype=torch.bfloat16))
     axis = Axis("dp", world, rank, dist.group.WORLD)
     optimizer = AdamW([GradientBuckets([("w", weight)], axis=axis, sharded=sharded)], OptimConfig())
-    storages = {p.local.untyped_storage() for p in (*optimizer.state_pieces().values(), *optimizer.masters().values())}
+    storages = {p.tensor.untyped_storage() for p in (*optimizer.state_shards().values(), *optimizer.masters().values())}
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
@@ -281,7 +286,7 @@ def experts_on_two_by_two(rank: int) -> dict[str, Any]:
     dense = GradientBuckets([(gate_name, both[gate_name])], axis=world, sharded=True)
     edp = Axis("edp", 2, edp_rank, groups[ep_rank])
     experts = GradientBuckets([(down_name, down)], axis=edp, sharded=True)
-    optimizer = AdamW([dense, experts], OptimConfig(), {down_name: Within(first=70 * ep_rank, global_numel=140)})
+    optimizer = AdamW([dense, experts], OptimConfig(), {down_name: Shard((140,), (70 * ep_rank,), (70,))})
     add_gradients(parameters, rank=rank, step=1, exact=True)
     # A clip that does nothing leaves the exact 1 / N as the only factor.
     norm = reduce_and_clip([dense, experts], num_targets=TARGETS, max_norm=1e9, world=world)
@@ -360,7 +365,7 @@ def one_rank_poisoned(rank: int, world: int, *, sharded: bool) -> tuple[bool, li
     if rank == 2:
         main_grad(parameters["embed_tokens.weight"])[60, 32] = float("nan")
     norm: GradNorm = reduce_and_clip([buckets], num_targets=TARGETS, max_norm=0.5, world=axis)
-    return bool(norm.finite), [(s.name, s.start, s.grad.numpy().copy()) for s in buckets.segments()]
+    return bool(norm.finite), [(s.name, s.shard.offsets[0], s.grad.numpy().copy()) for s in buckets.parameter_shards()]
 
 
 @pytest.mark.parametrize("sharded", [True, False])
@@ -382,7 +387,7 @@ def one_element(rank: int, world: int) -> tuple[int, float]:
     main_grad(weight).fill_(1.0)
     reduce_and_clip([buckets], num_targets=1, max_norm=1.0, world=axis)
     optimizer.step(lr=0.25, step=1)
-    return len(buckets.segments()), float(weight.detach())
+    return len(buckets.parameter_shards()), float(weight.detach())
 
 
 def test_ranks_that_own_only_padding_receive_the_weight(four: list[dict[str, Any]]) -> None:
@@ -422,10 +427,10 @@ def test_small_parameters_share_a_bucket_and_a_large_one_has_its_own() -> None:
     bf16, fp32 = torch.bfloat16, torch.float32
     sizes = [("a", 100, bf16), ("b", 1, fp32), ("c", 129, bf16), ("d", 900, bf16), ("e", 5, bf16), ("f", 0, bf16)]
     assert plan_buckets(sizes, shards=2, bucket_bytes=4 * 512) == (
-        BucketPlan(bf16, (Slot("a", 0, 100), Slot("c", 128, 129)), 512),
-        BucketPlan(bf16, (Slot("d", 0, 900),), 1024),
-        BucketPlan(bf16, (Slot("e", 0, 5), Slot("f", 128, 0)), 256),
-        BucketPlan(fp32, (Slot("b", 0, 1),), 256),
+        BucketPlan(bf16, (BucketRange("a", 0, 100), BucketRange("c", 128, 129)), 512),
+        BucketPlan(bf16, (BucketRange("d", 0, 900),), 1024),
+        BucketPlan(bf16, (BucketRange("e", 0, 5), BucketRange("f", 128, 0)), 256),
+        BucketPlan(fp32, (BucketRange("b", 0, 1),), 256),
     )
 
 
@@ -439,15 +444,15 @@ def test_every_plan_holds_each_parameter_once_and_cuts_evenly(
 ) -> None:
     named = [(str(i), numel, dtype_of(bf16=bf16)) for i, (numel, bf16) in enumerate(sizes)]
     plans = plan_buckets(named, shards=shards, bucket_bytes=bucket_bytes)
-    placed = [(slot.name, slot.numel, plan.dtype) for plan in plans for slot in plan.slots]
+    placed = [(each.name, each.numel, plan.dtype) for plan in plans for each in plan.ranges]
     assert sorted(placed, key=lambda p: int(p[0])) == named
     for plan in plans:
-        ends = [slot.start + slot.numel for slot in plan.slots]
-        assert all(slot.start % ALIGNMENT == 0 for slot in plan.slots)
-        assert all(slot.start >= end for slot, end in zip(plan.slots[1:], ends, strict=False))
+        ends = [each.start + each.numel for each in plan.ranges]
+        assert all(each.start % ALIGNMENT == 0 for each in plan.ranges)
+        assert all(each.start >= end for each, end in zip(plan.ranges[1:], ends, strict=False))
         assert plan.numel % (ALIGNMENT * shards) == 0
         assert ends[-1] <= plan.numel < ends[-1] + ALIGNMENT * shards
-        assert len(plan.slots) == 1 or ends[-1] * 4 <= bucket_bytes
+        assert len(plan.ranges) == 1 or ends[-1] * 4 <= bucket_bytes
 
 
 def test_a_gradient_left_outside_main_grad_is_an_error() -> None:
