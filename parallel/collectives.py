@@ -1,10 +1,7 @@
 """Thin functions over torch.distributed for one axis of the mesh, with the bytes counted.
 
 The exchange of tokens in expert parallelism is an uneven all-to-all of whole rows (arXiv:2412.19437 §3.2.2). On an axis
-of one rank there is no group, and every function here is the identity.
-
-Nothing here is differentiable: autograd belongs to the callers. gloo refuses FP8, so callers send its bytes as uint8.
-Shapes: rows [n, width]; splits are rows per rank of the axis, host integers.
+of one rank there is no group, and every function is the identity. Not differentiable: autograd belongs to the callers.
 """
 
 from __future__ import annotations
@@ -19,17 +16,14 @@ from parallel.mesh import Axis
 
 
 class Traffic:
-    """Bytes that this rank sends, by kind ("dispatch", "combine", "routing", "gates", "counts").
-
-    The promise is bytes per (token, destination rank), so a row counts once per destination rank. `sent` holds
-    everything handed to a collective, the rank's own share included; `to_others` what leaves the rank; `rows` the rows
-    behind `sent`; `largest_exchange` the most bytes of send and receive buffer that one call had.
-    """
+    """Bytes sent by this rank, by kind ("dispatch", "combine", "routing", "gates", "counts")."""
 
     def __init__(self) -> None:
+        # A row counts once per destination rank, this rank included; `to_others` leaves out what stays here.
         self.sent: Counter[str] = Counter()
         self.to_others: Counter[str] = Counter()
         self.rows: Counter[str] = Counter()
+        # The most bytes of send and receive buffer that one call had.
         self.largest_exchange = 0
 
     def add(self, kind: str, splits: Sequence[int], *, received: int, row_bytes: int, own: int) -> None:
@@ -53,12 +47,11 @@ def all_to_all_rows(
     """Send whole rows to every rank of an axis; every rank must call it.
 
     Args:
-        rows: [sum(send_splits), ...], sorted by destination; a dtype that the backend takes.
+        rows: [sum(send_splits), ...], sorted by destination. gloo refuses FP8: send its bytes as uint8.
         send_splits: rows for each rank, zero allowed.
         recv_splits: rows from each rank, zero allowed.
         axis: the ranks that take part.
-        kind: under which name `traffic` counts the bytes.
-        traffic: counter; None counts nothing.
+        kind: under which name `traffic` counts the bytes, if it is given.
     Returns:
         [sum(recv_splits), ...] in order of the source rank; `rows` itself on an axis of one rank.
     """

@@ -3,13 +3,8 @@
     act() on each rank -> [reports] at rank 0 -> decide([reports]) -> [replies] -> one reply to each rank
 
 Starting a run, saving and loading are a handful of such phases. Whatever goes wrong on any rank, all of them raise the
-same sentence at the same line, so no rank waits for one that has given up. `Ranks` is the protocol; it has two
-transports:
-
-    StoreRanks   the c10d store at which processes meet, before there are process groups
-    GroupRanks   a process group that carries CPU tensors (gloo), or one process alone
-
-Messages are JSON: no pickle, not even between our own ranks.
+same sentence at the same line, so no rank waits for one that has given up. `Ranks` is the protocol; `StoreRanks` and
+`GroupRanks` are its transports. Messages are JSON: no pickle, not even between our own ranks.
 """
 
 from __future__ import annotations
@@ -48,8 +43,7 @@ class Ranks(ABC):
 
         Args:
             act: this rank's part; returns its report, as JSON.
-            decide: called on rank 0 with the reports in order of rank, if no rank failed; returns one reply for each
-                rank, as JSON.
+            decide: reports in order of rank -> one reply for each rank, as JSON; called only if no rank failed.
         Raises:
             ValueError: that of the first rank that raised one, or of `decide`; the same on every rank.
             RuntimeError: any other error of a rank, with its rank, the same on every rank; or a rank is gone.
@@ -84,11 +78,7 @@ class Ranks(ABC):
 
 
 class GroupRanks(Ranks):
-    """The ranks of a process group, or one process alone.
-
-    Args:
-        group: carries CPU tensors, used by nothing else while an `agree` is under way. None: this process alone.
-    """
+    """The ranks of a process group (gloo) that nothing else uses during an `agree`; None: this process alone."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         alone = group is None
@@ -96,7 +86,7 @@ class GroupRanks(Ranks):
         self._group = group
 
     def gather(self, message: bytes) -> list[bytes]:
-        """As `Ranks.gather`: two collectives, lengths first."""
+        """Lengths first, then the messages."""
         if self._group is None:
             return [message]
         length = torch.tensor([len(message)])
@@ -107,7 +97,7 @@ class GroupRanks(Ranks):
         return [each.numpy().tobytes() for each in received or ()]
 
     def scatter(self, messages: list[bytes]) -> bytes:
-        """As `Ranks.scatter`: two collectives, lengths first."""
+        """Lengths first, then the messages."""
         if self._group is None:
             return messages[0]
         length = torch.tensor([max(map(len, messages), default=0)])
@@ -129,8 +119,6 @@ class StoreRanks(Ranks):
 
     Args:
         store: reached by all; its keys are used by nothing else.
-        rank: this process.
-        size: processes in all.
         timeout_s: `network.timeout_s`; missing processes are an error after so long.
         hosts_store: this process hosts the store, so it may end only after the others have read their reply.
     """
@@ -141,7 +129,7 @@ class StoreRanks(Ranks):
         self._deadline = 0.0
 
     def gather(self, message: bytes) -> list[bytes]:
-        """As `Ranks.gather`; a ValueError on every rank that is there when some do not come."""
+        """A ValueError on every rank that came when some do not come."""
         self._deadline = time.monotonic() + self._timeout_s
         self._store.set(f"report/{self.rank}", message.decode())
         if not self._wait_for_all("ready"):
@@ -152,7 +140,7 @@ class StoreRanks(Ranks):
         return [self._store.get(f"report/{rank}") for rank in range(self.size)] if self.rank == 0 else []
 
     def scatter(self, messages: list[bytes]) -> bytes:
-        """As `Ranks.scatter`."""
+        """Each reply under a key of its own."""
         for rank, message in enumerate(messages):
             self._store.set(f"reply/{rank}", message.decode())
         key = f"reply/{self.rank}"
@@ -175,11 +163,9 @@ class StoreRanks(Ranks):
 
 
 def refuse_together(group: dist.ProcessGroup | None, reason: Callable[[], str | None]) -> None:
-    """Raise a ValueError on every rank if rank 0 finds a reason; a collective call.
+    """Raise a ValueError on every rank if rank 0 finds a reason; a collective call."""
 
-    One rank looks, so that all have the same answer whatever their disks show.
-    """
-
+    # One rank looks: all have the same answer whatever their disks show.
     def look(reports: list[None]) -> list[None]:
         if found := reason():
             raise ValueError(found)

@@ -5,19 +5,11 @@
 
 Expert e is on rank e // local_experts of the axis. A token goes at most once to each rank and is expanded there; its
 experts (int32, -1 for experts elsewhere) and gates (FP32) travel with it, and the gradients of the gates come back.
+Backward of combine is a dispatch of the token's own gradient in the same format, backward of dispatch a combine.
 
 The wire follows precision: FP32; BF16; or, for fp8, E4M3 payload + FP32 scales for dispatch (one uint8 row of
-hidden + 4 * ceil(hidden / 128) bytes per (token, rank), 7392 at 7168) and BF16 for combine. Backward of combine is a
-dispatch of the token's own gradient in the same format, backward of dispatch a combine.
-
-With power-of-two scales an FP8 value (4 significant bits) is exact in BF16, and quantising it again is exact: the
-expert's first linear and down_proj's dgrad compute on exactly what was sent, rounded once. 1x128 -> 128x1 for wgrad
-is exact too, but for elements that fall below 2^-6 of their new tile's scale and are no multiple of 2^-9 of it. With
-FP32 scales BF16 rounds the value, but quantising it again finds the payload and scale that were sent (a tile's largest
-element is a BF16 number, and 2^-8 is less than half an E4M3 step); 1x128 -> 128x1 is then a second rounding.
-
-The host waits once per MoE layer and micro-batch, in forward: split sizes and tokens per expert come from one exchange
-of int64 [ep, 1 + local_experts] and are read together; backward reuses them.
+hidden + 4 * ceil(hidden / 128) bytes per (token, rank), 7392 at 7168) and BF16 for combine. With
+power-of-two scales the experts' GEMMs compute on exactly what was sent, but for underflow.
 
 Shapes: tokens of this rank [tokens, hidden]; copies = (token, rank) pairs sent; received = copies that arrived, in
 order of (source rank, token); rows as in `kernels.permute`. Gathers and ordered sums only: results repeat to the bit.
@@ -69,20 +61,18 @@ class ExpertChoice(Protocol):
 
 
 def pack_fp8(x: Tensor, *, power_of_two: bool) -> Tensor:
-    """Quantise in 1x128 tiles; each token's scales follow its payload.
-
-    Args:
-        x: [tokens, hidden] fp32 or bf16.
-        power_of_two: round scales up to powers of two.
-    Returns:
-        [tokens, hidden + 4 * ceil(hidden / 128)] uint8.
-    """
+    """[tokens, hidden] fp32 or bf16 in 1x128 tiles -> [tokens, hidden + 4 * ceil(hidden / 128)] uint8, scales last."""
     q = quantize_tiles(x, power_of_two=power_of_two)
     # A fresh tensor, for `contiguous` keeps odd strides of one column, which cannot be viewed as bytes.
     scales = torch.empty(len(x), len(q.scale), device=x.device).copy_(q.scale.t())  # [tokens, tiles]
     return torch.cat((q.payload.view(torch.uint8), scales.view(torch.uint8)), dim=1)
 
 
+# With power-of-two scales an FP8 value (4 significant bits) is exact in BF16, and quantising it again is exact: the
+# expert's first linear and down_proj's dgrad compute on exactly what was sent, rounded once. 1x128 -> 128x1 for wgrad
+# is exact too, but for elements that fall below 2^-6 of their new tile's scale and are no multiple of 2^-9 of it. With
+# FP32 scales BF16 rounds the value, but quantising it again finds the payload and scale that were sent (the largest
+# element of a tile is a BF16 number, and 2^-8 is less than half an E4M3 step); 1x128 -> 128x1 is a second rounding.
 def unpack_fp8(packets: Tensor, hidden: int) -> Tensor:
     """The values that `pack_fp8` rounded to: [tokens, hidden] fp32."""
     payload = packets[:, :hidden].view(torch.float8_e4m3fn)
@@ -94,26 +84,15 @@ def unpack_fp8(packets: Tensor, hidden: int) -> Tensor:
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Which tokens travel between which ranks, for one layer and micro-batch; forward and backward share it.
-
-    Args:
-        axis: the ranks that share one copy of the experts.
-        wire: see the module's docstring.
-        power_of_two: round the scales of an fp8 wire up to powers of two.
-        send_splits: copies for each rank.
-        recv_splits: copies from each rank.
-        token_of_copy: [copies] int64, sorted by (destination rank, token).
-        copies_of_token: [tokens, columns] int64 in order of rank; the number of copies where a token has fewer.
-        traffic: counter of bytes, or None.
-    """
+    """Which tokens travel between which ranks, for one layer and micro-batch; forward and backward share it."""
 
     axis: Axis
     wire: Wire
     power_of_two: bool
-    send_splits: tuple[int, ...]
-    recv_splits: tuple[int, ...]
-    token_of_copy: Tensor
-    copies_of_token: Tensor
+    send_splits: tuple[int, ...]  # copies for each rank
+    recv_splits: tuple[int, ...]  # copies from each rank
+    token_of_copy: Tensor  # [copies] int64, sorted by (destination rank, token)
+    copies_of_token: Tensor  # [tokens, columns] int64 in order of rank; `copies` where a token has fewer
     traffic: Traffic | None
 
     def send(self, copies: Tensor, kind: str) -> Tensor:
@@ -188,7 +167,7 @@ class _Combine(torch.autograd.Function):
 
 
 class ExpertParallelDispatcher:
-    """Brings tokens to the experts of an axis and the results home; see the module's docstring.
+    """Brings tokens to the experts of an axis and the results home.
 
     Every rank of the axis calls `dispatch`, `combine` and their backward in the same order, with any number of tokens.
 
@@ -197,11 +176,8 @@ class ExpertParallelDispatcher:
         axis: the ranks that share one copy of the experts.
         wire: the precision of the run.
         power_of_two: round the scales of an fp8 wire up to powers of two.
-        assume_balanced: take the split sizes of perfectly balanced routing instead of reading them; for plans with fake
-            tensors and a fake process group, where there is nothing to read. Values are then void.
-        traffic: counts the bytes sent.
-    Raises:
-        ValueError: the experts cannot be shared evenly.
+        assume_balanced: for plans with fake tensors, where there is nothing to read: take the split sizes of perfectly
+            balanced routing. Values are then void.
     """
 
     def __init__(
@@ -247,13 +223,9 @@ class ExpertParallelDispatcher:
         )
 
     def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
-        """Sum expert outputs per token and rank, send the sums home, and sum them there.
+        """Sum expert outputs, gates included, per token and rank, send the sums home, and sum them there.
 
-        Args:
-            rows: [rows, hidden] expert outputs, gates included.
-            dispatched: what `dispatch` returned.
-        Returns:
-            [tokens, hidden] in rows.dtype; a token's sum is rounded to the wire's dtype on each rank, and once here.
+        A token's sum [tokens, hidden], in rows.dtype, is rounded to the wire's dtype on each rank, and once here.
         """
         handle = dispatched.handle
         assert isinstance(handle, _Handle), type(handle)
@@ -297,13 +269,9 @@ class ExpertParallelDispatcher:
 
 
 def _read_counts(sent_copies: Tensor, received: Tensor) -> tuple[list[int], list[int], list[int]]:
-    """The one host read of a layer: copies to and from each rank, and tokens of each local expert.
-
-    Args:
-        sent_copies: [ep] int64.
-        received: [ep, 1 + local_experts] int64, from each rank its copies and its tokens per expert.
-    """
+    """Copies to and from each rank, and tokens of each local expert, of int64 [ep] and [ep, 1 + local_experts]."""
     ep = len(sent_copies)
+    # The host's one wait in a MoE layer and micro-batch; backward reuses what it reads.
     numbers: list[int] = torch.cat((sent_copies, received.t().flatten())).tolist()
     columns = [numbers[start : start + ep] for start in range(0, len(numbers), ep)]
     return columns[0], columns[1], [sum(column) for column in columns[2:]]

@@ -1,17 +1,14 @@
 """From the ranks' summed gradients to clipped mean gradients (arXiv:2412.19437 §4.2).
 
-Losses are sums, so `main_grad` arrives as the sum over this rank's targets of the step. Here it is summed over the
-ranks with other tokens, divided, once, by the number N of main-model targets of all ranks, measured (global L2 norm)
-and clipped:
+Losses are sums, so `main_grad` arrives as the sum over this rank's targets of the step. Over N main-model targets of
+all ranks:
 
     g <- (sum over ranks of g) / N * min(1, max_norm / (|g / N| + 1e-6))
 
-Sum, then divide: every rank's gradient has the same weight per target, however unevenly targets are spread over ranks
-and micro-batches. That holds for experts as well: their gradients hold the tokens of the whole expert group already,
-are summed over the expert-data axis only, and are divided by the same N. Dividing late keeps small numbers out of the
-FP8 backward: divided by 6e7 before, activation gradients would vanish.
-
-Norm and flag are returned as 0-d tensors, the same on all ranks; nothing here waits for the device.
+Sum, then divide once: every gradient has the same weight per target, however unevenly targets are spread over ranks and
+micro-batches. Experts too: their gradients hold the tokens of the whole expert group already, are summed over the
+expert-data axis only, and are divided by the same N. Dividing late keeps small numbers out of the FP8 backward: divided
+by 6e7 before, activation gradients would vanish. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -33,12 +30,7 @@ _CLIP_EPS = 1e-6
 
 @dataclass(frozen=True)
 class GradNorm:
-    """The norm of a step's gradients, the same on every rank.
-
-    Args:
-        norm: 0-d fp32, global L2 norm after the division by the number of targets, before clipping.
-        finite: 0-d bool, False when a gradient of any rank holds NaN or infinity, or when the squares overflow fp32.
-    """
+    """Global L2 norm before clipping, 0-d fp32, and whether it is finite, 0-d bool; the same on every rank."""
 
     norm: Tensor
     finite: Tensor
@@ -54,11 +46,9 @@ def reduce_and_clip(
 
     Args:
         buckets: all gradients of this rank; the same kinds in the same order on every rank of an axis.
-        num_targets: N, main-model targets over all ranks and micro-batches, equal on all ranks; 0 counts as 1.
-        max_norm: largest global L2 norm that is left as it is; V3: 1.0.
+        num_targets: N, equal on all ranks; 0 counts as 1.
+        max_norm: 1.0 in the report.
         world: all ranks of the run.
-    Raises:
-        RuntimeError: weight gradients still wait in the queue of `kernels.deferred`.
     """
     deferred.check_drained()
     for bucket in buckets:

@@ -86,27 +86,17 @@ def rank_of_stage(schedule: str, pp: int, stage: int) -> int:
 class Layout:
     """How many ranks along each axis (arXiv:2412.19437 §3.2); field `layout` of the configuration.
 
-    Args:
-        pp: pipeline ranks; V3: 16.
-        dp: ranks of one pipeline stage that hold different tokens; V3: 128.
-        ep: so many neighbours of these dp share one copy of the experts; divides dp; V3: 64.
-        schedule: a name of `SCHEDULES`; unused when pp is 1.
-        zero: ZeRO-1, optimizer states sharded over dp (dense) and edp (experts).
-        ranks_per_node: ranks joined by NVLink; rank // ranks_per_node is the node.
-        stage_layers: layers of each stage; None balances them by cost.
-        max_waiting_wgrads: weight gradients that may wait for their W slot on one rank, each with its operands; beyond
-            that the oldest runs at once. None: no limit.
-    Raises:
-        ValueError: impossible whatever the model; the message gives the nearest layouts that work.
+    A layout that is impossible whatever the model is a ValueError with the nearest layouts that work.
     """
 
-    pp: int = 1
-    dp: int = 1
-    ep: int = 1
-    schedule: str = "1F1B"
-    zero: bool = True
-    ranks_per_node: int = 8
-    stage_layers: tuple[int, ...] | None = None
+    pp: int = 1  # pipeline ranks; V3: 16
+    dp: int = 1  # ranks of one pipeline stage, which hold different tokens; V3: 128
+    ep: int = 1  # so many neighbours of these dp share one copy of the experts; divides dp; V3: 64
+    schedule: str = "1F1B"  # a name of `SCHEDULES`; unused when pp is 1
+    zero: bool = True  # ZeRO-1: optimizer states sharded over dp (dense) and edp (experts)
+    ranks_per_node: int = 8  # ranks joined by NVLink; rank // ranks_per_node is the node
+    stage_layers: tuple[int, ...] | None = None  # layers of each stage; None balances them by cost
+    # Weight gradients that may wait for their W slot on one rank, each with its operands; beyond that the oldest runs.
     max_waiting_wgrads: int | None = None
 
     def __post_init__(self) -> None:
@@ -192,22 +182,17 @@ def check_world(layout: Layout, world: int) -> None:
 
 
 def check_layout(layout: Layout, workload: Workload) -> None:
-    """Refuse a layout that cannot carry a workload.
-
-    - ep divides the routed experts: expert e is on rank e // (experts / ep) of its expert-parallel group.
-    - Node-limited routing sends a token to a few groups of consecutive experts. That limits nodes only when the ranks
-      of a group are on one node; V3: 8 groups on 64 ranks, 8 a node, each group a node.
-    - Every pipeline stage has at least one layer.
-    - A step is whole micro-batches on every data rank, at each point of the batch ramp.
-    - The schedule has enough micro-batches where the ramp starts; later there are only more.
-
-    Raises:
-        ValueError: the first of these that fails.
-    """
+    """Raise a ValueError at the first thing that makes a layout unable to carry a workload."""
+    # ep divides the routed experts: expert e is on rank e // (experts / ep) of its expert-parallel group.
     _check_experts(layout, workload)
+    # Node-limited routing sends a token to a few groups of consecutive experts. That limits nodes only when the ranks
+    # of a group are on one node; V3: 8 groups on 64 ranks, 8 a node, each group a node.
     _check_routing_groups(layout, workload)
+    # Every pipeline stage has at least one layer.
     _check_layers(layout, workload)
+    # A step is whole micro-batches on every data rank, at each point of the batch ramp.
     _check_batch(layout, workload)
+    # The schedule has enough micro-batches where the ramp starts; later there are only more.
     _check_micro_batches(layout, workload)
 
 

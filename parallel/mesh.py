@@ -11,8 +11,7 @@ and no tensor parallelism (arXiv:2412.19437 §3.2). A `Layout` gives the numbers
 
     rank = (pp_i * edp + edp_i) * ep + ep_i        dp_i = edp_i * ep + ep_i        dp = edp * ep
 
-ep is innermost, so neighbours are on one node; `check_layout` refuses layouts that break this. An axis of one rank has
-no group; axes with the same ranks share one. `NetworkConfig`: transport, time limits, settings of NCCL.
+ep is innermost, so neighbours are on one node. An axis of one rank has no group; axes with the same ranks share one.
 """
 
 from __future__ import annotations
@@ -36,20 +35,13 @@ _VARIABLE = re.compile(r"(NCCL|TORCH_NCCL|GLOO)_[A-Z0-9_]+")
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """How the ranks of a run talk to each other; field `network` of the configuration.
+    """Transport, time limits and settings of NCCL; field `network` of the configuration."""
 
-    Args:
-        backend: 'auto' takes nccl for a CUDA device and gloo for a CPU.
-        timeout_s: a collective that takes longer is an error.
-        peer_timeout_s: a rank that shows no sign of life for so long is dead; below `timeout_s`, so it is named before
-            an anonymous collective times out.
-        environment: variable -> value for the transports. The entrypoint sets them before the first group exists: NCCL
-            reads its variables once, when it starts (NVIDIA's NCCL user guide, "Environment Variables").
-    """
-
-    backend: Literal["auto", "gloo", "nccl"] = "auto"
-    timeout_s: int = DEFAULT_TIMEOUT_S
+    backend: Literal["auto", "gloo", "nccl"] = "auto"  # 'auto' takes nccl for a CUDA device and gloo for a CPU
+    timeout_s: int = DEFAULT_TIMEOUT_S  # a collective that takes longer is an error
+    # A rank that shows no sign of life for so long is dead, and named before an anonymous collective times out.
     peer_timeout_s: int = 60
+    # Variable -> value, set before the first group exists: NCCL reads its variables when it starts.
     environment: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,19 +78,12 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class Axis:
-    """One rank's view of one axis of the mesh.
+    """One rank's view of one axis of the mesh."""
 
-    Args:
-        name: one of `AXES`.
-        size: ranks along the axis.
-        rank: this rank's index among them; equals its rank in `group`.
-        group: None exactly when size is 1.
-    """
-
-    name: str
-    size: int
-    rank: int
-    group: dist.ProcessGroup | None
+    name: str  # one of `AXES`
+    size: int  # ranks along the axis
+    rank: int  # this rank's index among them, equal to its rank in `group`
+    group: dist.ProcessGroup | None  # None exactly when size is 1
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.size, (self.name, self.rank, self.size)
@@ -107,7 +92,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """One rank's view of a layout; see the module's head for the axes."""
+    """One rank's view of a layout."""
 
     layout: Layout
     device: torch.device
@@ -124,12 +109,9 @@ AXES = ("world", "pp", "dp", "edp", "ep", "tied")
 
 
 def axis_ranks(layout: Layout, axis: str, rank: int) -> tuple[int, ...]:
-    """The global ranks on a rank's axis, ascending, which is the order along the axis; `rank` is among them.
+    """The global ranks on the axis of global rank `rank`, ascending, which is the order along the axis.
 
-    Args:
-        layout: the arrangement.
-        axis: a name of `AXES`; 'tied' as if both ends held a copy of the embedding, a rank between them is alone.
-        rank: global rank.
+    'tied' is as if both ends held a copy of the embedding; a rank between them is alone.
     """
     assert axis in AXES, axis
     assert 0 <= rank < layout.world, (rank, layout)
@@ -160,12 +142,10 @@ def single(device: torch.device | str) -> Mesh:
 def make_mesh(
     layout: Layout, *, device: torch.device, tied_embedding: bool, timeout_s: int = DEFAULT_TIMEOUT_S
 ) -> Mesh:
-    """Create the process groups of a layout; every rank calls it with the same layout.
-
-    Groups are made with `new_group`, not through a DeviceMesh: see docs/decisions/0007-parallel.md.
+    """Create the process groups of a layout; every rank calls it, with the same layout.
 
     Args:
-        layout: must have as many ranks as the default group (`init_processes` made it).
+        layout: has as many ranks as the default group (`init_processes` made it).
         device: where this rank computes.
         tied_embedding: the first and the last stage both hold a copy of the embedding (an MTP module reads it);
             without effect where they share a rank.
@@ -191,8 +171,9 @@ def make_mesh(
 def _make_groups(
     layout: Layout, axis: str, groups: dict[tuple[int, ...], dist.ProcessGroup | None], timeout_s: int
 ) -> None:
-    """Every group of an axis, on every rank in the same order, as `new_group` demands; None where not a member."""
-    # The world's group exists already; to list it once for each rank would take a second on 2,048.
+    """None where this rank is not a member."""
+    # Every group of the axis, on every rank in the same order, as `new_group` demands; not through a DeviceMesh, see
+    # docs/decisions/0007-parallel.md. The world's group exists already; listing it once per rank takes 1 s on 2,048.
     for rank in range(layout.world) if axis != "world" else ():
         ranks = axis_ranks(layout, axis, rank)
         # Each group once: at its first rank.
@@ -202,11 +183,8 @@ def _make_groups(
 
 
 def _connect(axes: dict[str, Axis], device: torch.device) -> None:
-    """Form the NCCL communicators now, each with all its ranks, in one order everywhere.
-
-    They would form at a group's first collective: here an unreachable peer shows before the first step. Those of two
-    pipeline neighbours form at their first message.
-    """
+    # NCCL communicators form at a group's first collective: run here, an unreachable peer shows before the first step.
+    # Those of two pipeline neighbours form at their first message.
     for axis in axes.values():
         if axis.group is not None:
             dist.all_reduce(torch.zeros(1, device=device), group=axis.group)
@@ -234,12 +212,7 @@ def init_processes(
 ) -> None:
     """Join the default process group; the only caller of `init_process_group`.
 
-    Args:
-        rank: this process's global rank.
-        world: processes in all.
-        backend: 'fake' moves no data: one process plays any rank of any world.
-        store: where the ranks find each other; None only for 'fake'.
-        timeout_s: a collective that takes longer is an error.
+    With backend 'fake', which moves no data and needs no store, one process plays any rank of any world.
     """
     if backend == "fake":
         # Importing this registers the backend; before torch 2.13 nothing else does.
@@ -254,13 +227,11 @@ def init_processes(
 
 
 def shutdown() -> None:
-    """End of an orderly run: wait for all ranks, then destroy every group, newest first.
-
-    A rank that fails must not call it: it would wait for ranks that wait for it.
-    """
+    """End of an orderly run: wait for all ranks, then destroy every group, newest first."""
     if not dist.is_initialized():
         return
-    # Else a thread of gloo or NCCL may outlive the interpreter and abort a process that has done its work.
+    # A rank that fails must not come here: it would wait for ranks that wait for it.
+    # Without this a thread of gloo or NCCL may outlive the interpreter and abort a process that has done its work.
     if dist.get_backend() == "nccl":
         dist.barrier(device_ids=[torch.cuda.current_device()])
     else:

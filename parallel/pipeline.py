@@ -7,10 +7,6 @@ arXiv:2412.19437 §3.2.1. The schedules are those of `torch.distributed.pipelini
 
 A stage is any module called as `stage(inbound, **inputs)`: every rank gets the same `inputs` (token ids, labels), only
 `inbound`, the hidden state [sequences, tokens, hidden], travels. The stage that ends returns the loss, a sum.
-
-Weight gradients: torch would ask a custom autograd function for its gradients twice, once for inputs and once for
-weights. So the linears hand their wgrad to `kernels.deferred`, and the schedule runs it in its W slot through
-`dw_builder`; a schedule without W slots runs it right after each backward.
 """
 
 from __future__ import annotations
@@ -36,14 +32,11 @@ Inputs = Mapping[str, Tensor]
 def balanced_split(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     """Cut a row of layers into consecutive stages so as to minimise the most expensive stage.
 
-    Dynamic programming over (layers, stages).
-
     Args:
         costs: of each layer, any unit; embedding, head and MTP are counted into the first and the last.
         stages: at most one per layer.
     Returns:
-        layers of each stage, at least one each; of equally good cuts the one with the least sum of squared costs, so
-        stages that the bound does not bind are even too.
+        layers of each stage, at least one each; of equally good cuts the one with the least sum of squared costs.
     """
     assert 1 <= stages <= len(costs), (stages, len(costs))
     sums = [0.0]
@@ -51,7 +44,7 @@ def balanced_split(costs: Sequence[float], stages: int) -> tuple[int, ...]:
         sums.append(sums[-1] + cost)
 
     def best_cut(join: Callable[[float, float], float], limit: float) -> tuple[float, tuple[int, ...]]:
-        # best[layers] = (joined costs, cut) of the first `layers` layers in the stages so far.
+        # Dynamic programming: best[layers] = (joined costs, cut) of the first `layers` layers in the stages so far.
         best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
         for stage in range(stages):
             candidates: dict[int, list[tuple[float, tuple[int, ...]]]] = {}
@@ -71,17 +64,11 @@ def balanced_split(costs: Sequence[float], stages: int) -> tuple[int, ...]:
 def balanced_v(costs: Sequence[float], ranks: int) -> tuple[int, ...]:
     """Cut a row of layers into 2 x ranks consecutive stages so as to minimise the most expensive *rank* of a V.
 
-    Rank r owns stages r and 2 ranks - 1 - r: layers are dealt from both ends inwards, each rank taking one stage of
-    either. Balanced stages would give the first rank, which ends with head and MTP, a full first stage besides.
-    Dynamic programming over (layers dealt from the front, from the back).
-
-    Args:
-        costs: of each layer, as for `balanced_split`.
-        ranks: pipeline ranks; at most half as many as layers.
-    Returns:
-        layers of each stage, at least one each; of equally good cuts the one with the least sum of squared stages.
+    Args as for `balanced_split`; of equally good cuts the one with the least sum of squared stages.
     """
     assert 1 <= ranks <= len(costs) // 2, (ranks, len(costs))
+    # Rank r owns stages r and 2 ranks - 1 - r: layers are dealt from both ends inwards, each rank taking one stage of
+    # either. Balanced stages would give the first rank, which ends with head and MTP, a full first stage besides.
     most_expensive, _ = _deal(costs, ranks, join=lambda joined, first, last: max(joined, first + last), limit=math.inf)
     # As in `balanced_split`, evenness is sought in a second pass, among the cuts that the first one allows.
     _, layers = _deal(costs, ranks, join=lambda joined, first, last: joined + first**2 + last**2, limit=most_expensive)
@@ -95,7 +82,7 @@ def _deal(
     sums = [0.0]
     for cost in costs:
         sums.append(sums[-1] + cost)
-    # best[front, back] = (joined costs, fronts, backs) with so many layers dealt from either end.
+    # Dynamic programming: best[front, back] = (joined costs, fronts, backs) with so many layers dealt from either end.
     best: dict[tuple[int, int], tuple[float, tuple[int, ...], tuple[int, ...]]] = {(0, 0): (0.0, (), ())}
     for rank in range(ranks):
         found: dict[tuple[int, int], list[tuple[float, tuple[int, ...], tuple[int, ...]]]] = {}
@@ -140,16 +127,11 @@ class _Waiting:
 
 
 class _Stage(PipelineStage):
-    """A stage whose receive buffers live from the receive to the end of that micro-batch's backward.
+    """A stage whose receive buffers live from the receive to the end of that micro-batch's backward."""
 
-    torch keeps one pair per micro-batch for the whole run: at V3's size, 120 micro-batches of 59 MB, twice.
-
-    Args:
-        waiting: of this rank, shared by its stages.
-        sends_itself: for a schedule that sends in batches of one direction and waits for them at the step's end only;
-            1F1B mixes directions, and waits by itself.
-    """
-
+    # torch keeps one pair per micro-batch for the whole run: at V3's size, 120 micro-batches of 59 MB, twice.
+    # sends_itself: for a schedule that sends in batches of one direction and waits for them at the step's end only;
+    # 1F1B mixes directions, and waits by itself.
     def __init__(self, *args: Any, waiting: _Waiting, sends_itself: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._receives: dict[tuple[str, int], list[dist.P2POp]] = {}
@@ -245,8 +227,7 @@ class Pipeline:
     Args:
         stages: stage index -> module, those of this rank.
         mesh: its layout names the schedule.
-        hidden_size: last dim of what travels between stages.
-        dtype: of what travels.
+        hidden_size: last dim of the hidden state between stages, in `dtype`.
     """
 
     def __init__(self, stages: Mapping[int, nn.Module], *, mesh: Mesh, hidden_size: int, dtype: torch.dtype) -> None:
@@ -274,6 +255,9 @@ class Pipeline:
         first = (inputs["input_ids"],) if 0 in self.stages else ()
         # The stage that ends has computed the loss itself. torch only hands it on, but demands a target.
         last = {"target": inputs["labels"]} if self.num_stages - 1 in self.stages else {}
+        # torch would ask a custom autograd function for its gradients twice, for inputs and for weights. So linears
+        # hand their wgrad to `kernels.deferred`, and the schedule runs it in its W slot through `dw_builder`; a
+        # schedule without W slots runs it right after each backward.
         with deferred.deferred():
             schedule.step(*first, **last, **inputs, return_outputs=False)
         for running in self._running:
@@ -307,14 +291,12 @@ class Pipeline:
         return carried if self.num_stages - 1 in self.stages else None
 
     def most_in_flight(self, num_micro_batches: int) -> int:
-        """The most micro-batches whose activations this rank holds at once, counted per stage.
-
-        Activations are held from a stage's forward to its weight gradients, which need them too.
-        """
+        """The most micro-batches whose activations this rank holds at once, counted per stage."""
         if self.mesh.pp.size == 1:
             return 1
         sample = torch.empty(num_micro_batches, 1, dtype=torch.int64, device="meta")
         schedule = self._new_schedule(self._new_stages(sample[:1]), num_micro_batches)
+        # Activations are held from a stage's forward to its weight gradients, which need them too.
         held = most = 0
         for action in schedule.pipeline_order[self.mesh.pp.rank]:
             kind = "" if action is None else action.computation_type.name

@@ -101,12 +101,9 @@ def read_report(report: Mapping[str, Any]) -> dict[str, TypedShard]:
 
 
 def global_tensors(reports: Sequence[Mapping[str, TypedShard]]) -> GlobalTensors:
-    """Every tensor of which some rank holds a shard, in order of name.
+    """Every tensor of which some rank holds a shard, in order of name; `reports` has one entry for each rank.
 
-    Args:
-        reports: one for each rank.
-    Raises:
-        ValueError: two ranks differ in a tensor's shape or dtype; named.
+    A ValueError names a tensor whose shape or dtype differs between two ranks.
     """
     seen: dict[str, tuple[int, TypedShard]] = {}
     for rank, report in enumerate(reports):
@@ -129,7 +126,7 @@ def assign_writers(reports: Sequence[Mapping[str, TypedShard]]) -> list[list[str
     Args:
         reports: one for each rank; of equal shapes and dtypes, as `global_tensors` has checked.
     Returns:
-        for each rank the names whose shard it writes. No rank writes a tensor without elements.
+        for each rank the names whose shard it writes; a tensor without elements has no writer.
     Raises:
         ValueError: the shards of a tensor overlap or leave a hole; named.
     """

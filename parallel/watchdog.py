@@ -8,19 +8,13 @@ So each rank runs two daemon threads that need no collective:
     monitor     ends the process once a death is known, or when a store call of the heartbeat does not return
 
 The main thread may be stuck in a collective at that time, so the process ends by `os._exit`: no exit handler runs.
-Keys: one beat per rank and four shared ones; reads: at most three per rank and beat, whatever the world. A death is
-known everywhere within `notice_s`: the timeout and four beats (to notice it, to write it, to read it). When watched and
-watcher die together, the dead watcher is missed by its own watcher, and that ends all.
+When watched and watcher die together, the dead watcher is missed by its own watcher, and that ends all.
 
 Deaths: no beat for `peer_timeout_s`; `report_failure`, by a rank that fails and can still say why; the end of the
 interpreter without `finish`; the loss of the store, which is attributed to the rank or the launcher that hosts it.
-No deaths: a slow step; SIGSTOP of a rank for less than the timeout; suspension of the whole job for any time (silence
-is counted in the watcher's own looks, not by the clock); a rank that waits in `finish` for the others.
-A C call that holds the GIL stops the beat as well: longer than `peer_timeout_s`, and the rank is declared dead and ends
-when it comes back. Torch's kernels, collectives and file reads release it.
-
-A rank that beats without progress is ended by the timeout of its collective, one that never starts by the timeout of
-the rendezvous: beats are watched only after every rank has started.
+No deaths: a slow step; SIGSTOP of a rank for less than the timeout; suspension of the whole job for any time; a rank
+that waits in `finish` for the others. Torch's kernels, collectives and file reads release the GIL; a C call that holds
+it for longer than `peer_timeout_s` stops the beat and is a death. Beats are watched only after every rank has started.
 """
 
 from __future__ import annotations
@@ -57,23 +51,14 @@ _COMMUNICATION_WORDS = ("gloo", "nccl", "connection closed", "connection reset",
 
 @dataclass(frozen=True)
 class Death:
-    """The first death of a run, as every rank reads it.
+    """The first death of a run, as every rank reads it."""
 
-    Args:
-        rank: of the dead; None when the store was lost and no rank is known to host it.
-        host: its host; '' when unknown.
-        pid: its process id; 0 when unknown.
-        label: its position in the mesh; may be ''.
-        reason: one line.
-        seen_by: the rank that reports it.
-    """
-
-    rank: int | None
-    host: str
-    pid: int
-    label: str
-    reason: str
-    seen_by: int
+    rank: int | None  # None when the store was lost and no rank is known to host it
+    host: str  # '' when unknown
+    pid: int  # 0 when unknown
+    label: str  # position in the mesh, or ''
+    reason: str  # one line
+    seen_by: int  # the rank that reports it
 
     def sentence(self, reader: int) -> str:
         """One line for the stderr of rank `reader`: which rank died, where, why, and which rank noticed."""
@@ -123,23 +108,15 @@ def is_communication_error(error: BaseException) -> bool:
 class Watchdog:
     """One rank's part in the heartbeat; `with Watchdog(...) as watchdog:` around the run does all that is needed.
 
-    At the end of the block it waits for the other ranks, or reports the exception that ended the block. A communication
-    error is reported only after `notice_s`, so the rank that caused it is named first.
+    At the end of the block it waits for the other ranks, or reports the exception that ended the block.
 
     Args:
-        store: a c10d store that all ranks reach. One store serves one watchdog per rank: give a second run in the same
-            processes a `PrefixStore` of its own.
-        rank: this rank.
-        world: number of ranks.
+        store: a c10d store that all ranks reach, used by one watchdog per rank: a second run in the same processes
+            needs a `PrefixStore` of its own.
         peer_timeout_s: silence after which a rank is dead, seconds; above the longest call that holds the GIL.
         describe: position of this rank in the mesh, such as 'pp 1, dp 3, ep 3'.
         store_rank: the rank whose process hosts the store; None where the launcher does (torchrun).
         on_death: gets the sentence, in the monitor's thread; ends the process unless a test gives something else.
-    Attributes:
-        watching: True once every rank has started, from when on this one watches its neighbour.
-        notice_s: a death is known everywhere after so many seconds.
-    Raises:
-        ValueError: peer_timeout_s is not above 0.
     """
 
     def __init__(
@@ -160,6 +137,7 @@ class Watchdog:
         self.interval_s = min(_MAX_INTERVAL_S, peer_timeout_s / _BEATS_PER_TIMEOUT)
         # A look late to see its last beat, a look late to miss the next, a look late to read of it; one to spare.
         self.notice_s = peer_timeout_s + 4 * self.interval_s
+        # True once every rank has started, from when on this one watches its neighbour.
         self.watching = False
         self._address = _address(store)
         # A connection of our own.
@@ -190,13 +168,9 @@ class Watchdog:
             thread.start()
 
     def report_failure(self, reason: str) -> None:
-        """Report to the others that this rank fails, then return: the caller ends in its own way.
+        """Report that this rank fails, then return: the caller has `peer_timeout_s` to end in its own way.
 
-        It has `peer_timeout_s` to do so; then the monitor ends it. Where another rank died before, that one is named
-        and this call does not return: the monitor ends the process.
-
-        Args:
-            reason: only its first line is reported.
+        Where another rank died before, that one is named and this call does not return: the monitor ends the process.
         """
         if not self._monitor_done.is_set() and self._own_report is None:
             self._own_report = self._death_of(self.rank, self._identity, reason)
@@ -206,11 +180,9 @@ class Watchdog:
                 self._monitor_done.wait()
 
     def finish(self) -> None:
-        """End in order: wait until every rank has finished, still watched and watching, then stop both threads.
-
-        Waiting for all keeps the store's host alive as long as any rank needs it. A rank that dies meanwhile ends this
-        one too. Only the others' progress bounds the wait: a rank stuck in a collective has that one's timeout.
-        """
+        """End in order: wait until every rank has finished, still watched and watching, then stop both threads."""
+        # Waiting for all keeps the store's host alive as long as any rank needs it. Nothing but the others' progress
+        # bounds the wait: a rank stuck in a collective has that one's timeout.
         self._finishing.set()
         self._wake.set()
         self._monitor_done.wait()
@@ -218,12 +190,9 @@ class Watchdog:
         atexit.unregister(self._end_of_interpreter)
 
     def wait_for_death(self, timeout_s: float) -> str | None:
-        """Wait until it is known which rank died; for a main thread that got a communication error.
+        """The sentence, once it is known which rank died and `on_death` has returned; None after `timeout_s`.
 
-        Args:
-            timeout_s: `notice_s` is enough for a death.
-        Returns:
-            None when no death is known; else the sentence, after `on_death`, which by default ends the process instead.
+        For a main thread that got a communication error; `notice_s` is enough for a death.
         """
         if not self._death_known.wait(timeout_s):
             return None
@@ -241,6 +210,7 @@ class Watchdog:
         if error is None:
             self.finish()
             return
+        # Another rank caused a communication error: let that one be named first.
         if is_communication_error(error):
             self.wait_for_death(self.notice_s)
         self.report_failure(f"{type(error).__name__}: {error}")
@@ -273,7 +243,8 @@ class Watchdog:
             if self._all_started():
                 now = time.monotonic()
                 beat = self._store.get(_beat_key(neighbour))
-                # Time in which this process did not run itself (SIGSTOP, a suspended host) proves nothing.
+                # Time in which this process did not run itself (SIGSTOP, a suspended host) proves nothing: each look
+                # counts for two intervals at most.
                 silence_s = 0.0 if beat != last_beat else silence_s + min(now - last_look, 2 * self.interval_s)
                 last_beat, last_look = beat, now
                 if silence_s > self.peer_timeout_s:

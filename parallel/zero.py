@@ -1,23 +1,19 @@
-"""ZeRO-1: FP32 gradient buckets, and the flat shard of them that each rank owns (arXiv:2412.19437 §3.2, §3.3.3).
+"""ZeRO-1 (arXiv:1910.02054 §5.1): FP32 gradient buckets, and the shard of them that each rank owns.
 
-Ranks of one axis hold the same parameters and different tokens. Their gradients are stored in flat FP32 buckets; each
-parameter's `main_grad` is a view of one. A bucket is cut into `axis.size` equal shards:
+arXiv:2412.19437 §3.2, §3.3.3. Ranks of one axis hold the same parameters and different tokens. Their gradients are
+stored in flat FP32 buckets, `main_grad` is a view of one. A bucket is cut into `axis.size` equal shards:
 
     backward   main_grad += ...                     every rank, its own tokens
     reduce     reduce-scatter, sum                  rank r holds the finished sums of shard r
     update     masters and moments of the shard     `train.optim`, on `parameter_shards()`
     gather     all-gather in the weights' dtype     every rank holds all new weights
 
-Without ZeRO (`sharded=False`) an all-gather of the sums follows the reduce-scatter and every rank updates everything.
-The sums are formed by the same calls in both cases, so ZeRO on or off changes no bit.
+Without ZeRO (`sharded=False`) an all-gather of the sums follows the reduce-scatter and every rank updates everything:
+the same calls form the sums, so ZeRO on or off changes no bit.
 
 Which axis: dense parameters the data axis; experts the expert-data axis only, because an expert's gradient already
 holds the tokens of all ranks of its expert group. Copies of one embedding on two pipeline ranks are summed over both
 (`tied`), updated by both alike and counted in the norm by one.
-
-Two roads lead into `main_grad`. Matrices (linears, router, embedding) are added by `kernels.deferred.accumulate_grad`,
-in FP32, by the wgrad closures. Norm gains come out of autograd as `.grad`; a hook installed here moves it over as soon
-as autograd has finished the tensor.
 
 Shapes: [elements] flat FP32 for buckets and shards; `start` and `numel` count elements. Each parameter starts at a
 multiple of ALIGNMENT in its bucket and a bucket's length is a multiple of ALIGNMENT x axis.size; padding is zero.
@@ -70,14 +66,10 @@ def plan_buckets(
 ) -> tuple[BucketPlan, ...]:
     """Assign parameters to buckets, in the order given; a pure function of its arguments, so equal on all ranks.
 
-    A parameter is never cut. One larger than a bucket gets a bucket of its own, of its size.
-
     Args:
         sizes: (name, elements, dtype) of each parameter. Dtypes do not mix, because weights are gathered by bucket.
         shards: number of equal shards per bucket.
-        bucket_bytes: FP32 bytes of a bucket before the padding at its end.
-    Returns:
-        the buckets, those of the first dtype first.
+        bucket_bytes: FP32 bytes of a bucket before its padding; a larger parameter gets a bucket of its own, uncut.
     """
     assert shards >= 1, shards
     assert bucket_bytes >= 4, bucket_bytes
@@ -101,19 +93,12 @@ def plan_buckets(
 
 @dataclass(frozen=True, eq=False)
 class ParameterShard:
-    """What this rank updates of one parameter.
-
-    Args:
-        name: of the parameter.
-        parameter: the whole local parameter.
-        shard: of the flattened local parameter.
-        grad: [elements] fp32, a live view of the bucket.
-    """
+    """What this rank updates of one parameter."""
 
     name: str
     parameter: nn.Parameter
-    shard: Shard
-    grad: Tensor
+    shard: Shard  # of the flattened parameter
+    grad: Tensor  # [elements] fp32, a live view of the bucket
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,18 +115,14 @@ class _Bucket:
 class GradientBuckets:
     """The FP32 gradients of the parameters that are reduced over one axis; owns their `main_grad`.
 
-    All ranks of the axis must pass the same names and shapes in the same order.
-
     Args:
-        named_params: (name, parameter) pairs; frozen ones and repeated ones are passed over. Names must be unique.
+        named_params: (name, parameter) pairs, the same in the same order on all ranks of the axis; frozen ones and
+            repeated ones are passed over. Names must be unique.
         axis: ranks that hold copies of these parameters and different tokens.
         sharded: ZeRO-1; each rank updates only its shard.
         bucket_bytes: FP32 bytes of a bucket.
         tied: ranks that hold another copy of the same parameters under the same names, with gradients of their own.
         counts_in_norm: False on all ranks of `tied` but the first.
-    Raises:
-        ValueError: a name appears twice.
-    Source: arXiv:1910.02054 §5.1 (optimizer state partitioning).
     """
 
     def __init__(
@@ -162,6 +143,9 @@ class GradientBuckets:
         plans = plan_buckets(sizes, shards=axis.size, bucket_bytes=bucket_bytes)
         self._buckets = [self._allocate(plan) for plan in plans]
         self._shards = {shard.name: shard for bucket in self._buckets for shard in self._cut(bucket)}
+        # Two roads lead into `main_grad`. Matrices (linears, router, embedding) are added in FP32 by the wgrad closures
+        # (`kernels.deferred.accumulate_grad`). Norm gains come out of autograd as `.grad`; this hook moves it over as
+        # soon as autograd has finished the tensor.
         for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(_move_into_main_grad)
 
@@ -199,11 +183,8 @@ class GradientBuckets:
         return list(self._shards.values())
 
     def norm_shards(self) -> list[Tensor]:
-        """The gradients that this rank counts in the global norm; none for tied copies that do not count.
-
-        With and without ZeRO this rank's shard of every bucket, padding included: so each element is counted by exactly
-        one rank of the axis and the order of the sum is the same.
-        """
+        """This rank's shard of every bucket, padding included; none for tied copies that do not count."""
+        # With and without ZeRO: one rank of the axis counts each element, and the order of the sum is the same.
         return [bucket.shard for bucket in self._buckets] if self._counts_in_norm else []
 
     def zero(self) -> None:
@@ -215,11 +196,9 @@ class GradientBuckets:
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Sum the gradients over the axis, and over the tied copies; once per step.
-
-        With ZeRO, `main_grad` outside this rank's shard still holds what this rank alone has summed.
-        """
+        """Sum the gradients over the axis, and over the tied copies; once per step."""
         assert all(p.grad is None for p in self.parameters.values()), "a gradient was left in .grad, not in main_grad"
+        # With ZeRO, `main_grad` outside this rank's shard still holds afterwards what this rank alone has summed.
         if self.axis.size > 1:
             # In place: the shard is the part of its bucket that this rank owns.
             _wait_for(
@@ -246,8 +225,7 @@ class GradientBuckets:
         """Give every rank of the axis the new weights.
 
         Args:
-            values: name -> [elements] fp32, the new values of each of `parameter_shards()`; may be a view of the
-                parameter.
+            values: name -> [elements] fp32 of each of `parameter_shards()`; may be a view of the parameter.
         """
         # Weights are written by `copy_`, which raises the parameter's version: that makes cached FP8 copies stale.
         if not self.sharded or self.axis.size == 1:

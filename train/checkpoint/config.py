@@ -1,4 +1,8 @@
-"""When a run saves and how much it keeps."""
+"""When a run saves and how much it keeps, with the checks of these values.
+
+A file of its own: the configuration of a run is read without importing torch's distributed checkpoints, which takes as
+long as importing torch.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save and how much to keep; field `checkpoint` of the configuration.
+    """When to save and how much to keep; field `checkpoint` of the configuration."""
 
-    Args:
-        every_steps: optimizer steps between two checkpoints.
-        keep: published checkpoints that are kept; two, so one survives damage to the other.
-        asynchronous: write in the background while training goes on.
-    """
-
-    every_steps: int
-    keep: int = 2
-    asynchronous: bool = True
+    every_steps: int  # optimizer steps between two checkpoints
+    keep: int = 2  # published checkpoints that are kept; two, so one survives damage to the other
+    asynchronous: bool = True  # write in the background while training goes on
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "keep"):

@@ -1,21 +1,13 @@
 """Checkpoints through torch DCP, with safetensors payloads and JSON for the rest, on one rank or thousands.
 
 A checkpoint does not depend on the layout that saved it: each file's header says where in the global tensor its shards
-lie. So a run saved on one layout (pp, dp, ep, ZeRO on or off, one process) resumes on any other: each rank asks for the
-shards it holds now, and reads them from whatever shards were saved.
+are. So a run saved on one layout resumes on any other: each rank reads the shards it holds now from those saved.
 
     save, Saver   plan: which rank writes what (once a run) -> stage -> each rank: write, fsync and hash its files
                   -> rank 0: state.json, manifest.json, fsync, rename, prune
     load          verify, each rank a share of the files -> compare names, shapes, dtypes -> fill in place
 
 Every arrow is a consensus of all ranks (`parallel.consensus`): an error of one is raised by all, none hangs.
-DCP stages, writes, reads and intersects shards on each rank by itself (`no_dist=True`): its own collectives, its
-default file format and every value that is not a tensor are pickles, and unpickling executes what it reads. Here DCP's
-Hugging Face storage carries tensors, JSON the rest. Nothing that is read can run.
-
-Writing and publishing happen in a background thread, so on several ranks they need a gloo group of their own: messages
-of a save must not meet those of training. The directory must be on a file system that all ranks share; its layout is in
-`train.checkpoint.publish`.
 """
 
 from __future__ import annotations
@@ -56,7 +48,11 @@ from train.checkpoint.planner import ShardLoadPlanner, ShardSavePlanner
 
 logger = logging.getLogger(__name__)
 
-# A shard is serialised in memory before it is written, so this bounds the extra memory of a save.
+# DCP stages, writes, reads and intersects shards on each rank by itself (`no_dist=True`): its own collectives, its
+# default file format and every value that is not a tensor are pickles, and unpickling executes what it reads. Here
+# DCP's Hugging Face storage carries tensors, JSON the rest. Nothing that is read can run.
+
+# A file is serialised in memory before it is written, so this bounds the extra memory of a save.
 SHARD_BYTES = 2 * 1024**3
 
 # DCP announces on every save and load that it works without a process group; that is the intent here.
@@ -74,8 +70,8 @@ def save(
 
     Args:
         path: the checkpoint's own directory, such as `checkpoints/step_00000010`; an older one is replaced.
-        tensors: name -> what this rank holds of it, any dtype and shape. Names may differ between ranks; the ranks'
-            shards of a tensor must tile it. A `Tensor` is whole; of equal shards on several ranks one is written.
+        tensors: name -> what this rank holds of it. Names may differ between ranks; the ranks' shards of a tensor must
+            tile it. A `Tensor` is whole; of equal shards on several ranks one is written.
         state: everything else, as JSON; rank 0's is written.
         group: of all ranks that save together, for CPU tensors; None: this process alone.
     Raises:
@@ -93,7 +89,7 @@ class Saver:
     Args:
         directory: receives `step_*` directories; this run must be its only writer.
         config: how many to keep, and whether to write in the background.
-        group: of all ranks, for CPU tensors, used by nothing else; None: this process alone.
+        group: of all ranks, used by nothing else: messages of a save must not meet those of training.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig, group: dist.ProcessGroup | None = None) -> None:
@@ -107,15 +103,7 @@ class Saver:
         """Copy the tensors, then write them in the background; a save still under way is waited for.
 
         After the return the caller may change the tensors: the file holds their values of now. With
-        `asynchronous=False` in the config it returns when the checkpoint is published.
-
-        Args:
-            step: optimizer steps finished; names the directory.
-            tensors: as for `save`.
-            state: as for `save`.
-        Raises:
-            ValueError: as for `save`.
-            RuntimeError: the previous save failed; this one was not started.
+        `asynchronous=False` in the config it returns when the checkpoint is published. Arguments as for `save`.
         """
         self.wait()
         path = self._directory / publish.step_name(step)
@@ -138,12 +126,8 @@ class Saver:
 def latest(directory: Path, group: dist.ProcessGroup | None = None) -> Path | None:
     """The newest checkpoint whose manifest and files verify, the same on every rank, or None; a collective call.
 
-    Damaged ones are passed over, each with a logged warning that names the file and what is wrong with it. Nothing on
-    the disk is changed. Each rank hashes a share of the files.
-
-    Args:
-        directory: holds the checkpoints; may be missing.
-        group: of all ranks, for CPU tensors; None: this process alone.
+    Damaged ones are passed over with a logged warning; nothing on the disk is changed. Each rank hashes a share of the
+    files.
     """
     ranks = GroupRanks(group)
 
@@ -165,7 +149,7 @@ def latest(directory: Path, group: dist.ProcessGroup | None = None) -> Path | No
 def load(
     path: Path, tensors: Mapping[str, Tensor | LocalShard], group: dist.ProcessGroup | None = None
 ) -> dict[str, Any]:
-    """Fill tensors in place from a checkpoint of any layout; a collective call.
+    """Fill tensors in place from a checkpoint of any layout, and return its state; a collective call.
 
     Names, shapes, dtypes and hashes are checked before the first tensor is touched. Each rank reads the headers of all
     files and maps into memory those that hold something it wants; only the wanted ranges of rows are read.
@@ -174,11 +158,8 @@ def load(
         path: a published checkpoint, as `latest` returns it.
         tensors: name -> what to fill; over all ranks exactly the names, shapes and dtypes of the checkpoint.
         group: of all ranks that load together, for CPU tensors; None: this process alone.
-    Returns:
-        the state that was saved with them, the same on every rank.
     Raises:
         ValueError: a file is damaged, or a tensor is missing, unexpected, or of another shape or dtype; named.
-        RuntimeError: a rank could not read a file.
     """
     ranks = GroupRanks(group)
     manifest = _verify(ranks, path)
@@ -226,17 +207,11 @@ class _ShardWriter(HuggingFaceStorageWriter):
 
 @dataclass
 class _Plan:
-    """Which rank writes what. It is kept from save to save: with 2,048 ranks working it out takes seconds.
+    """Which rank writes what. It is kept from save to save: with 2,048 ranks working it out takes seconds."""
 
-    Args:
-        shards: what this rank held when it was worked out; None: never.
-        names: what this rank writes.
-        tensors: of all ranks; at rank 0 only.
-    """
-
-    shards: dict[str, TypedShard] | None = None
-    names: list[str] = field(default_factory=list)
-    tensors: GlobalTensors = field(default_factory=dict)
+    shards: dict[str, TypedShard] | None = None  # what this rank held when it was worked out; None: never
+    names: list[str] = field(default_factory=list)  # what this rank writes
+    tensors: GlobalTensors = field(default_factory=dict)  # of all ranks; at rank 0 only
 
 
 class _Save:

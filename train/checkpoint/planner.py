@@ -1,11 +1,8 @@
 """DCP's plans for shards: which block of which tensor a rank writes, and from which saved blocks it reads.
 
-torch DCP asks a planner what to write and what to read; its own planners know whole tensors, DTensors and
-ShardedTensors. Ours take a name and a `Shard`, which covers ZeRO-1's flat ranges, a stage's layers and a rank's experts
-alike. Every saved shard that a wanted one meets becomes one read of exactly their intersection, which DCP computes.
-
-Each rank plans for itself: the writers are agreed before, so DCP runs without its collectives (`no_dist=True`), which
-pickle.
+DCP's own planners know whole tensors, DTensors and ShardedTensors. Ours take a name and a `Shard`, which covers
+ZeRO-1's flat ranges, a stage's layers and a rank's experts alike. Every saved shard that a wanted one meets becomes one
+read of exactly their intersection. Each rank plans for itself: the writers are agreed before.
 """
 
 from __future__ import annotations
@@ -102,11 +99,7 @@ class ShardLoadPlanner(LoadPlanner):
         self._tensors, self._saved = state_dict, metadata
 
     def create_local_plan(self) -> LoadPlan:
-        """The reads that fill every element of every tensor.
-
-        Raises:
-            ValueError: the files do not hold all of a shard, or hold it in another dtype; named.
-        """
+        """The reads that fill every element; a ValueError if the files do not hold them all, in the same dtype."""
         items: list[ReadItem] = []
         for name, (dtype, shard) in self._shards.items():
             saved = self._saved.state_dict_metadata.get(name)

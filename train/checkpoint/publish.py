@@ -14,11 +14,8 @@ form `step_*` is a whole checkpoint, whatever moment the process was killed at. 
     .replaced-step_*   the older checkpoint of a step saved again: valid until the newer one is visible
     .pruned-step_*     being deleted: worthless
 
-The hashes guard against accidents (a torn write, a flipped bit, a lost file), not against an author of checkpoints.
-What guards against that one is that nothing here or in `train.checkpoint.dcp` can execute what it reads.
-
-One run writes into a directory at a time; any number may read. On several ranks each writes and hashes its own
-files, rank 0 does the rest, and the directory must be on a file system that all of them share.
+The hashes guard against accidents (a torn write, a flipped bit, a lost file), not against an author of checkpoints:
+against that one guards that nothing here or in `train.checkpoint.dcp` can execute what it reads.
 """
 
 from __future__ import annotations
@@ -73,8 +70,6 @@ def write_manifest(
         directory: holds the shards and the state.
         tensors: name -> {'shape': list of int, 'dtype': str}.
         hashed: name -> `entry_of` the files that their writers have hashed; the others are hashed here.
-    Raises:
-        FileNotFoundError: a file of `hashed` is not here, or shorter: its writer writes somewhere else.
     """
     files = dict(hashed or {})
     for name, entry in files.items():
@@ -92,10 +87,7 @@ def write_manifest(
 
 
 def publish(target: Path) -> None:
-    """Make the prepared directory of `target` visible, in place of an older one of the same name.
-
-    `writing_path(target)` holds the complete, fsynced files.
-    """
+    """Make `writing_path(target)`, complete and fsynced, visible as `target`, in place of an older one."""
     fsync_directory(writing_path(target))
     replaced = target.with_name(_REPLACED + target.name)
     if target.exists():
@@ -115,23 +107,17 @@ def sweep(directory: Path) -> None:
 
 
 def prune(directory: Path, *, keep: int, newest: Path) -> None:
-    """Delete all but the `keep` newest checkpoints; `newest`, the one just published, stays whatever its step.
-
-    A directory loses its published name before its first file is deleted.
-    """
+    """Delete all but the `keep` newest checkpoints; `newest`, the one just published, stays whatever its step."""
     others = [path for path in published(directory) if path != newest]
     for path in others[keep - 1 :]:
+        # A directory loses its published name before its first file is deleted.
         doomed = path.with_name(_PRUNED + path.name)
         os.rename(path, doomed)
         shutil.rmtree(doomed)
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest and compare every file with it; returns the manifest.
-
-    Raises:
-        ValueError: names the first file that is missing, damaged, or present but not in the manifest.
-    """
+    """Read a checkpoint's manifest and compare every file with it; a ValueError names the first that differs."""
     manifest = read_manifest(path)
     check_files(path, manifest["files"])
     return manifest
@@ -161,7 +147,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest; the files that it lists are not opened.
+    """A checkpoint's manifest; the files that it lists are not opened.
 
     Returns:
         {"format", "files": name -> {"bytes", "sha256"}, "tensors": name -> {"shape", "dtype"}, "sha256"}.

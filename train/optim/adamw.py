@@ -7,12 +7,8 @@ Each `ParameterShard`, what this rank updates of a trained parameter (`parallel.
     exp_avg      bf16 (or fp32, or fp32 holding FP8 values), first moment
     exp_avg_sq   the same, second moment
 
-On one process, or without ZeRO, every shard is a whole parameter. For a checkpoint the state is given as shards of the
-flattened global parameter, so what is saved does not depend on how ranks had cut it. Experts follow one another in it:
-a rank that holds experts [first, first + local) starts at first x elements per expert.
-
-Shapes: all companions are [elements], as long as their shard, sharded over the data axis (dense) or the expert-data
-axis (experts).
+For a checkpoint the state is given as shards of the flattened global parameter, so what is saved does not depend on how
+ranks had cut it. Shapes: all companions are [elements], as long as their shard.
 """
 
 from __future__ import annotations
@@ -34,25 +30,16 @@ from train.optim.config import MOMENT_DTYPES, OptimConfig
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices, embedding and head included, not to norm gains nor vectors.
-
-    The report does not say which parameters it spares; this is our choice. A gain that decays towards 0 is not a
-    simpler network but a dead one.
-
-    Args:
-        name: Hugging Face name, such as 'layers.3.input_layernorm.weight'.
-        parameter: the weight of that name.
-    """
+    """Whether weight decay applies: to matrices, embedding and head included, not to norm gains nor vectors."""
+    # The report does not say which parameters it spares; this is our choice. A gain that decays towards 0 is not a
+    # simpler network but a dead one.
     module = name.rpartition(".")[0]
     return parameter.ndim >= 2 and not module.endswith("norm")
 
 
 def round_to_fp8(moment: Tensor) -> None:
-    """Round a moment in place to what E4M3 with a power-of-two scale for each 128 elements can hold.
-
-    Args:
-        moment: [elements] fp32, of one shard; its tiles begin where the shard begins, so they depend on the layout.
-    """
+    """Round a moment in place to what E4M3 with a power-of-two scale for each 128 elements can hold."""
+    # Tiles begin where this rank's shard begins, so they depend on the layout.
     tiles = F.pad(moment, (0, -moment.numel() % TILE)).view(-1, TILE)
     values = dequantize_tiles(quantize_tiles(tiles, power_of_two=True))
     moment.copy_(values.flatten()[: moment.numel()])
@@ -72,12 +59,9 @@ class AdamW:
     """AdamW over what this rank updates of gradient buckets; owns masters and moments.
 
     Args:
-        buckets: all gradients of this rank.
+        buckets: all gradients of this rank; no name may be in two.
         config: hyperparameters.
-        flat_shards: of parameters that hold only a shard of the global one (experts), which shard of the flattened
-            global one; others are whole.
-    Raises:
-        ValueError: a name appears in two buckets.
+        flat_shards: for parameters that are a shard of the global one (experts): which, both flattened.
     """
 
     def __init__(
@@ -108,12 +92,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, *, lr: float, step: int) -> None:
-        """Update this rank's masters from their gradients, then give the new weights to all ranks.
-
-        Args:
-            lr: learning rate of this step.
-            step: number of this update, counted from 1; the bias correction divides by 1 - beta**step.
-        """
+        """Update this rank's masters, then give the new weights to all ranks; `step` counts from 1."""
         assert step >= 1, f"updates are counted from 1, got step {step}"
         for bucket in self.buckets:
             states = {held.name: self._states[held.name] for held in bucket.parameter_shards()}
@@ -140,12 +119,10 @@ class AdamW:
             bucket.zero()
 
     def state_shards(self) -> dict[str, LocalShard]:
-        """The optimizer's state on this rank for a checkpoint, live: filling the tensors in place loads the state.
+        """The optimizer's state on this rank, live: filling the tensors in place loads it.
 
-        Returns:
-            'exp_avg.<name>', 'exp_avg_sq.<name>', and 'master.<name>' where the master is a tensor of its own (an FP32
-            parameter is its own master and travels with the model); each a shard of the flattened global parameter.
-            Parameters of which this rank updates nothing are absent.
+        'exp_avg.<name>', 'exp_avg_sq.<name>', and 'master.<name>' where the master is a tensor of its own (an FP32
+        parameter is its own master and travels with the model); each a shard of the flattened global parameter.
         """
         shards: dict[str, LocalShard] = {}
         for name, state in self._states.items():

@@ -4,9 +4,6 @@ After each optimizer step every expert's selection bias moves by gamma: up where
 mean, down where it got more. The bias takes part in the choice of experts only, never in the gates.
 
     b_i += gamma * sign(mean load - load_i)
-
-Biases are not recentred: a common offset changes no choice, and the report doesn't mention it.
-Shapes: `...` may hold layers; experts is the last dim and is never sharded (loads are summed over all ranks first).
 """
 
 from __future__ import annotations
@@ -20,8 +17,8 @@ def update_bias(bias: Tensor, counts: Tensor, speed: float) -> None:
     """Move each expert's bias by `speed` towards the balanced load, in place.
 
     Args:
-        bias: [..., experts] fp32, the selection bias.
-        counts: [..., experts] int64, tokens sent to each expert in the whole batch of this step.
+        bias: [..., experts] fp32; leading dims may be layers.
+        counts: [..., experts] int64, tokens sent to each expert in the whole batch, summed over all ranks.
         speed: gamma; 0 leaves every bit of `bias` as it is.
     """
     # BF16 biases and counts have flipped the sign of updates elsewhere, so the dtypes are part of the promise.
@@ -33,18 +30,13 @@ def update_bias(bias: Tensor, counts: Tensor, speed: float) -> None:
     experts = counts.shape[-1]
     # sign(mean - count) without a division: integers decide a tie exactly.
     direction = torch.sign(counts.sum(dim=-1, keepdim=True) - counts * experts)  # [..., experts] int64
+    # Not recentred: a common offset changes no choice, and the report doesn't mention it.
     bias.add_(direction.to(bias.dtype), alpha=speed)
 
 
 @torch.no_grad()
 def max_violation(counts: Tensor) -> Tensor:
-    """MaxVio of arXiv:2408.15664: how far the busiest expert's load exceeds the mean.
-
-    Args:
-        counts: [..., experts] int64, tokens.
-    Returns:
-        [...] fp32, (max - mean) / mean; 0 where no token was routed.
-    """
+    """MaxVio of arXiv:2408.15664, (max - mean) / mean of [..., experts] int64 counts: [...] fp32, 0 without tokens."""
     loads = counts.to(torch.float64)  # [..., experts]
     mean = loads.mean(dim=-1)  # [...]
     busiest = loads.amax(dim=-1)  # [...]

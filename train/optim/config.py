@@ -1,4 +1,7 @@
-"""Hyperparameters of the optimizer."""
+"""Hyperparameters of the optimizer, with their checks (arXiv:2412.19437 §4.2).
+
+A file of its own: the configuration of a run is read without the machinery of masters, moments and process groups.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,14 @@ MOMENT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.flo
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Hyperparameters of AdamW and of the clipping (arXiv:2412.19437 §4.2); field `optim` of the configuration.
+    """Hyperparameters of AdamW and of the clipping (arXiv:2412.19437 §4.2); field `optim` of the configuration."""
 
-    Args:
-        betas: decay rates of the two moments.
-        eps: added to the root of the second moment. The report does not give it.
-        weight_decay: decoupled decay per step, times the learning rate.
-        clip_norm: the global gradient norm is clipped to this.
-        moments_dtype: storage of both moments: 'bf16' (§3.3.3) or 'fp32'; 'fp8' shows what E4M3 would do
-            (docs/numerics.md).
-        ema_decay: keep a moving average of the weights in CPU memory (`train/optim/ema.py`); None for none.
-    """
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    moments_dtype: str = "bf16"
-    ema_decay: float | None = None
+    betas: tuple[float, float] = (0.9, 0.95)  # decay rates of the two moments
+    eps: float = 1e-8  # added to the root of the second moment; the report does not give it
+    weight_decay: float = 0.1  # decoupled decay per step, times the learning rate
+    clip_norm: float = 1.0  # the global gradient norm is clipped to this
+    moments_dtype: str = "bf16"  # storage of both moments (§3.3.3); a key of `MOMENT_DTYPES`, docs/numerics.md
+    ema_decay: float | None = None  # moving average of the weights in CPU memory (`train/optim/ema.py`); None for none
 
     def __post_init__(self) -> None:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):

@@ -1,23 +1,18 @@
 """The exponential moving average of the weights, in CPU memory, updated during training (arXiv:2412.19437 §3.2.3).
 
-After each optimizer step
-
     ema <- ema + (1 - decay) * (weights - ema)
 
-so the model after the learning-rate decay can be judged early, at no cost in GPU memory or time. The average of the
-FP32 masters is kept, rank by rank for the shards this rank owns, and starts as the weights at construction; the report
-gives neither decay nor start.
-
-One update is a copy and a fold. The copy goes from the device, on a stream of its own, into pinned memory; the fold
-runs in one worker thread. CPU memory holds two FP32 copies: the average and the staging buffer. The order in a step:
+after each optimizer step, of the FP32 masters that this rank updates; it starts as the weights at construction. The
+report gives neither decay nor start. One update is a copy, on a stream of its own, into pinned memory, and a fold, in
+one worker thread, so it costs no GPU memory or time. The order in a step:
 
     ema.before_write()    the device (not the host) waits until the last copy has read the weights
     optimizer.step()
     ema.update()          starts the next copy, returns at once
 
-On a CPU the copy is done when `update` returns. The result does not depend on when the worker runs: bit for bit it is
-that of the same updates one after the other. FP32 rounding: after any number of updates of weights within [-M, M] the
-average is within (1 / (1 - decay) + 6) * 2**-24 * M of the exact one, in first order.
+The result does not depend on when the worker runs: bit for bit it is that of the same updates one after the other.
+After any number of updates of weights within [-M, M] the average is within (1 / (1 - decay) + 6) * 2**-24 * M of the
+exact one, in first order.
 """
 
 from __future__ import annotations
@@ -31,15 +26,9 @@ from parallel.shards import LocalShard
 
 
 class Ema:
-    """A moving average of named weights in CPU memory.
+    """A moving average in CPU memory of this rank's masters, which the optimizer changes in place; all on one device.
 
-    An error that ended the worker is raised by the next call of any method, and by every later one.
-
-    Args:
-        masters: parameter name -> this rank's FP32 master; live, the optimizer changes it in place. All on one device.
-        decay: share of the old average that each update keeps.
-    Raises:
-        ValueError: decay is outside [0, 1).
+    An error of the worker is raised by the next call of any method, and by every later one.
     """
 
     def __init__(self, masters: Mapping[str, LocalShard], decay: float) -> None:
@@ -72,12 +61,10 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights as they are now (in stream order); returns before the average has moved.
-
-        Waits for the update before this one, which has had a whole step's time.
-        """
+        """Take in the weights as they are now (in stream order); returns before the average has moved."""
         # On a CPU nothing depends on it; but a trainer tested there must not race on a GPU.
         assert self._writer_has_waited, "call before_write() before the optimizer changes the weights"
+        # The update before this one has had a whole step's time.
         self.wait()
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
