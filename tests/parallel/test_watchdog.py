@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -264,8 +264,10 @@ def test_an_orderly_end_is_no_death(tmp_path: Path) -> None:
 
     Five times: where threads did not end in order, one process in five aborted while its interpreter ended.
     """
-    for folder in folders_in(tmp_path, 5):
-        with started(folder, short, timeout_s=4, world=2, host_rank=0) as group:
+    with ExitStack() as stack:
+        folders = folders_in(tmp_path, 5)
+        groups = [stack.enter_context(started(each, short, timeout_s=10, world=2, host_rank=0)) for each in folders]
+        for group in groups:
             assert group.exit_codes(0, 1) == [0, 0], group.said()
             assert [group.sentences(rank) for rank in range(2)] == [[], []]
 

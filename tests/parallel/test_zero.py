@@ -71,19 +71,18 @@ def arrays(parameters: dict[str, nn.Parameter]) -> Arrays:
     return {name: parameter.detach().float().numpy().copy() for name, parameter in parameters.items()}
 
 
-def pieces_of(optimizer: AdamW) -> dict[str, tuple[int, int, Any]]:
+def shards_of(optimizer: AdamW) -> dict[str, tuple[int, int, Any]]:
     """Name -> (offset, global elements, values) of this rank's state; BF16 is exact in FP32."""
-    pieces = optimizer.state_shards()
     return {
-        n: (p.shard.offsets[0], p.shard.global_shape[0], p.tensor.detach().float().numpy().copy())
-        for n, p in pieces.items()
+        name: (held.shard.offsets[0], held.shard.global_shape[0], held.tensor.detach().float().numpy().copy())
+        for name, held in optimizer.state_shards().items()
     }
 
 
-def whole(pieces: Iterable[dict[str, tuple[int, int, Any]]]) -> Arrays:
-    """Put the ranks' pieces together; every element must come exactly once."""
+def whole(ranks: Iterable[dict[str, tuple[int, int, Any]]]) -> Arrays:
+    """Put the ranks' shards together; every element must come exactly once."""
     found: Arrays = {}
-    for name, offset, numel, values in ((n, *piece) for rank in pieces for n, piece in rank.items()):
+    for name, offset, numel, values in ((n, *held) for rank in ranks for n, held in rank.items()):
         into = found.setdefault(name, np.full(numel, np.nan, dtype=np.float32))
         assert np.isnan(into[offset : offset + len(values)]).all(), f"{name}: two ranks hold the same element"
         into[offset : offset + len(values)] = values
@@ -114,7 +113,7 @@ def train(
         optimizer.step(lr=1e-2, step=step)
         assert all(p._version > versions[name] for name, p in parameters.items() if p.numel())
         found["weights"].append(arrays(parameters))
-        found["state"].append(pieces_of(optimizer))
+        found["state"].append(shards_of(optimizer))
     return found
 
 
@@ -209,6 +208,23 @@ def summed_gradients(shapes: dict[str, tuple[int, ...]], *, ranks: Iterable[int]
     return sums
 
 
+def updated_alone(shapes: dict[str, tuple[int, ...]], gradients: Iterable[Tensor]) -> tuple[Arrays, AdamW]:
+    """One process after one step with these gradients: weights and optimizer."""
+    parameters = make_parameters(torch.bfloat16, shapes)
+    optimizer = AdamW([GradientBuckets(parameters.items(), axis=ALONE, sharded=False)], OptimConfig())
+    for parameter, gradient in zip(parameters.values(), gradients, strict=True):
+        main_grad(parameter).copy_(gradient)
+    update(optimizer, ALONE)
+    return arrays(parameters), optimizer
+
+
+def update(optimizer: AdamW, world: Axis) -> float:
+    """One step; a clip that does nothing leaves the exact 1 / N as the only factor. The norm."""
+    norm = reduce_and_clip(optimizer.buckets, num_targets=TARGETS, max_norm=1e9, world=world)
+    optimizer.step(lr=1e-2, step=1)
+    return float(norm.norm)
+
+
 def norm_of(gradients: Iterable[Tensor]) -> float:
     return float(sum(float(gradient.square().sum()) for gradient in gradients) ** 0.5)
 
@@ -239,7 +255,7 @@ def test_state_of_two_ranks_goes_on_in_one_process(two: list[dict[str, Any]]) ->
         reduce_and_clip([buckets], num_targets=TARGETS, max_norm=0.5, world=ALONE)
         optimizer.step(lr=1e-2, step=3)
         assert_same(arrays(parameters), ways[1]["weights"][2])
-        assert_same(whole([pieces_of(optimizer)]), whole(way["state"][2] for way in ways))
+        assert_same(whole([shards_of(optimizer)]), whole(way["state"][2] for way in ways))
 
 
 # ---- memory
@@ -288,10 +304,7 @@ def experts_on_two_by_two(rank: int) -> dict[str, Any]:
     experts = GradientBuckets([(down_name, down)], axis=edp, sharded=True)
     optimizer = AdamW([dense, experts], OptimConfig(), {down_name: Shard((140,), (70 * ep_rank,), (70,))})
     add_gradients(parameters, rank=rank, step=1, exact=True)
-    # A clip that does nothing leaves the exact 1 / N as the only factor.
-    norm = reduce_and_clip([dense, experts], num_targets=TARGETS, max_norm=1e9, world=world)
-    optimizer.step(lr=1e-2, step=1)
-    return {"norm": float(norm.norm), "weights": arrays(parameters), "state": pieces_of(optimizer)}
+    return {"norm": update(optimizer, world), "weights": arrays(parameters), "state": shards_of(optimizer)}
 
 
 def test_experts_are_summed_over_their_replicas_only(four: list[dict[str, Any]]) -> None:
@@ -299,22 +312,15 @@ def test_experts_are_summed_over_their_replicas_only(four: list[dict[str, Any]])
     per_rank = {gate_name: EXPERTS[gate_name], down_name: (2, 5, 7)}
     gate = summed_gradients(per_rank, ranks=range(4), exact=True)[gate_name]
     down = torch.cat([summed_gradients(per_rank, ranks=(ep, ep + 2), exact=True)[down_name] for ep in (0, 1)])
-    parameters = make_parameters(torch.bfloat16, EXPERTS)
-    buckets = GradientBuckets(parameters.items(), axis=ALONE, sharded=False)
-    for parameter, gradient in zip(parameters.values(), (gate, down), strict=True):
-        main_grad(parameter).copy_(gradient)
-    optimizer = AdamW([buckets], OptimConfig())
-    reduce_and_clip([buckets], num_targets=TARGETS, max_norm=1e9, world=ALONE)
-    optimizer.step(lr=1e-2, step=1)
+    weights, optimizer = updated_alone(EXPERTS, (gate, down))
     results = [result["experts"] for result in four]
     for rank, result in enumerate(results):
-        expected = arrays(parameters)
-        expected[down_name] = expected[down_name][2 * (rank % 2) : 2 * (rank % 2) + 2]
+        expected = weights | {down_name: weights[down_name][2 * (rank % 2) : 2 * (rank % 2) + 2]}
         assert_same(result["weights"], expected)
         # Origin as above.
         assert result["norm"] == pytest.approx(norm_of((gate, down)) / TARGETS, rel=2**-23)
         assert result["norm"] == results[0]["norm"]
-    assert_same(whole(result["state"] for result in results), whole([pieces_of(optimizer)]))
+    assert_same(whole(result["state"] for result in results), whole([shards_of(optimizer)]))
 
 
 TIED = {"embed_tokens.weight": (61, 33), "layer.weight": (129,)}
@@ -334,9 +340,7 @@ def tied_on_two_by_two(rank: int, *, sharded: bool) -> dict[str, Any]:
     optimizer = AdamW([own, shared], OptimConfig())
     add_gradients(parameters, rank=rank, step=1, exact=True)
     world = Axis("world", 4, rank, dist.group.WORLD)
-    norm = reduce_and_clip([own, shared], num_targets=TARGETS, max_norm=1e9, world=world)
-    optimizer.step(lr=1e-2, step=1)
-    return {"norm": float(norm.norm), "weights": arrays(parameters)}
+    return {"norm": update(optimizer, world), "weights": arrays(parameters)}
 
 
 @pytest.mark.parametrize("sharded", [True, False])
@@ -345,13 +349,7 @@ def test_tied_copies_stay_equal_and_count_once(four: list[dict[str, Any]], shard
     embedding = summed_gradients(TIED, ranks=range(4), exact=True)[embedding_name]
     layers = [summed_gradients(TIED, ranks=ranks, exact=True)[layer_name] for ranks in ((0, 1), (2, 3))]
     for rank, result in enumerate(result["tied"][sharded] for result in four):
-        parameters = make_parameters(torch.bfloat16, TIED)
-        buckets = GradientBuckets(parameters.items(), axis=ALONE, sharded=False)
-        main_grad(parameters[embedding_name]).copy_(embedding)
-        main_grad(parameters[layer_name]).copy_(layers[rank // 2])
-        reduce_and_clip([buckets], num_targets=TARGETS, max_norm=1e9, world=ALONE)
-        AdamW([buckets], OptimConfig()).step(lr=1e-2, step=1)
-        assert_same(result["weights"], arrays(parameters))
+        assert_same(result["weights"], updated_alone(TIED, (embedding, layers[rank // 2]))[0])
         # Origin as above.
         assert result["norm"] == pytest.approx(norm_of((embedding, *layers)) / TARGETS, rel=2**-23)
         assert result["norm"] == four[0]["tied"][sharded]["norm"] == four[0]["tied"][not sharded]["norm"]

@@ -35,13 +35,20 @@ def config(small_run: list[str], tmp_path: Path) -> PretrainConfig:
     return compose([*small_run, f"run.directory={tmp_path}", "run.name=new", f"run.init_from={tmp_path}/old"])
 
 
-@pytest.fixture
-def old(config: PretrainConfig) -> Path:
+@pytest.fixture(scope="module")
+def finished(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
-    run = replace(config.run, name="old", init_from=None)
-    trainer = Trainer(replace(config, run=run), build(replace(config, run=run)))
-    trainer.fit()
-    return trainer.directory
+    root = tmp_path_factory.mktemp("finished")
+    config = compose([*small_run, f"run.directory={root}", "run.name=old"])
+    Trainer(config, build(config)).fit()
+    return root / "old"
+
+
+@pytest.fixture
+def old(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may spoil."""
+    shutil.copytree(finished, tmp_path / "old")
+    return tmp_path / "old"
 
 
 def saved_model(path: Path, config: ModelConfig, precision: Precision) -> Path:
@@ -75,6 +82,8 @@ def test_a_run_opens_its_first_weights_once(config: PretrainConfig, old: Path, m
         return open_weights(path)
 
     monkeypatch.setattr(train.huggingface.weights, "open_weights", counted)
+    # The run is built and resumed as ever; its steps read no weights.
+    monkeypatch.setattr(Trainer, "fit", lambda trainer: trainer.state)
     pretrain(config, WorkerInfo())
     assert opened == [old]
 
