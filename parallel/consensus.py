@@ -3,18 +3,17 @@
     act() on each rank -> [reports] at rank 0 -> decide([reports]) -> [replies] -> one reply to each rank
 
 Starting a run, saving and loading are a handful of such phases. Whatever goes wrong on any rank, all of them raise the
-same sentence at the same line, so no rank waits for one that has given up. `Ranks` is the protocol; `StoreRanks` and
-`GroupRanks` are its transports. Messages are JSON: no pickle, not even between our own ranks.
+same sentence at the same line, so no rank waits for one that has given up. `Ranks` is the protocol, `StoreTransport`
+and `GroupTransport` carry it. Messages are JSON: no pickle, not even between our own ranks.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,19 +23,25 @@ from torch.distributed.distributed_c10d import Store
 _POLL_S = 0.05
 
 
-class Ranks(ABC):
-    """All ranks that must agree, as one of them sees them."""
+class Transport(Protocol):
+    """How the messages of a consensus travel, as rank `rank` of `size` sees it."""
 
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
+    rank: int
+    size: int
 
-    @abstractmethod
     def gather(self, message: bytes) -> list[bytes]:
         """Every rank's message in order of rank at rank 0, nothing elsewhere."""
 
-    @abstractmethod
     def scatter(self, messages: list[bytes]) -> bytes:
         """This rank's message, of those that rank 0 gives."""
+
+
+class Ranks:
+    """All ranks that must agree, as one of them sees them."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self.rank, self.size = transport.rank, transport.size
 
     def agree(self, act: Callable[[], Any], decide: Callable[[list[Any]], list[Any]]) -> Any:
         """Act on every rank, decide on rank 0, and return this rank's reply; a collective call.
@@ -49,13 +54,13 @@ class Ranks(ABC):
             RuntimeError: any other error of a rank, with its rank, the same on every rank; or a rank is gone.
         """
         (report,), error = self._attempt(lambda: [act()])
-        outcomes = [json.loads(each) for each in self.gather(report)]
+        outcomes = [json.loads(each) for each in self._transport.gather(report)]
         failures = [json.dumps(outcome).encode() for outcome in outcomes if "failure" in outcome]
         replies = failures[:1] * self.size
         if self.rank == 0 and not failures:
             replies, error = self._attempt(lambda: self._checked(decide([outcome["value"] for outcome in outcomes])))
             replies = replies if error is None else replies * self.size
-        reply = json.loads(self.scatter(replies))
+        reply = json.loads(self._transport.scatter(replies))
         if "failure" in reply:
             kind = ValueError if reply["is_value_error"] else RuntimeError
             raise kind(reply["failure"]) from error
@@ -77,13 +82,13 @@ class Ranks(ABC):
             return [json.dumps({"failure": sentence, "is_value_error": is_value_error}).encode()], error
 
 
-class GroupRanks(Ranks):
+class GroupTransport:
     """The ranks of a process group (gloo) that nothing else uses during an `agree`; None: this process alone."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        alone = group is None
-        super().__init__(0 if alone else dist.get_rank(group), 1 if alone else dist.get_world_size(group))
         self._group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
 
     def gather(self, message: bytes) -> list[bytes]:
         """Lengths first, then the messages."""
@@ -114,7 +119,7 @@ def _to_tensor(message: bytes, num_bytes: int) -> Tensor:
     return torch.frombuffer(bytearray(message.ljust(num_bytes)), dtype=torch.uint8)
 
 
-class StoreRanks(Ranks):
+class StoreTransport:
     """Processes that share a c10d store and have no process group yet; for a single `agree`.
 
     Args:
@@ -124,7 +129,7 @@ class StoreRanks(Ranks):
     """
 
     def __init__(self, store: Store, rank: int, size: int, *, timeout_s: int, hosts_store: bool) -> None:
-        super().__init__(rank, size)
+        self.rank, self.size = rank, size
         self._store, self._timeout_s, self._hosts_store = store, timeout_s, hosts_store
         self._deadline = 0.0
 
@@ -171,4 +176,4 @@ def refuse_together(group: dist.ProcessGroup | None, reason: Callable[[], str | 
             raise ValueError(found)
         return reports
 
-    GroupRanks(group).agree(lambda: None, look)
+    Ranks(GroupTransport(group)).agree(lambda: None, look)

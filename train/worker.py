@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from parallel.consensus import StoreRanks
+from parallel.consensus import Ranks, StoreTransport
 from parallel.mesh import Mesh, init_processes, make_mesh, shutdown
 from parallel.watchdog import Watchdog
 from train.assemble import Stores, build, choose_device, first_weights, open_stores
@@ -137,13 +137,12 @@ def open_together(config: PretrainConfig, info: WorkerInfo) -> Resources:
             # A node may lack what others have, so the sentence names the rank.
             raise ValueError(f"rank {info.rank}: {error}" if info.rank else str(error)) from error
 
-    hosts_store = info.rank == info.store_rank
-    ranks = StoreRanks(
+    meeting = StoreTransport(
         PrefixStore("start", info.store),
         info.rank,
         info.world,
         timeout_s=config.network.timeout_s,
-        hosts_store=hosts_store,
+        hosts_store=info.rank == info.store_rank,
     )
-    ranks.agree(open_mine, lambda reports: reports)
+    Ranks(meeting).agree(open_mine, lambda reports: reports)
     return opened[0]

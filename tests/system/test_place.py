@@ -18,7 +18,7 @@ import torch.distributed as dist
 import launch.pretrain
 import parallel.consensus
 import train.worker
-from parallel.consensus import StoreRanks
+from parallel.consensus import Ranks, StoreTransport
 from parallel.layout import Layout
 from train.config import PretrainConfig, compose
 from train.worker import WorkerInfo
@@ -61,9 +61,9 @@ def store_with_rank_0(refusal: str = "") -> dist.Store:
             raise ValueError(refusal)
 
     def rank_0() -> None:
-        ranks = StoreRanks(dist.PrefixStore("start", store), 0, 2, timeout_s=60, hosts_store=False)
+        meeting = StoreTransport(dist.PrefixStore("start", store), 0, 2, timeout_s=60, hosts_store=False)
         with suppress(ValueError):
-            ranks.agree(act, lambda reports: reports)
+            Ranks(meeting).agree(act, lambda reports: reports)
 
     threading.Thread(target=rank_0, daemon=True).start()
     return store

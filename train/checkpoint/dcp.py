@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
-from parallel.consensus import GroupRanks
+from parallel.consensus import GroupTransport, Ranks
 from parallel.shards import (
     GlobalTensors,
     LocalShard,
@@ -78,7 +78,7 @@ def save(
         ValueError: something in `tensors` is no tensor, shards overlap or leave a hole, or `state` is no JSON.
         RuntimeError: writing failed on some rank; whatever was published before is untouched.
     """
-    _start(_Save(path, tensors, state=state, keep=None), GroupRanks(group), _Plan()).result()
+    _start(_Save(path, tensors, state=state, keep=None), Ranks(GroupTransport(group)), _Plan()).result()
 
 
 class Saver:
@@ -95,7 +95,7 @@ class Saver:
     def __init__(self, directory: Path, config: CheckpointConfig, group: dist.ProcessGroup | None = None) -> None:
         self._directory = directory
         self._config = config
-        self._ranks = GroupRanks(group)
+        self._ranks = Ranks(GroupTransport(group))
         self._plan = _Plan()
         self._in_flight: Future[None] | None = None
 
@@ -129,7 +129,7 @@ def latest(directory: Path, group: dist.ProcessGroup | None = None) -> Path | No
     Damaged ones are passed over with a logged warning; nothing on the disk is changed. Each rank hashes a share of the
     files.
     """
-    ranks = GroupRanks(group)
+    ranks = Ranks(GroupTransport(group))
 
     def search(_: list[None]) -> list[list[str]]:
         return [[path.name for path in publish.published(directory)]] * ranks.size
@@ -161,7 +161,7 @@ def load(
     Raises:
         ValueError: a file is damaged, or a tensor is missing, unexpected, or of another shape or dtype; named.
     """
-    ranks = GroupRanks(group)
+    ranks = Ranks(GroupTransport(group))
     manifest = _verify(ranks, path)
     shards: dict[str, TypedShard] = {}
 
@@ -274,7 +274,7 @@ class _Save:
         return RuntimeError(f"saving checkpoint {self.path} failed: {cause}; those published before it are untouched")
 
 
-def _start(job: _Save, ranks: GroupRanks, plan: _Plan) -> Future[None]:
+def _start(job: _Save, ranks: Ranks, plan: _Plan) -> Future[None]:
     """Check, agree, stage, and hand over to a thread; on return the tensors of all ranks are copied."""
     several = dist.is_initialized() and dist.get_world_size() > 1
     assert ranks.size > 1 or not several, "each rank would publish a checkpoint of its own: give a group of all"
@@ -297,7 +297,7 @@ def _start(job: _Save, ranks: GroupRanks, plan: _Plan) -> Future[None]:
     return future
 
 
-def _agree_on_plan(job: _Save, ranks: GroupRanks, plan: _Plan) -> None:
+def _agree_on_plan(job: _Save, ranks: Ranks, plan: _Plan) -> None:
     """Take the plan of the save before, if every rank holds the same shards as then; else work it out."""
 
     def compare(same: list[bool]) -> list[bool]:
@@ -335,7 +335,7 @@ def _assign_files(tensors: dict[str, Tensor]) -> dict[str, int]:
     return files
 
 
-def _verify(ranks: GroupRanks, path: Path) -> dict[str, Any]:
+def _verify(ranks: Ranks, path: Path) -> dict[str, Any]:
     """Compare all files with the manifest, each rank a share; returns it to rank 0, {} to the others."""
     manifest: dict[str, Any] = {}
 
