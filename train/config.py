@@ -23,15 +23,14 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 from yaml import YAMLError
 
-from parallel.layout_check import Workload, check_layout
-from parallel.mesh import Layout
-from parallel.network import NetworkConfig
-from train.checkpoint.dcp import CheckpointConfig
+from parallel.layout import Layout, Workload, check_layout
+from parallel.mesh import NetworkConfig
+from train.checkpoint.config import CheckpointConfig
 from train.data.stream import DataConfig
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.observe.sinks import ObserveConfig
-from train.optim.adamw import OptimConfig
+from train.optim.config import OptimConfig
 from train.schedules import ScheduleConfig
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ from torch import Tensor, nn
 
 from kernels.cross_entropy import cross_entropy_sum
 from parallel.collectives import sum_over
-from parallel.consensus import Ranks
-from parallel.pieces import Piece
+from parallel.consensus import refuse_together
+from parallel.shards import LocalShard
 from train.assemble import (
     Parts,
     checkpoint_tensors,
@@ -240,7 +239,7 @@ class Trainer:
         nats = torch.zeros((), dtype=torch.float64, device=self.mesh.device) if scored is None else scored
         return float(sum_over(nats, self.mesh.world)), batch.num_targets
 
-    def tensors(self) -> dict[str, Tensor | Piece]:
+    def tensors(self) -> dict[str, Tensor | LocalShard]:
         """This rank's part of the run's state, by name: live tensors, so loading fills them in place."""
         return checkpoint_tensors(self.engine) | {"rng.cpu": torch.get_rng_state()}
 
@@ -306,7 +305,7 @@ class Trainer:
                 f"run.resume=false, but {self.directory} already holds a run; choose another run.name or move it away"
             )
 
-        self._refuse_for(reason)
+        refuse_together(self.parts.checkpoint_group, reason)
 
     def _refuse_drawn_weights(self) -> None:
         """With `run.init_from`: weights were not read, because there are checkpoints, but none of them is whole."""
@@ -319,18 +318,7 @@ class Trainer:
                 f"the weights of run.init_from={self.config.run.init_from}"
             )
 
-        self._refuse_for(reason)
-
-    def _refuse_for(self, reason: Callable[[], str | None]) -> None:
-        """One rank looks for a reason, so that all have the same answer whatever their disks show."""
-        ranks = Ranks(self.parts.checkpoint_group)
-
-        def look(_: list[None]) -> list[None]:
-            if found := reason():
-                raise ValueError(found)
-            return [None] * ranks.size
-
-        ranks.agree(lambda: None, look)
+        refuse_together(self.parts.checkpoint_group, reason)
 
 
 def changed_fields(old: dict[str, Any], config: PretrainConfig) -> dict[str, list[object]]:

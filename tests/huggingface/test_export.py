@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from kernels.fp8_linear import weight_fp8
 from kernels.quantize import dequantize_blocks
-from parallel.mesh import Layout, make_mesh
+from parallel.layout import Layout
+from parallel.mesh import make_mesh
 from tests.hf_names import from_hf
 from tests.huggingface.hf_folders import CPU, RAGGED, SHARD_BYTES, bytes_of, lively, save_checkpoint, tensors_of
 from tests.ranks import run_ranks
@@ -34,7 +35,7 @@ from train.huggingface.weights import CheckpointReader, WeightSource, load_model
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
-from train.optim.adamw import OptimConfig
+from train.optim.config import OptimConfig
 
 FP8 = Precision("fp8", power_of_two_scales=True)
 # Two FP32 implementations of three layers: 1.5e-7 was seen; the bound is the oracle test's.

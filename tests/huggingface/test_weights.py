@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from parallel.mesh import Layout, make_mesh, single
+from parallel.layout import Layout
+from parallel.mesh import make_mesh, single
 from tests.ranks import run_ranks
 from tests.tiny_model import TINY
 from train.assemble import build_engine, checkpoint_tensors
@@ -21,7 +22,7 @@ from train.huggingface.weights import CheckpointReader, load_model, open_weights
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
-from train.optim.adamw import OptimConfig
+from train.optim.config import OptimConfig
 
 SEED = 7
 PRECISION = Precision("bf16")

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from kernels import router
 from kernels.attention import causal_attention_reference
-from parallel.mesh import Layout, init_processes, make_mesh, single
+from parallel.layout import Layout
+from parallel.mesh import init_processes, make_mesh, single
 from tests.ranks import run_ranks
 from tests.studies.plan.closed_form import StateBytes, state_bytes
 from train.assemble import parts_of_stages

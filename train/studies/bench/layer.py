@@ -194,7 +194,7 @@ def parity(layers: Mapping[PrecisionName, Layers]) -> Parity:
         each.buckets.zero()
         update = each.step() - each.x.detach()
         assert each.x.grad is not None
-        grads = {segment.name: segment.grad for segment in each.buckets.segments()}
+        grads = {shard.name: shard.grad for shard in each.buckets.parameter_shards()}
         found[precision] = {"output": update, "input gradient": each.x.grad - each.grad, **grads}
     pairs = {name: (found["fp8"][name], expected) for name, expected in found["bf16"].items()}
     return Parity(
