@@ -13,9 +13,6 @@ from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw as torch_adamw
-
-from kernels.bench_entry import Bench
 
 
 class AdamWHyper(TypedDict):
@@ -37,11 +34,7 @@ class AdamWHyper(TypedDict):
 
 
 def adamw_update_reference(
-    master: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    **hyper: Unpack[AdamWHyper],
+    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, **hyper: Unpack[AdamWHyper]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Decoupled decay and bias correction written out in fp64, out of place.
 
@@ -57,11 +50,7 @@ def adamw_update_reference(
 
 @torch.no_grad()
 def adamw_update(
-    master: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    **hyper: Unpack[AdamWHyper],
+    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, **hyper: Unpack[AdamWHyper]
 ) -> None:
     """One AdamW step, in place on `master` and both moments.
 
@@ -84,37 +73,3 @@ def adamw_update(
     # For fp32 moments m and v are the stored tensors themselves, and this copies nothing.
     exp_avg.copy_(m)
     exp_avg_sq.copy_(v)
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    master, grad, exp_avg = torch.randn(3, 1 << 20, generator=generator).to(device)
-    return master, grad, exp_avg, exp_avg.square()
-
-
-def _run(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
-    adamw_update(master, grad, exp_avg, exp_avg_sq, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=2)
-    return master
-
-
-def _peer(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
-    torch_adamw(
-        [master], [grad], [exp_avg], [exp_avg_sq], [], [torch.tensor(1.0)], foreach=False, fused=True,
-        amsgrad=False, beta1=0.9, beta2=0.95, lr=1e-3, weight_decay=0.1, eps=1e-8, maximize=False,
-    )  # fmt: skip
-    return master
-
-
-BENCH = (
-    Bench(
-        name="adamw",
-        make_inputs=_bench_inputs,
-        run=_run,
-        peer=_peer,
-        peer_name="torch fused AdamW",
-        # About eight fp32 roundings (2^-24 each) of an update that is itself small beside the weight.
-        tolerance=2**-21,
-        flops=14.0 * (1 << 20),
-        bytes=7 * 4.0 * (1 << 20),
-    ),
-)

@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.bench_entry import Bench
 from kernels.operators import operator
 
 # torch's fused kernels, the fastest for V3's heads first; the first that can serve a call does.
@@ -166,37 +165,3 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_
         return _fused(q, k, v, scale, document_ids)
     o: Tensor = _Attention.apply(q, k, v, document_ids, scale)  # type: ignore[no-untyped-call]
     return o
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, 8, 4, 256, 96, generator=generator).to(device, torch.bfloat16)
-    q, k, v, grad = x.unbind()
-    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
-
-
-def _run(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Tensor:
-    o = causal_attention(q, k, v, scale=96**-0.5, document_ids=None)
-    return torch.cat(torch.autograd.grad(o, (q, k, v), grad))
-
-
-def _peer(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Tensor:
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=96**-0.5)
-    return torch.cat(torch.autograd.grad(o, (q, k, v), grad))
-
-
-BENCH = (
-    Bench(
-        name="attention forward+backward",
-        make_inputs=_bench_inputs,
-        run=_run,
-        peer=_peer,
-        peer_name="F.scaled_dot_product_attention",
-        # Four bf16 roundings more than the peer (scores, probabilities, both gradients), each at most 2^-8
-        # and 2^-8 / sqrt(3) in the mean square: below 2^-7 in the Frobenius norm.
-        tolerance=2**-7,
-        # Causal: half of two forward and five backward GEMMs (the scores are made again).
-        flops=0.5 * 7 * 2 * 32 * 256 * 256 * 96,
-        bytes=2.0 * 10 * 32 * 256 * 96,
-    ),
-)

@@ -15,10 +15,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bench_entry import Bench
 from kernels.operators import operator
 
 IGNORE = -100
@@ -106,34 +104,3 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     torch._assert_async((in_range | ~valid).all(), "cross_entropy_sum: a label lies outside the vocabulary")
     loss: Tensor = _CrossEntropySum.apply(logits, labels)  # type: ignore[no-untyped-call]
     return loss
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2048, 2048, generator=generator).to(device, torch.bfloat16)
-    labels = torch.randint(2048, (2048,), generator=generator).to(device)
-    return logits.requires_grad_(), labels
-
-
-def _run(logits: Tensor, labels: Tensor) -> Tensor:
-    return torch.autograd.grad(cross_entropy_sum(logits, labels), logits)[0]
-
-
-def _peer(logits: Tensor, labels: Tensor) -> Tensor:
-    loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
-    return torch.autograd.grad(loss, logits)[0]
-
-
-BENCH = (
-    Bench(
-        name="cross_entropy forward+backward",
-        make_inputs=_bench_inputs,
-        run=_run,
-        peer=_peer,
-        peer_name="F.cross_entropy on fp32 logits",
-        # Both round one fp32 gradient to bf16: at most one rounding (2^-8) apart.
-        tolerance=2**-8,
-        flops=8.0 * 2048 * 2048,
-        bytes=3 * 2.0 * 2048 * 2048,
-    ),
-)

@@ -25,7 +25,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.bench_entry import Bench
 from kernels.formats import TILE, ceil_div
 from kernels.operators import operator
 
@@ -144,28 +143,3 @@ def unpack_e5m6(payload: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Te
             f"and {list(scale.shape)}; give what pack_e5m6 returned"
         )
     return _unpack(payload, scale, out_dtype)
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor]:
-    x = torch.randn(2048, 512, generator=torch.Generator().manual_seed(0))
-    return (x.to(device, torch.bfloat16),)
-
-
-def _run(x: Tensor) -> Tensor:
-    return unpack_e5m6(*pack_e5m6(x, power_of_two=True), out_dtype=torch.bfloat16)
-
-
-BENCH = (
-    Bench(
-        name="pack_e5m6, unpack_e5m6",
-        make_inputs=_bench_inputs,
-        run=_run,
-        peer=lambda x: x.half().bfloat16(),
-        peer_name="through FP16, no scales: the shortest such path in torch",
-        # BF16 has one mantissa bit more, so half of the numbers are exact and half lie on a tie: sqrt(3/2) times the
-        # error of evenly spread numbers, which is an eighth of E4M3's 0.0265.
-        tolerance=0.0042,
-        flops=0.0,
-        bytes=7.0 * 2048 * 512,
-    ),
-)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.bench_entry import Bench
 from kernels.deferred import accumulate_grad, push
 
 
@@ -63,24 +62,3 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """
     y: Tensor = _Embedding.apply(ids, weight)  # type: ignore[no-untyped-call]
     return y
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 2048, (2048,), generator=generator).to(device)
-    return ids, torch.randn(2048, 256, generator=generator).to(device)
-
-
-BENCH = (
-    Bench(
-        name="embedding",
-        make_inputs=_bench_inputs,
-        run=embedding_reference,
-        peer=torch.nn.functional.embedding,
-        peer_name="torch embedding",
-        # A gather copies bits.
-        tolerance=0.0,
-        flops=0.0,
-        bytes=2 * 2048 * 256 * 4.0,
-    ),
-)

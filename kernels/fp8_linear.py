@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from kernels import deferred, probe
-from kernels.bench_entry import Bench
 from kernels.formats import Quantized
 from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
 from kernels.gemm_grouped import group_rows, grouped_gemm_tile_block, grouped_gemm_tile_tile
@@ -210,12 +209,7 @@ class _Fp8SwigluLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        gate_up: Tensor,
-        gates: Tensor | None,
-        weight: Tensor,
-        group_ends: Tensor | None,
-        power_of_two: bool,
+        ctx: Any, gate_up: Tensor, gates: Tensor | None, weight: Tensor, group_ends: Tensor | None, power_of_two: bool
     ) -> Tensor:
         kept, hq = swiglu_quantize(gate_up, gates, power_of_two=power_of_two)
         ctx.save_for_backward(kept.payload, kept.scale, gates, group_ends)
@@ -454,34 +448,3 @@ def _check_features(x: Tensor, weight: Tensor, *, grouped: bool) -> None:
     if not fits or x.shape[-1] != weight.shape[-1]:
         expected = "[rows, in] and [groups, out, in]" if grouped else "[..., in] and [out, in]"
         raise ValueError(f"x and weight must be {expected}, got {list(x.shape)} and {list(weight.shape)}")
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(2048, 512, generator=generator, device=device)
-    w = torch.randn(512, 512, generator=generator, device=device)
-    return x, w, torch.randn(2048, 512, generator=generator, device=device)
-
-
-def _gradients(layer: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor, dy: Tensor) -> Tensor:
-    """dx and dW of one forward and backward, stacked along rows."""
-    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
-    layer(x, w).backward(dy)
-    assert x.grad is not None
-    assert w.grad is not None
-    return torch.cat([x.grad, w.grad])
-
-
-BENCH = (
-    Bench(
-        name="fp8_linear forward+backward",
-        make_inputs=_bench_inputs,
-        run=partial(_gradients, partial(fp8_linear, power_of_two=False)),
-        peer=partial(_gradients, torch.nn.functional.linear),
-        peer_name="torch.nn.functional.linear, FP32",
-        # docs/numerics.md expects 0.037 for dx and 0.0445 for dW.
-        tolerance=0.0455,
-        flops=6.0 * 2048 * 512 * 512,
-        bytes=4.0 * (5 * 2048 * 512 + 2 * 512 * 512),
-    ),
-)

@@ -21,10 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.bench_entry import Bench
 from kernels.formats import TILE, Quantized, ceil_div, decode_e4m3
 from kernels.operators import operator
-from kernels.quantize import dequantize_blocks, dequantize_tiles, quantize_blocks, quantize_tiles
 
 
 def add_tile_block(out: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> None:
@@ -165,37 +163,3 @@ def _check_contraction(a: Quantized, b: Quantized) -> None:
     if k_a != k_b:
         raise ValueError(f"a and b contract their last dims, got {k_a} and {k_b}; transpose one operand")
     assert a.scale.shape == (ceil_div(k_a, TILE), a.payload.shape[0]), (a.payload.shape, a.scale.shape)
-
-
-def _bench_inputs(device: torch.device) -> tuple[Quantized, Quantized, Quantized, Tensor, Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-    a = quantize_tiles(torch.randn(2048, 512, generator=generator, device=device), power_of_two=False)
-    w = torch.randn(512, 512, generator=generator, device=device)
-    blocks, tiles = quantize_blocks(w, power_of_two=False), quantize_tiles(w, power_of_two=False)
-    return a, blocks, tiles, dequantize_tiles(a), dequantize_blocks(blocks)
-
-
-BENCH = (
-    Bench(
-        name="gemm_tile_block",
-        make_inputs=_bench_inputs,
-        run=lambda a, blocks, tiles, x, w: gemm_tile_block(a, blocks, out_dtype=torch.float32),
-        peer=lambda a, blocks, tiles, x, w: x @ w.t(),
-        peer_name="torch.matmul, FP32, dequantised before",
-        # FP32 accumulation in another order: sqrt(512) roundings of 2^-24; measured 2.5e-7.
-        tolerance=22.7 * 2**-24,
-        flops=2.0 * 2048 * 512 * 512,
-        bytes=2048 * 512 + 512 * 512 + 4.0 * 2048 * 512,
-    ),
-    Bench(
-        name="gemm_tile_tile",
-        make_inputs=_bench_inputs,
-        run=lambda a, blocks, tiles, x, w: gemm_tile_tile(a, tiles),
-        peer=lambda a, blocks, tiles, x, w: x @ dequantize_tiles(tiles).t(),
-        peer_name="dequantise, torch.matmul, FP32",
-        # As above.
-        tolerance=22.7 * 2**-24,
-        flops=2.0 * 2048 * 512 * 512,
-        bytes=2048 * 512 + 512 * 512 + 4.0 * 2048 * 512,
-    ),
-)

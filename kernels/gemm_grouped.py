@@ -20,11 +20,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kernels.bench_entry import Bench
 from kernels.formats import TILE, Quantized, decode_e4m3
 from kernels.gemm_fp8 import add_tile_block, add_tile_tile, write_product
 from kernels.operators import operator
-from kernels.quantize import dequantize_blocks, dequantize_tiles, quantize_blocks, quantize_tiles
 
 
 def group_rows(group_ends: Tensor, *, groups: int, rows: int) -> list[slice]:
@@ -96,11 +94,7 @@ def _wgrad_flops(a: Sequence[int], a_scale: object, b: Sequence[int], *_: object
 
 
 _grouped_gemm_tile_block = operator(
-    "grouped_gemm_tile_block",
-    grouped_gemm_tile_block_reference,
-    fake=_allocate_rows,
-    flops=_row_flops,
-    gpu="gemm_fp8",
+    "grouped_gemm_tile_block", grouped_gemm_tile_block_reference, fake=_allocate_rows, flops=_row_flops, gpu="gemm_fp8"
 )
 _grouped_gemm_tile_tile = operator(
     "grouped_gemm_tile_tile",
@@ -156,26 +150,3 @@ def grouped_gemm_tile_tile(
         out = a.payload.new_empty(shape, dtype=torch.float32)
     _grouped_gemm_tile_tile(a.payload, a.scale, b.payload, b.scale, group_ends, out, accumulate)
     return out
-
-
-def _bench_inputs(device: torch.device) -> tuple[Quantized, Quantized, Tensor, Tensor, Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-    a = quantize_tiles(torch.randn(8 * 512, 512, generator=generator, device=device), power_of_two=False)
-    b = quantize_blocks(torch.randn(8, 256, 512, generator=generator, device=device), power_of_two=False)
-    group_ends = torch.arange(512, 8 * 512 + 1, 512, dtype=torch.int32, device=device)
-    return a, b, group_ends, dequantize_tiles(a).view(8, 512, 512), dequantize_blocks(b)
-
-
-BENCH = (
-    Bench(
-        name="grouped_gemm_tile_block",
-        make_inputs=_bench_inputs,
-        run=lambda a, b, ends, x, w: grouped_gemm_tile_block(a, b, ends, out_dtype=torch.float32),
-        peer=lambda a, b, ends, x, w: torch.bmm(x, w.mT).flatten(0, 1),
-        peer_name="torch.bmm, FP32, dequantised before",
-        # FP32 accumulation in another order: sqrt(512) roundings of 2^-24; measured 2.5e-7.
-        tolerance=22.7 * 2**-24,
-        flops=2.0 * 8 * 512 * 256 * 512,
-        bytes=8 * (512 * 512 + 256 * 512 + 4.0 * 512 * 256),
-    ),
-)

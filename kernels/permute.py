@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.bench_entry import Bench
 from kernels.formats import TILE
 from kernels.operators import operator
 from kernels.router import expert_counts
@@ -322,58 +321,3 @@ def combine_tokens(rows: Tensor, grouping: Grouping) -> Tensor:
     assert rows.shape[0] == grouping.num_rows, (rows.shape, grouping.num_rows)
     y: Tensor = _CombineTokens.apply(rows, grouping)  # type: ignore[no-untyped-call]
     return y
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x, grad = torch.randn(2, 2048, 256, generator=generator).to(device, torch.bfloat16)
-    ids = torch.rand(2048, 8, generator=generator).topk(2, dim=-1).indices.to(device)
-    return x.requires_grad_(), ids, grad
-
-
-def _run(x: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
-    layout = grouping(ids, 8)
-    return torch.autograd.grad(combine_tokens(group_tokens(x, layout), layout), x, grad)[0]
-
-
-def _peer(x: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
-    tokens = ids.flatten().argsort(stable=True) // ids.shape[1]
-    rows = x.index_select(0, tokens)
-    y = torch.zeros(x.shape, device=x.device).index_add(0, tokens, rows.float()).to(x.dtype)
-    return torch.autograd.grad(y, x, grad)[0]
-
-
-def _layout_inputs(device: torch.device) -> tuple[Tensor]:
-    return (torch.rand(2048, 64, generator=torch.Generator().manual_seed(0)).topk(6, dim=-1).indices.to(device),)
-
-
-def _layout_peer(ids: Tensor) -> Tensor:
-    chosen = torch.zeros(len(ids), 64, dtype=torch.int64, device=ids.device).scatter_(1, ids, 1)
-    padded = (chosen.sum(0) + TILE - 1) // TILE * TILE
-    rows = (padded.cumsum(0) - padded) + chosen.cumsum(0) - 1  # [tokens, experts]
-    return rows.gather(1, ids.sort(dim=1).values)
-
-
-BENCH = (
-    Bench(
-        name="grouping",
-        make_inputs=_layout_inputs,
-        run=lambda ids: grouping(ids, 64).rows_of_token,
-        peer=_layout_peer,
-        peer_name="cumsum of one-hot, one map only",
-        tolerance=0.0,
-        flops=0.0,
-        bytes=8.0 * 3 * 2048 * 6,
-    ),
-    Bench(
-        name="group+combine forward+backward",
-        make_inputs=_bench_inputs,
-        run=_run,
-        peer=_peer,
-        peer_name="index_select + index_add, no padding",
-        # The peer's index_select adds two bf16 gradients in bf16, ours in fp32: one bf16 rounding, at most 2^-8.
-        tolerance=2**-8,
-        flops=0.0,
-        bytes=2.0 * 256 * (4 * 2048 + 6 * 4096),
-    ),
-)

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bench_entry import Bench
 from kernels.formats import E4M3_MAX, TILE, Quantized, ceil_div, decode_e4m3
 from kernels.operators import operator
 
@@ -249,54 +248,3 @@ def _as_blocks(w: Tensor) -> Tensor:
 def _check_matrix(name: str, x: Tensor) -> None:
     if x.dim() != 2:
         raise ValueError(f"{name} must be [rows, cols], got shape {list(x.shape)}; flatten leading dims first")
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor]:
-    return (torch.randn(2048, 512, generator=torch.Generator(device).manual_seed(0), device=device),)
-
-
-def _peer_tiles(x: Tensor) -> Tensor:
-    tiles = x.view(len(x), -1, TILE)
-    scaled = tiles / (tiles.abs().amax(-1, keepdim=True) / E4M3_MAX)
-    return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view_as(x)
-
-
-def _peer_blocks(w: Tensor) -> Tensor:
-    scale = F.max_pool2d(w.abs()[None], TILE)[0] / E4M3_MAX
-    scaled = w / scale.repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
-    return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-
-
-# The peers round the same quotients, so payloads are bit-equal. Each reads FP32 and writes E4M3.
-BENCH = (
-    Bench(
-        name="quantize_tiles",
-        make_inputs=_bench_inputs,
-        run=lambda x: quantize_tiles(x, power_of_two=False).payload,
-        peer=_peer_tiles,
-        peer_name="one view [rows, tiles, 128]",
-        tolerance=0.0,
-        flops=0.0,
-        bytes=5.0 * 2048 * 512,
-    ),
-    Bench(
-        name="quantize_tiles_transposed",
-        make_inputs=_bench_inputs,
-        run=lambda x: quantize_tiles_transposed(x, power_of_two=False).payload,
-        peer=lambda x: quantize_tiles(x.t().contiguous(), power_of_two=False).payload,
-        peer_name="transpose in FP32, then quantize_tiles",
-        tolerance=0.0,
-        flops=0.0,
-        bytes=5.0 * 2048 * 512,
-    ),
-    Bench(
-        name="quantize_blocks",
-        make_inputs=_bench_inputs,
-        run=lambda w: quantize_blocks(w, power_of_two=False).payload,
-        peer=_peer_blocks,
-        peer_name="max_pool2d and repeated scales",
-        tolerance=0.0,
-        flops=0.0,
-        bytes=5.0 * 2048 * 512,
-    ),
-)

@@ -13,10 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from kernels.bench_entry import Bench
 
 
 def rmsnorm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -61,33 +58,3 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     assert x.shape[-1:] == weight.shape, (x.shape, weight.shape)
     y: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x, grad = torch.randn(2, 2048, 256, generator=generator).to(device, torch.bfloat16)
-    weight = torch.randn(256, generator=generator).to(device, torch.bfloat16)
-    return x.requires_grad_(), weight.requires_grad_(), grad
-
-
-def _run(x: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
-    return torch.autograd.grad(rmsnorm(x, weight, 1e-6), (x, weight), grad)[0]
-
-
-def _peer(x: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
-    return torch.autograd.grad(F.rms_norm(x, weight.shape, weight, 1e-6), (x, weight), grad)[0]
-
-
-BENCH = (
-    Bench(
-        name="rmsnorm forward+backward",
-        make_inputs=_bench_inputs,
-        run=_run,
-        peer=_peer,
-        peer_name="F.rms_norm",
-        # One bf16 rounding (2^-8 at most): the peer may round an intermediate once more than we do.
-        tolerance=2**-8,
-        flops=16.0 * 2048 * 256,
-        bytes=5 * 2.0 * 2048 * 256,
-    ),
-)

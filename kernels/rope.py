@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.bench_entry import Bench
-
 
 @dataclass(frozen=True)
 class YarnScaling:
@@ -151,25 +149,3 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     assert x.shape[-2:] == (cos.shape[0], 2 * cos.shape[1]), (x.shape, cos.shape)
     y: Tensor = _ApplyRope.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return y
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, 4, 256, 32, generator=generator).to(device, torch.bfloat16)
-    cos, sin = rope_tables(256, 32, 10000.0, yarn=None)
-    return x, cos.to(device), sin.to(device)
-
-
-BENCH = (
-    Bench(
-        name="rope",
-        make_inputs=_bench_inputs,
-        run=apply_rope,
-        peer=apply_rope_reference,
-        peer_name="torch, elementwise",
-        # One bf16 rounding (2^-8 at most): a fused multiply-add may move a result across a rounding edge.
-        tolerance=2**-8,
-        flops=3.0 * 8 * 4 * 256 * 32,
-        bytes=2.0 * 2 * 8 * 4 * 256 * 32,
-    ),
-)

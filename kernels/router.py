@@ -20,15 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bench_entry import Bench
 from kernels.operators import operator
 
 
 @dataclass(frozen=True)
-class Routed:
+class RouterOutput:
     """What `route` decides for each token.
 
     Args:
@@ -214,7 +212,7 @@ class _Route(torch.autograd.Function):
 
 def route(
     logits: Tensor, bias: Tensor, *, n_group: int, topk_group: int, topk: int, scale: float, normalize: bool
-) -> Routed:
+) -> RouterOutput:
     """Score the experts, choose by biased score, weigh by the un-biased one, and count.
 
     Args:
@@ -226,11 +224,11 @@ def route(
         scale: routed_scaling_factor.
         normalize: divide the gates by their sum (norm_topk_prob).
     Returns:
-        The Routed. A token with NaN logits still gets topk distinct ids.
+        The RouterOutput. A token with NaN logits still gets topk distinct ids.
     Source: arXiv:2412.19437 eq. 13-16 and §2.1.2 "Node-Limited Routing".
     """
     how = (n_group, topk_group, topk, scale, normalize)
-    return Routed(*_Route.apply(logits, bias.detach(), *how))  # type: ignore[no-untyped-call]
+    return RouterOutput(*_Route.apply(logits, bias.detach(), *how))  # type: ignore[no-untyped-call]
 
 
 def sequence_balance(scores: Tensor, topk: int) -> Tensor:
@@ -262,59 +260,3 @@ def select_experts_reference(scores: Tensor, bias: Tensor, *, n_group: int, topk
         allowed = [i for i in range(len(row)) if i // size in best_groups]
         rows.append(sorted(allowed, key=lambda i: -row[i])[:topk])
     return torch.tensor(rows, dtype=torch.int64, device=scores.device)
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2048, 64, generator=generator)
-    bias = 0.01 * torch.randn(64, generator=generator)
-    grad = torch.randn(2048, 6, generator=generator)
-    return logits.to(device).requires_grad_(), bias.to(device), grad.to(device)
-
-
-def _run(logits: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
-    routed = route(logits, bias, n_group=8, topk_group=4, topk=6, scale=2.5, normalize=True)
-    return torch.autograd.grad(routed.gates, logits, grad)[0]
-
-
-def _peer(logits: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
-    scores = logits.sigmoid()
-    biased = (scores + bias).view(-1, 8, 8)
-    groups = biased.topk(2, dim=-1).values.sum(-1).topk(4, dim=-1).indices
-    mask = torch.zeros_like(biased[..., 0]).scatter_(1, groups, 1.0).bool()
-    ids = biased.masked_fill(~mask[..., None], float("-inf")).flatten(1).topk(6, dim=-1).indices
-    gates = F.normalize(scores.gather(1, ids), p=1.0, dim=-1) * 2.5
-    return torch.autograd.grad(gates, logits, grad)[0]
-
-
-def _counts_inputs(device: torch.device) -> tuple[Tensor]:
-    return (torch.randn(4, 512, 64, generator=torch.Generator().manual_seed(0)).sigmoid().to(device),)
-
-
-def _counts_peer(scores: Tensor) -> Tensor:
-    return torch.zeros_like(scores).scatter_(-1, scores.topk(6, dim=-1).indices, 1.0).sum(1)
-
-
-BENCH = (
-    Bench(
-        name="route forward+backward",
-        make_inputs=_bench_inputs,
-        run=_run,
-        peer=_peer,
-        peer_name="torch.topk, autograd",
-        # The same fp32 quotients, sums of six and differences in another order: a few fp32 epsilons (2^-23).
-        tolerance=4 * 2**-23,
-        flops=0.0,
-        bytes=4.0 * 4 * 2048 * 64,
-    ),
-    Bench(
-        name="topk_counts",
-        make_inputs=_counts_inputs,
-        run=lambda scores: _topk_counts(scores, 6),
-        peer=_counts_peer,
-        peer_name="torch.topk, scatter",
-        tolerance=0.0,
-        flops=0.0,
-        bytes=4.0 * 2048 * 64,
-    ),
-)

@@ -28,15 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bench_entry import Bench
 from kernels.formats import TILE, Quantized, ceil_div
 from kernels.operators import operator
 from kernels.quantize import (
-    dequantize_tiles,
     dequantize_tiles_reference,
-    quantize_tiles,
     quantize_tiles_reference,
-    quantize_tiles_transposed,
     quantize_tiles_transposed_reference,
 )
 
@@ -293,108 +289,3 @@ def gated_swiglu_backward_kept(kept: Quantized, gates: Tensor, dh: Tensor) -> tu
     Source: arXiv:2412.19437 §3.3.3, eq. 12.
     """
     return _gated_swiglu_backward_kept(kept.payload, kept.scale, gates, dh)
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    gate_up = torch.randn(4096, 512, generator=generator).to(device, torch.bfloat16)
-    grad = torch.randn(4096, 256, generator=generator).to(device, torch.bfloat16)
-    return gate_up.requires_grad_(), grad
-
-
-def _run(gate_up: Tensor, grad: Tensor) -> Tensor:
-    return torch.autograd.grad(swiglu(gate_up), gate_up, grad)[0]
-
-
-def _peer(gate_up: Tensor, grad: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return torch.autograd.grad(F.silu(gate) * up, gate_up, grad)[0]
-
-
-def _gated_bench_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    gate_up, grad = _bench_inputs(device)
-    gates = torch.rand(4096, generator=torch.Generator().manual_seed(1)).to(device)
-    return gate_up, gates, grad
-
-
-def _gated_run(gate_up: Tensor, gates: Tensor, grad: Tensor) -> Tensor:
-    return torch.autograd.grad(gated_swiglu(gate_up, gates), gate_up, grad)[0]
-
-
-def _gated_peer(gate_up: Tensor, gates: Tensor, grad: Tensor) -> Tensor:
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    y = (F.silu(gate) * up * gates[:, None]).to(gate_up.dtype)
-    return torch.autograd.grad(y, gate_up, grad)[0]
-
-
-def _kept_bench_inputs(device: torch.device) -> tuple[Quantized, Tensor, Tensor]:
-    gate_up, gates, grad = _gated_bench_inputs(device)
-    return quantize_tiles(gate_up, power_of_two=True), gates, grad
-
-
-def _peer_activation(kept: Quantized, gates: Tensor) -> Tensor:
-    return gated_swiglu(dequantize_tiles(kept, out_dtype=torch.bfloat16), gates)
-
-
-def _peer_backward(kept: Quantized, gates: Tensor, grad: Tensor) -> Tensor:
-    gate_up = dequantize_tiles(kept, out_dtype=grad.dtype).requires_grad_()
-    return torch.autograd.grad(gated_swiglu(gate_up, gates), gate_up, grad)[0]
-
-
-BENCH = (
-    Bench(
-        name="swiglu forward+backward",
-        make_inputs=_bench_inputs,
-        run=_run,
-        peer=_peer,
-        peer_name="F.silu(gate) * up, autograd",
-        # The same bf16 operations in the same order; one bf16 rounding (2^-8) for another way to silu.
-        tolerance=2**-8,
-        flops=12.0 * 4096 * 256,
-        bytes=9 * 2.0 * 4096 * 256,
-    ),
-    Bench(
-        name="gated_swiglu forward+backward",
-        make_inputs=_gated_bench_inputs,
-        run=_gated_run,
-        peer=_gated_peer,
-        peer_name="(F.silu(gate) * up * gates) in fp32, autograd",
-        # Both compute in fp32 and round the gradient to bf16 once: equal but where fp32 sits on a bf16 tie.
-        tolerance=2**-12,
-        flops=14.0 * 4096 * 256,
-        bytes=9 * 2.0 * 4096 * 256,
-    ),
-    # The next three round the same numbers in the same order, so both sides have the same bits.
-    Bench(
-        name="swiglu_quantize",
-        make_inputs=_gated_bench_inputs,
-        run=lambda gate_up, gates, _: swiglu_quantize(gate_up, gates, power_of_two=True)[1].payload,
-        peer=lambda gate_up, gates, _: quantize_tiles(gated_swiglu(gate_up, gates), power_of_two=True).payload,
-        peer_name="gated_swiglu, then quantize_tiles (without the kept input)",
-        tolerance=0.0,
-        flops=0.0,
-        bytes=7.0 * 4096 * 256,
-    ),
-    Bench(
-        name="swiglu_quantize_transposed",
-        make_inputs=_kept_bench_inputs,
-        run=lambda kept, gates, _: (
-            swiglu_quantize_transposed(kept, gates, dtype=torch.bfloat16, power_of_two=True).payload
-        ),
-        peer=lambda kept, gates, _: quantize_tiles_transposed(_peer_activation(kept, gates), power_of_two=True).payload,
-        peer_name="dequantize_tiles, gated_swiglu, quantize_tiles_transposed",
-        tolerance=0.0,
-        flops=0.0,
-        bytes=3.0 * 4096 * 256,
-    ),
-    Bench(
-        name="gated_swiglu_backward_kept",
-        make_inputs=_kept_bench_inputs,
-        run=lambda kept, gates, grad: gated_swiglu_backward_kept(kept, gates, grad)[0],
-        peer=_peer_backward,
-        peer_name="dequantize_tiles, gated_swiglu, autograd",
-        tolerance=0.0,
-        flops=14.0 * 4096 * 256,
-        bytes=8.0 * 4096 * 256,
-    ),
-)

@@ -101,14 +101,9 @@ def _tile_tile(a: Quantized, b: Quantized, group_ends: Tensor | None, out: Tenso
     a, b, k = _contiguous(a), _contiguous(b), a.payload.shape[1]
     if is_hopper(out) and k % 16 == 0 and k:
         gemm_hopper.gemm(
-            a,
-            b,
-            out,
-            config=tile_tile_config(),
-            programs=multiprocessors(out),
-            group_ends=group_ends,
+            a, b, out, config=tile_tile_config(), programs=multiprocessors(out), group_ends=group_ends,
             accumulate=accumulate,
-        )
+        )  # fmt: skip
     else:
         gemm_portable.tile_tile(a, b, out, accumulate=accumulate, group_ends=group_ends)
 

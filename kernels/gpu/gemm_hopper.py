@@ -53,7 +53,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.formats import TILE, Quantized, ceil_div
-from kernels.gpu.gemm_tiles import columns, contraction_tile, place, rows_tile
 
 Schedule = Literal["two_waves", "two_blocks", "wide"]
 Grouped = Literal["", "rows", "contraction"]
@@ -92,6 +91,66 @@ class Config:
 
 
 @gluon.jit
+def place(tile, num_m, num_n, ORDER: gl.constexpr):
+    """Row and column of a tile: columns of ORDER tiles, so that neighbours in time share operands in the L2 cache."""
+    per_strip = ORDER * num_n
+    strip = tile // per_strip
+    first_m = strip * ORDER
+    height = gl.minimum(num_m - first_m, ORDER)
+    inside = tile - strip * per_strip
+    return first_m + inside % height, inside // height
+
+
+@gluon.jit
+def group_of(tile, group, first_tile, start, end, ends_ptr, rows, groups, num_n, BM: gl.constexpr):
+    """Go on from a group to the one that holds `tile`; group number `groups` holds the rows of nobody."""
+    tiles = gl.cdiv(end - start, BM) * num_n
+    while (group < groups) & (tile >= first_tile + tiles):
+        first_tile += tiles
+        group += 1
+        start = end
+        end = gl.where(group == groups, rows, gl.load(ends_ptr + gl.minimum(group, groups - 1)))
+        tiles = gl.cdiv(end - start, BM) * num_n
+    return group, first_tile, start, end
+
+
+@gluon.jit
+def columns(pn, WIDE: gl.constexpr):
+    """First column of the 128 and of the 64 columns of a tile; each lies within one 128-column block of scales.
+
+    A tile of 192 starts on a block's edge or in its middle; the 64 columns come last or first.
+    """
+    if WIDE:
+        odd = pn % 2
+        return pn * 192 + odd * 64, pn * 192 + (1 - odd) * 128
+    else:
+        return pn * 128, pn * 128
+
+
+@gluon.jit
+def rows_tile(
+    tile, group, first_tile, start, end, ends_ptr, M, num_n, groups, steps, BM: gl.constexpr, ORDER: gl.constexpr
+):
+    """Where a tile of "rows" lies: the group's state, tile row and column, and how many stages it contracts."""
+    group, first_tile, start, end = group_of(tile, group, first_tile, start, end, ends_ptr, M, groups, num_n, BM)
+    num_m = gl.cdiv(end - start, BM)
+    # Tiles behind the last one have no rows: they contract nothing and store nothing.
+    behind = tile >= first_tile + num_m * num_n
+    pm, pn = place(gl.where(behind, 0, tile - first_tile), gl.maximum(num_m, 1), num_n, ORDER)
+    m0 = gl.where(behind, end, start + pm * BM)
+    return group, first_tile, start, end, m0, pn, gl.where(behind | (group == groups), 0, steps)
+
+
+@gluon.jit
+def contraction_tile(tile, ends_ptr, num_m, num_n, BM: gl.constexpr, ORDER: gl.constexpr):
+    """Where a tile of "contraction" lies: group, first row, tile column, first block of the contraction, how many."""
+    group = tile // (num_m * num_n)
+    pm, pn = place(tile - group * (num_m * num_n), num_m, num_n, ORDER)
+    start = gl.where(group == 0, 0, gl.load(ends_ptr + gl.maximum(group - 1, 0)))
+    return group, pm * BM, pn, start // 128, (gl.load(ends_ptr + group) - start) // 128
+
+
+@gluon.jit
 def _pin(value):
     """Have `value` computed here: an empty wait that it passes through, which the compiler moves nothing across."""
     return warpgroup_mma_wait(0, deps=(value,))
@@ -102,7 +161,7 @@ def _produce(
     a_desc, b_desc, b2_desc, a_scale_desc, b_scale_desc, a_bufs, b_bufs, b2_bufs, a_scales, b_scales, full, empty,
     ends_ptr, M, N, K, a_scale_stride, b_scale_stride, groups, tiles,
     TILE_TILE: gl.constexpr, GROUPED: gl.constexpr, BM: gl.constexpr, WIDE: gl.constexpr, STAGES: gl.constexpr,
-    BLOCKS: gl.constexpr, ORDER: gl.constexpr,
+    BLOCKS: gl.constexpr, ORDER: gl.constexpr
 ):  # fmt: skip
     WIDTH: gl.constexpr = 192 if WIDE else 128
     BYTES: gl.constexpr = BLOCKS * ((BM + WIDTH) * 128 + BM * 4 + (WIDTH * 4 if TILE_TILE else 0))
@@ -220,7 +279,7 @@ def _consume(
     out_desc, out2_desc, out_ptr, b_scale_ptr, a_bufs, b_bufs, b2_bufs, a_scales, b_scales, out_bufs, out2_bufs,
     full, empty, ends_ptr, M, N, K, b_scale_stride_n, b_scale_stride_k, groups, tiles,
     HALF: gl.constexpr, TILE_TILE: gl.constexpr, GROUPED: gl.constexpr, ACCUMULATE: gl.constexpr, BM: gl.constexpr,
-    WIDE: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr, ORDER: gl.constexpr,
+    WIDE: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr, ORDER: gl.constexpr
 ):  # fmt: skip
     WIDTH: gl.constexpr = 192 if WIDE else 128
     FIRST: gl.constexpr = HALF * (BM // 2)

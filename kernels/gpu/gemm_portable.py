@@ -53,7 +53,7 @@ def _group_of_row(ends_ptr, row, groups, GROUPS: tl.constexpr):
 def _rows_kernel(
     a_ptr, a_scale_ptr, b_ptr, b_scale_ptr, out_ptr, ends_ptr, M, N, K, b_stride_n, b_stride_k,
     scale_stride_g, scale_stride_n, scale_stride_k, groups,
-    SCALED: tl.constexpr, GROUPS: tl.constexpr, BK: tl.constexpr, SQUARE: tl.constexpr, ORDER: tl.constexpr,
+    SCALED: tl.constexpr, GROUPS: tl.constexpr, BK: tl.constexpr, SQUARE: tl.constexpr, ORDER: tl.constexpr
 ):  # fmt: skip
     """out = a @ b.T, of each group of rows its own b; GROUPS is 0 for one b, else a power of two >= groups."""
     pm, pn = _place(tl.program_id(0), tl.cdiv(M, SQUARE), tl.cdiv(N, SQUARE), ORDER)
@@ -91,7 +91,7 @@ def _contraction_kernel(
     a_ptr, a_scale_ptr, b_ptr, b_scale_ptr, out_ptr, ends_ptr, M, N, K,
     a_stride_m, a_stride_k, b_stride_n, b_stride_k,
     SCALED: tl.constexpr, GROUPED: tl.constexpr, ACCUMULATE: tl.constexpr, BK: tl.constexpr, SQUARE: tl.constexpr,
-    ORDER: tl.constexpr,
+    ORDER: tl.constexpr
 ):  # fmt: skip
     """out[g] = or += a[:, rows of g] @ b[:, rows of g].T in FP32; group g is the second program axis."""
     pm, pn = _place(tl.program_id(0), tl.cdiv(M, SQUARE), tl.cdiv(N, SQUARE), ORDER)

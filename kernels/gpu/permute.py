@@ -72,20 +72,9 @@ def _prefix_kernel(counts_ptr, before_ptr, totals_ptr, blocks, experts, BLOCKS: 
 
 @triton.jit(do_not_specialize=["tokens", "num_rows"])
 def _place_kernel(
-    ids_ptr,
-    before_ptr,
-    totals_ptr,
-    slot_of_row_ptr,
-    rows_of_token_ptr,
-    group_ends_ptr,
-    tokens,
-    experts,
-    num_rows,
-    TOPK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    EXPERTS: tl.constexpr,
-):
+    ids_ptr, before_ptr, totals_ptr, slot_of_row_ptr, rows_of_token_ptr, group_ends_ptr, tokens, experts, num_rows,
+    TOPK: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, EXPERTS)
     padded = (tl.load(totals_ptr + expert, mask=expert < experts, other=0) + 127) // 128 * 128
@@ -126,16 +115,9 @@ def _copy_tokens_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "num_rows"])
 def _sum_rows_kernel(
-    rows_ptr,
-    rows_of_token_ptr,
-    out_ptr,
-    tokens,
-    num_rows,
-    hidden,
-    SUMMANDS: tl.constexpr,
-    TOKENS: tl.constexpr,
+    rows_ptr, rows_of_token_ptr, out_ptr, tokens, num_rows, hidden, SUMMANDS: tl.constexpr, TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((TOKENS, COLUMNS), tl.float32)
@@ -174,18 +156,9 @@ def lay_out(ids: Tensor, experts: int, num_rows: int) -> tuple[Tensor, Tensor, T
         counts, before, totals, blocks, experts, PREFIX_BLOCKS, PREFIX_EXPERTS
     )
     _place_kernel[(blocks,)](
-        ids,
-        before,
-        totals,
-        slot_of_row,
-        rows_of_token,
-        group_ends,
-        tokens,
-        experts,
-        num_rows,
-        COLUMNS=rows_of_token.shape[1],
-        **sizes,
-    )
+        ids, before, totals, slot_of_row, rows_of_token, group_ends, tokens, experts, num_rows,
+        COLUMNS=rows_of_token.shape[1], **sizes,
+    )  # fmt: skip
     return slot_of_row, rows_of_token, group_ends
 
 

@@ -85,24 +85,10 @@ def keep_best_groups(key, N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, GROUP
 
 @triton.jit(do_not_specialize=["tokens"])
 def _route_kernel(
-    logits_ptr,
-    bias_ptr,
-    scores_ptr,
-    ids_ptr,
-    gates_ptr,
-    counts_ptr,
-    tokens,
-    scale,
-    N_GROUP: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    TOPK_GROUP: tl.constexpr,
-    TOPK: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SIZE: tl.constexpr,
-    CHOICES: tl.constexpr,
-):
+    logits_ptr, bias_ptr, scores_ptr, ids_ptr, gates_ptr, counts_ptr, tokens, scale, N_GROUP: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, TOPK_GROUP: tl.constexpr, TOPK: tl.constexpr, NORMALIZE: tl.constexpr,
+    TOKENS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, CHOICES: tl.constexpr,
+):  # fmt: skip
     experts: tl.constexpr = N_GROUP * GROUP_SIZE
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     place = tl.arange(0, GROUPS * SIZE)
@@ -150,19 +136,9 @@ def _route_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _route_backward_kernel(
-    scores_ptr,
-    ids_ptr,
-    grad_scores_ptr,
-    grad_gates_ptr,
-    grad_logits_ptr,
-    tokens,
-    scale,
-    EXPERTS: tl.constexpr,
-    TOPK: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    scores_ptr, ids_ptr, grad_scores_ptr, grad_gates_ptr, grad_logits_ptr, tokens, scale, EXPERTS: tl.constexpr,
+    TOPK: tl.constexpr, NORMALIZE: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """With c the chosen scores and G their gradients times scale: dc_k = G_k / sum c - sum_j G_j c_j / (sum c)^2."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, WIDTH)
@@ -197,15 +173,9 @@ def _route_backward_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _topk_counts_kernel(
-    scores_ptr,
-    counts_ptr,
-    tokens,
-    tokens_per_sequence,
-    EXPERTS: tl.constexpr,
-    TOPK: tl.constexpr,
-    TOKENS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    scores_ptr, counts_ptr, tokens, tokens_per_sequence, EXPERTS: tl.constexpr, TOPK: tl.constexpr,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """`tokens` are those of all sequences."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, WIDTH)
@@ -239,25 +209,10 @@ def route(
         groups, size = triton.next_power_of_2(n_group), triton.next_power_of_2(group_size)
         tokens_per_program = max(1, ELEMENTS // (groups * size))
         _route_kernel[(triton.cdiv(tokens, tokens_per_program),)](
-            logits,
-            bias,
-            scores,
-            ids,
-            gates,
-            counts,
-            tokens,
-            scale,
-            N_GROUP=n_group,
-            GROUP_SIZE=group_size,
-            TOPK_GROUP=topk_group,
-            TOPK=topk,
-            NORMALIZE=normalize,
-            TOKENS=tokens_per_program,
-            GROUPS=groups,
-            SIZE=size,
-            CHOICES=triton.next_power_of_2(topk),
-            num_warps=WARPS,
-        )
+            logits, bias, scores, ids, gates, counts, tokens, scale, N_GROUP=n_group, GROUP_SIZE=group_size,
+            TOPK_GROUP=topk_group, TOPK=topk, NORMALIZE=normalize, TOKENS=tokens_per_program, GROUPS=groups, SIZE=size,
+            CHOICES=triton.next_power_of_2(topk), num_warps=WARPS,
+        )  # fmt: skip
     return scores, ids, gates, counts
 
 
@@ -273,20 +228,10 @@ def route_backward(
         width = triton.next_power_of_2(experts)
         tokens_per_program = max(1, ELEMENTS // width)
         _route_backward_kernel[(triton.cdiv(tokens, tokens_per_program),)](
-            scores,
-            ids,
-            None if grad_scores is None else grad_scores.contiguous(),
-            None if grad_gates is None else grad_gates.contiguous(),
-            grad_logits,
-            tokens,
-            scale,
-            EXPERTS=experts,
-            TOPK=ids.shape[1],
-            NORMALIZE=normalize,
-            TOKENS=tokens_per_program,
-            WIDTH=width,
-            num_warps=WARPS,
-        )
+            scores, ids, None if grad_scores is None else grad_scores.contiguous(),
+            None if grad_gates is None else grad_gates.contiguous(), grad_logits, tokens, scale, EXPERTS=experts,
+            TOPK=ids.shape[1], NORMALIZE=normalize, TOKENS=tokens_per_program, WIDTH=width, num_warps=WARPS,
+        )  # fmt: skip
     return grad_logits
 
 
@@ -301,14 +246,7 @@ def topk_counts(scores: Tensor, topk: int) -> Tensor:
         width = triton.next_power_of_2(experts)
         tokens_per_program = max(1, ELEMENTS // width)
         _topk_counts_kernel[(triton.cdiv(sequences * tokens, tokens_per_program),)](
-            scores,
-            counts,
-            sequences * tokens,
-            tokens,
-            EXPERTS=experts,
-            TOPK=topk,
-            TOKENS=tokens_per_program,
-            WIDTH=width,
-            num_warps=WARPS,
-        )
+            scores, counts, sequences * tokens, tokens, EXPERTS=experts, TOPK=topk, TOKENS=tokens_per_program,
+            WIDTH=width, num_warps=WARPS,
+        )  # fmt: skip
     return counts

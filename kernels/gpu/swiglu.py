@@ -91,17 +91,9 @@ def _swiglu_kernel(gate_up_ptr, gates_ptr, h_ptr, rows, inter, ROWS: tl.constexp
 
 @triton.jit
 def _swiglu_quantize_kernel(
-    gate_up_ptr,
-    gates_ptr,
-    kept_ptr,
-    kept_scale_ptr,
-    payload_ptr,
-    scale_ptr,
-    rows,
-    inter,
-    POWER_OF_TWO: tl.constexpr,
+    gate_up_ptr, gates_ptr, kept_ptr, kept_scale_ptr, payload_ptr, scale_ptr, rows, inter, POWER_OF_TWO: tl.constexpr,
     ROWS: tl.constexpr,
-):
+):  # fmt: skip
     """One tile of gates, one of ups and the tile of h that they make; inter is a multiple of 128."""
     DTYPE: tl.constexpr = gate_up_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -117,17 +109,9 @@ def _swiglu_quantize_kernel(
 
 @triton.jit
 def _swiglu_quantize_transposed_kernel(
-    kept_ptr,
-    kept_scale_ptr,
-    gates_ptr,
-    payload_ptr,
-    scale_ptr,
-    rows,
-    inter,
-    DTYPE: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    kept_ptr, kept_scale_ptr, gates_ptr, payload_ptr, scale_ptr, rows, inter, DTYPE: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)
     col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (col < inter)[None, :]
@@ -139,17 +123,9 @@ def _swiglu_quantize_transposed_kernel(
 
 @triton.jit
 def _swiglu_backward_kernel(
-    gate_up_ptr,
-    scale_ptr,
-    gates_ptr,
-    dh_ptr,
-    d_gate_up_ptr,
-    d_gates_ptr,
-    rows,
-    inter,
-    SPAN: tl.constexpr,
+    gate_up_ptr, scale_ptr, gates_ptr, dh_ptr, d_gate_up_ptr, d_gates_ptr, rows, inter, SPAN: tl.constexpr,
     ROWS: tl.constexpr,
-):
+):  # fmt: skip
     """SPAN tiles of some rows, one after the other: all of them where gates want their gradient.
 
     scale_ptr is None unless gate_up is kept in FP8, gates_ptr and d_gates_ptr are None unless it is gated.
@@ -231,18 +207,9 @@ def swiglu_quantize_transposed(
     if payload.numel():
         grid = (triton.cdiv(rows, TILE), inter // COLUMNS_TRANSPOSED)
         _swiglu_quantize_transposed_kernel[grid](
-            payload,
-            scale,
-            gates,
-            payload_t,
-            scale_t,
-            rows,
-            inter,
-            _TRITON_TYPES[dtype],
-            power_of_two,
-            COLUMNS_TRANSPOSED,
-            num_warps=WARPS_TRANSPOSED,
-        )
+            payload, scale, gates, payload_t, scale_t, rows, inter, _TRITON_TYPES[dtype], power_of_two,
+            COLUMNS_TRANSPOSED, num_warps=WARPS_TRANSPOSED,
+        )  # fmt: skip
     return payload_t, scale_t
 
 
@@ -291,16 +258,7 @@ def _differentiate(gate_up: Tensor, scale: Tensor | None, gates: Tensor | None, 
         span = SPAN if gates is None else tiles
         grid = (triton.cdiv(rows, ROWS), triton.cdiv(tiles, span))
         _swiglu_backward_kernel[grid](
-            gate_up,
-            scale,
-            _contiguous(gates),
-            dh,
-            d_gate_up,
-            None if gates is None else d_gates,
-            rows,
-            inter,
-            span,
-            ROWS,
-            num_warps=WARPS,
-        )
+            gate_up, scale, _contiguous(gates), dh, d_gate_up, None if gates is None else d_gates, rows, inter, span,
+            ROWS, num_warps=WARPS,
+        )  # fmt: skip
     return d_gate_up, d_gates

@@ -127,10 +127,7 @@ def _portable() -> dict[str, Callable[[], object]]:
             group_ends,
         ),
         "BF16 wgrad, groups": partial(
-            gemm_portable.grouped_wgrad,
-            empty(TOKENS, 4096, dtype=bf16),
-            empty(TOKENS, 7168, dtype=bf16),
-            group_ends,
+            gemm_portable.grouped_wgrad, empty(TOKENS, 4096, dtype=bf16), empty(TOKENS, 7168, dtype=bf16), group_ends
         ),
         "FP32 fprop, groups": partial(
             gemm_portable.grouped_matmul, empty(TOKENS, 7168), empty(GROUPS, 4096, 7168).mT, group_ends

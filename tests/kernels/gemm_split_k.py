@@ -21,8 +21,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from kernels.formats import TILE, Quantized, ceil_div
-from kernels.gpu.gemm_hopper import BN, LAYOUT, _matrix, _padded_scale, _produce, _store_fp32, _two_waves, _vector
-from kernels.gpu.gemm_tiles import contraction_tile
+from kernels.gpu.gemm_hopper import (
+    BN,
+    LAYOUT,
+    _matrix,
+    _padded_scale,
+    _produce,
+    _store_fp32,
+    _two_waves,
+    _vector,
+    contraction_tile,
+)
 
 BM, STAGES, ORDER = 256, 4, 8
 # Elements of a program that adds parts, and its warps.
@@ -33,7 +42,7 @@ ELEMENTS, WARPS = 4096, 8
 def _consume(
     parts_ptr, b_scale_ptr, a_bufs, b_bufs, a_scales, full, empty, ends_ptr,
     M, N, K, b_scale_stride_n, b_scale_stride_k, tiles,
-    HALF: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, ORDER: gl.constexpr,
+    HALF: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, ORDER: gl.constexpr
 ):  # fmt: skip
     FIRST: gl.constexpr = HALF * (BM // 2)
     num_m = gl.cdiv(M, BM)

@@ -157,9 +157,7 @@ def test_under_deferred_each_gemm_runs_once_and_wgrad_waits(grouped: bool, monke
 
 
 @pytest.mark.parametrize("layer", [linear, lambda x, w: fp8(x, w, power_of_two=False)])
-def test_deferred_weight_gradients_equal_immediate_ones_bit_for_bit(
-    layer: Callable[[Tensor, Tensor], Tensor],
-) -> None:
+def test_deferred_weight_gradients_equal_immediate_ones_bit_for_bit(layer: Callable[[Tensor, Tensor], Tensor]) -> None:
     first, second = torch.randn(64, 128), torch.randn(32, 64)
     x = torch.randn(129, 128)
     grads = []
@@ -212,9 +210,7 @@ def test_an_activation_checkpoint_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("layer", [linear, lambda x, w: fp8(x, w, power_of_two=False)])
-def test_changing_a_weight_between_forward_and_backward_is_an_error(
-    layer: Callable[[Tensor, Tensor], Tensor],
-) -> None:
+def test_changing_a_weight_between_forward_and_backward_is_an_error(layer: Callable[[Tensor, Tensor], Tensor]) -> None:
     weight = torch.nn.Parameter(torch.randn(64, 128))
     y = layer(torch.randn(5, 128, requires_grad=True), weight)
     with torch.no_grad():

@@ -126,8 +126,7 @@ def assert_expected_errors(run: Run, power_of_two: bool) -> None:
 
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "features"),
-    [(1, (576, 129)), (63, (2112, 64)), (129, (128, 200)), (300, (1, 1)), (128, (7, 576))],
+    ("rows", "features"), [(1, (576, 129)), (63, (2112, 64)), (129, (128, 200)), (300, (1, 1)), (128, (7, 576))]
 )
 def test_dense_gemms_stay_within_their_bounds(rows: int, features: tuple[int, int], power_of_two: bool) -> None:
     assert_within_bounds(run_dense(rows, features, power_of_two), power_of_two)
@@ -205,11 +204,7 @@ def test_the_bounds_catch_planted_defects(
 @pytest.mark.parametrize(("function", "plant", "culprit"), [*BOUND_DEFECTS, ("quantize_blocks", e5m2_payload, "y")])
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_the_expected_errors_catch_planted_defects(
-    function: str,
-    plant: Callable[..., Any],
-    culprit: str,
-    power_of_two: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    function: str, plant: Callable[..., Any], culprit: str, power_of_two: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def uneven(rows: int, cols: int) -> Tensor:
         band = torch.rand(ceil_div(rows, TILE), 1).repeat_interleave(TILE, 0)[:rows]

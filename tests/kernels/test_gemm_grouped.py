@@ -101,10 +101,7 @@ def test_a_group_equals_the_dense_product_bit_for_bit() -> None:
 def test_transposed_experts_serve_dgrad() -> None:
     dy, weight, ends = tiles(ROWS, 129), experts(4, 129, 200), ENDS[0]
     dx = grouped_gemm_tile_block(
-        dy,
-        weight.transposed_blocks(),
-        torch.tensor(ends, dtype=torch.int32),
-        out_dtype=torch.float32,
+        dy, weight.transposed_blocks(), torch.tensor(ends, dtype=torch.int32), out_dtype=torch.float32
     )
     for g, rows in enumerate(slices(ends)):
         assert_exact_up_to_accumulation(dx[rows], exact_tiles(dy)[rows], exact_blocks(weight)[g].t())

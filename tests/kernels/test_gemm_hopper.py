@@ -7,8 +7,6 @@ That the compiler accepts the same code without spills is `test_hopper_codegen.p
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -25,6 +23,7 @@ from kernels.gpu.gemm_fp8 import TWO_BLOCKS, TWO_WAVES, WIDE, tile_block_config
 from kernels.gpu.gemm_hopper import Config
 from tests.kernels import gemm_inputs
 from tests.kernels.gemm_inputs import BF16_TOLERANCE, FP32_TOLERANCE, Problem, relative_error
+from tests.kernels.gluon_defects import Edit, edited
 from tests.kernels.gluon_interpreter import ADVERSARIAL, KernelError, interpret
 
 ORDERS: dict[str, dict[str, Any]] = {
@@ -32,7 +31,6 @@ ORDERS: dict[str, dict[str, Any]] = {
     "checked": {"races": True, "lazy_loads": "use", "mma": "late"},
     "adversarial": {**ADVERSARIAL, "lazy_loads": "use", "seed": 1},
 }
-KERNELS = Path(gemm_hopper.__file__).parent
 # Groups with no row, a ragged last tile of 256 rows, and rows of nobody behind the last one.
 ENDS, ROWS = [384, 384, 512, 1024], 1152
 ONE_BLOCK = Config("two_blocks", stages=4)
@@ -51,12 +49,7 @@ def run_tile_tile(
 ) -> Tensor:
     out = torch.full(problem.expected.shape, float("nan")) if before is None else before.clone()
     module.gemm(
-        *problem.quantized,
-        out,
-        config=config,
-        programs=3,
-        group_ends=problem.group_ends,
-        accumulate=before is not None,
+        *problem.quantized, out, config=config, programs=3, group_ends=problem.group_ends, accumulate=before is not None
     )
     return out
 
@@ -195,7 +188,6 @@ START, LAST_WAIT = "    gl.warp_specialize", "        tma.store_wait(0)\n\n\n@gl
 NEXT_END = "gl.load(ends_ptr + gl.minimum(group, groups - 1))"
 GROUPS_PLACE = "out_ptr + gl.cast(group, gl.int64) * M * N"
 
-Edit = tuple[str, str]
 Case = Callable[[ModuleType], tuple[Tensor, Tensor, float]]
 
 
@@ -307,26 +299,6 @@ DEFECTS: dict[str, tuple[Case, list[Edit]]] = {
 }
 
 
-def edited(edits: list[Edit], folder: Path) -> ModuleType:
-    """The GEMM's two modules with each edit made in every place where its text occurs."""
-    texts = {name: Path(f"{KERNELS}/{name}.py").read_text() for name in ("gemm_tiles", "gemm_hopper")}
-    for old, new in edits:
-        assert any(old in text for text in texts.values()), f"{old!r} is not in the kernel any more"
-        texts = {name: text.replace(old, new) for name, text in texts.items()}
-    texts["gemm_hopper"] = texts["gemm_hopper"].replace("from kernels.gpu.gemm_tiles", "from defective_gemm_tiles")
-    for name, text in texts.items():
-        path = folder / f"defective_{name}.py"
-        path.write_text(text)
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        # The second imports the first, and its dataclass looks its own module up.
-        sys.modules[path.stem] = module
-        spec.loader.exec_module(module)
-    return module
-
-
 def is_caught(case: Case, module: ModuleType, options: dict[str, Any]) -> bool:
     torch.manual_seed(5)
     try:
@@ -341,4 +313,4 @@ def is_caught(case: Case, module: ModuleType, options: dict[str, Any]) -> bool:
 def test_a_planted_defect_turns_red(defect: str, tmp_path: Path) -> None:
     case, edits = DEFECTS[defect]
     assert not is_caught(case, gemm_hopper, ORDERS["checked"]), "the kernel itself is red"
-    assert is_caught(case, edited(edits, tmp_path), ORDERS["checked"])
+    assert is_caught(case, edited(Path(gemm_hopper.__file__), edits, tmp_path), ORDERS["checked"])

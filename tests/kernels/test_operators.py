@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+import kernels
 from kernels import deferred
 from kernels.attention import causal_attention
 from kernels.e5m6 import pack_e5m6
@@ -28,12 +30,12 @@ from tests.operator_calls import FP8_GEMMS, OperatorCalls
 from tests.tiny_model import TINY
 from train.model.precision import Precision
 from train.model.transformer import Transformer
-from train.studies.bench import table as bench_table
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
 # Imports every kernel file, so that every operator is known.
-bench_table.entries()
+for module in pkgutil.iter_modules(kernels.__path__):
+    importlib.import_module(f"kernels.{module.name}")
 
 
 def tiles(rows: int, cols: int) -> tuple[Tensor, Tensor]:
