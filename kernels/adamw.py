@@ -1,10 +1,7 @@
 """AdamW on FP32 masters, with moments stored in BF16 or FP32.
 
-arXiv:2412.19437 §3.3.3 (BF16 moments, FP32 masters and gradients) and §4.2 (betas 0.9 and 0.95, decay 0.1).
-Everything is computed in fp32; a BF16 moment is rounded once, when it is stored.
-
-Shapes: all four tensors share one shape, any, and may be sharded on any axis: the update is elementwise.
-It does not clip, does not choose which parameters decay and does not copy masters into model weights.
+arXiv:2412.19437 §3.3.3 (BF16 moments, FP32 masters and gradients). Computed in fp32; a BF16 moment is rounded once,
+when it is stored. All four tensors share one shape and may be sharded on any axis: the update is elementwise.
 """
 
 from __future__ import annotations
@@ -16,15 +13,7 @@ from torch import Tensor
 
 
 class AdamWHyper(TypedDict):
-    """Keyword arguments of one update.
-
-    Args:
-        lr: learning rate of this step.
-        betas: decay rates of the two moments.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled, master *= 1 - lr * weight_decay.
-        step: number of this step, counted from 1.
-    """
+    """Keyword arguments of one update; `step` counts from 1, decay is decoupled: master *= 1 - lr * weight_decay."""
 
     lr: float
     betas: tuple[float, float]
@@ -36,10 +25,7 @@ class AdamWHyper(TypedDict):
 def adamw_update_reference(
     master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, **hyper: Unpack[AdamWHyper]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Decoupled decay and bias correction written out in fp64, out of place.
-
-    Takes the arguments of `adamw_update`; returns (master, exp_avg, exp_avg_sq).
-    """
+    """Decoupled decay and bias correction written out in fp64, out of place: (master, exp_avg, exp_avg_sq)."""
     lr, (beta1, beta2), step = hyper["lr"], hyper["betas"], hyper["step"]
     g, w = grad.double(), master.double()
     m = beta1 * exp_avg.double() + (1 - beta1) * g
@@ -52,16 +38,7 @@ def adamw_update_reference(
 def adamw_update(
     master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, **hyper: Unpack[AdamWHyper]
 ) -> None:
-    """One AdamW step, in place on `master` and both moments.
-
-    Args:
-        master: fp32 weights.
-        grad: fp32 gradient.
-        exp_avg: first moment, fp32 or bf16.
-        exp_avg_sq: second moment, same dtype as exp_avg.
-        hyper: lr, betas, eps, weight_decay and step, see `AdamWHyper`.
-    Source: arXiv:1711.05101 Algorithm 2; arXiv:2412.19437 §3.3.3.
-    """
+    """One AdamW step in place on fp32 master and fp32 or bf16 moments; arXiv:1711.05101 Algorithm 2."""
     lr, (beta1, beta2), step = hyper["lr"], hyper["betas"], hyper["step"]
     assert step >= 1, step
     assert master.dtype == grad.dtype == torch.float32, (master.dtype, grad.dtype)

@@ -1,13 +1,8 @@
-"""Softmax cross entropy as a sum over the rows that have a target.
+"""Softmax cross entropy, fp32, as a sum over the rows that have a target (arXiv:2412.19437 §2.2 eq. 24).
 
-arXiv:2412.19437 §2.2 eq. 24 (per-depth MTP loss) and the main next-token loss. The sum is returned, not the
-mean: gradients are divided once by the global number of targets, after they are reduced. The softmax is fp32;
-rows are taken in chunks, so no fp32 copy of all logits ever lives. Backward recomputes the softmax from the
-logits and one log-sum-exp per row. Forward and backward are one operator each (`kernels/operators.py`): a fake run
-sees no chunks.
-
-Shapes: logits [rows, vocab]; labels [rows]. Rows may be sharded on any axis, vocab on none.
-It does not project hidden states to logits and does not count its targets.
+The sum is returned, not the mean: gradients are divided once by the global number of targets, after they are reduced.
+Rows are taken in chunks, and there is never an fp32 copy of all logits; backward recomputes the softmax from one
+log-sum-exp per row. Shapes: logits [rows, vocab]; labels [rows] int64. Rows may be sharded, vocab not.
 """
 
 from __future__ import annotations
@@ -89,15 +84,7 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of -log softmax(logits)[label] over the rows whose label is not IGNORE.
-
-    Args:
-        logits: [rows, vocab], any float dtype.
-        labels: [rows] int64 token ids, IGNORE (-100) where there is no target.
-    Returns:
-        fp32 scalar, nats; 0 with zero gradients where no row has a target. The gradient has logits.dtype.
-    Source: arXiv:2412.19437 eq. 24.
-    """
+    """Sum of -log softmax(logits)[label] over rows whose label is not IGNORE: fp32 scalar, nats; 0 without any."""
     valid = labels != IGNORE
     in_range = (labels >= 0) & (labels < logits.shape[1])
     # Our own invariant (the store checks ids against the vocabulary); this form does not synchronise a GPU.

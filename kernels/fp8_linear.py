@@ -1,17 +1,15 @@
-"""The linear layer and its three GEMMs, in FP8 or in the input's precision (arXiv:2412.19437 §3.3.1).
+"""The linear layer and its three GEMMs, in FP8 or in the input's precision (arXiv:2412.19437 §3.3.1, figure 6).
 
     fprop:  y  = x @ W.T          x in 1x128 tiles (one token, 128 channels),    W in 128x128 blocks
     dgrad:  dx = dy @ W           dy in 1x128 tiles (one token, 128 channels),   the same blocks, transposed
     wgrad:  dW = dy.T @ x         dy and x in 128x1 tiles (128 tokens, one channel), FP32 result
 
-Every FP8 operand is E4M3. The FP8 linears keep only x's E4M3 payload and scales for backward, and regroup
-them for wgrad. The FP8 weight is made once per optimizer step (`weight_fp8`). Backward computes dgrad and
-hands wgrad to `kernels.deferred`; the weight gradient reaches `weight.main_grad` there, and autograd sees
-None for the weight.
+The FP8 linears keep only x's E4M3 payload and scales for backward, and regroup them for wgrad. Backward computes dgrad
+and hands wgrad to `kernels.deferred`; the weight gradient reaches `weight.main_grad` there, and autograd sees None.
 
-Shapes: x [..., in], weight [out, in]; grouped: x [rows, in] sorted by expert as `kernels.gemm_grouped` lays
-out, weight [groups, out, in]. No bias: the model has none. Which linears run in FP8 is the model's choice,
-not this file's.
+Shapes: x [..., in], weight [out, in]; grouped: x [rows, in] sorted by expert with zeros in padding rows, weight
+[groups, out, in], group_ends [groups] int32, exclusive end rows, multiples of 128; results are zero from the last end
+on. Inputs and weights are fp32 or bf16, results have the input's dtype. Shapes that do not fit are a ValueError.
 """
 
 from __future__ import annotations
@@ -46,19 +44,9 @@ from kernels.swiglu import (
 
 
 def weight_fp8(weight: Tensor, *, power_of_two: bool) -> Quantized:
-    """The FP8 copy of a weight, made at first use after each in-place update and kept on the weight.
-
-    An optimizer that writes `weight.copy_(...)` under `torch.no_grad()` raises the version counter, which the
-    next call notices. Writing through `weight.data` does not raise it and would leave a stale copy: do not.
-
-    Args:
-        weight: [out, in] or [groups, out, in], fp32 or bf16.
-        power_of_two: round scales up to powers of two.
-    Returns:
-        128x128 blocks of the weight, and the same stored transposed.
-    Source: arXiv:2412.19437 §3.3.2; DeepGEMM casts weights once per step too.
-    """
-    # The storage's address, for a fake tensor has no data pointer.
+    """The FP8 copy of a weight, 128x128 blocks, also transposed: made at first use after each in-place update."""
+    # `weight.copy_(...)` under `torch.no_grad()` raises the version counter. Writing through `weight.data` does not,
+    # and would leave a stale copy: do not. The storage's address, for a fake tensor has no data pointer.
     key = (weight._version, weight.untyped_storage()._cdata, power_of_two)
     cached: tuple[tuple[int, int, bool], Quantized] | None = getattr(weight, "_fp8_copy", None)
     if cached is None or cached[0] != key:
@@ -79,7 +67,8 @@ def _kept_weight(ctx: Any) -> Tensor:
 
 
 def wgrad_reference(dy: Tensor, x: Tensor) -> Tensor:
-    """dy.T @ x in FP32. On CUDA the tensor cores take BF16 operands and give FP32; CPUs have no such GEMM."""
+    """dy.T @ x in FP32."""
+    # On CUDA the tensor cores take BF16 operands and give FP32; CPUs have no such GEMM.
     if dy.is_cuda and dy.dtype == torch.bfloat16:
         return torch.mm(dy.t(), x, out_dtype=torch.float32)
     return dy.t().float() @ x.float()
@@ -166,7 +155,7 @@ class _Fp8Linear(torch.autograd.Function):
 
 
 class _Fp8LinearOfKept(torch.autograd.Function):
-    """Keeps x itself, which somebody else keeps anyway; dW then sees x rounded once."""
+    """Keeps x itself, which another operation keeps anyway; dW then sees x rounded once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, power_of_two: bool) -> Tensor:
@@ -202,10 +191,7 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 class _Fp8SwigluLinear(torch.autograd.Function):
-    """Keeps SwiGLU's input in FP8 and nothing else; its output is computed again, once for dx and once for dW.
-
-    gates and group_ends are None for a dense FFN.
-    """
+    """Keeps SwiGLU's input in FP8 only; its output is computed again for dx and for dW. Dense: no gates, no ends."""
 
     @staticmethod
     def forward(
@@ -248,10 +234,7 @@ def _fprop(
     power_of_two: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """x @ W.T, of each group its own W; leaves on ctx what backward needs besides x.
-
-    rows_of_x gives rows of what xq was quantised from, should a probe want to compare.
-    """
+    """x @ W.T, of each group its own W; leaves on ctx what backward needs besides x. A probe asks for rows of x."""
     w = weight_fp8(weight, power_of_two=power_of_two)
     # A rank whose experts got no token has no row to show.
     watch = probe.watch(weight) if len(xq.payload) else None
@@ -273,10 +256,7 @@ def _rows_times(rows: Quantized, weight: Quantized, group_ends: Tensor | None, d
 def _dgrad_and_push_wgrad(
     ctx: Any, dy: Tensor, group_ends: Tensor | None, input_by_channel: Callable[[], Quantized]
 ) -> Tensor:
-    """Return dy @ W, of each group its own W; hand over dy.T @ x.
-
-    dy is read once and quantised for both; x (128x1 tiles, [in, rows]) is made only when wgrad runs.
-    """
+    """Return dy @ W, of each group its own W; hand over dy.T @ x. x is regrouped only when wgrad runs."""
     weight, power_of_two = _kept_weight(ctx), ctx.power_of_two
     watch: probe.Watch | None = ctx.watch
     x_sample: probe.Sample | None = ctx.x_sample
@@ -315,54 +295,23 @@ def _show_gradient(
 
 
 def linear(x: Tensor, weight: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    """x @ weight.T in one dtype, with a deferred FP32 wgrad.
-
-    Args:
-        x: [..., in] fp32 or bf16.
-        weight: [out, in] fp32 or bf16.
-        dtype: of the product; both operands are converted to it where they differ. None: x's.
-    Returns:
-        [..., out] in that dtype.
-    Raises:
-        ValueError: shapes do not fit (message shows both).
-    """
+    """x @ weight.T in one dtype (None: x's), to which operands are converted, with a deferred FP32 wgrad."""
     _check_features(x, weight, grouped=False)
     y: Tensor = _Linear.apply(x.flatten(0, -2), weight, dtype or x.dtype)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def fp8_linear(x: Tensor, weight: Tensor, *, power_of_two: bool) -> Tensor:
-    """x @ weight.T with all three GEMMs in FP8.
-
-    Args:
-        x: [..., in] fp32 or bf16.
-        weight: [out, in] fp32 or bf16.
-        power_of_two: round all scales up to powers of two.
-    Returns:
-        [..., out] in x's dtype.
-    Raises:
-        ValueError: shapes do not fit (message shows both).
-    Source: arXiv:2412.19437 §3.3.1, figure 6.
-    """
+    """x @ weight.T with all three GEMMs in FP8."""
     _check_features(x, weight, grouped=False)
     y: Tensor = _Fp8Linear.apply(x.flatten(0, -2), weight, None, power_of_two)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def fp8_linear_of_kept(x: Tensor, weight: Tensor, *, power_of_two: bool) -> Tensor:
-    """`fp8_linear` of an input that another operation keeps for its own backward: no FP8 copy is kept beside it.
+    """`fp8_linear`, bit-equal, of an input that another operation keeps for its own backward: no FP8 copy is kept.
 
-    The output of attention is such an input: its backward needs it in full.
-
-    Args:
-        x: [..., in] fp32 or bf16; must not be changed before backward.
-        weight: [out, in] fp32 or bf16.
-        power_of_two: round all scales up to powers of two.
-    Returns:
-        [..., out] in x's dtype, the same bits as `fp8_linear`.
-    Raises:
-        ValueError: shapes do not fit (message shows both).
-    Source: arXiv:2412.19437 §3.3.3, which keeps this input once, in 12 bits, for the same reason.
+    The output of attention is one (§3.3.3 keeps it once, too, in 12 bits). x must not be changed before backward.
     """
     _check_features(x, weight, grouped=False)
     y: Tensor = _Fp8LinearOfKept.apply(x.flatten(0, -2), weight, power_of_two)  # type: ignore[no-untyped-call]
@@ -370,50 +319,23 @@ def fp8_linear_of_kept(x: Tensor, weight: Tensor, *, power_of_two: bool) -> Tens
 
 
 def grouped_linear(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
-    """x[rows of g] @ weight[g].T for every expert g in x's dtype, with a deferred FP32 wgrad.
-
-    Args:
-        x: [rows, in] fp32 or bf16, sorted by expert, padding rows zero.
-        weight: [groups, out, in].
-        group_ends: [groups] int32, exclusive end rows, multiples of 128.
-    Returns:
-        [rows, out] in x's dtype; zeros from `group_ends[-1]` on.
-    Raises:
-        ValueError: shapes do not fit, or bad `group_ends`.
-    """
+    """x[rows of g] @ weight[g].T for every expert g in x's dtype, with a deferred FP32 wgrad."""
     _check_features(x, weight, grouped=True)
     y: Tensor = _GroupedLinear.apply(x, weight, group_ends)  # type: ignore[no-untyped-call]
     return y
 
 
 def grouped_fp8_linear(x: Tensor, weight: Tensor, group_ends: Tensor, *, power_of_two: bool) -> Tensor:
-    """x[rows of g] @ weight[g].T for every expert g with all three GEMMs in FP8.
-
-    Args:
-        x: [rows, in] fp32 or bf16, sorted by expert, padding rows zero.
-        weight: [groups, out, in] fp32 or bf16.
-        group_ends: [groups] int32, exclusive end rows, multiples of 128.
-        power_of_two: round all scales up to powers of two.
-    Returns:
-        [rows, out] in x's dtype; zeros from `group_ends[-1]` on.
-    Raises:
-        ValueError: shapes do not fit, or bad `group_ends`.
-    """
+    """x[rows of g] @ weight[g].T for every expert g with all three GEMMs in FP8."""
     _check_features(x, weight, grouped=True)
     y: Tensor = _Fp8Linear.apply(x, weight, group_ends, power_of_two)  # type: ignore[no-untyped-call]
     return y
 
 
 def fp8_swiglu_linear(gate_up: Tensor, weight: Tensor, *, power_of_two: bool) -> Tensor:
-    """fp8_linear(swiglu(gate_up), weight), keeping only gate_up for backward, in FP8.
+    """fp8_linear(swiglu(gate_up), weight), keeping only gate_up, [..., 2 * inter] gate first, in FP8 (§3.3.3).
 
-    Args:
-        gate_up: [..., 2 * inter] fp32 or bf16, gate first.
-        weight: [out, inter], the down-projection.
-        power_of_two: round all scales up to powers of two.
-    Returns:
-        [..., out] in gate_up's dtype, the same bits as the two calls; gradients see gate_up rounded to E4M3.
-    Source: arXiv:2412.19437 §3.3.3 (the inputs of SwiGLU are cached in FP8, its output is recomputed).
+    The same bits as the two calls; gradients see gate_up rounded to E4M3.
     """
     _check_features(gate_up[..., : gate_up.shape[-1] // 2], weight, grouped=False)
     flat = gate_up.flatten(0, -2)
@@ -424,18 +346,7 @@ def fp8_swiglu_linear(gate_up: Tensor, weight: Tensor, *, power_of_two: bool) ->
 def grouped_fp8_swiglu_linear(
     gate_up: Tensor, gates: Tensor, weight: Tensor, group_ends: Tensor, *, power_of_two: bool
 ) -> Tensor:
-    """grouped_fp8_linear(gated_swiglu(gate_up, gates), weight, group_ends), keeping only gate_up, in FP8, and gates.
-
-    Args:
-        gate_up: [rows, 2 * inter] fp32 or bf16, sorted by expert, padding rows zero.
-        gates: [rows] fp32.
-        weight: [groups, out, inter], the down-projections.
-        group_ends: [groups] int32, exclusive end rows, multiples of 128.
-        power_of_two: round all scales up to powers of two.
-    Returns:
-        [rows, out] in gate_up's dtype, the same bits as the two calls; gradients see gate_up rounded to E4M3.
-    Source: arXiv:2412.19437 §3.3.3, as `fp8_swiglu_linear`.
-    """
+    """`fp8_swiglu_linear` of `gated_swiglu(gate_up, gates)` for every expert; gates [rows] fp32 are kept too."""
     _check_features(gate_up[..., : gate_up.shape[-1] // 2], weight, grouped=True)
     y: Tensor = _Fp8SwigluLinear.apply(  # type: ignore[no-untyped-call]
         gate_up, gates, weight, group_ends, power_of_two

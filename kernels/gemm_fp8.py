@@ -5,13 +5,9 @@ For each tile t of 128 contraction elements:
     partial = payload_a[:, t] @ payload_b[:, t].T       products of unscaled E4M3 numbers, summed in FP32
     out    += partial * (scale_a[t] * scale_b[t])       the promotion: both scales, then one FP32 addition
 
-- `gemm_tile_block`: activations (1x128) times weights (128x128): fprop, and dgrad with the weight transposed.
-- `gemm_tile_tile`: both operands 1x128 along tokens: wgrad.
-
-Both operands are contracted over their last dim, [m, k] and [n, k]; m, n and k need not be multiples of 128.
-The MMA of a GPU keeps about 14 bits inside a partial sum; here the partial sum is a full FP32 one, so what
-`docs/numerics.md` bounds is quantisation plus FP32 accumulation. Each product is one operator
-(`kernels/operators.py`) that allocates its result only, wgrad not even that; FLOPs are 2 m n k.
+`gemm_tile_block` is fprop and dgrad, `gemm_tile_tile` wgrad. Operands are contracted over their last dim, [m, k] and
+[n, k]; m, n and k need not be multiples of 128. Scales are [ceil(k/128), m] of tiles, [ceil(n/128), ceil(k/128)] of
+blocks. The MMA of a GPU keeps about 14 bits inside a partial sum; here it is a full FP32 one (`docs/numerics.md`).
 """
 
 from __future__ import annotations
@@ -26,15 +22,7 @@ from kernels.operators import operator
 
 
 def add_tile_block(out: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> None:
-    """Add the tile-by-block product of decoded payloads to `out`.
-
-    Args:
-        out: [m, n] fp32, the accumulator, changed in place.
-        a: [m, k] fp32, unscaled.
-        a_scale: [ceil(k/128), m].
-        b: [n, k] fp32, unscaled.
-        b_scale: [ceil(n/128), ceil(k/128)].
-    """
+    """Add the tile-by-block product of decoded payloads, fp32 and unscaled, to `out`, [m, n] fp32."""
     n = b.shape[0]
     whole_blocks = n // TILE
     whole = whole_blocks * TILE
@@ -52,15 +40,7 @@ def add_tile_block(out: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: 
 
 
 def add_tile_tile(out: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> None:
-    """Add the tile-by-tile product of decoded payloads to `out`.
-
-    Args:
-        out: [m, n] fp32, the accumulator, changed in place.
-        a: [m, k] fp32, unscaled.
-        a_scale: [ceil(k/128), m].
-        b: [n, k] fp32, unscaled.
-        b_scale: [ceil(k/128), n].
-    """
+    """Add the tile-by-tile product of decoded payloads, fp32 and unscaled, to `out`, [m, n] fp32."""
     partial = torch.empty_like(out, memory_format=torch.contiguous_format)
     scale = torch.empty_like(partial)
     for t in range(len(a_scale)):
@@ -120,35 +100,15 @@ _gemm_tile_tile = operator(
 
 
 def gemm_tile_block(a: Quantized, b: Quantized, *, out_dtype: torch.dtype) -> Tensor:
-    """a @ b.T for activations in 1x128 tiles and a weight in 128x128 blocks.
-
-    Args:
-        a: payload [m, k], scale [ceil(k/128), m].
-        b: payload [n, k], scale [ceil(n/128), ceil(k/128)].
-        out_dtype: dtype of the result; the accumulator is fp32 whatever it is.
-    Returns:
-        [m, n] out_dtype.
-    Raises:
-        ValueError: the contraction dims differ (message shows both).
-    Source: arXiv:2412.19437 §3.3.2; DeepGEMM multiplies the two scales first, as here.
-    """
+    """a @ b.T for activations in 1x128 tiles and a weight in 128x128 blocks: [m, n] out_dtype, summed in fp32."""
     _check_contraction(a, b)
     return _gemm_tile_block(a.payload, a.scale, b.payload, b.scale, out_dtype)
 
 
 def gemm_tile_tile(a: Quantized, b: Quantized, *, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
-    """a @ b.T for two operands in 1x128 tiles; the result is a weight gradient and stays FP32.
+    """a @ b.T for two operands in 1x128 tiles: a weight gradient, which stays FP32.
 
-    Args:
-        a: payload [m, k], scale [ceil(k/128), m].
-        b: payload [n, k], scale [ceil(k/128), n].
-        out: [m, n] fp32, contiguous, to be written; None: a new one.
-        accumulate: add to what `out` holds.
-    Returns:
-        [m, n] fp32, `out`.
-    Raises:
-        ValueError: the contraction dims differ (message shows both).
-    Source: arXiv:2412.19437 §3.3.2, §3.5.2.
+    `out` [m, n] fp32, contiguous, is written, or added to with `accumulate`, and returned; None: a new one.
     """
     _check_contraction(a, b)
     assert out is not None or not accumulate, "nothing to add to"

@@ -1,15 +1,9 @@
 """Grouped FP8 products: one GEMM per expert over rows sorted by expert (arXiv:2412.19437 §3.3.2).
 
 `group_ends[g]` is the exclusive end row of group g; its rows start where group g-1 ends. Ends are multiples
-of 128 (rows between a group's tokens and its end are zeros), so that no 1x128 tile along rows straddles two
-experts. A group may be empty. Rows from `group_ends[-1]` on belong to nobody: their outputs are zero.
-
-- `grouped_gemm_tile_block`: rows times each expert's weight: fprop and dgrad.
-- `grouped_gemm_tile_tile`: contraction over each expert's rows: wgrad, one matrix per expert.
-
-The layout is DeepGEMM's: contiguous along M for fprop and dgrad, grouped along K for wgrad. Each product is one
-operator (`kernels/operators.py`): `group_ends` is read inside its real version only, and its FLOPs are those of all
-rows, padding included (what group a row belongs to is a value, not a shape).
+of 128 (rows between a group's tokens and its end are zeros): no 1x128 tile along rows straddles two experts. A group
+may be empty. Rows from `group_ends[-1]` on are padding: their outputs are zero. The layout is DeepGEMM's: contiguous
+along M for fprop and dgrad, grouped along K for wgrad.
 """
 
 from __future__ import annotations
@@ -26,14 +20,8 @@ from kernels.operators import operator
 
 
 def group_rows(group_ends: Tensor, *, groups: int, rows: int) -> list[slice]:
-    """The rows of each group, read on the host: free on CPU, a synchronisation elsewhere.
+    """The rows of each group, one slice each, read on the host: free on CPU, a synchronisation elsewhere.
 
-    Args:
-        group_ends: [groups] int32, exclusive end rows, multiples of 128, not decreasing.
-        groups: how many groups the other operand has.
-        rows: how many rows the grouped tensor has.
-    Returns:
-        One slice per group; empty groups have empty slices.
     Raises:
         ValueError: not one end per group, or an end is not a multiple of 128, decreases, or exceeds `rows`.
     """
@@ -107,18 +95,7 @@ _grouped_gemm_tile_tile = operator(
 
 
 def grouped_gemm_tile_block(a: Quantized, b: Quantized, group_ends: Tensor, *, out_dtype: torch.dtype) -> Tensor:
-    """a[rows of g] @ b[g].T for every group g.
-
-    Args:
-        a: payload [rows, k], scale [ceil(k/128), rows].
-        b: payload [groups, n, k], scale [groups, ceil(n/128), ceil(k/128)].
-        group_ends: [groups] int32, see `group_rows`.
-        out_dtype: dtype of the result; the accumulator is fp32 whatever it is.
-    Returns:
-        [rows, n] out_dtype; zeros from `group_ends[-1]` on.
-    Raises:
-        ValueError: bad `group_ends` (on CPU only: on a GPU the kernel reads them), or contraction dims that differ.
-    """
+    """a[rows of g] @ b[g].T, a [rows, k] in 1x128 tiles, b [groups, n, k] in 128x128 blocks: [rows, n]."""
     k, k_b = a.payload.shape[-1], b.payload.shape[-1]
     if k != k_b:
         raise ValueError(f"a and b contract their last dims, got {k} and {k_b}; transpose one operand")
@@ -128,18 +105,9 @@ def grouped_gemm_tile_block(a: Quantized, b: Quantized, group_ends: Tensor, *, o
 def grouped_gemm_tile_tile(
     a: Quantized, b: Quantized, group_ends: Tensor, *, out: Tensor | None = None, accumulate: bool = False
 ) -> Tensor:
-    """a[:, rows of g] @ b[:, rows of g].T for every group g.
+    """a[:, rows of g] @ b[:, rows of g].T, a [m, rows] and b [n, rows] in 1x128 tiles: [groups, m, n] fp32.
 
-    Args:
-        a: payload [m, rows], scale [ceil(rows/128), m].
-        b: payload [n, rows], scale [ceil(rows/128), n].
-        group_ends: [groups] int32, see `group_rows`.
-        out: [groups, m, n] fp32, contiguous, to be written; None: a new one.
-        accumulate: add to what `out` holds.
-    Returns:
-        [groups, m, n] fp32, `out`; an empty group writes zeros, or adds them.
-    Raises:
-        ValueError: bad `group_ends` (on CPU only: on a GPU they are read by the kernel), or row counts that differ.
+    `out` as in `gemm_tile_tile`; an empty group writes zeros, or adds them.
     """
     rows, rows_b = a.payload.shape[-1], b.payload.shape[-1]
     if rows != rows_b:

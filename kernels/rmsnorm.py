@@ -1,11 +1,8 @@
-"""RMSNorm: divide by the root mean square over the last dim, times a learned gain.
+"""RMSNorm: divide by the root mean square over the last dim, times a learned gain (arXiv:1910.07467 eq. 4).
 
-arXiv:2412.19437 §2.1 (before attention and FFN, on the latents c_Q and c_KV, and in MTP eq. 21). For bf16 the
-rounding order is Hugging Face's: the normalised vector is rounded to x.dtype first, then multiplied by the
-gain. Backward keeps x and one reciprocal root per row, never the normalised vector.
-
-Shapes: x [..., dim]; weight [dim]. Leading dims may be sharded on any axis, dim on none.
-It does not add a residual and does not quantise its output.
+arXiv:2412.19437 §2.1 (before attention and FFN, on the latents c_Q and c_KV, and in MTP eq. 21). The rounding order is
+that of transformers 5.23 `DeepseekV3RMSNorm`: the normalised vector is rounded to x.dtype first, then multiplied by the
+gain. Backward keeps x and one reciprocal root per row. Shapes: x [..., dim]; weight [dim]; dim may not be sharded.
 """
 
 from __future__ import annotations
@@ -45,16 +42,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise by the root mean square over the last dim.
-
-    Args:
-        x: [..., dim], any float dtype; computed in fp32 (fp64 stays fp64).
-        weight: [dim] gain.
-        eps: added to the mean square.
-    Returns:
-        [..., dim] in x.dtype.
-    Source: arXiv:1910.07467 eq. 4; rounding order of transformers 5.23 `DeepseekV3RMSNorm`.
-    """
+    """Normalise x [..., dim] by its root mean square, computed in fp32 (fp64 stays fp64), times weight [dim]."""
     assert x.shape[-1:] == weight.shape, (x.shape, weight.shape)
     y: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y

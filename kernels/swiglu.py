@@ -1,12 +1,9 @@
 """SwiGLU: silu(gate) * up, the activation of every dense and expert FFN; for experts times the router's gate.
 
-arXiv:2412.19437 §2.1.2 (FFN of eq. 12) and §3.3.3 (only the input is kept, in FP8; the output is recomputed). One
-GEMM makes gate and up side by side, so both arrive as one tensor.
-
-The router's gate g of eq. 12 enters here and not where expert outputs are summed. W_down is linear, so
-g * (W_down h) = W_down (g * h): the gradient that reaches down_proj is the token's own, unscaled (in FP8 it is
-rounded once, on its way here), the expert's output is needed by no backward, and the gradient of g is a dot
-product over inter (2048) instead of hidden (7168).
+arXiv:2002.05202 eq. 6; arXiv:2412.19437 §2.1.2 (FFN of eq. 12) and §3.3.3 (only the input is kept, in FP8; the output
+is recomputed). The router's gate g of eq. 12 enters here and not where expert outputs are summed. W_down is linear, so
+g * (W_down h) = W_down (g * h): the gradient that reaches down_proj is unscaled, the expert's output is needed by no
+backward, and the gradient of g is a dot product over inter (2048) instead of hidden (7168).
 
 Around an FP8 down_proj, h = silu(gate) * up * g is never in memory at full width:
 
@@ -16,8 +13,8 @@ Around an FP8 down_proj, h = silu(gate) * up * g is never in memory at full widt
 
 h is rounded to the input's dtype before it is quantised: the numbers are those of the separate calls.
 
-Shapes: gate_up [rows, 2 * inter], gate first; gates [rows] fp32; output [rows, inter]. Rows may be sharded on
-any axis. It does not know about expert groups: zero rows stay zero, so padding passes through.
+Shapes: gate_up [rows, 2 * inter], gate first, fp32 or bf16, on a CPU any float dtype; gates [rows] fp32, 0 in padding
+rows, None where not gated; dh and output [rows, inter]. Rows may be sharded on any axis; zero rows stay zero.
 """
 
 from __future__ import annotations
@@ -200,29 +197,14 @@ class _GatedSwiGlu(torch.autograd.Function):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, each operation computed in fp32 and rounded to the input's dtype.
-
-    Args:
-        gate_up: [rows, 2 * inter] fp32 or bf16, on a CPU any float dtype; the first half is the gate.
-    Returns:
-        [rows, inter] in gate_up.dtype.
-    Source: arXiv:2002.05202 eq. 6.
-    """
+    """silu(gate) * up, [rows, inter], each operation computed in fp32 and rounded to the input's dtype."""
     assert gate_up.shape[-1] % 2 == 0, gate_up.shape
     y: Tensor = _SwiGlu.apply(gate_up)  # type: ignore[no-untyped-call]
     return y
 
 
 def gated_swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
-    """silu(gate) * up * gates, computed in fp32 and rounded once to the input's dtype.
-
-    Args:
-        gate_up: [rows, 2 * inter] fp32 or bf16, on a CPU any float dtype; the first half is the gate of SwiGLU.
-        gates: [rows] fp32, the router's gate of each row; 0 in padding rows.
-    Returns:
-        [rows, inter] in gate_up.dtype. The gradient of `gates` is fp32.
-    Source: arXiv:2412.19437 eq. 12 with g_i moved before W_down; arXiv:2002.05202 eq. 6.
-    """
+    """silu(gate) * up * gates, [rows, inter], computed in fp32 and rounded once; the gates' gradient is fp32."""
     assert gate_up.shape[-1] % 2 == 0, gate_up.shape
     assert gates.shape == gate_up.shape[:1], (gates.shape, gate_up.shape)
     y: Tensor = _GatedSwiGlu.apply(gate_up, gates)  # type: ignore[no-untyped-call]
@@ -230,17 +212,7 @@ def gated_swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
 
 
 def swiglu_quantize(gate_up: Tensor, gates: Tensor | None, *, power_of_two: bool) -> tuple[Quantized, Quantized]:
-    """From one read of gate_up: itself in 1x128 tiles, to be kept, and the activation in 1x128 tiles, to be multiplied.
-
-    Args:
-        gate_up: [rows, 2 * inter] fp32 or bf16, gate first.
-        gates: [rows] fp32; None: not gated.
-        power_of_two: round all scales up to powers of two.
-    Returns:
-        `quantize_tiles(gate_up)`, [rows, 2 * inter], and `quantize_tiles` of `swiglu(gate_up)` or
-        `gated_swiglu(gate_up, gates)`, [rows, inter].
-    Source: arXiv:2412.19437 §3.3.3 (the inputs of SwiGLU are cached in FP8).
-    """
+    """gate_up in 1x128 tiles, to be kept, and its activation in 1x128 tiles, to be multiplied; one read."""
     assert gate_up.shape[-1] % 2 == 0, gate_up.shape
     gates = None if gates is None else gates.detach()
     kept_payload, kept_scale, payload, scale = _swiglu_quantize(gate_up.detach(), gates, power_of_two)
@@ -250,42 +222,15 @@ def swiglu_quantize(gate_up: Tensor, gates: Tensor | None, *, power_of_two: bool
 def swiglu_quantize_transposed(
     kept: Quantized, gates: Tensor | None, *, dtype: torch.dtype, power_of_two: bool
 ) -> Quantized:
-    """The activation again, in 128x1 tiles stored transposed: wgrad's operand.
-
-    Args:
-        kept: payload [rows, 2 * inter] with tile scales, of `swiglu_quantize`.
-        gates: [rows] fp32; None: not gated.
-        dtype: what gate_up was in; dequantised values and the activation are rounded to it.
-        power_of_two: round the scales up to powers of two.
-    Returns:
-        payload [inter, rows], scale [ceil(rows/128), inter].
-    Source: arXiv:2412.19437 §3.3.3 (its output is recomputed), §3.5.2 (128x1 grouping for the backward pass).
-    """
+    """The activation again, rounded to `dtype` (gate_up's), in 128x1 tiles, payload [inter, rows]: for wgrad."""
     return Quantized(*_swiglu_quantize_transposed(kept.payload, kept.scale, gates, dtype, power_of_two))
 
 
 def swiglu_backward_kept(kept: Quantized, dh: Tensor) -> Tensor:
-    """Gradient of `swiglu` at the input as it was kept.
-
-    Args:
-        kept: payload [rows, 2 * inter] with tile scales, of `swiglu_quantize`.
-        dh: [rows, inter] fp32 or bf16, the gradient of the output; dequantised values are rounded to its dtype.
-    Returns:
-        [rows, 2 * inter] in dh's dtype.
-    Source: arXiv:2412.19437 §3.3.3.
-    """
+    """Gradient of `swiglu` at the input as it was kept, [rows, 2 * inter] in dh's dtype."""
     return _swiglu_backward_kept(kept.payload, kept.scale, dh)
 
 
 def gated_swiglu_backward_kept(kept: Quantized, gates: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `gated_swiglu` at the input as it was kept.
-
-    Args:
-        kept: payload [rows, 2 * inter] with tile scales, of `swiglu_quantize`.
-        gates: [rows] fp32.
-        dh: [rows, inter] fp32 or bf16, the gradient of the output; dequantised values are rounded to its dtype.
-    Returns:
-        [rows, 2 * inter] in dh's dtype; [rows] fp32, the gates' gradient.
-    Source: arXiv:2412.19437 §3.3.3, eq. 12.
-    """
+    """Gradients of `gated_swiglu` at the input as it was kept: gate_up's in dh's dtype, the gates' fp32."""
     return _gated_swiglu_backward_kept(kept.payload, kept.scale, gates, dh)

@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("kernels", "parallel", "train", "launch")
-MAX_FILE_LINES = 500
+MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 8
 MAX_ENTRYPOINT_LINES = 80
@@ -398,7 +398,7 @@ def test_uninitialised_memory_is_poisoned_and_algorithms_are_deterministic() -> 
 
 # Rule -> an offence against it, as file and text below an otherwise empty repository.
 OFFENCES = [
-    (test_no_file_is_longer_than_the_limit, "train/a.py", "x = 1\n" * 501),
+    (test_no_file_is_longer_than_the_limit, "train/a.py", "x = 1\n" * 601),
     (test_no_function_is_longer_than_the_limit, "train/a.py", "def f():\n" + "    x = 1\n" * 60),
     (
         test_no_function_has_more_parameters_than_the_limit,

@@ -1,6 +1,6 @@
 """The FP8 GEMM of Hopper in Gluon: TMA, a ring of mbarriers, asynchronous wgmma, specialised warps (sm_90a).
 
-One program per multiprocessor works through output tiles. Its warps play three parts that never meet but at barriers:
+One program per multiprocessor works through output tiles. Its warps have three roles and meet at barriers only:
 
     producer, 1 warp      waits until a stage is `empty`, announces its bytes, sends for A, B and their scales by TMA
     consumers, 2 x 4 warps  wait until the stage is `full`, multiply, promote, hand the stage back
@@ -8,29 +8,28 @@ One program per multiprocessor works through output tiles. Its warps play three 
 A stage holds `BLOCKS` contraction blocks of 128: A [BM, 128], B [BN, 128] (and [BN2, 128]), one scale per row of A
 and, for wgrad, one per row of B. Each consumer owns half the rows of a tile and, per block, does what
 arXiv:2412.19437 §3.3.2 asks for: a fresh FP32 partial sum of 128 products, times both scales, added to a total that
-lives in registers.
+stays in registers.
 
     two_waves    256 x 128          two halves of 64 rows one after another: 128 registers of totals, 64 of partials
     two_blocks   128 x 128          two blocks in flight: the first is promoted while the second is multiplied
     wide         128 x (128 + 64)   two widths in flight; for N = 2112 and 1536, which 128 columns fill badly
 
-Rules that the code below keeps, each with its reason:
-
 - A stage is handed back only after the promotion has used its scales (`_pin`): no load of it can be outstanding then.
 - A finished partial is the accumulator of the next product with `use_acc=False`: one register range serves both.
-- `_pin(total)` before the second product keeps its FMAs above it: else both partials live at once and registers spill.
+- `_pin(total)` before the second product keeps its FMAs above it: else both partials are in registers and they spill.
 - Every tensor map is made on the host and passed by value, offsets of groups are read on the device: nothing waits for
   the host, and a launch can be captured in a CUDA graph.
 
-Groups (`GROUPED`), rows sorted by expert, ends multiples of 128:
+Groups (`GROUPED`), rows sorted by expert, ends multiples of 128 (DeepGEMM's layout):
 
     "rows"          one B per group (fprop, dgrad). A tile starts at its group's first row + i * BM; the last one of a
-                    group may reach into the next, and stores only its own rows, 64 at a time. Rows of nobody, behind
-                    the last group, are one more group without contraction: it stores zeros.
+                    group may reach into the next, and stores only its own rows, 64 at a time. Padding rows behind the
+                    last group are one more group without contraction: it stores zeros.
     "contraction"   one output per group, contracted over its rows (wgrad); a group without rows contracts nothing.
 
-Not here: where a tile lies (`kernels.gpu.gemm_tiles`), which configuration a shape gets (`kernels.gpu.gemm_fp8`),
-other GPUs (`kernels.gpu.gemm_portable`).
+Tiles are numbered along strips of ORDER tile rows, column by column, so that tiles which are computed at the same time
+share operands in the L2 cache. Groups of rows have any number of tiles, which only the device knows; each program finds
+the group of its next tile by going on from the group of its last one.
 Shapes: a [M, K], b [N, K] or [groups * N, K], K contiguous in both.
 """
 
@@ -70,19 +69,12 @@ BY_COL = gl.constexpr(gl.SliceLayout(0, LAYOUT.value))
 
 @dataclass(frozen=True)
 class Config:
-    """One way to run the GEMM.
+    """One way to run the GEMM."""
 
-    Args:
-        schedule: what a consumer does, and with it the tile (module docstring).
-        stages: stages of the ring.
-        blocks: contraction blocks of 128 in a stage; 1 where groups cut the contraction.
-        order: tiles of one column that follow each other before the next column, for the L2 cache.
-    """
-
-    schedule: Schedule
-    stages: int
-    blocks: int = 1
-    order: int = 8
+    schedule: Schedule  # what a consumer does, and with it the tile
+    stages: int  # of the ring
+    blocks: int = 1  # contraction blocks of 128 in a stage; 1 where groups cut the contraction
+    order: int = 8  # tiles of one column that follow each other before the next column, for the L2 cache
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -103,7 +95,7 @@ def place(tile, num_m, num_n, ORDER: gl.constexpr):
 
 @gluon.jit
 def group_of(tile, group, first_tile, start, end, ends_ptr, rows, groups, num_n, BM: gl.constexpr):
-    """Go on from a group to the one that holds `tile`; group number `groups` holds the rows of nobody."""
+    """Go on from a group to the one that holds `tile`; group number `groups` holds the padding rows."""
     tiles = gl.cdiv(end - start, BM) * num_n
     while (group < groups) & (tile >= first_tile + tiles):
         first_tile += tiles
@@ -116,11 +108,9 @@ def group_of(tile, group, first_tile, start, end, ends_ptr, rows, groups, num_n,
 
 @gluon.jit
 def columns(pn, WIDE: gl.constexpr):
-    """First column of the 128 and of the 64 columns of a tile; each lies within one 128-column block of scales.
-
-    A tile of 192 starts on a block's edge or in its middle; the 64 columns come last or first.
-    """
+    """First column of the 128 and of the 64 columns of a tile, each within one 128-column block of scales."""
     if WIDE:
+        # A tile of 192 starts on a block's edge or in its middle; the 64 columns come last or first.
         odd = pn % 2
         return pn * 192 + odd * 64, pn * 192 + (1 - odd) * 128
     else:
@@ -131,7 +121,7 @@ def columns(pn, WIDE: gl.constexpr):
 def rows_tile(
     tile, group, first_tile, start, end, ends_ptr, M, num_n, groups, steps, BM: gl.constexpr, ORDER: gl.constexpr
 ):
-    """Where a tile of "rows" lies: the group's state, tile row and column, and how many stages it contracts."""
+    """The group's state of a tile of "rows", its first row and column number, and how many stages it contracts."""
     group, first_tile, start, end = group_of(tile, group, first_tile, start, end, ends_ptr, M, groups, num_n, BM)
     num_m = gl.cdiv(end - start, BM)
     # Tiles behind the last one have no rows: they contract nothing and store nothing.
@@ -143,7 +133,7 @@ def rows_tile(
 
 @gluon.jit
 def contraction_tile(tile, ends_ptr, num_m, num_n, BM: gl.constexpr, ORDER: gl.constexpr):
-    """Where a tile of "contraction" lies: group, first row, tile column, first block of the contraction, how many."""
+    """Group, first row, tile column, first block of the contraction and their number, of "contraction"."""
     group = tile // (num_m * num_n)
     pm, pn = place(tile - group * (num_m * num_n), num_m, num_n, ORDER)
     start = gl.where(group == 0, 0, gl.load(ends_ptr + gl.maximum(group - 1, 0)))
@@ -307,7 +297,7 @@ def _consume(
             group, first_tile, start, end, m0, pn, steps = rows_tile(
                 tile, group, first_tile, start, end, ends_ptr, M, num_n, groups, steps, BM, ORDER
             )
-            # The rows of nobody have no weight; any scale does.
+            # Padding rows have no weight; any scale does.
             scale_row = gl.minimum(group, groups - 1) * blocks_n
         elif GROUPED == "contraction":
             group, m0, pn, _, steps = contraction_tile(tile, ends_ptr, num_m, num_n, BM, ORDER)
@@ -425,7 +415,7 @@ def _gemm_kernel(
     a_bufs = gl.allocate_shared_memory(gl.float8e4nv, [BUFFERS, BM, 128], a_desc.layout)
     b_bufs = gl.allocate_shared_memory(gl.float8e4nv, [BUFFERS, 128, 128], b_desc.layout)
     a_scales = gl.allocate_shared_memory(gl.float32, [BUFFERS, BM], a_scale_desc.layout)
-    # Names of buffers that a configuration does not have stand for others, and nobody uses them.
+    # Buffers that a configuration does not have get the name of others, and are not used.
     b2_bufs = b_bufs
     b_scales = a_scales
     out_bufs = a_bufs
@@ -502,7 +492,7 @@ def gemm(
     if grouped == "contraction":
         tiles *= groups
     elif grouped == "rows":
-        # Every group may waste the better part of a tile, and so may the rows of nobody.
+        # Every group may waste the better part of a tile, and so may the padding rows.
         tiles = (m // bm + groups + 1) * ceil_div(n, width)
     assert config.blocks == 1 or (config.schedule != "wide" and grouped != "contraction"), config
     assert not (tile_tile and config.schedule == "wide"), "128x192 tiles store BF16 only"

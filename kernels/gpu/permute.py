@@ -9,14 +9,8 @@ token chose the expert, if any, and everything that a sort would find is a runni
                     column = earlier experts of this token: rows ascend with the expert, so the column does too
 
 Sizes do not depend on values and nothing is read back: a CUDA graph can hold all of it. Row numbers are int32 in
-registers, for `group_ends` is int32 by contract; offsets are int64. Numbers of tokens and rows differ from call to call
-under expert parallelism, so no kernel is compiled again for a number that happens to be 1 or a multiple of 16.
-
-    copy_tokens    rows of x by slot, zeros for -1                4 bytes an element of BF16
-    sum_rows       FP32 sum from left to right, rounded once      2 (columns + 1)
-    scatter_gates  by row -> by slot, zeros without a row
-
-No row is written twice, so there are no atomic additions. Source: ours; 128 rows are DeepGEMM's alignment.
+registers, for `group_ends` is int32 by contract; offsets are int64. No row is written twice: no atomic additions.
+Copies move 4 bytes an element of BF16, sums 2 (columns + 1).
 """
 
 from __future__ import annotations
@@ -26,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Numbers of tokens and rows differ from call to call under expert parallelism, so no kernel below is compiled again for
+# a number that happens to be 1 or a multiple of 16 (`do_not_specialize`).
 # Entries of a block's table of (token, expert), tokens of it at most, and warps. None of these measured on a GPU.
 TABLE, TOKENS_MAX, TABLE_WARPS = 2048, 512, 8
 # Blocks and experts of one step of `_prefix_kernel`.

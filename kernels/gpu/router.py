@@ -6,13 +6,8 @@
 
 Comparing integers settles every case alike: a NaN is chosen first, as torch's sort does, an expert of an excluded group
 has the key of -inf, what was chosen before or pads a block has one below that, and an id is always one of the block.
-Both steps of a choice are int32 reductions over the lanes of a warp. Scores and keys stay in registers.
-
-    route            logits, bias -> scores, ids, gates, counts          8 bytes a score
-    route_backward   gradients of scores and gates -> of logits          8, and 4 more with a gradient of the scores
-    topk_counts      scores -> how often each expert is among the best   4
-
-Counts are sums of ones, integers or FP32 below 2^24: any order of the atomic additions gives the same.
+Scores and keys stay in registers. Counts are sums of ones, integers or FP32 below 2^24: any order of the atomic
+additions gives the same.
 
 Shapes: a block is [TOKENS, GROUPS * SIZE], where GROUPS and SIZE are n_group and the group size rounded up to powers of
 two, so a *place* of the block is no id where they differ. Offsets are int64. Source: arXiv:2412.19437 §2.1.2.
@@ -35,10 +30,8 @@ KEY_OF_MINUS_INFINITY = tl.constexpr(-(2**31) + 0x007FFFFF)
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + e^-x), fp32; below -88 it stays at 6e-39.
-
-    e^y = 2^n e^r with y = n ln 2 + r: n times the first part of ln 2 is exact, so the error does not grow with |x|.
-    """
+    """1 / (1 + e^-x), fp32; below -88 it stays at 6e-39."""
+    # e^y = 2^n e^r with y = n ln 2 + r: n times the first part of ln 2 is exact, so the error does not grow with |x|.
     y = tl.clamp(-x, -87.0, 88.0, propagate_nan=tl.PropagateNan.ALL)
     n = tl.floor(y * 1.4426950408889634 + 0.5)
     r = (y - n * 0.693359375) + n * 2.1219444005469057e-4

@@ -111,7 +111,7 @@ def ends_of(rows: int) -> Tensor:
 
 
 def grouped_rows(rows: int) -> int:
-    """Rows of the groups of `ends_of`, and 128 of nobody."""
+    """Rows of the groups of `ends_of`, and 128 padding rows."""
     return int(ends_of(rows)[-1]) + TILE
 
 
@@ -150,7 +150,7 @@ def routing(rows: int, width: int) -> Sequence[Any]:
 
 
 def choices(rows: int) -> Tensor:
-    """[rows, TOPK] distinct experts; the first expert is nobody's."""
+    """[rows, TOPK] distinct experts; the first expert gets no token."""
     return torch.rand(rows, EXPERTS - 1).topk(TOPK, dim=-1).indices + 1
 
 

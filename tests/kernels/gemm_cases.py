@@ -156,7 +156,7 @@ HOPPER_CASES = dict(
     ]
 )
 GEMM_CASES = HOPPER_CASES | PORTABLE_CASES
-# Configurations that were tried and are not shipped, for the evidence; the first must spill, or nobody looks.
+# Configurations that were tried and are not shipped, for the evidence; the first must spill, or spills are not read.
 TRIED_CASES = dict(
     [
         gradient(7168, 2048, TOKENS, config=gemm_fp8.TWO_BLOCKS, accumulate=True),

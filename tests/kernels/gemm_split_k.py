@@ -59,7 +59,7 @@ def _consume(
         scale_ptr = b_scale_ptr + pn * b_scale_stride_n
         next_scale = gl.load(scale_ptr + gl.minimum(first_block, last_block) * b_scale_stride_k)
         for step in range(steps):
-            # Asked for one block ahead; what lies behind a part's last block is not used.
+            # Asked for one block ahead; what is behind a part's last block is not used.
             col_scale = next_scale
             next_scale = gl.load(scale_ptr + gl.minimum(first_block + step + 1, last_block) * b_scale_stride_k)
             mbarrier.wait(full.index(stage), phase)
@@ -102,7 +102,7 @@ def _split_gemm_kernel(
                 parts_ptr, b_scale_ptr, a_bufs, b_bufs, a_scales, full, empty, ends_ptr,
                 M, N, K, b_scale_stride_n, b_scale_stride_k, tiles, 1, BM, STAGES, ORDER,
             )),
-            # Columns 129 to 192 and scales per column do not exist here: others stand for them, and nobody uses them.
+            # Columns 129 to 192 and scales per column do not exist here: others are passed for them, and not used.
             (_produce, (
                 a_desc, b_desc, b_desc, a_scale_desc, a_scale_desc, a_bufs, b_bufs, b_bufs, a_scales, a_scales,
                 full, empty, ends_ptr, M, N, K, a_scale_stride, b_scale_stride_k, splits, tiles,

@@ -124,14 +124,14 @@ BARRIER_DEFECTS = (
     ),
     defect(
         "consumer starts with the other parity", Race,
-        "scale_ring: load at consume:.* of shared memory nobody has written", (CONSUMER_PARITY, PRODUCER_PARITY)
+        "scale_ring: load at consume:.* of unwritten shared memory", (CONSUMER_PARITY, PRODUCER_PARITY)
     ),
     defect(
         "parity never flips", BarrierMisuse, "it waited for this parity last time as well",
         ("                parity ^= 1\n", "                parity ^= 0\n")
     ),
     defect(
-        "no wait for a full stage", Race, "scale_ring: load at consume:.* of shared memory nobody has written",
+        "no wait for a full stage", Race, "scale_ring: load at consume:.* of unwritten shared memory",
         (WAIT_FULL, "")
     ),
     defect(
@@ -170,7 +170,8 @@ BARRIER_DEFECTS = (
     ),
     defect(
         "barriers of two words", Misuse, r"full: a barrier is one int64, this is \[2\], at ring_gemm:",
-        ("full = gl.allocate_shared_memory(gl.int64, [STAGES, 1]", "full = gl.allocate_shared_memory(gl.int64, [STAGES, 2]")
+        ("full = gl.allocate_shared_memory(gl.int64, [STAGES, 1]",
+         "full = gl.allocate_shared_memory(gl.int64, [STAGES, 2]")
     ),
     defect(
         "one worker, two warp counts", Misuse, "warp_specialize: 2 warp counts for 1 workers, at ring_gemm:",

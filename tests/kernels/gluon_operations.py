@@ -1,7 +1,7 @@
 """The `gl.*` operations of an emulated Gluon kernel: memory, shapes, arithmetic, and splitting into partitions.
 
 Each function here stands for the Gluon function of its name, or for the one its docstring names, and takes the same
-arguments; layouts, cache hints and alignment hints are accepted and ignored. A masked-off element that nobody gave a
+arguments; layouts, cache hints and alignment hints are accepted and ignored. A masked-off element without a given
 value is NaN (the smallest integer in integer types), so that using it shows. Global memory is checked for bounds only.
 
 Not emulated, and an error when called: atomics, scans and reductions with a function of the kernel's own, gathers,

@@ -111,7 +111,7 @@ class Allocation:
                 if old.actor.fences <= old.fences:
                     raise Race(f"{place} is not separated by fence_async_shared where it comes after {old.text}")
         if not written:
-            raise Race(f"{self.name}: {new.text} of shared memory nobody has written")
+            raise Race(f"{self.name}: {new.text} of unwritten shared memory")
 
     @staticmethod
     def _replaces(new: Access, old: Access) -> bool:

@@ -31,7 +31,7 @@ ORDERS: dict[str, dict[str, Any]] = {
     "checked": {"races": True, "lazy_loads": "use", "mma": "late"},
     "adversarial": {**ADVERSARIAL, "lazy_loads": "use", "seed": 1},
 }
-# Groups with no row, a ragged last tile of 256 rows, and rows of nobody behind the last one.
+# Groups with no row, a ragged last tile of 256 rows, and padding rows behind the last one.
 ENDS, ROWS = [384, 384, 512, 1024], 1152
 ONE_BLOCK = Config("two_blocks", stages=4)
 # Not shipped, in the table of docs/kernels.md: its figures are those of a kernel that computes the right thing.
@@ -144,7 +144,7 @@ def _tiles_of(problem: Problem, config: Config) -> int:
 
 
 def test_an_output_of_more_than_2_to_the_31_elements() -> None:
-    """Only its last tile is computed; nobody touches the rest, so it costs address space only."""
+    """Only its last tile is computed; the rest is not touched, so it costs address space only."""
     torch.utils.deterministic.fill_uninitialized_memory = False
     m, n = 70144, 32768
     a, b = gemm_inputs.payload(m, 128), gemm_inputs.payload(n, 128)
@@ -283,7 +283,7 @@ DEFECTS: dict[str, tuple[Case, list[Edit]]] = {
     ),
     "all groups multiply the first one's weight": (rows, [("b_row = group * N", "b_row = 0")]),
     "all groups take the first one's scales": (rows, [("gl.minimum(group, groups - 1) * blocks_n", "0")]),
-    "rows of nobody are not written": (rows, [("while (group < groups) &", "while (group < groups - 1) &")]),
+    "padding rows are not written": (rows, [("while (group < groups) &", "while (group < groups - 1) &")]),
     "a tile begins where its group does not": (rows, [("start + pm * BM)", "pm * BM)")]),
     "ends are read behind the last": (rows, [(NEXT_END, "gl.load(ends_ptr + group + 1)")]),
     "all groups are contracted from the first row": (

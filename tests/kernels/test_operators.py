@@ -62,7 +62,7 @@ def ends(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-# Operator -> its arguments at odd sizes: 1, 63, 129, 300, an empty group, rows of nobody.
+# Operator -> its arguments at odd sizes: 1, 63, 129, 300, an empty group, padding rows.
 CALLS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("quantize_tiles", lambda: (torch.randn(63, 300), True)),
     ("quantize_tiles", lambda: (torch.randn(129, 1, dtype=BF16).t(), False)),

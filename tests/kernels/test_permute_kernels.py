@@ -162,7 +162,7 @@ def test_a_bf16_sum_is_not_rounded_on_the_way() -> None:
 def test_nothing_to_do_gives_empty_or_zero_tensors() -> None:
     empty = torch.empty(0, dtype=torch.int64)
     assert gpu.copy_tokens(torch.empty(3, 24), empty, 2).shape == (0, 24)
-    # Rows of nobody, and nobody to copy.
+    # Padding rows only, and nothing to copy.
     assert torch.equal(gpu.copy_tokens(torch.empty(0, 24), torch.full((128,), -1), 2), torch.zeros(128, 24))
     assert torch.equal(gpu.scatter_gates(torch.empty(0), empty, 3, 2), torch.zeros(3, 2))
     no_rows = torch.zeros(3, 2, dtype=torch.int64)

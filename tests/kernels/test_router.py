@@ -132,7 +132,7 @@ def test_gates_of_scores_that_are_all_zero_stay_finite() -> None:
 
 
 def composed(logits: Tensor, bias: Tensor, *, normalize: bool) -> RouterOutput:
-    """What `route` stands for, each step an operation of torch that autograd differentiates."""
+    """What `route` computes, each step an operation of torch that autograd differentiates."""
     scores = logits.sigmoid()
     ids = select_experts(scores.detach(), bias, n_group=4, topk_group=2, topk=3)
     gates = gate_weights(scores, ids, scale=2.5, normalize=normalize)

@@ -3,7 +3,7 @@
 Two statements carry the rest. (1) A kernel that reads or writes FP8 gives bit for bit what the separate kernels give
 one after the other, and what it keeps of gate_up has the reference's bits. (2) Activations differ from the reference's
 only by the exponential's last place (NumPy's here, a GPU's there, torch's in the reference). An error of 4 * 2^-24
-moves a BF16 number to its neighbour if a tie lies within it. Ties are at least 2^-8 of the number apart, so each
+moves a BF16 number to its neighbour if a tie is within it. Ties are at least 2^-8 of the number apart, so each
 rounding moves 2 * 4 * 2^-24 * 2^8 = 1.2e-4 of the elements. The largest of a tile, moved, may shift all its 128 codes.
 
 Sizes are those where something ends: one row, an odd one, a whole tile, one more, many programs and one row; inter 256,

@@ -65,7 +65,7 @@ def clock_of(device: torch.device, *, rounds: int = 9) -> Clock:
 
 @dataclass(frozen=True)
 class PairInputs:
-    """Inputs of ours and of its peer, which are made anew where a result is compared."""
+    """Inputs of ours and of its peer, which are made again where a result is compared."""
 
     make: Make
     peer: Callable[..., Tensor]

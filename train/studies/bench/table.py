@@ -36,6 +36,7 @@ SUMMARY = (
     *("tflop_per_s", "gbyte_per_s", "speedup"),
 )
 
+# "red": wrong, or ours failed. "absent": a peer that cannot run.
 Status = Literal["measured", "red", "absent", "not measured"]
 
 
@@ -96,33 +97,25 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate on one case.
-
-    Args:
-        case, kind, candidate: what.
-        status: "measured", "red" (wrong, or ours failed), "absent" (a peer that cannot run) or "not measured".
-        reason: why there is no time.
-        parity_error, tolerance: relative Frobenius error; None where nothing was computed or compared.
-        time_us, spread_ratio, host_us, rounds: as in Timing.
-        tflop_per_s, gbyte_per_s: ideal work over time.
-        ours_per_peer_ratio: our speed over this candidate's.
-        power_w, sm_clock_mhz: medians while the candidates of the case took turns.
-    """
+    """One candidate on one case; None where nothing was computed, compared or timed."""
 
     case: str
     kind: str
     candidate: str
     status: Status
-    reason: str = ""
-    parity_error: float | None = None
+    reason: str = ""  # why there is no time
+    parity_error: float | None = None  # relative Frobenius error
     tolerance: float | None = None
+    # As in Timing.
     time_us: float | None = None
     spread_ratio: float | None = None
     host_us: float | None = None
     rounds: int | None = None
+    # Ideal work over time; our speed over this candidate's.
     tflop_per_s: float | None = None
     gbyte_per_s: float | None = None
     ours_per_peer_ratio: float | None = None
+    # Medians while the candidates of the case took turns.
     power_w: float | None = None
     sm_clock_mhz: float | None = None
 

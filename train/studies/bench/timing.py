@@ -30,7 +30,7 @@ Call = Callable[[], tuple[Tensor, ...]]
 FEWEST_ROUNDS = 3
 # Passes over the input sets in the graph that finds out how long a pass takes.
 TRIAL_PASSES = 4
-# Between two samples of the power.
+# Between two samples of the power; some boards report its mean over the last second.
 PAUSE_S = 0.02
 
 
@@ -61,18 +61,11 @@ class Clock:
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of one candidate.
+    """Times of one candidate."""
 
-    Args:
-        time_us: one launch on the device, median of the rounds.
-        spread_ratio: (highest - lowest) / median of the rounds.
-        host_us: one call on the host, outside any graph, until it returns.
-        rounds: how many there were.
-    """
-
-    time_us: float
-    spread_ratio: float
-    host_us: float
+    time_us: float  # one launch on the device, median of the rounds
+    spread_ratio: float  # (highest - lowest) / median of the rounds
+    host_us: float  # one call on the host, outside any graph, until it returns
     rounds: int
 
 
@@ -200,10 +193,7 @@ def sampler_command(device: torch.device) -> list[str]:
 
 
 class PowerMonitor:
-    """Samples power and clock while it is entered, at least once; without a command, or when that fails, not at all.
-
-    Some boards report power as the mean of the last second.
-    """
+    """Samples power and clock while it is entered, at least once; without a command, or when that fails, not at all."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self._command = list(command)
