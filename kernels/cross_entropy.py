@@ -63,12 +63,10 @@ def _allocate_sums(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return logits.new_empty((), dtype=wide), logits.new_empty(logits.shape[0], dtype=wide)
 
 
-def _allocate_grad(grad_sum: Tensor, logits: Tensor, labels: Tensor, log_sum: Tensor) -> Tensor:
-    return torch.empty_like(logits)
-
-
 _cross_entropy = operator("cross_entropy", chunked_forward, fake=_allocate_sums)
-_cross_entropy_backward = operator("cross_entropy_backward", chunked_backward, fake=_allocate_grad)
+_cross_entropy_backward = operator(
+    "cross_entropy_backward", chunked_backward, fake=lambda grad_sum, logits, labels, log_sum: torch.empty_like(logits)
+)
 
 
 class _CrossEntropySum(torch.autograd.Function):

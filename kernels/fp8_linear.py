@@ -88,18 +88,6 @@ def grouped_wgrad_reference(dy: Tensor, x: Tensor, group_ends: Tensor) -> Tensor
     return torch.stack([wgrad_reference(dy[rows], x[rows]) for rows in groups])
 
 
-def _allocate_wgrad(dy: Tensor, x: Tensor) -> Tensor:
-    return dy.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32)
-
-
-def _allocate_rows(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[-1])
-
-
-def _allocate_wgrads(dy: Tensor, x: Tensor, group_ends: Tensor) -> Tensor:
-    return dy.new_empty(len(group_ends), dy.shape[1], x.shape[1], dtype=torch.float32)
-
-
 def _wgrad_flops(dy: Sequence[int], x: Sequence[int], *_: object, out_shape: object) -> int:
     return 2 * dy[0] * dy[1] * x[1]
 
@@ -108,12 +96,25 @@ def _row_flops(x: Sequence[int], weight: Sequence[int], *_: object, out_shape: o
     return 2 * x[0] * x[1] * weight[-1]
 
 
-_wgrad = operator("wgrad", wgrad_reference, fake=_allocate_wgrad, flops=_wgrad_flops)
+_wgrad = operator(
+    "wgrad",
+    wgrad_reference,
+    fake=lambda dy, x: dy.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32),
+    flops=_wgrad_flops,
+)
 _grouped_matmul = operator(
-    "grouped_matmul", grouped_matmul_reference, fake=_allocate_rows, flops=_row_flops, gpu="gemm_portable"
+    "grouped_matmul",
+    grouped_matmul_reference,
+    fake=lambda x, weight, group_ends: x.new_empty(x.shape[0], weight.shape[-1]),
+    flops=_row_flops,
+    gpu="gemm_portable",
 )
 _grouped_wgrad = operator(
-    "grouped_wgrad", grouped_wgrad_reference, fake=_allocate_wgrads, flops=_wgrad_flops, gpu="gemm_portable"
+    "grouped_wgrad",
+    grouped_wgrad_reference,
+    fake=lambda dy, x, group_ends: dy.new_empty(len(group_ends), dy.shape[1], x.shape[1], dtype=torch.float32),
+    flops=_wgrad_flops,
+    gpu="gemm_portable",
 )
 
 

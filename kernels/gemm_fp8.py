@@ -74,25 +74,21 @@ def write_product(out: Tensor, product: Tensor, *, accumulate: bool) -> None:
         out.copy_(product)
 
 
-def _allocate_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[0], dtype=out_dtype)
-
-
-def _allocate_nothing(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, accumulate: bool) -> None:
-    return None
-
-
 def _product_flops(a: Sequence[int], a_scale: object, b: Sequence[int], *_: object, out_shape: object) -> int:
     return 2 * a[0] * b[0] * a[1]
 
 
 _gemm_tile_block = operator(
-    "gemm_tile_block", gemm_tile_block_reference, fake=_allocate_product, flops=_product_flops, gpu="gemm_fp8"
+    "gemm_tile_block",
+    gemm_tile_block_reference,
+    fake=lambda a, a_scale, b, b_scale, out_dtype: a.new_empty(a.shape[0], b.shape[0], dtype=out_dtype),
+    flops=_product_flops,
+    gpu="gemm_fp8",
 )
 _gemm_tile_tile = operator(
     "gemm_tile_tile",
     gemm_tile_tile_reference,
-    fake=_allocate_nothing,
+    fake=lambda a, a_scale, b, b_scale, out, accumulate: None,
     flops=_product_flops,
     gpu="gemm_fp8",
     mutates=["out"],

@@ -147,22 +147,24 @@ def _allocate_layout(ids: Tensor, experts: int, num_rows: int) -> tuple[Tensor, 
     return slot_of_row, rows_of_token, ids.new_empty(experts, dtype=torch.int32)
 
 
-def _allocate_copies(x: Tensor, slot_of_row: Tensor, topk: int) -> Tensor:
-    return x.new_empty(slot_of_row.shape[0], *x.shape[1:])
-
-
 def _allocate_sums(rows: Tensor, rows_of_token: Tensor, partial: bool, out_dtype: torch.dtype) -> Tensor:
     return rows.new_empty(rows_of_token.shape[0], rows.shape[1], dtype=out_dtype)
 
 
-def _allocate_gates(by_row: Tensor, slot_of_row: Tensor, tokens: int, topk: int) -> Tensor:
-    return by_row.new_empty(tokens, topk)
-
-
 _lay_out = operator("lay_out", lay_out_reference, fake=_allocate_layout, gpu="permute")
-_copy_tokens = operator("copy_tokens", copy_tokens_reference, fake=_allocate_copies, gpu="permute")
+_copy_tokens = operator(
+    "copy_tokens",
+    copy_tokens_reference,
+    fake=lambda x, slot_of_row, topk: x.new_empty(slot_of_row.shape[0], *x.shape[1:]),
+    gpu="permute",
+)
 _sum_rows = operator("sum_rows", sum_rows_reference, fake=_allocate_sums, gpu="permute")
-_scatter_gates = operator("scatter_gates", scatter_gates_reference, fake=_allocate_gates, gpu="permute")
+_scatter_gates = operator(
+    "scatter_gates",
+    scatter_gates_reference,
+    fake=lambda by_row, slot_of_row, tokens, topk: by_row.new_empty(tokens, topk),
+    gpu="permute",
+)
 
 
 def sum_rows(rows: Tensor, rows_of_token: Tensor, *, partial: bool, out_dtype: torch.dtype) -> Tensor:

@@ -105,14 +105,6 @@ def _allocate_tiles_transposed(x: Tensor, power_of_two: bool) -> tuple[Tensor, T
     return _allocate_tiles(x.t(), power_of_two)
 
 
-def _allocate_tiles_both(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_allocate_tiles(x, power_of_two), *_allocate_tiles_transposed(x, power_of_two)
-
-
-def _allocate_requantized(payload: Tensor, scale: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    return _allocate_tiles(payload.t(), power_of_two)
-
-
 def _allocate_blocks(w: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor]:
     *experts, rows, cols = w.shape
     payload = w.new_empty(w.shape, dtype=torch.float8_e4m3fn)
@@ -120,22 +112,29 @@ def _allocate_blocks(w: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Ten
     return payload, scale, w.new_empty(*experts, cols, rows, dtype=torch.float8_e4m3fn)
 
 
-def _allocate_values(payload: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
-    return payload.new_empty(payload.shape, dtype=out_dtype)
-
-
 _quantize_tiles = operator("quantize_tiles", quantize_tiles_reference, fake=_allocate_tiles, gpu="quantize")
 _quantize_tiles_transposed = operator(
     "quantize_tiles_transposed", quantize_tiles_transposed_reference, fake=_allocate_tiles_transposed, gpu="quantize"
 )
 _quantize_tiles_both = operator(
-    "quantize_tiles_both", quantize_tiles_both_reference, fake=_allocate_tiles_both, gpu="quantize"
+    "quantize_tiles_both",
+    quantize_tiles_both_reference,
+    fake=lambda x, power_of_two: (*_allocate_tiles(x, power_of_two), *_allocate_tiles_transposed(x, power_of_two)),
+    gpu="quantize",
 )
 _requantize_transposed = operator(
-    "requantize_transposed", requantize_transposed_reference, fake=_allocate_requantized, gpu="quantize"
+    "requantize_transposed",
+    requantize_transposed_reference,
+    fake=lambda payload, scale, power_of_two: _allocate_tiles(payload.t(), power_of_two),
+    gpu="quantize",
 )
 _quantize_blocks = operator("quantize_blocks", quantize_blocks_reference, fake=_allocate_blocks, gpu="quantize")
-_dequantize_tiles = operator("dequantize_tiles", dequantize_tiles_reference, fake=_allocate_values, gpu="quantize")
+_dequantize_tiles = operator(
+    "dequantize_tiles",
+    dequantize_tiles_reference,
+    fake=lambda payload, scale, out_dtype: payload.new_empty(payload.shape, dtype=out_dtype),
+    gpu="quantize",
+)
 
 
 def quantize_tiles(x: Tensor, *, power_of_two: bool) -> Quantized:

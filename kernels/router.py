@@ -120,19 +120,19 @@ def _allocate_routed(
     return logits.new_empty(tokens, experts), ids, logits.new_empty(tokens, topk), counts
 
 
-def _allocate_grad(
-    scores: Tensor, ids: Tensor, grad_scores: Tensor | None, grad_gates: Tensor | None, scale: float, normalize: bool
-) -> Tensor:
-    return scores.new_empty(scores.shape)
-
-
-def _allocate_counts(scores: Tensor, topk: int) -> Tensor:
-    return scores.new_empty(scores.shape[0], scores.shape[2])
-
-
 _route = operator("route", route_reference, fake=_allocate_routed, gpu="router")
-_route_backward = operator("route_backward", route_backward_reference, fake=_allocate_grad, gpu="router")
-_topk_counts = operator("topk_counts", topk_counts_reference, fake=_allocate_counts, gpu="router")
+_route_backward = operator(
+    "route_backward",
+    route_backward_reference,
+    fake=lambda scores, ids, grad_scores, grad_gates, scale, normalize: scores.new_empty(scores.shape),
+    gpu="router",
+)
+_topk_counts = operator(
+    "topk_counts",
+    topk_counts_reference,
+    fake=lambda scores, topk: scores.new_empty(scores.shape[0], scores.shape[2]),
+    gpu="router",
+)
 
 
 class _Route(torch.autograd.Function):

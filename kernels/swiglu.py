@@ -111,14 +111,6 @@ def _allocate_output(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
-def _allocate_gated_output(gate_up: Tensor, gates: Tensor) -> Tensor:
-    return _allocate_output(gate_up)
-
-
-def _allocate_gradient(gate_up: Tensor, dh: Tensor) -> Tensor:
-    return gate_up.new_empty(gate_up.shape)
-
-
 def _allocate_gated_gradients(gate_up: Tensor, gates: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
     return gate_up.new_empty(gate_up.shape), gate_up.new_empty(gate_up.shape[:1], dtype=_wide(gate_up.dtype))
 
@@ -139,17 +131,20 @@ def _allocate_transposed(
     return _allocate_tiles(payload, payload.shape[1] // 2, payload.shape[0])
 
 
-def _allocate_gradient_kept(payload: Tensor, scale: Tensor, dh: Tensor) -> Tensor:
-    return dh.new_empty(payload.shape)
-
-
 def _allocate_gated_gradients_kept(payload: Tensor, scale: Tensor, gates: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
     return dh.new_empty(payload.shape), dh.new_empty(payload.shape[:1], dtype=_wide(dh.dtype))
 
 
 _swiglu = operator("swiglu", swiglu_reference, fake=_allocate_output, gpu="swiglu")
-_swiglu_backward = operator("swiglu_backward", swiglu_backward_reference, fake=_allocate_gradient, gpu="swiglu")
-_gated_swiglu = operator("gated_swiglu", gated_swiglu_reference, fake=_allocate_gated_output, gpu="swiglu")
+_swiglu_backward = operator(
+    "swiglu_backward",
+    swiglu_backward_reference,
+    fake=lambda gate_up, dh: gate_up.new_empty(gate_up.shape),
+    gpu="swiglu",
+)
+_gated_swiglu = operator(
+    "gated_swiglu", gated_swiglu_reference, fake=lambda gate_up, gates: _allocate_output(gate_up), gpu="swiglu"
+)
 _gated_swiglu_backward = operator(
     "gated_swiglu_backward", gated_swiglu_backward_reference, fake=_allocate_gated_gradients, gpu="swiglu"
 )
@@ -158,7 +153,10 @@ _swiglu_quantize_transposed = operator(
     "swiglu_quantize_transposed", swiglu_quantize_transposed_reference, fake=_allocate_transposed, gpu="swiglu"
 )
 _swiglu_backward_kept = operator(
-    "swiglu_backward_kept", swiglu_backward_kept_reference, fake=_allocate_gradient_kept, gpu="swiglu"
+    "swiglu_backward_kept",
+    swiglu_backward_kept_reference,
+    fake=lambda payload, scale, dh: dh.new_empty(payload.shape),
+    gpu="swiglu",
 )
 _gated_swiglu_backward_kept = operator(
     "gated_swiglu_backward_kept",

@@ -82,10 +82,7 @@ def test_fprop_and_dgrad(config: Config, m: int, n: int, k: int, order: str) -> 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     ("config", "ends"),
-    [
-        *product([TWO_WAVES, WIDE, TWO_BLOCKS], [ENDS, [0, 640, 640, 1152], [0, 0]]),
-        (TWO_WAVES_OF_TWO_BLOCKS, ENDS),
-    ],
+    [*product([TWO_WAVES, WIDE, TWO_BLOCKS], [ENDS, [0, 640, 640, 1152], [0, 0]]), (TWO_WAVES_OF_TWO_BLOCKS, ENDS)],
 )
 def test_groups_of_rows(config: Config, ends: list[int], order: str) -> None:
     problem = gemm_inputs.tile_block(ROWS, 320, 384, ends)
@@ -219,10 +216,7 @@ DEFECTS: dict[str, tuple[Case, list[Edit]]] = {
     "the producer does not wait for an empty stage": (dense(TWO_WAVES), [(WAIT_EMPTY, "")]),
     "the producer starts in the other phase": (dense(TWO_WAVES), [("    phase = 1\n", "    phase = 0\n")]),
     "the consumers start in the other phase": (dense(TWO_WAVES), [("    phase = 0\n", "    phase = 1\n")]),
-    "a stage is handed back as soon as it is full": (
-        dense(TWO_WAVES),
-        [(ARRIVE, ""), (WAIT_FULL, WAIT_FULL + ARRIVE)],
-    ),
+    "a stage is handed back as soon as it is full": (dense(TWO_WAVES), [(ARRIVE, ""), (WAIT_FULL, WAIT_FULL + ARRIVE)]),
     "a stage of two blocks is handed back after the first": (
         dense(TWO_BLOCKS),
         [(ARRIVE, ""), (SECOND_BLOCK, "        " + ARRIVE + SECOND_BLOCK)],
@@ -254,10 +248,7 @@ DEFECTS: dict[str, tuple[Case, list[Edit]]] = {
         dense(TWO_WAVES),
         [("slice(FIRST + 64, 64).load(BY_ROW)", "slice(FIRST, 64).load(BY_ROW)")],
     ),
-    "a partial sum goes on from the last": (
-        dense(TWO_WAVES),
-        [(SECOND_PRODUCT + "False", SECOND_PRODUCT + "True")],
-    ),
+    "a partial sum goes on from the last": (dense(TWO_WAVES), [(SECOND_PRODUCT + "False", SECOND_PRODUCT + "True")]),
     "the scale of the next block": (
         dense(TWO_WAVES),
         [("ahead = gl.minimum((step + 1) * BLOCKS,", "ahead = gl.minimum((step + 2) * BLOCKS,")],
@@ -286,15 +277,9 @@ DEFECTS: dict[str, tuple[Case, list[Edit]]] = {
     "padding rows are not written": (rows, [("while (group < groups) &", "while (group < groups - 1) &")]),
     "a tile begins where its group does not": (rows, [("start + pm * BM)", "pm * BM)")]),
     "ends are read behind the last": (rows, [(NEXT_END, "gl.load(ends_ptr + group + 1)")]),
-    "all groups are contracted from the first row": (
-        wgrad(ends=ENDS),
-        [("pn, start // 128, ", "pn, 0, ")],
-    ),
+    "all groups are contracted from the first row": (wgrad(ends=ENDS), [("pn, start // 128, ", "pn, 0, ")]),
     "all groups are written to the first one's place": (wgrad(ends=ENDS), [(GROUPS_PLACE, "out_ptr")]),
-    "adding forgets what was there": (
-        wgrad(),
-        [("total += gl.load(places, mask=inside, other=0.0)", "total += 0.0")],
-    ),
+    "adding forgets what was there": (wgrad(), [("total += gl.load(places, mask=inside, other=0.0)", "total += 0.0")]),
     "rows behind the last are stored": (wgrad(), [("(row[:, None] < M) & ", "")]),
 }
 

@@ -76,10 +76,7 @@ CALLS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("gemm_tile_block", lambda: (*tiles(63, 300), *blocks(129, 300), BF16)),
     ("gemm_tile_block", lambda: (*tiles(63, 129), *blocks(129, 300, transposed=True), FP32)),
     ("gemm_tile_tile", lambda: (*columns(129, 63), *columns(129, 300), torch.zeros(63, 300), True)),
-    (
-        "grouped_gemm_tile_block",
-        lambda: (*tiles(512, 300), *blocks(3, 129, 300), ends(128, 128, 384), BF16),
-    ),
+    ("grouped_gemm_tile_block", lambda: (*tiles(512, 300), *blocks(3, 129, 300), ends(128, 128, 384), BF16)),
     (
         "grouped_gemm_tile_tile",
         lambda: (*columns(512, 63), *columns(512, 300), ends(128, 128, 384), torch.zeros(3, 63, 300), False),

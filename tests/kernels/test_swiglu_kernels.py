@@ -19,6 +19,7 @@ from torch import Tensor
 from kernels import quantize, swiglu
 from kernels.gpu import quantize as gpu_quantize
 from kernels.gpu import swiglu as gpu
+from tests.kernels.gemm_inputs import assert_same_bits
 
 BF16, FP32, E4M3 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 SHAPES = [(1, 256), (63, 192), (128, 256), (129, 192), (129, 256), (4097, 128)]
@@ -61,13 +62,6 @@ def activation(module: object, gate_up: Tensor, gates: Tensor | None) -> Tensor:
         else getattr(module, f"gated_swiglu{end}")(gate_up, gates)
     )
     return h
-
-
-def assert_same_bits(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    for got, wanted in zip(actual, expected, strict=True):
-        assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
-        assert got.is_contiguous()
-        assert torch.equal(got.view(torch.uint8), wanted.contiguous().view(torch.uint8))
 
 
 @gated

@@ -31,6 +31,7 @@ import torch
 from train.studies import smoke_runs, step_parity
 from train.studies.bench import layer as bench_layer
 from train.studies.bench import table as bench_table
+from train.studies.bench.timing import Clock
 from train.studies.smoke_runs import PrecisionName, Recipe
 
 # "left out": cannot run here, and says why. "not measured": the budget was spent. "failed": ended with an error.
@@ -272,7 +273,7 @@ def peer_benches(options: Options, budget_s: float) -> Section:
     """V3's products and memory-bound kernels against what else this machine has."""
     from train.studies.bench import peers as bench_peers
 
-    clock = bench_peers.SMALL_CLOCK if options.tiny else bench_table.Clock()
+    clock = bench_peers.SMALL_CLOCK if options.tiny else Clock()
     rows = bench_table.run(bench_peers.cases(small=options.tiny), options.device, clock=clock, budget_s=budget_s)
     red = [f"{row.case}: {row.reason}" for row in bench_table.red(rows)]
     data = {"rows": bench_table.records(rows)}
