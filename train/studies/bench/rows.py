@@ -131,9 +131,13 @@ def seeded(device: torch.device | None = None, seed: int = 0) -> torch.Generator
     return torch.Generator(device or "cpu").manual_seed(seed)
 
 
-def normal(*shape: int, device: torch.device) -> Tensor:
-    """fp32 numbers that are drawn on the device."""
-    return torch.randn(*shape, generator=seeded(device), device=device)
+def _matrix(device: torch.device) -> tuple[Tensor]:
+    return (torch.randn(2048, 512, generator=seeded(device), device=device),)
+
+
+def _input_gradient(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Forward and backward: the gradient of the first input, given that of the output as the last."""
+    return lambda x, *rest: torch.autograd.grad(function(x, *rest[:-1]), x, rest[-1])[0]
 
 
 def _adamw_inputs(device: torch.device) -> tuple[Tensor, ...]:
@@ -159,14 +163,8 @@ def _attention_inputs(device: torch.device) -> tuple[Tensor, ...]:
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Tensor:
-    o = causal_attention(q, k, v, scale=96**-0.5, document_ids=None)
-    return torch.cat(torch.autograd.grad(o, (q, k, v), grad))
-
-
-def _torch_attention(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Tensor:
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=96**-0.5)
-    return torch.cat(torch.autograd.grad(o, (q, k, v), grad))
+def _attention(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Tensor:
+    return torch.cat(torch.autograd.grad(attend(q, k, v), (q, k, v), grad))
 
 
 def _cross_entropy_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -234,16 +232,15 @@ def _permute_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return x.requires_grad_(), ids, grad
 
 
-def _permute(x: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
+def _permute(x: Tensor, ids: Tensor) -> Tensor:
     layout = grouping(ids, 8)
-    return torch.autograd.grad(combine_tokens(group_tokens(x, layout), layout), x, grad)[0]
+    return combine_tokens(group_tokens(x, layout), layout)
 
 
-def _torch_permute(x: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
+def _torch_permute(x: Tensor, ids: Tensor) -> Tensor:
     tokens = ids.flatten().argsort(stable=True) // ids.shape[1]
     rows = x.index_select(0, tokens)
-    y = torch.zeros(x.shape, device=x.device).index_add(0, tokens, rows.float()).to(x.dtype)
-    return torch.autograd.grad(y, x, grad)[0]
+    return torch.zeros(x.shape, device=x.device).index_add(0, tokens, rows.float()).to(x.dtype)
 
 
 def _torch_tiles(x: Tensor) -> Tensor:
@@ -278,19 +275,17 @@ def _router_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return logits.to(device).requires_grad_(), bias.to(device), grad.to(device)
 
 
-def _route(logits: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
-    chosen = route(logits, bias, n_group=8, topk_group=4, topk=6, scale=2.5, normalize=True)
-    return torch.autograd.grad(chosen.gates, logits, grad)[0]
+def _route(logits: Tensor, bias: Tensor) -> Tensor:
+    return route(logits, bias, n_group=8, topk_group=4, topk=6, scale=2.5, normalize=True).gates
 
 
-def _torch_route(logits: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
+def _torch_route(logits: Tensor, bias: Tensor) -> Tensor:
     scores = logits.sigmoid()
     biased = (scores + bias).view(-1, 8, 8)
     groups = biased.topk(2, dim=-1).values.sum(-1).topk(4, dim=-1).indices
     mask = torch.zeros_like(biased[..., 0]).scatter_(1, groups, 1.0).bool()
     ids = biased.masked_fill(~mask[..., None], float("-inf")).flatten(1).topk(6, dim=-1).indices
-    gates = F.normalize(scores.gather(1, ids), p=1.0, dim=-1) * 2.5
-    return torch.autograd.grad(gates, logits, grad)[0]
+    return F.normalize(scores.gather(1, ids), p=1.0, dim=-1) * 2.5
 
 
 def _swiglu_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -309,15 +304,14 @@ def _kept_inputs(device: torch.device) -> tuple[Quantized, Tensor, Tensor]:
     return quantize_tiles(gate_up, power_of_two=True), gates, grad
 
 
-def _torch_swiglu(gate_up: Tensor, grad: Tensor) -> Tensor:
+def _torch_swiglu(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    return torch.autograd.grad(F.silu(gate) * up, gate_up, grad)[0]
+    return F.silu(gate) * up
 
 
-def _torch_gated_swiglu(gate_up: Tensor, gates: Tensor, grad: Tensor) -> Tensor:
+def _torch_gated_swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
     gate, up = gate_up.float().chunk(2, dim=-1)
-    y = (F.silu(gate) * up * gates[:, None]).to(gate_up.dtype)
-    return torch.autograd.grad(y, gate_up, grad)[0]
+    return (F.silu(gate) * up * gates[:, None]).to(gate_up.dtype)
 
 
 def _activation(kept: Quantized, gates: Tensor) -> Tensor:
@@ -326,7 +320,7 @@ def _activation(kept: Quantized, gates: Tensor) -> Tensor:
 
 def _activation_gradient(kept: Quantized, gates: Tensor, grad: Tensor) -> Tensor:
     gate_up = dequantize_tiles(kept, out_dtype=grad.dtype).requires_grad_()
-    return torch.autograd.grad(gated_swiglu(gate_up, gates), gate_up, grad)[0]
+    return _input_gradient(gated_swiglu)(gate_up, gates, grad)
 
 
 def _factors(device: torch.device) -> tuple[Factors, Factors]:
@@ -358,7 +352,9 @@ ROWS: dict[str, tuple[Case, ...]] = {
     ),
     "attention": (
         pair(
-            "attention forward+backward", _attention_inputs, _attention, _torch_attention,
+            "attention forward+backward", _attention_inputs,
+            partial(_attention, partial(causal_attention, scale=96**-0.5, document_ids=None)),
+            partial(_attention, partial(F.scaled_dot_product_attention, is_causal=True, scale=96**-0.5)),
             "F.scaled_dot_product_attention",
             # Four bf16 roundings more than the peer (scores, probabilities, both gradients), each at most 2^-8
             # and 2^-8 / sqrt(3) in the mean square: below 2^-7 in the Frobenius norm.
@@ -432,8 +428,8 @@ ROWS: dict[str, tuple[Case, ...]] = {
             _torch_layout, "cumsum of one-hot, one map only", tolerance=0.0, bytes=8.0 * 3 * 2048 * 6,
         ),
         pair(
-            "group+combine forward+backward", _permute_inputs, _permute,
-            _torch_permute, "index_select + index_add, no padding",
+            "group+combine forward+backward", _permute_inputs, _input_gradient(_permute),
+            _input_gradient(_torch_permute), "index_select + index_add, no padding",
             # The peer's index_select adds two bf16 gradients in bf16, ours in fp32: one bf16 rounding, at most 2^-8.
             tolerance=2**-8, bytes=2.0 * 256 * (4 * 2048 + 6 * 4096),
         ),
@@ -441,18 +437,18 @@ ROWS: dict[str, tuple[Case, ...]] = {
     # The peers round the same quotients, so payloads are bit-equal. Each reads FP32 and writes E4M3.
     "quantize": (
         pair(
-            "quantize_tiles", lambda device: (normal(2048, 512, device=device),),
+            "quantize_tiles", _matrix,
             lambda x: quantize_tiles(x, power_of_two=False).payload,
             _torch_tiles, "one view [rows, tiles, 128]", tolerance=0.0, bytes=5.0 * 2048 * 512,
         ),
         pair(
-            "quantize_tiles_transposed", lambda device: (normal(2048, 512, device=device),),
+            "quantize_tiles_transposed", _matrix,
             lambda x: quantize_tiles_transposed(x, power_of_two=False).payload,
             lambda x: quantize_tiles(x.t().contiguous(), power_of_two=False).payload,
             "transpose in FP32, then quantize_tiles", tolerance=0.0, bytes=5.0 * 2048 * 512,
         ),
         pair(
-            "quantize_blocks", lambda device: (normal(2048, 512, device=device),),
+            "quantize_blocks", _matrix,
             lambda w: quantize_blocks(w, power_of_two=False).payload,
             _torch_blocks, "max_pool2d and repeated scales", tolerance=0.0, bytes=5.0 * 2048 * 512,
         ),
@@ -475,7 +471,8 @@ ROWS: dict[str, tuple[Case, ...]] = {
     ),
     "router": (
         pair(
-            "route forward+backward", _router_inputs, _route, _torch_route, "torch.topk, autograd",
+            "route forward+backward", _router_inputs, _input_gradient(_route), _input_gradient(_torch_route),
+            "torch.topk, autograd",
             # The same fp32 quotients, sums of six and differences in another order: a few fp32 epsilons (2^-23).
             tolerance=4 * 2**-23, bytes=4.0 * 4 * 2048 * 64,
         ),
@@ -488,16 +485,14 @@ ROWS: dict[str, tuple[Case, ...]] = {
     ),
     "swiglu": (
         pair(
-            "swiglu forward+backward", _swiglu_inputs,
-            lambda gate_up, grad: torch.autograd.grad(swiglu(gate_up), gate_up, grad)[0],
-            _torch_swiglu, "F.silu(gate) * up, autograd",
+            "swiglu forward+backward", _swiglu_inputs, _input_gradient(swiglu),
+            _input_gradient(_torch_swiglu), "F.silu(gate) * up, autograd",
             # The same bf16 operations in the same order; one bf16 rounding (2^-8) for another way to silu.
             tolerance=2**-8, flops=12.0 * 4096 * 256, bytes=9 * 2.0 * 4096 * 256,
         ),
         pair(
-            "gated_swiglu forward+backward", _gated_inputs,
-            lambda gate_up, gates, grad: torch.autograd.grad(gated_swiglu(gate_up, gates), gate_up, grad)[0],
-            _torch_gated_swiglu, "(F.silu(gate) * up * gates) in fp32, autograd",
+            "gated_swiglu forward+backward", _gated_inputs, _input_gradient(gated_swiglu),
+            _input_gradient(_torch_gated_swiglu), "(F.silu(gate) * up * gates) in fp32, autograd",
             # Both compute in fp32 and round the gradient to bf16 once: equal but where fp32 is on a bf16 tie.
             tolerance=2**-12, flops=14.0 * 4096 * 256, bytes=9 * 2.0 * 4096 * 256,
         ),
