@@ -217,61 +217,45 @@ DEFECTS: dict[str, tuple[Case, list[Edit]]] = {
     "the producer starts in the other phase": (dense(TWO_WAVES), [("    phase = 1\n", "    phase = 0\n")]),
     "the consumers start in the other phase": (dense(TWO_WAVES), [("    phase = 0\n", "    phase = 1\n")]),
     "a stage is handed back as soon as it is full": (dense(TWO_WAVES), [(ARRIVE, ""), (WAIT_FULL, WAIT_FULL + ARRIVE)]),
-    "a stage of two blocks is handed back after the first": (
-        dense(TWO_BLOCKS),
-        [(ARRIVE, ""), (SECOND_BLOCK, "        " + ARRIVE + SECOND_BLOCK)],
-    ),
-    "a stage of two waves of two blocks is handed back after the first": (
-        dense(TWO_WAVES_OF_TWO_BLOCKS),
-        [(ARRIVE, ""), (SECOND_WAVES, "                    if j == 1:\n            " + ARRIVE + SECOND_WAVES)],
-    ),
+    "a stage of two blocks is handed back after the first": (dense(TWO_BLOCKS), [
+        (ARRIVE, ""), (SECOND_BLOCK, "        " + ARRIVE + SECOND_BLOCK),
+    ]),
+    "a stage of two waves of two blocks is handed back after the first": (dense(TWO_WAVES_OF_TWO_BLOCKS), [
+        (ARRIVE, ""), (SECOND_WAVES, "                    if j == 1:\n            " + ARRIVE + SECOND_WAVES),
+    ]),
     "one consumer never hands back": (dense(TWO_WAVES), [(ARRIVE, "            if HALF == 0:\n    " + ARRIVE)]),
     "a stage is handed back twice": (dense(TWO_WAVES), [(ARRIVE, ARRIVE.replace("count=1", "count=2"))]),
     "the scales' bytes are not expected": (dense(TWO_WAVES), [(" + BM * 4 + ", " + ")]),
     # Column scales loaded after the product is issued, the stage handed back before they are used.
-    "the order of the measured wgrad error": (
-        wgrad(ONE_BLOCK),
-        [
-            (LOAD_COLUMNS + FIRST_PRODUCT, FIRST_PRODUCT + LOAD_COLUMNS),
-            (ONE_BLOCK_END, ONE_BLOCK_END.replace(")\n", ")\n        " + ARRIVE, 1)),
-            (ARRIVE + "            stage += 1", "            stage += 1"),
-        ],
-    ),
+    "the order of the measured wgrad error": (wgrad(ONE_BLOCK), [
+        (LOAD_COLUMNS + FIRST_PRODUCT, FIRST_PRODUCT + LOAD_COLUMNS),
+        (ONE_BLOCK_END, ONE_BLOCK_END.replace(")\n", ")\n        " + ARRIVE, 1)),
+        (ARRIVE + "            stage += 1", "            stage += 1"),
+    ]),
     "an output buffer is reused while it is copied": (dense(TWO_WAVES), [("    tma.store_wait(1)\n", "")]),
     "no fence before the output is copied": (dense(WIDE), [(TO_BUFFER + FENCE, TO_BUFFER)]),
     "no fence after the barriers are made": (dense(TWO_WAVES), [(FENCE + START, START)]),
-    "copies are not awaited at the end": (
-        dense(TWO_WAVES),
-        [(LAST_WAIT, LAST_WAIT.replace("tma.store_wait(0)", "pass"))],
-    ),
-    "the second half takes the first one's scales": (
-        dense(TWO_WAVES),
-        [("slice(FIRST + 64, 64).load(BY_ROW)", "slice(FIRST, 64).load(BY_ROW)")],
-    ),
+    "copies are not awaited at the end": (dense(TWO_WAVES), [
+        (LAST_WAIT, LAST_WAIT.replace("tma.store_wait(0)", "pass")),
+    ]),
+    "the second half takes the first one's scales": (dense(TWO_WAVES), [
+        ("slice(FIRST + 64, 64).load(BY_ROW)", "slice(FIRST, 64).load(BY_ROW)"),
+    ]),
     "a partial sum goes on from the last": (dense(TWO_WAVES), [(SECOND_PRODUCT + "False", SECOND_PRODUCT + "True")]),
-    "the scale of the next block": (
-        dense(TWO_WAVES),
-        [("ahead = gl.minimum((step + 1) * BLOCKS,", "ahead = gl.minimum((step + 2) * BLOCKS,")],
-    ),
+    "the scale of the next block": (dense(TWO_WAVES), [
+        ("ahead = gl.minimum((step + 1) * BLOCKS,", "ahead = gl.minimum((step + 2) * BLOCKS,"),
+    ]),
     "64 columns take the scale of the 128": (dense(WIDE), [("gl.minimum(n2 // 128", "gl.minimum(n0 // 128")]),
     "wide tiles always begin with 128": (dense(WIDE), [("odd = pn % 2", "odd = 0")]),
-    "the second block takes the first one's scale": (
-        dense(TWO_BLOCKS),
-        [("(step + 1) * BLOCKS + 1", "(step + 1) * BLOCKS")],
-    ),
-    "the second block of two waves takes the first one's": (
-        dense(TWO_WAVES_OF_TWO_BLOCKS),
-        [
-            (
-                "elif j == 1:\n                        col_scale = col_scale2",
-                "elif j == 1:\n                        pass",
-            )
-        ],
-    ),
-    "half a width is stored over the other half": (
-        dense(TWO_WAVES_OF_TWO_BLOCKS),
-        [("    tma.store_wait(0)\n    buffer.store(right)", "    buffer.store(right)")],
-    ),
+    "the second block takes the first one's scale": (dense(TWO_BLOCKS), [
+        ("(step + 1) * BLOCKS + 1", "(step + 1) * BLOCKS"),
+    ]),
+    "the second block of two waves takes the first one's": (dense(TWO_WAVES_OF_TWO_BLOCKS), [
+        ("elif j == 1:\n                        col_scale = col_scale2", "elif j == 1:\n                        pass"),
+    ]),
+    "half a width is stored over the other half": (dense(TWO_WAVES_OF_TWO_BLOCKS), [
+        ("    tma.store_wait(0)\n    buffer.store(right)", "    buffer.store(right)"),
+    ]),
     "all groups multiply the first one's weight": (rows, [("b_row = group * N", "b_row = 0")]),
     "all groups take the first one's scales": (rows, [("gl.minimum(group, groups - 1) * blocks_n", "0")]),
     "padding rows are not written": (rows, [("while (group < groups) &", "while (group < groups - 1) &")]),
@@ -281,7 +265,7 @@ DEFECTS: dict[str, tuple[Case, list[Edit]]] = {
     "all groups are written to the first one's place": (wgrad(ends=ENDS), [(GROUPS_PLACE, "out_ptr")]),
     "adding forgets what was there": (wgrad(), [("total += gl.load(places, mask=inside, other=0.0)", "total += 0.0")]),
     "rows behind the last are stored": (wgrad(), [("(row[:, None] < M) & ", "")]),
-}
+}  # fmt: skip
 
 
 def is_caught(case: Case, module: ModuleType, options: dict[str, Any]) -> bool:
