@@ -325,4 +325,5 @@ class Decoder:
             group.from_grid(o, latent)
         o = latent.transpose(0, 1) @ up_v  # [heads, tokens, v]
         flat = o.transpose(0, 1).flatten(1)[None]  # [1, tokens, heads * v]
-        return attention.o_proj.precision.linear_of_kept(flat, attention.o_proj.weight)
+        u: Tensor = attention.o_proj(flat)
+        return u
