@@ -196,6 +196,13 @@ def test_sinks_keep_events_apart_from_records_and_write_the_run_card(tmp_path: P
     assert json.loads((run_dir / "run_card.json").read_text())["name"] == "tiny_bf16"
 
 
+def test_the_run_card_is_written_before_the_file_by_which_a_run_is_found(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(IsADirectoryError):
+        open_sinks(ObserveConfig(wandb="off"), tmp_path, {"name": "tiny"})
+    assert json.loads((tmp_path / "run_card.json").read_text())["name"] == "tiny"
+
+
 class Listener:
     """A mirror that remembers."""
 

@@ -27,7 +27,6 @@ from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from train.observe.metrics import EVENTS, METRICS, Record, check_record, encode, same_bits
-from train.observe.wandb_sink import WandbSink
 
 METRICS_FILE = "metrics.jsonl"
 RUN_CARD_FILE = "run_card.json"
@@ -258,12 +257,14 @@ def open_sinks(
     Returns:
         Sinks, to be closed by the caller.
     """
-    jsonl = JsonlSink(run_dir / METRICS_FILE)
-    draft = run_dir / f"{RUN_CARD_FILE}.tmp"
-    draft.write_text(json.dumps(run_card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(run_dir / RUN_CARD_FILE)
     # Here, so that a configuration can be read where rich is missing.
     from train.observe.console import ConsoleSink
+    from train.observe.wandb_sink import WandbSink
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    # Before metrics.jsonl, by which a reader finds the run: it then finds its name too.
+    write_whole(run_dir / RUN_CARD_FILE, json.dumps(run_card, indent=2, ensure_ascii=False) + "\n")
+    jsonl = JsonlSink(run_dir / METRICS_FILE)
 
     console = ConsoleSink(
         progress=config.progress,
@@ -280,6 +281,13 @@ def open_sinks(
             run_config={**(run_config or {}), "run_card": dict(run_card)},
         )
     return Sinks(jsonl, console=console, wandb=wandb)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file that a reader in another process sees whole or as it was before."""
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
 
 
 def read_run(run_dir: Path) -> list[Record]:

@@ -30,6 +30,7 @@ from typing import Any, Literal
 import numpy as np
 
 from train.observe.metrics import FP8_OPERANDS, METRICS, Record
+from train.observe.sinks import write_whole
 
 _log = logging.getLogger(__name__)
 
@@ -74,9 +75,7 @@ def run_id(run_dir: Path) -> str:
     """The wandb id of a run directory: made once, kept there. A copy of the directory is the same wandb run."""
     path = run_dir / ID_FILE
     if not path.is_file():
-        draft = path.with_name(f"{ID_FILE}.tmp")
-        draft.write_text(f"{secrets.token_hex(8)}\n", encoding="utf-8")
-        draft.replace(path)
+        write_whole(path, f"{secrets.token_hex(8)}\n")
     return path.read_text(encoding="utf-8").strip()
 
 

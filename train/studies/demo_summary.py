@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.data.ingest import Prepared
-from train.observe.sinks import read_run
+from train.observe.sinks import read_run, write_whole
 from train.studies.compare import mean_smoothed_gap
 from train.studies.dashboard.run_reader import SUMMARY_FILE
 from train.studies.ngram_baselines import measure_baselines
@@ -40,7 +40,7 @@ def report(runs: dict[str, Path], stores: Prepared) -> Report:
     scores = {name: last_score(run) for name, run in runs.items()}
     for name, run in runs.items():
         summary = {"heldout_bits_per_byte": scores[name], "baselines_bits_per_byte": baselines}
-        (run / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_whole(run / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
     return Report(scores, baselines, mean_smoothed_gap(read_run(runs["fp8"]), read_run(runs["bf16"])))
 
 

@@ -312,8 +312,11 @@ def test_a_live_page_gains_points_and_a_third_run_and_tells_of_a_dead_expert(chr
         tab.wait("document.querySelector('.note.alarm')")
         alarm = tab.value("document.querySelector('.note.alarm').textContent")
         assert "tiny_fp8: 1 expert got no token since step 21, 70 logged steps in a row: MoE layer 4 expert 2" in alarm
-        write_run(tmp_path / "runs" / "c", [record(step, factor=1.1) for step in range(1, 11)], name="late")
-        tab.wait("document.querySelector('.chip[data-run=\"2\"]')")
+        third = write_run(tmp_path / "runs" / "c", [record(step, factor=1.1) for step in range(1, 11)])
+        tab.wait("document.querySelector('.chip[data-run=\"2\"]')?.textContent === 'c'")
+        # The card comes later and replaces the entry under the folder's name.
+        (third / "run_card.json").write_text('{"name": "late"}')
+        tab.wait("[...document.querySelectorAll('.chip')].map(c => c.textContent).join() === 'tiny_bf16,tiny_fp8,late'")
         tab.wait(f"{PLOT}.data.some(t => t.meta === 2)")
         assert lines_in(tab, 2)[0]["y"][0] == pytest.approx(record(1, factor=1.1)["loss/main"], rel=F32)
         tab.value("document.querySelector('#expert-load').scrollIntoView({block: 'center'})")

@@ -95,6 +95,38 @@ def test_a_replaced_or_shortened_file_is_read_from_its_start(tmp_path: Path):
     assert reader.records == 49
 
 
+def test_a_run_with_records_has_the_card_that_was_written_before_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run_dir = write_run(tmp_path / "run", [])
+    read_cards = RunReader.read_cards
+
+    def and_then_the_run_starts(reader: RunReader) -> bool:
+        changed = read_cards(reader)
+        (run_dir / "run_card.json").write_text('{"name": "tiny"}')
+        (run_dir / "metrics.jsonl").write_text(lines_of([record(1)]))
+        return changed
+
+    monkeypatch.setattr(RunReader, "read_cards", and_then_the_run_starts)
+    reader = reader_of(run_dir)
+    assert reader.card or not reader.records
+    reader.poll()
+    assert (reader.records, reader.card) == (1, {"name": "tiny"})
+
+
+def test_a_card_that_could_not_be_opened_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run_dir = write_run(tmp_path / "run", [record(1)], name="tiny")
+
+    def away(path: Path, encoding: str) -> str:
+        raise OSError("the disk is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", away)
+        reader = reader_of(run_dir)
+        assert reader.problems == {"run_card.json": "the disk is away"}
+        assert not reader.poll()
+    assert reader.poll()
+    assert (reader.problems, reader.card) == ({}, {"name": "tiny"})
+
+
 def test_odd_records_are_left_out(tmp_path: Path):
     odd = [
         {"step": "2", "tokens_seen": 1, "time_unix_s": 1.0},

@@ -69,7 +69,8 @@ def until(condition: Any, timeout_s: float = 20) -> Any:
 
 def test_only_runs_that_changed_are_sent_again(server: Server, tmp_path: Path):
     write_run(tmp_path / "runs" / "b", [record(1)], name="second")
-    news = until(lambda: (answer := runs(server)) and len(answer["runs"]) == 2 and answer)
+    # A run is sent when it is found, and again when it has been read.
+    news = until(lambda: (found := runs(server)) and [run["records"] for run in found["runs"]] == [30, 1] and found)
     assert [run["name"] for run in news["runs"]] == ["first", "second"]
     since, token = news["epoch"], news["server"]
     assert runs(server, since, token)["runs"] == []
@@ -78,6 +79,44 @@ def test_only_runs_that_changed_are_sent_again(server: Server, tmp_path: Path):
     (grown,) = until(lambda: runs(server, since, token)["runs"])
     assert (grown["key"], steps_of(grown)) == (0, list(range(1, 32)))
     assert len(runs(server, since, "another")["runs"]) == 2
+
+
+def test_a_run_that_was_found_before_its_card_takes_its_name_with_the_next_answer(tmp_path: Path):
+    run_dir = write_run(tmp_path / "run", [record(1)])
+    follower = Follower([tmp_path])
+    follower.look()
+    early = follower.runs(0, "")
+    assert [run["name"] for run in early["runs"]] == ["run"]
+    # The page asks after the card was written and before the next look at the files.
+    (run_dir / "run_card.json").write_text('{"name": "late"}')
+    news = follower.runs(early["epoch"], early["server"])
+    assert [(run["key"], run["name"], run["records"]) for run in news["runs"]] == [(0, "late", 1)]
+    assert follower.runs(news["epoch"], news["server"])["runs"] == []
+    assert not follower.look()
+
+
+def test_a_card_that_gives_a_run_the_name_of_another_sends_both_again(tmp_path: Path):
+    first = write_run(tmp_path / "a", [record(1)])
+    write_run(tmp_path / "b", [record(1)], name="same")
+    follower = Follower([tmp_path])
+    follower.look()
+    early = follower.runs(0, "")
+    (first / "run_card.json").write_text('{"name": "same"}')
+    news = follower.runs(early["epoch"], early["server"])
+    assert [run["name"] for run in news["runs"]] == ["same", f"same ({tmp_path / 'b'})"]
+
+
+def test_a_run_reached_by_two_paths_is_one_run_whenever_it_appears(tmp_path: Path):
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "runs" / "a")
+    follower = Follower([tmp_path / "link", tmp_path / "runs"])
+    with pytest.MonkeyPatch.context() as patch:
+        # The first look passes `link` before the file is there and the folder after it.
+        patch.setattr("train.studies.dashboard.server.find_runs", lambda places: [tmp_path / "runs" / "a"])
+        (tmp_path / "runs" / "a" / "metrics.jsonl").write_text(lines_of([record(1)]))
+        follower.look()
+    follower.look()
+    assert len(follower.runs(0, "")["runs"]) == 1
 
 
 def test_a_long_run_is_sent_thinned_and_the_answer_stays_small(tmp_path: Path):

@@ -26,7 +26,7 @@ from pathlib import Path
 from plotly.offline import get_plotlyjs
 
 from train.observe.metrics import FP8_OPERANDS
-from train.observe.sinks import METRICS_FILE
+from train.observe.sinks import METRICS_FILE, write_whole
 from train.studies.compare import PAPER_GAP
 from train.studies.dashboard import run_card
 from train.studies.dashboard.charts import SECTIONS, charts_for
@@ -55,9 +55,7 @@ def render(run_dirs: Sequence[Path], out: Path, title: str = "Training runs") ->
     """
     page = offline_page(read_runs(run_dirs), title)
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f"{out.name}.tmp")
-    draft.write_text(page, encoding="utf-8")
-    draft.replace(out)
+    write_whole(out, page)
 
 
 def read_runs(run_dirs: Sequence[Path]) -> list[RunReader]:

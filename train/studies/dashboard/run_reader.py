@@ -131,14 +131,13 @@ class RunReader:
         self.card: Json = {}
         self.summary: Json = {}
         self.config: Json = {}
-        self._stamps: dict[str, tuple[int, int]] = {}
+        self._stamps: dict[str, tuple[int, int, int]] = {}
         self._inode = -1
         self._restart()
 
     def poll(self, max_bytes: int | None = None) -> bool:
         """Take what was appended, at most about `max_bytes`; returns whether anything changed."""
-        changed = self._read_cards()
-        read = 0
+        changed, read = False, 0
         if self.path.is_file():
             with self.path.open("rb") as file:
                 facts = os.fstat(file.fileno())
@@ -151,7 +150,8 @@ class RunReader:
                 while (max_bytes is None or read < max_bytes) and (taken := self._take(file.read(_CHUNK_BYTES))):
                     read += taken
                     file.seek(self.offset)
-        return bool(changed or read)
+        # After the records: a card that was written before them is then seen with them.
+        return bool(self.read_cards() or changed or read)
 
     def _restart(self) -> None:
         self.series: dict[str, Series] = {}
@@ -235,35 +235,31 @@ class RunReader:
         if name == "moe/dead_experts":
             self.dead.add_counts(steps, numbers.tolist())
 
-    def _read_cards(self) -> bool:
-        """Read again the small files that changed."""
+    def read_cards(self) -> bool:
+        """Read the small files that came or changed since; returns whether the run looks different now."""
         changed = False
-        for name in (RUN_CARD_FILE, SUMMARY_FILE, CONFIG_FILE):
+        for name, (attribute, read) in _CARDS.items():
             path = self.directory / name
             try:
                 facts = path.stat()
             except OSError:
                 continue
-            stamp = (facts.st_mtime_ns, facts.st_size)
+            stamp = (facts.st_mtime_ns, facts.st_size, facts.st_ino)
             if self._stamps.get(name) == stamp:
+                continue
+            problem = self.problems.pop(name, None)
+            try:
+                setattr(self, attribute, read(path))
+            except ValueError as error:
+                self.problems[name] = str(error)
+            except OSError as error:
+                # The bytes were not seen: without a stamp they are read again at the next look.
+                self.problems[name] = str(error)
+                changed |= str(error) != problem
                 continue
             self._stamps[name] = stamp
             changed = True
-            self._read_card(name)
         return changed
-
-    def _read_card(self, name: str) -> None:
-        path = self.directory / name
-        self.problems.pop(name, None)
-        try:
-            if name == RUN_CARD_FILE:
-                self.card = read_object(path)
-            elif name == SUMMARY_FILE:
-                self.summary = read_object(path)
-            else:
-                self.config = _read_yaml(path)
-        except (ValueError, OSError) as error:
-            self.problems[name] = str(error)
 
 
 def read_object(path: Path) -> Json:
@@ -293,6 +289,14 @@ def _read_yaml(path: Path) -> Json:
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+# File -> the attribute of RunReader that holds it, and how it is read.
+_CARDS = {
+    RUN_CARD_FILE: ("card", read_object),
+    SUMMARY_FILE: ("summary", read_object),
+    CONFIG_FILE: ("config", _read_yaml),
+}
 
 
 def _parsed(text: bytes) -> Any:

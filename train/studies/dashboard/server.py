@@ -69,10 +69,11 @@ _HEADERS = {
 
 @dataclass
 class _Followed:
-    """A run and the epoch of its last change."""
+    """A run, the name under which it was last sent, and the epoch of its last change."""
 
     reader: RunReader
     changed: int = 0
+    name: str = ""
     problem: str = ""
     untold: str = ""
 
@@ -100,12 +101,14 @@ class Follower:
         """Find new runs and read what was appended; returns whether anything changed."""
         changed = False
         for directory in find_runs(self._places):
-            if directory not in self._runs:
-                with self._lock:
+            # A run that two places reach is one run, whichever of them saw its file first.
+            resolved = directory.resolve()
+            with self._lock:
+                if resolved not in self._runs:
                     # Sent even while its files are empty: a page numbers runs by their places among all.
-                    self._epoch += 1
-                    self._runs[directory] = _Followed(RunReader(directory), self._epoch)
-                changed = True
+                    self._runs[resolved] = _Followed(RunReader(directory))
+                    self._mark_changed(self._runs[resolved])
+                    changed = True
         for run in list(self._runs.values()):
             with self._lock:
                 changed |= self._read(run)
@@ -118,19 +121,32 @@ class Follower:
             # A folder that is being deleted, or a disk that is away: said on the page, tried again.
             changed, problem = False, str(error)
         if changed or problem != run.problem:
-            self._epoch += 1
-            run.changed, run.problem = self._epoch, problem
+            run.problem = problem
+            self._mark_changed(run)
         return changed
+
+    def _mark_changed(self, run: _Followed) -> None:
+        self._epoch += 1
+        run.changed = self._epoch
 
     def runs(self, since: int, server: str) -> Json:
         """What changed after epoch `since` of process `server`."""
         with self._lock:
             readers = [run.reader for run in self._runs.values()]
+            for run in self._runs.values():
+                # A card that was written after the last look: no answer shows a run without the card that it has.
+                if run.reader.read_cards():
+                    self._mark_changed(run)
+            for run, name in zip(self._runs.values(), names(readers), strict=True):
+                # The card of another run changes a name too, where both have the same.
+                if name != run.name:
+                    run.name = name
+                    self._mark_changed(run)
             since = since if server == self._server else 0
             now, limit = time.time(), curve_limit(readers, _CURVE_BYTES)
             changed = [
-                _told(run, key=key, name=name, limit=limit, now_unix_s=now)
-                for key, (run, name) in enumerate(zip(self._runs.values(), names(readers), strict=True))
+                _told(run, key=key, name=run.name, limit=limit, now_unix_s=now)
+                for key, run in enumerate(self._runs.values())
                 if run.changed > since
             ]
             return {
