@@ -1,18 +1,17 @@
 """Mirror of the run's records to wandb, under the same names; the only file that imports wandb.
 
-wandb talks to another process and perhaps to a server, so it may be slow, hang or raise. Training must not
-notice: a daemon thread owns wandb, training only puts small dicts into a bounded queue. On the first
-failure, or when the thread falls a whole queue behind, the mirror says so once and turns itself off;
-metrics.jsonl stays complete without it.
+wandb talks to another process and perhaps to a server, so it may be slow, hang or raise. Training must not notice:
+a daemon thread owns wandb, training only puts small dicts into a bounded queue. On the first failure, or when the
+thread falls a whole queue behind, the mirror logs one warning and turns itself off; metrics.jsonl stays complete.
 
     numbers           under their names; wandb groups `area/name` into a panel section a name's area
     tables            a histogram of the finite values under the table's name
     tables `fp8/*`    besides, per operand, the worst layer: `fp8/snr_db/x.fprop`
     events            in the run's summary: `event/<kind>` = last step of that kind
 
-Losses and scores are drawn over tokens_seen, all else over step. The run's config is the whole configuration and, under
-`run_card`, the run card. The wandb run belongs to the run directory: its id lies there in `wandb_id` and every process
-that resumes the run goes on with it. Online without credentials becomes offline: the files lie in
+Losses and scores are drawn over tokens_seen, all else over step. The run's config is the whole configuration and,
+under `run_card`, the run card. The wandb run belongs to the run directory: its id is stored there in `wandb_id`, and
+every process that resumes the run continues it. Online without credentials becomes offline: the files are in
 <run directory>/wandb, and `wandb sync` sends them later (docs/metrics.md).
 """
 
@@ -42,20 +41,20 @@ FINISH_TIMEOUT_S = 20.0
 CLOSE_TIMEOUT_S = 30.0
 ID_FILE = "wandb_id"
 HISTOGRAM_BINS = 64
-# Drawn over tokens, so that runs of different batch sizes lie on each other.
+# Drawn over tokens: runs of different batch sizes can be compared.
 OVER_TOKENS = ("loss/*", "eval/*")
 
 
 @dataclass(frozen=True)
 class _Histogram:
-    """Counts [bins] and edges [bins + 1] of a table's values."""
+    """Of a table's values: counts [bins] and edges [bins + 1]."""
 
     counts: Any
     edges: Any
 
 
-def mirrored(record: Record) -> Record:
-    """What goes to wandb of a step record: numbers as they are, tables as histograms and worst layers."""
+def _mirrored(record: Record) -> Record:
+    """A step record for wandb: numbers as they are, tables as histograms and worst layers."""
     values: Record = {}
     for name, value in record.items():
         if METRICS[name].kind != "table":
@@ -71,8 +70,8 @@ def mirrored(record: Record) -> Record:
     return values
 
 
-def run_id(run_dir: Path) -> str:
-    """The wandb id of a run directory: made once, kept there. A copy of the directory is the same wandb run."""
+def _run_id(run_dir: Path) -> str:
+    """The wandb id of a run directory: made once, stored there. A copy of the directory is the same wandb run."""
     path = run_dir / ID_FILE
     if not path.is_file():
         write_whole(path, f"{secrets.token_hex(8)}\n")
@@ -83,9 +82,9 @@ class WandbSink:
     """Sends records to wandb from a thread of its own.
 
     Args:
-        mode: "offline" or "online".
-        project: wandb project.
-        run_dir: wandb keeps its files in its folder `wandb`; its name is the run's name.
+        mode: whether to send to a server.
+        project: wandb's.
+        run_dir: its name is the run's name, its folder `wandb` holds wandb's files.
         run_config: sent as the run's config.
         queue_records: capacity of the queue.
         init_timeout_s: how long wandb may take to reach its server.
@@ -123,7 +122,7 @@ class WandbSink:
     def write(self, record: Record) -> None:
         """Hand over one step record; returns at once."""
         if self.active:
-            self._put(mirrored(record))
+            self._put(_mirrored(record))
 
     def event(self, event: Record) -> None:
         """Hand over one event; returns at once."""
@@ -152,7 +151,6 @@ class WandbSink:
                 self._off.set()
 
     def _mirror(self) -> None:
-        """Body of the thread."""
         try:
             self._send_all()
         except ModuleNotFoundError as error:
@@ -177,7 +175,7 @@ class WandbSink:
             name=self._run_dir.name,
             dir=self._run_dir,
             config=self._run_config,
-            id=run_id(self._run_dir),
+            id=_run_id(self._run_dir),
             resume="allow",
             settings=settings,
         )
