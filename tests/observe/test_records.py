@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from train.observe.records import dead_experts, dense_bf16_peak, step_record
 
 from train.config import compose
 from train.model.sizes import model_flops_per_token
-from train.observe.records import dead_experts, dense_bf16_peak, step_record
 from train.observe.sinks import ObserveConfig
 from train.schedules import at
 from train.state import TrainState

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.studies.dashboard.synthetic_runs import lines_of, record, with_tables, write_run
+from tests.studies.dashboard.synthetic_runs import append, record, with_tables, write_run
+from train.observe.metrics import encode
 from train.observe.sinks import read_run
 from train.studies.compare import ema
 from train.studies.dashboard import run_reader
@@ -30,8 +31,8 @@ def losses(reader: RunReader) -> list[float]:
 
 def test_cut_at_any_byte_and_followed_it_gives_what_one_reading_gives(tmp_path: Path):
     lines = [record(1), {"event": "checkpoint", "step": 1}, record(2) | {"loss/main": math.nan}, record(3)]
-    text = lines_of(lines).encode()
     whole = reader_of(write_run(tmp_path / "whole", lines))
+    text = whole.path.read_bytes()
     path = write_run(tmp_path / "cut", []) / "metrics.jsonl"
     for cut in range(0, len(text), 7):
         path.write_bytes(b"")
@@ -52,18 +53,16 @@ def test_a_look_reads_only_what_was_appended(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(run_reader, "_parse_lines", lambda data: taken.append(len(data)) or parse(data))
     assert not reader.poll()
     assert sum(taken) == 0
-    line = lines_of([record(500)])
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write(line)
+    append(run_dir, [record(500)])
     assert reader.poll()
-    assert sum(taken) == len(line)
+    assert sum(taken) == len(encode(record(500))) + 1
     assert reader.last_step == 500
 
 
 def test_a_torn_line_in_the_middle_costs_that_line_only(tmp_path: Path):
-    run_dir = write_run(tmp_path / "run", [])
-    torn = lines_of([record(2)])[:-40]
-    (run_dir / "metrics.jsonl").write_text(lines_of([record(1)]) + torn + "\n" + lines_of([record(3), record(4)]))
+    run_dir = write_run(tmp_path / "run", [record(1)])
+    append(run_dir, [], torn=encode(record(2))[:-40] + "\n")
+    append(run_dir, [record(3), record(4)])
     reader = reader_of(run_dir)
     assert reader.series["loss/main"].buckets["key"].tolist() == [1, 3, 4]
     assert [r["step"] for r in read_run(run_dir)] == [1, 3, 4]
@@ -84,12 +83,11 @@ def test_small_pieces_and_lines_longer_than_a_piece_are_read(tmp_path: Path, mon
 def test_a_replaced_or_shortened_file_is_read_from_its_start(tmp_path: Path):
     run_dir = write_run(tmp_path / "run", [record(step) for step in range(1, 30)])
     reader = reader_of(run_dir)
-    (run_dir / "metrics.jsonl").write_text(lines_of([record(1, factor=2.0)]))
+    (run_dir / "metrics.jsonl").write_text(encode(record(1, factor=2.0)) + "\n")
     assert reader.poll()
     assert losses(reader) == [record(1, factor=2.0)["loss/main"]]
-    other = run_dir / "new.jsonl"
-    other.write_text(lines_of([record(step, factor=3.0) for step in range(1, 50)]))
-    other.replace(run_dir / "metrics.jsonl")
+    other = write_run(tmp_path / "other", [record(step, factor=3.0) for step in range(1, 50)])
+    (other / "metrics.jsonl").replace(run_dir / "metrics.jsonl")
     reader.poll()
     assert losses(reader)[0] == record(1, factor=3.0)["loss/main"]
     assert reader.records == 49
@@ -101,8 +99,9 @@ def test_a_run_with_records_has_the_card_that_was_written_before_them(tmp_path: 
 
     def and_then_the_run_starts(reader: RunReader) -> bool:
         changed = read_cards(reader)
+        monkeypatch.undo()
         (run_dir / "run_card.json").write_text('{"name": "tiny"}')
-        (run_dir / "metrics.jsonl").write_text(lines_of([record(1)]))
+        append(run_dir, [record(1)])
         return changed
 
     monkeypatch.setattr(RunReader, "read_cards", and_then_the_run_starts)
@@ -137,10 +136,7 @@ def test_odd_records_are_left_out(tmp_path: Path):
         record(1) | {"loss/main": 7.0},
         record(5) | {"loss/main": "low", "x": {"y": 1}, "moe/expert_load": "none"},
     ]
-    run_dir = write_run(tmp_path / "run", [record(1), record(2)])
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in odd))
-    reader = reader_of(run_dir)
+    reader = reader_of(write_run(tmp_path / "run", [record(1), record(2), *odd]))
     assert reader.series["loss/main"].buckets["key"].tolist() == [1, 2, 5]
     assert math.isnan(losses(reader)[2])
     assert losses(reader)[0] == record(1)["loss/main"], "a step that comes again is not taken again"
@@ -205,20 +201,21 @@ def test_the_eta_is_the_tokens_left_over_the_recent_speed(tmp_path: Path):
 
 def test_the_state_of_a_run_is_told(tmp_path: Path):
     stop = {"event": "stop", "step": 3, "reason": "signal"}
-    lines = [record(step) for step in (1, 2, 3)]
-    run = reader_of(write_run(tmp_path / "run", lines, tokens_total=10_000))
-    stopped = reader_of(write_run(tmp_path / "stopped", [*lines, stop], tokens_total=10_000))
-    again = reader_of(write_run(tmp_path / "again", [*lines, stop, record(4)], tokens_total=10_000))
-    finished = reader_of(write_run(tmp_path / "finished", lines, tokens_total=512 * 3))
-    empty = reader_of(write_run(tmp_path / "empty", []))
-    last_s = lines[-1]["time_unix_s"]
-    assert status(run, last_s + 100)["state"] == "running"
-    assert status(run, last_s + 1000)["state"] == "silent"
-    assert status(stopped, last_s + 1000)["state"] == "stopped"
-    assert status(again, last_s + 10)["state"] == "running"
-    assert status(finished, last_s + 1000)["state"] == "finished"
-    assert status(empty, last_s)["state"] == "empty"
-    assert status(stopped, last_s)["eta_s"] is None
+    lines, last_s = [record(step) for step in (1, 2, 3)], 1009.0
+    # Lines, token budget, seconds since the last record, state.
+    for number, (logged, tokens, age_s, state) in enumerate(
+        [
+            (lines, 10_000, 100, "running"),
+            (lines, 10_000, 1000, "silent"),
+            ([*lines, stop], 10_000, 1000, "stopped"),
+            ([*lines, stop, record(4)], 10_000, 10, "running"),
+            (lines, 512 * 3, 1000, "finished"),
+            ([], 10_000, 0, "empty"),
+        ]
+    ):
+        found = status(reader_of(write_run(tmp_path / f"{number}", logged, tokens_total=tokens)), last_s + age_s)
+        assert found["state"] == state
+        assert (found["eta_s"] is None) == (state != "running")
 
 
 def test_a_run_that_goes_on_is_not_stopped_any_more(tmp_path: Path):
@@ -226,8 +223,7 @@ def test_a_run_that_goes_on_is_not_stopped_any_more(tmp_path: Path):
     run_dir = write_run(tmp_path / "run", [record(1), record(2), stop])
     reader = reader_of(run_dir)
     assert status(reader, 1010.0)["state"] == "stopped"
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write(lines_of([{"event": "resume", "step": 2}]))
+    append(run_dir, [{"event": "resume", "step": 2}])
     reader.poll()
     # Before its first new record.
     assert status(reader, 1010.0)["state"] == "running"
@@ -243,14 +239,9 @@ def test_an_expert_without_tokens_for_long_is_an_alarm_that_names_it(
     reader = RunReader(write_run(tmp_path / "run", lines))
     reader.poll()
     verdict = dead_experts(reader)
+    expected = {"level": "alarm", "count": 1, "since": 21, "streak": 60, "pairs": [[1, 2]]}
     assert verdict is not None
-    assert {name: verdict[name] for name in ("level", "count", "since", "streak", "pairs")} == {
-        "level": "alarm",
-        "count": 1,
-        "since": 21,
-        "streak": 60,
-        "pairs": [[1, 2]],
-    }
+    assert verdict | expected == verdict
 
 
 def test_experts_that_are_idle_in_turn_are_no_alarm(tmp_path: Path):
