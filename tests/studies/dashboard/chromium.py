@@ -57,20 +57,16 @@ class Chromium:
     def send(self, method: str, session: str = "", **parameters: Any) -> Any:
         """Send a command and wait for its answer; events that arrive meanwhile are kept."""
         self._last_id += 1
-        message: dict[str, Any] = {"id": self._last_id, "method": method, "params": parameters}
-        if session:
-            message["sessionId"] = session
-        data = json.dumps(message).encode() + b"\0"
+        message = {"id": self._last_id, "method": method, "params": parameters}
+        data = json.dumps(message | ({"sessionId": session} if session else {})).encode() + b"\0"
         while data:
             data = data[os.write(self._out, data) :]
         deadline = time.monotonic() + PATIENCE_S
-        while True:
-            answer = self._receive(deadline)
-            if answer.get("id") == self._last_id:
-                if "error" in answer:
-                    raise RuntimeError(f"{method}: {answer['error']}")
-                return answer["result"]
+        while (answer := self._receive(deadline)).get("id") != self._last_id:
             self.events.append(answer)
+        if "error" in answer:
+            raise RuntimeError(f"{method}: {answer['error']}")
+        return answer["result"]
 
     def _receive(self, deadline: float) -> dict[str, Any]:
         while b"\0" not in self._buffer:
@@ -99,8 +95,10 @@ class Chromium:
         tab.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
         return tab
 
-    def close(self) -> None:
-        """End the browser."""
+    def __enter__(self) -> Chromium:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         os.close(self._out)
         try:
             self.process.wait(timeout=10)
@@ -108,12 +106,6 @@ class Chromium:
             self.process.kill()
             self.process.wait()
         os.close(self._in)
-
-    def __enter__(self) -> Chromium:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 @dataclass
@@ -168,10 +160,10 @@ class Tab:
 
     def box(self, selector: str) -> dict[str, float]:
         """x, y, width and height in the window, after scrolling it into view."""
-        name = json.dumps(selector)
-        self.value(f"document.querySelector({name}).scrollIntoView({{block: 'center'}})")
-        found: dict[str, float] = self.value(f"document.querySelector({name}).getBoundingClientRect().toJSON()")
-        return found
+        found = f"document.querySelector({json.dumps(selector)})"
+        self.value(f"{found}.scrollIntoView({{block: 'center'}})")
+        box: dict[str, float] = self.value(f"{found}.getBoundingClientRect().toJSON()")
+        return box
 
     def screenshot(self, selector: str) -> str:
         """PNG of an element, in base64."""
@@ -193,6 +185,5 @@ def _problem(method: str, parameters: dict[str, Any]) -> str:
         return "console: " + " ".join(str(part.get("value", part.get("description"))) for part in parameters["args"])
     if method == "Log.entryAdded" and parameters["entry"]["level"] == "error":
         return f"log: {parameters['entry']['text']} {parameters['entry'].get('url', '')}"
-    if method == "Network.loadingFailed" and not parameters.get("canceled"):
-        return f"request failed: {parameters['errorText']}"
-    return ""
+    failed = method == "Network.loadingFailed" and not parameters.get("canceled")
+    return f"request failed: {parameters['errorText']}" if failed else ""

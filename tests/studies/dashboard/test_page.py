@@ -12,7 +12,6 @@ import math
 import re
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,8 @@ from launch.dashboard import main
 from tests.studies.dashboard.synthetic_runs import record, with_tables, write_run
 from train.observe.metrics import FP8_OPERANDS
 from train.observe.sinks import read_run
-from train.studies.dashboard.page import (
-    CURVE_BYTES,
-    TABLE_BYTES,
-    curve_limit,
-    names,
-    render,
-    runs_json,
-    table_limit,
-    tables_json,
-)
+from train.studies.dashboard import page as pages
+from train.studies.dashboard.page import CURVE_BYTES, TABLE_BYTES, names, render
 from train.studies.dashboard.run_reader import RunReader
 from train.studies.dashboard.series import MAX_COLUMNS
 
@@ -41,35 +32,30 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 LOADING_ATTRIBUTES = {"src", "href", "srcset", "action", "formaction", "data", "poster", "background", "ping"}
 
 
-@dataclass
 class Page(HTMLParser):
     """What a browser would find: elements with attributes, scripts, styles and visible text."""
 
-    elements: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
-    scripts: list[str] = field(default_factory=list)
-    styles: list[str] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
-        self._open = ""
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.styles: list[str] = []
+        self.text = [""]
+        self._open = self.text
+        self.feed(text)
+        self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-        self._open = tag
-        if tag in ("script", "style"):
-            (self.scripts if tag == "script" else self.styles).append("")
+        self._open = {"script": self.scripts, "style": self.styles}.get(tag, self.text)
+        self._open.append("")
 
     def handle_endtag(self, tag: str) -> None:
-        self._open = ""
+        self._open = self.text
+        self.text.append("")
 
     def handle_data(self, data: str) -> None:
-        if self._open == "script":
-            self.scripts[-1] += data
-        elif self._open == "style":
-            self.styles[-1] += data
-        elif data.strip():
-            self.text.append(data.strip())
+        self._open[-1] += data
 
     @property
     def data(self) -> Any:
@@ -109,10 +95,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
 def drawn(run_dirs: list[Path], title: str = "Training runs") -> Page:
     out = run_dirs[0].parent / "pages" / "page.html"
     render(run_dirs, out, title)
-    page = Page()
-    page.feed(out.read_text(encoding="utf-8"))
-    page.close()
-    return page
+    return Page(out.read_text(encoding="utf-8"))
 
 
 def test_the_curves_of_both_runs_are_in_the_page(page: Page):
@@ -170,12 +153,8 @@ def test_cards_name_the_runs_and_what_they_are(page: Page):
     assert ["Device", "one H100"] in second["facts"]
     assert ["Tokens", "20.5 k"] in first["row"]
     assert (first["precision"], second["precision"]) == ("bf16", "fp8")
-    assert first["fields"] == {
-        "name": "tiny_bf16",
-        "precision": "bf16",
-        "parameters.total": "12345678",
-        "config.optim.lr": "0.5",
-    }
+    fields = {"name": "tiny_bf16", "precision": "bf16", "parameters.total": "12345678", "config.optim.lr": "0.5"}
+    assert first["fields"] == fields
 
 
 def test_nothing_is_loaded_from_anywhere(page: Page):
@@ -208,9 +187,8 @@ def test_baselines_stand_beside_the_runs(page: Page):
 
 
 def test_the_last_evaluation_is_the_score_of_a_run_without_summary(tmp_path: Path):
-    lines = [record(step) for step in range(1, 9)]
-    lines[3]["eval/bits_per_byte"] = 2.0
-    lines[7]["eval/bits_per_byte"] = 1.75
+    scores = {4: 2.0, 8: 1.75}
+    lines = [record(step) | ({"eval/bits_per_byte": scores[step]} if step in scores else {}) for step in range(1, 9)]
     page = drawn([write_run(tmp_path / "run", lines)])
     assert page.data["runs"][0]["bits_per_byte"] == 1.75
     assert page.curve(0, "eval/bits_per_byte") == [2.0, 1.75]
@@ -242,11 +220,11 @@ def test_the_page_of_many_runs_stays_within_its_budget(tmp_path: Path):
     reader = RunReader(write_run(tmp_path / "run", [with_tables(record(step)) for step in range(1, 600)]))
     reader.poll()
     readers = [reader] * 50
-    curves = [run["series"] | run["axes"] for run in runs_json(readers, 0.0)]
-    tables = [tables_json(reader, table_limit(readers)) for reader in readers]
+    curves = [run["series"] | run["axes"] for run in pages.runs_json(readers, 0.0)]
+    tables = [pages.tables_json(reader, pages.table_limit(readers)) for reader in readers]
     assert sum(len(json.dumps(run)) for run in curves) < CURVE_BYTES
     assert sum(len(json.dumps(run)) for run in tables) < TABLE_BYTES
-    assert curve_limit(readers, CURVE_BYTES) < 599, "the budget must bind in this test"
+    assert pages.curve_limit(readers, CURVE_BYTES) < 599, "the budget must bind in this test"
     highest = np.frombuffer(base64.b64decode(curves[7]["loss/main"]["high"]), "<f4").max()
     assert highest == np.float32(max(r["loss/main"] for r in read_run(tmp_path / "run")))
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.studies.dashboard.synthetic_runs import append, record, with_tables, write_run
-from train.observe.metrics import encode
+from train.observe.metrics import Record, encode
 from train.observe.sinks import read_run
 from train.studies.compare import ema
 from train.studies.dashboard import run_reader
@@ -68,11 +68,11 @@ def test_a_torn_line_in_the_middle_costs_that_line_only(tmp_path: Path):
     assert [r["step"] for r in read_run(run_dir)] == [1, 3, 4]
 
 
-def test_small_pieces_and_lines_longer_than_a_piece_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_small_chunks_and_lines_longer_than_a_chunk_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lines = [record(step) for step in range(1, 100)]
     whole = reader_of(write_run(tmp_path / "whole", lines))
     monkeypatch.setattr(run_reader, "_CHUNK_BYTES", 700)
-    reader = RunReader(write_run(tmp_path / "pieces", lines))
+    reader = RunReader(write_run(tmp_path / "chunks", lines))
     looks = 0
     while reader.poll(max_bytes=1000):
         looks += 1
@@ -164,10 +164,8 @@ def test_numbers_beyond_every_type_cost_their_value_or_line_only(tmp_path: Path,
     reader = reader_of(run_dir)
     assert not reader.problems
     assert (reader.last_step, reader.records) in ((10, 3), (10, 4))
-    page = json.dumps(
-        [run_json(reader, key=0, name="odd", limit=64, now_unix_s=2000.0), tables_json(reader, 64)], allow_nan=False
-    )
-    assert "Infinity" not in page
+    run = run_json(reader, key=0, name="odd", limit=64, now_unix_s=2000.0)
+    assert "Infinity" not in json.dumps([run, tables_json(reader, 64)], allow_nan=False)
     means = dict(zip(reader.series["loss/main"].buckets["key"].tolist(), losses(reader), strict=True))
     assert [means[step] for step in (1, 2, 10)] == [one["loss/main"] for one in good]
 
@@ -199,23 +197,29 @@ def test_the_eta_is_the_tokens_left_over_the_recent_speed(tmp_path: Path):
     assert state["tokens_per_s"] == pytest.approx(256.0)
 
 
-def test_the_state_of_a_run_is_told(tmp_path: Path):
-    stop = {"event": "stop", "step": 3, "reason": "signal"}
-    lines, last_s = [record(step) for step in (1, 2, 3)], 1009.0
-    # Lines, token budget, seconds since the last record, state.
-    for number, (logged, tokens, age_s, state) in enumerate(
-        [
-            (lines, 10_000, 100, "running"),
-            (lines, 10_000, 1000, "silent"),
-            ([*lines, stop], 10_000, 1000, "stopped"),
-            ([*lines, stop, record(4)], 10_000, 10, "running"),
-            (lines, 512 * 3, 1000, "finished"),
-            ([], 10_000, 0, "empty"),
-        ]
-    ):
-        found = status(reader_of(write_run(tmp_path / f"{number}", logged, tokens_total=tokens)), last_s + age_s)
-        assert found["state"] == state
-        assert (found["eta_s"] is None) == (state != "running")
+STOP = {"event": "stop", "step": 3, "reason": "signal"}
+# Lines after three steps, token budget, seconds since the last record, state.
+STATES: list[tuple[list[Record], int, int, str]] = [
+    ([], 10_000, 100, "running"),
+    ([], 10_000, 1000, "silent"),
+    ([STOP], 10_000, 1000, "stopped"),
+    ([STOP, record(4)], 10_000, 13, "running"),
+    ([], 512 * 3, 1000, "finished"),
+]
+
+
+@pytest.mark.parametrize(("lines", "tokens_total", "age_s", "state"), STATES)
+def test_the_state_of_a_run_is_told(
+    tmp_path: Path, lines: list[Record], tokens_total: int, age_s: int, state: str
+) -> None:
+    lines = [*map(record, (1, 2, 3)), *lines]
+    found = status(reader_of(write_run(tmp_path / "run", lines, tokens_total=tokens_total)), 1009.0 + age_s)
+    assert found["state"] == state
+    assert (found["eta_s"] is None) == (state != "running")
+
+
+def test_a_run_without_a_record_is_empty(tmp_path: Path) -> None:
+    assert status(reader_of(write_run(tmp_path / "empty", [])), 1009.0)["state"] == "empty"
 
 
 def test_a_run_that_goes_on_is_not_stopped_any_more(tmp_path: Path):
@@ -230,18 +234,21 @@ def test_a_run_that_goes_on_is_not_stopped_any_more(tmp_path: Path):
     assert status(reader, 1010.0)["reason"] is None
 
 
-@pytest.mark.parametrize("piece", [3_000, 1 << 20])
-def test_an_expert_without_tokens_for_long_is_an_alarm_that_names_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
-):
-    monkeypatch.setattr(run_reader, "_CHUNK_BYTES", piece)
-    lines = [with_tables(record(step), dead=step > 20) for step in range(1, 81)]
-    reader = RunReader(write_run(tmp_path / "run", lines))
-    reader.poll()
-    verdict = dead_experts(reader)
-    expected = {"level": "alarm", "count": 1, "since": 21, "streak": 60, "pairs": [[1, 2]]}
+def alarm(run_dir: Path, **expected: object) -> bool:
+    """Whether the verdict on a run's dead experts is the expected one, in the keys that are named."""
+    verdict = dead_experts(reader_of(run_dir))
     assert verdict is not None
-    assert verdict | expected == verdict
+    assert {name: verdict[name] for name in expected} == expected
+    return True
+
+
+@pytest.mark.parametrize("chunk_bytes", [3_000, 1 << 20])
+def test_an_expert_without_tokens_for_long_is_an_alarm_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+):
+    monkeypatch.setattr(run_reader, "_CHUNK_BYTES", chunk_bytes)
+    run_dir = write_run(tmp_path / "run", [with_tables(record(step), dead=step > 20) for step in range(1, 81)])
+    assert alarm(run_dir, level="alarm", count=1, since=21, streak=60, pairs=[[1, 2]])
 
 
 def test_experts_that_are_idle_in_turn_are_no_alarm(tmp_path: Path):
@@ -249,31 +256,23 @@ def test_experts_that_are_idle_in_turn_are_no_alarm(tmp_path: Path):
         return [[0.0 if expert == step % 4 else 4 / 3 for expert in range(4)]]
 
     lines = [record(step) | {"moe/expert_load": load(step), "moe/dead_experts": 1} for step in range(1, 101)]
-    verdict = dead_experts(reader_of(write_run(tmp_path / "run", lines)))
-    assert verdict is not None
-    assert (verdict["level"], verdict["streak"], verdict["pairs"]) == ("idle", 1, [[0, 0]])
+    assert alarm(write_run(tmp_path / "run", lines), level="idle", streak=1, pairs=[[0, 0]])
 
 
 def test_the_patience_is_the_trainers_and_its_event_is_remembered(tmp_path: Path):
     lines = [with_tables(record(step), dead=step > 20) for step in range(1, 31)]
     run_dir = write_run(tmp_path / "run", lines)
     (run_dir / "config.yaml").write_text("observe:\n  dead_expert_steps: 7\n")
-    verdict = dead_experts(reader_of(run_dir))
-    assert verdict is not None
-    assert (verdict["level"], verdict["steps"]) == ("alarm", 7)
+    assert alarm(run_dir, level="alarm", steps=7)
     back = [{"event": "dead_experts", "step": 27}, *(record(step) for step in range(31, 40))]
-    verdict = dead_experts(reader_of(write_run(tmp_path / "back", [*lines, *back])))
-    assert verdict is not None
-    assert (verdict["level"], verdict["last"]) == ("past", 30)
+    assert alarm(write_run(tmp_path / "back", [*lines, *back]), level="past", last=30)
     assert dead_experts(reader_of(write_run(tmp_path / "well", [record(1)]))) is None
 
 
 def test_a_patience_of_zero_is_never_an_alarm(tmp_path: Path):
     run_dir = write_run(tmp_path / "run", [with_tables(record(step), dead=True) for step in range(1, 200)])
     (run_dir / "config.yaml").write_text("observe:\n  dead_expert_steps: 0\n")
-    found = dead_experts(reader_of(run_dir))
-    assert found is not None
-    assert (found["level"], found["steps"], found["streak"]) == ("idle", 0, 199)
+    assert alarm(run_dir, level="idle", steps=0, streak=199)
 
 
 def test_runs_below_a_folder_are_found_in_order_and_once(tmp_path: Path):
