@@ -64,7 +64,7 @@ class TerminationGuard:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            # None stands for a handler that was not installed from Python; it cannot be given back by name.
+            # None is a handler that was not installed from Python; it cannot be given back by name.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from train.schedules import Now
     from train.state import TrainState
 
-# A record, or an event, as it stands in metrics.jsonl.
+# A record, or an event: one line of metrics.jsonl.
 Record = dict[str, Any]
 
 

@@ -35,10 +35,8 @@ _log = logging.getLogger(__name__)
 
 # A step record with its tables as histograms is a few kilobytes, so a full queue holds some tens of megabytes.
 QUEUE_RECORDS = 4096
-# wandb's own limits; beyond finish_timeout the unsent rest stays on disk for `wandb sync`.
-INIT_TIMEOUT_S = 30.0
+# wandb's own limit; beyond it the unsent rest stays on disk for `wandb sync`.
 FINISH_TIMEOUT_S = 20.0
-CLOSE_TIMEOUT_S = 30.0
 ID_FILE = "wandb_id"
 HISTOGRAM_BINS = 64
 # Drawn over tokens: runs of different batch sizes can be compared.
@@ -99,8 +97,8 @@ class WandbSink:
         run_dir: Path,
         run_config: Mapping[str, Any],
         queue_records: int = QUEUE_RECORDS,
-        init_timeout_s: float = INIT_TIMEOUT_S,
-        close_timeout_s: float = CLOSE_TIMEOUT_S,
+        init_timeout_s: float = 30.0,
+        close_timeout_s: float = 30.0,
     ) -> None:
         self._mode: Literal["offline", "online"] = mode
         self._project = project
@@ -186,11 +184,10 @@ class WandbSink:
             if "event" in item:
                 run.summary[f"event/{item['event']}"] = item["step"]
             else:
-                values = {
+                histograms = {
                     name: wandb.Histogram(np_histogram=(value.counts, value.edges))
-                    if isinstance(value, _Histogram)
-                    else value
                     for name, value in item.items()
+                    if isinstance(value, _Histogram)
                 }
-                run.log(values, step=item["step"])
+                run.log(item | histograms, step=item["step"])
         run.finish()

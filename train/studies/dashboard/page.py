@@ -41,14 +41,8 @@ TABLE_BYTES = 3_000_000
 _BUCKET_BYTES = 32
 _CELL_BYTES = 8 / 3
 SCRIPTS = ("page_figures.js", "page.js")
-SECTIONS = {
-    "loss": "Loss",
-    "optimizer": "Optimiser and schedules",
-    "speed": "Speed",
-    "experts": "Experts",
-    "fp8": "FP8 health",
-    "more": "More",
-}
+SECTIONS = {"loss": "Loss", "optimizer": "Optimiser and schedules", "speed": "Speed", "experts": "Experts"}
+SECTIONS |= {"fp8": "FP8 health", "more": "More"}
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ function interpolate(knots, value, steps) {
   });
 }
 
-// Where steps of a run stand on the chosen axis.
+// Steps of a run on the chosen axis.
 function along(run, axis, steps) {
   if (axis === "step") return steps;
   const packed = run.axes[axis === "tokens" ? "tokens_seen" : "time_unix_s"];
@@ -196,7 +196,7 @@ function curveTraces(chart, run) {
   return [...traces, ...markerTraces(chart, run, steps, values)];
 }
 
-// Events stand on the curve; checkpoints on the loss only, and only while there are few.
+// Events are marked on the curve; checkpoints on the loss only, and only while there are few.
 function markerTraces(chart, run, steps, values) {
   const kinds = Object.keys(run.events).filter(kind => kind !== "start" && kind in SYMBOL);
   const marks = kinds.flatMap(kind => {

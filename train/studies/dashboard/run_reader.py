@@ -33,7 +33,7 @@ from train.studies.dashboard.series import Cells, Json, Reduction, Series, Steps
 
 SUMMARY_FILE = "summary.json"
 CONFIG_FILE = "config.yaml"
-# Tables that are drawn, and what one cell of the picture is when it stands for several steps.
+# Tables that are drawn, and how one cell of the picture is made of several steps.
 TABLES: dict[str, Reduction] = {
     "moe/expert_load": "mean",
     "moe/expert_bias": "last",

@@ -273,20 +273,19 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.MISDIRECTED_REQUEST, "text/plain", b"this server answers to its own address only\n")
             return
         url = urlsplit(self.path)
+        query = {name: values[-1] for name, values in parse_qs(url.query).items()}
+        data: Json | None = None
+        if url.path == "/api/runs":
+            data = self.server.follower.runs(_number(query.get("since"), missing=0), query.get("server", ""))
+        elif url.path == "/api/tables":
+            data = self.server.follower.tables(_number(query.get("run"), missing=-1))
         if url.path in self.server.pages:
             self._answer(HTTPStatus.OK, *self.server.pages[url.path])
-        elif (data := self._data(url.path, {name: values[-1] for name, values in parse_qs(url.query).items()})) is None:
+        elif data is None:
             self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"no such page\n")
         else:
             text = json.dumps(data, separators=(",", ":"), allow_nan=False)
             self._answer(HTTPStatus.OK, "application/json", text.encode("utf-8"))
-
-    def _data(self, path: str, query: dict[str, str]) -> Json | None:
-        if path == "/api/runs":
-            return self.server.follower.runs(_number(query.get("since"), missing=0), query.get("server", ""))
-        if path == "/api/tables":
-            return self.server.follower.tables(_number(query.get("run"), missing=-1))
-        return None
 
     def _answer(self, code: HTTPStatus, kind: str, body: bytes) -> None:
         self.send_response(code)
