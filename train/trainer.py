@@ -42,8 +42,7 @@ from train.evaluate.score import bits_per_byte
 from train.model.sizes import model_flops_per_token
 from train.observe.fp8_health import Fp8Health
 from train.observe.guards import DeadExpertGuard, TerminationGuard, TrainingStopped, check_consecutive_skips
-from train.observe.metrics import Record
-from train.observe.records import dead_experts, dense_bf16_peak, step_record
+from train.observe.metrics import Record, dead_experts, dense_bf16_peak, step_record
 from train.observe.sinks import NoSinks, Sinks, open_sinks
 from train.schedules import Now, at
 from train.stage import Stage
