@@ -35,6 +35,7 @@ from train.assemble import (
     store_hashes,
 )
 from train.checkpoint.dcp import Saver, latest, load
+from train.checkpoint.identity import check_same_identity, without_defaults
 from train.checkpoint.publish import published
 from train.config import PretrainConfig, to_yaml
 from train.data.batch import Batch
@@ -257,17 +258,18 @@ class Trainer:
             sinks.event("checkpoint", step=self.announce_step)
         self.announce_step = None
 
-    def identity(self) -> dict[str, object]:
-        """What must be the same when a checkpoint is taken up again."""
-        data = self.config.data
-        return {
-            "model": asdict(self.config.model),
-            "precision": asdict(self.config.precision),
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed; fields at their defaults are left out."""
+        config, data = self.config, asdict(self.config.data)
+        identity = {
+            "model": asdict(config.model),
+            "precision": asdict(config.precision),
             "store": store_hashes(self.parts.stream.store),
-            "seed": self.config.run.seed,
+            "seed": config.run.seed,
             # The position in the data order counts windows of this length over this stream.
-            "data": {name: getattr(data, name) for name in ("sequence_length", "fim_rate", "mask_documents")},
+            "data": {name: data[name] for name in ("sequence_length", "fim_rate", "mask_documents")},
         }
+        return without_defaults(identity)
 
     def resume(self) -> None:
         """Take up the newest whole checkpoint of this run's directory, if there is one.
@@ -286,13 +288,7 @@ class Trainer:
             return
         tensors = self.tensors()
         saved = load(path, tensors, group=self.parts.checkpoint_group)
-        for key, value in self.identity().items():
-            old = saved["identity"].get(key)
-            if old != value:
-                raise ValueError(
-                    f"{path} was saved with another {key}: {_difference(old, value)}; "
-                    "choose another run.name, or give back the old value"
-                )
+        check_same_identity(path, saved["identity"], self.identity())
         generator_state = tensors["rng.cpu"]
         assert isinstance(generator_state, Tensor)
         torch.set_rng_state(generator_state)
@@ -335,14 +331,6 @@ class Trainer:
             return [None] * ranks.size
 
         ranks.agree(lambda: None, look)
-
-
-def _difference(old: object, new: object) -> str:
-    """The first field in which two values differ, or the values themselves."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        key = next(key for key in (*new, *old) if old.get(key) != new.get(key))
-        return f"{key} was {old.get(key)}, now {new.get(key)}"
-    return f"was {old}, now {new}"
 
 
 def changed_fields(old: dict[str, Any], config: PretrainConfig) -> dict[str, list[object]]:
