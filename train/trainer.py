@@ -38,7 +38,7 @@ from train.checkpoint.identity import check_same_identity, without_defaults
 from train.checkpoint.publish import published
 from train.config import PretrainConfig, to_yaml
 from train.data.batch import Batch
-from train.evaluate.score import bits_per_byte
+from train.evaluate.score import score_store
 from train.model.sizes import model_flops_per_token
 from train.observe.fp8_health import Fp8Health
 from train.observe.guards import DeadExpertGuard, TerminationGuard, TrainingStopped, check_consecutive_skips
@@ -214,13 +214,13 @@ class Trainer:
     def evaluate(self) -> float:
         """Bits per byte of the main model on the held-out store; expert counts and biases stay as they are."""
         assert self.parts.heldout is not None
-        return bits_per_byte(
+        return score_store(
             self.negative_log_likelihood,
             self.parts.heldout,
             sequence_length=self.config.data.sequence_length,
             batch_sequences=self.config.run.micro_batch_sequences * self.mesh.dp.size,
             mask_documents=self.config.data.mask_documents,
-        )
+        ).bits_per_byte
 
     def negative_log_likelihood(self, batch: Batch) -> tuple[float, int]:
         """Sum over the batch's targets, in nats, and their number; each data rank scores its share."""

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from train.data.batch import IGNORE_INDEX, Batch
 from train.data.store import TokenStore
 from train.data.tokenizer import load_tokenizer
-from train.evaluate.score import bits_per_byte
+from train.evaluate.score import score_store
 
 Ids = NDArray[np.int64]
 Probabilities = NDArray[np.float64]
@@ -156,7 +156,8 @@ def ngram_bits_per_byte(model: Unigram | Bigram, store: TokenStore) -> float:
         nats = _nats(model, batch.input_ids.flatten().numpy()[is_target], labels[is_target])
         return nats, int(is_target.sum())
 
-    return bits_per_byte(loss_of_batch, store, sequence_length=SEQUENCE_LENGTH, batch_sequences=BATCH_SEQUENCES)
+    score = score_store(loss_of_batch, store, sequence_length=SEQUENCE_LENGTH, batch_sequences=BATCH_SEQUENCES)
+    return score.bits_per_byte
 
 
 def store_text(store: TokenStore) -> bytes:
