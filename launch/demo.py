@@ -17,7 +17,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 from rich.console import Console
 from rich.table import Table
 
-from train.assemble import build
+from train.assemble import build_alone
 from train.config import compose
 from train.data.ingest import Recipe, prepare
 from train.observe.guards import TrainingStopped
@@ -33,7 +33,7 @@ COMMON = ["experiment=tiny", "run.directory=runs/demo"]
 def train(precision: str, overrides: list[str], console: Console) -> Path:
     """One run from scratch or from where it stopped; returns its directory."""
     config = compose([*COMMON, f"precision={precision}", f"run.name={precision}", *overrides])
-    trainer = Trainer(config, build(config))
+    trainer = Trainer(config, build_alone(config))
     trainer.resume()
     console.print(f"{precision}: {config.schedule.total_tokens:,} tokens on {trainer.mesh.device.type}")
     trainer.fit()

@@ -23,7 +23,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from kernels import deferred
-from parallel.layout import SCHEDULES, num_stages, rank_of_stage
+from parallel.layout import SCHEDULES, num_stages, rank_of_stage, schedule_facts
 from parallel.mesh import Mesh
 
 Inputs = Mapping[str, Tensor]
@@ -73,6 +73,13 @@ def balanced_v(costs: Sequence[float], ranks: int) -> tuple[int, ...]:
     # As in `balanced_split`, evenness is sought in a second pass, among the cuts that the first one allows.
     _, layers = _deal(costs, ranks, join=lambda joined, first, last: joined + first**2 + last**2, limit=most_expensive)
     return layers
+
+
+def balanced_layers(costs: Sequence[float], schedule: str, pp: int) -> tuple[int, ...]:
+    """Layers of each stage that minimise the cost of the most expensive pipeline rank."""
+    if pp > 1 and schedule_facts(schedule).placement == "v":
+        return balanced_v(costs, pp)
+    return balanced_split(costs, num_stages(schedule, pp))
 
 
 def _deal(

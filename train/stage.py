@@ -18,11 +18,17 @@ from torch import Tensor, nn
 
 from kernels.probe import Probe, watching
 from parallel.collectives import sum_over
-from parallel.mesh import Axis
+from parallel.expert import ExpertParallelDispatcher
+from parallel.layout import num_stages, stage_ids
+from parallel.mesh import Axis, Mesh
+from parallel.pipeline import balanced_layers
+from parallel.shards import LocalShard
 from train.losses import LossWeights, attach_loss, balance_sum, loss_sums
 from train.model.config import ModelConfig
-from train.model.moe import Routing
-from train.model.transformer import Transformer
+from train.model.moe import Experts, Routing, TokenDispatcher
+from train.model.precision import Precision
+from train.model.sizes import layer_costs
+from train.model.transformer import Part, Transformer
 
 
 class Tally:
@@ -96,3 +102,55 @@ class Stage(nn.Module):
         losses = loss_sums(model, output, labels, self.weights)
         self.tally.note_losses(losses.main, losses.mtp)
         return losses.total if balance is None else losses.total + balance
+
+
+def parts_of_stages(config: ModelConfig, mesh: Mesh) -> dict[int, Part]:
+    """Stage index -> what it holds, for the stages of this rank."""
+    layout = mesh.layout
+    count = num_stages(layout.schedule, mesh.pp.size)
+    layers = layout.stage_layers or balanced_layers(layer_costs(config), layout.schedule, mesh.pp.size)
+    assert len(layers) == count, (layers, count)
+    starts = [sum(layers[:index]) for index in range(count + 1)]
+    return {
+        i: Part(range(starts[i], starts[i + 1]), begins=i == 0, ends=i == count - 1)
+        for i in stage_ids(layout.schedule, mesh.pp.size, mesh.pp.rank)
+    }
+
+
+def build_stages(
+    config: ModelConfig, precision: Precision, mesh: Mesh, dispatcher: TokenDispatcher | None = None
+) -> dict[int, Stage]:
+    """The stages of this rank on its device, without values.
+
+    Args:
+        config: of the whole model.
+        precision: of the run.
+        mesh: of the run.
+        dispatcher: brings tokens to experts; None for the one of the mesh.
+    """
+    parts, stages = parts_of_stages(config, mesh), dict[int, Stage]()
+    if dispatcher is None and mesh.ep.size > 1:
+        dispatcher = ExpertParallelDispatcher(
+            config.n_routed_experts, mesh.ep, wire=precision.name, power_of_two=precision.power_of_two_scales
+        )
+    for index, part in parts.items():
+        with mesh.device:
+            model = Transformer(config, precision, dispatcher, part)
+        stages[index] = Stage(model)
+    models = [stage.model for stage in stages.values()]
+    if len(models) > 1 and models[0].part.begins and models[-1].mtp:
+        # V placement: the rank that begins also ends, and MTP reads the one embedding there is.
+        models[-1].embed_tokens = models[0].embed_tokens
+    return stages
+
+
+def expert_shards(model: Transformer) -> dict[str, LocalShard]:
+    """Parameter name -> this rank's experts as a shard of all experts of the layer."""
+    shards: dict[str, LocalShard] = {}
+    for module_name, module in model.named_modules():
+        if isinstance(module, Experts):
+            for leaf, parameter in module.named_parameters():
+                shape = (model.config.n_routed_experts, *parameter.shape[1:])
+                offset = (module.first_expert, *(0 for _ in shape[1:]))
+                shards[f"{module_name}.{leaf}"] = LocalShard.at(parameter.detach(), shape, offset)
+    return shards

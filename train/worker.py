@@ -1,4 +1,4 @@
-"""One rank's whole life: meet the others, build, resume, train, leave.
+"""One rank from start to end: meet the others, build, resume, train, leave.
 
     stores and first weights opened    before ranks meet: a missing store is one sentence, not 2,048 dead ranks
     heartbeat, process groups, mesh    `parallel/watchdog.py`, `parallel/mesh.py`
@@ -12,36 +12,32 @@ afterwards. What only one of them meets ends it for all: its watchdog reports to
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from parallel.consensus import Ranks, StoreTransport
-from parallel.mesh import Mesh, init_processes, make_mesh, shutdown
+from parallel.mesh import Mesh, init_processes, make_mesh, shutdown, single
 from parallel.watchdog import Watchdog
-from train.assemble import Stores, build, choose_device, first_weights, open_stores
+from train.assemble import Resources, build, choose_device, open_resources
 from train.config import PretrainConfig
 from train.observe.guards import TrainingStopped
 from train.trainer import Trainer
 
-if TYPE_CHECKING:
-    from train.huggingface.weights import WeightSource
-
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """This process among all: global rank, number of processes, index on its node, and the store at which they meet.
-
-    store is None with one process. store_rank: the rank whose process hosts the store, None where the launcher does.
-    """
+    """This process among all."""
 
     rank: int = 0
     world: int = 1
-    local_rank: int = 0
-    store: Store | None = None
-    store_rank: int | None = None
+    local_rank: int = 0  # on its node
+    store: Store | None = None  # at which the processes meet; None with one process
+    store_rank: int | None = None  # the rank whose process hosts the store, None where the launcher does
 
 
 def pretrain(config: PretrainConfig, info: WorkerInfo) -> None:
@@ -56,61 +52,47 @@ def pretrain(config: PretrainConfig, info: WorkerInfo) -> None:
     if info.rank > 0:
         # What is worth a warning, a damaged checkpoint, is the same for all: rank 0 logs it.
         logging.getLogger("train").setLevel(logging.ERROR)
-    if info.store is None:
-        mine = open_resources(config, info)
-        trainer = Trainer(config, build(config, stores=mine.stores, source=mine.source))
-        trainer.resume()
-        trainer.fit()
-        return
-    mine = open_together(config, info)
-    agreed: Exception | None = None
-    with Watchdog(
-        PrefixStore("watchdog", info.store),
-        info.rank,
-        info.world,
-        peer_timeout_s=config.network.peer_timeout_s,
-        describe="pipeline rank {}, data rank {}".format(*divmod(info.rank, config.layout.dp)),
-        store_rank=info.store_rank,
-    ):
-        timeout_s = config.network.timeout_s
-        init_processes(rank=info.rank, world=info.world, backend=mine.backend, store=info.store, timeout_s=timeout_s)
-        mesh = join(config, mine.device)
-        trainer = Trainer(config, build(config, mesh, stores=mine.stores, source=mine.source))
-        # Decided by all ranks alike, from what they share. Whatever else one of them raises ends the run by its name.
-        try:
-            trainer.resume()
-        except ValueError as refused:
-            agreed = refused
-        if agreed is None:
-            try:
-                trainer.fit()
-            except TrainingStopped as stopped:
-                agreed = stopped
-        shutdown()
+    opened = open_on_every_rank(config, info)
+    with joined(config, info, opened) as mesh:
+        agreed = resume_and_fit(config, mesh, opened.resources)
     if agreed is not None:
         raise agreed
 
 
-def join(config: PretrainConfig, device: torch.device) -> Mesh:
-    """The mesh of the configured layout; the default process group exists."""
-    tied = config.model.num_nextn_predict_layers > 0
-    return make_mesh(config.layout, device=device, tied_embedding=tied, timeout_s=config.network.timeout_s)
+def resume_and_fit(config: PretrainConfig, mesh: Mesh, resources: Resources) -> Exception | None:
+    """Resume and fit. Returns what all ranks raise alike, to be raised after they have left in order.
+
+    An error of one rank only is raised at once: its watchdog reports it to the others.
+    """
+    parts = build(config, mesh, resources)
+    trainer = Trainer(config, parts)
+    try:
+        trainer.resume()
+    except ValueError as refused:
+        return refused
+    try:
+        trainer.fit()
+    except TrainingStopped as stopped:
+        return stopped
+    return None
 
 
-class Resources(NamedTuple):
-    """What a rank opens before it meets the others; source: of the first weights, if not drawn or resumed."""
+class Opened(NamedTuple):
+    """What a rank has before it meets the others."""
 
-    stores: Stores
-    source: WeightSource | None
     device: torch.device
     backend: Literal["gloo", "nccl"]
+    resources: Resources
 
 
-def open_resources(config: PretrainConfig, info: WorkerInfo) -> Resources:
-    """Stores, first weights and device of this rank, and the transport; a ValueError if one of them is missing here."""
-    stores, source = open_stores(config), first_weights(config)
+def open_here(config: PretrainConfig, info: WorkerInfo) -> Opened:
+    """Device, transport, stores and first weights of this rank.
+
+    Raises:
+        ValueError: one of them is missing here.
+    """
     device = choose_device(config.run.device)
-    if device.type == "cuda":
+    if device.type == "cuda" and info.store is not None:
         if info.local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"local rank {info.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; start as "
@@ -118,21 +100,23 @@ def open_resources(config: PretrainConfig, info: WorkerInfo) -> Resources:
             )
         device = torch.device("cuda", info.local_rank)
         torch.cuda.set_device(device)
-    return Resources(stores, source, device, config.network.backend_for(device.type))
+    resources = open_resources(config)
+    return Opened(device, config.network.backend_for(device.type), resources)
 
 
-def open_together(config: PretrainConfig, info: WorkerInfo) -> Resources:
-    """`open_resources` on every rank; what one of them raises is raised by all.
+def open_on_every_rank(config: PretrainConfig, info: WorkerInfo) -> Opened:
+    """`open_here` on every rank; what one of them raises is raised by all.
 
     Raises:
         ValueError: what a rank raised, with its number where it is not the first; or some processes did not come.
     """
-    assert info.store is not None
-    opened: list[Resources] = []
+    if info.store is None:
+        return open_here(config, info)
+    opened: list[Opened] = []
 
     def open_mine() -> None:
         try:
-            opened.append(open_resources(config, info))
+            opened.append(open_here(config, info))
         except ValueError as error:
             # A node may lack what others have, so the sentence names the rank.
             raise ValueError(f"rank {info.rank}: {error}" if info.rank else str(error)) from error
@@ -146,3 +130,29 @@ def open_together(config: PretrainConfig, info: WorkerInfo) -> Resources:
     )
     Ranks(meeting).agree(open_mine, lambda reports: reports)
     return opened[0]
+
+
+@contextmanager
+def joined(config: PretrainConfig, info: WorkerInfo, opened: Opened) -> Iterator[Mesh]:
+    """The mesh of the configured layout, under a watchdog; its groups are destroyed in order at the end."""
+    if info.store is None:
+        yield single(opened.device)
+        return
+    with Watchdog(
+        PrefixStore("watchdog", info.store),
+        info.rank,
+        info.world,
+        peer_timeout_s=config.network.peer_timeout_s,
+        describe="pipeline rank {}, data rank {}".format(*divmod(info.rank, config.layout.dp)),
+        store_rank=info.store_rank,
+    ):
+        init_processes(
+            rank=info.rank,
+            world=info.world,
+            backend=opened.backend,
+            store=info.store,
+            timeout_s=config.network.timeout_s,
+        )
+        tied, timeout_s = config.model.num_nextn_predict_layers > 0, config.network.timeout_s
+        yield make_mesh(config.layout, device=opened.device, tied_embedding=tied, timeout_s=timeout_s)
+        shutdown()

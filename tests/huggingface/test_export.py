@@ -24,7 +24,7 @@ from tests.hf_names import from_hf
 from tests.huggingface.hf_folders import CPU, RAGGED, SHARD_BYTES, bytes_of, lively, save_checkpoint, tensors_of
 from tests.ranks import run_ranks
 from tests.tiny_model import TINY
-from train.assemble import build_engine, checkpoint_tensors
+from train.assemble import build_engine
 from train.checkpoint.dcp import load, save
 from train.huggingface import export as hf_export
 from train.huggingface.export import ExportOptions, export
@@ -36,6 +36,7 @@ from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
 from train.optim.config import OptimConfig
+from train.step import checkpoint_tensors
 
 FP8 = Precision("fp8", power_of_two_scales=True)
 # Two FP32 implementations of three layers: 1.5e-7 was seen; the bound is the oracle test's.

@@ -15,7 +15,7 @@ from parallel.layout import Layout
 from parallel.mesh import make_mesh, single
 from tests.ranks import run_ranks
 from tests.tiny_model import TINY
-from train.assemble import build_engine, checkpoint_tensors
+from train.assemble import build_engine
 from train.checkpoint import publish
 from train.checkpoint.dcp import save
 from train.huggingface.weights import CheckpointReader, load_model, open_weights
@@ -23,6 +23,7 @@ from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
 from train.optim.config import OptimConfig
+from train.step import checkpoint_tensors
 
 SEED = 7
 PRECISION = Precision("bf16")

@@ -16,11 +16,10 @@ import pytest
 from torch.distributed.pipelining import PipelineStage
 
 from parallel.layout import SCHEDULES, Layout
-from parallel.pipeline import _Stage, _Waiting, balanced_split, balanced_v
+from parallel.pipeline import _Stage, _Waiting, balanced_layers, balanced_split, balanced_v
 from tests.parallel.pipeline_ranks import CASES, COUNTED, Walks, announced, let_wait, walk
 from tests.parity.layout_theorem import MODEL
 from tests.ranks import run_ranks
-from train.assemble import balanced_layers
 from train.config import compose
 from train.model.sizes import layer_costs
 
@@ -99,8 +98,8 @@ def test_v3_is_cut_by_what_its_layers_multiply_with() -> None:
     moe = 187.11 + 396.36 + 1.84
     expected = [187.11 + 396.36] * 3 + [moe] * 57 + [moe + 926.68 + moe + 102.76 + 926.68]
     assert [cost / 1e6 for cost in layer_costs(model)] == pytest.approx(expected, abs=0.03)
-    assert balanced_layers(model, "ZBVZeroBubble", 16) == (1, 2, 1, *[2] * 28, 1)
-    assert balanced_layers(model, "1F1B", 16) == (4,) * 15 + (1,)
+    assert balanced_layers(layer_costs(model), "ZBVZeroBubble", 16) == (1, 2, 1, *[2] * 28, 1)
+    assert balanced_layers(layer_costs(model), "1F1B", 16) == (4,) * 15 + (1,)
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)

@@ -17,8 +17,8 @@ from parallel.layout import Layout
 from parallel.mesh import Mesh
 from tests.parity.layout_theorem import MODEL, NOW, engine_on, take_step
 from tests.ranks import run_ranks
-from train.assemble import build_stages
 from train.model.precision import Precision
+from train.stage import build_stages
 from train.step import apply_update
 
 PRECISIONS = ("fp32", "bf16", "fp8")

@@ -33,15 +33,17 @@ from parallel.layout import Layout
 from parallel.mesh import make_mesh, single
 from parallel.shards import LocalShard
 from tests.tiny_model import TINY
-from train.assemble import assemble, build_engine, build_stages, expert_shards
+from train.assemble import assemble, build_engine
 from train.data.batch import IGNORE_INDEX, Batch
 from train.model.config import ModelConfig
 from train.model.init import initialize
 from train.model.moe import Routing
 from train.model.precision import Precision
+from train.optim.balance import routers
 from train.optim.config import OptimConfig
 from train.schedules import Now
-from train.step import Engine, StepGradients, apply_update, compute_gradients, routers
+from train.stage import build_stages, expert_shards
+from train.step import Engine, StepGradients, apply_update, compute_gradients
 
 STEPS = 20
 # Of 24 tried, the one whose FP32 reference stays furthest from a tie between experts (`Reference.closest_tie`): a free

@@ -22,7 +22,7 @@ from train.config import PretrainConfig, compose
 from train.observe.fp8_health import Fp8Health
 from train.observe.metrics import FP8_OPERANDS
 from train.observe.sinks import read_events, read_run
-from train.step import routers
+from train.optim.balance import routers
 from train.trainer import Trainer
 
 STEPS, LENGTH, SEQUENCES = 4, 128, 2

@@ -15,7 +15,7 @@ from parallel.mesh import make_mesh, single
 from parallel.shards import LocalShard
 from tests.ranks import run_ranks
 from tests.tiny_model import TINY
-from train.assemble import build, build_engine, checkpoint_tensors, first_weights
+from train.assemble import build_alone, build_engine, first_weights
 from train.checkpoint.dcp import save
 from train.config import PretrainConfig, compose
 from train.huggingface.weights import WeightSource, open_weights
@@ -23,6 +23,7 @@ from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
 from train.optim.config import OptimConfig
+from train.step import checkpoint_tensors
 from train.trainer import Trainer
 from train.worker import WorkerInfo, pretrain
 
@@ -40,7 +41,7 @@ def finished(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
     """A finished run."""
     root = tmp_path_factory.mktemp("finished")
     config = compose([*small_run, f"run.directory={root}", "run.name=old"])
-    Trainer(config, build(config)).fit()
+    Trainer(config, build_alone(config)).fit()
     return root / "old"
 
 
@@ -64,7 +65,7 @@ def saved_model(path: Path, config: ModelConfig, precision: Precision) -> Path:
 
 def test_the_first_weights_and_masters_are_the_old_runs(config: PretrainConfig, old: Path) -> None:
     source = open_weights(old)
-    engine = build(config).engine
+    engine = build_alone(config).engine
     masters = engine.optimizer.masters()
     for name, tensor in engine.models[0].state_dict().items():
         expected = source.read(name)
@@ -91,10 +92,10 @@ def test_a_run_opens_its_first_weights_once(config: PretrainConfig, old: Path, m
 def test_a_resume_takes_the_runs_own_checkpoint_and_needs_the_old_one_no_more(
     config: PretrainConfig, old: Path
 ) -> None:
-    first = Trainer(config, build(config))
+    first = Trainer(config, build_alone(config))
     first.fit()
     shutil.rmtree(old)
-    again = Trainer(config, build(config))
+    again = Trainer(config, build_alone(config))
     again.resume()
     assert again.state == first.state
     for name, tensor in first.engine.models[0].state_dict().items():
@@ -107,7 +108,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_with_drawn_weigh
     checkpoint = old.parent / "new" / "checkpoints" / "step_00000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")
-    trainer = Trainer(config, build(config))
+    trainer = Trainer(config, build_alone(config))
     with pytest.raises(ValueError, match=r"every checkpoint in .*new/checkpoints is damaged; move them away"):
         trainer.resume()
 

@@ -19,7 +19,7 @@ import train.assemble
 import train.trainer
 from kernels.deferred import deferred, take
 from parallel.shards import LocalShard
-from train.assemble import build, choose_device
+from train.assemble import build_alone, choose_device
 from train.checkpoint.dcp import Saver, latest
 from train.config import PretrainConfig, compose
 from train.data.ingest import Recipe, prepare
@@ -27,8 +27,9 @@ from train.data.stream import iterate_windows
 from train.losses import LossWeights, balance_sum, loss_sums
 from train.observe.guards import TrainingStopped
 from train.observe.sinks import read_events, read_run
+from train.optim.balance import routers
 from train.schedules import at
-from train.step import StepGradients, apply_update, compute_gradients, routers
+from train.step import StepGradients, apply_update, compute_gradients
 from train.trainer import Trainer
 
 
@@ -39,7 +40,7 @@ def config(small_run: list[str], tmp_path: Path) -> PretrainConfig:
 
 
 def trainer_of(config: PretrainConfig) -> Trainer:
-    trainer = Trainer(config, build(config))
+    trainer = Trainer(config, build_alone(config))
     trainer.resume()
     return trainer
 
@@ -119,7 +120,7 @@ def test_every_update_moves_the_average_of_the_weights(config: PretrainConfig) -
 
 def test_the_bias_balances_a_skewed_router_and_gamma_0_does_not(config: PretrainConfig) -> None:
     def violations(gamma: float) -> list[float]:
-        parts = build(config)
+        parts = build_alone(config)
         for router in routers(parts.engine.models).values():
             # Initial scores lie close to 0.5, so a head start of 0.5 makes every token choose expert 0.
             router.e_score_correction_bias[0] = 0.5
@@ -290,7 +291,7 @@ def test_stores_that_do_not_fit_are_refused_before_the_model_is_made(
     }
     for message, bad in cases.items():
         with pytest.raises(ValueError, match=message):
-            build(bad)
+            build_alone(bad)
 
 
 def test_device_auto_takes_a_gpu_when_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +305,7 @@ def test_device_auto_takes_a_gpu_when_there_is_one(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_every_weight_gradient_of_the_model_waits_in_the_queue(precision: str, config: PretrainConfig) -> None:
-    model = build(replace(config, precision=compose([f"precision={precision}"]).precision)).engine.models[0]
+    model = build_alone(replace(config, precision=compose([f"precision={precision}"]).precision)).engine.models[0]
     tokens = torch.randint(0, 300, (2, 33), generator=torch.Generator().manual_seed(0))
     step = LossWeights(mtp_weight=0.3, balance_alpha=1e-4, num_targets=torch.tensor(64), num_sequences=2)
     matrices = {name: p for name, p in model.named_parameters() if p.ndim > 1}

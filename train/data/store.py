@@ -249,3 +249,10 @@ def _map_arrow(
         starts.append(offsets[:-1])
         chunk_ids.append(np.full(len(chunk), number, dtype=np.int64))
     return np.concatenate(lengths), tuple(flat), np.concatenate(chunk_ids), np.concatenate(starts)
+
+
+def store_hashes(store: TokenStore) -> dict[str, str]:
+    """SHA-256 of the tokeniser and of each file of the store: what a run has read."""
+    manifest = store.manifest
+    files = {name: record.sha256 for name, record in sorted(manifest.files.items())}
+    return {"tokenizer": manifest.tokenizer_sha256, **files}

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -36,7 +37,7 @@ from train.data.packing import (
     permutation,
     read_packed,
 )
-from train.data.store import TokenStore
+from train.data.store import TokenStore, check_same_tokenizer
 
 # A window can end in the next epoch, so two are in use at an epoch's end.
 EPOCHS_KEPT = 2
@@ -206,3 +207,24 @@ def iterate_windows(
                 windows[row, 0], documents[row, 0] = store.manifest.special_ids.eos, -1
             read_packed(store, packing, place + skip, tokens=windows[row, skip:], documents=documents[row, skip:])
         yield batch_from_windows(windows, documents, mask_documents=mask_documents)
+
+
+# The training stream and the held-out store.
+Stores = tuple[TokenStream, TokenStore | None]
+
+
+def open_stores(config: DataConfig, *, vocab_size: int, seed: int) -> Stores:
+    """The training stream and the held-out store, checked against the model's vocabulary and each other.
+
+    Raises:
+        ValueError: missing, damaged, too short, or made with another tokeniser or too large a vocabulary.
+    """
+    store = TokenStore.open(Path(config.store))
+    store.check(vocab_size=vocab_size)
+    stream = TokenStream(store, config, seed)
+    if config.heldout is None:
+        return stream, None
+    heldout = TokenStore.open(Path(config.heldout))
+    heldout.check(vocab_size=vocab_size)
+    check_same_tokenizer(store, heldout)
+    return stream, heldout

@@ -132,6 +132,27 @@ def step_record(state: TrainState, now: Now, losses: Mapping[str, Tensor], count
     return record
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Throughput, and its share of the devices' peak where that is known."""
+
+    flops_per_token: int
+    peak_flops: float | None  # of one device, FLOP/s
+    num_devices: int
+
+    def record(self, tokens_per_s: float) -> Record:
+        """The part of a step's record about speed."""
+        record: Record = {"speed/tokens_per_s": tokens_per_s}
+        if self.peak_flops is not None:
+            record["speed/mfu_ratio"] = tokens_per_s * self.flops_per_token / (self.peak_flops * self.num_devices)
+        return record
+
+
+def bias_table(biases: Tensor) -> Record:
+    """The routers' biases, [layers, experts], as a table; nothing without MoE layers."""
+    return {"moe/expert_bias": [[float(f"{x:.6g}") for x in layer] for layer in biases.tolist()]} if len(biases) else {}
+
+
 def dead_experts(counts: Mapping[int, Tensor]) -> list[tuple[int, int]]:
     """(layer id, expert) of each expert without a token; `counts` as for `step_record`."""
     import torch

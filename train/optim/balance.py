@@ -11,6 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from parallel.collectives import sum_over
+from parallel.mesh import Mesh
+from train.model.moe import Router
+from train.model.transformer import Transformer
+
 
 @torch.no_grad()
 def update_bias(bias: Tensor, counts: Tensor, speed: float) -> None:
@@ -42,3 +47,29 @@ def max_violation(counts: Tensor) -> Tensor:
     busiest = loads.amax(dim=-1)  # [...]
     violation = (busiest - mean) / torch.where(mean > 0, mean, torch.ones_like(mean))
     return violation.to(torch.float32)
+
+
+def routers(models: list[Transformer]) -> dict[int, Router]:
+    """Layer id -> router, for every MoE layer on this rank, MTP layers included."""
+    found: dict[int, Router] = {}
+    for model in models:
+        for layer_id, layer in (*model.layers.items(), *model.mtp.items()):
+            found |= {int(layer_id): module for module in layer.modules() if isinstance(module, Router)}
+    return found
+
+
+def update_biases(models: list[Transformer], counts: dict[int, Tensor], speed: float) -> None:
+    """`update_bias` of every router on this rank; counts: layer id -> [experts] int64 of the whole step."""
+    for layer_id, router in routers(models).items():
+        update_bias(router.e_score_correction_bias, counts[layer_id], speed)
+
+
+def expert_biases(models: list[Transformer], mesh: Mesh) -> Tensor:
+    """The selection biases of all MoE layers, MTP layers last, [layers, experts] fp32: one small collective."""
+    config = models[0].config
+    biases = torch.zeros(len(config.moe_layer_ids), config.n_routed_experts, device=mesh.device)
+    # The ranks of a stage hold the same biases: rank 0 of each stage contributes.
+    if mesh.dp.rank == 0:
+        for layer_id, router in routers(models).items():
+            biases[config.moe_layer_ids.index(layer_id)] = router.e_score_correction_bias
+    return sum_over(biases, mesh.world)

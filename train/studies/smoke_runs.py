@@ -30,7 +30,7 @@ from torch import Tensor
 from parallel.mesh import single
 from parallel.shards import LocalShard
 from train import config as run_config
-from train.assemble import assemble, build_engine, build_stages, checkpoint_tensors, set_determinism
+from train.assemble import assemble, build_engine, set_determinism
 from train.checkpoint.config import CheckpointConfig
 from train.checkpoint.dcp import Saver, latest, load
 from train.data.batch import Batch
@@ -38,7 +38,8 @@ from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.optim.config import OptimConfig
 from train.schedules import Now
-from train.step import Engine, StepGradients, apply_update, compute_gradients
+from train.stage import build_stages
+from train.step import Engine, StepGradients, apply_update, checkpoint_tensors, compute_gradients
 from train.studies.compare import PAPER_GAP, mean_smoothed_gap
 
 PrecisionName = Literal["fp32", "bf16", "fp8"]
@@ -91,14 +92,14 @@ def read_values(group: str, option: str) -> dict[str, Any]:
 
 def model_config(name: str) -> ModelConfig:
     """A model of `configs/model/`, without Hydra."""
-    config = run_config.build(ModelConfig, read_values("model", name), "model")
+    config = run_config.convert(ModelConfig, read_values("model", name), "model")
     assert isinstance(config, ModelConfig)
     return config
 
 
 def precision_config(name: PrecisionName) -> Precision:
     """A precision of `configs/precision/`, as training uses it."""
-    config = run_config.build(Precision, read_values("precision", name), "precision")
+    config = run_config.convert(Precision, read_values("precision", name), "precision")
     assert isinstance(config, Precision)
     return config
 
@@ -113,7 +114,7 @@ def recipe(name: str, *, sequences: int, tokens: int, model: ModelConfig | None 
         model: another shape under the same schedule, for tests.
     """
     schedule = read_values("schedule", name)
-    optim = run_config.build(OptimConfig, read_values("optim", "adamw"), "optim")
+    optim = run_config.convert(OptimConfig, read_values("optim", "adamw"), "optim")
     assert isinstance(optim, OptimConfig)
     peak = Now(
         lr=float(schedule["lr_peak"]),

@@ -25,7 +25,8 @@ from torch.utils.hooks import RemovableHandle
 
 from kernels.router import expert_counts, gate_weights
 from train.model.moe import Router, Routing
-from train.step import Engine, compute_gradients, routers
+from train.optim.balance import routers
+from train.step import Engine, compute_gradients
 from train.studies.smoke_runs import PrecisionName, Recipe, new_engine
 
 

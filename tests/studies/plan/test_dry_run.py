@@ -27,10 +27,10 @@ from parallel.layout import Layout
 from parallel.mesh import init_processes, make_mesh, single
 from tests.ranks import run_ranks
 from tests.studies.plan.closed_form import StateBytes, state_bytes
-from train.assemble import parts_of_stages
 from train.config import PretrainConfig, compose
 from train.model import attention
 from train.model.sizes import Held, held_by, weights
+from train.stage import parts_of_stages
 from train.studies.plan import dry_run as planner
 from train.studies.plan.dry_run import Memory, dry_run, measure
 

@@ -29,8 +29,9 @@ from train.assemble import build_engine
 from train.model.moe import Routing
 from train.model.precision import Precision
 from train.optim.adamw import round_to_fp8
+from train.optim.balance import routers
 from train.optim.config import MOMENT_DTYPES
-from train.step import Engine, compute_gradients, routers
+from train.step import Engine, compute_gradients
 from train.studies.ablation.linear import AblatedLinears, gradient_operands_reference
 from train.studies.smoke_runs import Recipe
 from train.studies.step_parity import gradients_of, relative_error, turn, with_choice

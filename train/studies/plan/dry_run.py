@@ -32,13 +32,13 @@ from parallel.grads import reduce_and_clip
 from parallel.layout import Layout
 from parallel.mesh import Mesh, init_processes, make_mesh
 from parallel.pipeline import Pipeline
-from train.assemble import assemble, build_stages, parts_of_stages
+from train.assemble import assemble
 from train.config import PretrainConfig
 from train.losses import LossWeights
 from train.model.sizes import flops_per_token, held_by, parameters, weights
 from train.model.transformer import Part, recompute_up_projections
 from train.schedules import at
-from train.stage import Tally
+from train.stage import Tally, build_stages, parts_of_stages
 from train.step import Engine
 from train.studies.plan.live_bytes import LiveBytes
 from train.studies.plan.ramp import RampPoint, ramp_points
