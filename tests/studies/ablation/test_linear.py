@@ -16,14 +16,8 @@ from kernels.fp8_linear import (
     grouped_fp8_linear,
     grouped_fp8_swiglu_linear,
 )
-from kernels.quantize import quantize_blocks, quantize_tiles, quantize_tiles_both, quantize_tiles_transposed
-from train.studies.ablation.linear import (
-    AblatedLinears,
-    Ablation,
-    gradient_operands_reference,
-    product_reference,
-    quantize_gradient_reference,
-)
+from kernels.quantize import quantize_blocks, quantize_tiles, quantize_tiles_transposed
+from train.studies.ablation.linear import AblatedLinears, Ablation, gradient_operands, product_reference
 
 ENDS = torch.tensor([128, 128, 384], dtype=torch.int32)
 ROWS, INNER, OUTER = 200, 300, 129
@@ -120,8 +114,8 @@ def test_gradients_of_the_recipe_are_those_of_the_shipped_quantisers(power_of_tw
     # A scale that is a power of two already is not rounded up to the next one.
     dy[:2, 128] = torch.tensor([448.0, 448.0 * 2**-30])
     for ours, theirs in zip(
-        gradient_operands_reference(dy, Ablation(), power_of_two=power_of_two),
-        quantize_tiles_both(dy, power_of_two=power_of_two),
+        gradient_operands(dy, Ablation(), power_of_two=power_of_two),
+        (quantize(dy, power_of_two=power_of_two) for quantize in (quantize_tiles, quantize_tiles_transposed)),
         strict=True,
     ):
         assert torch.equal(ours.payload.view(torch.uint8), theirs.payload.view(torch.uint8))
@@ -131,8 +125,7 @@ def test_gradients_of_the_recipe_are_those_of_the_shipped_quantisers(power_of_tw
 @pytest.mark.parametrize("power_of_two", [True, False])
 def test_blocks_of_gradients_are_those_of_weights_and_serve_both_products(power_of_two: bool) -> None:
     dy = torch.randn(ROWS, OUTER) * torch.exp2(3 * torch.randn(ROWS, 1))
-    ablation = Ablation(gradient_tile="128x128")
-    by_row, by_channel = gradient_operands_reference(dy, ablation, power_of_two=power_of_two)
+    by_row, by_channel = gradient_operands(dy, Ablation(gradient_tile="128x128"), power_of_two=power_of_two)
     blocks = quantize_blocks(dy, power_of_two=power_of_two)
     assert torch.equal(by_row.payload.view(torch.uint8), blocks.payload.view(torch.uint8))
     assert torch.equal(by_row.scale[:, ::TILE], blocks.scale.t())
@@ -143,7 +136,7 @@ def test_blocks_of_gradients_are_those_of_weights_and_serve_both_products(power_
 @pytest.mark.parametrize("power_of_two", [True, False])
 def test_e5m2_rounds_to_the_nearest_of_its_numbers_under_its_own_scale(power_of_two: bool) -> None:
     dy = torch.randn(5, OUTER)
-    q = quantize_gradient_reference(dy, Ablation("e5m2"), tile=(1, TILE), power_of_two=power_of_two)
+    q, _ = gradient_operands(dy, Ablation("e5m2"), power_of_two=power_of_two)
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e5m2).double()
     grid = codes[codes.isfinite()].unique()
     for row in range(5):
@@ -175,7 +168,7 @@ def test_wgrad_sees_the_input_regrouped() -> None:
     x, w = torch.randn(256, 64), torch.nn.Parameter(torch.randn(32, 64))
     dy = torch.randn(256, 32)
     AblatedLinears(Ablation("e5m2"), power_of_two=True).linear(x, w).backward(dy)
-    by_channel = quantize_gradient_reference(dy.t(), Ablation("e5m2"), tile=(1, TILE), power_of_two=True)
+    _, by_channel = gradient_operands(dy, Ablation("e5m2"), power_of_two=True)
     cached = values(quantize_tiles(x, power_of_two=True)).float()
     xq = quantize_tiles_transposed(cached, power_of_two=True)
     expected = values(by_channel) @ values(xq).t()
@@ -195,7 +188,7 @@ def test_nan_in_a_gradient_is_seen() -> None:
     dy = torch.randn(3, 200)
     dy[1, 150] = float("nan")
     for ablation in (Ablation(), Ablation("e5m2"), Ablation(gradient_tile="128x128")):
-        by_row, _ = gradient_operands_reference(dy, ablation, power_of_two=True)
+        by_row, _ = gradient_operands(dy, ablation, power_of_two=True)
         assert bool(values(by_row)[1, 128:].isnan().all())
 
 

@@ -6,7 +6,7 @@
     outliers.html   error of dx token by token against the spread of tokens, 1x128 against 128x128 (App. B.2)
     runs.html       gap of each run to BF16 of its seed, with the noise floor
 
-A page of 960 x 460 pixels holds one picture; docs/numerics.md says how they become PNG. This file measures nothing.
+docs/numerics.md says how a page becomes PNG.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ COLOURS = ("#1f5fa8", "#d1662a", "#2f8f5b", "#8a4fb0", "#7a7a7a")
 
 
 def write(result: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Write all files into a folder, made if missing; returns their paths."""
+    """Write all files into a folder and return their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     texts = {"result.json": strict_json(result), "tables.md": tables(result)}
     texts |= {f"{name}.html": page for name, page in pages(result).items()}
@@ -78,7 +78,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cells(row: Mapping[str, float], columns: Mapping[str, str]) -> list[str]:
-    """Numbers of a row; where one was not measured, nothing."""
+    # A number that was not measured leaves its cell empty.
     return [f"{row[name]:.3g}" if name in row else "" for name in columns]
 
 
@@ -89,12 +89,12 @@ def _gap_cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def _percent(gap: float | None) -> str:
-    """A gap; nothing where there is none: the recipe was not run, or a run had no finite loss."""
+    # None where the recipe was not run, NaN where a run had no finite loss.
     return "" if gap is None or math.isnan(gap) else f"{gap:+.3%}"
 
 
 def pages(result: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> HTML page with one picture of what was measured; plotly.js is inside, so that it opens offline."""
+    """Name -> HTML page of one picture, 960 x 460 pixels, with plotly.js inside."""
     errors, figures = result["errors"], {}
     if errors["sums"]:
         figures["sums"] = _sums(errors["sums"], result["changes"])
