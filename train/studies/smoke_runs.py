@@ -66,11 +66,7 @@ class SmokeRun:
 
 
 def read_values(group: str, option: str) -> dict[str, Any]:
-    """A file of `configs/` as a plain dict; references to other files stay text.
-
-    Raises:
-        ValueError: there is no such file.
-    """
+    """A file of `configs/` as a plain dict; references to other files stay text."""
     path = run_config.CONFIGS / group / f"{option}.yaml"
     if not path.exists():
         raise ValueError(f"configs/{group} has no {option}.yaml; choose one of its files")
@@ -183,8 +179,7 @@ RESUME_BOUND = 0.1
 class Resume:
     """A run that was saved, loaded and continued, against the one that never stopped.
 
-    difference: of the masters, relative to how far the unbroken run moved them since the save. differing: names of the
-    tensors of the checkpoint that are not bit-equal.
+    difference: of the masters, relative to how far the unbroken run moved them since the save. differing: tensors.
     """
 
     precision: PrecisionName
@@ -195,7 +190,7 @@ class Resume:
 
     @property
     def bit_equal(self) -> bool:
-        """Whether every tensor of the checkpoint is bit-equal."""
+        """Whether no tensor of the checkpoint differs."""
         return not self.differing
 
     @property

@@ -49,11 +49,7 @@ E5M2_MAX = 57344.0
 
 @dataclass(frozen=True)
 class Ablation:
-    """What differs from the recipe; the defaults are the recipe.
-
-    Raises:
-        ValueError: an interval that is no multiple of 32, or that FP32 sums would not notice.
-    """
+    """What differs from the recipe; the defaults are the recipe."""
 
     gradient_format: Literal["e4m3", "e5m2"] = "e4m3"
     gradient_tile: Literal["1x128", "128x128"] = "1x128"
@@ -188,11 +184,7 @@ class _KeptSwiglu(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class AblatedLinears:
-    """The linears of `kernels/fp8_linear.py` under an ablation, with their shapes and dtypes.
-
-    Raises:
-        ValueError: Hopper's sums are asked for with scales that are no powers of two.
-    """
+    """The linears of `kernels/fp8_linear.py` under an ablation, with their shapes and dtypes."""
 
     ablation: Ablation
     power_of_two: bool

@@ -18,11 +18,7 @@ from train.studies.ablation.linear import AblatedLinears, Ablation
 
 @dataclass(frozen=True)
 class AblatedPrecision(Precision):
-    """`Precision("fp8")` with an ablation; with the default one every bit is the same on a CPU.
-
-    Raises:
-        ValueError: the precision is not fp8, or the ablation does not go with its scales.
-    """
+    """`Precision("fp8")` with an ablation; with the default one every bit is the same on a CPU."""
 
     ablation: Ablation = field(default_factory=Ablation)
 

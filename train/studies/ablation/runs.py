@@ -5,9 +5,8 @@
     variants   FP8 with one change: scales, format or tile of gradients, accumulation (§3.3.2), moments (§3.3.3)
 
 Runs of one seed see the same tokens and the same initial weights, so gaps are taken in pairs: mean relative gap of the
-EMA-0.9 losses over the second half of the run (`train/studies/compare.py`), as `tests/parity/test_fp8_run.py` does.
-Each run has its own directory. A finished or diverged one is read and not run again, so several processes can share
-the work; one begun with other settings is refused, since gaps are between runs that differ in one thing.
+EMA-0.9 losses over the second half (`train/studies/compare.py`). Each run has its own directory. A finished or diverged
+one is read and not run again; one begun with other settings is refused.
 """
 
 from __future__ import annotations
@@ -43,7 +42,6 @@ from train.studies.compare import common_steps, mean_smoothed_gap
 from train.studies.smoke_runs import smoke_run
 from train.trainer import Trainer, changed_fields
 
-SEEDS = (0, 1, 2)
 # With two layers even Hopper's accumulation, some fifty times slower than FP32 sums, takes minutes only.
 SMALL_MODEL = [
     "model.num_hidden_layers=2",
@@ -59,19 +57,17 @@ REPORTING = ("run.directory", "data.store", "observe.", "checkpoint.")
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured.
+    """How much is measured."""
 
-    length: terms of the products in the table of errors. lengths: those of the curve of sums. octaves: spreads of the
-    curve of outliers. The rest is of the runs.
-    """
-
+    # Terms of the products in the table of errors, and in the curve of sums; spreads in the curve of outliers.
     length: int = 4096
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
     octaves: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+    # Of the runs.
     steps: int = 60
     sequences: int = 4
     tokens: int = 128
-    seeds: tuple[int, ...] = SEEDS
+    seeds: tuple[int, ...] = (0, 1, 2)
 
 
 QUICK = Size(length=512, lengths=(128, 512), octaves=(0.0, 5.0), steps=4, sequences=2, tokens=64, seeds=(0, 1))
@@ -79,10 +75,7 @@ QUICK = Size(length=512, lengths=(128, 512), octaves=(0.0, 5.0), steps=4, sequen
 
 @dataclass(frozen=True)
 class Variant:
-    """One row: what is changed, in words, the precision and the storage of the moments.
-
-    trained: whether runs are made with it; else it is measured in one step only.
-    """
+    """One row: what is changed, in words and settings; one that is not `trained` is measured in one step only."""
 
     name: str
     change: str
@@ -93,7 +86,7 @@ class Variant:
 
     @property
     def linears(self) -> AblatedLinears | None:
-        """What its linears compute, if in FP8."""
+        """Its linears, if they are in FP8."""
         return self.precision.linears if isinstance(self.precision, AblatedPrecision) else None
 
 
@@ -139,11 +132,7 @@ def choose(names: Sequence[str]) -> list[Variant]:
 
 
 def base_config(store: Path, directory: Path, size: Size, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """The configuration that all runs share: text tokenised in `store`, runs in `directory`, Hydra's overrides.
-
-    Raises:
-        ValueError: a bad override.
-    """
+    """The configuration that all runs share: text tokenised in `store`, runs in `directory`, Hydra's overrides."""
     shared = [
         "experiment=tiny",
         *SMALL_MODEL,
@@ -214,11 +203,7 @@ def run_config(base: PretrainConfig, variant: Variant, seed: int) -> PretrainCon
 
 
 def refuse_another(config: PretrainConfig) -> None:
-    """Refuse a run whose folder holds one that was begun with other settings, finished or killed.
-
-    Raises:
-        ValueError: it does; names the first field that differs.
-    """
+    """Raise ValueError where the folder of a run holds one that was begun with other settings, finished or killed."""
     directory = Path(config.run.directory) / config.run.name
     try:
         saved = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
@@ -325,8 +310,7 @@ def measure_errors(chosen: Sequence[Variant], size: Size, base: PretrainConfig) 
 
 
 def _sum_errors(linears: AblatedLinears, length: int) -> dict[str, float]:
-    errors = product_errors(linears, length=length)
-    return {name: errors[name] for name in ("sum", "sum_largest")}
+    return {name: error for name, error in product_errors(linears, length=length).items() if name.startswith("sum")}
 
 
 def ablate(
@@ -340,9 +324,6 @@ def ablate(
 ) -> dict[str, Any]:
     """Measure errors and runs of the named variants (none: all), with arguments as for `base_config`.
 
-    Returns:
-        errors (`measure_errors`), runs (`measure_runs`), floor, changes (variant -> words), and what it was measured
-        with: size, overrides, torch, threads.
     Raises:
         ValueError: an unknown variant, a bad override, or a run begun with other settings, before anything is measured.
     """

@@ -10,11 +10,8 @@ on the wire are closed forms (`train/model/sizes.py`, `traffic.py`).
 
 Left out: what CUDA, NCCL and the allocator take for themselves (some GB), messages to other stages that are still on
 their way, the masks of `data.mask_documents`, and temporaries inside kernels. Routing is never perfectly balanced, so a
-real rank needs room above the figure.
-
-The batch ramp (arXiv:2412.19437 §4.2) is shown at the points where a pipeline (§3.2.1) changes: the first step, the
-first step whose micro-batches fill it, the full batch. Below that threshold ranks idle; above it a longer batch only
-makes the bubble relatively smaller.
+real rank needs room above the figure. The batch ramp (arXiv:2412.19437 §4.2) is shown where a pipeline (§3.2.1)
+changes: at the first step, at the first one that fills it (below, ranks idle), and at the full batch.
 """
 
 from __future__ import annotations
@@ -55,8 +52,8 @@ DEVICE_GB = 80.0
 class Memory:
     """Bytes of one rank.
 
-    held: kept for backward when the schedule's peak is reached. transient: above that, for a moment. dispatch: the send
-    and receive buffers of one exchange of a MoE layer, counted in transient too.
+    held: kept for backward at the schedule's peak. transient: above that, for a moment. dispatch: buffers of one
+    exchange of a MoE layer, counted in transient too.
     """
 
     weights: int
@@ -76,11 +73,7 @@ class Memory:
 
 
 def dry_run(config: PretrainConfig) -> str:
-    """Plan rank `config.rank` of the configured layout; returns tables for the terminal.
-
-    Raises:
-        ValueError: there is no such rank.
-    """
+    """Plan rank `config.rank` of the configured layout; returns tables for the terminal."""
     layout = config.layout
     if not 0 <= config.rank < layout.world:
         raise ValueError(f"rank={config.rank} is not one of the {layout.world} ranks: use 0 to {layout.world - 1}")
@@ -102,27 +95,19 @@ def dry_run(config: PretrainConfig) -> str:
         memory = measure(config, mesh, num_micro_batches=min(2 * layout.pp, points[-1].micro_batches))
     finally:
         dist.destroy_process_group()
-    lines = [
-        *_position(config, mesh, parts),
-        "",
-        *_memory_table(memory),
-        "",
-        *_ramp_table(points),
-        "",
-        *_work_table(config, mesh, parts.values(), points[-1]),
-        "",
-        f"planned in {time.perf_counter() - started:.0f} s",
+    tables = [
+        _position(config, mesh, parts),
+        _memory_table(memory),
+        _ramp_table(points),
+        _work_table(config, mesh, parts.values(), points[-1]),
+        [f"planned in {time.perf_counter() - started:.0f} s"],
     ]
-    return "\n".join(lines)
+    return "\n\n".join("\n".join(table) for table in tables)
 
 
 @dataclass(frozen=True)
 class RampPoint:
-    """One point of the ramp, and why it is shown.
-
-    tokens_seen: before the step. micro_batches: of each pipeline. in_flight: the most of them that one rank holds
-    between forward and backward, counted by stage.
-    """
+    """One point of the ramp; in_flight: the most micro-batches that one rank holds, counted by stage."""
 
     what: str
     tokens_seen: int
@@ -250,12 +235,12 @@ def _position(config: PretrainConfig, mesh: Mesh, parts: dict[int, Part]) -> lis
     local = config.model.n_routed_experts // layout.ep
     first = mesh.ep.rank * local
     count = parameters(weights(config.model, held, ep=layout.ep))
-    holds = [f"stage {index}: {_layers(part)}" for index, part in parts.items()]
+    holds = "; ".join(f"stage {index}: {_layers(part)}" for index, part in parts.items())
     where = f"node {mesh.rank // layout.ranks_per_node}, pipeline rank {mesh.pp.rank} of {layout.pp}"
     dense, experts = count.dense / 1e9, count.expert / 1e9
     return [
         f"rank {mesh.rank} of {layout.world}: {where}, data rank {mesh.dp.rank} of {layout.dp}",
-        f"holds {'; '.join(holds)}; experts {first}-{first + local - 1} of {config.model.n_routed_experts}",
+        f"holds {holds}; experts {first}-{first + local - 1} of {config.model.n_routed_experts}",
         f"parameters {dense + experts:.3f} B: dense {dense:.3f} B, experts {experts:.3f} B",
     ]
 
