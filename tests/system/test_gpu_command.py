@@ -90,13 +90,13 @@ def python(code: str) -> Callable[[str, float, Path], Sequence[str]]:
     return lambda part, seconds, out: [sys.executable, "-c", code, part, str(out)]
 
 
-def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    kept = {name: PARTS[name] for name in names}
-    monkeypatch.setattr(gpu_report, "PARTS", kept)
+@pytest.fixture
+def two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_report, "PARTS", {name: PARTS[name] for name in ("training", "layer")})
 
 
-def test_a_part_that_dies_is_failed_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    only(monkeypatch, "training", "layer")
+@pytest.mark.usefixtures("two_parts")
+def test_a_part_that_dies_is_failed_with_its_last_words(tmp_path: Path) -> None:
     done = gpu_report.run_all(python("raise SystemExit('no memory')"), tmp_path, environment=os.environ)
     assert [each.section.status for each in done] == ["failed", "failed"]
     assert done[0].section.reason == "its process ended with 1: no memory"
@@ -106,20 +106,20 @@ def test_a_part_that_dies_is_failed_with_its_last_words(tmp_path: Path, monkeypa
     assert "these times belong to a build that has not passed it" in page
 
 
+@pytest.mark.usefixtures("two_parts")
 def test_a_part_beyond_its_time_is_killed_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    only(monkeypatch, "training", "layer")
     monkeypatch.setattr(gpu_report, "GRACE_S", 0.0)
     sleep = python("import time; print('asleep', flush=True); time.sleep(600)")
     done = gpu_report.run_all(sleep, tmp_path, environment=os.environ, total_s=2.0)
     assert [each.section.status for each in done] == ["not measured", "not measured"]
     assert "did not finish" in done[0].section.reason
-    assert not gpu_report.is_green(done), "parity that nobody saw is not green"
+    assert not gpu_report.is_green(done), "parity that was not measured is not green"
     page = gpu_report.write(done, torch.device("cpu"), tmp_path).read_text()
     assert f"- {PARTS['layer'].title}, not measured: " in page[page.index("# Left out") :]
 
 
-def test_time_that_a_part_leaves_is_the_next_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    only(monkeypatch, "training", "layer")
+@pytest.mark.usefixtures("two_parts")
+def test_time_that_a_part_leaves_is_the_next_ones(tmp_path: Path) -> None:
     given = []
 
     def command(part: str, seconds: float, out: Path) -> Sequence[str]:
