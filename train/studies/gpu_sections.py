@@ -9,11 +9,9 @@
              peers       V3's GEMMs and memory-bound kernels against peers    `train/studies/bench/peers.py`
              layer       MoE blocks at V3's width                             `train/studies/bench/layer.py`
 
-A part is one call in a process of its own, started by `gpu_report.py`: an illegal access or a spent budget costs
-that part only. It returns a Section, figures as data for JSON and as Markdown for people. Parity is a number against a
-bound that stands where the number is made (arXiv:2412.19437 §3.3 for the one on FP8's loss).
-
-On a CPU the same parts run with small sizes (`Options.tiny`), to test the report. Not here: order, budgets, files.
+`gpu_report.py` runs each part in its own process: an illegal access or a spent budget costs that part only. A part
+returns a Section, figures as data for JSON and as Markdown. On a CPU the same parts run with small sizes
+(`Options.tiny`), to test the report. The bound on FP8's loss is from arXiv:2412.19437 §3.3.
 """
 
 from __future__ import annotations
@@ -32,24 +30,19 @@ from train.studies import smoke_runs, step_parity
 from train.studies.bench import layer as bench_layer
 from train.studies.bench import table as bench_table
 from train.studies.bench.timing import Clock
-from train.studies.smoke_runs import PrecisionName, Recipe
+from train.studies.smoke_runs import PrecisionName, SmokeRun
 
 # "left out": cannot run here, and says why. "not measured": the budget was spent. "failed": ended with an error.
 Status = Literal["green", "red", "left out", "not measured", "failed"]
 Kind = Literal["parity", "speed"]
 ROOT = Path(__file__).resolve().parents[2]
-# More lines of failures than anybody reads at once are left to the JUnit file and the log.
+# Failures beyond these are in the JUnit file and the log only.
 SHOWN_FAILURES = 20
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for.
-
-    Args:
-        device: where everything runs.
-        tiny: small sizes and few repeats, for tests of the report itself.
-    """
+    """What the command line asks for; `tiny`: small sizes and few repeats, for tests of the report itself."""
 
     device: torch.device
     tiny: bool = False
@@ -57,14 +50,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Section:
-    """One part's outcome.
-
-    Args:
-        status: see Status; of a speed part, that of its own parity checks.
-        reason: why it is not green, in one sentence.
-        data: for the JSON report.
-        markdown: for the other one.
-    """
+    """One part's outcome and, in one sentence, why it is not green; a speed part has parity checks of its own."""
 
     status: Status
     reason: str = ""
@@ -74,13 +60,9 @@ class Section:
 
 @dataclass(frozen=True)
 class PartPlan:
-    """A part of the report.
+    """A part of the report; `run` takes the options and a limit in seconds.
 
-    Args:
-        title: heading of its section.
-        kind: parity comes first in the report.
-        share_s: its time; what the parts before it left is added.
-        run: (options, seconds it may take) -> Section.
+    share_s: its time; what the parts before it left is added.
     """
 
     title: str
@@ -142,17 +124,17 @@ def _name_of(case: ElementTree.Element) -> str:
     return f"{case.get('classname', '')}::{case.get('name', '')}"
 
 
-def tiny_recipe(options: Options) -> Recipe:
+def tiny_run(options: Options) -> SmokeRun:
     """The training parts' model: configs/model/tiny.yaml with its own batch of 1,024 tokens."""
     sequences, tokens = (2, 32) if options.tiny else (4, 256)
-    return smoke_runs.recipe("tiny", sequences=sequences, tokens=tokens)
+    return smoke_runs.smoke_run("tiny", sequences=sequences, tokens=tokens)
 
 
 def training(options: Options, budget_s: float) -> Section:
     """Losses are finite, fall, and FP8's are BF16's."""
     smoke_runs.prepare(deterministic=True)
     steps = 6 if options.tiny else 50
-    runs = {name: smoke_runs.train(tiny_recipe(options), name, options.device, steps=steps) for name in ("bf16", "fp8")}
+    runs = {name: smoke_runs.train(tiny_run(options), name, options.device, steps=steps) for name in ("bf16", "fp8")}
     gap = smoke_runs.training_gap(runs["fp8"], runs["bf16"])
     least = smoke_runs.LEAST_FALL * steps / 50
     green = abs(gap) <= smoke_runs.TRAINING_GAP and all(run.fall >= least for run in runs.values())
@@ -170,7 +152,7 @@ def step_against_cpu(options: Options, budget_s: float) -> Section:
     """One step in every precision against the CPU's, with the attention that is fastest."""
     smoke_runs.prepare(deterministic=False)
     names: tuple[PrecisionName, ...] = ("bf16", "fp8") if options.tiny else ("fp32", "bf16", "fp8")
-    found = [step_parity.one_step(tiny_recipe(options), name, options.device) for name in names]
+    found = [step_parity.compare_step(tiny_run(options), name, options.device) for name in names]
     header = ("precision", "loss", "worst gradient", "of", "most turned", "of", "choices forced", "verdict")
     rows = []
     for each in found:
@@ -200,7 +182,7 @@ def resumed(options: Options, budget_s: float) -> Section:
     steps = 1 if options.tiny else 5
     with tempfile.TemporaryDirectory() as folder:
         found = [
-            smoke_runs.resume(tiny_recipe(options), name, options.device, steps=steps, directory=Path(folder) / name)
+            smoke_runs.resume(tiny_run(options), name, options.device, steps=steps, directory=Path(folder) / name)
             for name in names
         ]
     header = ("precision", "bit-equal", "tensors that differ", "masters, of what they moved", "verdict")
@@ -222,8 +204,8 @@ def resumed(options: Options, budget_s: float) -> Section:
 def small_step(options: Options, budget_s: float) -> Section:
     """One step of `small`, or of tiny in its place."""
     smoke_runs.prepare(deterministic=False)
-    recipe = tiny_recipe(options) if options.tiny else smoke_runs.recipe("small", sequences=1, tokens=4096)
-    found = smoke_runs.big_steps(recipe, options.device)
+    run = tiny_run(options) if options.tiny else smoke_runs.smoke_run("small", sequences=1, tokens=4096)
+    found = smoke_runs.big_steps(run, options.device)
     gap = found[1].loss / found[0].loss - 1
     green = abs(gap) <= smoke_runs.BIG_STEP_GAP
     rows = [

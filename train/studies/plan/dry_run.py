@@ -10,14 +10,15 @@ on the wire are closed forms (`train/model/sizes.py`, `traffic.py`).
 
 Left out: what CUDA, NCCL and the allocator take for themselves (some GB), messages to other stages that are still on
 their way, the masks of `data.mask_documents`, and temporaries inside kernels. Routing is never perfectly balanced, so a
-real rank needs room above the figure.
+real rank needs room above the figure. The batch ramp (arXiv:2412.19437 §4.2) is shown where a pipeline (§3.2.1)
+changes: at the first step, at the first one that fills it (below, ranks idle), and at the full batch.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,11 +38,10 @@ from train.config import PretrainConfig
 from train.losses import LossWeights
 from train.model.sizes import flops_per_token, held_by, parameters, weights
 from train.model.transformer import Part, recompute_up_projections
-from train.schedules import at
+from train.schedules import ScheduleConfig, at
 from train.stage import Tally, build_stages, parts_of_stages
 from train.step import Engine
 from train.studies.plan.live_bytes import LiveBytes
-from train.studies.plan.ramp import RampPoint, ramp_points
 from train.studies.plan.traffic import expected_destinations, expert_bytes, pipeline_bytes, update_bytes
 
 GB = 1e9
@@ -53,8 +53,8 @@ DEVICE_GB = 80.0
 class Memory:
     """Bytes of one rank.
 
-    held: kept for backward when the schedule's peak is reached. transient: above that, for a moment. dispatch: the send
-    and receive buffers of one exchange of a MoE layer, part of transient.
+    held: kept for backward at the schedule's peak. transient: above that, for a moment. dispatch: buffers of one
+    exchange of a MoE layer, counted in transient too.
     """
 
     weights: int
@@ -74,15 +74,7 @@ class Memory:
 
 
 def dry_run(config: PretrainConfig) -> str:
-    """Plan the configured rank of the configured layout.
-
-    Args:
-        config: `rank` says which one.
-    Returns:
-        A table for the terminal.
-    Raises:
-        ValueError: there is no such rank.
-    """
+    """Plan rank `config.rank` of the configured layout; returns tables for the terminal."""
     layout = config.layout
     if not 0 <= config.rank < layout.world:
         raise ValueError(f"rank={config.rank} is not one of the {layout.world} ranks: use 0 to {layout.world - 1}")
@@ -98,43 +90,63 @@ def dry_run(config: PretrainConfig) -> str:
         points = ramp_points(
             config.schedule, layout, config.run.micro_batch_sequences, functools.cache(idle.most_in_flight)
         )
-        memory = measure(config, mesh, num_micro_batches=_enough(points, layout))
+        # The full batch's peak: more micro-batches only repeat the same round. Fewer may have more in flight, but
+        # weight gradients that wait for their slot hold more than the activations that they replace, and most of them
+        # wait from 2 pp - 1 micro-batches on. One more lets a receive buffer meet them.
+        memory = measure(config, mesh, num_micro_batches=min(2 * layout.pp, points[-1].micro_batches))
     finally:
         dist.destroy_process_group()
-    lines = [
-        *_place(config, mesh, parts),
-        "",
-        *_memory_table(memory),
-        "",
-        *_ramp_table(points),
-        "",
-        *_work_table(config, mesh, parts.values(), points[-1]),
-        "",
-        f"planned in {time.perf_counter() - started:.0f} s",
+    tables = [
+        _position(config, mesh, parts),
+        _memory_table(memory),
+        _ramp_table(points),
+        _work_table(config, mesh, parts.values(), points[-1]),
+        [f"planned in {time.perf_counter() - started:.0f} s"],
     ]
-    return "\n".join(lines)
+    return "\n\n".join("\n".join(table) for table in tables)
 
 
-def _enough(points: list[RampPoint], layout: Layout) -> int:
-    """Micro-batches at which the full batch's peak is reached: more only repeat the same round.
+@dataclass(frozen=True)
+class RampPoint:
+    """One point of the ramp; in_flight: the most micro-batches that one rank holds, counted by stage."""
 
-    What is in flight may be most with fewer; but weight gradients that wait for their slot hold more than the
-    activations that they replace, and most of them wait from 2 pp - 1 micro-batches on. One more lets a receive buffer
-    meet them.
+    what: str
+    tokens_seen: int
+    batch_sequences: int
+    micro_batches: int
+    in_flight: int
+
+
+def ramp_points(
+    schedule: ScheduleConfig, layout: Layout, micro_batch_sequences: int, most_in_flight: Callable[[int], int]
+) -> list[RampPoint]:
+    """First step, first step whose micro-batches fill the pipeline, first step of the full batch; equal ones are one.
+
+    `most_in_flight` maps the micro-batches of a step to the most that a rank holds (`Pipeline.most_in_flight`).
     """
-    return min(2 * layout.pp, points[-1].micro_batches)
+
+    def point(what: str, tokens_seen: int) -> RampPoint:
+        batch = at(schedule, step=0, tokens_seen=tokens_seen).batch_sequences
+        count = batch // layout.dp // micro_batch_sequences
+        return RampPoint(what, tokens_seen, batch, count, most_in_flight(count))
+
+    first, last = point("first step", 0), point("full batch", schedule.batch_ramp_tokens)
+    fills = last.in_flight
+    points = [first]
+    if first.in_flight < fills:
+        # The batch grows with tokens, so halving finds the first token count with enough micro-batches.
+        low, high = 0, schedule.batch_ramp_tokens
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if point("", middle).in_flight >= fills else (middle, high)
+        points.append(point("pipeline full from here", high))
+    if last.batch_sequences > points[-1].batch_sequences:
+        points.append(last)
+    return points
 
 
 def measure(config: PretrainConfig, mesh: Mesh, *, num_micro_batches: int) -> Memory:
-    """Build this rank's parts of fake tensors, run one step, and count.
-
-    Args:
-        config: of the run.
-        mesh: under the fake process group.
-        num_micro_batches: of the step.
-    Returns:
-        Memory, at the peak over the step.
-    """
+    """Build this rank's stages of fake tensors, run one step, and count; `mesh` is of the fake process group."""
     traffic = Traffic()
     precision = config.precision
     dispatcher = None
@@ -152,7 +164,7 @@ def measure(config: PretrainConfig, mesh: Mesh, *, num_micro_batches: int) -> Me
         for stage in stages.values():
             if config.run.recompute:
                 recompute_up_projections(stage.model)
-        # The moving average lives in CPU memory and is not counted.
+        # The moving average is stored in CPU memory and not counted.
         engine = assemble(stages, replace(config.optim, ema_decay=None), mesh)
         state = live.now
         gradients = sum(bucket.grad_bytes for bucket in engine.optimizer.buckets)
@@ -178,11 +190,7 @@ def measure(config: PretrainConfig, mesh: Mesh, *, num_micro_batches: int) -> Me
 
 
 def _run_step(config: PretrainConfig, engine: Engine, live: LiveBytes, num_micro_batches: int) -> int:
-    """One step of the schedule on fake tensors.
-
-    Returns:
-        Bytes alive after the forward at which most is held.
-    """
+    """Run one step of the schedule; returns the bytes alive after the forward at which most is held."""
     shape = (num_micro_batches * config.run.micro_batch_sequences, config.data.sequence_length)
     inputs = {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
     now = at(config.schedule, step=0, tokens_seen=0)
@@ -218,23 +226,22 @@ def _fp8_copy(parameter: Tensor) -> tuple[Tensor, ...]:
 
 
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages of some tensors."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
-def _place(config: PretrainConfig, mesh: Mesh, parts: dict[int, Part]) -> list[str]:
+def _position(config: PretrainConfig, mesh: Mesh, parts: dict[int, Part]) -> list[str]:
     layout: Layout = mesh.layout
     held = held_by(config.model, parts.values())
     local = config.model.n_routed_experts // layout.ep
     first = mesh.ep.rank * local
     count = parameters(weights(config.model, held, ep=layout.ep))
-    holds = [f"stage {index}: {_layers(part)}" for index, part in parts.items()]
+    holds = "; ".join(f"stage {index}: {_layers(part)}" for index, part in parts.items())
     where = f"node {mesh.rank // layout.ranks_per_node}, pipeline rank {mesh.pp.rank} of {layout.pp}"
     dense, experts = count.dense / 1e9, count.expert / 1e9
     return [
         f"rank {mesh.rank} of {layout.world}: {where}, data rank {mesh.dp.rank} of {layout.dp}",
-        f"holds {'; '.join(holds)}; experts {first}-{first + local - 1} of {config.model.n_routed_experts}",
+        f"holds {holds}; experts {first}-{first + local - 1} of {config.model.n_routed_experts}",
         f"parameters {dense + experts:.3f} B: dense {dense:.3f} B, experts {experts:.3f} B",
     ]
 
@@ -276,7 +283,6 @@ def _ramp_table(points: list[RampPoint]) -> list[str]:
 
 
 def _work_table(config: PretrainConfig, mesh: Mesh, parts: Iterable[Part], point: RampPoint) -> list[str]:
-    """FLOPs and bytes of one step at a point of the ramp."""
     model, layout, name = config.model, mesh.layout, config.precision.name
     held = held_by(model, parts)
     table = weights(model, held, ep=layout.ep)
