@@ -10,13 +10,18 @@ sentence and exit code 2.
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -40,6 +45,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def bytes_of(size: str) -> int:
+    """'5GB' -> 5000000000; a ValueError where it is no size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", size)
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
+        raise ValueError(f"--shard-size {size} is no size: write 5GB or 500MB")
+    return max(1, int(float(match[1]) * _UNITS[match[2].upper()]))
+
+
 def transformers_logits(folder: Path, ids: Tensor, dequantised: dict[str, Tensor] | None) -> Tensor:
     """What `transformers` computes in FP32 from a folder, or with its values given: -> [sequences, tokens, vocab]."""
     try:
@@ -58,15 +71,55 @@ def transformers_logits(folder: Path, ids: Tensor, dequantised: dict[str, Tensor
     return cast("Tensor", model.eval()(input_ids=ids).logits)
 
 
+def run_export(options: argparse.Namespace) -> Iterator[str]:
+    """Export and, if asked, prove it; yields lines for the user as the work goes on."""
+    from train.huggingface import export, verify, weights
+
+    if options.logits and not options.verify:
+        raise ValueError("--logits is a part of --verify: give both")
+    source = weights.open_weights(options.source, options.weights)
+    yield from source.notes
+    if options.verify and isinstance(source, weights.CheckpointReader):
+        source.verify()  # what is compared with a damaged source proves nothing
+    asked = export.ExportOptions(options.format, options.weights, bytes_of(options.shard_size), options.tokenizer)
+    started = time.perf_counter()
+    done = export.export(source, options.out, asked)
+    seconds = time.perf_counter() - started
+    yield f"{options.out}: {source.path} as {options.format}, {done.plan.summary()}"
+    yield f"  {done.written} files written now, {seconds:.1f} s"
+    if not done.has_tokenizer:
+        yield "  without a tokeniser: the source names none; add one with --tokenizer"
+    if done.plan.cut_blocks:
+        yield f"  {len(done.plan.cut_blocks)} FP8 weights have other blocks than in training (no multiples of 128 rows)"
+    if options.verify:
+        yield f"  verified: {verify.verify_export(source, options.out, done.plan).summary()}"
+    if options.logits:
+        gap = verify.compare_logits(source, options.out, transformers_logits)
+        yield f"  logits, relative: {gap.to_oracle:.1e} to transformers, {gap.to_source:.1e} to the source's weights"
+
+
+def run_import(options: argparse.Namespace) -> Iterator[str]:
+    """Import and, if asked, prove it; yields lines for the user as the work goes on."""
+    from train.huggingface import import_weights, reader, verify
+
+    if not options.source.is_dir():
+        raise ValueError(f"there is no folder {options.source}: name a Hugging Face model's folder")
+    source = reader.HfReader(options.source)
+    yield from source.notes
+    shard_bytes, started = bytes_of(options.shard_size), time.perf_counter()
+    done = import_weights.import_hf(source, options.out, dtype=options.dtype, shard_bytes=shard_bytes)
+    seconds, size = time.perf_counter() - started, sum(file.stat().st_size for file in done.path.iterdir())
+    yield f"{done.path}: {source.path}, weights only, {size:,} bytes"
+    yield f"  {done.written} files written now, {seconds:.1f} s"
+    if options.verify:
+        yield f"  verified: {verify.verify_import(source, done.path).summary()}"
+
+
 def main(arguments: list[str]) -> int:
     """Convert as the command line says; returns the exit code."""
     options = parse(arguments)
-    # Imported late: --help should not wait for torch.
-    from train.huggingface.convert import run_export, run_import
-
     try:
-        lines = run_import(options) if options.direction == "import" else run_export(options, transformers_logits)
-        for line in lines:
+        for line in {"export": run_export, "import": run_import}[options.direction](options):
             print(line, flush=True)
     except (ValueError, OSError) as error:
         print(f"convert: {error}", file=sys.stderr)
