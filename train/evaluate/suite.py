@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.data.strict_json import strict_json
+from train.data.store import strict_json
 from train.evaluate.benchmarks import Task, choose_tasks
 from train.evaluate.choice import examples_for, requests_of, score_choices
 from train.evaluate.exact import Attempts, examples_of, score_exact

@@ -37,19 +37,12 @@ ROWS_ELEMENTS = 4 * 1024**2
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to export.
-
-    Args:
-        format: of the folder.
-        weights: which values the source gives, 'model', 'master' or 'ema'; part of the conversion's identity.
-        shard_bytes: size at which a file is closed.
-        tokenizer: its file; None: the source's own, if it has one.
-    """
+    """How to export."""
 
     format: Format = "bf16"
-    weights: str = "model"
+    weights: str = "model"  # which values the source gives: part of the conversion's identity
     shard_bytes: int = 5 * 10**9
-    tokenizer: Path | None = None
+    tokenizer: Path | None = None  # None: the source's own, if it has one
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,10 @@
     HfReader -> chunks of rows -> shards in a hidden folder -> state.json, tokenizer.json, manifest.json -> published
 
 The checkpoint holds weights only (`model.*`) in the dtypes of training: BF16 with an FP32 router, or all FP32. FP8
-weights become payload x scale, rounded to BF16 unless FP32 is asked for. `weights.py` reads it like any other (score,
-generate, export) and `dcp.load` fills a model from it; the trainer refuses to *resume* from it, since an optimizer's
-state is not there.
+weights become payload x scale, rounded to BF16 unless FP32 is asked for. It is read like any other (score, generate,
+export, `dcp.load`); the trainer refuses to *resume* from it, since it has no optimizer state.
 
-Large stacks of experts are cut into chunks of whole experts, so no file need hold one tensor whole. Interrupted, the
-same command goes on (`safetensors_files.py`); the checkpoint appears at once when it is whole (`publish.py`).
+Large tensors are cut into chunks of whole rows or experts. Interrupted, the same command goes on.
 
 Shapes: [rows, in], or [experts, out, in] of a stack; rows are of the first dim.
 """

@@ -47,16 +47,7 @@ _SHARED_COPIES = {"embed_tokens.weight": "embed_tokens.weight", "shared_head.hea
 
 
 class ReleasedTensor(NamedTuple):
-    """A tensor of the released layout as rows of one of ours.
-
-    Args:
-        name: released.
-        source: ours.
-        expert: which matrix of a stack; None where ours is no stack.
-        start: first row, of ours or of the expert's matrix.
-        stop: row after the last.
-        shape: released.
-    """
+    """A released tensor: rows `start` to `stop` of our tensor `source`, or of one expert's matrix in that stack."""
 
     name: str
     source: str
@@ -144,19 +135,12 @@ def shapes_of(config: ModelConfig, precision: Precision) -> dict[str, tuple[tupl
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Everything that an export writes.
-
-    Args:
-        format: of the folder.
-        dtypes: our name -> safetensors dtype.
-        files: name of a file -> its weights, in order; weight and scales are always in one file.
-        cut_blocks: released E4M3 weights whose blocks are not those of training's forward.
-    """
+    """Everything that an export writes; weight and scales are always in one file."""
 
     format: Format
-    dtypes: dict[str, str]
+    dtypes: dict[str, str]  # our name -> safetensors dtype
     files: dict[str, tuple[ReleasedTensor, ...]]
-    cut_blocks: tuple[str, ...]
+    cut_blocks: tuple[str, ...]  # released E4M3 weights whose blocks are not those of training's forward
 
     @cached_property
     def shards(self) -> tuple[ShardFile, ...]:
@@ -183,7 +167,7 @@ class ExportPlan:
         }
 
     def summary(self) -> str:
-        """Elements by dtype, number of files and bytes, for the user."""
+        """One line for the user."""
         counts = ", ".join(f"{count:,} {dtype}" for dtype, count in sorted(self.elements().items()))
         return f"{counts} in {len(self.files)} files, {self.index()['metadata']['total_size']:,} bytes"
 

@@ -52,10 +52,6 @@ class StoredTensor(NamedTuple):
 class HfReader:
     """A Hugging Face folder as a `WeightSource`.
 
-    Attributes:
-        stored: released name -> file, dtype, shape.
-        notes: what a user should know of what was found, one sentence each.
-        trained_on: how samples of its training looked, if it is an export of ours.
     Raises:
         ValueError: something in the folder is missing, damaged or beyond this model; named.
     """

@@ -2,13 +2,12 @@
 
     header (computed from the plan) -> bytes of each tensor at its offset -> fsync -> sha256 -> rename -> journal
 
-A safetensors file is 8 bytes of header length, a JSON header {name: dtype, shape, data_offsets} and the tensors' bytes
-without gaps. Dtypes and shapes are known beforehand: the header is written first, values follow in chunks of any size,
-and only one chunk is in memory. Wide dtypes come first in a file, which keeps every tensor aligned.
+A file is 8 bytes of header length, a JSON header {name: dtype, shape, data_offsets} and the tensors without gaps.
+The header is known beforehand and written first, values follow in chunks of any size, one of them in memory.
 
 A file gets its own name only when it is whole and on the disk; the journal then records its size and sha256. A
-conversion that was killed at any moment is resumed by the same command: files that the journal lists and whose hash is
-still right are kept, the others are written again, and the result has the same bytes.
+conversion killed at any moment is resumed by the same command: files that the journal lists and whose hash is right are
+kept, the others are written again, and the result has the same bytes.
 """
 
 from __future__ import annotations
@@ -70,12 +69,7 @@ Produce = Callable[[ShardFile], Iterator[tuple[str, Tensor]]]
 
 
 class OpenFiles:
-    """Memory-mapped files of a folder, `OPEN_FILES` at most at a time.
-
-    Args:
-        folder: of the files.
-        damaged: (file, error) -> what to raise for a file that cannot be opened.
-    """
+    """Memory-mapped files of a folder, at most `OPEN_FILES`; `damaged` makes the error of one that cannot be opened."""
 
     def __init__(self, folder: Path, damaged: Callable[[Path, Exception], ValueError]) -> None:
         self._folder, self._damaged = folder, damaged
@@ -97,11 +91,7 @@ class OpenFiles:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file of a folder to convert.
-
-    Raises:
-        ValueError: it is missing or not JSON.
-    """
+    """The value of a JSON file of a folder to convert; a ValueError names one that is missing or not JSON."""
     # Not `publish.read_json`: its message asks the user to delete a checkpoint.
     try:
         return json.loads(path.read_bytes())
@@ -135,6 +125,7 @@ def header_of(file: ShardFile) -> tuple[bytes, dict[str, tuple[int, int]]]:
         metadata |= {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
     fields: dict[str, Any] = {"__metadata__": metadata}
     position = 0
+    # Wide dtypes first: every tensor is aligned.
     for tensor in sorted(file.tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize):
         end = position + tensor.num_bytes
         fields[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}

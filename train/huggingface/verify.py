@@ -4,10 +4,9 @@
     tensors    names, dtypes, shapes and files exactly those of the plan; index and headers agree; nothing surplus
     values     of every tensor of ours some rows, or one expert, read back from the files: FP32 equal, BF16 equal after
                one rounding, FP8 within half a step of E4M3 (rounding is to nearest; a wrong payload is off by more)
-    logits     optional: another implementation of the model reads the folder and computes the same
+    logits     optional: another implementation of the model reads the folder and computes the same; this alone proves
+               the name mapping, which export and verification share
 
-Values are found by the name mapping that the export used (`names.py`); what proves the mapping itself is the logits of
-another implementation. Which rows are looked at depends on a tensor's name only: a verification can be repeated.
 Shapes: rows [rows, in] or [1, out, in]; logits [sequences, tokens, vocab].
 """
 
@@ -47,14 +46,7 @@ Oracle = Callable[[Path, Tensor, dict[str, Tensor] | None], Tensor]
 
 @dataclass(frozen=True)
 class Verified:
-    """What was looked at.
-
-    Args:
-        files: hashed.
-        tensors: of ours, each by some rows.
-        values: compared.
-        worst_step: largest error of an FP8 value, in steps of E4M3; 0 without FP8.
-    """
+    """Numbers of files hashed, of our tensors and of values compared; largest FP8 error in steps of E4M3, 0 without."""
 
     files: int
     tensors: int
@@ -62,7 +54,7 @@ class Verified:
     worst_step: float
 
     def summary(self) -> str:
-        """What was looked at, for the user."""
+        """One line for the user."""
         steps = f", FP8 within {self.worst_step:.3f} steps of E4M3" if self.worst_step else ""
         return f"{self.files} files by hash, {self.tensors} tensors by name and shape, {self.values:,} values{steps}"
 
@@ -105,7 +97,7 @@ def _check_hashes(out: Path, plan: ExportPlan) -> int:
 
 
 def sampled_rows(name: str, shape: tuple[int, ...]) -> range:
-    """The rows of our tensor `name` that are compared: up to 128 wherever its name says, of a stack one expert."""
+    """The rows of our tensor `name` that are compared, up to 128, or one expert; they depend on the name only."""
     count = 1 if len(shape) == 3 else min(TILE, shape[0])
     first = zlib.crc32(name.encode()) % (shape[0] - count + 1)
     return range(first, first + count)

@@ -3,9 +3,8 @@
     open_weights(path) -> WeightSource      a run's folder, one checkpoint, or a Hugging Face folder
     load_model(source) -> Transformer       the whole model in one process, for evaluation and generation
 
-Nothing is kept: a tensor, or a range of its rows, is joined from the chunks that the ranks saved (the shards' headers
-have their offsets) and returned, so memory is bounded by the largest read, whatever the model's size.
-Weights have our names (`Transformer.state_dict()`) and are of one of three kinds:
+A tensor, or a range of its rows, is joined from the chunks that the ranks saved (the shards' headers have their
+offsets); memory is bounded by the largest read. Weights are of one of three kinds:
 
     model    the parameters as the forward pass uses them
     master   the FP32 values that the optimizer updates
@@ -93,11 +92,9 @@ class SavedChunk(NamedTuple):
 class CheckpointReader:
     """A published checkpoint as a `WeightSource`.
 
-    Args:
-        path: the checkpoint's folder, `.../checkpoints/step_00000010`.
-        kind: which values of a weight; buffers, and FP32 parameters, which are their own masters, are the model's.
-    Attributes:
-        state: the JSON saved with it: `config`, `identity`, `train_state`.
+    Of any kind, buffers and FP32 parameters, which are their own masters, are the model's. `state` is the JSON saved
+    with it: `config`, `identity`, `train_state`.
+
     Raises:
         ValueError: a file is missing or has another size than the manifest says, or the run kept no moving average.
     """
