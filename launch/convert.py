@@ -3,8 +3,7 @@
     python launch/convert.py export runs/tiny_fp8 out/ --format fp8 --verify
     python launch/convert.py import out/ runs/imported --verify
 
-Interrupted, the same command goes on. What is mapped and proved: docs/hugging_face.md. Bad input ends with one
-sentence and exit code 2.
+Interrupted, the same command goes on. What is mapped and proved: docs/hugging_face.md. Bad input: exit code 2.
 """
 
 from __future__ import annotations
@@ -87,10 +86,7 @@ def run_export(options: argparse.Namespace) -> Iterator[str]:
     seconds = time.perf_counter() - started
     yield f"{options.out}: {source.path} as {options.format}, {done.plan.summary()}"
     yield f"  {done.written} files written now, {seconds:.1f} s"
-    if not done.has_tokenizer:
-        yield "  without a tokeniser: the source names none; add one with --tokenizer"
-    if done.plan.cut_blocks:
-        yield f"  {len(done.plan.cut_blocks)} FP8 weights have other blocks than in training (no multiples of 128 rows)"
+    yield from (f"  {note}" for note in done.notes)
     if options.verify:
         yield f"  verified: {verify.verify_export(source, options.out, done.plan).summary()}"
     if options.logits:

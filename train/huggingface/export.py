@@ -53,6 +53,14 @@ class Exported:
     written: int
     has_tokenizer: bool
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of it, one sentence each."""
+        notes = [] if self.has_tokenizer else ["without a tokeniser: the source names none; add one with --tokenizer"]
+        if cut := len(self.plan.cut_blocks):
+            notes.append(f"{cut} FP8 weights have other blocks than in training (no multiples of 128 rows)")
+        return notes
+
 
 def export(source: WeightSource, out: Path, options: ExportOptions) -> Exported:
     """Write a Hugging Face folder, or finish one that was begun.
