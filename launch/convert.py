@@ -1,9 +1,7 @@
-"""Convert models between our checkpoints and the released Hugging Face layout.
+"""Convert between our checkpoints and the released Hugging Face layout: docs/hugging_face.md. Bad input: exit code 2.
 
-    python launch/convert.py export runs/tiny_fp8 out/ --format fp8 --verify
-    python launch/convert.py import out/ runs/imported --verify
-
-Interrupted, the same command goes on. What is mapped and proved: docs/hugging_face.md. Bad input: exit code 2.
+python launch/convert.py export runs/tiny_fp8 out/ --format fp8 --verify
+python launch/convert.py import out/ runs/imported --verify         interrupted, the same command goes on
 """
 
 from __future__ import annotations
@@ -15,16 +13,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Read the command line."""
     parser = argparse.ArgumentParser(prog="convert", description="Convert to and from Hugging Face's layout.")
     directions = parser.add_subparsers(dest="direction", required=True)
     out = directions.add_parser("export", help="write a Hugging Face folder")
@@ -45,14 +39,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def bytes_of(size: str) -> int:
-    """'5GB' -> 5000000000; a ValueError where it is no size."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", size)
     if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
         raise ValueError(f"--shard-size {size} is no size: write 5GB or 500MB")
     return max(1, int(float(match[1]) * _UNITS[match[2].upper()]))
 
 
-def transformers_logits(folder: Path, ids: Tensor, dequantised: dict[str, Tensor] | None) -> Tensor:
+def transformers_logits(folder: Path, ids: Any, dequantised: dict[str, Any] | None) -> Any:
     """What `transformers` computes in FP32 from a folder, or with its values given: -> [sequences, tokens, vocab]."""
     try:
         import torch
@@ -67,11 +60,10 @@ def transformers_logits(folder: Path, ids: Tensor, dequantised: dict[str, Tensor
         del config.quantization_config
     named: dict[str, Any] = {"config": config, "dtype": torch.float32, "state_dict": dequantised}
     model: Any = DeepseekV3ForCausalLM.from_pretrained(folder if dequantised is None else None, **named)
-    return cast("Tensor", model.eval()(input_ids=ids).logits)
+    return model.eval()(input_ids=ids).logits
 
 
 def run_export(options: argparse.Namespace) -> Iterator[str]:
-    """Export and, if asked, prove it; yields lines for the user as the work goes on."""
     from train.huggingface import export, verify, weights
 
     if options.logits and not options.verify:
@@ -95,7 +87,6 @@ def run_export(options: argparse.Namespace) -> Iterator[str]:
 
 
 def run_import(options: argparse.Namespace) -> Iterator[str]:
-    """Import and, if asked, prove it; yields lines for the user as the work goes on."""
     from train.huggingface import import_weights, reader, verify
 
     if not options.source.is_dir():

@@ -6,6 +6,8 @@ import dataclasses
 import math
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from hypothesis import strategies as st
 
 import train.config
 from train.config import CONFIGS, ConfigError, PretrainConfig, build, compose, to_yaml
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # Overrides -> what the sentence must say: the key as given and the nearest valid name, or the cure.
 MISTAKES = {
@@ -310,3 +314,11 @@ def test_a_scalar_keeps_its_value_or_is_refused(kind: type, value: object) -> No
     else:
         with pytest.raises(ConfigError, match=r"^a\.b="):
             build(kind, value, "a.b")
+
+
+def test_reading_a_configuration_loads_no_machinery() -> None:
+    """Their imports cost as much as torch's own; a fresh process, for tests have loaded both."""
+    heavy = ("torch.distributed.checkpoint", "torch.distributed.pipelining")
+    program = f"import sys, train.config; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "[]\n"

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from parallel.layout_check import check_world
+from parallel.layout import check_world
 from train.config import CONFIGS, PretrainConfig, compose
 from train.model.config import ModelConfig
 from train.model.precision import Precision

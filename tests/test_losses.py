@@ -14,7 +14,7 @@ from train.assemble import build_engine
 from train.data.batch import IGNORE_INDEX, Batch
 from train.losses import LossWeights, attach_loss, balance_sum, loss_sums
 from train.model.precision import Precision
-from train.optim.adamw import OptimConfig
+from train.optim.config import OptimConfig
 from train.schedules import Now
 from train.step import Engine, StepGradients, compute_gradients
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from parallel.expert import ExpertParallelDispatcher
+from parallel.layout import num_stages, schedule_facts, stage_ids
 from parallel.mesh import Mesh, cpu_group, single
-from parallel.pieces import Piece
 from parallel.pipeline import Pipeline, balanced_split, balanced_v
-from parallel.schedules import num_stages, schedule_facts, stage_ids
+from parallel.shards import LocalShard, Shard
 from parallel.zero import GradientBuckets
 from train.checkpoint.publish import published
 from train.config import PretrainConfig
@@ -34,7 +34,8 @@ from train.model.moe import Experts, TokenDispatcher
 from train.model.precision import Precision
 from train.model.sizes import layer_costs, parameter_counts
 from train.model.transformer import Part, Transformer, recompute_up_projections
-from train.optim.adamw import AdamW, OptimConfig, Within
+from train.optim.adamw import AdamW
+from train.optim.config import OptimConfig
 from train.optim.ema import Ema
 from train.stage import Stage
 from train.step import Engine
@@ -155,13 +156,13 @@ def build_optimizer(models: list[Transformer], config: OptimConfig, mesh: Mesh) 
     dense: dict[str, nn.Parameter] = {}
     experts: dict[str, nn.Parameter] = {}
     tied: dict[str, nn.Parameter] = {}
-    within: dict[str, Within] = {}
+    flat_shards: dict[str, Shard] = {}
     for model in models:
-        pieces = expert_pieces(model)
+        shards = expert_shards(model)
         for name, parameter in model.named_parameters():
-            if name in pieces:
+            if name in shards:
                 experts[name] = parameter
-                within[name] = _flat(pieces[name])
+                flat_shards[name] = shards[name].shard.flatten()
             elif name.startswith("embed_tokens") and mesh.tied.size > 1:
                 tied[name] = parameter
             else:
@@ -174,19 +175,19 @@ def build_optimizer(models: list[Transformer], config: OptimConfig, mesh: Mesh) 
             tied.items(), axis=mesh.dp, sharded=sharded, tied=mesh.tied, counts_in_norm=mesh.tied.rank == 0
         ),
     ]
-    return AdamW(buckets, config, within)
+    return AdamW(buckets, config, flat_shards)
 
 
-def expert_pieces(model: Transformer) -> dict[str, Piece]:
-    """Parameter name -> where its experts lie among all experts of the layer."""
-    pieces: dict[str, Piece] = {}
+def expert_shards(model: Transformer) -> dict[str, LocalShard]:
+    """Parameter name -> this rank's experts as a shard of all experts of the layer."""
+    shards: dict[str, LocalShard] = {}
     for module_name, module in model.named_modules():
         if isinstance(module, Experts):
             for leaf, parameter in module.named_parameters():
                 shape = (model.config.n_routed_experts, *parameter.shape[1:])
                 offset = (module.first_expert, *(0 for _ in shape[1:]))
-                pieces[f"{module_name}.{leaf}"] = Piece(parameter.detach(), shape, offset)
-    return pieces
+                shards[f"{module_name}.{leaf}"] = LocalShard.at(parameter.detach(), shape, offset)
+    return shards
 
 
 # What may differ between a model and the one whose weights it begins with.
@@ -230,21 +231,15 @@ def fill(model: Transformer, source: WeightSource) -> None:
     Raises:
         ValueError: it lacks another tensor; named.
     """
-    held, pieces = set(source.names()), expert_pieces(model)
+    held, shards = set(source.names()), expert_shards(model)
     for name, target in model.state_dict().items():
         if name not in held and name.startswith("mtp."):
             continue
         if name not in held:
             raise ValueError(f"{source.path} lacks {name}: it is incomplete; fetch or export it again")
-        first = pieces[name].offset[0] if name in pieces else 0
+        first = shards[name].shard.offsets[0] if name in shards else 0
         # In place, so that the weight's version rises and its FP8 copy is made anew.
         target.copy_(source.read(name, range(first, first + len(target))))
-
-
-def _flat(piece: Piece) -> Within:
-    """The same place in the flattened global tensor."""
-    per_expert = piece.local[0].numel()
-    return Within(first=piece.offset[0] * per_expert, global_numel=piece.global_shape[0] * per_expert)
 
 
 def build_engine(
@@ -282,19 +277,27 @@ def assemble(stages: dict[int, Stage], optim: OptimConfig, mesh: Mesh) -> Engine
     return Engine(mesh=mesh, stages=stages, pipeline=pipeline, optimizer=optimizer, ema=ema)
 
 
-def build(config: PretrainConfig, mesh: Mesh | None = None, *, stores: Stores | None = None) -> Parts:
+def build(
+    config: PretrainConfig,
+    mesh: Mesh | None = None,
+    *,
+    stores: Stores | None = None,
+    source: WeightSource | None = None,
+) -> Parts:
     """Everything a run needs on this rank.
 
     Args:
         config: checked.
         mesh: of its layout; None for one process.
-        stores: what `open_stores` gave, if it was called before.
+        stores: what `open_stores` gave; None opens stores and source here.
+        source: with `stores`, what `first_weights` gave.
     Raises:
         ValueError: a store or the device does not fit the configuration; says what to do.
     """
     mesh = mesh or single(choose_device(config.run.device))
-    stream, heldout = stores or open_stores(config)
-    run, source = config.run, first_weights(config)
+    if stores is None:
+        stores, source = open_stores(config), first_weights(config)
+    (stream, heldout), run = stores, config.run
     set_determinism(seed=run.seed, deterministic=run.deterministic, threads=run.threads)
     engine = build_engine(
         config.model, config.precision, config.optim, mesh, seed=run.seed, recompute=run.recompute, source=source
@@ -302,13 +305,13 @@ def build(config: PretrainConfig, mesh: Mesh | None = None, *, stores: Stores | 
     return Parts(engine=engine, stream=stream, heldout=heldout, checkpoint_group=cpu_group(timeout_s=SAVE_TIMEOUT_S))
 
 
-def checkpoint_tensors(engine: Engine) -> dict[str, Tensor | Piece]:
+def checkpoint_tensors(engine: Engine) -> dict[str, Tensor | LocalShard]:
     """This rank's part of a run's tensors, by name: live ones, so that loading a checkpoint fills them in place."""
-    model: dict[str, Tensor | Piece] = {}
+    model: dict[str, Tensor | LocalShard] = {}
     for part in engine.models:
-        model |= {f"model.{name}": tensor for name, tensor in (part.state_dict() | expert_pieces(part)).items()}
-    optimizer = {f"optim.{name}": piece for name, piece in engine.optimizer.state_pieces().items()}
-    average = engine.ema.state_pieces() if engine.ema else {}
+        model |= {f"model.{name}": tensor for name, tensor in (part.state_dict() | expert_shards(part)).items()}
+    optimizer = {f"optim.{name}": shard for name, shard in engine.optimizer.state_shards().items()}
+    average = engine.ema.state_shards() if engine.ema else {}
     return model | optimizer | average
 
 

@@ -1,13 +1,12 @@
-"""One pipeline stage: a part of the model with the losses that arise on it, and the tally of a step.
+"""One pipeline stage: its layers with the losses that arise on it, and the sums of a step.
 
     hidden of the stage before -> layers -> hidden for the stage after       (a balance loss is attached to it)
-    ... on the stage that ends:  -> sum of main, MTP and its own balance losses
+    ... on the last stage:       -> sum of main, MTP and its own balance losses
 
-A whole model in one process is a stage that both begins and ends. Every rank of a pipeline reads the same micro-batch
-from the store, so token ids and labels never travel between stages; only `hidden` does.
+A whole model in one process is the first and the last stage. Every rank of a pipeline reads the same micro-batch from
+the store: token ids and labels never travel between stages, only `hidden` does.
 
-Shapes: hidden [sequences, tokens, hidden]. Not here: schedules and transport (`parallel/pipeline.py`), the update
-(`train/step.py`).
+Shapes: hidden [sequences, tokens, hidden].
 """
 
 from __future__ import annotations
@@ -27,18 +26,17 @@ from train.model.transformer import Transformer
 
 
 class Tally:
-    """What a step's micro-batches add up to, for the log and the bias update; stays on the device.
+    """Sums over a step's micro-batches, for the log and the bias update; stays on the device.
 
-    losses [1 + D] FP32: sums of main and MTP losses, nats. balance [layers] FP32, counts [layers, experts] int64: one
-    row per MoE layer of the *whole* model, MTP layers last; rows of layers that live elsewhere stay 0, so that a sum
-    over all ranks completes them. Each layer lies on one stage, and the ranks of a stage hold different tokens.
+    One row per MoE layer of the *whole* model, MTP layers last. Rows of layers on other stages stay 0: a sum over all
+    ranks completes them.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        self.layer_ids = [i for i in (*config.layer_ids, *config.mtp_layer_ids) if config.is_moe(i)]
+        self.layer_ids = config.moe_layer_ids
         self.row_of = {layer_id: row for row, layer_id in enumerate(self.layer_ids)}
         layers, depths = len(self.layer_ids), config.num_nextn_predict_layers
-        self.losses = torch.zeros(1 + depths, dtype=torch.float32, device=device)
+        self.losses = torch.zeros(1 + depths, dtype=torch.float32, device=device)  # main and MTP, nats
         self.balance = torch.zeros(layers, dtype=torch.float32, device=device)
         self.counts = torch.zeros(layers, config.n_routed_experts, dtype=torch.int64, device=device)
 
@@ -61,11 +59,7 @@ class Tally:
 
 
 class Stage(nn.Module):
-    """A part of the model as a pipeline schedule calls it.
-
-    `begin` gives it the step's weights and tally; then `forward` runs once per micro-batch, the first one under the
-    step's probe if there is one.
-    """
+    """A stage of the model as a pipeline schedule calls it: `begin` once a step, `forward` once per micro-batch."""
 
     weights: LossWeights
     tally: Tally
@@ -76,7 +70,7 @@ class Stage(nn.Module):
         self.model = model
 
     def begin(self, weights: LossWeights, tally: Tally, probe: Probe | None = None) -> None:
-        """Start a step."""
+        """Start a step; its first micro-batch runs under the probe if there is one."""
         self.weights, self.tally, self.probe = weights, tally, probe
 
     def forward(
@@ -85,12 +79,10 @@ class Stage(nn.Module):
         """One micro-batch.
 
         Args:
-            inbound: hidden of the stage before; not read where the part begins.
-            input_ids: [sequences, tokens] int64.
-            labels: [sequences, tokens] int64; read where the part ends.
-            document_ids: [sequences, tokens] int64 or None.
+            inbound: hidden of the stage before; not read on the first.
+            input_ids, labels, document_ids: [sequences, tokens] int64; labels are read on the last stage.
         Returns:
-            hidden for the stage after, or the total loss, a scalar, where the part ends.
+            hidden for the stage after; the total loss, a scalar, on the last.
         """
         model, probe = self.model, self.probe
         self.probe = None

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ from torch import Tensor, nn
 
 from kernels.cross_entropy import cross_entropy_sum
 from parallel.collectives import sum_over
-from parallel.consensus import Ranks
-from parallel.pieces import Piece
+from parallel.consensus import refuse_together
+from parallel.shards import LocalShard
 from train.assemble import (
     Parts,
     checkpoint_tensors,
@@ -35,15 +34,15 @@ from train.assemble import (
     store_hashes,
 )
 from train.checkpoint.dcp import Saver, latest, load
+from train.checkpoint.identity import check_same_identity, without_defaults
 from train.checkpoint.publish import published
 from train.config import PretrainConfig, to_yaml
 from train.data.batch import Batch
-from train.evaluate.score import bits_per_byte
+from train.evaluate.score import score_store
 from train.model.sizes import model_flops_per_token
 from train.observe.fp8_health import Fp8Health
 from train.observe.guards import DeadExpertGuard, TerminationGuard, TrainingStopped, check_consecutive_skips
-from train.observe.metrics import Record
-from train.observe.records import dead_experts, dense_bf16_peak, step_record
+from train.observe.metrics import Record, dead_experts, dense_bf16_peak, step_record
 from train.observe.sinks import NoSinks, Sinks, open_sinks
 from train.schedules import Now, at
 from train.stage import Stage
@@ -215,13 +214,13 @@ class Trainer:
     def evaluate(self) -> float:
         """Bits per byte of the main model on the held-out store; expert counts and biases stay as they are."""
         assert self.parts.heldout is not None
-        return bits_per_byte(
+        return score_store(
             self.negative_log_likelihood,
             self.parts.heldout,
             sequence_length=self.config.data.sequence_length,
             batch_sequences=self.config.run.micro_batch_sequences * self.mesh.dp.size,
             mask_documents=self.config.data.mask_documents,
-        )
+        ).bits_per_byte
 
     def negative_log_likelihood(self, batch: Batch) -> tuple[float, int]:
         """Sum over the batch's targets, in nats, and their number; each data rank scores its share."""
@@ -239,7 +238,7 @@ class Trainer:
         nats = torch.zeros((), dtype=torch.float64, device=self.mesh.device) if scored is None else scored
         return float(sum_over(nats, self.mesh.world)), batch.num_targets
 
-    def tensors(self) -> dict[str, Tensor | Piece]:
+    def tensors(self) -> dict[str, Tensor | LocalShard]:
         """This rank's part of the run's state, by name: live tensors, so loading fills them in place."""
         return checkpoint_tensors(self.engine) | {"rng.cpu": torch.get_rng_state()}
 
@@ -257,17 +256,18 @@ class Trainer:
             sinks.event("checkpoint", step=self.announce_step)
         self.announce_step = None
 
-    def identity(self) -> dict[str, object]:
-        """What must be the same when a checkpoint is taken up again."""
-        data = self.config.data
-        return {
-            "model": asdict(self.config.model),
-            "precision": asdict(self.config.precision),
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed; fields at their defaults are left out."""
+        config, data = self.config, asdict(self.config.data)
+        identity = {
+            "model": asdict(config.model),
+            "precision": asdict(config.precision),
             "store": store_hashes(self.parts.stream.store),
-            "seed": self.config.run.seed,
+            "seed": config.run.seed,
             # The position in the data order counts windows of this length over this stream.
-            "data": {name: getattr(data, name) for name in ("sequence_length", "fim_rate", "mask_documents")},
+            "data": {name: data[name] for name in ("sequence_length", "fim_rate", "mask_documents")},
         }
+        return without_defaults(identity)
 
     def resume(self) -> None:
         """Take up the newest whole checkpoint of this run's directory, if there is one.
@@ -286,13 +286,7 @@ class Trainer:
             return
         tensors = self.tensors()
         saved = load(path, tensors, group=self.parts.checkpoint_group)
-        for key, value in self.identity().items():
-            old = saved["identity"].get(key)
-            if old != value:
-                raise ValueError(
-                    f"{path} was saved with another {key}: {_difference(old, value)}; "
-                    "choose another run.name, or give back the old value"
-                )
+        check_same_identity(path, saved["identity"], self.identity())
         generator_state = tensors["rng.cpu"]
         assert isinstance(generator_state, Tensor)
         torch.set_rng_state(generator_state)
@@ -310,7 +304,7 @@ class Trainer:
                 f"run.resume=false, but {self.directory} already holds a run; choose another run.name or move it away"
             )
 
-        self._refuse_for(reason)
+        refuse_together(self.parts.checkpoint_group, reason)
 
     def _refuse_drawn_weights(self) -> None:
         """With `run.init_from`: weights were not read, because there are checkpoints, but none of them is whole."""
@@ -323,26 +317,7 @@ class Trainer:
                 f"the weights of run.init_from={self.config.run.init_from}"
             )
 
-        self._refuse_for(reason)
-
-    def _refuse_for(self, reason: Callable[[], str | None]) -> None:
-        """One rank looks for a reason, so that all have the same answer whatever their disks show."""
-        ranks = Ranks(self.parts.checkpoint_group)
-
-        def look(_: list[None]) -> list[None]:
-            if found := reason():
-                raise ValueError(found)
-            return [None] * ranks.size
-
-        ranks.agree(lambda: None, look)
-
-
-def _difference(old: object, new: object) -> str:
-    """The first field in which two values differ, or the values themselves."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        key = next(key for key in (*new, *old) if old.get(key) != new.get(key))
-        return f"{key} was {old.get(key)}, now {new.get(key)}"
-    return f"was {old}, now {new}"
+        refuse_together(self.parts.checkpoint_group, reason)
 
 
 def changed_fields(old: dict[str, Any], config: PretrainConfig) -> dict[str, list[object]]:

@@ -11,11 +11,10 @@ from tests.tiny_model import TINY
 from train.data.tokenizer import TextTokenizer, train_byte_level_bpe
 from train.generate.latent_cache import Decoder
 from train.generate.sampling import Sampling
-from train.generate.speculative import Completion, Request, generate
+from train.generate.speculative import Completion, GenerationRequest, generate
 from train.generate.text import (
-    Generation,
+    GenerationSettings,
     TextStream,
-    _InOrder,
     acceptance,
     continue_texts,
     device_of,
@@ -46,22 +45,24 @@ def decoder() -> Decoder:
     return Decoder(net.requires_grad_(requires_grad=False).eval())
 
 
-def test_a_stream_gives_the_text_and_never_half_a_character(tokenizer: TextTokenizer) -> None:
+def continued(
+    decoder: Decoder, tokenizer: TextTokenizer, texts: list[str], settings: GenerationSettings
+) -> tuple[list[str], str]:
+    """What is written, as it comes, and the line at the end."""
+    written: list[str] = []
+    line = continue_texts(decoder, tokenizer, texts, settings, written.append, first_id=EOS)
+    return written, line
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5])
+def test_a_stream_gives_the_text_and_never_half_a_character(tokenizer: TextTokenizer, tokens: int) -> None:
     (ids,) = tokenizer.encode_batch([TEXT])
     stream, given = TextStream(tokenizer), ""
     assert len(ids) > len(TEXT), "characters of several tokens are what is tested"
-    for token in ids:
-        given += stream.add([token])
+    for first in range(0, len(ids), tokens):
+        given += stream.add(ids[first : first + tokens])
         assert TEXT.startswith(given)
     assert given + stream.end() == TEXT
-
-
-@pytest.mark.parametrize("piece", [2, 3, 5])
-def test_a_stream_takes_several_tokens_at_once(tokenizer: TextTokenizer, piece: int) -> None:
-    (ids,) = tokenizer.encode_batch([TEXT])
-    stream = TextStream(tokenizer)
-    parts = [stream.add(ids[i : i + piece]) for i in range(0, len(ids), piece)]
-    assert "".join(parts) + stream.end() == TEXT
 
 
 def test_bytes_of_no_character_are_shown_as_the_replacement_character_once_settled(tokenizer: TextTokenizer) -> None:
@@ -77,10 +78,10 @@ def test_bytes_of_no_character_are_shown_as_the_replacement_character_once_settl
 
 def test_a_prompt_begins_with_the_start_token_and_cannot_spell_one(tokenizer: TextTokenizer) -> None:
     eos = tokenizer.special_ids.eos
-    for start in (eos, tokenizer.special_ids.bos):
-        empty, spelled = prompt_ids(["", "<｜end▁of▁sentence｜>"], tokenizer, start=start)
-        assert empty == [start]
-        assert spelled[0] == start
+    for first_id in (eos, tokenizer.special_ids.bos):
+        empty, spelled = prompt_ids(["", "<｜end▁of▁sentence｜>"], tokenizer, first_id=first_id)
+        assert empty == [first_id]
+        assert spelled[0] == first_id
     assert eos not in spelled[1:]
 
 
@@ -89,17 +90,15 @@ def test_several_prompts_are_written_in_order_each_as_alone(
     decoder: Decoder, tokenizer: TextTokenizer, drafting: bool, batch_tokens: int
 ) -> None:
     texts = ["the end", "", "cafe of the"]
-    asked = Generation(15, seed=3, sampling=Sampling(1.0), drafting=drafting, batch_tokens=batch_tokens)
-    pieces: list[str] = []
-    line = continue_texts(decoder, tokenizer, texts, asked, pieces.append, start=EOS)
+    settings = GenerationSettings(15, seed=3, sampling=Sampling(1.0), drafting=drafting, batch_tokens=batch_tokens)
+    written, line = continued(decoder, tokenizer, texts, settings)
     expected = ""
     for i, text in enumerate(texts):
-        alone: list[str] = []
-        continue_texts(decoder, tokenizer, [text], replace(asked, seed=3 + i), alone.append, start=EOS)
+        alone, _ = continued(decoder, tokenizer, [text], replace(settings, seed=3 + i))
         assert "".join(alone).startswith(text)
         expected += f"--- {i + 1} of 3 ---\n" + "".join(alone)
-    assert "".join(pieces) == expected
-    assert len(pieces) > 5, "the first prompt is written as it comes"
+    assert "".join(written) == expected
+    assert len(written) > 5, "the first prompt is written as it comes"
     assert line.startswith("45 tokens, ")
     assert ("drafts accepted" in line) == drafting
 
@@ -107,19 +106,16 @@ def test_several_prompts_are_written_in_order_each_as_alone(
 def test_text_stops_before_an_end_of_sentence_and_at_the_models_positions(
     decoder: Decoder, tokenizer: TextTokenizer
 ) -> None:
-    pieces: list[str] = []
-    line = continue_texts(decoder, tokenizer, ["the end"], Generation(max_tokens=500), pieces.append, start=EOS)
+    _, line = continued(decoder, tokenizer, ["the end"], GenerationSettings(max_tokens=500))
     assert "1 stopped at the model's 64 positions (max_position_embeddings)" in line
-    # The same model, told that the fifth of its tokens means the end.
-    (prompt,) = prompt_ids(["the end"], tokenizer, start=EOS)
-    (done,) = generate(decoder, [Request(tuple(prompt), 9)], sampling=Sampling(), eos=None, drafting=False)
+    # The same model, where the fifth of its tokens means the end.
+    (prompt,) = prompt_ids(["the end"], tokenizer, first_id=EOS)
+    request = GenerationRequest(tuple(prompt), 9)
+    (done,) = generate(decoder, [request], sampling=Sampling(), eos=None, drafting=False, batch_tokens=64)
     assert done.ids[4] not in (*prompt, *done.ids[:4])
-    told = replace(tokenizer, special_ids=replace(tokenizer.special_ids, eos=done.ids[4]))
-    shorter: list[str] = []
-    stream = _InOrder([""], told, done.ids[4], shorter.append)
-    stream.add(0, done.ids[:5])
-    stream.end(0)
-    assert "".join(shorter) == tokenizer.decode(done.ids[:4]) + "\n"
+    ending = replace(tokenizer, special_ids=replace(tokenizer.special_ids, eos=done.ids[4]))
+    shorter, _ = continued(decoder, ending, ["the end"], GenerationSettings(9, drafting=False))
+    assert "".join(shorter) == "the end" + tokenizer.decode(done.ids[:4]) + "\n"
 
 
 def test_rates_are_accepted_by_drafted_and_tokens_by_pass() -> None:
@@ -129,7 +125,7 @@ def test_rates_are_accepted_by_drafted_and_tokens_by_pass() -> None:
 
 
 def test_measure_reports_both_ways_and_that_greedy_tokens_are_the_same(decoder: Decoder) -> None:
-    lines = measure(decoder, [(1, 5, 9), (1,)], Generation(max_tokens=8), rounds=1).splitlines()
+    lines = measure(decoder, [(1, 5, 9), (1,)], GenerationSettings(max_tokens=8), rounds=1).splitlines()
     assert lines[0].startswith("2 prompts, 8 new tokens each")
     assert lines[-1] == "the same tokens with and without: 2 of 2 prompts"
 
@@ -141,14 +137,24 @@ def test_prompts_come_from_the_command_line_then_from_the_lines_of_a_file(tmp_pa
     assert read_prompts([], None) == [""]
 
 
-def test_what_a_user_gets_wrong_is_said_in_a_sentence(tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"empty\.txt is empty"):
-        read_prompts([], tmp_path / "empty.txt")
-    for name in ("latin.txt", "gone.txt"):
-        with pytest.raises(ValueError, match=f"{name} cannot be read"):
-            read_prompts([], tmp_path / name)
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty", b"", "empty is empty"),
+        ("latin", b"caf\xe9", "latin cannot be read"),
+        ("gone", None, "gone cannot be read"),
+    ],
+)
+def test_a_prompts_file_without_prompts_is_refused(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts([], tmp_path / name)
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="device: cuda is not available"):
         device_of("cuda")
     assert device_of("auto") == device_of("cpu")

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kernels.rope import YarnScaling
-from parallel.mesh import Layout, Mesh, make_mesh, single
+from parallel.layout import Layout
+from parallel.mesh import Mesh, make_mesh, single
 from tests.huggingface.hf_folders import CPU, FP8, bytes_of, flip_a_bit
 from tests.ranks import run_ranks
 from tests.tiny_model import TINY
@@ -29,7 +30,7 @@ from train.huggingface.weights import CheckpointReader, Kind, load_model, open_w
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
-from train.optim.adamw import OptimConfig
+from train.optim.config import OptimConfig
 
 # Most rows of a matrix, the embedding's: many times the 128 that an export reads at once.
 CONFIG = replace(TINY, num_hidden_layers=5, vocab_size=1000)

@@ -29,7 +29,7 @@ from train.data.batch import Batch
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
-from train.optim.adamw import OptimConfig
+from train.optim.config import OptimConfig
 from train.schedules import Now
 from train.step import apply_update, compute_gradients
 

@@ -13,7 +13,8 @@ import pytest
 
 import train.stage
 import train.step
-from parallel.mesh import Axis, Layout
+from parallel.layout import Layout
+from parallel.mesh import Axis
 from parallel.zero import GradientBuckets
 from tests.parity.layout_theorem import STEPS, Comparison, Reference, compare, verdict, write_reference
 from tests.ranks import run_ranks
@@ -102,7 +103,7 @@ def compare_with_defect(rank: int, world: int, layout: Layout, folder: Path, def
 
         def averaged(self: GradientBuckets) -> None:
             reduce(self)
-            for segment in self.segments():
+            for segment in self.parameter_shards():
                 if ".experts." in segment.name:
                     segment.grad.div_(layout.ep)
 

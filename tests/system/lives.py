@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from parallel.pieces import Piece
+from parallel.shards import LocalShard
 from train.assemble import build
 from train.config import PretrainConfig
 from train.trainer import Trainer
@@ -122,10 +122,10 @@ def look(trainer: Trainer, *, score: bool) -> Look:
     """The state of now; copied, since the tensors are live."""
     tensors = {}
     for name, value in trainer.tensors().items():
-        piece = value if isinstance(value, Piece) else Piece(value, tuple(value.shape), (0,) * value.dim())
-        local = piece.local.detach().contiguous()
+        piece = value if isinstance(value, LocalShard) else LocalShard.at(value, tuple(value.shape), (0,) * value.dim())
+        local = piece.tensor.detach().contiguous()
         bits = local.view(_BITS[local.element_size()]).numpy().copy()
-        tensors[name] = Held(bits, str(local.dtype), piece.global_shape, piece.offset)
+        tensors[name] = Held(bits, str(local.dtype), piece.shard.global_shape, piece.shard.offsets)
     return Look(trainer.state.to_json(), tensors, trainer.evaluate() if score else None)
 
 

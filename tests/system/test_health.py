@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from kernels.probe import Watch
-from parallel.mesh import Layout
-from parallel.pieces import Piece
+from parallel.layout import Layout
+from parallel.shards import LocalShard
 from tests.ranks import run_ranks
 from tests.system.lives import trainer_on
 from train.config import PretrainConfig, compose
@@ -67,7 +67,7 @@ def trained(config: PretrainConfig, name: str) -> Trainer:
 
 
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {n: t.local if isinstance(t, Piece) else t for n, t in trainer.tensors().items()}
+    return {n: t.tensor if isinstance(t, LocalShard) else t for n, t in trainer.tensors().items()}
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from parallel.mesh import Layout
+from parallel.layout import Layout
 from parallel.pipeline import Inputs
 from tests.ranks import run_ranks
 from tests.system.lives import Life, Look, Plan, live, trainer_on, whole

@@ -18,10 +18,9 @@ import torch.nn.functional as F
 import train.assemble
 import train.trainer
 from kernels.deferred import deferred, take
-from parallel.pieces import Piece
+from parallel.shards import LocalShard
 from train.assemble import build, choose_device
-from train.checkpoint.dcp import Saver
-from train.checkpoint.publish import latest
+from train.checkpoint.dcp import Saver, latest
 from train.config import PretrainConfig, compose
 from train.data.ingest import Recipe, prepare
 from train.data.stream import iterate_windows
@@ -47,7 +46,7 @@ def trainer_of(config: PretrainConfig) -> Trainer:
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     live = trainer.tensors()
-    return {name: (value.local if isinstance(value, Piece) else value).clone() for name, value in live.items()}
+    return {name: (value.tensor if isinstance(value, LocalShard) else value).clone() for name, value in live.items()}
 
 
 def test_every_step_follows_the_schedules(config: PretrainConfig) -> None:
@@ -89,9 +88,9 @@ def test_the_learning_rate_and_gamma_of_the_step_are_applied(config: PretrainCon
     batch = parts.stream.take(0, 2)
     now = replace(at(config.schedule, step=50, tokens_seen=0), lr=1e-3, bias_speed=0.25)
     gradients = compute_gradients(parts.engine, batch, num_micro_batches=1, now=now)
-    before = parts.engine.optimizer.masters()["lm_head.weight"].local.clone()
+    before = parts.engine.optimizer.masters()["lm_head.weight"].tensor.clone()
     apply_update(parts.engine, gradients, now=now, update=1)
-    moved = (parts.engine.optimizer.masters()["lm_head.weight"].local - before).abs()
+    moved = (parts.engine.optimizer.masters()["lm_head.weight"].tensor - before).abs()
     # Adam's first update is lr * g / (|g| + eps) plus decay of 0.1 * |w| * lr: no element moves further.
     assert moved.max() <= 1e-3 * (1 + 0.1 * before.abs().max()) * 1.01
     assert moved.max() > 0.5e-3
@@ -105,7 +104,7 @@ def test_every_update_moves_the_average_of_the_weights(config: PretrainConfig) -
     trainer = trainer_of(replace(config, optim=replace(config.optim, ema_decay=0.75)))
     ema = trainer.engine.ema
     assert ema is not None
-    master = trainer.engine.optimizer.masters()["lm_head.weight"].local
+    master = trainer.engine.optimizer.masters()["lm_head.weight"].tensor
     expected = master.clone()
     now = replace(at(config.schedule, step=50, tokens_seen=0), lr=1e-3)
     for step in range(3):
@@ -113,7 +112,7 @@ def test_every_update_moves_the_average_of_the_weights(config: PretrainConfig) -
         gradients = compute_gradients(trainer.engine, batch, num_micro_batches=1, now=now)
         apply_update(trainer.engine, gradients, now=now, update=step + 1)
         expected.lerp_(master, 0.25)
-    assert torch.equal(ema.state_pieces()["ema.lm_head.weight"].local, expected)
+    assert torch.equal(ema.state_shards()["ema.lm_head.weight"].tensor, expected)
     assert not torch.equal(expected, master)
     ema.close()
 

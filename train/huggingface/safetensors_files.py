@@ -157,11 +157,8 @@ def write_file(path: Path, file: ShardFile, values: Iterable[tuple[str, Tensor]]
 class Journal:
     """What a conversion has finished, in `conversion.json` of its folder, which is made if missing.
 
-    Args:
-        folder: of the conversion.
-        identity: what makes two conversions the same, as JSON: source, plan, options.
-    Attributes:
-        files: name -> {"bytes", "sha256"} of what is finished.
+    Two conversions with one `identity` (source, plan, options) are the same. `files` is name -> {"bytes", "sha256"}.
+
     Raises:
         ValueError: the folder holds other files, or a conversion of another identity, or the journal is damaged.
     """
@@ -240,8 +237,4 @@ def write_text(path: Path, text: str) -> None:
 
 def _rename(hidden: Path, path: Path) -> None:
     hidden.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    publish.fsync_directory(path.parent)

@@ -163,15 +163,10 @@ def verify_import(source: HfReader, path: Path) -> Verified:
 
 @dataclass(frozen=True)
 class LogitsGap:
-    """Relative Frobenius distances, all in FP32.
+    """Relative Frobenius distances, all in FP32, of our model with the folder's weights."""
 
-    Args:
-        to_oracle: our model against the other implementation, both with the folder's weights.
-        to_source: our model with the folder's weights against itself with the source's: the cost of the format.
-    """
-
-    to_oracle: float
-    to_source: float
+    to_oracle: float  # to the other implementation with the same weights
+    to_source: float  # to itself with the source's weights: the cost of the format
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 
     attend -> route -> dispatch -> experts -> combine
 
-Each phase takes and returns explicit tensors, so that a pipeline schedule can interleave the phases of one
-micro-batch's forward with another's backward (§3.2.1) without touching the math.
+Each phase takes and returns explicit tensors: a pipeline schedule can interleave the phases of one micro-batch's
+forward with another's backward (§3.2.1) without touching the math.
 
 Shapes: hidden [sequences, tokens, hidden]; rows as in `moe.py`.
 """

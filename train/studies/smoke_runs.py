@@ -28,14 +28,15 @@ import yaml
 from torch import Tensor
 
 from parallel.mesh import single
-from parallel.pieces import Piece
+from parallel.shards import LocalShard
 from train import config as run_config
 from train.assemble import assemble, build_engine, build_stages, checkpoint_tensors, set_determinism
-from train.checkpoint.dcp import CheckpointConfig, Saver, latest, load
+from train.checkpoint.config import CheckpointConfig
+from train.checkpoint.dcp import Saver, latest, load
 from train.data.batch import Batch
 from train.model.config import ModelConfig
 from train.model.precision import Precision
-from train.optim.adamw import OptimConfig
+from train.optim.config import OptimConfig
 from train.schedules import Now
 from train.step import Engine, StepGradients, apply_update, compute_gradients
 from train.studies.compare import PAPER_GAP, mean_smoothed_gap
@@ -276,7 +277,7 @@ def resume(recipe: Recipe, precision: PrecisionName, device: torch.device, *, st
 def copies(engine: Engine) -> dict[str, Tensor]:
     """Everything a checkpoint of the engine would hold, copied to the CPU."""
     tensors = checkpoint_tensors(engine)
-    plain = {name: value.local if isinstance(value, Piece) else value for name, value in tensors.items()}
+    plain = {name: value.tensor if isinstance(value, LocalShard) else value for name, value in tensors.items()}
     return {name: value.detach().to("cpu", copy=True) for name, value in plain.items()}
 
 

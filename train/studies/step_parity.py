@@ -159,8 +159,8 @@ def _hooked(engine: Engine, hook: Any) -> Iterator[None]:
 
 def gradients_of(engine: Engine) -> dict[str, Tensor]:
     """Parameter -> its gradient after `compute_gradients`, fp32 on the CPU."""
-    segments = [segment for bucket in engine.optimizer.buckets for segment in bucket.segments()]
-    return {segment.name: segment.grad.cpu() for segment in segments}
+    shards = [shard for bucket in engine.optimizer.buckets for shard in bucket.parameter_shards()]
+    return {shard.name: shard.grad.cpu() for shard in shards}
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from kernels import router
 from kernels.attention import causal_attention_reference
-from parallel.mesh import Layout, init_processes, make_mesh, single
+from parallel.layout import Layout
+from parallel.mesh import init_processes, make_mesh, single
 from tests.ranks import run_ranks
 from tests.studies.plan.closed_form import StateBytes, state_bytes
 from train.assemble import parts_of_stages
@@ -106,7 +107,7 @@ def held_of(output: str) -> Held:
     return Held(ids, embedding="embedding" in line, head=head)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("rank", "ends", "experts", "counts"),
     [(0, True, "0-3", [24, 31, 120]), (1024, False, "0-3", [24, 120]), (2047, False, "252-255", [24, 120])],
@@ -135,7 +136,7 @@ def test_a_rank_of_2048_is_planned_on_a_laptop(
     assert ramp_lines(done.stdout)[-1].split()[-1] == "32"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("cluster", "counts"), [("h100_8", [8, 32]), ("h100_256", [18])])
 def test_the_clusters_of_h100_are_planned(cluster: str, counts: list[int], run_command: RunCommand) -> None:
     """No pipeline: one micro-batch in flight, so no threshold. The 16 B model fits (configs/cluster/h100_8.yaml)."""

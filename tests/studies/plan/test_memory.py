@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.operators import FLOP_FORMULAS
 from kernels.router import select_experts
-from parallel.mesh import Axis, Layout
-from parallel.schedules import num_stages, stage_ids
+from parallel.layout import Layout, num_stages, stage_ids
+from parallel.mesh import Axis
 from parallel.zero import ALIGNMENT, GradientBuckets
 from tests.studies.plan.closed_form import StateBytes, state_bytes
 from tests.tiny_model import TINY
@@ -26,7 +26,8 @@ from train.model.moe import Experts, LocalDispatcher
 from train.model.precision import Precision
 from train.model.sizes import Held, flops_per_token, held_by, parameters, weights
 from train.model.transformer import Part, Transformer, whole
-from train.optim.adamw import AdamW, OptimConfig
+from train.optim.adamw import AdamW
+from train.optim.config import OptimConfig
 from train.studies.plan.traffic import (
     dispatch_bytes,
     ends_apart,
@@ -118,7 +119,7 @@ def real_state(model: Transformer, layout: Layout, *, dp_rank: int) -> StateByte
         part = {name: p for name, p in named.items() if (name in experts) == (axis == "edp")}
         place = Axis(axis, size=size, rank=rank, group=cast(Any, group) if size > 1 else None)
         buckets.append(GradientBuckets(part.items(), axis=place, sharded=layout.zero))
-    pieces = AdamW(buckets, OptimConfig()).state_pieces()
+    pieces = AdamW(buckets, OptimConfig()).state_shards()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     model(torch.randint(model.config.vocab_size, (1, 5)))
@@ -127,8 +128,8 @@ def real_state(model: Transformer, layout: Layout, *, dp_rank: int) -> StateByte
         weights=sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
         fp8_copies=sum(q.payload.nbytes + q.scale.nbytes + q.payload_t.nbytes for _, q in copies),
         gradients=sum(p.main_grad.nbytes for p in model.parameters()),  # type: ignore[attr-defined]
-        masters=sum(piece.local.nbytes for name, piece in pieces.items() if name.startswith("master.")),
-        moments=sum(piece.local.nbytes for name, piece in pieces.items() if name.startswith("exp_avg")),
+        masters=sum(piece.tensor.nbytes for name, piece in pieces.items() if name.startswith("master.")),
+        moments=sum(piece.tensor.nbytes for name, piece in pieces.items() if name.startswith("exp_avg")),
     )
 
 

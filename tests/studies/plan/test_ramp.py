@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from parallel.mesh import Layout
+from parallel.layout import Layout
 from train.config import compose
 from train.schedules import ScheduleConfig
 from train.studies.plan.ramp import RampPoint, ramp_points

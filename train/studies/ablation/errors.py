@@ -28,7 +28,8 @@ from parallel.mesh import single
 from train.assemble import build_engine
 from train.model.moe import Routing
 from train.model.precision import Precision
-from train.optim.adamw import MOMENT_DTYPES, round_to_fp8
+from train.optim.adamw import round_to_fp8
+from train.optim.config import MOMENT_DTYPES
 from train.step import Engine, compute_gradients, routers
 from train.studies.ablation.linear import AblatedLinears, gradient_operands_reference
 from train.studies.smoke_runs import Recipe

@@ -29,7 +29,8 @@ from kernels.formats import Quantized
 from parallel.collectives import Traffic
 from parallel.expert import ExpertParallelDispatcher
 from parallel.grads import reduce_and_clip
-from parallel.mesh import Layout, Mesh, init_processes, make_mesh
+from parallel.layout import Layout
+from parallel.mesh import Mesh, init_processes, make_mesh
 from parallel.pipeline import Pipeline
 from train.assemble import assemble, build_stages, parts_of_stages
 from train.config import PretrainConfig
@@ -155,9 +156,9 @@ def measure(config: PretrainConfig, mesh: Mesh, *, num_micro_batches: int) -> Me
         engine = assemble(stages, replace(config.optim, ema_decay=None), mesh)
         state = live.now
         gradients = sum(bucket.grad_bytes for bucket in engine.optimizer.buckets)
-        optimizer = engine.optimizer.state_pieces()
-        masters = _storage_bytes(piece.local for name, piece in optimizer.items() if name.startswith("master."))
-        moments = _storage_bytes(piece.local for name, piece in optimizer.items() if name.startswith("exp_avg"))
+        optimizer = engine.optimizer.state_shards()
+        masters = _storage_bytes(piece.tensor for name, piece in optimizer.items() if name.startswith("master."))
+        moments = _storage_bytes(piece.tensor for name, piece in optimizer.items() if name.startswith("exp_avg"))
         live.peak = live.now
         held = _run_step(config, engine, live, num_micro_batches)
         copies = _storage_bytes(

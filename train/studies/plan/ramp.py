@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from parallel.mesh import Layout
+from parallel.layout import Layout
 from train.schedules import ScheduleConfig, at
 
 
