@@ -45,7 +45,7 @@ SAVE_TIMEOUT_S = 3600
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     """What a trainer works with on this rank."""
 
     engine: Engine
@@ -206,7 +206,7 @@ def assemble(stages: dict[int, Stage], optim: OptimConfig, mesh: Mesh) -> Engine
     return Engine(mesh=mesh, stages=stages, pipeline=pipeline, optimizer=optimizer, ema=ema)
 
 
-def build(config: PretrainConfig, mesh: Mesh, resources: Resources) -> Parts:
+def build(config: PretrainConfig, mesh: Mesh, resources: Resources) -> Components:
     """Everything that a run needs on this rank.
 
     Args:
@@ -225,10 +225,12 @@ def build(config: PretrainConfig, mesh: Mesh, resources: Resources) -> Parts:
         recompute=run.recompute,
         source=resources.source,
     )
-    return Parts(engine=engine, stream=stream, heldout=heldout, checkpoint_group=cpu_group(timeout_s=SAVE_TIMEOUT_S))
+    return Components(
+        engine=engine, stream=stream, heldout=heldout, checkpoint_group=cpu_group(timeout_s=SAVE_TIMEOUT_S)
+    )
 
 
-def build_alone(config: PretrainConfig) -> Parts:
+def build_alone(config: PretrainConfig) -> Components:
     """`build` in one process, device and resources opened here.
 
     Raises:
@@ -243,9 +245,9 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def run_card(config: PretrainConfig, parts: Parts) -> dict[str, object]:
+def run_card(config: PretrainConfig, components: Components) -> dict[str, object]:
     """A run's sizes, precision, layout, device, versions and seed, for its directory and its dashboard."""
-    mesh = parts.engine.mesh
+    mesh = components.engine.mesh
     return {
         "name": config.run.name,
         "precision": config.precision.name,
@@ -262,5 +264,5 @@ def run_card(config: PretrainConfig, parts: Parts) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "deterministic": config.run.deterministic,
         "torch": torch.__version__,
-        "store": store_hashes(parts.stream.store),
+        "store": store_hashes(components.stream.store),
     }

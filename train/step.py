@@ -31,8 +31,8 @@ from train.observe.fp8_health import Fp8Health
 from train.optim.adamw import AdamW
 from train.optim.balance import update_biases
 from train.optim.ema import Ema
-from train.schedules import Now
-from train.stage import Stage, Tally, expert_shards
+from train.schedules import ScheduledValues
+from train.stage import Stage, StepMetrics, expert_shards
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def compute_gradients(
     batch: Batch,
     *,
     num_micro_batches: int,
-    now: Now,
+    now: ScheduledValues,
     stop: bool = False,
     health: Fp8Health | None = None,
 ) -> StepGradients:
@@ -102,24 +102,24 @@ def compute_gradients(
     """
     mesh, optimizer, config = engine.mesh, engine.optimizer, engine.models[0].config
     optimizer.zero_grad()
-    tally = Tally(config, mesh.device)
+    metrics = StepMetrics(config, mesh.device)
     # Ranks of one pipeline hold the same tokens: its first rank counts them.
     own = torch.tensor([batch.num_targets if mesh.pp.rank == 0 else 0, int(stop)])
     shared = sum_over(own.to(mesh.device, non_blocking=True), mesh.world)
     num_targets, num_stops = shared.unbind()
     weights = LossWeights(now.mtp_weight, now.balance_alpha, num_targets, now.batch_sequences)
     for stage in engine.stages.values():
-        stage.begin(weights, tally, health)
+        stage.begin(weights, metrics, health)
     engine.pipeline.run(batch.inputs(mesh.device), num_micro_batches=num_micro_batches)
-    tally.reduce(mesh.world)
+    metrics.reduce(mesh.world)
     if health is not None:
         health.reduce(mesh.world)
     norm = reduce_and_clip(
         optimizer.buckets, num_targets=num_targets, max_norm=optimizer.config.clip_norm, world=mesh.world
     )
-    main, *further = (tally.losses / num_targets.clamp(min=1)).unbind()
+    main, *further = (metrics.losses / num_targets.clamp(min=1)).unbind()
     mtp = torch.stack(further).mean() if further else torch.zeros_like(main)
-    balance = tally.balance.sum() / now.batch_sequences
+    balance = metrics.balance.sum() / now.batch_sequences
     total = main + now.mtp_weight * mtp + now.balance_alpha * balance
     return StepGradients(
         loss_total=total,
@@ -129,11 +129,11 @@ def compute_gradients(
         grad_norm=norm.norm,
         finite=norm.finite & torch.isfinite(total),
         stop=num_stops > 0,
-        counts=dict(zip(tally.layer_ids, tally.counts.unbind(), strict=True)),
+        counts=dict(zip(metrics.layer_ids, metrics.counts.unbind(), strict=True)),
     )
 
 
-def apply_update(engine: Engine, gradients: StepGradients, *, now: Now, update: int) -> None:
+def apply_update(engine: Engine, gradients: StepGradients, *, now: ScheduledValues, update: int) -> None:
     """AdamW on the clipped gradients, then the routers' bias.
 
     Args:

@@ -25,7 +25,7 @@ from kernels.cross_entropy import cross_entropy_sum
 from parallel.collectives import sum_over
 from parallel.consensus import refuse_together
 from parallel.shards import LocalShard
-from train.assemble import Parts, device_name, run_card
+from train.assemble import Components, device_name, run_card
 from train.checkpoint.dcp import Saver, latest, load
 from train.checkpoint.identity import changed_fields, check_same_identity, without_defaults
 from train.checkpoint.publish import published
@@ -39,7 +39,7 @@ from train.observe.guards import DeadExpertGuard, TerminationGuard, TrainingStop
 from train.observe.metrics import Speed, bias_table, dead_experts, dense_bf16_peak, step_record
 from train.observe.sinks import NoSinks, Sinks, open_sinks
 from train.optim.balance import expert_biases
-from train.schedules import at
+from train.schedules import scheduled_values
 from train.stage import Stage
 from train.state import TrainState
 from train.step import apply_update, checkpoint_tensors, compute_gradients
@@ -51,14 +51,14 @@ class Trainer:
     `resume` first, then `fit`; both may be called without the other.
     """
 
-    def __init__(self, config: PretrainConfig, parts: Parts) -> None:
-        self.config, self.parts, self.engine = config, parts, parts.engine
-        self.mesh = parts.engine.mesh
+    def __init__(self, config: PretrainConfig, components: Components) -> None:
+        self.config, self.components, self.engine = config, components, components.engine
+        self.mesh = components.engine.mesh
         self.directory = Path(config.run.directory) / config.run.name
         self.state = TrainState()
         self.dead_experts = DeadExpertGuard(config.observe.dead_expert_steps)
         peak = config.observe.peak_flops or dense_bf16_peak(device_name(self.mesh.device))
-        self.saver = Saver(self.directory / "checkpoints", config.checkpoint, group=parts.checkpoint_group)
+        self.saver = Saver(self.directory / "checkpoints", config.checkpoint, group=components.checkpoint_group)
         flops = model_flops_per_token(config.model, sequence_length=config.data.sequence_length)
         self.speed = Speed(flops, peak, self.mesh.world.size)
         self.saved_step: int | None = None
@@ -99,7 +99,7 @@ class Trainer:
             return NoSinks()
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-        card = run_card(self.config, self.parts)
+        card = run_card(self.config, self.components)
         return open_sinks(self.config.observe, self.directory, card, asdict(self.config))
 
     def take_step(self, sinks: Sinks | NoSinks, *, stop: bool = False) -> None:
@@ -113,9 +113,9 @@ class Trainer:
         """
         started = time.perf_counter()
         config, observe = self.config, self.config.observe
-        now = at(config.schedule, step=self.state.step, tokens_seen=self.state.tokens_seen)
+        now = scheduled_values(config.schedule, step=self.state.step, tokens_seen=self.state.tokens_seen)
         share = now.batch_sequences // self.mesh.dp.size
-        batch = self.parts.stream.take(self.state.sequences_seen + self.mesh.dp.rank * share, share)
+        batch = self.components.stream.take(self.state.sequences_seen + self.mesh.dp.rank * share, share)
         health: Fp8Health | None = None
         if config.precision.name == "fp8" and observe.due(self.state.step + 1, observe.fp8_health_every_steps):
             health = Fp8Health(config.model, self.engine.models, self.mesh.device)
@@ -141,7 +141,7 @@ class Trainer:
             record |= health.tables()
         if observe.due(self.state.step, observe.bias_every_steps):
             record |= bias_table(expert_biases(self.engine.models, self.mesh))
-        if self.parts.heldout is not None and self.evaluation_is_due():
+        if self.components.heldout is not None and self.evaluation_is_due():
             record["eval/bits_per_byte"] = self.evaluate()
         is_new = sinks.write(record)
         dead = self.dead_experts.note(dead_experts(gradients.counts))
@@ -166,10 +166,10 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> float:
         """Bits per byte of the main model on the held-out store; expert counts and biases stay as they are."""
-        assert self.parts.heldout is not None
+        assert self.components.heldout is not None
         return score_store(
             self.negative_log_likelihood,
-            self.parts.heldout,
+            self.components.heldout,
             sequence_length=self.config.data.sequence_length,
             batch_sequences=self.config.run.micro_batch_sequences * self.mesh.dp.size,
             mask_documents=self.config.data.mask_documents,
@@ -183,7 +183,7 @@ class Trainer:
         def forward(stage: nn.Module, inbound: Tensor | None) -> Tensor:
             assert isinstance(stage, Stage)
             hidden = stage.model.next_token_hidden(inputs["input_ids"], inputs.get("document_ids"), inbound)
-            if not stage.model.part.ends:
+            if not stage.model.spec.is_last:
                 return hidden
             return cross_entropy_sum(stage.model.logits(hidden).flatten(0, 1), inputs["labels"].flatten()).double()
 
@@ -222,7 +222,7 @@ class Trainer:
         identity = {
             "model": asdict(config.model),
             "precision": asdict(config.precision),
-            "store": store_hashes(self.parts.stream.store),
+            "store": store_hashes(self.components.stream.store),
             "seed": config.run.seed,
             # The position in the data order counts windows of this length over this stream.
             "data": {name: data[name] for name in ("sequence_length", "fim_rate", "mask_documents")},
@@ -239,7 +239,7 @@ class Trainer:
             ValueError: the checkpoint belongs to another model, precision, store, seed or data order, or
                 `run.resume` is off and the directory already holds a run.
         """
-        run, group, checkpoints = self.config.run, self.parts.checkpoint_group, self.directory / "checkpoints"
+        run, group, checkpoints = self.config.run, self.components.checkpoint_group, self.directory / "checkpoints"
         if not run.resume:
             in_use = f"{self.directory} already holds a run; choose another run.name or move it away"
             refuse_together(group, lambda: f"run.resume=false, but {in_use}" if any(self.directory.glob("*")) else None)

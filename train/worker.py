@@ -2,7 +2,7 @@
 
     stores and first weights opened    before ranks meet: a missing store is one sentence, not 2,048 dead ranks
     heartbeat, process groups, mesh    `parallel/watchdog.py`, `parallel/mesh.py`
-    parts -> Trainer -> resume -> fit  `train/assemble.py`, `train/trainer.py`
+    components -> Trainer -> resume -> fit  `train/assemble.py`, `train/trainer.py`
     leave together                     groups destroyed in order: no thread outlives the interpreter
 
 What all ranks find out alike (a checkpoint of another model, too many bad steps) ends the run in order and is raised
@@ -64,8 +64,8 @@ def resume_and_fit(config: PretrainConfig, mesh: Mesh, resources: Resources) -> 
 
     An error of one rank only is raised at once: its watchdog reports it to the others.
     """
-    parts = build(config, mesh, resources)
-    trainer = Trainer(config, parts)
+    components = build(config, mesh, resources)
+    trainer = Trainer(config, components)
     try:
         trainer.resume()
     except ValueError as refused:

@@ -25,7 +25,7 @@ from train.observe.metrics import (
     step_record,
 )
 from train.observe.sinks import ObserveConfig
-from train.schedules import at
+from train.schedules import scheduled_values
 from train.state import TrainState
 
 PLACE = {"step": 1, "tokens_seen": 2048, "time_unix_s": 1.5}
@@ -130,7 +130,7 @@ def test_a_value_out_of_range_is_refused_by_name(override: str) -> None:
 def test_a_load_is_never_rounded_to_none() -> None:
     counts = torch.full((256,), 32768)
     counts[7] = 1
-    now = at(compose([]).schedule, step=0, tokens_seen=0)
+    now = scheduled_values(compose([]).schedule, step=0, tokens_seen=0)
     record = step_record(TrainState(), now, {"loss/main": torch.tensor(1.0)}, {0: counts})
     assert record["moe/dead_experts"] == 0
     assert record["moe/expert_load"][0][7] == pytest.approx(1 / counts.double().mean().item(), rel=1e-3)

@@ -334,7 +334,7 @@ def hidden_of(inputs: dict[str, Tensor], stage: nn.Module, inbound: Tensor | Non
 def score_of(inputs: dict[str, Tensor], stage: nn.Module, inbound: Tensor | None) -> Tensor:
     assert isinstance(stage, Stage)
     hidden = hidden_of(inputs, stage, inbound)
-    if not stage.model.part.ends:
+    if not stage.model.spec.is_last:
         return hidden
     return cross_entropy_sum(stage.model.logits(hidden).flatten(0, 1), inputs["labels"].flatten())
 

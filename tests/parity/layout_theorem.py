@@ -41,7 +41,7 @@ from train.model.moe import Routing
 from train.model.precision import Precision
 from train.optim.balance import routers
 from train.optim.config import OptimConfig
-from train.schedules import Now
+from train.schedules import ScheduledValues
 from train.stage import build_stages, expert_shards
 from train.step import Engine, StepGradients, apply_update, compute_gradients
 
@@ -64,7 +64,7 @@ MODEL: ModelConfig = replace(
 )
 # No clipping: gradients are compared as they come.
 OPTIM = OptimConfig(clip_norm=1e9)
-NOW = Now(lr=2.2e-4, batch_sequences=SEQUENCES, bias_speed=1e-3, mtp_weight=0.3, balance_alpha=0.01)
+NOW = ScheduledValues(lr=2.2e-4, batch_sequences=SEQUENCES, bias_speed=1e-3, mtp_weight=0.3, balance_alpha=0.01)
 
 
 def batch_of(step: int) -> Batch:

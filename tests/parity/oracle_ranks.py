@@ -28,13 +28,13 @@ from train.data.batch import Batch
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.optim.config import OptimConfig
-from train.schedules import Now
+from train.schedules import ScheduledValues
 from train.step import Engine, compute_gradients
 
 WEIGHTS, TOKENS = "weights.safetensors", "tokens.safetensors"
 MICRO_BATCH = 1
 # Main loss only: no MTP, no balance loss; what is not updated needs no rate.
-NOW = Now(lr=0.0, batch_sequences=0, bias_speed=0.0, mtp_weight=0.0, balance_alpha=0.0)
+NOW = ScheduledValues(lr=0.0, batch_sequences=0, bias_speed=0.0, mtp_weight=0.0, balance_alpha=0.0)
 # No clipping: gradients are compared as they come.
 OPTIM = OptimConfig(clip_norm=1e9)
 

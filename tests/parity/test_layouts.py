@@ -109,14 +109,14 @@ def compare_with_defect(rank: int, world: int, layout: Layout, folder: Path, def
 
         GradientBuckets.reduce = averaged  # type: ignore[method-assign]
     if "counts stay" in defect:
-        total = train.stage.Tally.reduce
+        total = train.stage.StepMetrics.reduce
 
-        def own_counts(self: train.stage.Tally, world: Axis) -> None:
+        def own_counts(self: train.stage.StepMetrics, world: Axis) -> None:
             kept = self.counts.clone()
             total(self, world)
             self.counts = kept
 
-        train.stage.Tally.reduce = own_counts  # type: ignore[method-assign]
+        train.stage.StepMetrics.reduce = own_counts  # type: ignore[method-assign]
     if "targets" in defect:
         train.step.sum_over = lambda x, axis: x
     return compare(rank, world, layout, "fp32", folder, steps=2)

@@ -28,7 +28,7 @@ from train.losses import LossWeights, balance_sum, loss_sums
 from train.observe.guards import TrainingStopped
 from train.observe.sinks import read_events, read_run
 from train.optim.balance import routers
-from train.schedules import at
+from train.schedules import scheduled_values
 from train.step import StepGradients, apply_update, compute_gradients
 from train.trainer import Trainer
 
@@ -71,7 +71,7 @@ def test_every_step_follows_the_schedules(config: PretrainConfig) -> None:
     records = read_run(Path(config.run.directory) / "run")
     tokens = 0
     for step, record in enumerate(records):
-        now = at(config.schedule, step=step, tokens_seen=tokens)
+        now = scheduled_values(config.schedule, step=step, tokens_seen=tokens)
         assert record["optim/lr"] == now.lr
         assert record["schedule/batch_sequences"] == now.batch_sequences
         assert record["schedule/bias_speed"] == now.bias_speed
@@ -85,9 +85,9 @@ def test_every_step_follows_the_schedules(config: PretrainConfig) -> None:
 
 def test_the_learning_rate_and_gamma_of_the_step_are_applied(config: PretrainConfig) -> None:
     trainer = trainer_of(config)
-    parts = trainer.parts
+    parts = trainer.components
     batch = parts.stream.take(0, 2)
-    now = replace(at(config.schedule, step=50, tokens_seen=0), lr=1e-3, bias_speed=0.25)
+    now = replace(scheduled_values(config.schedule, step=50, tokens_seen=0), lr=1e-3, bias_speed=0.25)
     gradients = compute_gradients(parts.engine, batch, num_micro_batches=1, now=now)
     before = parts.engine.optimizer.masters()["lm_head.weight"].tensor.clone()
     apply_update(parts.engine, gradients, now=now, update=1)
@@ -107,9 +107,9 @@ def test_every_update_moves_the_average_of_the_weights(config: PretrainConfig) -
     assert ema is not None
     master = trainer.engine.optimizer.masters()["lm_head.weight"].tensor
     expected = master.clone()
-    now = replace(at(config.schedule, step=50, tokens_seen=0), lr=1e-3)
+    now = replace(scheduled_values(config.schedule, step=50, tokens_seen=0), lr=1e-3)
     for step in range(3):
-        batch = trainer.parts.stream.take(2 * step, 2)
+        batch = trainer.components.stream.take(2 * step, 2)
         gradients = compute_gradients(trainer.engine, batch, num_micro_batches=1, now=now)
         apply_update(trainer.engine, gradients, now=now, update=step + 1)
         expected.lerp_(master, 0.25)
@@ -127,7 +127,7 @@ def test_the_bias_balances_a_skewed_router_and_gamma_0_does_not(config: Pretrain
         seen = []
         for step in range(60):
             batch = parts.stream.take(2 * step, 2)
-            now = replace(at(config.schedule, step=step, tokens_seen=0), lr=0.0, bias_speed=gamma)
+            now = replace(scheduled_values(config.schedule, step=step, tokens_seen=0), lr=0.0, bias_speed=gamma)
             gradients = compute_gradients(parts.engine, batch, num_micro_batches=1, now=now)
             apply_update(parts.engine, gradients, now=now, update=step + 1)
             counts = gradients.counts[1].double()
@@ -190,7 +190,7 @@ def test_evaluation_leaves_no_trace_and_scores_what_fp64_scores(config: Pretrain
     looked.fit()
     losses = [[(r["loss/main"], r["grad/norm"]) for r in read_run(t.directory)] for t in (plain, looked)]
     assert losses[0] == losses[1]
-    heldout, model = plain.parts.heldout, plain.engine.models[0]
+    heldout, model = plain.components.heldout, plain.engine.models[0]
     assert heldout is not None
     nats = 0.0
     with torch.no_grad():

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kernels.probe import Operand
-    from train.schedules import Now
+    from train.schedules import ScheduledValues
     from train.state import TrainState
 
 # A record, or an event: one line of metrics.jsonl.
@@ -97,7 +97,9 @@ def dense_bf16_peak(device_name: str) -> float | None:
     return next((peak for name, peak in BF16_PEAKS.items() if name in device_name.split()), None)
 
 
-def step_record(state: TrainState, now: Now, losses: Mapping[str, Tensor], counts: Mapping[int, Tensor]) -> Record:
+def step_record(
+    state: TrainState, now: ScheduledValues, losses: Mapping[str, Tensor], counts: Mapping[int, Tensor]
+) -> Record:
     """The step metrics that every step has; reading them waits for the device.
 
     Args:

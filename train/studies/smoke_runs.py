@@ -33,7 +33,7 @@ from train.data.batch import Batch
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.optim.config import OptimConfig
-from train.schedules import Now
+from train.schedules import ScheduledValues
 from train.stage import build_stages
 from train.step import Engine, StepGradients, apply_update, checkpoint_tensors, compute_gradients
 from train.studies.compare import PAPER_GAP, mean_smoothed_gap
@@ -53,7 +53,7 @@ class SmokeRun:
 
     model: ModelConfig
     optim: OptimConfig
-    peak: Now
+    peak: ScheduledValues
     warmup_steps: int
     sequences: int
     tokens: int
@@ -62,7 +62,7 @@ class SmokeRun:
         """The tokens of a step; the same for every run."""
         return chain_batch(step, sequences=self.sequences, tokens=self.tokens, vocab_size=self.model.vocab_size)
 
-    def now(self, step: int) -> Now:
+    def now(self, step: int) -> ScheduledValues:
         """The scheduled values of a step, counted from 0; step 0 already moves the weights."""
         return replace(self.peak, lr=self.peak.lr * min(1.0, (step + 1) / self.warmup_steps))
 
@@ -95,7 +95,7 @@ def smoke_run(name: str, *, sequences: int, tokens: int, model: ModelConfig | No
     schedule = read_values("schedule", name)
     optim = run_config.convert(OptimConfig, read_values("optim", "adamw"), "optim")
     assert isinstance(optim, OptimConfig)
-    peak = Now(
+    peak = ScheduledValues(
         lr=float(schedule["lr_peak"]),
         batch_sequences=sequences,
         bias_speed=float(schedule["bias_speed"]),

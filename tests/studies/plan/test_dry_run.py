@@ -32,7 +32,7 @@ from tests.studies.plan.closed_form import StateBytes, state_bytes
 from train.config import PretrainConfig, compose
 from train.model import attention
 from train.model.sizes import Held, held_by, weights
-from train.stage import parts_of_stages
+from train.stage import stage_specs
 from train.studies.plan import dry_run as planner
 from train.studies.plan.dry_run import Memory, dry_run, measure
 
@@ -72,7 +72,7 @@ def plan(config: PretrainConfig, *, rank: int, num_micro_batches: int) -> tuple[
     init_processes(rank=rank, world=config.layout.world, backend="fake", store=None)
     try:
         mesh = make_mesh(config.layout, device=torch.device("cpu"), tied_embedding=True)
-        held = held_by(config.model, parts_of_stages(config.model, mesh).values())
+        held = held_by(config.model, stage_specs(config.model, mesh).values())
         table = weights(config.model, held, ep=config.layout.ep)
         closed = state_bytes(table, config.layout, precision=config.precision.name, dp_rank=mesh.dp.rank)
         return measure(config, mesh, num_micro_batches=num_micro_batches), closed

@@ -25,7 +25,7 @@ from train.model.config import ModelConfig
 from train.model.moe import Experts, LocalDispatcher
 from train.model.precision import Precision
 from train.model.sizes import Held, flops_per_token, held_by, parameters, weights
-from train.model.transformer import Part, Transformer, whole
+from train.model.transformer import StageSpec, Transformer, whole
 from train.optim.adamw import AdamW
 from train.optim.config import OptimConfig
 from train.studies.plan.traffic import (
@@ -51,7 +51,9 @@ def held_by_rank(config: ModelConfig, layout: Layout, pp_rank: int) -> Held:
     stages = num_stages(layout.schedule, layout.pp)
     counts = [share(config.num_hidden_layers, ranks=stages, rank=stage) for stage in range(stages)]
     parts = [
-        Part(range(sum(counts[:stage]), sum(counts[: stage + 1])), begins=stage == 0, ends=stage == stages - 1)
+        StageSpec(
+            range(sum(counts[:stage]), sum(counts[: stage + 1])), is_first=stage == 0, is_last=stage == stages - 1
+        )
         for stage in stage_ids(layout.schedule, layout.pp, pp_rank)
     ]
     return held_by(config, parts)
