@@ -28,7 +28,7 @@ SPEAKER_S = 30
 
 
 def meet(config: PretrainConfig, *, rank: int, world: int) -> WorkerInfo:
-    """This process's place, as torchrun gives it; NCCL's settings are put where NCCL looks for them."""
+    """This process among all, as torchrun gives it; NCCL's settings are put where NCCL looks for them."""
     check_world(config.layout, world)
     if world == 1:
         return WorkerInfo()

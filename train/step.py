@@ -88,7 +88,7 @@ def compute_gradients(
     stop: bool = False,
     health: Fp8Health | None = None,
 ) -> StepGradients:
-    """Forward and backward over every micro-batch; leaves clipped mean gradients in the optimizer's segments.
+    """Forward and backward over every micro-batch; leaves clipped mean gradients in what the optimizer updates.
 
     Args:
         engine: of this rank.
