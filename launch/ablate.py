@@ -2,8 +2,7 @@
 
 Measures one-step errors, trains short runs over three seeds on the text that ships with the repository, and writes
 result.json, tables.md and three pictures (HTML) into --out. Finished runs in that folder are read, not repeated, and
-refused if they were begun with other settings; arguments such as schedule.total_tokens=... or
-model.num_hidden_layers=... are Hydra overrides of every run. CPU only. A mistake is one sentence and exit code 2.
+refused if they were begun with other settings. Other arguments are Hydra overrides of every run. CPU only.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from pathlib import Path
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 from train.data.ingest import Recipe, prepare
-from train.studies.ablation.report import tables, write
 from train.studies.ablation.runs import QUICK, Size, ablate, choose, variants
+from train.studies.ablation.tables import tables, write
 
 TEXT = "data/king_james_bible/text.jsonl"
 

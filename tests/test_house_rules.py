@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import importlib
 import importlib.metadata
 import importlib.util
 import re
@@ -34,13 +33,12 @@ MAX_ENTRYPOINT_LINES = 120
 MAX_DOCSTRING_RATIO = 0.28
 
 # Files in kernels/ that are no kernels: formats, queue and probe, the choice of backend.
-NOT_KERNELS = ("__init__", "formats", "backend", "deferred", "operators", "probe", "bench_entry")
+NOT_KERNELS = ("__init__", "formats", "backend", "deferred", "operators", "probe")
 # Kernel files whose arithmetic is all in other kernel files, which have references: name -> what it composes.
 COMPOSITIONS = {"fp8_linear": ("gemm_fp8", "gemm_grouped", "quantize", "swiglu")}
 # Functions that may read a device value inside the step, and why.
 HOST_READS = {
     "kernels/gemm_grouped.py:group_rows": "plain torch slices by group; a device kernel would not",
-    "train/studies/bench/timing.py:wait": "a clock waits for what it times",
     "train/optim/ema.py:_fold": "its own thread waits for a copy, beside the step",
     "parallel/expert.py:_read_counts": "split sizes of the uneven all-to-all: one read a MoE layer and micro-batch",
 }
@@ -237,7 +235,7 @@ def test_every_kernel_has_a_reference_a_test_and_a_bench_entry(path: Path) -> No
 
     A file of plain torch that autograd differentiates is its own reference; a composition imports its own.
     """
-    from kernels.bench_entry import Bench
+    from train.studies.bench import rows
 
     source = path.read_text()
     has_reference = any(node.name.endswith("_reference") for node in functions(path))
@@ -249,10 +247,9 @@ def test_every_kernel_has_a_reference_a_test_and_a_bench_entry(path: Path) -> No
     else:
         assert has_reference or not hand_written, f"{place(path)} needs a *_reference"
     assert (ROOT / f"tests/kernels/test_{path.stem}.py").exists(), f"tests/kernels/test_{path.stem}.py is missing"
-    bench = importlib.import_module(f"kernels.{path.stem}").BENCH
-    assert isinstance(bench, tuple)
-    assert bench, f"{place(path)} has an empty BENCH"
-    assert all(isinstance(entry, Bench) for entry in bench)
+    assert rows.ROWS.get(path.stem), f"{place(path)} has no row in train/studies/bench/rows.py"
+    measured = {name for _, name in imported(Path(rows.__file__))}
+    assert any(name.startswith(f"kernels.{path.stem}.") for name in measured), f"no row runs anything of {place(path)}"
 
 
 def test_all_device_code_is_run_by_a_test() -> None:
@@ -261,7 +258,7 @@ def test_all_device_code_is_run_by_a_test() -> None:
     offenders = []
     for path in sources("kernels/gpu"):
         name = re.compile(rf"from kernels\.gpu(\.{path.stem} import| import [\w, ]*\b{path.stem}\b)")
-        if path.stem not in ("__init__", "gemm_tiles"):
+        if path.stem != "__init__":
             for prefix, suffix in (("test_", ".py"), ("", "_cases.py")):
                 texts = [text for test, text in tests.items() if test.startswith(prefix) and test.endswith(suffix)]
                 if not any(name.search(text) for text in texts):
@@ -475,7 +472,7 @@ OFFENCES = [
 
 
 def test_the_kernel_rule_turns_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hand-written backward without a reference, then one with a reference and no test."""
+    """A hand-written backward without a reference, one with a reference and no test, one without a bench row."""
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     kernel = tmp_path / "kernels/a.py"
     kernel.parent.mkdir()
@@ -485,6 +482,10 @@ def test_the_kernel_rule_turns_red(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     referenced = kernel.with_name("b.py")
     referenced.write_text("class A(torch.autograd.Function):\n    pass\ndef a_reference(): 1\n")
     with pytest.raises(AssertionError, match=r"test_b\.py is missing"):
+        test_every_kernel_has_a_reference_a_test_and_a_bench_entry(referenced)
+    (tmp_path / "tests/kernels").mkdir(parents=True)
+    (tmp_path / "tests/kernels/test_b.py").touch()
+    with pytest.raises(AssertionError, match=r"b\.py has no row in"):
         test_every_kernel_has_a_reference_a_test_and_a_bench_entry(referenced)
 
 

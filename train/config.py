@@ -1,11 +1,11 @@
 """The configuration of a run: from YAML and command line to frozen dataclasses. Hydra stops here.
 
-    configs/*.yaml + overrides  --Hydra-->  plain dicts  --build-->  PretrainConfig (frozen, checked)
+    configs/*.yaml + overrides  --Hydra-->  plain dicts  --convert-->  PretrainConfig (frozen, checked)
 
 `configs/` holds values only, one group per field of `PretrainConfig`; each group's dataclass is defined beside the code
 that uses it. A mistake is refused with one sentence that names the key and the nearest valid one, before anything is
 allocated: unknown groups, options and keys, keys given twice, wrong types, values that contradict each other. Nothing
-is ever ignored. Hydra and OmegaConf are imported by the first call that needs them: the dataclasses and `build` work
+is ever ignored. Hydra and OmegaConf are imported by the first call that needs them: the dataclasses and `convert` work
 without (`make gpu`).
 """
 
@@ -23,15 +23,14 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 from yaml import YAMLError
 
-from parallel.layout_check import Workload, check_layout
-from parallel.mesh import Layout
-from parallel.network import NetworkConfig
-from train.checkpoint.dcp import CheckpointConfig
+from parallel.layout import Layout, Workload, check_layout
+from parallel.mesh import NetworkConfig
+from train.checkpoint.config import CheckpointConfig
 from train.data.stream import DataConfig
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.observe.sinks import ObserveConfig
-from train.optim.adamw import OptimConfig
+from train.optim.config import OptimConfig
 from train.schedules import ScheduleConfig
 
 if TYPE_CHECKING:
@@ -201,7 +200,7 @@ def _register_resolvers() -> None:
 
 def _build_root(values: object) -> PretrainConfig:
     try:
-        config = build(PretrainConfig, values, "")
+        config = convert(PretrainConfig, values, "")
     except ConfigError:
         raise
     except ValueError as error:
@@ -210,7 +209,7 @@ def _build_root(values: object) -> PretrainConfig:
     return config
 
 
-def build(kind: Any, value: object, path: str) -> object:
+def convert(kind: Any, value: object, path: str) -> object:
     """Convert a plain value, as YAML gives it, to a type: dataclass, tuple, dict, Optional, Literal or scalar.
 
     An int is a legal float and an integral float a legal int (14.8e12 tokens); nothing else is converted.
@@ -227,7 +226,7 @@ def build(kind: Any, value: object, path: str) -> object:
         if value is None and type(None) in arguments:
             return None
         (inner,) = (argument for argument in arguments if argument is not type(None))
-        return build(inner, value, path)
+        return convert(inner, value, path)
     if origin is Literal:
         if value not in arguments:
             options = ", ".join(map(str, arguments))
@@ -239,7 +238,7 @@ def build(kind: Any, value: object, path: str) -> object:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}={value} must be a section of names and values")
-        return {str(name): build(arguments[1], item, f"{path}.{name}") for name, item in value.items()}
+        return {str(name): convert(arguments[1], item, f"{path}.{name}") for name, item in value.items()}
     return _build_scalar(kind, value, path)
 
 
@@ -250,7 +249,7 @@ def _build_tuple(arguments: tuple[Any, ...], value: object, path: str) -> tuple[
         raise ConfigError(f"{path}={value} must be a list of {'' if any_number else f'{len(arguments)} '}values")
     kinds = arguments[:1] * len(value) if any_number else arguments
     return tuple(
-        build(kind, item, f"{path}[{index}]") for index, (kind, item) in enumerate(zip(kinds, value, strict=True))
+        convert(kind, item, f"{path}[{index}]") for index, (kind, item) in enumerate(zip(kinds, value, strict=True))
     )
 
 
@@ -270,7 +269,7 @@ def _build_dataclass(kind: Any, value: object, path: str) -> object:
     for name in required:
         if name not in value:
             raise ConfigError(f"{prefix}{name} is missing: give it a value, as the other files of its group do")
-    return kind(**{name: build(hints[name], item, f"{prefix}{name}") for name, item in value.items()})
+    return kind(**{name: convert(hints[name], item, f"{prefix}{name}") for name, item in value.items()})
 
 
 SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

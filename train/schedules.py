@@ -118,7 +118,7 @@ def _check_batch(config: ScheduleConfig) -> None:
 
 
 @dataclass(frozen=True)
-class Now:
+class ScheduledValues:
     """The schedules' values for one optimizer step."""
 
     lr: float
@@ -128,9 +128,9 @@ class Now:
     balance_alpha: float
 
 
-def at(config: ScheduleConfig, *, step: int, tokens_seen: int) -> Now:
+def scheduled_values(config: ScheduleConfig, *, step: int, tokens_seen: int) -> ScheduledValues:
     """The values that hold during the next step, after `step` optimizer steps over `tokens_seen` tokens."""
-    return Now(
+    return ScheduledValues(
         lr=_learning_rate(config, step=step, tokens_seen=tokens_seen),
         batch_sequences=_batch_sequences(config, tokens_seen),
         bias_speed=config.bias_speed if tokens_seen < config.bias_speed_until_tokens else 0.0,

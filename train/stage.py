@@ -18,14 +18,20 @@ from torch import Tensor, nn
 
 from kernels.probe import Probe, watching
 from parallel.collectives import sum_over
-from parallel.mesh import Axis
+from parallel.expert import ExpertParallelDispatcher
+from parallel.layout import num_stages, stage_ids
+from parallel.mesh import Axis, Mesh
+from parallel.pipeline import balanced_layers
+from parallel.shards import LocalShard
 from train.losses import LossWeights, attach_loss, balance_sum, loss_sums
 from train.model.config import ModelConfig
-from train.model.moe import Routing
-from train.model.transformer import Transformer
+from train.model.moe import Experts, Routing, TokenDispatcher
+from train.model.precision import Precision
+from train.model.sizes import layer_costs
+from train.model.transformer import StageSpec, Transformer
 
 
-class Tally:
+class StepMetrics:
     """Sums over a step's micro-batches, for the log and the bias update; stays on the device.
 
     One row per MoE layer of the *whole* model, MTP layers last. Rows of layers on other stages stay 0: a sum over all
@@ -40,13 +46,13 @@ class Tally:
         self.balance = torch.zeros(layers, dtype=torch.float32, device=device)
         self.counts = torch.zeros(layers, config.n_routed_experts, dtype=torch.int64, device=device)
 
-    def note_routings(self, routings: dict[int, Routing]) -> None:
+    def add_routings(self, routings: dict[int, Routing]) -> None:
         """Add one micro-batch's expert counts and balance losses."""
         for layer_id, routing in routings.items():
             self.balance[self.row_of[layer_id]] += routing.balance.detach()
             self.counts[self.row_of[layer_id]] += routing.counts
 
-    def note_losses(self, main: Tensor, mtp: tuple[Tensor, ...]) -> None:
+    def add_losses(self, main: Tensor, mtp: tuple[Tensor, ...]) -> None:
         """Add one micro-batch's losses; depths that the sequence was too short for count nothing."""
         self.losses[: 1 + len(mtp)] += torch.stack((main, *mtp))
 
@@ -62,16 +68,16 @@ class Stage(nn.Module):
     """A stage of the model as a pipeline schedule calls it: `begin` once a step, `forward` once per micro-batch."""
 
     weights: LossWeights
-    tally: Tally
+    metrics: StepMetrics
     probe: Probe | None
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
         self.model = model
 
-    def begin(self, weights: LossWeights, tally: Tally, probe: Probe | None = None) -> None:
+    def begin(self, weights: LossWeights, metrics: StepMetrics, probe: Probe | None = None) -> None:
         """Start a step; its first micro-batch runs under the probe if there is one."""
-        self.weights, self.tally, self.probe = weights, tally, probe
+        self.weights, self.metrics, self.probe = weights, metrics, probe
 
     def forward(
         self, inbound: Tensor, *, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None
@@ -87,12 +93,64 @@ class Stage(nn.Module):
         model, probe = self.model, self.probe
         self.probe = None
         with nullcontext() if probe is None else watching(probe):
-            output = model(input_ids, document_ids, None if model.part.begins else inbound)
-        self.tally.note_routings(output.routings)
+            output = model(input_ids, document_ids, None if model.spec.is_first else inbound)
+        self.metrics.add_routings(output.routings)
         balance = balance_sum(output, self.weights)
-        if not model.part.ends:
+        if not model.spec.is_last:
             hidden: Tensor = output.hidden
             return hidden if balance is None else attach_loss(hidden, balance)
         losses = loss_sums(model, output, labels, self.weights)
-        self.tally.note_losses(losses.main, losses.mtp)
+        self.metrics.add_losses(losses.main, losses.mtp)
         return losses.total if balance is None else losses.total + balance
+
+
+def stage_specs(config: ModelConfig, mesh: Mesh) -> dict[int, StageSpec]:
+    """Stage index -> what it holds, for the stages of this rank."""
+    layout = mesh.layout
+    count = num_stages(layout.schedule, mesh.pp.size)
+    layers = layout.stage_layers or balanced_layers(layer_costs(config), layout.schedule, mesh.pp.size)
+    assert len(layers) == count, (layers, count)
+    starts = [sum(layers[:index]) for index in range(count + 1)]
+    return {
+        i: StageSpec(range(starts[i], starts[i + 1]), is_first=i == 0, is_last=i == count - 1)
+        for i in stage_ids(layout.schedule, mesh.pp.size, mesh.pp.rank)
+    }
+
+
+def build_stages(
+    config: ModelConfig, precision: Precision, mesh: Mesh, dispatcher: TokenDispatcher | None = None
+) -> dict[int, Stage]:
+    """The stages of this rank on its device, without values.
+
+    Args:
+        config: of the whole model.
+        precision: of the run.
+        mesh: of the run.
+        dispatcher: brings tokens to experts; None for the one of the mesh.
+    """
+    specs, stages = stage_specs(config, mesh), dict[int, Stage]()
+    if dispatcher is None and mesh.ep.size > 1:
+        dispatcher = ExpertParallelDispatcher(
+            config.n_routed_experts, mesh.ep, wire=precision.name, power_of_two=precision.power_of_two_scales
+        )
+    for index, spec in specs.items():
+        with mesh.device:
+            model = Transformer(config, precision, dispatcher, spec)
+        stages[index] = Stage(model)
+    models = [stage.model for stage in stages.values()]
+    if len(models) > 1 and models[0].spec.is_first and models[-1].mtp:
+        # V placement: one rank has the first and the last stage, and MTP reads the one embedding there is.
+        models[-1].embed_tokens = models[0].embed_tokens
+    return stages
+
+
+def expert_shards(model: Transformer) -> dict[str, LocalShard]:
+    """Parameter name -> this rank's experts as a shard of all experts of the layer."""
+    shards: dict[str, LocalShard] = {}
+    for module_name, module in model.named_modules():
+        if isinstance(module, Experts):
+            for leaf, parameter in module.named_parameters():
+                shape = (model.config.n_routed_experts, *parameter.shape[1:])
+                offset = (module.first_expert, *(0 for _ in shape[1:]))
+                shards[f"{module_name}.{leaf}"] = LocalShard.at(parameter.detach(), shape, offset)
+    return shards

@@ -23,16 +23,16 @@ from parallel.collectives import sum_over
 from parallel.grads import reduce_and_clip
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline
+from parallel.shards import LocalShard
 from train.data.batch import Batch
 from train.losses import LossWeights
-from train.model.moe import Router
 from train.model.transformer import Transformer
 from train.observe.fp8_health import Fp8Health
 from train.optim.adamw import AdamW
-from train.optim.balance import update_bias
+from train.optim.balance import update_biases
 from train.optim.ema import Ema
-from train.schedules import Now
-from train.stage import Stage, Tally
+from train.schedules import ScheduledValues
+from train.stage import Stage, StepMetrics, expert_shards
 
 
 @dataclass(frozen=True)
@@ -67,25 +67,16 @@ class StepGradients:
     stop: Tensor  # whether any rank was asked to stop
     counts: dict[int, Tensor]  # layer id -> [experts] int64 over the whole step
 
-
-def routers(models: list[Transformer]) -> dict[int, Router]:
-    """Layer id -> router, for every MoE layer on this rank, MTP layers included."""
-    found: dict[int, Router] = {}
-    for model in models:
-        for layer_id, layer in (*model.layers.items(), *model.mtp.items()):
-            found |= {int(layer_id): module for module in layer.modules() if isinstance(module, Router)}
-    return found
-
-
-def expert_biases(engine: Engine) -> Tensor:
-    """The selection biases of all MoE layers, MTP layers last, [layers, experts] fp32: one small collective."""
-    mesh, config = engine.mesh, engine.models[0].config
-    biases = torch.zeros(len(config.moe_layer_ids), config.n_routed_experts, device=mesh.device)
-    # The ranks of a stage hold the same biases: rank 0 of each stage contributes.
-    if mesh.dp.rank == 0:
-        for layer_id, router in routers(engine.models).items():
-            biases[config.moe_layer_ids.index(layer_id)] = router.e_score_correction_bias
-    return sum_over(biases, mesh.world)
+    @property
+    def logged(self) -> dict[str, Tensor]:
+        """Metric -> 0-d tensor."""
+        return {
+            "loss/total": self.loss_total,
+            "loss/main": self.loss_main,
+            "loss/mtp": self.loss_mtp,
+            "loss/balance": self.loss_balance,
+            "grad/norm": self.grad_norm,
+        }
 
 
 def compute_gradients(
@@ -93,7 +84,7 @@ def compute_gradients(
     batch: Batch,
     *,
     num_micro_batches: int,
-    now: Now,
+    now: ScheduledValues,
     stop: bool = False,
     health: Fp8Health | None = None,
 ) -> StepGradients:
@@ -111,24 +102,24 @@ def compute_gradients(
     """
     mesh, optimizer, config = engine.mesh, engine.optimizer, engine.models[0].config
     optimizer.zero_grad()
+    metrics = StepMetrics(config, mesh.device)
     # Ranks of one pipeline hold the same tokens: its first rank counts them.
     own = torch.tensor([batch.num_targets if mesh.pp.rank == 0 else 0, int(stop)])
     shared = sum_over(own.to(mesh.device, non_blocking=True), mesh.world)
     num_targets, num_stops = shared.unbind()
     weights = LossWeights(now.mtp_weight, now.balance_alpha, num_targets, now.batch_sequences)
-    tally = Tally(config, mesh.device)
     for stage in engine.stages.values():
-        stage.begin(weights, tally, health)
+        stage.begin(weights, metrics, health)
     engine.pipeline.run(batch.inputs(mesh.device), num_micro_batches=num_micro_batches)
+    metrics.reduce(mesh.world)
+    if health is not None:
+        health.reduce(mesh.world)
     norm = reduce_and_clip(
         optimizer.buckets, num_targets=num_targets, max_norm=optimizer.config.clip_norm, world=mesh.world
     )
-    tally.reduce(mesh.world)
-    if health is not None:
-        health.reduce(mesh.world)
-    main, *further = (tally.losses / num_targets.clamp(min=1)).unbind()
+    main, *further = (metrics.losses / num_targets.clamp(min=1)).unbind()
     mtp = torch.stack(further).mean() if further else torch.zeros_like(main)
-    balance = tally.balance.sum() / now.batch_sequences
+    balance = metrics.balance.sum() / now.batch_sequences
     total = main + now.mtp_weight * mtp + now.balance_alpha * balance
     return StepGradients(
         loss_total=total,
@@ -138,11 +129,11 @@ def compute_gradients(
         grad_norm=norm.norm,
         finite=norm.finite & torch.isfinite(total),
         stop=num_stops > 0,
-        counts=dict(zip(tally.layer_ids, tally.counts.unbind(), strict=True)),
+        counts=dict(zip(metrics.layer_ids, metrics.counts.unbind(), strict=True)),
     )
 
 
-def apply_update(engine: Engine, gradients: StepGradients, *, now: Now, update: int) -> None:
+def apply_update(engine: Engine, gradients: StepGradients, *, now: ScheduledValues, update: int) -> None:
     """AdamW on the clipped gradients, then the routers' bias.
 
     Args:
@@ -156,5 +147,14 @@ def apply_update(engine: Engine, gradients: StepGradients, *, now: Now, update: 
     engine.optimizer.step(lr=now.lr, step=update)
     if engine.ema is not None:
         engine.ema.update()
-    for layer_id, router in routers(engine.models).items():
-        update_bias(router.e_score_correction_bias, gradients.counts[layer_id], now.bias_speed)
+    update_biases(engine.models, gradients.counts, now.bias_speed)
+
+
+def checkpoint_tensors(engine: Engine) -> dict[str, Tensor | LocalShard]:
+    """This rank's part of a run's tensors, by name: live ones, so that loading a checkpoint fills them in place."""
+    model: dict[str, Tensor | LocalShard] = {}
+    for part in engine.models:
+        model |= {f"model.{name}": tensor for name, tensor in (part.state_dict() | expert_shards(part)).items()}
+    optimizer = {f"optim.{name}": shard for name, shard in engine.optimizer.state_shards().items()}
+    average = engine.ema.state_shards() if engine.ema else {}
+    return model | optimizer | average

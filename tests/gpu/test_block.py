@@ -37,7 +37,7 @@ def sizes() -> Sizes:
 def results(layers: Layers, output: Tensor) -> dict[str, Tensor]:
     """Output, input gradient and every weight gradient."""
     assert layers.x.grad is not None
-    grads = {segment.name: segment.grad.clone() for segment in layers.buckets.segments()}
+    grads = {segment.name: segment.grad.clone() for segment in layers.buckets.parameter_shards()}
     return {"output": output.clone(), "input": layers.x.grad.clone(), **grads}
 
 
@@ -90,7 +90,7 @@ from train.studies import smoke_runs
 from train.studies import step_parity
 
 smoke_runs.prepare(deterministic=True)
-found = step_parity.one_step(smoke_runs.recipe("tiny", sequences=1, tokens=64), "fp8", torch.device("cuda"))
+found = step_parity.compare_step(smoke_runs.smoke_run("tiny", sequences=1, tokens=64), "fp8", torch.device("cuda"))
 print([name for name in sys.modules if name.startswith("kernels.gpu")], found.worst_error, found.green)
 """
 

@@ -1,11 +1,11 @@
-"""Training tokens/s beside `transformers`' DeepseekV3ForCausalLM of the same size, in one run.
+"""Training tokens/s of ours and of `transformers`' DeepseekV3ForCausalLM of the same size, in one run.
 
-    python tests/parity/bench_transformers.py [rounds]
+    python -m tests.parity.bench_transformers [rounds]
 
 Same shape (`model=tiny` without MTP, which transformers does not train), same batch, same AdamW family (ours:
 FP32 masters and BF16 moments; theirs: torch's fused AdamW on the BF16 weights), forward, backward, clip and update.
 Parity first: both take one forward from the same FP32 weights and their losses must agree to 1e-5. The two are then
-timed in turn, round by round, and the ratio is that of the medians. Not a pytest file: it measures, it asserts no time.
+timed in turn, round by round (8; 0: parity only), and the ratio is that of the medians.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from train.data.batch import Batch
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
-from train.optim.adamw import OptimConfig
-from train.schedules import Now
+from train.optim.config import OptimConfig
+from train.schedules import ScheduledValues
 from train.step import apply_update, compute_gradients
 
 SEQUENCES, TOKENS = 8, 256
-NOW = Now(lr=1e-4, batch_sequences=SEQUENCES, bias_speed=1e-3, mtp_weight=0.0, balance_alpha=1e-4)
+NOW = ScheduledValues(lr=1e-4, batch_sequences=SEQUENCES, bias_speed=1e-3, mtp_weight=0.0, balance_alpha=1e-4)
 
 
 def theirs(config: ModelConfig, ours: Transformer, dtype: torch.dtype) -> DeepseekV3ForCausalLM:
-    """The oracle with our weights: expert tensors are stacked in its memory as in ours."""
+    """Their model with our weights; expert tensors are stacked in its memory as in ours."""
     names = DeepseekV3Config().to_dict().keys() & vars(config).keys() - {"rope_scaling"}
     hf = DeepseekV3Config(
         **{name: getattr(config, name) for name in names},
@@ -57,7 +57,6 @@ def theirs(config: ModelConfig, ours: Transformer, dtype: torch.dtype) -> Deepse
 
 
 def our_step(config: ModelConfig, name: str, batch: Batch) -> Callable[[], object]:
-    """One optimizer step of ours as a call."""
     engine = build_engine(config, Precision(name), OptimConfig(), single("cpu"), seed=0)  # type: ignore[arg-type]
     updates = iter(range(1, 10**9))
 
@@ -69,7 +68,6 @@ def our_step(config: ModelConfig, name: str, batch: Batch) -> Callable[[], objec
 
 
 def their_step(model: DeepseekV3ForCausalLM, batch: Batch) -> Callable[[], object]:
-    """One optimizer step of theirs as a call."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step() -> None:
@@ -82,7 +80,6 @@ def their_step(model: DeepseekV3ForCausalLM, batch: Batch) -> Callable[[], objec
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over all tokens, FP32."""
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
@@ -102,6 +99,8 @@ def main(rounds: int) -> int:
     if gap > 1e-5:
         print("parity is red: no speed is reported")
         return 1
+    if not rounds:
+        return 0
     steps = {
         "transformers fp32": their_step(oracle, batch),
         "ours fp32": our_step(config, "fp32", batch),

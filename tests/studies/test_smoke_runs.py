@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,25 +20,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.fp8_linear
 from kernels.formats import Quantized
+from kernels.quantize import quantize_blocks, quantize_tiles
 from kernels.router import gate_weights
-from parallel.pieces import Piece
+from parallel.shards import LocalShard
 from tests.tiny_model import TINY
 from train.config import compose
 from train.model.moe import Router
 from train.model.precision import Precision
 from train.step import Engine, StepGradients, compute_gradients
 from train.studies import smoke_runs, step_parity
-from train.studies.smoke_runs import Recipe
-from train.studies.step_parity import STEP_BOUNDS, OneStep
+from train.studies.smoke_runs import PrecisionName, SmokeRun
+from train.studies.step_parity import STEP_BOUNDS, StepParity
 
 CPU = torch.device("cpu")
 ABSENT = ("hydra", "omegaconf", "datasets", "wandb", "deepspeed", "plotly", "rich", "tokenizers", "pyarrow", "triton")
 
 
 @pytest.fixture
-def smallest() -> Recipe:
+def smallest() -> SmokeRun:
     """The smallest model, milliseconds a step."""
-    return smoke_runs.recipe("tiny", sequences=4, tokens=24, model=TINY)
+    return smoke_runs.smoke_run("tiny", sequences=4, tokens=24, model=TINY)
 
 
 def test_training_imports_without_hydra_datasets_and_wandb(
@@ -50,15 +52,14 @@ def test_training_imports_without_hydra_datasets_and_wandb(
 
 
 def test_values_are_those_that_hydra_reads() -> None:
-    for name in ("tiny", "small"):
-        assert smoke_runs.model_config(name) == compose([f"model={name}"]).model
-    for precision in ("fp32", "bf16", "fp8"):
-        assert smoke_runs.precision_config(precision) == compose([f"precision={precision}"]).precision
-    composed = compose(["schedule=small", "model=small"])
-    recipe = smoke_runs.recipe("small", sequences=1, tokens=8)
-    assert recipe.optim == composed.optim
-    assert recipe.peak.lr == composed.schedule.lr_peak
-    assert recipe.peak.bias_speed == composed.schedule.bias_speed
+    precisions: tuple[PrecisionName, ...] = ("fp32", "bf16", "fp8")
+    for name, precision in zip(("tiny", "small", "small"), precisions, strict=True):
+        composed = compose([f"model={name}", f"schedule={name}", f"precision={precision}"])
+        run = smoke_runs.smoke_run(name, sequences=1, tokens=8)
+        assert run.model == smoke_runs.model_config(name) == composed.model
+        assert smoke_runs.precision_config(precision) == composed.precision
+        assert run.optim == composed.optim
+        assert (run.peak.lr, run.peak.bias_speed) == (composed.schedule.lr_peak, composed.schedule.bias_speed)
 
 
 def test_a_missing_file_is_named() -> None:
@@ -78,14 +79,14 @@ def test_tokens_repeat_and_each_has_four_successors() -> None:
     assert max(map(len, followers.values())) == smoke_runs.SUCCESSORS
 
 
-def test_losses_fall_and_fp8_follows_bf16(smallest: Recipe) -> None:
-    runs = [smoke_runs.train(smallest, precision, CPU, steps=30) for precision in ("bf16", "fp8")]
+def test_losses_fall_and_fp8_follows_bf16(smallest: SmokeRun) -> None:
+    runs = [smoke_runs.train(smallest, precision, CPU, steps=20) for precision in ("bf16", "fp8")]
     assert all(run.fall > 0.3 for run in runs)
     assert runs[0].losses != runs[1].losses
     assert abs(smoke_runs.training_gap(runs[1], runs[0])) < smoke_runs.TRAINING_GAP
 
 
-def test_a_loss_that_is_not_finite_is_refused(smallest: Recipe) -> None:
+def test_a_loss_that_is_not_finite_is_refused(smallest: SmokeRun) -> None:
     engine = smoke_runs.new_engine(smallest, "bf16", CPU)
     with torch.no_grad():
         engine.models[0].norm.weight.fill_(float("nan"))
@@ -117,7 +118,7 @@ class OtherSums(TorchDispatchMode):
 
 
 def on_another_device(monkeypatch: pytest.MonkeyPatch, context: Callable[[], Any]) -> None:
-    """Let the second of two calls of compute_gradients, the device's, run inside a context."""
+    """Run the second of two calls of compute_gradients, the device's, inside a context."""
     calls = []
 
     def compute(engine: Engine, *args: Any, **kwargs: Any) -> StepGradients:
@@ -129,12 +130,12 @@ def on_another_device(monkeypatch: pytest.MonkeyPatch, context: Callable[[], Any
 
 
 @pytest.fixture
-def tiny() -> Recipe:
-    return smoke_runs.recipe("tiny", sequences=1, tokens=128)
+def tiny() -> SmokeRun:
+    return smoke_runs.smoke_run("tiny", sequences=1, tokens=128)
 
 
-def test_a_cpu_against_itself_differs_in_nothing(smallest: Recipe) -> None:
-    found = step_parity.one_step(smallest, "fp8", CPU)
+def test_a_cpu_against_itself_differs_in_nothing(smallest: SmokeRun) -> None:
+    found = step_parity.compare_step(smallest, "fp8", CPU)
     assert found.loss_error == 0.0
     assert found.flipped_tokens == 0
     assert set(found.errors.values()) == {0.0}
@@ -144,11 +145,11 @@ def test_a_cpu_against_itself_differs_in_nothing(smallest: Recipe) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_another_order_of_sums_is_within_half_the_bounds(
-    precision: smoke_runs.PrecisionName, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+    precision: PrecisionName, tiny: SmokeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bounds' own origin, measured again; half, for what this simulation leaves out."""
     on_another_device(monkeypatch, OtherSums)
-    found = step_parity.one_step(tiny, precision, CPU)
+    found = step_parity.compare_step(tiny, precision, CPU)
     bounds = STEP_BOUNDS[precision]
     assert found.green
     assert 0 < found.worst_error[0] <= bounds.error / 2, found.worst_error
@@ -156,63 +157,41 @@ def test_another_order_of_sums_is_within_half_the_bounds(
     assert found.loss_error <= bounds.loss / 2
 
 
-class Patched:
-    """A context that replaces a function of kernels.fp8_linear."""
-
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self.name, self.function, self.patch = name, function, pytest.MonkeyPatch()
-
-    def __enter__(self) -> None:
-        self.patch.setattr(kernels.fp8_linear, self.name, self.function)
-
-    def __exit__(self, *_: object) -> None:
-        self.patch.undo()
+def shifted_scales(x: Tensor, *, power_of_two: bool) -> Quantized:
+    q = quantize_tiles(x, power_of_two=power_of_two)
+    return Quantized(q.payload, q.scale.roll(1, dims=1))
 
 
-def shifted_scales() -> Patched:
-    original = kernels.fp8_linear.quantize_tiles
-
-    def quantize(x: Tensor, *, power_of_two: bool) -> Quantized:
-        q = original(x, power_of_two=power_of_two)
-        return Quantized(q.payload, q.scale.roll(1, dims=1))
-
-    return Patched("quantize_tiles", quantize)
+def coarse_weights(w: Tensor, *, power_of_two: bool) -> Quantized:
+    return quantize_blocks(w.to(torch.float8_e5m2).to(w.dtype), power_of_two=power_of_two)
 
 
-def coarse_weights() -> Patched:
-    original = kernels.fp8_linear.quantize_blocks
-
-    def quantize(w: Tensor, *, power_of_two: bool) -> Quantized:
-        return original(w.to(torch.float8_e5m2).to(w.dtype), power_of_two=power_of_two)
-
-    return Patched("quantize_blocks", quantize)
+def lost_weight_gradients(a: Quantized, b: Quantized, *, out: Tensor, accumulate: bool) -> None:
+    """Adds nothing."""
 
 
-def lost_weight_gradients() -> Patched:
-    def product(a: Quantized, b: Quantized, *, out: Tensor, accumulate: bool) -> None:
-        """Adds nothing."""
-
-    return Patched("gemm_tile_tile", product)
-
-
-@pytest.mark.parametrize("defect", [shifted_scales, coarse_weights, lost_weight_gradients])
+@pytest.mark.parametrize(
+    ("name", "defect"),
+    [
+        ("quantize_tiles", shifted_scales),
+        ("quantize_blocks", coarse_weights),
+        ("gemm_tile_tile", lost_weight_gradients),
+    ],
+    ids=["shifted_scales", "coarse_weights", "lost_weight_gradients"],
+)
 def test_a_defect_of_the_device_turns_the_step_red(
-    defect: Callable[[], Patched], tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+    name: str, defect: Callable[..., Any], tiny: SmokeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_another_device(monkeypatch, defect)
-    assert not step_parity.one_step(tiny, "fp8", CPU).green
+    on_another_device(monkeypatch, lambda: patch.object(kernels.fp8_linear, name, defect))
+    assert not step_parity.compare_step(tiny, "fp8", CPU).green
 
 
 def test_nan_is_never_green() -> None:
-    fine = OneStep("bf16", 0.0, {"a": 0.0}, {"a": 0.0}, 0, 1)
-    nan = float("nan")
+    fine, nan = StepParity("bf16", 0.0, {"a": 0.0}, {"a": 0.0}, 0, 1), float("nan")
     assert fine.green
-    for broken in (
-        replace(fine, loss_error=nan),
-        replace(fine, errors={"a": nan, "b": 0.0}),
-        replace(fine, turns={"a": 0.0, "b": nan}),
-    ):
-        assert not broken.green
+    assert not replace(fine, loss_error=nan).green
+    assert not replace(fine, errors={"a": nan, "b": 0.0}).green
+    assert not replace(fine, turns={"a": 0.0, "b": nan}).green
 
 
 def test_forced_choices_get_the_gates_of_eq_13_and_others_keep_theirs() -> None:
@@ -224,9 +203,9 @@ def test_forced_choices_get_the_gates_of_eq_13_and_others_keep_theirs() -> None:
     ids[4] = torch.tensor([0, 3])
     marked = replace(routing, gates=routing.gates + 1.0)
     forced, flipped = step_parity.with_choice(router, x, marked, ids)
-    others = [token for token in range(9) if not torch.equal(ids[token], routing.topk_ids[token])]
-    assert int(flipped) == len(others)
-    kept = [token for token in range(9) if token not in others]
+    kept = (ids == routing.topk_ids).all(dim=1)
+    others = ~kept
+    assert int(flipped) == int(others.sum())
     assert torch.equal(forced.gates[kept], marked.gates[kept])
     scores = (x[0] @ router.weight.T).sigmoid()
     expected = gate_weights(scores, ids, scale=TINY.routed_scaling_factor, normalize=True)
@@ -236,9 +215,9 @@ def test_forced_choices_get_the_gates_of_eq_13_and_others_keep_theirs() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_a_resumed_run_is_the_unbroken_one_to_the_bit(
-    precision: smoke_runs.PrecisionName, smallest: Recipe, tmp_path: Path
+    precision: PrecisionName, smallest: SmokeRun, tmp_path: Path
 ) -> None:
-    found = smoke_runs.resume(smallest, precision, CPU, steps=3, directory=tmp_path / "saved")
+    found = smoke_runs.resume(smallest, precision, CPU, steps=2, directory=tmp_path / "saved")
     assert found.bit_equal
     assert found.difference == 0.0
     assert found.green
@@ -246,16 +225,16 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(
 
 
 def test_a_checkpoint_that_loses_the_moments_is_seen_on_any_device(
-    smallest: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    smallest: SmokeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = smoke_runs.load
 
-    def forgetful(path: Path, tensors: dict[str, Tensor | Piece]) -> dict[str, Any]:
+    def forgetful(path: Path, tensors: dict[str, Tensor | LocalShard]) -> dict[str, Any]:
         state = load(path, tensors)
         for name, value in tensors.items():
             if "exp_avg" in name:
-                assert isinstance(value, Piece)
-                value.local.zero_()
+                assert isinstance(value, LocalShard)
+                value.tensor.zero_()
         return state
 
     monkeypatch.setattr(smoke_runs, "load", forgetful)
@@ -265,7 +244,7 @@ def test_a_checkpoint_that_loses_the_moments_is_seen_on_any_device(
     assert any("exp_avg" in name for name in found.differing)
 
 
-def test_large_steps_start_from_the_same_weights(smallest: Recipe) -> None:
+def test_large_steps_start_from_the_same_weights(smallest: SmokeRun) -> None:
     bf16, fp8 = smoke_runs.big_steps(smallest, CPU)
     assert (bf16.precision, fp8.precision) == ("bf16", "fp8")
     alone = smoke_runs.step_once(smoke_runs.new_engine(smallest, "fp8", CPU), smallest, 0)

@@ -8,19 +8,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from train.studies import gpu_report
-from train.studies import gpu_sections as gpu_parts
+from train.studies import gpu_report, gpu_sections
 from train.studies.gpu_report import Finished
 from train.studies.gpu_sections import PARTS, Section
 
 ROOT = Path(__file__).resolve().parents[2]
+# What `make gpu` does without. Where no GPU is, it needs no Triton either.
 ABSENT = ("hydra", "omegaconf", "datasets", "wandb", "deepspeed", "plotly", "rich", "tokenizers", "deep_gemm")
+ABSENT += () if torch.cuda.is_available() else ("triton",)
 ONLY_WITHOUT = "says what happens without a GPU, and this machine has one: CI runs it"
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason=ONLY_WITHOUT)
@@ -35,58 +36,67 @@ def test_without_a_gpu_make_says_one_sentence_and_sets_nothing_up() -> None:
     assert not done.stdout
 
 
-def test_the_whole_report_comes_out_of_small_sizes(run_command: Run, tmp_path: Path) -> None:
-    arguments = ("--tiny", "--device", "cpu", "--budget", "600", "--out", tmp_path)
-    done = run_command("-m", "launch.gpu", *arguments, timeout_s=600, check=False)
-    page = (tmp_path / "report.md").read_text()
-    assert done.returncode == 0, page
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make gpu` writes with small sizes on a CPU, where the packages of ABSENT cannot be imported."""
+    out, site = tmp_path_factory.mktemp("gpu"), tmp_path_factory.mktemp("site")
+    (site / "sitecustomize.py").write_text(f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))")
+    command = [sys.executable, "-m", "launch.gpu", "--tiny", "--device", "cpu", "--budget", "600", "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(site)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> Any:
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_the_whole_report_comes_out_of_small_sizes(folder: Path, report: Any) -> None:
+    page = (folder / "report.md").read_text()
     places = [page.index(f"## {plan.title}: ") for plan in PARTS.values()]
     assert places == sorted(places), "parts are in order"
     assert page.index("# Parity") < places[0]
     speed = page.index("# Speed")
     assert {name for name, place in zip(PARTS, places, strict=True) if place > speed} == {"kernels", "peers", "layer"}
-    report = json.loads((tmp_path / "report.json").read_text())
     assert list(report["parity"]) == ["tests", "one_step", "training", "resume", "small"]
-    statuses = {name: part["status"] for kind in ("parity", "speed") for name, part in report[kind].items()}
-    wanted = dict.fromkeys(PARTS, "green") | ({} if torch.cuda.is_available() else {"tests": "left out"})
-    assert statuses == wanted
-    assert report["green"] is True
     assert {"date", "commit", "device", "versions", "left_out"} <= set(report)
     assert report["versions"]["torch"] == torch.__version__
     assert len(report["parity"]["training"]["data"]["losses"]["fp8"]) == 6
     assert report["speed"]["layer"]["data"]["times"][1]["precision"] == "fp8"
-    assert all((tmp_path / f"{name}.log").exists() for name in PARTS)
+    assert all((folder / f"{name}.log").exists() for name in PARTS)
     assert "| fp8 |" in page[speed:]
 
 
-def test_a_part_runs_where_only_torch_is_installed(run_command: Run, tmp_path: Path) -> None:
-    out = tmp_path / "part.json"
-    words = ["launch.gpu", "--part", "resume", "--tiny", "--device", "cpu", "--out", str(out)]
-    code = f"import runpy, sys; sys.modules.update(dict.fromkeys({ABSENT!r})); sys.argv = {words!r}; "
-    run_command("-c", code + "runpy.run_module('launch.gpu', run_name='__main__')", check=False)
-    assert json.loads(out.read_text())["status"] == "green"
+def test_a_part_runs_where_only_torch_is_installed(report: Any) -> None:
+    statuses = {name: part["status"] for kind in ("parity", "speed") for name, part in report[kind].items()}
+    wanted = dict.fromkeys(PARTS, "green") | ({} if torch.cuda.is_available() else {"tests": "left out"})
+    assert statuses == wanted
+    assert report["green"] is True
+    assert {"hydra", "datasets", "wandb", "plotly"} <= set(report["left_out"])
 
 
-def test_the_gpu_tests_are_collected_and_skipped_without_triton(run_command: Run) -> None:
-    if torch.cuda.is_available():
-        pytest.skip(ONLY_WITHOUT)
-    code = "import sys, pytest; sys.modules['triton'] = None; sys.exit(pytest.main(['tests/gpu', '-q', '-x']))"
-    shown = run_command("-c", code, PYTHONPATH=".").stdout
-    assert "needs an NVIDIA GPU, which `make test` hides: run `make gpu` on a machine with one" in shown
-    assert " passed" not in shown
+@pytest.mark.skipif(torch.cuda.is_available(), reason=ONLY_WITHOUT)
+def test_the_gpu_tests_are_collected_and_skipped_without_triton(folder: Path, report: Any) -> None:
+    section = report["parity"]["tests"]
+    assert "needs an NVIDIA GPU, which `make test` hides: run `make gpu` on a machine with one" in section["reason"]
+    assert section["data"]["passed"] == 0
+    assert section["data"]["failed"] == []
+    assert " passed" not in (folder / "tests.log").read_text()
 
 
 def python(code: str) -> Callable[[str, float, Path], Sequence[str]]:
     return lambda part, seconds, out: [sys.executable, "-c", code, part, str(out)]
 
 
-def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    kept = {name: PARTS[name] for name in names}
-    monkeypatch.setattr(gpu_report, "PARTS", kept)
+@pytest.fixture
+def two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_report, "PARTS", {name: PARTS[name] for name in ("training", "layer")})
 
 
-def test_a_part_that_dies_is_failed_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    only(monkeypatch, "training", "layer")
+@pytest.mark.usefixtures("two_parts")
+def test_a_part_that_dies_is_failed_with_its_last_words(tmp_path: Path) -> None:
     done = gpu_report.run_all(python("raise SystemExit('no memory')"), tmp_path, environment=os.environ)
     assert [each.section.status for each in done] == ["failed", "failed"]
     assert done[0].section.reason == "its process ended with 1: no memory"
@@ -96,20 +106,20 @@ def test_a_part_that_dies_is_failed_with_its_last_words(tmp_path: Path, monkeypa
     assert "these times belong to a build that has not passed it" in page
 
 
+@pytest.mark.usefixtures("two_parts")
 def test_a_part_beyond_its_time_is_killed_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    only(monkeypatch, "training", "layer")
     monkeypatch.setattr(gpu_report, "GRACE_S", 0.0)
     sleep = python("import time; print('asleep', flush=True); time.sleep(600)")
     done = gpu_report.run_all(sleep, tmp_path, environment=os.environ, total_s=2.0)
     assert [each.section.status for each in done] == ["not measured", "not measured"]
     assert "did not finish" in done[0].section.reason
-    assert not gpu_report.is_green(done), "parity that nobody saw is not green"
+    assert not gpu_report.is_green(done), "parity that was not measured is not green"
     page = gpu_report.write(done, torch.device("cpu"), tmp_path).read_text()
     assert f"- {PARTS['layer'].title}, not measured: " in page[page.index("# Left out") :]
 
 
-def test_time_that_a_part_leaves_is_the_next_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    only(monkeypatch, "training", "layer")
+@pytest.mark.usefixtures("two_parts")
+def test_time_that_a_part_leaves_is_the_next_ones(tmp_path: Path) -> None:
     given = []
 
     def command(part: str, seconds: float, out: Path) -> Sequence[str]:
@@ -135,7 +145,7 @@ def test_time_that_a_part_leaves_is_the_next_ones(tmp_path: Path, monkeypatch: p
         ("layer", "failed", False),
     ],
 )
-def test_what_makes_the_report_green(part: str, status: gpu_parts.Status, green: bool) -> None:
+def test_what_makes_the_report_green(part: str, status: gpu_sections.Status, green: bool) -> None:
     assert gpu_report.is_green([Finished(part, Section(status), 1.0)]) is green
 
 
@@ -148,7 +158,7 @@ JUNIT = """<testsuites><testsuite>
 
 def test_failures_and_skips_of_pytest_are_listed(tmp_path: Path) -> None:
     (tmp_path / "junit.xml").write_text(JUNIT)
-    section = gpu_parts.read_junit(tmp_path / "junit.xml")
+    section = gpu_sections.read_junit(tmp_path / "junit.xml")
     assert (section.status, section.data["passed"]) == ("red", 1)
     assert "FAILED `tests.gpu.a::bad`: assert 1 == 2" in section.markdown
     assert "skipped 1: not measured: the 9 s were spent" in section.markdown

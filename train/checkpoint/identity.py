@@ -1,4 +1,4 @@
-"""What must be the same when a run is resumed: model, precision, data order, store and seed.
+"""What must be the same when a run is resumed: model, precision, data order, store and seed; and what may differ.
 
 Fields at their defaults are left out, so that a later version with a new field resumes the runs of older ones, which
 lack it. The new default must mean what the older version did, and the default of a field here must never change.
@@ -65,3 +65,16 @@ def _difference(section: str, old: object, new: object) -> str:
     kind = IDENTITY_SECTIONS.get(section)
     default = {field.name: field.default for field in fields(kind)}.get(key) if kind else None
     return f"{key} was {old.get(key, default)}, now {new.get(key, default)}"
+
+
+def changed_fields(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[object]]:
+    """`section.field` -> [old, new], for every field in which a configuration differs from a saved one."""
+    # As it comes back from a file: tuples become lists.
+    new = json.loads(json.dumps(new))
+    pairs = {
+        f"{section}.{name}": [(old.get(section) or {}).get(name), value]
+        for section, values in new.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+    }
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.data.strict_json import strict_json
+from train.data.store import strict_json
 from train.evaluate.benchmarks import Task, choose_tasks
 from train.evaluate.exact_match import Attempts, Problem, first_examples, read_problems, score_exact_match
 from train.evaluate.language_model import LanguageModel

@@ -165,7 +165,7 @@ class Decoder:
     """A whole model, in one process, that continues from a cache. It keeps copies of weights, which must not change."""
 
     def __init__(self, model: Transformer) -> None:
-        assert model.part == whole(model.config), "generation needs the whole model in one process"
+        assert model.spec == whole(model.config), "generation needs the whole model in one process"
         self.model, self.config = model, model.config
         blocks = [(name, block) for name, block in model.layers.items()]
         blocks += [(name, predictor.get_submodule("block")) for name, predictor in model.mtp.items()]

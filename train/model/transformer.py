@@ -23,17 +23,17 @@ from train.model.precision import Precision
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one pipeline stage holds: consecutive layers, whether it begins with tokens, whether it ends with losses."""
+class StageSpec:
+    """What one pipeline stage holds: consecutive layers; tokens enter the first stage, losses arise on the last."""
 
     layer_ids: range
-    begins: bool
-    ends: bool
+    is_first: bool
+    is_last: bool
 
 
-def whole(config: ModelConfig) -> Part:
-    """The part that is everything."""
-    return Part(config.layer_ids, begins=True, ends=True)
+def whole(config: ModelConfig) -> StageSpec:
+    """The only stage of a model in one process."""
+    return StageSpec(config.layer_ids, is_first=True, is_last=True)
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,19 @@ class Transformer(nn.Module):
         config: ModelConfig,
         precision: Precision,
         dispatcher: TokenDispatcher | None = None,
-        part: Part | None = None,
+        spec: StageSpec | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.precision, self.part = config, precision, part or whole(config)
+        self.config, self.precision, self.spec = config, precision, spec or whole(config)
         dispatcher = dispatcher or LocalDispatcher(config.n_routed_experts)
         rope = RopeTables(config)
-        mtp_layer_ids = config.mtp_layer_ids if self.part.ends else range(0)
-        if self.part.begins or mtp_layer_ids:
+        mtp_layer_ids = config.mtp_layer_ids if self.spec.is_last else range(0)
+        if self.spec.is_first or mtp_layer_ids:
             self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, precision)
         self.layers = nn.ModuleDict(
-            {str(i): make_block(config, precision, rope, dispatcher, layer_id=i) for i in self.part.layer_ids}
+            {str(i): make_block(config, precision, rope, dispatcher, layer_id=i) for i in self.spec.layer_ids}
         )
-        if self.part.ends:
+        if self.spec.is_last:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
             self.lm_head = HighLinear(config.hidden_size, config.vocab_size, precision)
         self.mtp = nn.ModuleDict(
@@ -98,8 +98,8 @@ class Transformer(nn.Module):
         return scores
 
     def _start(self, input_ids: Tensor, hidden: Tensor | None) -> Tensor:
-        start: Tensor | None = self.embed_tokens(input_ids) if self.part.begins else hidden
-        assert start is not None, "a part that does not begin needs the hidden state of the stage before"
+        start: Tensor | None = self.embed_tokens(input_ids) if self.spec.is_first else hidden
+        assert start is not None, "a stage after the first needs the hidden state of the one before"
         return start
 
     def _main(self, hidden: Tensor, document_ids: Tensor | None, routings: dict[int, Routing]) -> Tensor:
@@ -108,7 +108,7 @@ class Transformer(nn.Module):
             hidden, routing = block(hidden, document_ids)
             if routing is not None:
                 routings[int(layer_id)] = routing
-        return self.norm(hidden) if self.part.ends else hidden
+        return self.norm(hidden) if self.spec.is_last else hidden
 
     def _predict_further(
         self, hidden: Tensor, input_ids: Tensor, document_ids: Tensor | None, routings: dict[int, Routing]

@@ -3,13 +3,11 @@
     for each part of train/studies/gpu_sections.py, parity before speed:
         start its process -> wait until its deadline, then kill it -> its section, or why there is none
     runs/gpu/report.json, runs/gpu/report.md    what, where, when; parity; speed; what was left out and why
-    runs/gpu/<part>.log                          what the part's process said
+    runs/gpu/<part>.log                          output of the part's process
 
 Part i may run until the sum of the first i shares after the start: time that one part leaves is the next one's, and no
 part can take another's. A part whose process dies is "failed", with the last line it wrote. The report is green only if
 every parity part that can run here is green and no speed part's own parity is red: no speed without parity.
-
-The command line and the environment belong to `launch/gpu.py`, numbers and bounds to the parts. Source: ours.
 """
 
 from __future__ import annotations
@@ -33,15 +31,15 @@ from train.studies.gpu_sections import PARTS, ROOT, Options, Section
 
 # Package -> what is left out without it.
 OPTIONAL = {
-    "hydra": "launch/pretrain.py and its overrides; the checkup reads configs/*.yaml itself",
-    "datasets": "tokenised stores; the checkup trains on tokens of its own",
+    "hydra": "launch/pretrain.py and its overrides; the smoke tests read configs/*.yaml themselves",
+    "datasets": "tokenised stores; the smoke tests train on tokens of their own",
     "wandb": "the mirror to wandb",
     "plotly": "the dashboard",
     "deepspeed": "nothing of ours needs it",
     "deep_gemm": "DeepGEMM as a peer of the products",
 }
 VERSIONS = ("torch", "triton", "numpy", "pytest", "transformers")
-# A part is asked to finish this long before it is killed, so that it can write what it has.
+# A part is asked to finish this long before it is killed, which leaves it time to write its section.
 GRACE_S = 8.0
 
 
@@ -55,20 +53,13 @@ class Finished:
 
 
 def run_part(name: str, options: Options, budget_s: float, out: Path) -> None:
-    """What a part's own process does: run it and write its section.
-
-    Args:
-        name: of PARTS.
-        options: device and sizes.
-        budget_s: seconds until the process is killed.
-        out: JSON file to write.
-    """
+    """Run a part in this process, which is killed after budget_s seconds, and write its section as JSON."""
     section = PARTS[name].run(options, max(1.0, budget_s - GRACE_S))
     out.write_text(json.dumps(plain(vars(section)), allow_nan=False), encoding="utf-8")
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON can hold it: tuples become lists, NaN and infinity become text."""
+    """The value for JSON: tuples become lists, NaN and infinity become text."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -85,13 +76,10 @@ def run_all(
     environment: Mapping[str, str],
     total_s: float | None = None,
 ) -> list[Finished]:
-    """Every part, one after the other.
+    """Every part, one after the other; logs are written into the directory.
 
-    Args:
-        command: (part, seconds, JSON file) -> command line that calls `run_part`.
-        directory: receives logs and sections; made if missing.
-        environment: of the processes.
-        total_s: shares are stretched to this sum; None: as they stand.
+    `command` makes of (part, seconds, JSON file) a command line that calls `run_part`. With `total_s` the shares are
+    stretched to this sum.
     """
     directory.mkdir(parents=True, exist_ok=True)
     stretch = 1.0 if total_s is None else total_s / sum(plan.share_s for plan in PARTS.values())
@@ -113,7 +101,6 @@ def _run_process(
     directory: Path,
     environment: Mapping[str, str],
 ) -> Section:
-    """Start a part's process and read its section."""
     out, log = directory / f"{name}.json", directory / f"{name}.log"
     out.unlink(missing_ok=True)
     if budget_s <= GRACE_S:
@@ -141,7 +128,7 @@ def _run_process(
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers belong to: device, driver, versions, commit, date."""
+    """Device, driver, versions, commit and date of the numbers."""
     gpu: dict[str, Any] = {"name": "CPU"}
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)

@@ -5,21 +5,18 @@
              training    50 steps of tiny in BF16 and FP8                     `train/studies/smoke_runs.py`
              resume      save, load, go on                                    `train/studies/smoke_runs.py`
              small       one step of small in BF16 and FP8                    `train/studies/smoke_runs.py`
-    speed    kernels     every kernel file's own bench                        `train/studies/bench/table.py`
+    speed    kernels     each kernel file's rows                              `train/studies/bench/rows.py`
              peers       V3's GEMMs and memory-bound kernels against peers    `train/studies/bench/peers.py`
              layer       MoE blocks at V3's width                             `train/studies/bench/layer.py`
 
-A part is one call in a process of its own, started by `gpu_report.py`: an illegal access or a spent budget costs
-that part only. It returns a Section, figures as data for JSON and as Markdown for people. Parity is a number against a
-bound that stands where the number is made (arXiv:2412.19437 §3.3 for the one on FP8's loss).
-
-On a CPU the same parts run with small sizes (`Options.tiny`), to test the report. Not here: order, budgets, files.
+`gpu_report.py` runs each part in its own process: an illegal access or a spent budget costs that part only. A part
+returns a Section, figures as data for JSON and as Markdown. On a CPU the same parts run with small sizes
+(`Options.tiny`), to test the report. The bound on FP8's loss is from arXiv:2412.19437 §3.3.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -32,24 +29,20 @@ import torch
 from train.studies import smoke_runs, step_parity
 from train.studies.bench import layer as bench_layer
 from train.studies.bench import table as bench_table
-from train.studies.smoke_runs import PrecisionName, Recipe
+from train.studies.bench.timing import Clock
+from train.studies.smoke_runs import PrecisionName, SmokeRun
 
 # "left out": cannot run here, and says why. "not measured": the budget was spent. "failed": ended with an error.
 Status = Literal["green", "red", "left out", "not measured", "failed"]
 Kind = Literal["parity", "speed"]
 ROOT = Path(__file__).resolve().parents[2]
-# More lines of failures than anybody reads at once are left to the JUnit file and the log.
+# Failures beyond these are in the JUnit file and the log only.
 SHOWN_FAILURES = 20
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for.
-
-    Args:
-        device: where everything runs.
-        tiny: small sizes and few repeats, for tests of the report itself.
-    """
+    """What the command line asks for; `tiny`: small sizes and few repeats, for tests of the report itself."""
 
     device: torch.device
     tiny: bool = False
@@ -57,14 +50,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Section:
-    """One part's outcome.
-
-    Args:
-        status: see Status; of a speed part, that of its own parity checks.
-        reason: why it is not green, in one sentence.
-        data: for the JSON report.
-        markdown: for the other one.
-    """
+    """One part's outcome and, in one sentence, why it is not green; a speed part has parity checks of its own."""
 
     status: Status
     reason: str = ""
@@ -74,13 +60,9 @@ class Section:
 
 @dataclass(frozen=True)
 class PartPlan:
-    """A part of the report.
+    """A part of the report; `run` takes the options and a limit in seconds.
 
-    Args:
-        title: heading of its section.
-        kind: parity comes first in the report.
-        share_s: its time; what the parts before it left is added.
-        run: (options, seconds it may take) -> Section.
+    share_s: its time; what the parts before it left is added.
     """
 
     title: str
@@ -142,17 +124,17 @@ def _name_of(case: ElementTree.Element) -> str:
     return f"{case.get('classname', '')}::{case.get('name', '')}"
 
 
-def tiny_recipe(options: Options) -> Recipe:
+def tiny_run(options: Options) -> SmokeRun:
     """The training parts' model: configs/model/tiny.yaml with its own batch of 1,024 tokens."""
     sequences, tokens = (2, 32) if options.tiny else (4, 256)
-    return smoke_runs.recipe("tiny", sequences=sequences, tokens=tokens)
+    return smoke_runs.smoke_run("tiny", sequences=sequences, tokens=tokens)
 
 
 def training(options: Options, budget_s: float) -> Section:
     """Losses are finite, fall, and FP8's are BF16's."""
     smoke_runs.prepare(deterministic=True)
     steps = 6 if options.tiny else 50
-    runs = {name: smoke_runs.train(tiny_recipe(options), name, options.device, steps=steps) for name in ("bf16", "fp8")}
+    runs = {name: smoke_runs.train(tiny_run(options), name, options.device, steps=steps) for name in ("bf16", "fp8")}
     gap = smoke_runs.training_gap(runs["fp8"], runs["bf16"])
     least = smoke_runs.LEAST_FALL * steps / 50
     green = abs(gap) <= smoke_runs.TRAINING_GAP and all(run.fall >= least for run in runs.values())
@@ -170,7 +152,7 @@ def step_against_cpu(options: Options, budget_s: float) -> Section:
     """One step in every precision against the CPU's, with the attention that is fastest."""
     smoke_runs.prepare(deterministic=False)
     names: tuple[PrecisionName, ...] = ("bf16", "fp8") if options.tiny else ("fp32", "bf16", "fp8")
-    found = [step_parity.one_step(tiny_recipe(options), name, options.device) for name in names]
+    found = [step_parity.compare_step(tiny_run(options), name, options.device) for name in names]
     header = ("precision", "loss", "worst gradient", "of", "most turned", "of", "choices forced", "verdict")
     rows = []
     for each in found:
@@ -200,7 +182,7 @@ def resumed(options: Options, budget_s: float) -> Section:
     steps = 1 if options.tiny else 5
     with tempfile.TemporaryDirectory() as folder:
         found = [
-            smoke_runs.resume(tiny_recipe(options), name, options.device, steps=steps, directory=Path(folder) / name)
+            smoke_runs.resume(tiny_run(options), name, options.device, steps=steps, directory=Path(folder) / name)
             for name in names
         ]
     header = ("precision", "bit-equal", "tensors that differ", "masters, of what they moved", "verdict")
@@ -222,8 +204,8 @@ def resumed(options: Options, budget_s: float) -> Section:
 def small_step(options: Options, budget_s: float) -> Section:
     """One step of `small`, or of tiny in its place."""
     smoke_runs.prepare(deterministic=False)
-    recipe = tiny_recipe(options) if options.tiny else smoke_runs.recipe("small", sequences=1, tokens=4096)
-    found = smoke_runs.big_steps(recipe, options.device)
+    run = tiny_run(options) if options.tiny else smoke_runs.smoke_run("small", sequences=1, tokens=4096)
+    found = smoke_runs.big_steps(run, options.device)
     gap = found[1].loss / found[0].loss - 1
     green = abs(gap) <= smoke_runs.BIG_STEP_GAP
     rows = [
@@ -243,31 +225,29 @@ def small_step(options: Options, budget_s: float) -> Section:
 
 def kernel_benches(options: Options, budget_s: float) -> Section:
     """Each kernel file's own entries, until the budget is spent."""
-    deadline_s = time.monotonic() + budget_s
-    benches = bench_table.entries()
-    chosen = tuple(bench for bench in benches if bench.name in ("adamw", "quantize_tiles")) if options.tiny else benches
-    rows = []
-    for bench in chosen:
-        if time.monotonic() > deadline_s:
-            break
-        rows.append(bench_table.measure(bench, options.device, rounds=1 if options.tiny else 5))
-    late = [bench.name for bench in chosen[len(rows) :]]
-    red = [row.name for row in rows if not row.green]
+    from train.studies.bench import rows as bench_rows
+
+    chosen = [case for case in bench_rows.cases() if not options.tiny or case.name in ("adamw", "quantize_tiles")]
+    clock = bench_rows.clock_of(options.device, rounds=1 if options.tiny else 5)
+    rows = bench_table.run(chosen, options.device, clock=clock, budget_s=budget_s)
+    late = [row.case for row in rows if row.candidate == bench_table.OURS and row.status == "not measured"]
+    red = [row.case for row in bench_table.red(rows)]
+    found = bench_table.summaries(rows)
     cells = [
         (
-            row.name,
-            row.peer_name,
-            f"{row.parity_error:.1e}" if row.green else f"RED {row.parity_error:.1e}",
-            _shown(row.time_us),
-            _shown(row.speedup, ".2f"),
-            _shown(row.tflop_per_s),
-            _shown(row.gbyte_per_s),
+            row["name"],
+            row["peer_name"],
+            ("RED " if row["name"] in red else "") + _shown(row["parity_error"], ".1e"),
+            _shown(row["time_us"]),
+            _shown(row["speedup"], ".2f"),
+            _shown(row["tflop_per_s"]),
+            _shown(row["gbyte_per_s"]),
         )
-        for row in rows
+        for row in found
     ]
     markdown = table(("kernel", "peer", "parity", "us", "peer time / ours", "TFLOP/s", "GB/s"), cells)
     markdown += f"\n\nNot measured, the budget was spent: {', '.join(late)}." if late else ""
-    data = {"rows": [asdict(row) for row in rows], "not_measured": late}
+    data = {"rows": found, "not_measured": late}
     return Section(verdict(not red), f"parity is red: {', '.join(red)}" if red else "", data, markdown)
 
 
@@ -275,10 +255,11 @@ def peer_benches(options: Options, budget_s: float) -> Section:
     """V3's products and memory-bound kernels against what else this machine has."""
     from train.studies.bench import peers as bench_peers
 
-    rows = bench_peers.run(options.device, budget_s=budget_s, small=options.tiny)
-    red = [f"{row.case}: {row.reason}" for row in bench_peers.red(rows)]
-    data = {"rows": bench_peers.records(rows)}
-    return Section(verdict(not red), "; ".join(red), data, bench_peers.markdown(rows))
+    clock = bench_peers.SMALL_CLOCK if options.tiny else Clock()
+    rows = bench_table.run(bench_peers.cases(small=options.tiny), options.device, clock=clock, budget_s=budget_s)
+    red = [f"{row.case}: {row.reason}" for row in bench_table.red(rows)]
+    data = {"rows": bench_table.records(rows)}
+    return Section(verdict(not red), "; ".join(red), data, bench_table.markdown(rows))
 
 
 def layer_bench(options: Options, budget_s: float) -> Section:

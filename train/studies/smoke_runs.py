@@ -4,14 +4,10 @@
     resume      save, load into a fresh engine, go on; against the run that never stopped
     big_step    one step of `small`, with its peak of memory
 
-All of it goes through the parts that a run uses: `build_engine`, `compute_gradients`, `apply_update`, the checkpoint's
-`Saver`. Two things are missing on purpose, so that nothing but torch is needed: Hydra (values are read from `configs/`
-as plain YAML, what refers to another file stays text) and a tokenised store. Tokens come from a seeded chain of 64
-states, each followed by one of four with equal chance: a model that learns falls from ln(vocab) towards ln 4 = 1.39
-nats (arXiv:2412.19437 §3.3 judges FP8 by the same comparison of losses, over trillions of tokens).
-
-Bounds stand beside their origin. Not here: one step against the CPU (`train/studies/step_parity.py`), the report
-(`train/studies/gpu_report.py`), speed.
+They use what a run uses: `build_engine`, `compute_gradients`, `apply_update`, the checkpoint's `Saver`. Only torch is
+needed: values are read from `configs/` as plain YAML, without Hydra, and tokens come from a seeded chain of 64 states,
+each followed by one of four with equal chance. A model that learns falls from ln(vocab) towards ln 4 = 1.39 nats
+(arXiv:2412.19437 §3.3 judges FP8 by the same comparison of losses, over trillions of tokens).
 """
 
 from __future__ import annotations
@@ -28,16 +24,18 @@ import yaml
 from torch import Tensor
 
 from parallel.mesh import single
-from parallel.pieces import Piece
+from parallel.shards import LocalShard
 from train import config as run_config
-from train.assemble import assemble, build_engine, build_stages, checkpoint_tensors, set_determinism
-from train.checkpoint.dcp import CheckpointConfig, Saver, latest, load
+from train.assemble import assemble, build_engine, set_determinism
+from train.checkpoint.config import CheckpointConfig
+from train.checkpoint.dcp import Saver, latest, load
 from train.data.batch import Batch
 from train.model.config import ModelConfig
 from train.model.precision import Precision
-from train.optim.adamw import OptimConfig
-from train.schedules import Now
-from train.step import Engine, StepGradients, apply_update, compute_gradients
+from train.optim.config import OptimConfig
+from train.schedules import ScheduledValues
+from train.stage import build_stages
+from train.step import Engine, StepGradients, apply_update, checkpoint_tensors, compute_gradients
 from train.studies.compare import PAPER_GAP, mean_smoothed_gap
 
 PrecisionName = Literal["fp32", "bf16", "fp8"]
@@ -47,21 +45,15 @@ STATES, SUCCESSORS = 64, 4
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A model of `configs/` and how the checkup trains it.
+class SmokeRun:
+    """A model of `configs/` and how a smoke test trains it.
 
-    Args:
-        model: shape.
-        optim: AdamW.
-        peak: the schedule's values after its warm-up, for a step of `sequences`.
-        warmup_steps: steps from rate 0 to the peak.
-        sequences: of a step, in one micro-batch.
-        tokens: of a sequence.
+    peak: the scheduled values after the warm-up. sequences: of a step, in one micro-batch. tokens: of a sequence.
     """
 
     model: ModelConfig
     optim: OptimConfig
-    peak: Now
+    peak: ScheduledValues
     warmup_steps: int
     sequences: int
     tokens: int
@@ -70,17 +62,13 @@ class Recipe:
         """The tokens of a step; the same for every run."""
         return chain_batch(step, sequences=self.sequences, tokens=self.tokens, vocab_size=self.model.vocab_size)
 
-    def now(self, step: int) -> Now:
-        """The schedule at a step, counted from 0; the first one already moves the weights."""
+    def now(self, step: int) -> ScheduledValues:
+        """The scheduled values of a step, counted from 0; step 0 already moves the weights."""
         return replace(self.peak, lr=self.peak.lr * min(1.0, (step + 1) / self.warmup_steps))
 
 
 def read_values(group: str, option: str) -> dict[str, Any]:
-    """A file of `configs/` as a plain dict; what refers to other files stays text.
-
-    Raises:
-        ValueError: there is no such file.
-    """
+    """A file of `configs/` as a plain dict; references to other files stay text."""
     path = run_config.CONFIGS / group / f"{option}.yaml"
     if not path.exists():
         raise ValueError(f"configs/{group} has no {option}.yaml; choose one of its files")
@@ -90,31 +78,24 @@ def read_values(group: str, option: str) -> dict[str, Any]:
 
 def model_config(name: str) -> ModelConfig:
     """A model of `configs/model/`, without Hydra."""
-    config = run_config.build(ModelConfig, read_values("model", name), "model")
+    config = run_config.convert(ModelConfig, read_values("model", name), "model")
     assert isinstance(config, ModelConfig)
     return config
 
 
 def precision_config(name: PrecisionName) -> Precision:
     """A precision of `configs/precision/`, as training uses it."""
-    config = run_config.build(Precision, read_values("precision", name), "precision")
+    config = run_config.convert(Precision, read_values("precision", name), "precision")
     assert isinstance(config, Precision)
     return config
 
 
-def recipe(name: str, *, sequences: int, tokens: int, model: ModelConfig | None = None) -> Recipe:
-    """The recipe of a model's own files, with the batch that the checkup gives it.
-
-    Args:
-        name: of `configs/model/` and `configs/schedule/`.
-        sequences: of a step.
-        tokens: of a sequence.
-        model: another shape under the same schedule, for tests.
-    """
+def smoke_run(name: str, *, sequences: int, tokens: int, model: ModelConfig | None = None) -> SmokeRun:
+    """The run of `configs/model/` and `configs/schedule/` NAME, with this batch; `model`: another shape, for tests."""
     schedule = read_values("schedule", name)
-    optim = run_config.build(OptimConfig, read_values("optim", "adamw"), "optim")
+    optim = run_config.convert(OptimConfig, read_values("optim", "adamw"), "optim")
     assert isinstance(optim, OptimConfig)
-    peak = Now(
+    peak = ScheduledValues(
         lr=float(schedule["lr_peak"]),
         batch_sequences=sequences,
         bias_speed=float(schedule["bias_speed"]),
@@ -122,17 +103,13 @@ def recipe(name: str, *, sequences: int, tokens: int, model: ModelConfig | None 
         balance_alpha=float(schedule["balance_alpha"]),
     )
     warmup_steps = min(int(schedule["warmup_steps"]), 10)
-    return Recipe(model or model_config(name), optim, peak, warmup_steps, sequences, tokens)
+    return SmokeRun(model or model_config(name), optim, peak, warmup_steps, sequences, tokens)
 
 
 def chain_batch(step: int, *, sequences: int, tokens: int, vocab_size: int) -> Batch:
-    """Tokens of a seeded chain: after state s comes (5 s + 7 + 11 j) mod states with j drawn from four.
+    """Tokens of a seeded chain; every run sees the same tokens at the same step.
 
-    Args:
-        step: decides the draw, so that every run sees the same tokens at the same step.
-        sequences: rows.
-        tokens: of a row; labels are the next tokens.
-        vocab_size: the states are spread over it.
+    After state s comes (5 s + 7 + 11 j) mod states with j drawn from four; the states are spread over the vocabulary.
     """
     generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
     states = min(STATES, vocab_size)
@@ -144,23 +121,19 @@ def chain_batch(step: int, *, sequences: int, tokens: int, vocab_size: int) -> B
     return Batch(input_ids=ids[:, :-1], labels=ids[:, 1:])
 
 
-def step_once(engine: Engine, recipe: Recipe, step: int, *, micro_batches: int = 1) -> StepGradients:
-    """One optimizer step, as the trainer takes it.
-
-    Raises:
-        ValueError: loss or gradient are not finite.
-    """
-    now = recipe.now(step)
-    gradients = compute_gradients(engine, recipe.batch(step), num_micro_batches=micro_batches, now=now)
+def step_once(engine: Engine, run: SmokeRun, step: int, *, micro_batches: int = 1) -> StepGradients:
+    """One optimizer step, as the trainer takes it; ValueError where loss or gradient are not finite."""
+    now = run.now(step)
+    gradients = compute_gradients(engine, run.batch(step), num_micro_batches=micro_batches, now=now)
     if not bool(gradients.finite):
         raise ValueError(f"step {step}: loss {float(gradients.loss_total)} or a gradient is not finite")
     apply_update(engine, gradients, now=now, update=step + 1)
     return gradients
 
 
-def new_engine(recipe: Recipe, precision: PrecisionName, device: torch.device, *, seed: int = SEED) -> Engine:
-    """A fresh engine on one process; equal seeds give equal weights on every device and in BF16 and FP8."""
-    return build_engine(recipe.model, precision_config(precision), recipe.optim, single(device), seed=seed)
+def new_engine(run: SmokeRun, precision: PrecisionName, device: torch.device, *, seed: int = SEED) -> Engine:
+    """An engine on one process; equal seeds give equal weights on every device and in BF16 and FP8."""
+    return build_engine(run.model, precision_config(precision), run.optim, single(device), seed=seed)
 
 
 # FP8 against BF16, mean gap of the smoothed losses over the second half of 50 steps: twice the report's 0.25 %.
@@ -173,7 +146,7 @@ LEAST_FALL = 1.0
 
 @dataclass(frozen=True)
 class Training:
-    """Main losses of a short run, nats, one a step; all finite."""
+    """Main losses of a run, nats, one a step; all finite."""
 
     precision: PrecisionName
     losses: tuple[float, ...]
@@ -184,14 +157,10 @@ class Training:
         return self.losses[0] - self.losses[-1]
 
 
-def train(recipe: Recipe, precision: PrecisionName, device: torch.device, *, steps: int) -> Training:
-    """A short run from scratch.
-
-    Raises:
-        ValueError: loss or gradient are not finite.
-    """
-    engine = new_engine(recipe, precision, device)
-    return Training(precision, tuple(float(step_once(engine, recipe, step).loss_main) for step in range(steps)))
+def train(run: SmokeRun, precision: PrecisionName, device: torch.device, *, steps: int) -> Training:
+    """A short run from scratch; ValueError where loss or gradient are not finite."""
+    engine = new_engine(run, precision, device)
+    return Training(precision, tuple(float(step_once(engine, run, step).loss_main) for step in range(steps)))
 
 
 def training_gap(run: Training, reference: Training) -> float:
@@ -212,8 +181,7 @@ RESUME_BOUND = 0.1
 class Resume:
     """A run that was saved, loaded and continued, against the one that never stopped.
 
-    difference: of the masters, relative to how far the unbroken run moved them since the save; 0 where bit-equal.
-    differing: names of the tensors that are not bit-equal, optimizer state and router biases included.
+    difference: of the masters, relative to how far the unbroken run moved them since the save. differing: tensors.
     """
 
     precision: PrecisionName
@@ -224,7 +192,7 @@ class Resume:
 
     @property
     def bit_equal(self) -> bool:
-        """Whether every tensor of the checkpoint is."""
+        """Whether no tensor of the checkpoint differs."""
         return not self.differing
 
     @property
@@ -233,32 +201,24 @@ class Resume:
         return self.bit_equal or (not self.on_cpu and self.difference <= RESUME_BOUND)
 
 
-def resume(recipe: Recipe, precision: PrecisionName, device: torch.device, *, steps: int, directory: Path) -> Resume:
-    """Train 2 x steps at once, and the same with a checkpoint and a fresh engine in between.
-
-    Args:
-        recipe: model and batch.
-        precision: of the run.
-        device: of both runs.
-        steps: before the save, and after it.
-        directory: for the checkpoint; removed afterwards.
-    """
-    unbroken = new_engine(recipe, precision, device)
+def resume(run: SmokeRun, precision: PrecisionName, device: torch.device, *, steps: int, directory: Path) -> Resume:
+    """Train 2 x steps at once, and again with a checkpoint (in `directory`, then removed) and a new engine halfway."""
+    unbroken = new_engine(run, precision, device)
     for step in range(steps):
-        step_once(unbroken, recipe, step)
+        step_once(unbroken, run, step)
     saver = Saver(directory, CheckpointConfig(every_steps=steps))
     saver.save_async(steps, checkpoint_tensors(unbroken), {"step": steps})
     saved = copies(unbroken)
     for step in range(steps, 2 * steps):
-        step_once(unbroken, recipe, step)
+        step_once(unbroken, run, step)
     saver.close()
-    # Another seed: whatever the checkpoint forgets shows.
-    resumed = new_engine(recipe, precision, device, seed=SEED + 1)
+    # Another seed shows what the checkpoint forgets.
+    resumed = new_engine(run, precision, device, seed=SEED + 1)
     path = latest(directory)
     assert path is not None, directory
     state = load(path, checkpoint_tensors(resumed))
     for step in range(state["step"], 2 * steps):
-        step_once(resumed, recipe, step)
+        step_once(resumed, run, step)
     shutil.rmtree(directory)
     ours, theirs = copies(resumed), copies(unbroken)
     masters = [name for name in theirs if name.startswith("optim.master.")]
@@ -274,9 +234,9 @@ def resume(recipe: Recipe, precision: PrecisionName, device: torch.device, *, st
 
 
 def copies(engine: Engine) -> dict[str, Tensor]:
-    """Everything a checkpoint of the engine would hold, copied to the CPU."""
+    """The tensors of a checkpoint of the engine, copied to the CPU."""
     tensors = checkpoint_tensors(engine)
-    plain = {name: value.local if isinstance(value, Piece) else value for name, value in tensors.items()}
+    plain = {name: value.tensor if isinstance(value, LocalShard) else value for name, value in tensors.items()}
     return {name: value.detach().to("cpu", copy=True) for name, value in plain.items()}
 
 
@@ -294,14 +254,9 @@ class BigStep:
     peak_bytes: int | None
 
 
-def big_steps(recipe: Recipe, device: torch.device) -> list[BigStep]:
-    """One step in BF16, then one in FP8 from the same weights.
-
-    Drawing billions of weights takes a CPU half a minute, so they are drawn once and copied.
-
-    Raises:
-        ValueError: loss or gradient are not finite.
-    """
+def big_steps(run: SmokeRun, device: torch.device) -> list[BigStep]:
+    """One step in BF16, then one in FP8 from the same weights; ValueError where one is not finite."""
+    # Drawing billions of weights takes a CPU half a minute: they are drawn once and copied.
     weights: dict[str, Tensor] = {}
     found: list[BigStep] = []
     names: tuple[PrecisionName, ...] = ("bf16", "fp8")
@@ -311,14 +266,14 @@ def big_steps(recipe: Recipe, device: torch.device) -> list[BigStep]:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         if weights:
-            stages = build_stages(recipe.model, precision_config(precision), single(device))
+            stages = build_stages(run.model, precision_config(precision), single(device))
             (stage,) = stages.values()
             stage.model.load_state_dict(weights)
-            engine = assemble(stages, recipe.optim, single(device))
+            engine = assemble(stages, run.optim, single(device))
         else:
-            engine = new_engine(recipe, precision, device)
+            engine = new_engine(run, precision, device)
             weights = {name: value.to("cpu", copy=True) for name, value in engine.models[0].state_dict().items()}
-        gradients = step_once(engine, recipe, 0)
+        gradients = step_once(engine, run, 0)
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         found.append(BigStep(precision, float(gradients.loss_main), float(gradients.grad_norm), peak))
         del engine, gradients
@@ -326,5 +281,5 @@ def big_steps(recipe: Recipe, device: torch.device) -> list[BigStep]:
 
 
 def prepare(*, deterministic: bool) -> None:
-    """Seed and algorithms of a part of the checkup; deterministic ones cost cuDNN's attention on a GPU."""
+    """Set seed and algorithms; deterministic ones cost cuDNN's attention on a GPU."""
     set_determinism(seed=SEED, deterministic=deterministic, threads=None)

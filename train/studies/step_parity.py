@@ -3,12 +3,9 @@
     CPU      weights from a seed, one batch, forward and backward; the experts that each router chose are kept
     device   the same weights and batch; where a rounding flips a choice of experts, the CPU's is taken
 
-A flip of the top-k is a jump and not an error, so without that teacher forcing no bound would be honest; the flips are
-counted (arXiv:2412.19437 §2.1.2 for the choice, eq. 13 for the gates of a forced one). Everything else runs as in
-training: `build_engine`, `compute_gradients`, and on a GPU its kernels.
-
-What may differ then is the order of FP32 sums and, where that tips one, a rounding to BF16 or E4M3. Bounds stand beside
-their origin. Not here: kernels one by one (`tests/gpu/`), whole runs (`train/studies/smoke_runs.py`).
+A flip of the top-k is a jump and not an error, so no bound would be honest without that teacher forcing; the flips are
+counted (arXiv:2412.19437 §2.1.2 for the choice, eq. 13 for the gates of a forced one). What may differ then is the
+order of FP32 sums and, where that tips one, a rounding to BF16 or E4M3.
 """
 
 from __future__ import annotations
@@ -20,21 +17,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from kernels.router import expert_counts, gate_weights
 from train.model.moe import Router, Routing
-from train.step import Engine, compute_gradients, routers
-from train.studies.smoke_runs import PrecisionName, Recipe, new_engine
+from train.optim.balance import routers
+from train.step import Engine, StepGradients, compute_gradients
+from train.studies.smoke_runs import PrecisionName, SmokeRun, new_engine
 
 
 @dataclass(frozen=True)
 class StepBounds:
-    """Largest differences of one step between device and CPU that count as rounding.
-
-    loss: relative. error: relative Frobenius norm of a parameter's gradient. turn: 1 - cosine of it.
-    """
+    """Largest differences that count as rounding: of the loss, relative; of a parameter's gradient, error and turn."""
 
     loss: float
     error: float
@@ -45,7 +39,7 @@ class StepBounds:
 # order of sums does (test_smoke_runs.py does it again): fp32 3e-6; bf16 0.010, turned by 5e-5; fp8 0.05 to 0.08,
 # turned by 3e-3, since a BF16 number that tips moves the E4M3 number after it by up to 2^-4 of itself. Disturbed by
 # 2^-8, more than by the coarse sums of FP8 tensor cores, fp8 stays there. The bounds leave a factor of two to four: a
-# fused attention rounds other numbers to BF16 than the CPU's (kernels/attention.py). Defects lie above: with E5M2
+# fused attention rounds other numbers to BF16 than the CPU's (kernels/attention.py). Defects are above: with E5M2
 # weights tests/parity/test_one_step_gate.py finds gradients turned by 0.29.
 STEP_BOUNDS: Mapping[PrecisionName, StepBounds] = {
     "fp32": StepBounds(loss=1e-5, error=1e-4, turn=1e-8),
@@ -55,7 +49,7 @@ STEP_BOUNDS: Mapping[PrecisionName, StepBounds] = {
 
 
 @dataclass(frozen=True)
-class OneStep:
+class StepParity:
     """One step on the device against the CPU.
 
     loss_error: relative. errors, turns: parameter -> relative error and 1 - cosine of its gradient. flipped_tokens: of
@@ -71,17 +65,17 @@ class OneStep:
 
     @property
     def worst_error(self) -> tuple[float, str]:
-        """The largest relative error of a gradient, and whose; a NaN is the largest."""
+        """The largest relative error of a gradient, and its parameter; a NaN is the largest."""
         return _worst(self.errors)
 
     @property
     def worst_turn(self) -> tuple[float, str]:
-        """The most turned gradient, and whose; a NaN is the largest."""
+        """The largest turn of a gradient, and its parameter; a NaN is the largest."""
         return _worst(self.turns)
 
     @property
     def green(self) -> bool:
-        """Whether everything is within the bounds; NaN never is."""
+        """Whether everything is within the bounds, which NaN never is."""
         bounds = STEP_BOUNDS[self.precision]
         within = self.loss_error <= bounds.loss and self.worst_error[0] <= bounds.error
         return within and self.worst_turn[0] <= bounds.turn
@@ -91,12 +85,32 @@ def _worst(values: Mapping[str, float]) -> tuple[float, str]:
     return max(((value, name) for name, value in values.items()), key=lambda pair: (math.isnan(pair[0]), pair[0]))
 
 
-def one_step(recipe: Recipe, precision: PrecisionName, device: torch.device) -> OneStep:
+def compare_step(run: SmokeRun, precision: PrecisionName, device: torch.device) -> StepParity:
     """Gradients of one batch at equal weights on both devices, with the CPU's choices of experts on both."""
-    engines = [new_engine(recipe, precision, where) for where in (torch.device("cpu"), device)]
+    on_cpu, on_device = (new_engine(run, precision, where) for where in (torch.device("cpu"), device))
+    expected, chosen = step_and_choices(on_cpu, run)
+    actual, flipped_tokens = step_with_choices(on_device, run, chosen)
+    ours, theirs = gradients_of(on_device), gradients_of(on_cpu)
+    loss = float(expected.loss_total)
+    return StepParity(
+        precision=precision,
+        loss_error=abs(float(actual.loss_total) - loss) / abs(loss),
+        errors={name: relative_error(ours[name], theirs[name]) for name in theirs},
+        turns={name: turn(ours[name], theirs[name]) for name in theirs},
+        flipped_tokens=flipped_tokens,
+        routed_tokens=sum(len(ids) for ids in chosen.values()),
+    )
+
+
+def step_and_choices(engine: Engine, run: SmokeRun) -> tuple[StepGradients, dict[int, Tensor]]:
+    """Gradients of the run's first batch, and what each router chose: layer id -> [tokens, topk]."""
     chosen: dict[int, Tensor] = {}
-    with _hooked(engines[0], lambda layer_id, _, __, routing: chosen.update({layer_id: routing.topk_ids})):
-        expected = compute_gradients(engines[0], recipe.batch(0), num_micro_batches=1, now=recipe.now(0))
+    with _hooked(engine, lambda layer_id, _, __, routing: chosen.update({layer_id: routing.topk_ids})):
+        return compute_gradients(engine, run.batch(0), num_micro_batches=1, now=run.now(0)), chosen
+
+
+def step_with_choices(engine: Engine, run: SmokeRun, chosen: Mapping[int, Tensor]) -> tuple[StepGradients, int]:
+    """Gradients of the run's first batch with these choices, and how many tokens had chosen otherwise."""
     flips: list[Tensor] = []
 
     def force(layer_id: int, router: Router, x: Tensor, routing: Routing) -> Routing:
@@ -104,33 +118,18 @@ def one_step(recipe: Recipe, precision: PrecisionName, device: torch.device) -> 
         flips.append(flipped)
         return forced
 
-    with _hooked(engines[1], force):
-        actual = compute_gradients(engines[1], recipe.batch(0), num_micro_batches=1, now=recipe.now(0))
-    ours, theirs = gradients_of(engines[1]), gradients_of(engines[0])
-    loss = float(expected.loss_total)
-    return OneStep(
-        precision=precision,
-        loss_error=abs(float(actual.loss_total) - loss) / abs(loss),
-        errors={name: relative_error(ours[name], theirs[name]) for name in theirs},
-        turns={name: turn(ours[name], theirs[name]) for name in theirs},
-        flipped_tokens=int(torch.stack(flips).sum()),
-        routed_tokens=sum(len(ids) for ids in chosen.values()),
-    )
+    with _hooked(engine, force):
+        gradients = compute_gradients(engine, run.batch(0), num_micro_batches=1, now=run.now(0))
+    return gradients, sum(int(count) for count in flips)
 
 
 def with_choice(router: Router, x: Tensor, routing: Routing, ids: Tensor) -> tuple[Routing, Tensor]:
-    """The same routing with the experts that somebody else chose.
+    """The routing of x [sequences, tokens, hidden] with other experts, ids [tokens, topk] int64.
 
-    Tokens whose choice is the same keep the gates that the router computed; only the others get new ones.
-
-    Args:
-        router: whose output it is.
-        x: [sequences, tokens, hidden], its input.
-        routing: its output.
-        ids: [tokens, topk] int64.
     Returns:
         The Routing, and how many tokens had chosen otherwise, 0-d.
     """
+    # Tokens whose choice is the same keep the gates that the router computed.
     same = (routing.topk_ids == ids).all(dim=-1, keepdim=True)  # [tokens, 1]
     config = router.config
     scores = router.precision.fp32(x, router.weight).flatten(0, 1).sigmoid()  # [tokens, experts]
@@ -142,14 +141,12 @@ def with_choice(router: Router, x: Tensor, routing: Routing, ids: Tensor) -> tup
 
 @contextmanager
 def _hooked(engine: Engine, hook: Any) -> Iterator[None]:
-    """Call hook(layer_id, router, input, routing) after each router; what it returns, if anything, replaces routing."""
-    handles: list[RemovableHandle] = []
-    for layer_id, router in routers(engine.models).items():
+    """Call hook(layer_id, router, input, routing) after each router; a result replaces the routing."""
 
-        def after(module: nn.Module, args: tuple[Any, ...], output: Any, layer_id: int = layer_id) -> Any:
-            return hook(layer_id, module, args[0], output)
+    def after(layer_id: int) -> Any:
+        return lambda router, args, routing: hook(layer_id, router, args[0], routing)
 
-        handles.append(router.register_forward_hook(after))
+    handles = [router.register_forward_hook(after(layer_id)) for layer_id, router in routers(engine.models).items()]
     try:
         yield
     finally:
@@ -159,8 +156,8 @@ def _hooked(engine: Engine, hook: Any) -> Iterator[None]:
 
 def gradients_of(engine: Engine) -> dict[str, Tensor]:
     """Parameter -> its gradient after `compute_gradients`, fp32 on the CPU."""
-    segments = [segment for bucket in engine.optimizer.buckets for segment in bucket.segments()]
-    return {segment.name: segment.grad.cpu() for segment in segments}
+    shards = [shard for bucket in engine.optimizer.buckets for shard in bucket.parameter_shards()]
+    return {shard.name: shard.grad.cpu() for shard in shards}
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -87,12 +87,12 @@ def test_every_bit_is_that_of_the_slow_sum(dtypes: tuple[torch.dtype, ...], inte
 
 def test_a_subnormal_number_is_aligned_by_the_exponent_it_is_stored_with() -> None:
     # 2^-9 is stored with exponent -6. Times 2^8 that is 2^2, though the product is 2^-1: the quantum of the group is
-    # 2^(2 - 13) = 2^-11, and 2^-12 beside it is cut. By its own exponent the quantum would be 2^-14.
+    # 2^(2 - 13) = 2^-11, and a term of 2^-12 is cut. By its own exponent the quantum would be 2^-14.
     a = torch.tensor([[2.0**-9, 2.0**-6] + [0.0] * 30])
     b = torch.tensor([[2.0**8, 2.0**-6] + [0.0] * 30])
     subnormal, one = (factors(Quantized(t.to(torch.float8_e4m3fn), torch.ones(1, 1))) for t in (a, b))
     assert hopper_matmul_reference(subnormal, one, promotion_interval=None).tolist() == [[0.5]]
-    # Stored as a normal number, the same product leaves the dust alone.
+    # Stored as a normal number, the same product leaves the small term alone.
     a[0, 0], b[0, 0] = 2.0**-6, 2.0**5
     normal, other = (factors(Quantized(t.to(torch.float8_e4m3fn), torch.ones(1, 1))) for t in (a, b))
     assert hopper_matmul_reference(normal, other, promotion_interval=None).tolist() == [[0.5 + 2.0**-12]]
@@ -101,12 +101,8 @@ def test_a_subnormal_number_is_aligned_by_the_exponent_it_is_stored_with() -> No
 def test_blocks_of_rows_and_columns_change_no_bit() -> None:
     a, b = random_tiles(70, 96, torch.float8_e4m3fn), random_tiles(130, 96, torch.float8_e4m3fn)
     whole = hopper_matmul_reference(factors(a), factors(b), promotion_interval=None)
-    single = [
-        hopper_matmul_reference(
-            factors(Quantized(a.payload[i : i + 1], a.scale[:, i : i + 1])), factors(b), promotion_interval=None
-        )
-        for i in range(70)
-    ]
+    rows = [factors(Quantized(a.payload[i : i + 1], a.scale[:, i : i + 1])) for i in range(70)]
+    single = [hopper_matmul_reference(row, factors(b), promotion_interval=None) for row in rows]
     assert torch.equal(whole, torch.cat(single))
 
 
@@ -167,9 +163,9 @@ def test_nan_stays_in_its_row_and_empty_sums_are_zero() -> None:
     assert bool(hopper_matmul_reference(factors(a), factors(b), promotion_interval=128)[:, 3].isnan().all())
     empty = [factors(Quantized(torch.empty(n, 0, dtype=torch.float8_e4m3fn), torch.empty(0, n))) for n in (3, 2)]
     assert hopper_matmul_reference(*empty, promotion_interval=None).tolist() == [[0.0, 0.0]] * 3
-    nobody = factors(Quantized(torch.empty(0, 64, dtype=torch.float8_e4m3fn), torch.empty(1, 0)))
+    no_rows = factors(Quantized(torch.empty(0, 64, dtype=torch.float8_e4m3fn), torch.empty(1, 0)))
     two = factors(random_tiles(2, 64, torch.float8_e4m3fn))
-    assert hopper_matmul_reference(nobody, two, promotion_interval=128).shape == (0, 2)
+    assert hopper_matmul_reference(no_rows, two, promotion_interval=128).shape == (0, 2)
 
 
 def test_scales_that_are_no_powers_of_two_and_odd_intervals_are_refused() -> None:

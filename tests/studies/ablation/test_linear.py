@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -16,14 +17,8 @@ from kernels.fp8_linear import (
     grouped_fp8_linear,
     grouped_fp8_swiglu_linear,
 )
-from kernels.quantize import quantize_blocks, quantize_tiles, quantize_tiles_both, quantize_tiles_transposed
-from train.studies.ablation.linear import (
-    AblatedLinears,
-    Ablation,
-    gradient_operands_reference,
-    product_reference,
-    quantize_gradient_reference,
-)
+from kernels.quantize import quantize_blocks, quantize_tiles, quantize_tiles_transposed
+from train.studies.ablation.linear import AblatedLinears, Ablation, gradient_operands, product_reference
 
 ENDS = torch.tensor([128, 128, 384], dtype=torch.int32)
 ROWS, INNER, OUTER = 200, 300, 129
@@ -44,67 +39,60 @@ def results(call: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:
     return [y.detach(), *(grad.clone() for grad in grads if grad is not None)]
 
 
-Case = tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]
+W, GROUPED_W = (OUTER, INNER), (3, OUTER, INNER)
+# Name -> shipped linear, ablated linear, shapes of the leaves.
+CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[tuple[int, ...]]]] = {
+    "linear": (fp8_linear, lambda linears, x, w: linears.linear(x, w), [(ROWS, INNER), W]),
+    "kept": (fp8_linear_of_kept, lambda linears, x, w: linears.linear_of_kept(x, w), [(ROWS, INNER), W]),
+    "grouped": (
+        lambda x, w, power_of_two: grouped_fp8_linear(x, w, ENDS, power_of_two=power_of_two),
+        lambda linears, x, w: linears.linear(x, w, ENDS),
+        [(512, INNER), GROUPED_W],
+    ),
+    "swiglu": (
+        fp8_swiglu_linear,
+        lambda linears, g, w: linears.swiglu_linear(g, None, w),
+        [(2, ROWS // 2, 2 * INNER), W],
+    ),
+    "grouped swiglu": (
+        lambda g, gates, w, power_of_two: grouped_fp8_swiglu_linear(g, gates, w, ENDS, power_of_two=power_of_two),
+        lambda linears, g, gates, w: linears.swiglu_linear(g, gates, w, ENDS),
+        [(512, 2 * INNER), (512,), GROUPED_W],
+    ),
+}
 
 
-def cases(linears: AblatedLinears) -> dict[str, Case]:
-    """Name -> shipped linear, ablated linear, leaves."""
-    p, rows = linears.power_of_two, 512
-    x, w, grouped_x, grouped_w = leaf(ROWS, INNER), leaf(OUTER, INNER), leaf(rows, INNER), leaf(3, OUTER, INNER)
-    gate_up, grouped_gate_up = leaf(2, ROWS // 2, 2 * INNER), leaf(rows, 2 * INNER)
-    gates = torch.rand(rows).requires_grad_()
-    return {
-        "linear": (lambda x, w: fp8_linear(x, w, power_of_two=p), linears.linear, [x, w]),
-        "kept": (lambda x, w: fp8_linear_of_kept(x, w, power_of_two=p), linears.linear_of_kept, [x, w]),
-        "grouped": (
-            lambda x, w: grouped_fp8_linear(x, w, ENDS, power_of_two=p),
-            lambda x, w: linears.linear(x, w, ENDS),
-            [grouped_x, grouped_w],
-        ),
-        "swiglu": (
-            lambda g, w: fp8_swiglu_linear(g, w, power_of_two=p),
-            lambda g, w: linears.swiglu_linear(g, None, w),
-            [gate_up, w],
-        ),
-        "grouped swiglu": (
-            lambda g, gates, w: grouped_fp8_swiglu_linear(g, gates, w, ENDS, power_of_two=p),
-            lambda g, gates, w: linears.swiglu_linear(g, gates, w, ENDS),
-            [grouped_gate_up, gates, grouped_w],
-        ),
-    }
-
-
-NAMES = ["linear", "kept", "grouped", "swiglu", "grouped swiglu"]
+def outcomes(name: str, first: AblatedLinears | None, second: AblatedLinears) -> Iterator[tuple[Tensor, Tensor]]:
+    """Output and gradients of one linear twice, on the same leaves; None: as shipped."""
+    shipped, ablated, shapes = CASES[name]
+    # Gates of experts are fp32.
+    leaves = [torch.rand(shape).requires_grad_() if len(shape) == 1 else leaf(*shape) for shape in shapes]
+    as_shipped = partial(shipped, power_of_two=second.power_of_two)
+    before = results(as_shipped if first is None else partial(ablated, first), *leaves)
+    return zip(before, results(partial(ablated, second), *leaves), strict=True)
 
 
 @pytest.mark.parametrize("power_of_two", [True, False])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_changing_nothing_gives_the_bits_of_the_shipped_linear(name: str, power_of_two: bool) -> None:
-    shipped, ablated, leaves = cases(AblatedLinears(Ablation(), power_of_two))[name]
-    for expected, actual in zip(results(shipped, *leaves), results(ablated, *leaves), strict=True):
+    for expected, actual in outcomes(name, None, AblatedLinears(Ablation(), power_of_two)):
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("ablation", [Ablation(gradient_format="e5m2"), Ablation(gradient_tile="128x128")])
 def test_a_changed_gradient_moves_gradients_and_leaves_the_output(name: str, ablation: Ablation) -> None:
-    _, recipe, leaves = cases(AblatedLinears(Ablation(), power_of_two=False))[name]
-    changed = AblatedLinears(ablation, power_of_two=False)
-    _, ablated, _ = cases(changed)[name]
-    y, *grads = results(recipe, *leaves)
-    y_changed, *grads_changed = results(ablated, *leaves)
-    assert torch.equal(y, y_changed)
-    for before, after in zip(grads, grads_changed, strict=True):
-        assert not torch.equal(before, after)
+    recipe, changed = (AblatedLinears(each, power_of_two=False) for each in (Ablation(), ablation))
+    equal = [torch.equal(*pair) for pair in outcomes(name, recipe, changed)]
+    assert equal == [True, *[False] * (len(equal) - 1)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_another_accumulation_moves_everything_a_little(name: str) -> None:
-    _, recipe, leaves = cases(AblatedLinears(Ablation(), power_of_two=True))[name]
-    _, ablated, _ = cases(AblatedLinears(Ablation(accumulation="hopper"), power_of_two=True))[name]
-    for before, after in zip(results(recipe, *leaves), results(ablated, *leaves), strict=True):
+    recipe, hopper = (AblatedLinears(Ablation(accumulation=sums), power_of_two=True) for sums in ("fp32", "hopper"))
+    for before, after in outcomes(name, recipe, hopper):
         error = float((after.double() - before.double()).norm() / before.double().norm())
-        # Measured 7e-4 to 9e-4, of which one rounding to BF16 that tips is most; an operand rounded anew costs 2.6e-2.
+        # Measured 7e-4 to 9e-4, mostly one rounding to BF16 that tips; an operand rounded again costs 2.6e-2.
         assert 0 < error < 2e-3
 
 
@@ -120,8 +108,8 @@ def test_gradients_of_the_recipe_are_those_of_the_shipped_quantisers(power_of_tw
     # A scale that is a power of two already is not rounded up to the next one.
     dy[:2, 128] = torch.tensor([448.0, 448.0 * 2**-30])
     for ours, theirs in zip(
-        gradient_operands_reference(dy, Ablation(), power_of_two=power_of_two),
-        quantize_tiles_both(dy, power_of_two=power_of_two),
+        gradient_operands(dy, Ablation(), power_of_two=power_of_two),
+        (quantize(dy, power_of_two=power_of_two) for quantize in (quantize_tiles, quantize_tiles_transposed)),
         strict=True,
     ):
         assert torch.equal(ours.payload.view(torch.uint8), theirs.payload.view(torch.uint8))
@@ -131,8 +119,7 @@ def test_gradients_of_the_recipe_are_those_of_the_shipped_quantisers(power_of_tw
 @pytest.mark.parametrize("power_of_two", [True, False])
 def test_blocks_of_gradients_are_those_of_weights_and_serve_both_products(power_of_two: bool) -> None:
     dy = torch.randn(ROWS, OUTER) * torch.exp2(3 * torch.randn(ROWS, 1))
-    ablation = Ablation(gradient_tile="128x128")
-    by_row, by_channel = gradient_operands_reference(dy, ablation, power_of_two=power_of_two)
+    by_row, by_channel = gradient_operands(dy, Ablation(gradient_tile="128x128"), power_of_two=power_of_two)
     blocks = quantize_blocks(dy, power_of_two=power_of_two)
     assert torch.equal(by_row.payload.view(torch.uint8), blocks.payload.view(torch.uint8))
     assert torch.equal(by_row.scale[:, ::TILE], blocks.scale.t())
@@ -143,7 +130,7 @@ def test_blocks_of_gradients_are_those_of_weights_and_serve_both_products(power_
 @pytest.mark.parametrize("power_of_two", [True, False])
 def test_e5m2_rounds_to_the_nearest_of_its_numbers_under_its_own_scale(power_of_two: bool) -> None:
     dy = torch.randn(5, OUTER)
-    q = quantize_gradient_reference(dy, Ablation("e5m2"), tile=(1, TILE), power_of_two=power_of_two)
+    q, _ = gradient_operands(dy, Ablation("e5m2"), power_of_two=power_of_two)
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e5m2).double()
     grid = codes[codes.isfinite()].unique()
     for row in range(5):
@@ -175,7 +162,7 @@ def test_wgrad_sees_the_input_regrouped() -> None:
     x, w = torch.randn(256, 64), torch.nn.Parameter(torch.randn(32, 64))
     dy = torch.randn(256, 32)
     AblatedLinears(Ablation("e5m2"), power_of_two=True).linear(x, w).backward(dy)
-    by_channel = quantize_gradient_reference(dy.t(), Ablation("e5m2"), tile=(1, TILE), power_of_two=True)
+    _, by_channel = gradient_operands(dy, Ablation("e5m2"), power_of_two=True)
     cached = values(quantize_tiles(x, power_of_two=True)).float()
     xq = quantize_tiles_transposed(cached, power_of_two=True)
     expected = values(by_channel) @ values(xq).t()
@@ -195,7 +182,7 @@ def test_nan_in_a_gradient_is_seen() -> None:
     dy = torch.randn(3, 200)
     dy[1, 150] = float("nan")
     for ablation in (Ablation(), Ablation("e5m2"), Ablation(gradient_tile="128x128")):
-        by_row, _ = gradient_operands_reference(dy, ablation, power_of_two=True)
+        by_row, _ = gradient_operands(dy, ablation, power_of_two=True)
         assert bool(values(by_row)[1, 128:].isnan().all())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,17 @@ import train.trainer
 from train.data.ingest import Recipe, prepare
 from train.observe.guards import TrainingStopped
 from train.step import compute_gradients
-from train.studies.ablation.errors import moment_errors, operand_errors, operands, outlier_error, product_errors
+from train.studies.ablation.errors import linear_case, moment_errors, operand_errors, outlier_error, product_errors
 from train.studies.ablation.linear import AblatedLinears, Ablation
-from train.studies.ablation.report import tables, write
 from train.studies.ablation.runs import QUICK, Variant, ablate, base_config, choose, floor, measure_runs, run, variants
+from train.studies.ablation.tables import tables, write
 
-ROOT = Path(__file__).resolve().parents[3]
-TEXT = ROOT / "data/king_james_bible/text.jsonl"
+TEXT = Path(__file__).resolve().parents[3] / "data/king_james_bible/text.jsonl"
+OVERRIDES = [f"model.{width}=128" for width in ("hidden_size", "moe_intermediate_size", "intermediate_size")]
+OVERRIDES += ["run.max_consecutive_nonfinite=2"]
+# One seed, short products.
+SMALL = replace(QUICK, seeds=(0,), length=256, lengths=(128, 256))
+BF16, MOMENTS = variants()["bf16"], variants()["moments_fp8"]
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +36,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare(Recipe(source=str(text), vocab_size=1024), text.parent / "store").train.path
 
 
-def linears(ablation: Ablation, *, power_of_two: bool = True) -> AblatedLinears:
-    return AblatedLinears(ablation, power_of_two)
+def linears(ablation: Ablation) -> AblatedLinears:
+    return AblatedLinears(ablation, power_of_two=True)
 
 
 RECIPE = linears(Ablation())
@@ -48,7 +52,7 @@ TOUCHES = {
 
 
 def all_errors(measured: AblatedLinears) -> dict[str, float]:
-    return operand_errors(measured, operands(256, 256, 256)) | product_errors(measured, length=512)
+    return operand_errors(measured, linear_case(256, 256, 256)) | product_errors(measured, length=512)
 
 
 @pytest.fixture(scope="module")
@@ -109,40 +113,68 @@ def test_every_variant_changes_one_thing() -> None:
             assert (row.linears == recipe.linears) == (row.moments != recipe.moments), row.name
 
 
+@pytest.fixture(scope="module")
+def base(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return base_config(store, tmp_path_factory.mktemp("runs"), QUICK, OVERRIDES)
+
+
 @pytest.fixture
-def config(store: Path, tmp_path: Path) -> Any:
-    return base_config(store, tmp_path / "runs", QUICK, ["observe.console_every_steps=1000"])
+def config(base: Any, tmp_path: Path) -> Any:
+    """The runs' settings, in a folder without runs."""
+    return in_folder(base, tmp_path / "runs")
 
 
-def test_a_finished_run_is_read_and_not_run_again(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = variants()["fp8"]
-    first = run(config, row, 0)
-    assert [record["step"] for record in first["records"]] == [1, 2, 3, 4]
-
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("a step was taken again")
-
-    monkeypatch.setattr("train.trainer.Trainer.take_step", never)
-    assert run(config, row, 0)["records"] == first["records"]
+def in_folder(base: Any, folder: Path) -> Any:
+    return replace(base, run=replace(base.run, directory=str(folder)))
 
 
-def test_a_run_made_with_other_settings_is_refused_and_reporting_may_change(config: Any, tmp_path: Path) -> None:
-    row = variants()["bf16"]
-    first = run(config, row, 0)
-    told = replace(config, observe=replace(config.observe, console_every_steps=7))
-    assert run(told, row, 0)["records"] == first["records"]
-    moved = tmp_path / "elsewhere"
-    (tmp_path / "runs").rename(moved)
-    there = replace(config, run=replace(config.run, directory=str(moved)))
-    assert run(there, row, 0)["records"] == first["records"]
+@pytest.fixture(scope="module")
+def bf16_run(base: Any) -> dict[str, Any]:
+    """A finished BF16 run of four steps, with its folder."""
+    return run(base, BF16, 0) | {"folder": Path(base.run.directory)}
+
+
+@pytest.fixture
+def finished(bf16_run: dict[str, Any], config: Any) -> Any:
+    """The settings again, in a folder with a copy of that run."""
+    shutil.copytree(bf16_run["folder"], config.run.directory)
+    return config
+
+
+def with_weight_decay(config: Any) -> Any:
+    return replace(config, optim=replace(config.optim, weight_decay=0.7))
+
+
+REFUSED = r"bf16-0 holds a run with optim\.weight_decay=0\.1, and 0\.7 is asked for; give --out another"
+
+
+def never(*_: object, **__: object) -> None:
+    raise AssertionError("something was measured again")
+
+
+def test_a_finished_run_is_read_and_not_run_again(
+    bf16_run: dict[str, Any], finished: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [record["step"] for record in bf16_run["records"]] == [1, 2, 3, 4]
+    monkeypatch.setattr(train.trainer.Trainer, "take_step", never)
+    assert run(finished, BF16, 0)["records"] == bf16_run["records"]
+
+
+def test_a_run_made_with_other_settings_is_refused_and_reporting_may_change(
+    bf16_run: dict[str, Any], finished: Any
+) -> None:
+    # It was made in another folder, too.
+    assert finished.run.directory != str(bf16_run["folder"])
+    logged = replace(finished, observe=replace(finished.observe, console_every_steps=7))
+    assert run(logged, BF16, 0)["records"] == bf16_run["records"]
     others: dict[str, Any] = {
-        "schedule.lr_peak": replace(there, schedule=replace(there.schedule, lr_peak=0.5)),
-        "optim.weight_decay": replace(there, optim=replace(there.optim, weight_decay=0.7)),
-        "run.threads": replace(there, run=replace(there.run, threads=2)),
+        "schedule.lr_peak": replace(finished, schedule=replace(finished.schedule, lr_peak=0.5)),
+        "optim.weight_decay": with_weight_decay(finished),
+        "run.threads": replace(finished, run=replace(finished.run, threads=2)),
     }
     for field, other in others.items():
         with pytest.raises(ValueError, match=rf"bf16-0 holds a run with {field}=\S+, and \S+ is asked for; give --out"):
-            run(other, row, 0)
+            run(other, BF16, 0)
 
 
 @pytest.mark.parametrize(
@@ -154,39 +186,14 @@ def test_a_run_made_with_other_settings_is_refused_and_reporting_may_change(conf
     ],
 )
 def test_a_run_of_another_model_or_data_is_refused_by_its_field(
-    override: str, difference: str, config: Any, store: Path, tmp_path: Path
+    override: str, difference: str, finished: Any, store: Path
 ) -> None:
-    run(config, variants()["bf16"], 0)
-    other = base_config(store, tmp_path / "runs", QUICK, [override])
+    other = base_config(store, Path(finished.run.directory), QUICK, [*OVERRIDES, override])
     with pytest.raises(ValueError, match=f"bf16-0 holds a run with {difference} is asked for; give --out another"):
-        run(other, variants()["bf16"], 0)
+        run(other, BF16, 0)
 
 
-def test_a_killed_run_goes_on_as_it_was_begun_or_not_at_all(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = variants()["bf16"]
-    kill_after_three_steps(config, row, monkeypatch)
-    assert not list(Path(config.run.directory).glob("bf16-0/checkpoints/step_*"))
-    other = replace(config, optim=replace(config.optim, weight_decay=0.7))
-    with pytest.raises(ValueError, match=r"bf16-0 holds a run with optim\.weight_decay=0\.1, and 0\.7 is asked for"):
-        run(other, row, 0)
-    # Bit for bit, as the log's own promise is.
-    unbroken = replace(config, run=replace(config.run, directory=f"{config.run.directory}_unbroken"))
-    expected = [record["loss/main"] for record in run(unbroken, row, 0)["records"]]
-    assert [record["loss/main"] for record in run(config, row, 0)["records"]] == expected
-    assert len(expected) == 4
-
-
-def test_a_killed_run_whose_log_is_of_another_text_is_no_result(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = variants()["bf16"]
-    kill_after_three_steps(config, row, monkeypatch)
-    log = Path(config.run.directory) / "bf16-0/metrics.jsonl"
-    log.write_text(log.read_text(encoding="utf-8").replace('"loss/main":', '"loss/main":1'), encoding="utf-8")
-    for _ in range(2):
-        with pytest.raises(ValueError, match="bf16-0 was killed, and its steps, taken again, are not those of its log"):
-            run(config, row, 0)
-
-
-def kill_after_three_steps(config: Any, row: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+def kill_after_three_steps(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     take_step = train.trainer.Trainer.take_step
 
     def killed(self: Any, *arguments: Any, **options: Any) -> None:
@@ -197,50 +204,65 @@ def kill_after_three_steps(config: Any, row: Variant, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr(train.trainer.Trainer, "take_step", killed)
         with pytest.raises(KeyboardInterrupt):
-            run(config, row, 0)
+            run(config, BF16, 0)
+
+
+def test_a_killed_run_goes_on_as_it_was_begun_or_not_at_all(
+    bf16_run: dict[str, Any], config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_after_three_steps(config, monkeypatch)
+    assert not list(Path(config.run.directory).glob("bf16-0/checkpoints/step_*"))
+    with pytest.raises(ValueError, match=REFUSED):
+        run(with_weight_decay(config), BF16, 0)
+    # Bit for bit, as the log's own promise is.
+    assert [each["loss/main"] for each in run(config, BF16, 0)["records"]] == [
+        each["loss/main"] for each in bf16_run["records"]
+    ]
+
+
+def test_a_killed_run_whose_log_is_of_another_text_is_no_result(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kill_after_three_steps(config, monkeypatch)
+    log = Path(config.run.directory) / "bf16-0/metrics.jsonl"
+    log.write_text(log.read_text(encoding="utf-8").replace('"loss/main":', '"loss/main":1'), encoding="utf-8")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="bf16-0 was killed, and its steps, taken again, are not those of its log"):
+            run(config, BF16, 0)
 
 
 @pytest.mark.parametrize("text", [b"", b"run: [", b"\xff", b"model:\n  vocab_size: 1024\n", b"model: 5\n"])
-def test_a_finished_run_whose_configuration_is_torn_is_judged_by_its_checkpoint(text: bytes, config: Any) -> None:
-    row = variants()["bf16"]
-    first = run(config, row, 0)
-    (Path(config.run.directory) / "bf16-0/config.yaml").write_bytes(text)
-    other = replace(config, optim=replace(config.optim, weight_decay=0.7))
-    with pytest.raises(ValueError, match=r"bf16-0 holds a run with optim\.weight_decay=0\.1, and 0\.7 is asked for"):
-        run(other, row, 0)
-    assert run(config, row, 0)["records"] == first["records"]
+def test_a_finished_run_whose_configuration_is_torn_is_judged_by_its_checkpoint(
+    text: bytes, bf16_run: dict[str, Any], finished: Any
+) -> None:
+    (Path(finished.run.directory) / "bf16-0/config.yaml").write_bytes(text)
+    with pytest.raises(ValueError, match=REFUSED):
+        run(with_weight_decay(finished), BF16, 0)
+    assert run(finished, BF16, 0)["records"] == bf16_run["records"]
 
 
 def test_runs_with_other_settings_are_refused_before_anything_is_measured(
-    config: Any, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Any, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(config, variants()["moments_fp8"], 1)
-
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("something was measured")
-
     monkeypatch.setattr(train.studies.ablation.runs, "measure_errors", never)
     monkeypatch.setattr(train.studies.ablation.runs, "run", never)
-    with pytest.raises(ValueError, match=r"moments_fp8-1 holds a run with optim\.weight_decay=0\.1, and 0\.7 is asked"):
-        ablate(store, tmp_path / "runs", QUICK, names=["moments_fp8"], overrides=["optim.weight_decay=0.7"])
+    overrides = [*OVERRIDES, "optim.weight_decay=0.7"]
+    with pytest.raises(ValueError, match=REFUSED):
+        ablate(store, Path(finished.run.directory), QUICK, names=["moments_fp8"], overrides=overrides)
 
 
 def test_a_run_that_diverged_is_not_trained_on(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = replace(config, run=replace(config.run, max_consecutive_nonfinite=2))
+    def not_finite(*arguments: Any, **options: Any) -> Any:
+        gradients = compute_gradients(*arguments, **options)
+        return replace(gradients, finite=torch.zeros_like(gradients.finite))
+
     with monkeypatch.context() as patch:
         patch.setattr(train.trainer, "compute_gradients", not_finite)
-        first = run(broken, variants()["bf16"], 0)
+        first = run(config, BF16, 0)
     assert first["stopped"] is not None
     assert "2 steps in a row" in first["stopped"]
-    again = run(broken, variants()["bf16"], 0)
+    again = run(config, BF16, 0)
     assert again["stopped"] == first["stopped"]
     assert again["records"] == first["records"]
     assert len(again["records"]) == 2
-
-
-def not_finite(*arguments: Any, **options: Any) -> Any:
-    gradients = compute_gradients(*arguments, **options)
-    return replace(gradients, finite=torch.zeros_like(gradients.finite))
 
 
 def test_runs_log_no_health_of_linears_they_do_not_have(config: Any) -> None:
@@ -257,7 +279,7 @@ def test_a_run_that_was_asked_to_stop_is_no_result(config: Any, monkeypatch: pyt
 
 
 def test_a_run_that_diverges_is_reported_and_does_not_end_the_table(
-    config: Any, monkeypatch: pytest.MonkeyPatch
+    finished: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fit = train.studies.ablation.runs.Trainer.fit
 
@@ -268,15 +290,15 @@ def test_a_run_that_diverges_is_reported_and_does_not_end_the_table(
         return state
 
     monkeypatch.setattr(train.studies.ablation.runs.Trainer, "fit", stop)
-    said: list[str] = []
-    rows = measure_runs(config, choose(["moments_fp8"]), QUICK, said.append)
-    assert rows["moments_fp8"]["stopped"] == ["20 steps in a row were not finite"] * 2
-    assert rows["bf16"]["stopped"] == [None, None]
-    assert len(said) == 3
+    logged: list[str] = []
+    rows = measure_runs(finished, [MOMENTS], SMALL, logged.append)
+    assert rows["moments_fp8"]["stopped"] == ["20 steps in a row were not finite"]
+    assert rows["bf16"]["stopped"] == [None]
+    assert len(logged) == 3
 
 
 def test_a_run_without_a_finite_loss_is_a_row_of_the_table_again_and_again(
-    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def nan_for_fp8_moments(engine: Any, *arguments: Any, **options: Any) -> Any:
         gradients = compute_gradients(engine, *arguments, **options)
@@ -286,41 +308,34 @@ def test_a_run_without_a_finite_loss_is_a_row_of_the_table_again_and_again(
         return replace(gradients, loss_main=nan, finite=torch.zeros_like(gradients.finite))
 
     monkeypatch.setattr(train.trainer, "compute_gradients", nan_for_fp8_moments)
-    broken = replace(config, run=replace(config.run, max_consecutive_nonfinite=2))
-    first = measure_runs(broken, choose(["moments_fp8"]), QUICK, lambda _: None)
-    again = measure_runs(broken, choose(["moments_fp8"]), QUICK, lambda _: None)
-    assert all("2 steps in a row" in stopped for stopped in first["moments_fp8"]["stopped"])
+    first, again = (measure_runs(finished, [MOMENTS], SMALL, lambda _: None) for _ in range(2))
+    assert "2 steps in a row" in first["moments_fp8"]["stopped"][0]
     assert again["moments_fp8"]["stopped"] == first["moments_fp8"]["stopped"]
     assert again["bf16_reordered"]["gaps"] == first["bf16_reordered"]["gaps"]
-    names = {name: row.change for name, row in variants().items()}
     result = {
-        "changes": names,
+        "changes": {name: row.change for name, row in variants().items()},
         "errors": {"linears": {}, "moments": {}, "sums": {}, "outliers": {}},
         "runs": again,
-        "size": {"seeds": (0, 1)},
+        "size": {"seeds": (0,)},
         "floor": floor(again),
     }
-    assert "| moments in FP8 |  (stopped) |  (stopped) |  |  |" in tables(result)
+    assert "| moments in FP8 |  (stopped) |  |  |" in tables(result)
     assert "nan" not in tables(result)
     write(result, tmp_path / "out")
     text = (tmp_path / "out/result.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["runs"]["moments_fp8"]["mean"] is None
 
 
-def fake_runs(losses: dict[tuple[str, int], list[float]]) -> Any:
-    def one(base: object, variant: Variant, seed: int) -> dict[str, Any]:
-        records = [{"step": i + 1, "loss/main": loss} for i, loss in enumerate(losses[variant.name, seed])]
-        return {"records": records, "stopped": None, "seconds": 1.0}
-
-    return one
-
-
 def test_gaps_are_paired_by_seed_and_the_floor_is_the_mean_size(monkeypatch: pytest.MonkeyPatch) -> None:
     # Constant losses: the smoothed gap is the ratio itself. Seeds differ by far more than precisions.
     level = {0: 2.0, 1: 5.0}
     factor = {"bf16": (1.0, 1.0), "bf16_reordered": (1.01, 0.97), "fp8": (1.02, 1.04), "moments_fp8": (1.02, 1.14)}
-    losses = {(name, seed): [level[seed] * f[seed]] * 6 for name, f in factor.items() for seed in level}
-    monkeypatch.setattr(train.studies.ablation.runs, "run", fake_runs(losses))
+
+    def constant(base: object, variant: Variant, seed: int) -> dict[str, Any]:
+        loss = level[seed] * factor[variant.name][seed]
+        return {"records": [{"step": i, "loss/main": loss} for i in range(6)], "stopped": None, "seconds": 1.0}
+
+    monkeypatch.setattr(train.studies.ablation.runs, "run", constant)
     config: Any = None
     rows = measure_runs(config, choose(["fp8", "moments_fp8", "hopper_256"]), QUICK, lambda _: None)
     assert rows["fp8"]["gaps"] == pytest.approx([0.02, 0.04])
@@ -329,13 +344,13 @@ def test_gaps_are_paired_by_seed_and_the_floor_is_the_mean_size(monkeypatch: pyt
     assert "hopper_256" not in rows
 
 
-def test_everything_is_measured_and_written(store: Path, tmp_path: Path) -> None:
-    names: Sequence[str] = ("fp8", "gradients_128x128", "hopper_none")
-    overrides = ["model.hidden_size=128", "model.moe_intermediate_size=128", "model.intermediate_size=128"]
-    result = ablate(store, tmp_path / "runs", QUICK, names=names, overrides=overrides, tell=lambda _: None)
+def test_everything_is_measured_and_written(store: Path, base: Any, tmp_path: Path) -> None:
+    names = ("fp8", "gradients_128x128", "hopper_none")
+    folder = Path(base.run.directory)
+    result = ablate(store, folder, SMALL, names=names, overrides=OVERRIDES, log=lambda _: None)
     assert set(result["runs"]) == {"bf16", "bf16_reordered", *names}
-    assert result["runs"]["bf16"]["gaps"] == [0.0, 0.0]
-    assert all(gap != 0 for name in ("bf16_reordered", *names) for gap in result["runs"][name]["gaps"])
+    assert result["runs"]["bf16"]["gaps"] == [0.0]
+    assert all(result["runs"][name]["gaps"][0] != 0 for name in ("bf16_reordered", *names))
     model = {name: row["gradient"] for name, row in result["errors"]["linears"].items()}
     # BF16 against FP8: 2^-9 against 2^-4 a rounding; measured 0.5 % and 5.7 %.
     assert model["bf16"] < 0.02 < model["fp8"] < 0.1
@@ -350,16 +365,15 @@ def test_everything_is_measured_and_written(store: Path, tmp_path: Path) -> None
     assert "promotion" in (tmp_path / "out/sums.html").read_text()
 
 
-def test_nothing_measured_leaves_no_picture(store: Path, tmp_path: Path) -> None:
+def test_nothing_measured_leaves_no_picture(store: Path, base: Any, tmp_path: Path) -> None:
     # Neither sums nor spread gradients are measured for rows that share the recipe's linears, or have none.
-    result = ablate(store, tmp_path / "runs", QUICK, names=["moments_fp8"], tell=lambda _: None)
+    folder = Path(base.run.directory)
+    result = ablate(store, folder, SMALL, names=["moments_fp8"], overrides=OVERRIDES, log=lambda _: None)
     paths = write(result, tmp_path / "out")
     assert [path.name for path in paths] == ["result.json", "tables.md", "runs.html"]
 
 
 def test_what_is_measured_repeats_bit_for_bit() -> None:
-    generator = torch.get_rng_state()
     first = product_errors(linears(Ablation("e5m2")), length=256)
     torch.manual_seed(99)
     assert product_errors(linears(Ablation("e5m2")), length=256) == first
-    torch.set_rng_state(generator)

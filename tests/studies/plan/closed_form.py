@@ -2,22 +2,21 @@
 
 Integer arithmetic on the table of weights (`train/model/sizes.py`); nothing is built. Sharded means over the data axis
 (dense) or the expert-data axis (experts). A rank's share is the even one: the real cut follows bucket borders and adds
-at most 127 elements of padding per parameter and 128 x ranks - 1 per bucket.
+at most 127 elements of padding per parameter and 128 x ranks - 1 per bucket. Paper: arXiv:2412.19437 §3.2, §3.3.3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from kernels.formats import TILE, ceil_div
-from parallel.mesh import Layout
+from parallel.layout import Layout
 from train.model.sizes import BF16_BYTES, E4M3_BYTES, FP32_BYTES, Weight
 from train.studies.plan.traffic import share
 
 
-@dataclass(frozen=True)
-class StateBytes:
+class StateBytes(NamedTuple):
     """Bytes that a rank holds for the whole run."""
 
     weights: int
@@ -26,27 +25,9 @@ class StateBytes:
     masters: int
     moments: int
 
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.weights + self.fp8_copies + self.gradients + self.masters + self.moments
 
-
-def state_bytes(
-    table: Iterable[Weight], layout: Layout, *, precision: str, dp_rank: int, moment_bytes: int = BF16_BYTES
-) -> StateBytes:
-    """Bytes of a rank's weights, copies, gradients and optimizer states.
-
-    Args:
-        table: of the rank, from `weights`.
-        layout: axes and ZeRO.
-        precision: 'fp32', 'bf16' or 'fp8'.
-        dp_rank: index on the data axis, for the share of what does not divide evenly.
-        moment_bytes: of one element of one moment.
-    Returns:
-        StateBytes; sharded parts without padding.
-    Source: arXiv:2412.19437 §3.2, §3.3.3.
-    """
+def state_bytes(table: Iterable[Weight], layout: Layout, *, precision: str, dp_rank: int) -> StateBytes:
+    """Bytes of a rank's weights, copies, gradients and optimizer states, without padding."""
     table = tuple(table)
     masters = moments = 0
     for expert in (False, True):
@@ -56,7 +37,7 @@ def state_bytes(
         trained = [weight for weight in table if weight.trained and weight.expert == expert]
         own_master = sum(weight.elements for weight in trained if not weight.stored_fp32(precision))
         masters += FP32_BYTES * share(own_master, ranks=ranks, rank=rank)
-        moments += 2 * moment_bytes * share(sum(weight.elements for weight in trained), ranks=ranks, rank=rank)
+        moments += 2 * BF16_BYTES * share(sum(weight.elements for weight in trained), ranks=ranks, rank=rank)
     return StateBytes(
         weights=sum(weight.bytes(precision) for weight in table),
         fp8_copies=sum(fp8_bytes(weight, precision) for weight in table),

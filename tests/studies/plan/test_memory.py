@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.operators import FLOP_FORMULAS
 from kernels.router import select_experts
-from parallel.mesh import Axis, Layout
-from parallel.schedules import num_stages, stage_ids
+from parallel.layout import Layout, num_stages, stage_ids
+from parallel.mesh import Axis
 from parallel.zero import ALIGNMENT, GradientBuckets
 from tests.studies.plan.closed_form import StateBytes, state_bytes
 from tests.tiny_model import TINY
@@ -25,8 +25,9 @@ from train.model.config import ModelConfig
 from train.model.moe import Experts, LocalDispatcher
 from train.model.precision import Precision
 from train.model.sizes import Held, flops_per_token, held_by, parameters, weights
-from train.model.transformer import Part, Transformer, whole
-from train.optim.adamw import AdamW, OptimConfig
+from train.model.transformer import StageSpec, Transformer, whole
+from train.optim.adamw import AdamW
+from train.optim.config import OptimConfig
 from train.studies.plan.traffic import (
     dispatch_bytes,
     ends_apart,
@@ -50,7 +51,9 @@ def held_by_rank(config: ModelConfig, layout: Layout, pp_rank: int) -> Held:
     stages = num_stages(layout.schedule, layout.pp)
     counts = [share(config.num_hidden_layers, ranks=stages, rank=stage) for stage in range(stages)]
     parts = [
-        Part(range(sum(counts[:stage]), sum(counts[: stage + 1])), begins=stage == 0, ends=stage == stages - 1)
+        StageSpec(
+            range(sum(counts[:stage]), sum(counts[: stage + 1])), is_first=stage == 0, is_last=stage == stages - 1
+        )
         for stage in stage_ids(layout.schedule, layout.pp, pp_rank)
     ]
     return held_by(config, parts)
@@ -97,7 +100,6 @@ def test_the_rank_of_v3_with_the_most_state() -> None:
     held = held_by_rank(V3, H800, 0)
     assert held == Held((0, 1, 60, 61), embedding=True, head=True)
     state = state_bytes(weights(V3, held, ep=64), H800, precision="fp8", dp_rank=0)
-    assert state.total == state.weights + state.fp8_copies + state.gradients + state.masters + state.moments
     experts = 2 * 4 * 44_040_192
     dense = 2 * 926_679_040 + 4 * (187_105_280 + 2_048 + 14_336) + 2 * 396_361_728 + 2 * (44_040_192 + 1_835_008)
     # Final norm; eh_proj and the three norms of MTP.
@@ -118,7 +120,7 @@ def real_state(model: Transformer, layout: Layout, *, dp_rank: int) -> StateByte
         part = {name: p for name, p in named.items() if (name in experts) == (axis == "edp")}
         place = Axis(axis, size=size, rank=rank, group=cast(Any, group) if size > 1 else None)
         buckets.append(GradientBuckets(part.items(), axis=place, sharded=layout.zero))
-    pieces = AdamW(buckets, OptimConfig()).state_pieces()
+    pieces = AdamW(buckets, OptimConfig()).state_shards()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     model(torch.randint(model.config.vocab_size, (1, 5)))
@@ -127,8 +129,8 @@ def real_state(model: Transformer, layout: Layout, *, dp_rank: int) -> StateByte
         weights=sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
         fp8_copies=sum(q.payload.nbytes + q.scale.nbytes + q.payload_t.nbytes for _, q in copies),
         gradients=sum(p.main_grad.nbytes for p in model.parameters()),  # type: ignore[attr-defined]
-        masters=sum(piece.local.nbytes for name, piece in pieces.items() if name.startswith("master.")),
-        moments=sum(piece.local.nbytes for name, piece in pieces.items() if name.startswith("exp_avg")),
+        masters=sum(piece.tensor.nbytes for name, piece in pieces.items() if name.startswith("master.")),
+        moments=sum(piece.tensor.nbytes for name, piece in pieces.items() if name.startswith("exp_avg")),
     )
 
 
@@ -148,8 +150,7 @@ def test_the_shards_of_all_ranks_are_those_of_real_buckets(zero: bool) -> None:
     table = weights(TINY, held_by(TINY, [whole(TINY)]), ep=1)
     plans = [state_bytes(table, layout, precision="bf16", dp_rank=rank) for rank in range(3)]
     reals = [real_state(Transformer(TINY, Precision("bf16")), layout, dp_rank=rank) for rank in range(3)]
-    for field in ("weights", "fp8_copies", "gradients", "masters", "moments"):
-        assert sum(getattr(plan, field) for plan in plans) == sum(getattr(real, field) for real in reals)
+    assert [sum(field) for field in zip(*plans, strict=True)] == [sum(field) for field in zip(*reals, strict=True)]
     trained = len([weight for weight in table if weight.trained]) * 2
     for plan, real in zip(plans, reals, strict=True):
         # Each tensor and the end of each of 3 buckets (dense BF16 and FP32, experts) may be padded to 128.

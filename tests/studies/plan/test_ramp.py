@@ -1,20 +1,24 @@
 """The points of the batch ramp against a run's own walk over its steps, and against a walk over every token.
 
 `ramp_points` halves intervals; here nothing is halved and nothing of `train/schedules.py` is asked: the batch is
-computed anew, linear in tokens and rounded down to whole micro-batches of every data rank.
+computed again, linear in tokens and rounded down to whole micro-batches of every data rank.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
-from parallel.mesh import Layout
+from parallel.layout import Layout
 from train.config import compose
 from train.schedules import ScheduleConfig
-from train.studies.plan.ramp import RampPoint, ramp_points
+from train.studies.plan.dry_run import ramp_points
+
+BATCH = ["schedule.batch_start_sequences=4", "schedule.batch_full_sequences=24"]
+SCHEDULE = compose([*BATCH, "run.micro_batch_sequences=2", "layout.dp=2"]).schedule
 
 
 def stepped(schedule: ScheduleConfig, *, sequence_length: int) -> Iterator[tuple[int, int]]:
@@ -59,11 +63,7 @@ def test_the_ramp_of_v3_begins_fills_and_ends_where_a_run_would() -> None:
 @pytest.mark.parametrize(("start", "full", "ramp"), [(4, 24, 997), (4, 24, 20), (12, 24, 1), (24, 24, 0), (8, 8, 50)])
 def test_the_threshold_is_the_first_token_that_fills_the_pipeline(start: int, full: int, ramp: int, fills: int) -> None:
     """Against a walk over every single token; layout of two data ranks, micro-batches of two sequences."""
-    overrides = [
-        f"schedule.batch_{name}={value}"
-        for name, value in (("start_sequences", start), ("full_sequences", full), ("ramp_tokens", ramp))
-    ]
-    schedule = compose([*overrides, "run.micro_batch_sequences=2", "layout.dp=2"]).schedule
+    schedule = replace(SCHEDULE, batch_start_sequences=start, batch_full_sequences=full, batch_ramp_tokens=ramp)
 
     def most_in_flight(count: int) -> int:
         return min(count, fills)
@@ -79,10 +79,6 @@ def test_the_threshold_is_the_first_token_that_fills_the_pipeline(start: int, fu
             expected.append(tokens)
     assert [point.tokens_seen for point in points] == expected
     assert [point.micro_batches for point in points] == [counts[tokens] for tokens in expected]
-    assert_monotone(points)
-
-
-def assert_monotone(points: list[RampPoint]) -> None:
     for before, after in itertools.pairwise(points):
         assert before.tokens_seen < after.tokens_seen
         assert before.micro_batches < after.micro_batches

@@ -10,14 +10,9 @@
 The reports give 32 products, the largest exponent, 13 fraction bits and FP22; they leave three things open. Chosen:
 the register is aligned together with the products; a product's exponent is the sum of its factors' stored exponents
 (significands in [1, 2), subnormal ones in (0, 1), their product is not normalised first); bits are cut, not rounded.
-It was never compared with a GPU.
+It was never compared with a GPU. About 0.7 billion products a second and core.
 
-With scales: a factor is payload * scale, exact for powers of two. Inside one tile that changes no bit (aligning and
-cutting do not see a common factor); beyond one tile it is what a tensor core would do that took the scales itself, so
-an interval above 128 changes the sum alone and not the quantisation. Scales that are no powers of two are refused.
-
-Shapes: a [m, k], b [n, k], result [m, n]. For studies on a CPU: some 0.7 billion products a second and core. On a GPU
-the same torch operations run. Nothing here is used by the shipped recipe.
+Shapes: a [m, k], b [n, k], result [m, n].
 """
 
 from __future__ import annotations
@@ -28,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bench_entry import Bench
 from kernels.formats import TILE, Quantized, decode_e4m3
 
 # Products that one step of the tensor core adds, and the fraction bits it keeps of them.
@@ -45,30 +39,39 @@ _ROWS, _COLS = 64, 128
 
 @dataclass(frozen=True)
 class Factors:
-    """One operand: what is multiplied, and the power of two that each number's stored exponent stands for.
-
-    values: [rows, k] fp32. powers: [rows, k] fp32, 0 where the value is 0.
-    """
+    """One operand, fp32 [rows, k]: the values, and 2 to the stored exponent of each; 0 where the value is 0."""
 
     values: Tensor
     powers: Tensor
 
 
-def factors(q: Quantized) -> Factors:
-    """Values and stored exponents of a tensor in 1x128 tiles.
+def decode(payload: Tensor) -> Tensor:
+    """E4M3 or E5M2 as fp32, exactly."""
+    return decode_e4m3(payload) if payload.dtype == torch.float8_e4m3fn else payload.float()
 
-    Args:
-        q: payload [rows, k] float8_e4m3fn or float8_e5m2, scale [ceil(k/128), rows], powers of two.
+
+def check_interval(interval: int | None) -> None:
+    """Raise ValueError unless a promotion interval is None or a positive multiple of 32."""
+    if interval is not None and (interval < GROUP or interval % GROUP):
+        raise ValueError(f"promotion_interval={interval} must be a positive multiple of {GROUP}, or null for none")
+
+
+def factors(q: Quantized) -> Factors:
+    """Values and stored exponents of payload [rows, k], E4M3 or E5M2, scale [ceil(k/128), rows].
+
     Raises:
         ValueError: a finite scale is no power of two.
     """
+    # payload * scale is exact for powers of two. Inside one tile that changes no bit (aligning and cutting do not see a
+    # common factor). Beyond one tile it is what a tensor core would do that took the scales itself, and so an interval
+    # above 128 changes the sum alone and not the quantisation.
     fractions = q.scale.view(torch.int32).bitwise_and(~_EXPONENT)
     if bool(((fractions != 0) & q.scale.isfinite()).any()):
         raise ValueError(
             "accumulation=hopper multiplies the scales in before it adds, which is exact for powers of two only: "
             "quantise with power_of_two"
         )
-    payload = decode_e4m3(q.payload) if q.payload.dtype == torch.float8_e4m3fn else q.payload.float()
+    payload = decode(q.payload)
     powers = payload.view(torch.int32).bitwise_and(_EXPONENT).view(torch.float32)
     powers = powers.clamp_min(2.0 ** SMALLEST_EXPONENT[q.payload.dtype]).masked_fill(payload == 0, 0.0)
     scale = q.scale.t().repeat_interleave(TILE, dim=1)[:, : payload.shape[1]]  # [rows, k]
@@ -76,21 +79,12 @@ def factors(q: Quantized) -> Factors:
 
 
 def hopper_matmul_reference(a: Factors, b: Factors, *, promotion_interval: int | None) -> Tensor:
-    """a @ b.T as Hopper's FP8 tensor cores add it.
+    """a @ b.T as Hopper's FP8 tensor cores add it, promoted to FP32 every so many terms; None: at the end only.
 
-    Args:
-        a: [m, k].
-        b: [n, k].
-        promotion_interval: terms between two promotions to FP32, a multiple of 32; None: none before the end.
     Returns:
         [m, n] fp32. NaN and infinity in a row or column stay in it as NaN.
-    Raises:
-        ValueError: the interval is no positive multiple of 32.
     """
-    if promotion_interval is not None and (promotion_interval < GROUP or promotion_interval % GROUP):
-        raise ValueError(
-            f"promotion_interval={promotion_interval} must be a positive multiple of {GROUP}, or null for none"
-        )
+    check_interval(promotion_interval)
     left, right = _by_group(a), _by_group(b)
     out = a.values.new_empty(a.values.shape[0], b.values.shape[0])
     interval = None if promotion_interval is None else promotion_interval // GROUP
@@ -98,12 +92,12 @@ def hopper_matmul_reference(a: Factors, b: Factors, *, promotion_interval: int |
         rows = slice(top, top + _ROWS)
         for first in range(0, out.shape[1], _COLS):
             cols = slice(first, first + _COLS)
-            out[rows, cols] = _sum_groups(_part(left, rows), _part(right, cols), interval)
+            out[rows, cols] = _sum_groups(_columns(left, rows), _columns(right, cols), interval)
     return out
 
 
 def _by_group(operand: Factors) -> Factors:
-    """[groups, 32, rows]: products of a group then lie apart, and sums run over the slow dim."""
+    """[groups, 32, rows]: sums over a group run over a slow dim."""
     padding = -operand.values.shape[1] % GROUP
 
     def arranged(x: Tensor) -> Tensor:
@@ -113,12 +107,12 @@ def _by_group(operand: Factors) -> Factors:
     return Factors(arranged(operand.values), arranged(operand.powers))
 
 
-def _part(operand: Factors, rows: slice) -> Factors:
-    return Factors(operand.values[:, :, rows], operand.powers[:, :, rows])
+def _columns(operand: Factors, cols: slice) -> Factors:
+    return Factors(operand.values[:, :, cols], operand.powers[:, :, cols])
 
 
 def _sum_groups(a: Factors, b: Factors, interval: int | None) -> Tensor:
-    """Group after group; a [groups, 32, m], b [groups, 32, n] -> [m, n]."""
+    """a [groups, 32, m], b [groups, 32, n] -> [m, n]."""
     groups, _, m = a.values.shape
     register = a.values.new_zeros(m, b.values.shape[2])
     total = torch.zeros_like(register)
@@ -145,29 +139,3 @@ def _add_group(register: Tensor, a: Factors, b: Factors, group: int, terms: Tens
     total = count.mul_(quantum)
     # Clearing low bits cuts towards zero; a quiet NaN keeps the bit that makes it one.
     return total.view(torch.int32).bitwise_and_(_FP22).view(torch.float32)
-
-
-def _bench_inputs(device: torch.device) -> tuple[Factors, Factors]:
-    generator = torch.Generator().manual_seed(0)
-    scale = torch.ones(8, 128)
-    a, b = (torch.randn(128, 1024, generator=generator).mul(100).to(torch.float8_e4m3fn) for _ in range(2))
-    first, second = factors(Quantized(a, scale)), factors(Quantized(b, scale))
-    return (
-        Factors(first.values.to(device), first.powers.to(device)),
-        Factors(second.values.to(device), second.powers.to(device)),
-    )
-
-
-BENCH = (
-    Bench(
-        name="hopper_accumulation",
-        make_inputs=_bench_inputs,
-        run=lambda a, b: hopper_matmul_reference(a, b, promotion_interval=128),
-        peer=lambda a, b: a.values @ b.values.t(),
-        peer_name="torch.matmul, FP32",
-        # Four groups of 32 per promotion, each cut by up to 33 x 2^-13 of its largest term; measured 7e-4.
-        tolerance=4e-3,
-        flops=2.0 * 128 * 128 * 1024,
-        bytes=4.0 * (2 * 128 * 1024 + 128 * 128),
-    ),
-)

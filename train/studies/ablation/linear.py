@@ -5,9 +5,9 @@
     accumulation        FP32 partial sums, or those of Hopper's tensor cores (`hopper_accumulation.py`)
     promotion_interval  products between two promotions to FP32 under `hopper`; None: one sum over all of them
 
-With nothing changed every result has the bits of `kernels/fp8_linear.py` on a CPU, whose quantisers of x and W and
-whose weight cache are used here. The quantiser of dy and the products are references of their own: clear and slow, for
-studies on a CPU. On a GPU the same torch operations run; no kernel of the shipped path is changed or asked.
+Quantisers and the weight cache are the shipped ones (`kernels/quantize.py`, `kernels/fp8_linear.py`). The products are
+references in plain torch: clear and slow, for studies on a CPU. With nothing changed every result has the bits of
+`kernels/fp8_linear.py` on a CPU.
 
 Shapes: x [rows, in], weight [out, in]; grouped: weight [groups, out, in], rows sorted by expert with group_ends.
 """
@@ -19,18 +19,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import deferred
-from kernels.bench_entry import Bench
-from kernels.formats import E4M3_MAX, TILE, Quantized, ceil_div, decode_e4m3
-from kernels.fp8_linear import fp8_linear, weight_fp8
+from kernels.formats import E4M3_MAX, TILE, Quantized, ceil_div
+from kernels.fp8_linear import weight_fp8
 from kernels.gemm_fp8 import add_tile_tile
 from kernels.gemm_grouped import group_rows
 from kernels.quantize import (
-    SMALLEST_SCALE,
+    quantize_blocks,
     quantize_tiles,
+    quantize_tiles_both,
     quantize_tiles_transposed,
     requantize_transposed,
 )
@@ -42,19 +41,14 @@ from kernels.swiglu import (
     swiglu_quantize,
     swiglu_quantize_transposed,
 )
-from train.studies.ablation.hopper_accumulation import GROUP, factors, hopper_matmul_reference
+from train.studies.ablation.hopper_accumulation import check_interval, decode, factors, hopper_matmul_reference
 
 E5M2_MAX = 57344.0
-_FORMATS = {"e4m3": (torch.float8_e4m3fn, E4M3_MAX), "e5m2": (torch.float8_e5m2, E5M2_MAX)}
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """What differs from the recipe; the defaults are the recipe.
-
-    Raises:
-        ValueError: an interval that is no multiple of 32, or that FP32 sums would not notice.
-    """
+    """What differs from the recipe; the defaults are the recipe."""
 
     gradient_format: Literal["e4m3", "e5m2"] = "e4m3"
     gradient_tile: Literal["1x128", "128x128"] = "1x128"
@@ -62,83 +56,45 @@ class Ablation:
     promotion_interval: int | None = TILE
 
     def __post_init__(self) -> None:
-        interval = self.promotion_interval
-        if interval is not None and (interval < GROUP or interval % GROUP):
-            raise ValueError(f"promotion_interval={interval} must be a positive multiple of {GROUP}, or null for none")
-        if self.accumulation == "fp32" and interval != TILE:
+        check_interval(self.promotion_interval)
+        if self.accumulation == "fp32" and self.promotion_interval != TILE:
             raise ValueError(
-                f"promotion_interval={interval} does nothing while partial sums are FP32: set accumulation=hopper"
+                f"promotion_interval={self.promotion_interval} does nothing while partial sums are FP32: "
+                "set accumulation=hopper"
             )
 
 
-def quantize_gradient_reference(
-    x: Tensor, ablation: Ablation, *, tile: tuple[int, int], power_of_two: bool
-) -> Quantized:
-    """Quantise a matrix with one scale for each `tile` of it.
+def gradient_operands(dy: Tensor, ablation: Ablation, *, power_of_two: bool) -> tuple[Quantized, Quantized]:
+    """A gradient for dgrad and for wgrad, in the ablation's gradient_format and gradient_tile.
 
-    Args:
-        x: [rows, cols] fp32 or bf16.
-        ablation: its gradient_format is used.
-        tile: rows and cols that share a scale.
-        power_of_two: round scales up to powers of two.
     Returns:
-        payload [rows, cols], scale [ceil(cols/128), rows]: repeated over the rows that share it. tile[1] must be 128.
+        of dy [rows, out]: payload [rows, out], scale [ceil(out/128), rows]; payload [out, rows], scale
+        [ceil(rows/128), out].
     """
-    dtype, largest = _FORMATS[ablation.gradient_format]
-    rows, cols = x.shape
-    height, width = tile
-    padded = F.pad(x.float(), (0, -cols % width, 0, -rows % height))
-    tiles = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height))  # [row tiles, height, col tiles, width]
-    amax = tiles.abs().amax(dim=(1, 3)) if x.numel() else padded.new_zeros(tiles.shape[0], tiles.shape[2])
-    scale = (amax / largest).clamp_min(SMALLEST_SCALE)
-    if power_of_two:
-        fraction, exponent = torch.frexp(scale)
-        rounded = torch.ldexp(torch.ones_like(scale), exponent - (fraction == 0.5).int())
-        scale = torch.where(scale.isfinite(), rounded, scale)
-    scale = torch.where(amax == 0, 1.0, scale)
-    scaled = (tiles / scale[:, None, :, None]).flatten(2).flatten(0, 1)[:rows, :cols]
-    payload = scaled.clamp(-largest, largest).to(dtype).contiguous()
-    return Quantized(payload, scale.repeat_interleave(height, dim=0)[:rows].t().contiguous())
-
-
-def gradient_operands_reference(dy: Tensor, ablation: Ablation, *, power_of_two: bool) -> tuple[Quantized, Quantized]:
-    """A gradient for dgrad and for wgrad.
-
-    Args:
-        dy: [rows, out] fp32 or bf16.
-        ablation: gradient_format and gradient_tile are used.
-        power_of_two: round scales up to powers of two.
-    Returns:
-        payload [rows, out], scale [ceil(out/128), rows]; payload [out, rows], scale [ceil(rows/128), out].
-    """
+    e5m2 = ablation.gradient_format == "e5m2"
+    # The formats' largest numbers differ by 2^7, so the quantiser's amax / 448 becomes amax / 57344 to the bit
+    # (and 1 for a tile below 2^-142, whose payload is zero).
+    x = dy.float() * (E4M3_MAX / E5M2_MAX) if e5m2 else dy
     if ablation.gradient_tile == "1x128":
-        by_row = quantize_gradient_reference(dy, ablation, tile=(1, TILE), power_of_two=power_of_two)
-        return by_row, quantize_gradient_reference(dy.t(), ablation, tile=(1, TILE), power_of_two=power_of_two)
-    by_row = quantize_gradient_reference(dy, ablation, tile=(TILE, TILE), power_of_two=power_of_two)
-    blocks = by_row.scale[:, ::TILE]  # [col blocks, row blocks]
-    by_channel = by_row.payload.view(torch.uint8).t().contiguous().view(by_row.payload.dtype)
-    return by_row, Quantized(by_channel, blocks.t().repeat_interleave(TILE, dim=1)[:, : dy.shape[1]].contiguous())
+        by_row, by_channel = quantize_tiles_both(x, power_of_two=power_of_two)
+    else:
+        blocks = quantize_blocks(x, power_of_two=power_of_two)
+        by_row, by_channel = _as_tiles(blocks), _as_tiles(blocks.transposed_blocks())
+    return (_to_e5m2(dy, by_row.scale), _to_e5m2(dy.t(), by_channel.scale)) if e5m2 else (by_row, by_channel)
+
+
+def _to_e5m2(x: Tensor, scale: Tensor) -> Quantized:
+    scaled = x.float() / scale.t().repeat_interleave(TILE, dim=1)[:, : x.shape[1]]
+    return Quantized(scaled.clamp(-E5M2_MAX, E5M2_MAX).to(torch.float8_e5m2).contiguous(), scale)
 
 
 def product_reference(a: Quantized, b: Quantized, ablation: Ablation) -> Tensor:
-    """a @ b.T, both operands in 1x128 tiles, summed as the ablation says.
-
-    Args:
-        a: payload [m, k], scale [ceil(k/128), m].
-        b: payload [n, k], scale [ceil(k/128), n].
-        ablation: accumulation and promotion_interval are used.
-    Returns:
-        [m, n] fp32.
-    """
+    """a [m, k] @ b.T [k, n] under the ablation's accumulation, both in 1x128 tiles: [m, n] fp32."""
     if ablation.accumulation == "hopper":
         return hopper_matmul_reference(factors(a), factors(b), promotion_interval=ablation.promotion_interval)
     out = a.scale.new_zeros(a.payload.shape[0], b.payload.shape[0])
-    add_tile_tile(out, _decode(a.payload), a.scale, _decode(b.payload), b.scale)
+    add_tile_tile(out, decode(a.payload), a.scale, decode(b.payload), b.scale)
     return out
-
-
-def _decode(payload: Tensor) -> Tensor:
-    return decode_e4m3(payload) if payload.dtype == torch.float8_e4m3fn else payload.float()
 
 
 def _as_tiles(blocks: Quantized) -> Quantized:
@@ -147,18 +103,14 @@ def _as_tiles(blocks: Quantized) -> Quantized:
     return Quantized(blocks.payload, blocks.scale.t().repeat_interleave(TILE, dim=1)[:, :rows])
 
 
-def _groups(q: Quantized, index: int) -> Quantized:
-    return Quantized(q.payload[index], q.scale[index])
-
-
 def _rows_times(rows: Quantized, blocks: Quantized, group_ends: Tensor | None, ablation: Ablation) -> Tensor:
-    """rows @ W.T, of each group its own W: fp32; rows of no group are zero."""
+    """rows @ W.T, each group with its own W: fp32; rows of no group are zero."""
     if group_ends is None:
         return product_reference(rows, _as_tiles(blocks), ablation)
     out = rows.scale.new_zeros(rows.payload.shape[0], blocks.payload.shape[1])
-    for g, part in enumerate(group_rows(group_ends, groups=len(blocks.payload), rows=len(out))):
-        mine = Quantized(rows.payload[part], rows.scale[:, part])
-        out[part] = product_reference(mine, _as_tiles(_groups(blocks, g)), ablation)
+    for g, group in enumerate(group_rows(group_ends, groups=len(blocks.payload), rows=len(out))):
+        mine = Quantized(rows.payload[group], rows.scale[:, group])
+        out[group] = product_reference(mine, _as_tiles(Quantized(blocks.payload[g], blocks.scale[g])), ablation)
     return out
 
 
@@ -167,12 +119,11 @@ def _wgrad(dy: Quantized, x: Quantized, group_ends: Tensor | None, ablation: Abl
     if group_ends is None:
         return product_reference(dy, x, ablation)
 
-    def of(q: Quantized, part: slice) -> Quantized:
-        tiles = slice(part.start // TILE, ceil_div(part.stop, TILE))
-        return Quantized(q.payload[:, part], q.scale[tiles])
+    def of(q: Quantized, group: slice) -> Quantized:
+        return Quantized(q.payload[:, group], q.scale[group.start // TILE : ceil_div(group.stop, TILE)])
 
-    parts = group_rows(group_ends, groups=len(group_ends), rows=dy.payload.shape[1])
-    return torch.stack([product_reference(of(dy, part), of(x, part), ablation) for part in parts])
+    groups = group_rows(group_ends, groups=len(group_ends), rows=dy.payload.shape[1])
+    return torch.stack([product_reference(of(dy, group), of(x, group), ablation) for group in groups])
 
 
 @dataclass(frozen=True)
@@ -184,7 +135,7 @@ class _Input:
 
 
 class _AblatedLinear(torch.autograd.Function):
-    """x only carries the gradient: what is multiplied stands in `quantized`."""
+    """x only carries the gradient: `quantized` is what is multiplied."""
 
     @staticmethod
     def forward(
@@ -205,7 +156,7 @@ class _AblatedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         weight, group_ends, quantized, ablation = ctx.weight, ctx.group_ends, ctx.quantized, ctx.ablation
         blocks = weight_fp8(weight, power_of_two=ctx.power_of_two).transposed_blocks()
-        by_row, by_channel = gradient_operands_reference(dy, ablation, power_of_two=ctx.power_of_two)
+        by_row, by_channel = gradient_operands(dy, ablation, power_of_two=ctx.power_of_two)
         if weight.requires_grad:
             deferred.push(
                 lambda: deferred.accumulate_grad(
@@ -216,7 +167,7 @@ class _AblatedLinear(torch.autograd.Function):
 
 
 class _KeptSwiglu(torch.autograd.Function):
-    """SwiGLU whose gradient is taken at the input as it was kept in FP8."""
+    """SwiGLU with the gradient at its input as kept in FP8."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, gates: Tensor | None, kept: Quantized) -> Tensor:
@@ -232,11 +183,7 @@ class _KeptSwiglu(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class AblatedLinears:
-    """The linears of `kernels/fp8_linear.py` under an ablation; shapes and results as there.
-
-    Raises:
-        ValueError: Hopper's sums are asked for with scales that are no powers of two.
-    """
+    """The linears of `kernels/fp8_linear.py` under an ablation, with their shapes and dtypes."""
 
     ablation: Ablation
     power_of_two: bool
@@ -246,22 +193,14 @@ class AblatedLinears:
             raise ValueError("accumulation=hopper needs scales that are powers of two: set power_of_two_scales=true")
 
     def linear(self, x: Tensor, weight: Tensor, group_ends: Tensor | None = None) -> Tensor:
-        """`fp8_linear`, or `grouped_fp8_linear` with group_ends: x is kept in FP8 and regrouped for wgrad.
-
-        Args:
-            x: [..., in], grouped [rows, in], fp32 or bf16.
-            weight: [out, in], grouped [groups, out, in].
-            group_ends: [groups] int32, exclusive end rows, multiples of 128; None: one weight.
-        Returns:
-            [..., out] in x's dtype.
-        """
+        """`fp8_linear`, or `grouped_fp8_linear` with group_ends: x is kept in FP8 and regrouped for wgrad."""
         rows = x.flatten(0, -2)
         xq = quantize_tiles(rows, power_of_two=self.power_of_two)
         kept = _Input(xq, lambda: requantize_transposed(xq, power_of_two=self.power_of_two))
         return self._apply(rows, weight, group_ends, kept).view(*x.shape[:-1], weight.shape[-2])
 
     def linear_of_kept(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`fp8_linear_of_kept`: x [..., in] is quantised for wgrad from itself; [..., out] in its dtype."""
+        """`fp8_linear_of_kept`: x is quantised for wgrad from itself."""
         rows = x.flatten(0, -2)
         still = rows.detach()
         xq = quantize_tiles(still, power_of_two=self.power_of_two)
@@ -271,16 +210,7 @@ class AblatedLinears:
     def swiglu_linear(
         self, gate_up: Tensor, gates: Tensor | None, weight: Tensor, group_ends: Tensor | None = None
     ) -> Tensor:
-        """`fp8_swiglu_linear`, or `grouped_fp8_swiglu_linear` with gates and group_ends.
-
-        Args:
-            gate_up: [..., 2 * inter], grouped [rows, 2 * inter], fp32 or bf16, gate first; kept in FP8.
-            gates: [rows] fp32; None: not gated.
-            weight: [out, inter], grouped [groups, out, inter].
-            group_ends: as in `linear`.
-        Returns:
-            [..., out] in gate_up's dtype.
-        """
+        """`fp8_swiglu_linear`, or `grouped_fp8_swiglu_linear` with gates and group_ends; gate_up is kept in FP8."""
         rows, dtype, power_of_two = gate_up.flatten(0, -2), gate_up.dtype, self.power_of_two
         kept, hq = swiglu_quantize(rows, gates, power_of_two=power_of_two)
         still = None if gates is None else gates.detach()
@@ -293,24 +223,3 @@ class AblatedLinears:
             x, weight, group_ends, quantized, self.ablation, self.power_of_two
         )
         return y
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x, w = (torch.randn(256, 512, generator=generator).to(device) for _ in range(2))
-    return x, w
-
-
-BENCH = (
-    Bench(
-        name="ablated_linear forward, nothing changed",
-        make_inputs=_bench_inputs,
-        run=lambda x, w: AblatedLinears(Ablation(), power_of_two=True).linear(x, w),
-        peer=lambda x, w: fp8_linear(x, w, power_of_two=True),
-        peer_name="fp8_linear",
-        # On a CPU the same bits; a GPU's kernel sums in another order, with some 14 bits inside a tile.
-        tolerance=1e-3,
-        flops=2.0 * 256 * 256 * 512,
-        bytes=4.0 * (2 * 256 * 512 + 256 * 256),
-    ),
-)

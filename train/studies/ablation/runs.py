@@ -5,9 +5,8 @@
     variants   FP8 with one change: scales, format or tile of gradients, accumulation (§3.3.2), moments (§3.3.3)
 
 Runs of one seed see the same tokens and the same initial weights, so gaps are taken in pairs: mean relative gap of the
-EMA-0.9 losses over the second half of the run (`train/studies/compare.py`), as `tests/parity/test_fp8_run.py` does.
-Each run is a directory of its own; a finished or diverged one is read and not run again, so several processes can
-share the work. A run begun with other settings is refused: gaps are between runs that differ in one thing.
+EMA-0.9 losses over the second half (`train/studies/compare.py`). Each run has its own directory. A finished or diverged
+one is read and not run again; one begun with other settings is refused.
 """
 
 from __future__ import annotations
@@ -23,18 +22,17 @@ from typing import Any
 import torch
 import yaml
 
-from train.assemble import build
+from train.assemble import build_alone
+from train.checkpoint.identity import changed_fields
 from train.config import PretrainConfig, compose
 from train.model.precision import Precision
 from train.observe.guards import TrainingStopped, check_consecutive_skips
-from train.observe.metrics import Record
 from train.observe.sinks import read_events, read_run
 from train.studies.ablation.errors import (
-    Reference,
+    linear_case,
     model_errors,
     moment_errors,
     operand_errors,
-    operands,
     outlier_error,
     product_errors,
     reference_gradients,
@@ -42,11 +40,10 @@ from train.studies.ablation.errors import (
 from train.studies.ablation.linear import AblatedLinears, Ablation
 from train.studies.ablation.precision import AblatedPrecision
 from train.studies.compare import common_steps, mean_smoothed_gap
-from train.studies.smoke_runs import recipe
-from train.trainer import Trainer, changed_fields
+from train.studies.smoke_runs import smoke_run
+from train.trainer import Trainer
 
-SEEDS = (0, 1, 2)
-# Two layers, so that the accumulation of Hopper, some fifty times slower than FP32 sums, fits in minutes.
+# With two layers even Hopper's accumulation, some fifty times slower than FP32 sums, takes minutes only.
 SMALL_MODEL = [
     "model.num_hidden_layers=2",
     "model.n_routed_experts=4",
@@ -54,26 +51,24 @@ SMALL_MODEL = [
     "model.topk_group=1",
     "model.num_nextn_predict_layers=0",
 ]
-# What may differ between the runs of a table: where they lie (a checkpoint knows the hash of its text) and what they
-# tell.
+# What may differ between the runs of a table: where they are stored (a checkpoint has the hash of its text) and what
+# they log.
 REPORTING = ("run.directory", "data.store", "observe.", "checkpoint.")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured.
+    """How much is measured."""
 
-    length: terms of the products in the table of errors. lengths: those of the curve of sums. octaves: spreads of the
-    curve of outliers. steps, sequences, tokens: of a run. seeds: of the runs.
-    """
-
+    # Terms of the products in the table of errors, and in the curve of sums; spreads in the curve of outliers.
     length: int = 4096
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
     octaves: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+    # Of the runs.
     steps: int = 60
     sequences: int = 4
     tokens: int = 128
-    seeds: tuple[int, ...] = SEEDS
+    seeds: tuple[int, ...] = (0, 1, 2)
 
 
 QUICK = Size(length=512, lengths=(128, 512), octaves=(0.0, 5.0), steps=4, sequences=2, tokens=64, seeds=(0, 1))
@@ -81,26 +76,19 @@ QUICK = Size(length=512, lengths=(128, 512), octaves=(0.0, 5.0), steps=4, sequen
 
 @dataclass(frozen=True)
 class Variant:
-    """One row: what is changed, in words, the precision and the storage of the moments.
-
-    pieces: micro-batches of a step. trained: whether runs are made with it; else it is measured in one step only.
-    """
+    """One row: what is changed, in words and settings; one that is not `trained` is measured in one step only."""
 
     name: str
     change: str
     precision: Precision
     moments: str = "bf16"
-    pieces: int = 1
+    micro_batches: int = 1
     trained: bool = True
 
     @property
     def linears(self) -> AblatedLinears | None:
-        """What its linears compute, if in FP8."""
+        """Its linears, if they are in FP8."""
         return self.precision.linears if isinstance(self.precision, AblatedPrecision) else None
-
-
-def _hopper(interval: int | None) -> Ablation:
-    return Ablation(accumulation="hopper", promotion_interval=interval)
 
 
 def variants() -> dict[str, Variant]:
@@ -110,19 +98,22 @@ def variants() -> dict[str, Variant]:
     def fp8(name: str, change: str, ablation: Ablation | None = None, *, power_of_two: bool = True) -> Variant:
         return Variant(name, change, AblatedPrecision("fp8", power_of_two, True, ablation or Ablation()))
 
+    def hopper(interval: int | None) -> Ablation:
+        return Ablation(accumulation="hopper", promotion_interval=interval)
+
     recipe_row = fp8("fp8", "the recipe")
     rows = (
         Variant("bf16", "no FP8", bf16),
-        Variant("bf16_reordered", "no FP8, sums in another order", bf16, pieces=2),
+        Variant("bf16_reordered", "no FP8, sums in another order", bf16, micro_batches=2),
         recipe_row,
         fp8("fp32_scales", "FP32 scales", power_of_two=False),
         fp8("gradients_e5m2", "gradients in E5M2", Ablation(gradient_format="e5m2")),
         fp8("gradients_128x128", "gradients in 128x128 blocks", Ablation(gradient_tile="128x128")),
-        fp8("hopper_128", "Hopper's sums, promotion every 128", _hopper(128)),
-        # What lies between is shown in one step: a run of them costs minutes and its contractions are short.
-        replace(fp8("hopper_256", "Hopper's sums, promotion every 256", _hopper(256)), trained=False),
-        replace(fp8("hopper_512", "Hopper's sums, promotion every 512", _hopper(512)), trained=False),
-        fp8("hopper_none", "Hopper's sums, no promotion", _hopper(None)),
+        fp8("hopper_128", "Hopper's sums, promotion every 128", hopper(128)),
+        # Intervals between are measured in one step: a run costs minutes and its contractions are short.
+        replace(fp8("hopper_256", "Hopper's sums, promotion every 256", hopper(256)), trained=False),
+        replace(fp8("hopper_512", "Hopper's sums, promotion every 512", hopper(512)), trained=False),
+        fp8("hopper_none", "Hopper's sums, no promotion", hopper(None)),
         replace(recipe_row, name="moments_fp8", change="moments in FP8", moments="fp8"),
     )
     return {row.name: row for row in rows}
@@ -142,16 +133,7 @@ def choose(names: Sequence[str]) -> list[Variant]:
 
 
 def base_config(store: Path, directory: Path, size: Size, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """The configuration that all runs share.
-
-    Args:
-        store: folder of the tokenised text.
-        directory: where runs are written.
-        size: of the runs.
-        overrides: Hydra's, for a larger model or a longer run.
-    Raises:
-        ValueError: a bad override.
-    """
+    """The configuration that all runs share: text tokenised in `store`, runs in `directory`, Hydra's overrides."""
     shared = [
         "experiment=tiny",
         *SMALL_MODEL,
@@ -167,34 +149,33 @@ def base_config(store: Path, directory: Path, size: Size, overrides: Sequence[st
         "run.device=cpu",
         "observe.wandb=off",
         "observe.console_every_steps=1000000",
-        # It samples what the recipe's own linears would do, not a variant's.
+        # It would sample the recipe's own linears, not a variant's.
         "observe.fp8_health_every_steps=0",
         "checkpoint.every_steps=1000000",
     ]
-    # What the caller gives wins.
+    # The caller's overrides win.
     given = {override.partition("=")[0] for override in overrides}
     return compose([*(line for line in shared if line.partition("=")[0] not in given), *overrides])
 
 
 def run(base: PretrainConfig, variant: Variant, seed: int) -> dict[str, Any]:
-    """Train one variant with one seed, or read it if it is there.
+    """Train one variant with one seed, or read its finished run.
 
     Returns:
         records: the run's log; stopped: why it ended early (non-finite steps), or None; seconds: of this call.
     Raises:
-        ValueError: it was asked to stop before its end; or the run that is there was begun with other settings, or
-            with what else makes other losses.
+        ValueError: it was asked to stop before its end; or its folder holds a run with other settings or other losses.
     """
     start = time.monotonic()
     config = run_config(base, variant, seed)
     # First, since a checkpoint of another model is refused for its tensors, and a killed run has no checkpoint.
     refuse_another(config)
-    trainer = Trainer(config, build(config))
+    trainer = Trainer(config, build_alone(config))
     trainer.resume()
     _refuse_changed(trainer.directory, trainer.changed)
     stopped = None
     try:
-        # A run that diverged when it was made has its verdict in its last checkpoint.
+        # The last checkpoint of a diverged run has as many skips as the limit.
         skips, limit = trainer.state.consecutive_skips, config.run.max_consecutive_nonfinite
         check_consecutive_skips(skips, limit=limit, step=trainer.state.step)
         trainer.fit()
@@ -213,7 +194,7 @@ def run(base: PretrainConfig, variant: Variant, seed: int) -> dict[str, Any]:
 
 def run_config(base: PretrainConfig, variant: Variant, seed: int) -> PretrainConfig:
     """The configuration of one run; its name is that of its folder."""
-    micro = base.run.micro_batch_sequences // variant.pieces
+    micro = base.run.micro_batch_sequences // variant.micro_batches
     return replace(
         base,
         precision=variant.precision,
@@ -223,20 +204,16 @@ def run_config(base: PretrainConfig, variant: Variant, seed: int) -> PretrainCon
 
 
 def refuse_another(config: PretrainConfig) -> None:
-    """Refuse a run whose folder holds one that was begun with other settings, finished or killed.
-
-    Raises:
-        ValueError: it does; names the first field that differs.
-    """
+    """Raise ValueError where the folder of a run holds one that was begun with other settings, finished or killed."""
     directory = Path(config.run.directory) / config.run.name
     try:
         saved = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
     except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):
-        # Not begun, or torn by a kill: then the checkpoint and the log decide.
+        # Not begun, or torn by a kill: the checkpoint and the log decide.
         return
     sections = [name for name, fields in asdict(config).items() if isinstance(fields, dict)]
     if isinstance(saved, dict) and all(isinstance(saved.get(name), dict) for name in sections):
-        _refuse_changed(directory, changed_fields(saved, config))
+        _refuse_changed(directory, changed_fields(saved, asdict(config)))
 
 
 def _refuse_changed(directory: Path, changed: Mapping[str, Sequence[object]]) -> None:
@@ -249,16 +226,16 @@ def _refuse_changed(directory: Path, changed: Mapping[str, Sequence[object]]) ->
 
 
 def _runs_of(chosen: Sequence[Variant]) -> dict[str, Variant]:
-    """What is trained for a table of the chosen: both BF16 rows, which every gap needs, come first."""
+    """The chosen ones that are trained, after both BF16 rows, which every gap needs."""
     known = variants()
     wanted = (known["bf16"], known["bf16_reordered"], *chosen)
     return {row.name: row for row in wanted if row.trained}
 
 
 def measure_runs(
-    base: PretrainConfig, chosen: Sequence[Variant], size: Size, tell: Callable[[str], None]
+    base: PretrainConfig, chosen: Sequence[Variant], size: Size, log: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """Train what was chosen, and both BF16 rows, which every gap needs.
+    """Train the chosen variants and both BF16 rows.
 
     Returns:
         variant -> gaps: to BF16 by seed; mean; against_fp8: mean gap to the recipe of the same seeds, where it was run;
@@ -269,7 +246,7 @@ def measure_runs(
     done: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows.values():
         done[row.name] = {seed: run(base, row, seed) for seed in size.seeds}
-        tell(f"{row.name}: {sum(one['seconds'] for one in done[row.name].values()):.0f} s")
+        log(f"{row.name}: {sum(one['seconds'] for one in done[row.name].values()):.0f} s")
     return {name: _gaps(done, name) for name in rows}
 
 
@@ -277,7 +254,8 @@ def _gaps(done: Mapping[str, Mapping[int, Mapping[str, Any]]], name: str) -> dic
     mine = done[name]
 
     def against(other: str) -> list[float]:
-        return [_gap(mine[seed]["records"], done[other][seed]["records"]) for seed in mine]
+        pairs = [(one["records"], done[other][seed]["records"]) for seed, one in mine.items()]
+        return [mean_smoothed_gap(*pair) if common_steps(*pair) else math.nan for pair in pairs]
 
     gaps = against("bf16")
     return {
@@ -290,12 +268,8 @@ def _gaps(done: Mapping[str, Mapping[int, Mapping[str, Any]]], name: str) -> dic
     }
 
 
-def _gap(ours: Sequence[Record], theirs: Sequence[Record]) -> float:
-    return mean_smoothed_gap(ours, theirs) if common_steps(ours, theirs) else math.nan
-
-
 def floor(runs: Mapping[str, Mapping[str, Any]]) -> float:
-    """Mean absolute gap of two equally good BF16 runs: nothing can be told from another below it."""
+    """Mean absolute gap of two equally good BF16 runs: smaller gaps say nothing."""
     return statistics.fmean(map(abs, runs["bf16_reordered"]["gaps"]))
 
 
@@ -306,42 +280,38 @@ def measure_errors(chosen: Sequence[Variant], size: Size, base: PretrainConfig) 
         linears: variant -> operand, product and model errors; sums: variant of Hopper's -> length -> error of the sum
         alone; outliers: tile of gradients -> spread in octaves -> error of dx; moments: dtype -> errors.
     """
-    reference = reference_gradients(recipe("tiny", sequences=size.sequences, tokens=size.tokens, model=base.model))
-    measured = [row for row in chosen if row.linears is not None and row.moments == "bf16"]
-    table = {row.name: _errors(row, size, reference) for row in measured}
+    reference = reference_gradients(smoke_run("tiny", sequences=size.sequences, tokens=size.tokens, model=base.model))
+    # A row with other moments shares the recipe's linears.
+    measured = {row.name: row for row in chosen if row.moments == "bf16"}
+    linears = {name: row.linears for name, row in measured.items() if row.linears is not None}
+    case = linear_case(512, 512, 512)
+    table = {
+        name: {
+            **operand_errors(each, case),
+            **product_errors(each, length=size.length),
+            **model_errors(measured[name].precision, reference),
+        }
+        for name, each in linears.items()
+    }
     table["bf16"] = model_errors(Precision("bf16"), reference)
-    curve = {
-        row.name: {length: _sums(row, length) for length in size.lengths}
-        for row in measured
-        if row.name == "fp8" or row.name.startswith("hopper")
-    }
-    tiles = {row.name: row.linears for row in measured if row.name in ("fp8", "gradients_128x128") and row.linears}
-    outliers = {
-        name: {octaves: outlier_error(linears, octaves=octaves) for octaves in size.octaves}
-        for name, linears in tiles.items()
-    }
     return {
         "linears": table,
-        "sums": curve,
-        "outliers": outliers,
+        "sums": {
+            name: {length: _sum_errors(each, length) for length in size.lengths}
+            for name, each in linears.items()
+            if name == "fp8" or name.startswith("hopper")
+        },
+        "outliers": {
+            name: {octaves: outlier_error(each, octaves=octaves) for octaves in size.octaves}
+            for name, each in linears.items()
+            if name in ("fp8", "gradients_128x128")
+        },
         "moments": {dtype: moment_errors(dtype) for dtype in ("fp32", "bf16", "fp8")},
     }
 
 
-def _errors(row: Variant, size: Size, reference: Reference) -> dict[str, float]:
-    assert row.linears is not None
-    given = operands(512, 512, 512)
-    return {
-        **operand_errors(row.linears, given),
-        **product_errors(row.linears, length=size.length),
-        **model_errors(row.precision, reference),
-    }
-
-
-def _sums(row: Variant, length: int) -> dict[str, float]:
-    assert row.linears is not None
-    errors = product_errors(row.linears, length=length)
-    return {name: errors[name] for name in ("sum", "sum_largest")}
+def _sum_errors(linears: AblatedLinears, length: int) -> dict[str, float]:
+    return {name: error for name, error in product_errors(linears, length=length).items() if name.startswith("sum")}
 
 
 def ablate(
@@ -351,20 +321,10 @@ def ablate(
     *,
     names: Sequence[str] = (),
     overrides: Sequence[str] = (),
-    tell: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Measure errors and runs.
+    """Measure errors and runs of the named variants (none: all), with arguments as for `base_config`.
 
-    Args:
-        store: folder of the tokenised text.
-        directory: of the runs; finished ones are read.
-        size: how much is measured.
-        names: variants; all if none is named. Both BF16 rows are always run.
-        overrides: Hydra's, of every run.
-        tell: called with one line as each variant ends.
-    Returns:
-        errors (`measure_errors`), runs (`measure_runs`), floor, changes (variant -> words), and what it was measured
-        with: size, overrides, torch, threads.
     Raises:
         ValueError: an unknown variant, a bad override, or a run begun with other settings, before anything is measured.
     """
@@ -374,8 +334,8 @@ def ablate(
         for seed in size.seeds:
             refuse_another(run_config(base, row, seed))
     errors = measure_errors(chosen, size, base)
-    tell("one-step errors: done")
-    runs = measure_runs(base, chosen, size, tell)
+    log("one-step errors: done")
+    runs = measure_runs(base, chosen, size, log)
     return {
         "changes": {row.name: row.change for row in variants().values()},
         "size": asdict(size),

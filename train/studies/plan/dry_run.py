@@ -10,14 +10,15 @@ on the wire are closed forms (`train/model/sizes.py`, `traffic.py`).
 
 Left out: what CUDA, NCCL and the allocator take for themselves (some GB), messages to other stages that are still on
 their way, the masks of `data.mask_documents`, and temporaries inside kernels. Routing is never perfectly balanced, so a
-real rank needs room above the figure.
+real rank needs room above the figure. The batch ramp (arXiv:2412.19437 §4.2) is shown where a pipeline (§3.2.1)
+changes: at the first step, at the first one that fills it (below, ranks idle), and at the full batch.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,18 +30,18 @@ from kernels.formats import Quantized
 from parallel.collectives import Traffic
 from parallel.expert import ExpertParallelDispatcher
 from parallel.grads import reduce_and_clip
-from parallel.mesh import Layout, Mesh, init_processes, make_mesh
+from parallel.layout import Layout
+from parallel.mesh import Mesh, init_processes, make_mesh
 from parallel.pipeline import Pipeline
-from train.assemble import assemble, build_stages, parts_of_stages
+from train.assemble import assemble
 from train.config import PretrainConfig
 from train.losses import LossWeights
 from train.model.sizes import flops_per_token, held_by, parameters, weights
-from train.model.transformer import Part, recompute_up_projections
-from train.schedules import at
-from train.stage import Tally
+from train.model.transformer import StageSpec, recompute_up_projections
+from train.schedules import ScheduleConfig, scheduled_values
+from train.stage import StepMetrics, build_stages, stage_specs
 from train.step import Engine
 from train.studies.plan.live_bytes import LiveBytes
-from train.studies.plan.ramp import RampPoint, ramp_points
 from train.studies.plan.traffic import expected_destinations, expert_bytes, pipeline_bytes, update_bytes
 
 GB = 1e9
@@ -52,8 +53,8 @@ DEVICE_GB = 80.0
 class Memory:
     """Bytes of one rank.
 
-    held: kept for backward when the schedule's peak is reached. transient: above that, for a moment. dispatch: the send
-    and receive buffers of one exchange of a MoE layer, part of transient.
+    held: kept for backward at the schedule's peak. transient: above that, for a moment. dispatch: buffers of one
+    exchange of a MoE layer, counted in transient too.
     """
 
     weights: int
@@ -73,15 +74,7 @@ class Memory:
 
 
 def dry_run(config: PretrainConfig) -> str:
-    """Plan the configured rank of the configured layout.
-
-    Args:
-        config: `rank` says which one.
-    Returns:
-        A table for the terminal.
-    Raises:
-        ValueError: there is no such rank.
-    """
+    """Plan rank `config.rank` of the configured layout; returns tables for the terminal."""
     layout = config.layout
     if not 0 <= config.rank < layout.world:
         raise ValueError(f"rank={config.rank} is not one of the {layout.world} ranks: use 0 to {layout.world - 1}")
@@ -90,50 +83,70 @@ def dry_run(config: PretrainConfig) -> str:
     try:
         tied = config.model.num_nextn_predict_layers > 0
         mesh = make_mesh(layout, device=torch.device("cpu"), tied_embedding=tied)
-        parts = parts_of_stages(config.model, mesh)
+        parts = stage_specs(config.model, mesh)
         idle = Pipeline(
             {index: nn.Identity() for index in parts}, mesh=mesh, hidden_size=1, dtype=config.precision.dtype
         )
         points = ramp_points(
             config.schedule, layout, config.run.micro_batch_sequences, functools.cache(idle.most_in_flight)
         )
-        memory = measure(config, mesh, num_micro_batches=_enough(points, layout))
+        # The full batch's peak: more micro-batches only repeat the same round. Fewer may have more in flight, but
+        # weight gradients that wait for their slot hold more than the activations that they replace, and most of them
+        # wait from 2 pp - 1 micro-batches on. One more lets a receive buffer meet them.
+        memory = measure(config, mesh, num_micro_batches=min(2 * layout.pp, points[-1].micro_batches))
     finally:
         dist.destroy_process_group()
-    lines = [
-        *_place(config, mesh, parts),
-        "",
-        *_memory_table(memory),
-        "",
-        *_ramp_table(points),
-        "",
-        *_work_table(config, mesh, parts.values(), points[-1]),
-        "",
-        f"planned in {time.perf_counter() - started:.0f} s",
+    tables = [
+        _position(config, mesh, parts),
+        _memory_table(memory),
+        _ramp_table(points),
+        _work_table(config, mesh, parts.values(), points[-1]),
+        [f"planned in {time.perf_counter() - started:.0f} s"],
     ]
-    return "\n".join(lines)
+    return "\n\n".join("\n".join(table) for table in tables)
 
 
-def _enough(points: list[RampPoint], layout: Layout) -> int:
-    """Micro-batches at which the full batch's peak is reached: more only repeat the same round.
+@dataclass(frozen=True)
+class RampPoint:
+    """One point of the ramp; in_flight: the most micro-batches that one rank holds, counted by stage."""
 
-    What is in flight may be most with fewer; but weight gradients that wait for their slot hold more than the
-    activations that they replace, and most of them wait from 2 pp - 1 micro-batches on. One more lets a receive buffer
-    meet them.
+    what: str
+    tokens_seen: int
+    batch_sequences: int
+    micro_batches: int
+    in_flight: int
+
+
+def ramp_points(
+    schedule: ScheduleConfig, layout: Layout, micro_batch_sequences: int, most_in_flight: Callable[[int], int]
+) -> list[RampPoint]:
+    """First step, first step whose micro-batches fill the pipeline, first step of the full batch; equal ones are one.
+
+    `most_in_flight` maps the micro-batches of a step to the most that a rank holds (`Pipeline.most_in_flight`).
     """
-    return min(2 * layout.pp, points[-1].micro_batches)
+
+    def point(what: str, tokens_seen: int) -> RampPoint:
+        batch = scheduled_values(schedule, step=0, tokens_seen=tokens_seen).batch_sequences
+        count = batch // layout.dp // micro_batch_sequences
+        return RampPoint(what, tokens_seen, batch, count, most_in_flight(count))
+
+    first, last = point("first step", 0), point("full batch", schedule.batch_ramp_tokens)
+    fills = last.in_flight
+    points = [first]
+    if first.in_flight < fills:
+        # The batch grows with tokens, so halving finds the first token count with enough micro-batches.
+        low, high = 0, schedule.batch_ramp_tokens
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if point("", middle).in_flight >= fills else (middle, high)
+        points.append(point("pipeline full from here", high))
+    if last.batch_sequences > points[-1].batch_sequences:
+        points.append(last)
+    return points
 
 
 def measure(config: PretrainConfig, mesh: Mesh, *, num_micro_batches: int) -> Memory:
-    """Build this rank's parts of fake tensors, run one step, and count.
-
-    Args:
-        config: of the run.
-        mesh: under the fake process group.
-        num_micro_batches: of the step.
-    Returns:
-        Memory, at the peak over the step.
-    """
+    """Build this rank's stages of fake tensors, run one step, and count; `mesh` is of the fake process group."""
     traffic = Traffic()
     precision = config.precision
     dispatcher = None
@@ -151,13 +164,13 @@ def measure(config: PretrainConfig, mesh: Mesh, *, num_micro_batches: int) -> Me
         for stage in stages.values():
             if config.run.recompute:
                 recompute_up_projections(stage.model)
-        # The moving average lives in CPU memory and is not counted.
+        # The moving average is stored in CPU memory and not counted.
         engine = assemble(stages, replace(config.optim, ema_decay=None), mesh)
         state = live.now
         gradients = sum(bucket.grad_bytes for bucket in engine.optimizer.buckets)
-        optimizer = engine.optimizer.state_pieces()
-        masters = _storage_bytes(piece.local for name, piece in optimizer.items() if name.startswith("master."))
-        moments = _storage_bytes(piece.local for name, piece in optimizer.items() if name.startswith("exp_avg"))
+        optimizer = engine.optimizer.state_shards()
+        masters = _storage_bytes(piece.tensor for name, piece in optimizer.items() if name.startswith("master."))
+        moments = _storage_bytes(piece.tensor for name, piece in optimizer.items() if name.startswith("exp_avg"))
         live.peak = live.now
         held = _run_step(config, engine, live, num_micro_batches)
         copies = _storage_bytes(
@@ -177,16 +190,12 @@ def measure(config: PretrainConfig, mesh: Mesh, *, num_micro_batches: int) -> Me
 
 
 def _run_step(config: PretrainConfig, engine: Engine, live: LiveBytes, num_micro_batches: int) -> int:
-    """One step of the schedule on fake tensors.
-
-    Returns:
-        Bytes alive after the forward at which most is held.
-    """
+    """Run one step of the schedule; returns the bytes alive after the forward at which most is held."""
     shape = (num_micro_batches * config.run.micro_batch_sequences, config.data.sequence_length)
     inputs = {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
-    now = at(config.schedule, step=0, tokens_seen=0)
+    now = scheduled_values(config.schedule, step=0, tokens_seen=0)
     step = LossWeights(now.mtp_weight, now.balance_alpha, torch.ones((), dtype=torch.int64), num_sequences=1)
-    tally = Tally(config.model, engine.mesh.device)
+    metrics = StepMetrics(config.model, engine.mesh.device)
     most_held = 0
 
     def look(*_: object) -> None:
@@ -194,7 +203,7 @@ def _run_step(config: PretrainConfig, engine: Engine, live: LiveBytes, num_micro
         most_held = max(most_held, live.now)
 
     for stage in engine.stages.values():
-        stage.begin(step, tally)
+        stage.begin(step, metrics)
         stage.register_forward_hook(look)
     engine.optimizer.zero_grad()
     engine.pipeline.run(inputs, num_micro_batches=num_micro_batches)
@@ -217,32 +226,31 @@ def _fp8_copy(parameter: Tensor) -> tuple[Tensor, ...]:
 
 
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages of some tensors."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
-def _place(config: PretrainConfig, mesh: Mesh, parts: dict[int, Part]) -> list[str]:
+def _position(config: PretrainConfig, mesh: Mesh, parts: dict[int, StageSpec]) -> list[str]:
     layout: Layout = mesh.layout
     held = held_by(config.model, parts.values())
     local = config.model.n_routed_experts // layout.ep
     first = mesh.ep.rank * local
     count = parameters(weights(config.model, held, ep=layout.ep))
-    holds = [f"stage {index}: {_layers(part)}" for index, part in parts.items()]
+    holds = "; ".join(f"stage {index}: {_layers(part)}" for index, part in parts.items())
     where = f"node {mesh.rank // layout.ranks_per_node}, pipeline rank {mesh.pp.rank} of {layout.pp}"
     dense, experts = count.dense / 1e9, count.expert / 1e9
     return [
         f"rank {mesh.rank} of {layout.world}: {where}, data rank {mesh.dp.rank} of {layout.dp}",
-        f"holds {'; '.join(holds)}; experts {first}-{first + local - 1} of {config.model.n_routed_experts}",
+        f"holds {holds}; experts {first}-{first + local - 1} of {config.model.n_routed_experts}",
         f"parameters {dense + experts:.3f} B: dense {dense:.3f} B, experts {experts:.3f} B",
     ]
 
 
-def _layers(part: Part) -> str:
-    words = [f"layers {part.layer_ids.start}-{part.layer_ids.stop - 1}" if len(part.layer_ids) else "no layer"]
-    if part.begins:
+def _layers(spec: StageSpec) -> str:
+    words = [f"layers {spec.layer_ids.start}-{spec.layer_ids.stop - 1}" if len(spec.layer_ids) else "no layer"]
+    if spec.is_first:
         words.insert(0, "embedding")
-    if part.ends:
+    if spec.is_last:
         words.append("head and MTP")
     return ", ".join(words)
 
@@ -274,8 +282,7 @@ def _ramp_table(points: list[RampPoint]) -> list[str]:
     return [head, *rows]
 
 
-def _work_table(config: PretrainConfig, mesh: Mesh, parts: Iterable[Part], point: RampPoint) -> list[str]:
-    """FLOPs and bytes of one step at a point of the ramp."""
+def _work_table(config: PretrainConfig, mesh: Mesh, parts: Iterable[StageSpec], point: RampPoint) -> list[str]:
     model, layout, name = config.model, mesh.layout, config.precision.name
     held = held_by(model, parts)
     table = weights(model, held, ep=layout.ep)

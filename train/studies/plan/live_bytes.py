@@ -1,14 +1,12 @@
 """Bytes that are alive while a program runs: every storage from the call that made it to its last reference.
 
-Made for `FakeTensorMode`, where nothing is allocated: operators report the shapes they would make, and Python's own
-reference counts say how long each lives. Views share a storage and count once. What an allocator adds (blocks rounded
-up, holes) is not seen, nor what a kernel takes and gives back inside one call.
+Made for `FakeTensorMode`, where nothing is allocated: operators report the shapes they would make, and Python's
+reference counts say how long each is alive. Views share a storage and count once. What an allocator adds (blocks
+rounded up, holes) is not counted, nor what a kernel takes and frees inside one call.
 
     with FakeTensorMode(), LiveBytes() as live:
         ...
     live.now, live.peak
-
-Not here: what the bytes are for (`train/studies/plan/dry_run.py`).
 """
 
 from __future__ import annotations
@@ -24,12 +22,7 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operators return while it is active.
-
-    Attributes:
-        now: bytes alive.
-        peak: most bytes alive so far.
-    """
+    """Counts the storages that operators return while it is active: `now` and at the `peak`, bytes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -46,7 +39,7 @@ class LiveBytes(TorchDispatchMode):
         """Run the operator, then count what it returned."""
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
-            # What is on the meta device stays without memory: a schedule's receive buffers until they are needed.
+            # The meta device has no memory: a schedule keeps its receive buffers there until they are needed.
             if isinstance(value, Tensor) and value.device.type != "meta":
                 self._count(value.untyped_storage())
         return result

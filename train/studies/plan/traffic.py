@@ -12,8 +12,8 @@ Data axes, per optimizer step (§3.2): reduce-scatter of FP32 gradients, all-gat
 (ranks - 1) / ranks of a buffer in either, which is what a ring does and no algorithm beats.
 
 Like `parallel.collectives.Traffic.sent`, the expert axis counts what a rank keeps for itself; a share of
-(ep - 1) / ep leaves it under uniform routing. Left out: the norm, the loss tally and the balancing counts, a few
-kilobytes a step. Not here: time and overlap.
+(ep - 1) / ep leaves it under uniform routing. Left out: the norm, the losses and the balancing counts, a few kilobytes
+a step.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from itertools import combinations
 from math import comb
 
 from kernels.formats import TILE, ceil_div
-from parallel.mesh import Layout
-from parallel.schedules import num_stages, rank_of_stage, stage_ids
+from parallel.layout import Layout, num_stages, rank_of_stage, stage_ids
 from train.model.config import ModelConfig
 from train.model.sizes import BF16_BYTES, E4M3_BYTES, FP32_BYTES, Held, Weight
 
@@ -35,13 +34,8 @@ INT64_BYTES, INT32_BYTES = 8, 4
 def expected_destinations(config: ModelConfig, *, ep: int) -> float:
     """Ranks that a token goes to on average, when every choice of groups and of experts in them is equally likely.
 
-    Args:
-        config: groups, experts and topk.
-        ep: ranks that share one copy of the experts.
-    Returns:
-        between 1 and topk; V3 on 64 ranks: 7.36. The router chooses groups by their two best experts, which
-        spreads a token more evenly than chance: 7.49 with independent scores.
-    Source: ours; a rank with c of the E reachable experts is missed with probability C(E - c, k) / C(E, k).
+    V3 on 64 ranks: 7.36. The router chooses groups by their two best experts, which spreads a token more evenly than
+    chance: 7.49 with independent scores.
     """
     groups, chosen, topk = config.n_group, config.topk_group, config.num_experts_per_tok
     reachable, local = chosen * config.experts_per_group, config.n_routed_experts // ep
@@ -52,6 +46,7 @@ def expected_destinations(config: ModelConfig, *, ep: int) -> float:
             # So many of the rank's groups are chosen, and the others elsewhere.
             likely = comb(groups - len(of_group), chosen - number) / comb(groups, chosen)
             for experts in combinations(of_group.values(), number):
+                # A rank with c of the E reachable experts is missed with probability C(E - c, k) / C(E, k).
                 total += likely * (1 - comb(reachable - sum(experts), topk) / comb(reachable, topk))
     return total
 
@@ -79,15 +74,8 @@ def expert_bytes(
 ) -> dict[str, float]:
     """Bytes that a rank sends over the expert axis in forward and backward of one micro-batch.
 
-    Args:
-        config: of the whole model.
-        layout: gives ep.
-        held: this rank's layers.
-        tokens: of the micro-batch on this rank.
-        precision: 'fp32', 'bf16' or 'fp8'.
-        destinations: ranks per token, from `expected_destinations`.
     Returns:
-        kind -> bytes, the kinds of `parallel.collectives.Traffic`, its own share included; empty without the axis.
+        kind of `parallel.collectives.Traffic` -> bytes; empty without the axis. `destinations` are ranks per token.
     """
     layers = sum(config.is_moe(layer_id) for layer_id in held.layer_ids)
     if layout.ep == 1 or not layers:
@@ -103,15 +91,7 @@ def expert_bytes(
 
 
 def pipeline_bytes(config: ModelConfig, layout: Layout, *, pp_rank: int, tokens: int, precision: str) -> int:
-    """Bytes that a rank sends to other stages in forward and backward of one micro-batch; a V turns without sending.
-
-    Args:
-        config: gives the hidden size.
-        layout: pipeline ranks and schedule.
-        pp_rank: index on the pipeline axis.
-        tokens: of the micro-batch.
-        precision: 'fp32', 'bf16' or 'fp8'.
-    """
+    """Bytes that a rank sends to other stages in forward and backward of one micro-batch; a V turns without sending."""
     stages = num_stages(layout.schedule, layout.pp)
     borders = 0
     for stage in stage_ids(layout.schedule, layout.pp, pp_rank):
@@ -132,11 +112,6 @@ def update_bytes(
 ) -> dict[str, dict[str, float]]:
     """Bytes that a rank sends over the data axes in one optimizer step, whatever the number of micro-batches.
 
-    Args:
-        config: whether copies of the embedding are tied.
-        layout: axes and ZeRO.
-        table: of the rank, from `train.model.sizes.weights`.
-        precision: 'fp32', 'bf16' or 'fp8'.
     Returns:
         axis "dp", "edp" or "tied" -> {"gradients": reduce-scatter, "weights": all-gather}; without ZeRO the summed
         FP32 gradients are gathered in place of the weights. Axes of one rank are absent.
@@ -144,10 +119,10 @@ def update_bytes(
     table = [weight for weight in table if weight.trained]
     sent: dict[str, dict[str, float]] = {}
     for axis, ranks in (("dp", layout.dp), ("edp", layout.edp)):
-        part = [weight for weight in table if weight.expert == (axis == "edp")]
-        if ranks > 1 and part:
-            gradients = FP32_BYTES * sum(weight.elements for weight in part)
-            gathered = sum(weight.bytes(precision) for weight in part) if layout.zero else gradients
+        mine = [weight for weight in table if weight.expert == (axis == "edp")]
+        if ranks > 1 and mine:
+            gradients = FP32_BYTES * sum(weight.elements for weight in mine)
+            gathered = sum(weight.bytes(precision) for weight in mine) if layout.zero else gradients
             sent[axis] = {"gradients": gradients * (ranks - 1) / ranks, "weights": gathered * (ranks - 1) / ranks}
     embedding = sum(weight.elements for weight in table if weight.part == "embedding")
     if embedding and ends_apart(config, layout):

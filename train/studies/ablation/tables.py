@@ -6,7 +6,7 @@
     outliers.html   error of dx token by token against the spread of tokens, 1x128 against 128x128 (App. B.2)
     runs.html       gap of each run to BF16 of its seed, with the noise floor
 
-A page of 960 x 460 pixels holds one picture; docs/numerics.md says how they become PNG. This file measures nothing.
+docs/numerics.md says how a page becomes PNG.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.data.strict_json import strict_json
+from train.data.store import strict_json
 from train.studies.compare import PAPER_GAP
 
-WIDTH, HEIGHT = 960, 460
 LINEAR_COLUMNS = {
     "x": "x",
     "w": "W",
@@ -44,7 +43,7 @@ COLOURS = ("#1f5fa8", "#d1662a", "#2f8f5b", "#8a4fb0", "#7a7a7a")
 
 
 def write(result: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Write all files into a folder, made if missing; returns their paths."""
+    """Write all files into a folder and return their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     texts = {"result.json": strict_json(result), "tables.md": tables(result)}
     texts |= {f"{name}.html": page for name, page in pages(result).items()}
@@ -78,7 +77,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cells(row: Mapping[str, float], columns: Mapping[str, str]) -> list[str]:
-    """Numbers of a row; where one was not measured, nothing."""
+    # A number that was not measured leaves its cell empty.
     return [f"{row[name]:.3g}" if name in row else "" for name in columns]
 
 
@@ -89,22 +88,20 @@ def _gap_cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def _percent(gap: float | None) -> str:
-    """A gap; nothing where there is none: the recipe was not run, or a run had no finite loss."""
+    # None where the recipe was not run, NaN where a run had no finite loss.
     return "" if gap is None or math.isnan(gap) else f"{gap:+.3%}"
 
 
 def pages(result: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> HTML page with one picture of what was measured; plotly.js is inside, so that it opens offline."""
+    """Name -> HTML page of one picture, 960 x 460 pixels, with plotly.js inside."""
     errors, figures = result["errors"], {}
     if errors["sums"]:
         figures["sums"] = _sums(errors["sums"], result["changes"])
     if errors["outliers"]:
         figures["outliers"] = _outliers(errors["outliers"], result["changes"])
     figures["runs"] = _runs(result)
-    return {
-        name: figure.to_html(include_plotlyjs=True, config={"displayModeBar": False})
-        for name, figure in figures.items()
-    }
+    bare = {"displayModeBar": False}
+    return {name: figure.to_html(include_plotlyjs=True, config=bare) for name, figure in figures.items()}
 
 
 def _figure(title: str, x: str, y: str) -> Any:
@@ -119,19 +116,21 @@ def _figure(title: str, x: str, y: str) -> Any:
         font={"size": 13},
         margin={"l": 80, "r": 20, "t": 60, "b": 60},
         legend={"x": 0.01, "y": 0.99, "bgcolor": "rgba(255, 255, 255, 0.8)"},
-        width=WIDTH,
-        height=HEIGHT,
+        width=960,
+        height=460,
     )
     return figure
 
 
-def _lines(figure: Any, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Any:
-    for (name, (x, y)), colour in zip(curves.items(), COLOURS, strict=False):
-        figure.add_scatter(x=list(x), y=list(y), name=name, mode="lines+markers", line={"color": colour})
+def _lines(figure: Any, curves: Mapping[str, Mapping[float, float]]) -> Any:
+    for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
+        figure.add_scatter(
+            x=list(curve), y=list(curve.values()), name=name, mode="lines+markers", line={"color": colour}
+        )
     return figure
 
 
-def _sums(curves: Mapping[str, Mapping[float, Mapping[str, float]]], changes: Mapping[str, str]) -> Any:
+def _sums(curves: Mapping[str, Mapping[float, Mapping[str, float]]], changes: dict[str, str]) -> Any:
     figure = _figure(
         "What the sum alone costs: largest error of y over its root mean square",
         "terms of the contraction",
@@ -148,29 +147,19 @@ def _sums(curves: Mapping[str, Mapping[float, Mapping[str, float]]], changes: Ma
         mode="lines",
         line={"dash": "dot", "color": "black"},
     )
-    return _lines(
-        figure,
-        {
-            "FP32 sums" if name == "fp8" else changes[name]: (
-                list(curve),
-                [errors["sum_largest"] for errors in curve.values()],
-            )
-            for name, curve in curves.items()
-        },
-    )
+    largest = {name: {k: errors["sum_largest"] for k, errors in curve.items()} for name, curve in curves.items()}
+    return _lines(figure, {(changes | {"fp8": "FP32 sums"})[name]: curve for name, curve in largest.items()})
 
 
-def _outliers(curves: Mapping[str, Mapping[float, float]], changes: Mapping[str, str]) -> Any:
+def _outliers(curves: Mapping[str, Mapping[float, float]], changes: dict[str, str]) -> Any:
     figure = _figure(
         "Error of dx, token by token, where the gradients of tokens differ in size",
         "spread of tokens: standard deviation in powers of two",
         "relative error of a token's dx (rms)",
     )
     figure.update_yaxes(type="log", tickformat=".2~%")
-    names = {"fp8": "gradients in 1x128 (the recipe)"}
-    return _lines(
-        figure, {names.get(name, changes[name]): (list(curve), list(curve.values())) for name, curve in curves.items()}
-    )
+    names = changes | {"fp8": "gradients in 1x128 (the recipe)"}
+    return _lines(figure, {names[name]: curve for name, curve in curves.items()})
 
 
 def _runs(result: Mapping[str, Any]) -> Any:
@@ -184,18 +173,9 @@ def _runs(result: Mapping[str, Any]) -> Any:
     figure.add_hrect(y0=-floor, y1=floor, fillcolor="#7a7a7a", opacity=0.25, line_width=0)
     rows = {result["changes"][name]: row for name, row in result["runs"].items() if name != "bf16"}
     for index, seed in enumerate(result["size"]["seeds"]):
-        figure.add_scatter(
-            x=list(rows),
-            y=[row["gaps"][index] for row in rows.values()],
-            name=f"seed {seed}",
-            mode="markers",
-            marker={"size": 9, "color": COLOURS[index % len(COLOURS)]},
-        )
-    figure.add_scatter(
-        x=list(rows),
-        y=[row["mean"] for row in rows.values()],
-        name="mean",
-        mode="markers",
-        marker={"size": 20, "symbol": "line-ew-open", "color": "black"},
-    )
-    return figure
+        marker = {"size": 9, "color": COLOURS[index % len(COLOURS)]}
+        gaps = [row["gaps"][index] for row in rows.values()]
+        figure.add_scatter(x=list(rows), y=gaps, name=f"seed {seed}", mode="markers", marker=marker)
+    marker = {"size": 20, "symbol": "line-ew-open", "color": "black"}
+    means = [row["mean"] for row in rows.values()]
+    return figure.add_scatter(x=list(rows), y=means, name="mean", mode="markers", marker=marker)
