@@ -2,9 +2,8 @@
 
     python launch/generate.py runs/demo/bf16 --prompt "In the beginning" --max-tokens 100 --temperature 0.8 --seed 1
 
-Several prompts are continued as one batch and printed in order. `--measure STORE` prints, in place of text, what MTP
-drafting gains on the beginnings of a store's documents. What it does: docs/generation.md. Bad input ends with one
-sentence and exit code 2.
+Several prompts are continued as one batch and printed in order. `--measure STORE` prints what MTP drafting gains on the
+beginnings of a store's documents (docs/generation.md). Bad input ends with one sentence and exit code 2.
 """
 
 from __future__ import annotations

@@ -71,9 +71,8 @@ def test_batched_likelihoods_equal_one_forward_per_token(model: Transformer) -> 
 def test_likelihoods_equal_those_of_transformers() -> None:
     oracle, ours = pair({})
     draw = random.Random(5)
-    requests = [
-        Request(*(tuple(draw.randrange(97) for _ in range(draw.randint(1, 9))) for _ in range(2))) for _ in range(12)
-    ]
+    texts = [tuple(draw.randrange(97) for _ in range(draw.randint(1, 9))) for _ in range(24)]
+    requests = [Request(*pair_) for pair_ in zip(texts[::2], texts[1::2], strict=True)]
     with torch.no_grad():
         found = Scorer(logits_of(ours, CPU), 97, max_tokens=64, batch_tokens=100).score(requests)
         for request, answer in zip(requests, found, strict=True):
@@ -133,11 +132,9 @@ def test_logits_are_made_a_block_at_a_time(model: Transformer, monkeypatch: pyte
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_model_without_finite_logits_has_no_likelihoods(bad: float) -> None:
-    def broken(input_ids: torch.Tensor) -> Any:
-        return lambda positions: torch.full((len(positions), 262), bad)
-
+    broken = Scorer(lambda ids: lambda positions: torch.full((len(positions), 262), bad), 262, 64)
     with pytest.raises(ValueError, match="not finite numbers: its weights are damaged, or it diverged"):
-        Scorer(broken, 262, 64).score([Request((1,), (2,))])
+        broken.score([Request((1,), (2,))])
 
 
 def test_of_equal_tokens_the_lowest_is_the_greedy_one() -> None:
@@ -155,15 +152,15 @@ def test_a_long_context_loses_its_beginning_and_says_so() -> None:
     assert found[1] == Likelihood(pytest.approx(KNOWN + UNKNOWN, abs=1e-6), False, 3)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("request_", "message"),
-    [
-        (Request((), (1,)), "context without tokens"),
-        (Request((1,), ()), "continuation without tokens"),
-        (Request((1,), (1, 2, 3, 4)), "continuation of 4 tokens is longer than the model's input of 3"),
-    ],
-)
-def test_what_cannot_be_scored_is_refused(request_: Request, message: str) -> None:
+REFUSED = {
+    "context without tokens": Request((), (1,)),
+    "continuation without tokens": Request((1,), ()),
+    "continuation of 4 tokens is longer than the model's input of 3": Request((1,), (1, 2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize(("message", "request_"), REFUSED.items())
+def test_what_cannot_be_scored_is_refused(message: str, request_: Request) -> None:
     with pytest.raises(ValueError, match=message):
         PlantedModel().scorer(max_tokens=3).score([request_])
 

@@ -9,15 +9,10 @@ from typing import Any
 import pytest
 
 from tests.evaluate.planted import PlantedLanguageModel, PlantedModel, small_tokenizer, write_lines
+from train.evaluate import multiple_choice
 from train.evaluate.likelihood import encode_pair
 from train.evaluate.multiple_choice import MultipleChoiceQuestion as Question
-from train.evaluate.multiple_choice import (
-    accuracy,
-    pick_options,
-    question_prompt,
-    read_questions,
-    score_multiple_choice,
-)
+from train.evaluate.multiple_choice import question_prompt, read_questions, score_multiple_choice
 
 TOKENIZER = small_tokenizer()
 QUESTIONS = [
@@ -73,7 +68,8 @@ def test_a_model_that_knows_nothing_is_right_once_in_n() -> None:
 
 def test_normalisation_divides_by_characters_or_bytes() -> None:
     # Sums -6, -9, -10 over 2, 6 and 4 characters, 2, 6 and 8 bytes.
-    assert pick_options([-6, -9, -10], ["ab", "abcdef", "ääää"]) == {"acc": 0, "acc_norm": 1, "acc_bytes": 2}
+    picks = multiple_choice.pick_options([-6, -9, -10], ["ab", "abcdef", "ääää"])
+    assert picks == {"acc": 0, "acc_norm": 1, "acc_bytes": 2}
 
 
 def test_prompts_are_those_of_the_definition() -> None:
@@ -102,7 +98,7 @@ def test_a_prompt_that_does_not_fit_is_counted() -> None:
 
 
 def test_the_standard_error_is_binomial() -> None:
-    error = accuracy(3, 12)["standard_error"]
+    error = multiple_choice.accuracy(3, 12)["standard_error"]
     assert error == pytest.approx(math.sqrt(0.25 * 0.75 / 12), rel=1e-15)
     # The standard deviation of 12 zeros and ones around their mean, over the root of 12.
     assert error == pytest.approx(math.sqrt((3 * 0.75**2 + 9 * 0.25**2) / 12) / math.sqrt(12), rel=1e-15)

@@ -33,7 +33,6 @@ CASES: dict[str, dict[str, Any]] = {
     "experts everywhere, one group": {"first_k_dense_replace": 0, "n_group": 1},
     "no MTP": {"num_nextn_predict_layers": 0},
 }
-DENSE = replace(TINY, first_k_dense_replace=2)
 
 
 def model(config: ModelConfig, precision: Precision | None = None) -> Transformer:
@@ -158,8 +157,8 @@ def test_low_precision_decodes_as_closely_to_fp32_as_the_training_forward(precis
     # Dense: among experts a rounding may become another choice. Both computations round at the same places but for
     # keys, values and latent queries, so their errors against FP32 on the same weights are of one size: measured
     # 8.0e-3 against 7.8e-3 in BF16, 8.3e-2 against 8.3e-2 in FP8, at most 1.07 times over the rows here.
-    low = model(DENSE, Precision(precision))  # type: ignore[arg-type]
-    exact = model(DENSE)
+    dense = replace(TINY, first_k_dense_replace=2)
+    low, exact = model(dense, Precision(precision)), model(dense)  # type: ignore[arg-type]
     exact.load_state_dict(low.state_dict())
     rows = ragged_rows((40, 33))
     for row, mine in zip(rows, in_passes(Decoder(low), rows, (7, 20), 3), strict=True):
@@ -191,8 +190,7 @@ def test_the_cache_holds_576_values_per_token_and_layer_at_the_size_of_v3() -> N
     assert list(cache.layers) == list(range(62))
     assert all(layer.numel() == sequences * slots * (512 + 64) for layer in cache.layers.values())
     # The published 70,272 bytes a token of the main model (fact sheet, section 1), and 1,152 of the MTP layer.
-    num_bytes = sum(layer.numel() * layer.element_size() for layer in cache.layers.values())
-    assert num_bytes == sequences * slots * (70_272 + 1_152)
+    assert sum(layer.nbytes for layer in cache.layers.values()) == sequences * slots * (70_272 + 1_152)
 
 
 def test_a_short_prompt_beside_long_ones_is_hardly_padded(tiny: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:

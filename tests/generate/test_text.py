@@ -9,26 +9,16 @@ import pytest
 
 from tests.tiny_model import TINY
 from train.data.tokenizer import TextTokenizer, train_byte_level_bpe
+from train.generate import text
 from train.generate.latent_cache import Decoder
 from train.generate.sampling import Sampling
 from train.generate.speculative import Completion, GenerationRequest, generate
-from train.generate.text import (
-    GenerationSettings,
-    TextStream,
-    acceptance,
-    continue_texts,
-    device_of,
-    measure,
-    prompt_ids,
-    read_prompts,
-    tokens_a_pass,
-)
+from train.generate.text import GenerationSettings, TextStream, continue_texts, prompt_ids
 from train.model.init import initialize
 from train.model.precision import Precision
 from train.model.transformer import Transformer
 
-# Of every tokeniser trained here.
-EOS = 1
+EOS = 1  # of every tokeniser trained here
 TEXT = "naïve café 日本語 👩‍🚀 \ufffd end"
 
 
@@ -93,9 +83,9 @@ def test_several_prompts_are_written_in_order_each_as_alone(
     settings = GenerationSettings(15, seed=3, sampling=Sampling(1.0), drafting=drafting, batch_tokens=batch_tokens)
     written, line = continued(decoder, tokenizer, texts, settings)
     expected = ""
-    for i, text in enumerate(texts):
-        alone, _ = continued(decoder, tokenizer, [text], replace(settings, seed=3 + i))
-        assert "".join(alone).startswith(text)
+    for i, prompt in enumerate(texts):
+        alone, _ = continued(decoder, tokenizer, [prompt], replace(settings, seed=3 + i))
+        assert "".join(alone).startswith(prompt)
         expected += f"--- {i + 1} of 3 ---\n" + "".join(alone)
     assert "".join(written) == expected
     assert len(written) > 5, "the first prompt is written as it comes"
@@ -120,41 +110,30 @@ def test_text_stops_before_an_end_of_sentence_and_at_the_models_positions(
 
 def test_rates_are_accepted_by_drafted_and_tokens_by_pass() -> None:
     done = [Completion(tuple(range(11)), "max_tokens", 8, 5, 5), Completion((1, 2), "eos", 2, 0, 1)]
-    assert acceptance(done) == 0.5
-    assert tokens_a_pass(done) == 11 / 6
+    assert text.acceptance(done) == 0.5
+    assert text.tokens_a_pass(done) == 11 / 6
 
 
 def test_measure_reports_both_ways_and_that_greedy_tokens_are_the_same(decoder: Decoder) -> None:
-    lines = measure(decoder, [(1, 5, 9), (1,)], GenerationSettings(max_tokens=8), rounds=1).splitlines()
+    lines = text.measure(decoder, [(1, 5, 9), (1,)], GenerationSettings(max_tokens=8), rounds=1).splitlines()
     assert lines[0].startswith("2 prompts, 8 new tokens each")
     assert lines[-1] == "the same tokens with and without: 2 of 2 prompts"
 
 
 def test_prompts_come_from_the_command_line_then_from_the_lines_of_a_file(tmp_path: Path) -> None:
+    assert text.read_prompts([], None) == [""]
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\ntwo ü\n", encoding="utf-8")
-    assert read_prompts(["zero"], file) == ["zero", "one", "", "two ü"]
-    assert read_prompts([], None) == [""]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("empty", b"", "empty is empty"),
-        ("latin", b"caf\xe9", "latin cannot be read"),
-        ("gone", None, "gone cannot be read"),
-    ],
-)
-def test_a_prompts_file_without_prompts_is_refused(
-    tmp_path: Path, name: str, content: bytes | None, message: str
-) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        read_prompts([], tmp_path / name)
+    assert text.read_prompts(["zero"], file) == ["zero", "one", "", "two ü"]
+    for content, message in [(b"", "prompts.txt is empty"), (b"caf\xe9", "prompts.txt cannot be read")]:
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            text.read_prompts([], file)
+    with pytest.raises(ValueError, match="gone cannot be read"):
+        text.read_prompts([], tmp_path / "gone")
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="device: cuda is not available"):
-        device_of("cuda")
-    assert device_of("auto") == device_of("cpu")
+        text.device_of("cuda")
+    assert text.device_of("auto") == text.device_of("cpu")

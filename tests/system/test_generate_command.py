@@ -15,10 +15,7 @@ from launch.convert import main as convert
 from launch.generate import main
 
 ROOT = Path(__file__).resolve().parents[2]
-LINE = re.compile(
-    r"(\d+) tokens, [\d.]+ tokens/s with the prompts, [\d.]+% of \d+ drafts accepted, "
-    r"[\d.]+ tokens a pass of the model\n"
-)
+LINE = r"(\d+) tokens, N tokens/s with the prompts, N% of \d+ drafts accepted, N tokens a pass of the model\n"
 
 
 @pytest.fixture
@@ -37,7 +34,7 @@ def test_text_goes_to_stdout_and_one_line_to_stderr(trained_run: Path, generated
     done = generated(trained_run, "--prompt", "the king", "--max-tokens", "12", "--seed", "3")
     assert done.out.startswith("the king")
     assert done.out.endswith("\n")
-    (found,) = LINE.fullmatch(done.err).groups()  # type: ignore[union-attr]
+    (found,) = re.fullmatch(LINE.replace("N", r"[\d.]+"), done.err).groups()  # type: ignore[union-attr]
     assert 1 <= int(found) <= 12
 
 
@@ -71,8 +68,8 @@ def test_a_reader_that_has_seen_enough_ends_it_without_a_word(trained_run: Path,
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the king\n" * 300)
     command = [sys.executable, "launch/generate.py", trained_run, "--prompts-file", prompts, "--max-tokens", "40"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, **pipes) as process:
+    options = {"cwd": ROOT, "env": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
         assert process.stdout.read(8) == b"--- 1 of"
         process.stdout.close()
         assert process.stderr.read() == b""

@@ -1,8 +1,7 @@
 """The benchmarks of DeepSeek-V3's base model, with their scores and the lm-eval task that comes nearest to each.
 
 Names, shots and scores: arXiv:2412.19437 Tab. 3, as the README of deepseek-ai/DeepSeek-V3 repeats it. Task names:
-lm-eval 0.4.13. A task of the same name need not be the same test: DeepSeek's prompts and answer extraction are not
-public.
+lm-eval 0.4.13. A task of the same name need not be the same test: DeepSeek's prompts are not public.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 r"""Multiple choice by likelihood: which option does the model find most likely?
 
-Questions come from JSONL files, told apart by their fields:
+Questions come from JSONL files, recognised by their fields:
 
     MMLU-Pro  {"question", "options": [...], "answer": "C", "answer_index": 2, "category"}
     MMLU      {"question", "choices": [...], "answer": 2 or "C", "subject"}

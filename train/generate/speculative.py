@@ -12,8 +12,6 @@ k-1 entries of a round may hold drafts: each round computes the D-1 positions be
 
 Every sequence draws from its own stream of numbers, so the rest of the batch changes only the rounding of its logits.
 With drafting the numbers are used differently: another sample of the same distribution.
-
-Shapes: as in `train/generate/latent_cache.py`.
 """
 
 from __future__ import annotations
