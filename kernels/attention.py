@@ -21,12 +21,7 @@ from kernels.operators import operator
 # torch's fused kernels; the first that can serve a call does. With V3's 192 and 128 wide heads, 128 of them and 4096
 # tokens, cuDNN takes 1.25 ms forward and 4.56 backward on an H100, flash 2.81 and 9.60 (torch's kernels, measured
 # alone). Under deterministic algorithms torch passes cuDNN over.
-BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def _mask(tokens: int, document_ids: Tensor | None, like: Tensor) -> Tensor:
@@ -88,28 +83,18 @@ def _allocate_fused_forward(
     return o, q.new_empty(sequences, heads, tokens, dtype=torch.float32)
 
 
-def _allocate_fused_backward(
-    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
 def _forward_flops(q: Sequence[int], k: object, v: Sequence[int], *_: object, out_shape: object) -> int:
     sequences, heads, tokens, qk_dim = q
     return sequences * heads * tokens**2 * (qk_dim + v[-1])
 
 
-def _backward_flops(
-    grad_o: object, q: Sequence[int], k: object, v: Sequence[int], *_: object, out_shape: object
-) -> int:
-    return 2 * _forward_flops(q, k, v, out_shape=out_shape)
-
-
 _attention = operator("attention", _batched_gemm_forward, fake=_allocate_fused_forward, flops=_forward_flops)
 _attention_backward = operator(
-    "attention_backward", _batched_gemm_backward, fake=_allocate_fused_backward, flops=_backward_flops
+    "attention_backward",
+    _batched_gemm_backward,
+    fake=lambda dy, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
+    flops=lambda dy, *qkv, out_shape: 2 * _forward_flops(*qkv, out_shape=out_shape),
 )
-
 
 # The core under every name it may run by: what recomputation keeps instead of running it twice.
 CORE_OPERATORS = (
@@ -134,15 +119,6 @@ class _Attention(torch.autograd.Function):
         return *_attention_backward(grads[0], q, k, v, o, statistics, ctx.scale), None, None
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, document_ids: Tensor | None) -> Tensor:
-    """torch's own attention, which picks its backend in our order."""
-    with sdpa_kernel(BACKENDS, set_priority=True):
-        if document_ids is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        mask = _mask(q.shape[-2], document_ids, q)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-
-
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_ids: Tensor | None) -> Tensor:
     """Attention over the tokens up to and including one's own: [sequences, heads, tokens, v_dim] in q.dtype (eq. 10).
 
@@ -150,6 +126,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_
     token reads another document.
     """
     if q.is_cuda:
-        return _fused(q, k, v, scale, document_ids)
-    o: Tensor = _Attention.apply(q, k, v, document_ids, scale)  # type: ignore[no-untyped-call]
-    return o
+        mask = None if document_ids is None else _mask(q.shape[-2], document_ids, q)
+        with sdpa_kernel(BACKENDS, set_priority=True):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return _Attention.apply(q, k, v, document_ids, scale)  # type: ignore[no-any-return, no-untyped-call]

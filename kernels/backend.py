@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +20,14 @@ REFERENCE_VARIABLE = "V3FP8_REFERENCE"
 FIRST_WITH_FP8 = (8, 9)
 HOPPER = (9, 0)
 
+_capability = functools.cache(torch.cuda.get_device_capability)
+_properties = functools.cache(torch.cuda.get_device_properties)
+
 
 def use_triton(x: Tensor) -> bool:
     """Whether the kernels of `kernels/gpu/` may run on this tensor's device."""
-    return x.is_cuda and not _reference_only() and _capability(x.get_device()) >= FIRST_WITH_FP8
+    wanted = x.is_cuda and os.environ.get(REFERENCE_VARIABLE) != "1"
+    return wanted and _capability(x.get_device()) >= FIRST_WITH_FP8
 
 
 def is_hopper(x: Tensor) -> bool:
@@ -34,30 +37,10 @@ def is_hopper(x: Tensor) -> bool:
 
 def multiprocessors(x: Tensor) -> int:
     """How many programs a persistent kernel starts: one per multiprocessor; 132, an H100's, for a CPU tensor."""
-    return _multiprocessors(x.get_device()) if x.is_cuda else 132
+    return _properties(x.get_device()).multi_processor_count if x.is_cuda else 132
 
 
 def shared_memory_bytes(x: Tensor) -> int:
     """Most shared memory of a program on this tensor's device; an H100's for a CPU tensor."""
-    return _shared_memory_bytes(x.get_device()) if x.is_cuda else 232448
-
-
-def _reference_only() -> bool:
-    return os.environ.get(REFERENCE_VARIABLE) == "1"
-
-
-@functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-@functools.cache
-def _shared_memory_bytes(index: int) -> int:
     # torch's stub does not know this property.
-    properties: Any = torch.cuda.get_device_properties(index)
-    return int(properties.shared_memory_per_block_optin)
+    return _properties(x.get_device()).shared_memory_per_block_optin if x.is_cuda else 232448  # type: ignore[attr-defined]

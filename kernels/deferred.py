@@ -51,16 +51,18 @@ class WgradQueue:
 
 # Plain globals, not thread-local ones: on CUDA, autograd runs backward on threads of its own.
 _queue = WgradQueue()
+# The `dw_builder` of a pipeline stage, and the number of weight gradients not yet run.
+take, pending = _queue.take, _queue.pending
 # One entry per open `deferred()` block.
 _open_blocks: list[WgradQueue] = []
 
 
 @contextmanager
-def deferred() -> Iterator[WgradQueue]:
+def deferred() -> Iterator[None]:
     """Queue weight gradients instead of running them inside backward, until the block ends."""
     _open_blocks.append(_queue)
     try:
-        yield _queue
+        yield
     finally:
         _open_blocks.pop()
 
@@ -71,16 +73,6 @@ def push(closure: Closure) -> None:
         _queue.push(closure)
     else:
         closure()
-
-
-def take() -> Closure:
-    """Take what is queued now; the result runs it in order. The `dw_builder` of a pipeline stage."""
-    return _queue.take()
-
-
-def pending() -> int:
-    """Number of weight gradients not yet run."""
-    return _queue.pending()
 
 
 def check_drained() -> None:

@@ -52,5 +52,4 @@ class _Embedding(torch.autograd.Function):
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """Look up `ids` in `weight`: [..., hidden] in its dtype; its gradient goes through the weight-gradient queue."""
-    y: Tensor = _Embedding.apply(ids, weight)  # type: ignore[no-untyped-call]
-    return y
+    return _Embedding.apply(ids, weight)  # type: ignore[no-any-return, no-untyped-call]

@@ -37,6 +37,12 @@ def ceil_div(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 
 
+def empty_tiles(like: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    """Payload [rows, cols] and scales [ceil(cols/128), rows] of 1x128 tiles to be written, on `like`'s device."""
+    payload = like.new_empty(rows, cols, dtype=torch.float8_e4m3fn)
+    return payload, like.new_empty(ceil_div(cols, TILE), rows, dtype=torch.float32)
+
+
 def decode_e4m3(payload: Tensor) -> Tensor:
     """Convert float8_e4m3fn of any shape and strides to FP32, exactly, keeping NaN."""
     # The 7 magnitude bits of E4M3, shifted to the top of FP16's exponent and mantissa, give value * 2^-8 (biases 7 and

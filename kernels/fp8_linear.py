@@ -92,10 +92,6 @@ def _wgrad_flops(dy: Sequence[int], x: Sequence[int], *_: object, out_shape: obj
     return 2 * dy[0] * dy[1] * x[1]
 
 
-def _row_flops(x: Sequence[int], weight: Sequence[int], *_: object, out_shape: object) -> int:
-    return 2 * x[0] * x[1] * weight[-1]
-
-
 _wgrad = operator(
     "wgrad",
     wgrad_reference,
@@ -106,7 +102,7 @@ _grouped_matmul = operator(
     "grouped_matmul",
     grouped_matmul_reference,
     fake=lambda x, weight, group_ends: x.new_empty(x.shape[0], weight.shape[-1]),
-    flops=_row_flops,
+    flops=lambda x, weight, *_, out_shape: 2 * x[0] * x[1] * weight[-1],
     gpu="gemm_portable",
 )
 _grouped_wgrad = operator(
@@ -135,44 +131,27 @@ class _Linear(torch.autograd.Function):
 
 
 class _Fp8Linear(torch.autograd.Function):
-    """Keeps x's payload and scales. group_ends is None for one weight, else one end per expert."""
+    """Keeps x's payload and scales, or x itself where another operation keeps it anyway: dW sees x rounded once."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, group_ends: Tensor | None, power_of_two: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, group_ends: Tensor | None, power_of_two: bool, x_is_kept: bool
+    ) -> Tensor:
         xq = quantize_tiles(x, power_of_two=power_of_two)
-        ctx.save_for_backward(xq.payload, xq.scale, group_ends)
+        ctx.save_for_backward(group_ends, *([x] if x_is_kept else [xq.payload, xq.scale]))
         return _fprop(ctx, xq, partial(x.index_select, 0), weight, group_ends, power_of_two=power_of_two, dtype=x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        payload, scale, group_ends = ctx.saved_tensors
-        power_of_two: bool = ctx.power_of_two
-        xq = Quantized(payload, scale)
-
-        def by_channel() -> Quantized:
-            return requantize_transposed(xq, power_of_two=power_of_two)
-
-        return _dgrad_and_push_wgrad(ctx, dy, group_ends, by_channel), None, None, None
-
-
-class _Fp8LinearOfKept(torch.autograd.Function):
-    """Keeps x itself, which another operation keeps anyway; dW then sees x rounded once."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, power_of_two: bool) -> Tensor:
-        ctx.save_for_backward(x)
-        xq = quantize_tiles(x, power_of_two=power_of_two)
-        return _fprop(ctx, xq, partial(x.index_select, 0), weight, None, power_of_two=power_of_two, dtype=x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
+        group_ends, *kept = ctx.saved_tensors
         power_of_two: bool = ctx.power_of_two
 
         def by_channel() -> Quantized:
-            return quantize_tiles_transposed(x, power_of_two=power_of_two)
+            if len(kept) == 1:
+                return quantize_tiles_transposed(kept[0], power_of_two=power_of_two)
+            return requantize_transposed(Quantized(*kept), power_of_two=power_of_two)
 
-        return _dgrad_and_push_wgrad(ctx, dy, None, by_channel), None, None
+        return _dgrad_and_push_wgrad(ctx, dy, group_ends, by_channel), None, None, None, None
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -185,7 +164,6 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         (x, group_ends), weight = ctx.saved_tensors, _kept_weight(ctx)
-
         if weight.requires_grad:
             deferred.push(lambda: deferred.accumulate_grad(weight, _grouped_wgrad(dy, x, group_ends)))
         return _grouped_matmul(dy, weight.to(dy.dtype), group_ends), None, None
@@ -268,7 +246,10 @@ def _dgrad_and_push_wgrad(
     else:
         dyq = quantize_tiles(dy, power_of_two=power_of_two)
     if watch is not None:
-        _show_gradient(watch, dy, dyq, dyq_t, group_ends)
+        sample = probe.sample(partial(dy.index_select, 0), dy, group_ends, num_blocks=watch.num_blocks)
+        watch.rows("dy.dgrad", sample, dyq)
+        if dyq_t is not None:
+            watch.columns("dy.wgrad", sample, dyq_t)
         watch.weight("w.dgrad", weight, w)
 
     def product(out: Tensor, accumulate: bool) -> None:
@@ -286,15 +267,6 @@ def _dgrad_and_push_wgrad(
     return _rows_times(dyq, w, group_ends, dy.dtype)
 
 
-def _show_gradient(
-    watch: probe.Watch, dy: Tensor, dyq: Quantized, dyq_t: Quantized | None, group_ends: Tensor | None
-) -> None:
-    sample = probe.sample(partial(dy.index_select, 0), dy, group_ends, num_blocks=watch.num_blocks)
-    watch.rows("dy.dgrad", sample, dyq)
-    if dyq_t is not None:
-        watch.columns("dy.wgrad", sample, dyq_t)
-
-
 def linear(x: Tensor, weight: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """x @ weight.T in one dtype (None: x's), to which operands are converted, with a deferred FP32 wgrad."""
     _check_features(x, weight, grouped=False)
@@ -305,7 +277,7 @@ def linear(x: Tensor, weight: Tensor, *, dtype: torch.dtype | None = None) -> Te
 def fp8_linear(x: Tensor, weight: Tensor, *, power_of_two: bool) -> Tensor:
     """x @ weight.T with all three GEMMs in FP8."""
     _check_features(x, weight, grouped=False)
-    y: Tensor = _Fp8Linear.apply(x.flatten(0, -2), weight, None, power_of_two)  # type: ignore[no-untyped-call]
+    y: Tensor = _Fp8Linear.apply(x.flatten(0, -2), weight, None, power_of_two, False)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -315,22 +287,20 @@ def fp8_linear_of_kept(x: Tensor, weight: Tensor, *, power_of_two: bool) -> Tens
     The output of attention is one (§3.3.3 keeps it once, too, in 12 bits). x must not be changed before backward.
     """
     _check_features(x, weight, grouped=False)
-    y: Tensor = _Fp8LinearOfKept.apply(x.flatten(0, -2), weight, power_of_two)  # type: ignore[no-untyped-call]
+    y: Tensor = _Fp8Linear.apply(x.flatten(0, -2), weight, None, power_of_two, True)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def grouped_linear(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
     """x[rows of g] @ weight[g].T for every expert g in x's dtype, with a deferred FP32 wgrad."""
     _check_features(x, weight, grouped=True)
-    y: Tensor = _GroupedLinear.apply(x, weight, group_ends)  # type: ignore[no-untyped-call]
-    return y
+    return _GroupedLinear.apply(x, weight, group_ends)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def grouped_fp8_linear(x: Tensor, weight: Tensor, group_ends: Tensor, *, power_of_two: bool) -> Tensor:
     """x[rows of g] @ weight[g].T for every expert g with all three GEMMs in FP8."""
     _check_features(x, weight, grouped=True)
-    y: Tensor = _Fp8Linear.apply(x, weight, group_ends, power_of_two)  # type: ignore[no-untyped-call]
-    return y
+    return _Fp8Linear.apply(x, weight, group_ends, power_of_two, False)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def fp8_swiglu_linear(gate_up: Tensor, weight: Tensor, *, power_of_two: bool) -> Tensor:
@@ -339,8 +309,7 @@ def fp8_swiglu_linear(gate_up: Tensor, weight: Tensor, *, power_of_two: bool) ->
     The same bits as the two calls; gradients see gate_up rounded to E4M3.
     """
     _check_features(gate_up[..., : gate_up.shape[-1] // 2], weight, grouped=False)
-    flat = gate_up.flatten(0, -2)
-    y: Tensor = _Fp8SwigluLinear.apply(flat, None, weight, None, power_of_two)  # type: ignore[no-untyped-call]
+    y: Tensor = _Fp8SwigluLinear.apply(gate_up.flatten(0, -2), None, weight, None, power_of_two)  # type: ignore[no-untyped-call]
     return y.view(*gate_up.shape[:-1], weight.shape[0])
 
 
@@ -349,10 +318,7 @@ def grouped_fp8_swiglu_linear(
 ) -> Tensor:
     """`fp8_swiglu_linear` of `gated_swiglu(gate_up, gates)` for every expert; gates [rows] fp32 are kept too."""
     _check_features(gate_up[..., : gate_up.shape[-1] // 2], weight, grouped=True)
-    y: Tensor = _Fp8SwigluLinear.apply(  # type: ignore[no-untyped-call]
-        gate_up, gates, weight, group_ends, power_of_two
-    )
-    return y
+    return _Fp8SwigluLinear.apply(gate_up, gates, weight, group_ends, power_of_two)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _check_features(x: Tensor, weight: Tensor, *, grouped: bool) -> None:

@@ -68,13 +68,11 @@ def gemm_tile_tile_reference(
 
 def write_product(out: Tensor, product: Tensor, *, accumulate: bool) -> None:
     """out = product or out += product: the finished sum is added once, not tile by tile, as the kernels do."""
-    if accumulate:
-        out.add_(product)
-    else:
-        out.copy_(product)
+    (out.add_ if accumulate else out.copy_)(product)
 
 
-def _product_flops(a: Sequence[int], a_scale: object, b: Sequence[int], *_: object, out_shape: object) -> int:
+def product_flops(a: Sequence[int], a_scale: object, b: Sequence[int], *_: object, out_shape: object) -> int:
+    """Of [m, k] x [n, k]."""
     return 2 * a[0] * b[0] * a[1]
 
 
@@ -82,14 +80,14 @@ _gemm_tile_block = operator(
     "gemm_tile_block",
     gemm_tile_block_reference,
     fake=lambda a, a_scale, b, b_scale, out_dtype: a.new_empty(a.shape[0], b.shape[0], dtype=out_dtype),
-    flops=_product_flops,
+    flops=product_flops,
     gpu="gemm_fp8",
 )
 _gemm_tile_tile = operator(
     "gemm_tile_tile",
     gemm_tile_tile_reference,
     fake=lambda a, a_scale, b, b_scale, out, accumulate: None,
-    flops=_product_flops,
+    flops=product_flops,
     gpu="gemm_fp8",
     mutates=["out"],
 )

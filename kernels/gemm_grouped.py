@@ -8,14 +8,13 @@ along M for fprop and dgrad, grouped along K for wgrad.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from kernels.formats import TILE, Quantized, decode_e4m3
-from kernels.gemm_fp8 import add_tile_block, add_tile_tile, write_product
+from kernels.gemm_fp8 import add_tile_block, add_tile_tile, product_flops, write_product
 from kernels.operators import operator
 
 
@@ -61,28 +60,18 @@ def grouped_gemm_tile_tile_reference(
     write_product(out, product, accumulate=accumulate)
 
 
-def _allocate_rows(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, group_ends: Tensor, out_dtype: torch.dtype
-) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[1], dtype=out_dtype)
-
-
-def _row_flops(a: Sequence[int], a_scale: object, b: Sequence[int], *_: object, out_shape: object) -> int:
-    return 2 * a[0] * b[1] * a[1]
-
-
-def _wgrad_flops(a: Sequence[int], a_scale: object, b: Sequence[int], *_: object, out_shape: object) -> int:
-    return 2 * a[0] * b[0] * a[1]
-
-
 _grouped_gemm_tile_block = operator(
-    "grouped_gemm_tile_block", grouped_gemm_tile_block_reference, fake=_allocate_rows, flops=_row_flops, gpu="gemm_fp8"
+    "grouped_gemm_tile_block",
+    grouped_gemm_tile_block_reference,
+    fake=lambda a, a_scale, b, b_scale, group_ends, out_dtype: a.new_empty(a.shape[0], b.shape[1], dtype=out_dtype),
+    flops=lambda a, a_scale, b, *_, out_shape: 2 * a[0] * b[1] * a[1],
+    gpu="gemm_fp8",
 )
 _grouped_gemm_tile_tile = operator(
     "grouped_gemm_tile_tile",
     grouped_gemm_tile_tile_reference,
     fake=lambda a, a_scale, b, b_scale, group_ends, out, accumulate: None,
-    flops=_wgrad_flops,
+    flops=product_flops,
     gpu="gemm_fp8",
     mutates=["out"],
 )
@@ -108,7 +97,6 @@ def grouped_gemm_tile_tile(
         raise ValueError(f"a and b contract their last dims, got {rows} and {rows_b} rows; they must agree")
     assert out is not None or not accumulate, "nothing to add to"
     if out is None:
-        shape = (len(group_ends), a.payload.shape[0], b.payload.shape[0])
-        out = a.payload.new_empty(shape, dtype=torch.float32)
+        out = a.payload.new_empty(len(group_ends), len(a.payload), len(b.payload), dtype=torch.float32)
     _grouped_gemm_tile_tile(a.payload, a.scale, b.payload, b.scale, group_ends, out, accumulate)
     return out

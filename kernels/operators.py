@@ -68,21 +68,16 @@ def operator(
 
 
 def _on_gpu(name: str, reference: Callable[Params, Result]) -> Callable[Params, Result]:
-    """The launcher, found at its first call; the reference where `kernels.backend` says so, and for FP64."""
+    """The launcher, found at its first call; the reference where `kernels.backend` says so, and for or to FP64."""
     launcher: Callable[Params, Result] | None = None
 
     def run(*args: Params.args, **kwargs: Params.kwargs) -> Result:
         nonlocal launcher
-        if not use_triton(cast(torch.Tensor, args[0])) or _asks_for_fp64(args):
+        fp64 = any(getattr(each, "dtype", each) is torch.float64 for each in args)
+        if fp64 or not use_triton(cast(torch.Tensor, args[0])):
             return reference(*args, **kwargs)
         if launcher is None:
             launcher = getattr(importlib.import_module(LAUNCHERS[name]), name)
         return launcher(*args, **kwargs)
 
     return run
-
-
-def _asks_for_fp64(args: tuple[object, ...]) -> bool:
-    """Whether a tensor is FP64, or a result shall be."""
-    dtypes = (each.dtype if isinstance(each, torch.Tensor) else each for each in args)
-    return any(dtype is torch.float64 for dtype in dtypes)

@@ -217,19 +217,16 @@ class _CombineTokens(torch.autograd.Function):
 def group_tokens(x: Tensor, grouping: Grouping) -> Tensor:
     """Copy each token of x [tokens, hidden] to the rows of its experts, the rest zeros; backward adds in fp32."""
     assert x.shape[0] == grouping.rows_of_token.shape[0], (x.shape, grouping.rows_of_token.shape)
-    rows: Tensor = _GroupTokens.apply(x, grouping)  # type: ignore[no-untyped-call]
-    return rows
+    return _GroupTokens.apply(x, grouping)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def group_gates(gates: Tensor, grouping: Grouping) -> Tensor:
     """The gate of each row's slot, [num_rows]; 0 in padding rows. A slot that has no row gets gradient 0."""
     assert gates.shape == (grouping.rows_of_token.shape[0], grouping.topk), (gates.shape, grouping.topk)
-    row_gates: Tensor = _GroupGates.apply(gates, grouping.slot_of_row)  # type: ignore[no-untyped-call]
-    return row_gates
+    return _GroupGates.apply(gates, grouping.slot_of_row)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def combine_tokens(rows: Tensor, grouping: Grouping) -> Tensor:
     """Sum of each token's expert rows in fp32, rounded once: eq. 12 without residual and shared expert."""
     assert rows.shape[0] == grouping.num_rows, (rows.shape, grouping.num_rows)
-    y: Tensor = _CombineTokens.apply(rows, grouping)  # type: ignore[no-untyped-call]
-    return y
+    return _CombineTokens.apply(rows, grouping)  # type: ignore[no-any-return, no-untyped-call]

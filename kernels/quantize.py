@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.formats import E4M3_MAX, TILE, Quantized, ceil_div, decode_e4m3
+from kernels.formats import E4M3_MAX, TILE, Quantized, ceil_div, decode_e4m3, empty_tiles
 from kernels.operators import operator
 
 # No amax floor such as 1e-4, which would erase small gradients: only the scale itself is kept a normal FP32 number.
@@ -96,13 +96,11 @@ def dequantize_tiles_reference(payload: Tensor, scale: Tensor, out_dtype: torch.
 
 
 def _allocate_tiles(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    rows, cols = x.shape
-    payload = x.new_empty(rows, cols, dtype=torch.float8_e4m3fn)
-    return payload, x.new_empty(ceil_div(cols, TILE), rows, dtype=torch.float32)
+    return empty_tiles(x, *x.shape)
 
 
 def _allocate_tiles_transposed(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    return _allocate_tiles(x.t(), power_of_two)
+    return empty_tiles(x, *x.shape[::-1])
 
 
 def _allocate_blocks(w: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,7 +123,7 @@ _quantize_tiles_both = operator(
 _requantize_transposed = operator(
     "requantize_transposed",
     requantize_transposed_reference,
-    fake=lambda payload, scale, power_of_two: _allocate_tiles(payload.t(), power_of_two),
+    fake=lambda payload, scale, power_of_two: empty_tiles(payload, *payload.shape[::-1]),
     gpu="quantize",
 )
 _quantize_blocks = operator("quantize_blocks", quantize_blocks_reference, fake=_allocate_blocks, gpu="quantize")

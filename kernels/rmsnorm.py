@@ -44,5 +44,4 @@ class _RmsNorm(torch.autograd.Function):
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise x [..., dim] by its root mean square, computed in fp32 (fp64 stays fp64), times weight [dim]."""
     assert x.shape[-1:] == weight.shape, (x.shape, weight.shape)
-    y: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
-    return y
+    return _RmsNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]

@@ -109,5 +109,4 @@ class _ApplyRope(torch.autograd.Function):
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn every adjacent pair of x [..., tokens, dim] by its position's angle, in fp32 (fp64 stays fp64)."""
     assert x.shape[-2:] == (cos.shape[0], 2 * cos.shape[1]), (x.shape, cos.shape)
-    y: Tensor = _ApplyRope.apply(x, cos, sin)  # type: ignore[no-untyped-call]
-    return y
+    return _ApplyRope.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]

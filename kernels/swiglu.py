@@ -25,13 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.formats import TILE, Quantized, ceil_div
+from kernels.formats import Quantized, empty_tiles
 from kernels.operators import operator
-from kernels.quantize import (
-    dequantize_tiles_reference,
-    quantize_tiles_reference,
-    quantize_tiles_transposed_reference,
-)
+from kernels.quantize import dequantize_tiles_reference, quantize_tiles_reference, quantize_tiles_transposed_reference
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -115,20 +111,9 @@ def _allocate_gated_gradients(gate_up: Tensor, gates: Tensor, dh: Tensor) -> tup
     return gate_up.new_empty(gate_up.shape), gate_up.new_empty(gate_up.shape[:1], dtype=_wide(gate_up.dtype))
 
 
-def _allocate_tiles(like: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
-    payload = like.new_empty(rows, cols, dtype=torch.float8_e4m3fn)
-    return payload, like.new_empty(ceil_div(cols, TILE), rows, dtype=torch.float32)
-
-
 def _allocate_both(gate_up: Tensor, gates: Tensor | None, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, cols = gate_up.shape
-    return *_allocate_tiles(gate_up, rows, cols), *_allocate_tiles(gate_up, rows, cols // 2)
-
-
-def _allocate_transposed(
-    payload: Tensor, scale: Tensor, gates: Tensor | None, dtype: torch.dtype, power_of_two: bool
-) -> tuple[Tensor, Tensor]:
-    return _allocate_tiles(payload, payload.shape[1] // 2, payload.shape[0])
+    return *empty_tiles(gate_up, rows, cols), *empty_tiles(gate_up, rows, cols // 2)
 
 
 def _allocate_gated_gradients_kept(payload: Tensor, scale: Tensor, gates: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +135,10 @@ _gated_swiglu_backward = operator(
 )
 _swiglu_quantize = operator("swiglu_quantize", swiglu_quantize_reference, fake=_allocate_both, gpu="swiglu")
 _swiglu_quantize_transposed = operator(
-    "swiglu_quantize_transposed", swiglu_quantize_transposed_reference, fake=_allocate_transposed, gpu="swiglu"
+    "swiglu_quantize_transposed",
+    swiglu_quantize_transposed_reference,
+    fake=lambda payload, *_: empty_tiles(payload, payload.shape[1] // 2, payload.shape[0]),
+    gpu="swiglu",
 )
 _swiglu_backward_kept = operator(
     "swiglu_backward_kept",
@@ -167,46 +155,32 @@ _gated_swiglu_backward_kept = operator(
 
 
 class _SwiGlu(torch.autograd.Function):
-    """Keeps gate_up, which the GEMM made anyway; silu is computed again in backward."""
+    """Keeps gate_up, which the GEMM made anyway, and the gates; all else is computed again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        return _swiglu(gate_up.detach())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        return _swiglu_backward(gate_up, grads[0])
-
-
-class _GatedSwiGlu(torch.autograd.Function):
-    """Keeps gate_up and the gates; everything else is computed again in backward, in fp32."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, gates: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, gates: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate_up, gates)
-        return _gated_swiglu(gate_up.detach(), gates.detach())
+        return _swiglu(gate_up.detach()) if gates is None else _gated_swiglu(gate_up.detach(), gates.detach())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
         gate_up, gates = ctx.saved_tensors
+        if gates is None:
+            return _swiglu_backward(gate_up, grads[0]), None
         return _gated_swiglu_backward(gate_up, gates, grads[0])
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, [rows, inter], each operation computed in fp32 and rounded to the input's dtype."""
     assert gate_up.shape[-1] % 2 == 0, gate_up.shape
-    y: Tensor = _SwiGlu.apply(gate_up)  # type: ignore[no-untyped-call]
-    return y
+    return _SwiGlu.apply(gate_up, None)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def gated_swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
     """silu(gate) * up * gates, [rows, inter], computed in fp32 and rounded once; the gates' gradient is fp32."""
     assert gate_up.shape[-1] % 2 == 0, gate_up.shape
     assert gates.shape == gate_up.shape[:1], (gates.shape, gate_up.shape)
-    y: Tensor = _GatedSwiGlu.apply(gate_up, gates)  # type: ignore[no-untyped-call]
-    return y
+    return _SwiGlu.apply(gate_up, gates)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def swiglu_quantize(gate_up: Tensor, gates: Tensor | None, *, power_of_two: bool) -> tuple[Quantized, Quantized]:

@@ -48,57 +48,47 @@ def tile_tile_config() -> Config:
 
 def gemm_tile_block(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
     """a [m, k] @ b [n, k].T -> [m, n] out_dtype."""
-    return _tile_block(Quantized(a, a_scale), Quantized(b, b_scale), None, out_dtype)
+    return grouped_gemm_tile_block(a, a_scale, b, b_scale, None, out_dtype)
 
 
 def grouped_gemm_tile_block(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, group_ends: Tensor, out_dtype: torch.dtype
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, group_ends: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """a [rows of g, k] @ b[g] [n, k].T -> [rows, n] out_dtype; zeros from the last end on."""
-    return _tile_block(Quantized(a, a_scale), Quantized(b, b_scale), group_ends, out_dtype)
+    """a [rows of g, k] @ b[g] [n, k].T -> [rows, n] out_dtype; zeros from the last end on. Without ends, one b."""
+    (m, k), n = a.shape, b.shape[-2]
+    out = a.new_empty(m, n, dtype=out_dtype)
+    if not out.numel():
+        return out
+    aq, bq = _contiguous(a, a_scale), Quantized(b.contiguous(), b_scale)
+    if is_hopper(out) and out_dtype == torch.bfloat16 and k % 16 == 0 and n % 8 == 0:
+        programs = multiprocessors(out)
+        config = tile_block_config(m, n, programs=programs, groups=0 if group_ends is None else len(group_ends))
+        gemm_hopper.gemm(aq, bq, out, config=config, programs=programs, group_ends=group_ends)
+    else:
+        gemm_portable.tile_block(aq, bq, out, group_ends=group_ends)
+    return out
 
 
 def gemm_tile_tile(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, accumulate: bool) -> None:
     """out [m, n] fp32 = or += a [m, k] @ b [n, k].T."""
-    _tile_tile(Quantized(a, a_scale), Quantized(b, b_scale), None, out, accumulate=accumulate)
+    grouped_gemm_tile_tile(a, a_scale, b, b_scale, None, out, accumulate)
 
 
 def grouped_gemm_tile_tile(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, group_ends: Tensor, out: Tensor, accumulate: bool
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, group_ends: Tensor | None, out: Tensor, accumulate: bool
 ) -> None:
-    """out [groups, m, n] fp32 = or += a[:, rows of g] @ b[:, rows of g].T."""
-    _tile_tile(Quantized(a, a_scale), Quantized(b, b_scale), group_ends, out, accumulate=accumulate)
-
-
-def _tile_block(a: Quantized, b: Quantized, group_ends: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    (m, k), n = a.payload.shape, b.payload.shape[-2]
-    out = a.payload.new_empty(m, n, dtype=out_dtype)
-    if not out.numel():
-        return out
-    a, b = _contiguous(a), Quantized(b.payload.contiguous(), b.scale)
-    if is_hopper(out) and out_dtype == torch.bfloat16 and k % 16 == 0 and n % 8 == 0:
-        programs = multiprocessors(out)
-        config = tile_block_config(m, n, programs=programs, groups=0 if group_ends is None else len(group_ends))
-        gemm_hopper.gemm(a, b, out, config=config, programs=programs, group_ends=group_ends)
-    else:
-        gemm_portable.tile_block(a, b, out, group_ends=group_ends)
-    return out
-
-
-def _tile_tile(a: Quantized, b: Quantized, group_ends: Tensor | None, out: Tensor, *, accumulate: bool) -> None:
+    """out [groups, m, n] fp32 = or += a[:, rows of g] @ b[:, rows of g].T. Without ends, one product."""
     assert out.is_contiguous(), out.stride()
     assert out.dtype == torch.float32, out.dtype
     if not out.numel():
         return
-    a, b, k = _contiguous(a), _contiguous(b), a.payload.shape[1]
+    aq, bq, k = _contiguous(a, a_scale), _contiguous(b, b_scale), a.shape[1]
     if is_hopper(out) and k % 16 == 0 and k:
-        gemm_hopper.gemm(
-            a, b, out, config=tile_tile_config(), programs=multiprocessors(out), group_ends=group_ends,
-            accumulate=accumulate,
-        )  # fmt: skip
+        config, programs = tile_tile_config(), multiprocessors(out)
+        gemm_hopper.gemm(aq, bq, out, config=config, programs=programs, group_ends=group_ends, accumulate=accumulate)
     else:
-        gemm_portable.tile_tile(a, b, out, accumulate=accumulate, group_ends=group_ends)
+        gemm_portable.tile_tile(aq, bq, out, accumulate=accumulate, group_ends=group_ends)
 
 
-def _contiguous(q: Quantized) -> Quantized:
-    return Quantized(q.payload.contiguous(), q.scale.contiguous())
+def _contiguous(payload: Tensor, scale: Tensor) -> Quantized:
+    return Quantized(payload.contiguous(), scale.contiguous())

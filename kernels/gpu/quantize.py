@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.formats import TILE, ceil_div
+from kernels.formats import TILE, ceil_div, empty_tiles
 
 # An earlier prototype of the next two kernels reached 0.96 and 0.93 of copy bandwidth on an H100; this code has not run
 # on a GPU.
@@ -176,12 +176,6 @@ def _dequantize_tiles_kernel(payload_ptr, scale_ptr, out_ptr, rows, cols, ROWS: 
     scale = tl.load(scale_ptr + tile[None, :].to(tl.int64) * rows + row[:, None], mask=has_scale, other=1.0)
     x = tl.reshape(tl.reshape(y, (ROWS, TILES, 128)) * scale[:, :, None], (ROWS, TILES * 128))
     tl.store(out_ptr + place, x.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def empty_tiles(like: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
-    """Payload [rows, cols] and scales [ceil(cols/128), rows] to be written, on `like`'s device."""
-    payload = like.new_empty(rows, cols, dtype=torch.float8_e4m3fn)
-    return payload, like.new_empty(ceil_div(cols, TILE), rows, dtype=torch.float32)
 
 
 def quantize_tiles(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:

@@ -24,10 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.formats import TILE
+from kernels.formats import TILE, empty_tiles
 from kernels.gpu.quantize import (
     dequantize_tiles,
-    empty_tiles,
     quantize_tiles,
     quantize_tiles_transposed,
     store_tiles_of_cols,

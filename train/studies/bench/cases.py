@@ -28,14 +28,8 @@ Kind = Literal["fprop", "dgrad", "wgrad", "grouped fprop", "grouped dgrad", "gro
 
 # [out, in] of q_a and kv_a, q_b, kv_b, o, a shared expert's gate_up and down, the dense layers' gate_up and down.
 WEIGHTS = (
-    (2112, 7168),
-    (24576, 1536),
-    (32768, 512),
-    (7168, 16384),
-    (4096, 7168),
-    (7168, 2048),
-    (36864, 7168),
-    (7168, 18432),
+    *((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384)),
+    *((4096, 7168), (7168, 2048), (36864, 7168), (7168, 18432)),
 )
 EXPERT_WEIGHTS = ((4096, 7168), (7168, 2048))
 TOKENS, EXPERT_ROWS, EXPERTS = 4096, 32768, (4, 32)
@@ -51,23 +45,15 @@ SAMPLED_ROWS = 260
 
 @dataclass(frozen=True)
 class Shape:
-    """One product [m, k] x [n, k].
-
-    Args:
-        kind: what it is.
-        m, n, k: of all groups together: rows of grouped fprop and dgrad are m, of grouped wgrad k.
-        ends: exclusive end rows of the groups, multiples of 128; empty where there are none.
-        accumulate: wgrad adds to its output.
-        label: how the groups are cut, for the name.
-    """
+    """One product [m, k] x [n, k] of all groups together: rows of grouped fprop and dgrad are m, of grouped wgrad k."""
 
     kind: Kind
     m: int
     n: int
     k: int
-    ends: tuple[int, ...] = ()
-    accumulate: bool = False
-    label: str = ""
+    ends: tuple[int, ...] = ()  # exclusive end rows of the groups, multiples of 128
+    accumulate: bool = False  # wgrad adds to its output
+    label: str = ""  # how the groups are cut, for the name
 
     @property
     def is_wgrad(self) -> bool:
@@ -93,16 +79,6 @@ def reduced(dim: int, *, small: bool) -> int:
     return ceil_div(dim, REDUCTION * 32) * 32 if small else dim
 
 
-def _equal_ends(groups: int, rows: int) -> tuple[int, ...]:
-    assert rows % (groups * TILE) == 0, (groups, rows)
-    return tuple(range(rows // groups, rows + 1, rows // groups))
-
-
-def _uneven_ends(rows: int) -> tuple[int, ...]:
-    tiles = rows // TILE
-    return tuple(round(share / sum(UNEVEN) * tiles) * TILE for share in itertools.accumulate(UNEVEN))
-
-
 def shapes(*, small: bool) -> list[Shape]:
     """Every GEMM of the bench, in the order of the table."""
     weights = [(reduced(n, small=small), reduced(k, small=small)) for n, k in WEIGHTS]
@@ -111,14 +87,15 @@ def shapes(*, small: bool) -> list[Shape]:
     found += [Shape("dgrad", tokens, k, n) for n, k in weights]
     found += [Shape("wgrad", n, k, tokens, accumulate=accumulate) for accumulate in (False, True) for n, k in weights]
     experts = [(reduced(n, small=small), reduced(k, small=small)) for n, k in EXPERT_WEIGHTS]
-    # An expert of 32 needs a tile of rows even in a small case.
-    groupings = [
-        (f"G{groups}", rows, _equal_ends(groups, rows))
-        for groups in EXPERTS
-        for rows in [max(reduced(EXPERT_ROWS, small=small), groups * TILE)]
-    ]
+    groupings = []
+    for groups in EXPERTS:
+        # An expert of 32 needs a tile of rows even in a small case.
+        rows = max(reduced(EXPERT_ROWS, small=small), groups * TILE)
+        assert rows % (groups * TILE) == 0, (groups, rows)
+        groupings.append((f"G{groups}", rows, tuple(range(rows // groups, rows + 1, rows // groups))))
     rows = reduced(EXPERT_ROWS, small=small)
-    groupings.append((f"G{len(UNEVEN)} uneven", rows, _uneven_ends(rows)))
+    tiles = [round(share / sum(UNEVEN) * (rows // TILE)) for share in itertools.accumulate(UNEVEN)]
+    groupings.append((f"G{len(UNEVEN)} uneven", rows, tuple(tile * TILE for tile in tiles)))
     for label, rows, ends in groupings:
         for n, k in experts:
             found.append(Shape("grouped fprop", rows, n, k, ends, label=label))
@@ -130,21 +107,13 @@ def shapes(*, small: bool) -> list[Shape]:
 
 @dataclass(frozen=True)
 class GemmOperands:
-    """Inputs of one product.
-
-    Args:
-        shape: what it is.
-        a: tiles, payload [m, k].
-        b: payload [n, k] or, for rows in groups, [groups, n, k]; blocks, for wgrad tiles.
-        group_ends: [groups] int32 on the device; None without groups.
-        out: wgrad's output, [m, n] or [groups, m, n] fp32; None: the operation allocates it.
-    """
+    """Inputs of one product."""
 
     shape: Shape
-    a: Quantized
-    b: Quantized
-    group_ends: Tensor | None
-    out: Tensor | None
+    a: Quantized  # tiles, payload [m, k]
+    b: Quantized  # payload [n, k] or, for rows in groups, [groups, n, k]; blocks, for wgrad tiles
+    group_ends: Tensor | None  # [groups] int32 on the device
+    out: Tensor | None  # wgrad's output, [m, n] or [groups, m, n] fp32; None: the operation allocates it
 
     @property
     def nbytes(self) -> int:
@@ -157,9 +126,8 @@ class GemmOperands:
         if self.out is None:
             return
         if self.shape.accumulate:
-            generator = torch.Generator(self.out.device).manual_seed(1)
             terms = self.shape.k / max(1, len(self.shape.ends))
-            self.out.normal_(0, terms**0.5, generator=generator)
+            self.out.normal_(0, terms**0.5, generator=torch.Generator(self.out.device).manual_seed(1))
         else:
             self.out.fill_(float("nan"))
 
@@ -190,7 +158,8 @@ class GemmOperands:
     def expected(self) -> list[Tensor]:
         """Sampled rows of the product of the dequantised operands, fp64; accumulated: on top of what `reset` put."""
         rows = self.rows
-        x = decode(_pick(self.a.payload, rows), self.a.scale.t()[rows])  # [sampled, k]
+        payload = self.a.payload.view(torch.uint8)[rows].view(torch.float8_e4m3fn)
+        x = decode(payload, self.a.scale.t()[rows])  # [sampled, k]
         if self.shape.is_wgrad:
             assert self.out is not None
             y = decode(self.b.payload, self.b.scale.t())  # [n, k]
@@ -220,10 +189,6 @@ def decode(payload: Tensor, scale: Tensor) -> Tensor:
 def decode_blocks(payload: Tensor, scale: Tensor) -> Tensor:
     """Values in fp64 of payload [rows, cols] under scale [ceil(rows/128), ceil(cols/128)]."""
     return decode(payload, scale.repeat_interleave(TILE, dim=0)[: payload.shape[0]])
-
-
-def _pick(payload: Tensor, rows: list[int]) -> Tensor:
-    return payload.view(torch.uint8)[rows].view(torch.float8_e4m3fn)
 
 
 def operands(shape: Shape, device: torch.device) -> GemmOperands:

@@ -32,6 +32,7 @@ from train.model.block import MoEBlock
 from train.model.config import ModelConfig
 from train.model.moe import LocalDispatcher
 from train.model.sizes import Held, flops_per_token, weights
+from train.studies.bench.timing import elapsed_s
 from train.studies.smoke_runs import PrecisionName, model_config, precision_config
 from train.studies.step_parity import relative_error, turn
 
@@ -56,31 +57,18 @@ class Sizes:
 def v3_sizes() -> Sizes:
     """Two layers at full width."""
     model = replace(
-        model_config("v3_671b"),
-        num_hidden_layers=2,
-        first_k_dense_replace=0,
-        n_routed_experts=8,
-        n_group=1,
-        topk_group=1,
-        num_nextn_predict_layers=0,
-    )
+        model_config("v3_671b"), num_hidden_layers=2, first_k_dense_replace=0, num_nextn_predict_layers=0,
+        n_routed_experts=8, n_group=1, topk_group=1,
+    )  # fmt: skip
     return Sizes(model, tokens=4096)
 
 
 def tiny_sizes() -> Sizes:
     """The same two layers with every dimension small: seconds on a CPU."""
     model = replace(
-        v3_sizes().model,
-        hidden_size=256,
-        moe_intermediate_size=128,
-        num_attention_heads=2,
-        q_lora_rank=128,
-        kv_lora_rank=128,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-        initializer_range=0.03,
-    )
+        v3_sizes().model, hidden_size=256, moe_intermediate_size=128, initializer_range=0.03, num_attention_heads=2,
+        q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
+    )  # fmt: skip
     return Sizes(model, tokens=96, warm_ups=1, repeats=2)
 
 
@@ -122,14 +110,12 @@ class Layers(nn.Module):
         config, recipe = sizes.model, precision_config(precision)
         dispatcher, rope = LocalDispatcher(config.n_routed_experts), RopeTables(config)
         with device:
-            self.blocks = nn.ModuleList(
-                MoEBlock(config, recipe, rope, dispatcher) for _ in range(config.num_hidden_layers)
-            )
+            blocks = (MoEBlock(config, recipe, rope, dispatcher) for _ in range(config.num_hidden_layers))
+            self.blocks = nn.ModuleList(blocks)
         self.buckets = GradientBuckets(self.blocks.named_parameters(), axis=single(device).dp, sharded=False)
-        generator = torch.Generator(device).manual_seed(0)
-        shape = (1, sizes.tokens, config.hidden_size)
-        x, grad = torch.randn(2, *shape, generator=generator, device=device).to(recipe.dtype)
-        self.x, self.grad = x.requires_grad_(), grad
+        shape, generator = (2, 1, sizes.tokens, config.hidden_size), torch.Generator(device).manual_seed(0)
+        self.x, self.grad = torch.randn(shape, generator=generator, device=device).to(recipe.dtype)
+        self.x.requires_grad_()
 
     @torch.no_grad()
     def fill(self, std: float) -> None:
@@ -193,7 +179,7 @@ def measure(layers: Layers, sizes: Sizes, precision: PrecisionName) -> LayerTime
     state = torch.cuda.memory_allocated(device) if on_gpu else None
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    runs = [_time_on_gpu(layers) if on_gpu else _time_on_cpu(layers) for _ in range(sizes.repeats)]
+    runs = [_time(layers, on_gpu=on_gpu) for _ in range(sizes.repeats)]
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
     time_ms, host_ms = (statistics.median(values) / count for values in zip(*runs, strict=True))
     kernels, slowest = _kernels(layers) if on_gpu else (None, ())
@@ -210,8 +196,10 @@ def measure(layers: Layers, sizes: Sizes, precision: PrecisionName) -> LayerTime
     )
 
 
-def _time_on_gpu(layers: Layers) -> tuple[float, float]:
-    """(device, host) milliseconds of one run that begins on an idle device."""
+def _time(layers: Layers, *, on_gpu: bool) -> tuple[float, float]:
+    """(device, host) milliseconds of one run that begins on an idle device; on a CPU both are the host's."""
+    if not on_gpu:
+        return (elapsed_s(layers.step, layers.x.device) * 1e3,) * 2
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     begin.synchronize()
@@ -222,13 +210,6 @@ def _time_on_gpu(layers: Layers) -> tuple[float, float]:
     host_s = time.perf_counter() - started
     end.synchronize()
     return begin.elapsed_time(end), host_s * 1e3
-
-
-def _time_on_cpu(layers: Layers) -> tuple[float, float]:
-    started = time.perf_counter()
-    layers.step()
-    elapsed_ms = (time.perf_counter() - started) * 1e3
-    return elapsed_ms, elapsed_ms
 
 
 def _kernels(layers: Layers) -> tuple[int, tuple[tuple[str, float, float], ...]]:
@@ -258,11 +239,8 @@ class LayerBench:
 def run(sizes: Sizes, device: torch.device) -> LayerBench:
     """Parity of both precisions, then each alone, so that its memory is its own."""
     checked = parity({precision: make(sizes, precision, device) for precision in PRECISIONS})
-    if not checked.green:
-        return LayerBench(checked, ())
-    return LayerBench(
-        checked, tuple(measure(make(sizes, precision, device), sizes, precision) for precision in PRECISIONS)
-    )
+    timed = PRECISIONS if checked.green else ()
+    return LayerBench(checked, tuple(measure(make(sizes, each, device), sizes, each) for each in timed))
 
 
 def markdown(bench: LayerBench) -> str:

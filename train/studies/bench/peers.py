@@ -39,16 +39,14 @@ SMALL_CLOCK = Clock(rounds=3, replay_s=0.0, cold_bytes=0.0)
 
 def ours(op: GemmOperands) -> Call:
     """The public function of the product."""
-    accumulate = op.shape.accumulate
-    if op.out is not None:
-        if op.group_ends is None:
-            return lambda: (gemm_tile_tile(op.a, op.b, out=op.out, accumulate=accumulate),)
-        ends = op.group_ends
-        return lambda: (grouped_gemm_tile_tile(op.a, op.b, ends, out=op.out, accumulate=accumulate),)
-    if op.group_ends is None:
-        return lambda: (gemm_tile_block(op.a, op.b, out_dtype=torch.bfloat16),)
-    ends = op.group_ends
-    return lambda: (grouped_gemm_tile_block(op.a, op.b, ends, out_dtype=torch.bfloat16),)
+    a, b, ends, out, accumulate = op.a, op.b, op.group_ends, op.out, op.shape.accumulate
+    if out is None:
+        if ends is None:
+            return lambda: (gemm_tile_block(a, b, out_dtype=torch.bfloat16),)
+        return lambda: (grouped_gemm_tile_block(a, b, ends, out_dtype=torch.bfloat16),)
+    if ends is None:
+        return lambda: (gemm_tile_tile(a, b, out=out, accumulate=accumulate),)
+    return lambda: (grouped_gemm_tile_tile(a, b, ends, out=out, accumulate=accumulate),)
 
 
 def _added(op: GemmOperands, product: Callable[[], Tensor]) -> Call:
@@ -61,7 +59,7 @@ def _added(op: GemmOperands, product: Callable[[], Tensor]) -> Call:
 
 def scaled_mm(op: GemmOperands) -> Call:
     """cuBLASLt's block scaling."""
-    tile, block = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
+    tile, block, plain = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128, F.SwizzleType.NO_SWIZZLE
     a, a_scale, b = op.a.payload, op.a.scale.t(), op.b.payload.t()
     if op.shape.is_wgrad:
         b_scale, recipe, dtype = op.b.scale.t(), tile, torch.float32
@@ -69,14 +67,8 @@ def scaled_mm(op: GemmOperands) -> Call:
         # Scales of blocks are [tiles, row blocks], tiles contiguous and padded to a multiple of 4: ours are copied.
         b_scale = F.pad(op.b.scale, (0, -op.b.scale.shape[1] % 4)).contiguous().t()
         recipe, dtype = block, torch.bfloat16
-    plain = F.SwizzleType.NO_SWIZZLE
-
-    def product() -> Tensor:
-        return F.scaled_mm(
-            a, b, a_scale, tile, b_scale, recipe, swizzle_a=plain, swizzle_b=plain, output_dtype=dtype
-        )  # fmt: skip
-
-    return _added(op, product)
+    how: dict[str, Any] = {"swizzle_a": plain, "swizzle_b": plain, "output_dtype": dtype}
+    return _added(op, partial(F.scaled_mm, a, b, a_scale, tile, b_scale, recipe, **how))
 
 
 def bf16(op: GemmOperands) -> Call:
@@ -94,6 +86,16 @@ def bf16(op: GemmOperands) -> Call:
     return _added(op, partial(F.grouped_mm, a, b, offs=op.group_ends))
 
 
+def _writes(out: Tensor, launch: Callable[..., object], *args: Any, **kwargs: Any) -> Call:
+    """A launch of a library that writes to `out`."""
+
+    def call() -> tuple[Tensor]:
+        launch(*args, **kwargs)
+        return (out,)
+
+    return call
+
+
 def deep_gemm(op: GemmOperands) -> Call:
     """DeepGEMM: fp8_gemm_nt, m_grouped_fp8_gemm_nt_contiguous, k_grouped_fp8_gemm_nt_contiguous."""
     library = importlib.import_module("deep_gemm")
@@ -105,21 +107,11 @@ def deep_gemm(op: GemmOperands) -> Call:
     d = torch.zeros(op.shape.m, op.shape.n, dtype=torch.bfloat16, device=op.a.payload.device)
     recipe = (1, 128, 128)
     if op.group_ends is None:
-
-        def dense() -> tuple[Tensor, ...]:
-            library.fp8_gemm_nt(a, b, d, recipe=recipe)
-            return (d,)
-
-        return dense
+        return _writes(d, library.fp8_gemm_nt, a, b, d, recipe=recipe)
     groups = torch.full((op.shape.m,), -1, dtype=torch.int32, device=d.device)
     for group, part in enumerate(op.slices):
         groups[part] = group
-
-    def grouped() -> tuple[Tensor, ...]:
-        library.m_grouped_fp8_gemm_nt_contiguous(a, b, d, groups, recipe=recipe)
-        return (d,)
-
-    return grouped
+    return _writes(d, library.m_grouped_fp8_gemm_nt_contiguous, a, b, d, groups, recipe=recipe)
 
 
 def _deep_gemm_wgrad(op: GemmOperands, library: Any) -> Call:
@@ -127,21 +119,11 @@ def _deep_gemm_wgrad(op: GemmOperands, library: Any) -> Call:
     out, recipe = op.out, (1, 1, 128)
     if op.group_ends is None:
         a, b = (op.a.payload, op.a.scale.t()), (op.b.payload, op.b.scale.t())
-
-        def dense() -> tuple[Tensor, ...]:
-            library.fp8_gemm_nt(a, b, out, c=out, recipe=recipe)
-            return (out,)
-
-        return dense
+        return _writes(out, library.fp8_gemm_nt, a, b, out, c=out, recipe=recipe)
     rows = [part.stop - part.start for part in op.slices]
     rows_on_device = torch.tensor(rows, dtype=torch.int32, device=out.device)
-    a, b = _packed(op.a, op.slices), _packed(op.b, op.slices)
-
-    def grouped() -> tuple[Tensor, ...]:
-        library.k_grouped_fp8_gemm_nt_contiguous(a, b, out, rows, rows_on_device, out, recipe=recipe)
-        return (out,)
-
-    return grouped
+    a, b, launch = _packed(op.a, op.slices), _packed(op.b, op.slices), library.k_grouped_fp8_gemm_nt_contiguous
+    return _writes(out, launch, a, b, out, rows, rows_on_device, out, recipe=recipe)
 
 
 def _packed(q: Quantized, groups: Sequence[slice]) -> tuple[Tensor, Tensor]:

@@ -37,13 +37,7 @@ from kernels.quantize import (
 from kernels.rmsnorm import rmsnorm
 from kernels.rope import apply_rope, apply_rope_reference, rope_tables
 from kernels.router import route
-from kernels.swiglu import (
-    gated_swiglu,
-    gated_swiglu_backward_kept,
-    swiglu,
-    swiglu_quantize,
-    swiglu_quantize_transposed,
-)
+from kernels.swiglu import gated_swiglu, gated_swiglu_backward_kept, swiglu, swiglu_quantize, swiglu_quantize_transposed
 from train.studies.ablation.hopper_accumulation import Factors, factors, hopper_matmul_reference
 from train.studies.ablation.linear import AblatedLinears, Ablation
 from train.studies.bench.table import OURS, Candidate, Case
@@ -118,12 +112,8 @@ def pair(
         bytes: read and written by one ideal call of `run`.
         flops: of one call of `run`; 0 where the bound is memory.
     """
-
-    def inputs(device: torch.device) -> PairInputs:
-        return PairInputs(make, peer, device, make(device))
-
-    ours = Candidate(OURS, partial(_launch, run), tolerance)
-    return Case(name, KIND, flops, bytes, inputs, (ours, Candidate(peer_name, partial(_launch, peer))))
+    candidates = (Candidate(OURS, partial(_launch, run), tolerance), Candidate(peer_name, partial(_launch, peer)))
+    return Case(name, KIND, flops, bytes, lambda device: PairInputs(make, peer, device, make(device)), candidates)
 
 
 def seeded(device: torch.device | None = None, seed: int = 0) -> torch.Generator:
@@ -212,10 +202,6 @@ def _grouped_gemm_inputs(device: torch.device) -> tuple[Quantized, Quantized, Te
     b = quantize_blocks(torch.randn(8, 256, 512, generator=generator, device=device), power_of_two=False)
     group_ends = torch.arange(512, 8 * 512 + 1, 512, dtype=torch.int32, device=device)
     return a, b, group_ends, dequantize_tiles(a).view(8, 512, 512), dequantize_blocks(b)
-
-
-def _layout_inputs(device: torch.device) -> tuple[Tensor]:
-    return (torch.rand(2048, 64, generator=seeded()).topk(6, dim=-1).indices.to(device),)
 
 
 def _torch_layout(ids: Tensor) -> Tensor:
@@ -323,215 +309,165 @@ def _activation_gradient(kept: Quantized, gates: Tensor, grad: Tensor) -> Tensor
     return _input_gradient(gated_swiglu)(gate_up, gates, grad)
 
 
-def _factors(device: torch.device) -> tuple[Factors, Factors]:
-    generator = seeded()
-    scale = torch.ones(8, 128)
-    payloads = [torch.randn(128, 1024, generator=generator).mul(100).to(torch.float8_e4m3fn) for _ in range(2)]
-    first, second = (factors(Quantized(payload, scale)) for payload in payloads)
-    return (
-        Factors(first.values.to(device), first.powers.to(device)),
-        Factors(second.values.to(device), second.powers.to(device)),
-    )
-
-
-def _ablated_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = seeded()
-    x, w = (torch.randn(256, 512, generator=generator).to(device) for _ in range(2))
-    return x, w
+def _factors(device: torch.device) -> tuple[Factors, ...]:
+    payloads = torch.randn(2, 128, 1024, generator=seeded()).mul(100).to(torch.float8_e4m3fn)
+    found = [factors(Quantized(payload, torch.ones(8, 128))) for payload in payloads.unbind()]
+    return tuple(Factors(each.values.to(device), each.powers.to(device)) for each in found)
 
 
 # FP32 accumulation in another order: sqrt(512) roundings of 2^-24; measured 2.5e-7.
 ACCUMULATION = 22.7 * 2**-24
-ROWS: dict[str, tuple[Case, ...]] = {
-    "adamw": (
-        pair(
-            "adamw", _adamw_inputs, _adamw, _torch_adamw, "torch fused AdamW",
-            # About eight fp32 roundings (2^-24 each) of an update that is itself small beside the weight.
-            tolerance=2**-21, flops=14.0 * (1 << 20), bytes=7 * 4.0 * (1 << 20),
-        ),
-    ),
-    "attention": (
-        pair(
-            "attention forward+backward", _attention_inputs,
-            partial(_attention, partial(causal_attention, scale=96**-0.5, document_ids=None)),
-            partial(_attention, partial(F.scaled_dot_product_attention, is_causal=True, scale=96**-0.5)),
-            "F.scaled_dot_product_attention",
-            # Four bf16 roundings more than the peer (scores, probabilities, both gradients), each at most 2^-8
-            # and 2^-8 / sqrt(3) in the mean square: below 2^-7 in the Frobenius norm.
-            tolerance=2**-7,
-            # Causal: half of two forward and five backward GEMMs (the scores are made again).
-            flops=0.5 * 7 * 2 * 32 * 256 * 256 * 96, bytes=2.0 * 10 * 32 * 256 * 96,
-        ),
-    ),
-    "cross_entropy": (
-        pair(
-            "cross_entropy forward+backward", _cross_entropy_inputs,
-            lambda logits, labels: torch.autograd.grad(cross_entropy_sum(logits, labels), logits)[0],
-            _torch_cross_entropy, "F.cross_entropy on fp32 logits",
-            # Both round one fp32 gradient to bf16: at most one rounding (2^-8) apart.
-            tolerance=2**-8, flops=8.0 * 2048 * 2048, bytes=3 * 2.0 * 2048 * 2048,
-        ),
-    ),
-    "e5m6": (
-        pair(
-            "pack_e5m6, unpack_e5m6",
-            lambda device: (torch.randn(2048, 512, generator=seeded()).to(device, BF16),),
-            lambda x: unpack_e5m6(*pack_e5m6(x, power_of_two=True), out_dtype=BF16),
-            lambda x: x.half().bfloat16(), "through FP16, no scales: the shortest such path in torch",
-            # BF16 has one mantissa bit more, so half of the numbers are exact and half are on a tie: sqrt(3/2) times
-            # the error of evenly spread numbers, which is an eighth of E4M3's 0.0265.
-            tolerance=0.0042, bytes=7.0 * 2048 * 512,
-        ),
-    ),
-    "embedding": (
-        pair(
-            "embedding", _embedding_inputs, embedding_reference, F.embedding, "torch embedding",
-            # A gather copies bits.
-            tolerance=0.0, bytes=2 * 2048 * 256 * 4.0,
-        ),
-    ),
-    "fp8_linear": (
-        pair(
-            "fp8_linear forward+backward", _linear_inputs,
-            partial(_linear_gradients, partial(fp8_linear, power_of_two=False)),
-            partial(_linear_gradients, F.linear), "torch.nn.functional.linear, FP32",
-            # docs/numerics.md expects 0.037 for dx and 0.0445 for dW.
-            tolerance=0.0455, flops=6.0 * 2048 * 512 * 512, bytes=4.0 * (5 * 2048 * 512 + 2 * 512 * 512),
-        ),
-    ),
-    "gemm_fp8": (
-        pair(
-            "gemm_tile_block", _gemm_inputs,
-            lambda a, blocks, *_: gemm_tile_block(a, blocks, out_dtype=torch.float32),
-            lambda a, blocks, tiles, x, w: x @ w.t(), "torch.matmul, FP32, dequantised before",
-            tolerance=ACCUMULATION, flops=2.0 * 2048 * 512 * 512, bytes=2048 * 512 + 512 * 512 + 4.0 * 2048 * 512,
-        ),
-        pair(
-            "gemm_tile_tile", _gemm_inputs,
-            lambda a, blocks, tiles, *_: gemm_tile_tile(a, tiles),
-            lambda a, blocks, tiles, x, w: x @ dequantize_tiles(tiles).t(), "dequantise, torch.matmul, FP32",
-            tolerance=ACCUMULATION, flops=2.0 * 2048 * 512 * 512, bytes=2048 * 512 + 512 * 512 + 4.0 * 2048 * 512,
-        ),
-    ),
-    "gemm_grouped": (
-        pair(
-            "grouped_gemm_tile_block", _grouped_gemm_inputs,
-            lambda a, b, ends, *_: grouped_gemm_tile_block(a, b, ends, out_dtype=torch.float32),
-            lambda a, b, ends, x, w: torch.bmm(x, w.mT).flatten(0, 1), "torch.bmm, FP32, dequantised before",
-            tolerance=ACCUMULATION,
-            flops=2.0 * 8 * 512 * 256 * 512, bytes=8 * (512 * 512 + 256 * 512 + 4.0 * 512 * 256),
-        ),
-    ),
-    "permute": (
-        pair(
-            "grouping", _layout_inputs, lambda ids: grouping(ids, 64).rows_of_token,
-            _torch_layout, "cumsum of one-hot, one map only", tolerance=0.0, bytes=8.0 * 3 * 2048 * 6,
-        ),
-        pair(
-            "group+combine forward+backward", _permute_inputs, _input_gradient(_permute),
-            _input_gradient(_torch_permute), "index_select + index_add, no padding",
-            # The peer's index_select adds two bf16 gradients in bf16, ours in fp32: one bf16 rounding, at most 2^-8.
-            tolerance=2**-8, bytes=2.0 * 256 * (4 * 2048 + 6 * 4096),
-        ),
-    ),
+ROWS: dict[str, list[Case]] = {
+    "adamw": [pair(
+        "adamw", _adamw_inputs, _adamw, _torch_adamw, "torch fused AdamW",
+        # About eight fp32 roundings (2^-24 each) of an update that is itself small beside the weight.
+        tolerance=2**-21, flops=14.0 * (1 << 20), bytes=7 * 4.0 * (1 << 20),
+    )],
+    "attention": [pair(
+        "attention forward+backward", _attention_inputs,
+        partial(_attention, partial(causal_attention, scale=96**-0.5, document_ids=None)),
+        partial(_attention, partial(F.scaled_dot_product_attention, is_causal=True, scale=96**-0.5)),
+        "F.scaled_dot_product_attention",
+        # Four bf16 roundings more than the peer (scores, probabilities, both gradients), each at most 2^-8
+        # and 2^-8 / sqrt(3) in the mean square: below 2^-7 in the Frobenius norm.
+        tolerance=2**-7,
+        # Causal: half of two forward and five backward GEMMs (the scores are made again).
+        flops=0.5 * 7 * 2 * 32 * 256 * 256 * 96, bytes=2.0 * 10 * 32 * 256 * 96,
+    )],
+    "cross_entropy": [pair(
+        "cross_entropy forward+backward", _cross_entropy_inputs,
+        lambda logits, labels: torch.autograd.grad(cross_entropy_sum(logits, labels), logits)[0],
+        _torch_cross_entropy, "F.cross_entropy on fp32 logits",
+        # Both round one fp32 gradient to bf16: at most one rounding (2^-8) apart.
+        tolerance=2**-8, flops=8.0 * 2048 * 2048, bytes=3 * 2.0 * 2048 * 2048,
+    )],
+    "e5m6": [pair(
+        "pack_e5m6, unpack_e5m6",
+        lambda device: (torch.randn(2048, 512, generator=seeded()).to(device, BF16),),
+        lambda x: unpack_e5m6(*pack_e5m6(x, power_of_two=True), out_dtype=BF16),
+        lambda x: x.half().bfloat16(), "through FP16, no scales: the shortest such path in torch",
+        # BF16 has one mantissa bit more, so half of the numbers are exact and half are on a tie: sqrt(3/2) times
+        # the error of evenly spread numbers, which is an eighth of E4M3's 0.0265.
+        tolerance=0.0042, bytes=7.0 * 2048 * 512,
+    )],
+    "embedding": [pair(
+        "embedding", _embedding_inputs, embedding_reference, F.embedding, "torch embedding",
+        # A gather copies bits.
+        tolerance=0.0, bytes=2 * 2048 * 256 * 4.0,
+    )],
+    "fp8_linear": [pair(
+        "fp8_linear forward+backward", _linear_inputs,
+        partial(_linear_gradients, partial(fp8_linear, power_of_two=False)),
+        partial(_linear_gradients, F.linear), "torch.nn.functional.linear, FP32",
+        # docs/numerics.md expects 0.037 for dx and 0.0445 for dW.
+        tolerance=0.0455, flops=6.0 * 2048 * 512 * 512, bytes=4.0 * (5 * 2048 * 512 + 2 * 512 * 512),
+    )],
+    "gemm_fp8": [pair(
+        "gemm_tile_block", _gemm_inputs,
+        lambda a, blocks, *_: gemm_tile_block(a, blocks, out_dtype=torch.float32),
+        lambda a, blocks, tiles, x, w: x @ w.t(), "torch.matmul, FP32, dequantised before",
+        tolerance=ACCUMULATION, flops=2.0 * 2048 * 512 * 512, bytes=2048 * 512 + 512 * 512 + 4.0 * 2048 * 512,
+    ), pair(
+        "gemm_tile_tile", _gemm_inputs,
+        lambda a, blocks, tiles, *_: gemm_tile_tile(a, tiles),
+        lambda a, blocks, tiles, x, w: x @ dequantize_tiles(tiles).t(), "dequantise, torch.matmul, FP32",
+        tolerance=ACCUMULATION, flops=2.0 * 2048 * 512 * 512, bytes=2048 * 512 + 512 * 512 + 4.0 * 2048 * 512,
+    )],
+    "gemm_grouped": [pair(
+        "grouped_gemm_tile_block", _grouped_gemm_inputs,
+        lambda a, b, ends, *_: grouped_gemm_tile_block(a, b, ends, out_dtype=torch.float32),
+        lambda a, b, ends, x, w: torch.bmm(x, w.mT).flatten(0, 1), "torch.bmm, FP32, dequantised before",
+        tolerance=ACCUMULATION,
+        flops=2.0 * 8 * 512 * 256 * 512, bytes=8 * (512 * 512 + 256 * 512 + 4.0 * 512 * 256),
+    )],
+    "permute": [pair(
+        "grouping", lambda device: (torch.rand(2048, 64, generator=seeded()).topk(6, dim=-1).indices.to(device),),
+        lambda ids: grouping(ids, 64).rows_of_token, _torch_layout, "cumsum of one-hot, one map only",
+        tolerance=0.0, bytes=8.0 * 3 * 2048 * 6,
+    ), pair(
+        "group+combine forward+backward", _permute_inputs, _input_gradient(_permute),
+        _input_gradient(_torch_permute), "index_select + index_add, no padding",
+        # The peer's index_select adds two bf16 gradients in bf16, ours in fp32: one bf16 rounding, at most 2^-8.
+        tolerance=2**-8, bytes=2.0 * 256 * (4 * 2048 + 6 * 4096),
+    )],
     # The peers round the same quotients, so payloads are bit-equal. Each reads FP32 and writes E4M3.
-    "quantize": (
-        pair(
-            "quantize_tiles", _matrix,
-            lambda x: quantize_tiles(x, power_of_two=False).payload,
-            _torch_tiles, "one view [rows, tiles, 128]", tolerance=0.0, bytes=5.0 * 2048 * 512,
-        ),
-        pair(
-            "quantize_tiles_transposed", _matrix,
-            lambda x: quantize_tiles_transposed(x, power_of_two=False).payload,
-            lambda x: quantize_tiles(x.t().contiguous(), power_of_two=False).payload,
-            "transpose in FP32, then quantize_tiles", tolerance=0.0, bytes=5.0 * 2048 * 512,
-        ),
-        pair(
-            "quantize_blocks", _matrix,
-            lambda w: quantize_blocks(w, power_of_two=False).payload,
-            _torch_blocks, "max_pool2d and repeated scales", tolerance=0.0, bytes=5.0 * 2048 * 512,
-        ),
-    ),
-    "rmsnorm": (
-        pair(
-            "rmsnorm forward+backward", _rmsnorm_inputs,
-            lambda x, weight, grad: torch.autograd.grad(rmsnorm(x, weight, 1e-6), (x, weight), grad)[0],
-            lambda x, w, grad: torch.autograd.grad(F.rms_norm(x, w.shape, w, 1e-6), (x, w), grad)[0], "F.rms_norm",
-            # One bf16 rounding (2^-8 at most): the peer may round an intermediate once more than we do.
-            tolerance=2**-8, flops=16.0 * 2048 * 256, bytes=5 * 2.0 * 2048 * 256,
-        ),
-    ),
-    "rope": (
-        pair(
-            "rope", _rope_inputs, apply_rope, apply_rope_reference, "torch, elementwise",
-            # One bf16 rounding (2^-8 at most): a fused multiply-add may move a result across a rounding edge.
-            tolerance=2**-8, flops=3.0 * 8 * 4 * 256 * 32, bytes=2.0 * 2 * 8 * 4 * 256 * 32,
-        ),
-    ),
-    "router": (
-        pair(
-            "route forward+backward", _router_inputs, _input_gradient(_route), _input_gradient(_torch_route),
-            "torch.topk, autograd",
-            # The same fp32 quotients, sums of six and differences in another order: a few fp32 epsilons (2^-23).
-            tolerance=4 * 2**-23, bytes=4.0 * 4 * 2048 * 64,
-        ),
-        pair(
-            "topk_counts", lambda device: (torch.randn(4, 512, 64, generator=seeded()).sigmoid().to(device),),
-            lambda scores: torch.ops.v3fp8.topk_counts(scores, 6),
-            lambda scores: torch.zeros_like(scores).scatter_(-1, scores.topk(6, dim=-1).indices, 1.0).sum(1),
-            "torch.topk, scatter", tolerance=0.0, bytes=4.0 * 2048 * 64,
-        ),
-    ),
-    "swiglu": (
-        pair(
-            "swiglu forward+backward", _swiglu_inputs, _input_gradient(swiglu),
-            _input_gradient(_torch_swiglu), "F.silu(gate) * up, autograd",
-            # The same bf16 operations in the same order; one bf16 rounding (2^-8) for another way to silu.
-            tolerance=2**-8, flops=12.0 * 4096 * 256, bytes=9 * 2.0 * 4096 * 256,
-        ),
-        pair(
-            "gated_swiglu forward+backward", _gated_inputs, _input_gradient(gated_swiglu),
-            _input_gradient(_torch_gated_swiglu), "(F.silu(gate) * up * gates) in fp32, autograd",
-            # Both compute in fp32 and round the gradient to bf16 once: equal but where fp32 is on a bf16 tie.
-            tolerance=2**-12, flops=14.0 * 4096 * 256, bytes=9 * 2.0 * 4096 * 256,
-        ),
+    "quantize": [pair(
+        "quantize_tiles", _matrix,
+        lambda x: quantize_tiles(x, power_of_two=False).payload,
+        _torch_tiles, "one view [rows, tiles, 128]", tolerance=0.0, bytes=5.0 * 2048 * 512,
+    ), pair(
+        "quantize_tiles_transposed", _matrix,
+        lambda x: quantize_tiles_transposed(x, power_of_two=False).payload,
+        lambda x: quantize_tiles(x.t().contiguous(), power_of_two=False).payload,
+        "transpose in FP32, then quantize_tiles", tolerance=0.0, bytes=5.0 * 2048 * 512,
+    ), pair(
+        "quantize_blocks", _matrix,
+        lambda w: quantize_blocks(w, power_of_two=False).payload,
+        _torch_blocks, "max_pool2d and repeated scales", tolerance=0.0, bytes=5.0 * 2048 * 512,
+    )],
+    "rmsnorm": [pair(
+        "rmsnorm forward+backward", _rmsnorm_inputs,
+        lambda x, weight, grad: torch.autograd.grad(rmsnorm(x, weight, 1e-6), (x, weight), grad)[0],
+        lambda x, w, grad: torch.autograd.grad(F.rms_norm(x, w.shape, w, 1e-6), (x, w), grad)[0], "F.rms_norm",
+        # One bf16 rounding (2^-8 at most): the peer may round an intermediate once more than we do.
+        tolerance=2**-8, flops=16.0 * 2048 * 256, bytes=5 * 2.0 * 2048 * 256,
+    )],
+    "rope": [pair(
+        "rope", _rope_inputs, apply_rope, apply_rope_reference, "torch, elementwise",
+        # One bf16 rounding (2^-8 at most): a fused multiply-add may move a result across a rounding edge.
+        tolerance=2**-8, flops=3.0 * 8 * 4 * 256 * 32, bytes=2.0 * 2 * 8 * 4 * 256 * 32,
+    )],
+    "router": [pair(
+        "route forward+backward", _router_inputs, _input_gradient(_route), _input_gradient(_torch_route),
+        "torch.topk, autograd",
+        # The same fp32 quotients, sums of six and differences in another order: a few fp32 epsilons (2^-23).
+        tolerance=4 * 2**-23, bytes=4.0 * 4 * 2048 * 64,
+    ), pair(
+        "topk_counts", lambda device: (torch.randn(4, 512, 64, generator=seeded()).sigmoid().to(device),),
+        lambda scores: torch.ops.v3fp8.topk_counts(scores, 6),
+        lambda scores: torch.zeros_like(scores).scatter_(-1, scores.topk(6, dim=-1).indices, 1.0).sum(1),
+        "torch.topk, scatter", tolerance=0.0, bytes=4.0 * 2048 * 64,
+    )],
+    "swiglu": [pair(
+        "swiglu forward+backward", _swiglu_inputs, _input_gradient(swiglu),
+        _input_gradient(_torch_swiglu), "F.silu(gate) * up, autograd",
+        # The same bf16 operations in the same order; one bf16 rounding (2^-8) for another way to silu.
+        tolerance=2**-8, flops=12.0 * 4096 * 256, bytes=9 * 2.0 * 4096 * 256,
+    ), pair(
+        "gated_swiglu forward+backward", _gated_inputs, _input_gradient(gated_swiglu),
+        _input_gradient(_torch_gated_swiglu), "(F.silu(gate) * up * gates) in fp32, autograd",
+        # Both compute in fp32 and round the gradient to bf16 once: equal but where fp32 is on a bf16 tie.
+        tolerance=2**-12, flops=14.0 * 4096 * 256, bytes=9 * 2.0 * 4096 * 256,
+    ), pair(
         # The next three round the same numbers in the same order, so both sides have the same bits.
-        pair(
-            "swiglu_quantize", _gated_inputs,
-            lambda gate_up, gates, _: swiglu_quantize(gate_up, gates, power_of_two=True)[1].payload,
-            lambda gate_up, gates, _: quantize_tiles(gated_swiglu(gate_up, gates), power_of_two=True).payload,
-            "gated_swiglu, then quantize_tiles (without the kept input)", tolerance=0.0, bytes=7.0 * 4096 * 256,
-        ),
-        pair(
-            "swiglu_quantize_transposed", _kept_inputs,
-            lambda kept, gates, _: swiglu_quantize_transposed(kept, gates, dtype=BF16, power_of_two=True).payload,
-            lambda kept, gates, _: quantize_tiles_transposed(_activation(kept, gates), power_of_two=True).payload,
-            "dequantize_tiles, gated_swiglu, quantize_tiles_transposed", tolerance=0.0, bytes=3.0 * 4096 * 256,
-        ),
-        pair(
-            "gated_swiglu_backward_kept", _kept_inputs,
-            lambda kept, gates, grad: gated_swiglu_backward_kept(kept, gates, grad)[0],
-            _activation_gradient, "dequantize_tiles, gated_swiglu, autograd",
-            tolerance=0.0, flops=14.0 * 4096 * 256, bytes=8.0 * 4096 * 256,
-        ),
-    ),
-    "hopper_accumulation": (
-        pair(
-            "hopper_accumulation", _factors, partial(hopper_matmul_reference, promotion_interval=128),
-            lambda a, b: a.values @ b.values.t(), "torch.matmul, FP32",
-            # Four groups of 32 per promotion, each cut by up to 33 x 2^-13 of its largest term; measured 7e-4.
-            tolerance=4e-3, flops=2.0 * 128 * 128 * 1024, bytes=4.0 * (2 * 128 * 1024 + 128 * 128),
-        ),
-    ),
-    "linear": (
-        pair(
-            "ablated_linear forward, nothing changed", _ablated_inputs,
-            AblatedLinears(Ablation(), power_of_two=True).linear, partial(fp8_linear, power_of_two=True), "fp8_linear",
-            # On a CPU the same bits; a GPU's kernel sums in another order, with some 14 bits inside a tile.
-            tolerance=1e-3, flops=2.0 * 256 * 256 * 512, bytes=4.0 * (2 * 256 * 512 + 256 * 256),
-        ),
-    ),
+        "swiglu_quantize", _gated_inputs,
+        lambda gate_up, gates, _: swiglu_quantize(gate_up, gates, power_of_two=True)[1].payload,
+        lambda gate_up, gates, _: quantize_tiles(gated_swiglu(gate_up, gates), power_of_two=True).payload,
+        "gated_swiglu, then quantize_tiles (without the kept input)", tolerance=0.0, bytes=7.0 * 4096 * 256,
+    ), pair(
+        "swiglu_quantize_transposed", _kept_inputs,
+        lambda kept, gates, _: swiglu_quantize_transposed(kept, gates, dtype=BF16, power_of_two=True).payload,
+        lambda kept, gates, _: quantize_tiles_transposed(_activation(kept, gates), power_of_two=True).payload,
+        "dequantize_tiles, gated_swiglu, quantize_tiles_transposed", tolerance=0.0, bytes=3.0 * 4096 * 256,
+    ), pair(
+        "gated_swiglu_backward_kept", _kept_inputs,
+        lambda kept, gates, grad: gated_swiglu_backward_kept(kept, gates, grad)[0],
+        _activation_gradient, "dequantize_tiles, gated_swiglu, autograd",
+        tolerance=0.0, flops=14.0 * 4096 * 256, bytes=8.0 * 4096 * 256,
+    )],
+    "hopper_accumulation": [pair(
+        "hopper_accumulation", _factors, partial(hopper_matmul_reference, promotion_interval=128),
+        lambda a, b: a.values @ b.values.t(), "torch.matmul, FP32",
+        # Four groups of 32 per promotion, each cut by up to 33 x 2^-13 of its largest term; measured 7e-4.
+        tolerance=4e-3, flops=2.0 * 128 * 128 * 1024, bytes=4.0 * (2 * 128 * 1024 + 128 * 128),
+    )],
+    "linear": [pair(
+        "ablated_linear forward, nothing changed",
+        lambda device: torch.randn(2, 256, 512, generator=seeded()).to(device).unbind(),
+        AblatedLinears(Ablation(), power_of_two=True).linear, partial(fp8_linear, power_of_two=True), "fp8_linear",
+        # On a CPU the same bits; a GPU's kernel sums in another order, with some 14 bits inside a tile.
+        tolerance=1e-3, flops=2.0 * 256 * 256 * 512, bytes=4.0 * (2 * 256 * 512 + 256 * 256),
+    )],
 }  # fmt: skip
 
 

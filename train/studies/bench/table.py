@@ -15,7 +15,6 @@ import csv
 import math
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -59,40 +58,24 @@ class Inputs(Protocol):
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute a case.
+    """One way to compute a case."""
 
-    Args:
-        name: column title; "ours" is ours.
-        prepare: brings inputs into its layout and returns the call that is timed; raises where it cannot.
-        tolerance: relative error that still counts as parity; None: a yardstick, whose result is not compared.
-        repeats: a second run must agree in every bit.
-    """
-
-    name: str
-    prepare: Callable[[Any], Call]
-    tolerance: float | None = None
-    repeats: bool = False
+    name: str  # column title
+    prepare: Callable[[Any], Call]  # brings inputs into its layout, returns the call that is timed; may refuse
+    tolerance: float | None = None  # relative error that is still parity; None: a yardstick, which is not compared
+    repeats: bool = False  # a second run must agree in every bit
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem and its candidates.
+    """One problem and its candidates."""
 
-    Args:
-        name: unique.
-        kind: cases of a kind are in one table.
-        flops: of one call; 0 where the bound is memory.
-        bytes: read and written by one ideal call; 0 for GEMMs.
-        make: device -> inputs, seeded.
-        candidates: ours first.
-    """
-
-    name: str
-    kind: str
-    flops: float
-    bytes: float
-    make: Callable[[torch.device], Inputs]
-    candidates: tuple[Candidate, ...]
+    name: str  # unique
+    kind: str  # cases of a kind are in one table
+    flops: float  # of one call; 0 where the bound is memory
+    bytes: float  # read and written by one ideal call; 0 for GEMMs
+    make: Callable[[torch.device], Inputs]  # seeded
+    candidates: tuple[Candidate, ...]  # ours first
 
 
 @dataclass(frozen=True)
@@ -132,14 +115,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 def reason_of(error: BaseException) -> str:
     """The first line of an error, short, after its type."""
-    line = (str(error).strip().splitlines() or [""])[0]
-    text = f"{type(error).__name__}: {line}"
+    text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."
-
-
-def _same_bits(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
-    pairs = zip(first, second, strict=True)
-    return all(torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) for a, b in pairs)
 
 
 def check(row: Row, candidate: Candidate, inputs: Inputs, expected: Sequence[Tensor]) -> Row:
@@ -157,7 +134,8 @@ def check(row: Row, candidate: Candidate, inputs: Inputs, expected: Sequence[Ten
         return replace(row, status="red", reason=f"parity error {error:.1e}, allowed {candidate.tolerance:.1e}")
     if candidate.repeats:
         inputs.reset()
-        if not _same_bits(found, call()):
+        first, second = ([x.contiguous().view(torch.uint8) for x in results] for results in (found, call()))
+        if not all(map(torch.equal, first, second)):
             return replace(row, status="red", reason="two runs differ in bits")
     return row
 
@@ -183,16 +161,11 @@ def _not_measured(case: Case, reason: str) -> list[Row]:
 def measure(
     case: Case, device: torch.device, *, clock: Clock, deadline_s: float = math.inf, sampler: Sequence[str] = ()
 ) -> list[Row]:
-    """Check and time the candidates of a case.
+    """Check and time the candidates of a case: one row for each, in their order.
 
     Args:
-        case: what.
-        device: where.
-        clock: how it is timed.
         deadline_s: `time.monotonic()` after which nothing new begins.
         sampler: a command that prints power and clock; empty: they stay unknown.
-    Returns:
-        One row per candidate, in their order.
     """
     rows = {row.candidate: row for row in _not_measured(case, "the budget was spent")}
     if time.monotonic() >= deadline_s:
@@ -227,24 +200,16 @@ def measure(
 
 def _by_turns(cases: Sequence[Case]) -> list[Case]:
     """The first case of every kind, then the second: a budget that ends early has measured some of each."""
-    seen: Counter[str] = Counter()
-    ranks = []
-    for case in cases:
-        ranks.append(seen[case.kind])
-        seen[case.kind] += 1
+    kinds = [case.kind for case in cases]
+    ranks = [kinds[:index].count(kind) for index, kind in enumerate(kinds)]
     return [case for _, case in sorted(zip(ranks, cases, strict=True), key=lambda pair: pair[0])]
 
 
 def run(cases: Sequence[Case], device: torch.device, *, clock: Clock, budget_s: float = math.inf) -> list[Row]:
-    """Measure cases within a time.
+    """Measure cases: one row for every candidate of every case, in the order of the cases.
 
     Args:
-        cases: what to measure.
-        device: a GPU, or a CPU.
-        clock: how they are timed.
         budget_s: no case and no candidate begins after that many seconds; the one at work is finished.
-    Returns:
-        One row for every candidate of every case, in the order of the cases.
     """
     deadline_s = time.monotonic() + budget_s
     found: dict[str, list[Row]] = {}
@@ -318,17 +283,10 @@ def render(rows: Sequence[Row], device: torch.device) -> str:
 def _line(row: Row) -> str:
     note = {"measured": "", "red": "RED: ", "absent": "absent: ", "not measured": "not measured: "}[row.status]
     power = "" if row.power_w is None else f"{row.power_w:.0f} W, {row.sm_clock_mhz:.0f} MHz"
-    cells = [
-        row.case,
-        row.candidate,
-        cell(row.parity_error, ".1e"),
-        cell(row.time_us),
-        cell(row.spread_ratio, ".0%"),
-        cell(row.gbyte_per_s if row.kind == "memory" else row.tflop_per_s),
-        "-" if row.candidate == OURS else cell(row.ours_per_peer_ratio, ".2f"),
-        cell(row.host_us),
-        (note + row.reason) or power,
-    ]
+    rate = cell(row.gbyte_per_s if row.kind == "memory" else row.tflop_per_s)
+    ratio = "-" if row.candidate == OURS else cell(row.ours_per_peer_ratio, ".2f")
+    times = (cell(row.time_us), cell(row.spread_ratio, ".0%"), rate, ratio, cell(row.host_us))
+    cells = (row.case, row.candidate, cell(row.parity_error, ".1e"), *times, (note + row.reason) or power)
     return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
 
 

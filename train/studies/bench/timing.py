@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -36,23 +35,14 @@ PAUSE_S = 0.02
 
 @dataclass(frozen=True)
 class Clock:
-    """How a case is timed.
+    """How a case is timed."""
 
-    Args:
-        rounds: timed replays of each candidate.
-        replay_s: work of one replay, seconds.
-        cold_bytes: input sets of a case hold at least this much together.
-        least_sets: fewest sets of inputs.
-        graph: launches are replayed as one CUDA graph on a GPU; else the host launches them.
-        seed: of the order of candidates.
-    """
-
-    rounds: int = 10
-    replay_s: float = 4e-3
-    cold_bytes: float = 200e6
+    rounds: int = 10  # timed replays of each candidate
+    replay_s: float = 4e-3  # work of one replay
+    cold_bytes: float = 200e6  # input sets of a case hold at least this much together
     least_sets: int = 2
-    graph: bool = True
-    seed: int = 0
+    graph: bool = True  # launches are replayed as one CUDA graph on a GPU; else the host launches them
+    seed: int = 0  # of the order of candidates
 
     def input_sets(self, bytes_per_set: int) -> int:
         """How many sets of inputs the launches walk through."""
@@ -84,7 +74,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def elapsed_s(run: Callable[[], None], device: torch.device) -> float:
+def elapsed_s(run: Callable[[], object], device: torch.device) -> float:
     """Seconds that the device spends on `run`; on a CPU, that `run` takes."""
     if device.type != "cuda":
         start_s = time.perf_counter()
@@ -135,8 +125,6 @@ def build_loop(calls: Sequence[Call], device: torch.device, *, clock: Clock) -> 
 
     Args:
         calls: one for each set of inputs, all visited equally often; all have run before, so everything is compiled.
-        device: where they run.
-        clock: how long a replay is.
     Raises:
         RuntimeError: a call cannot be captured.
     """
@@ -206,9 +194,7 @@ class PowerMonitor:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stop.set()
         if self._command:
             self._thread.join()

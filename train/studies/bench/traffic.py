@@ -26,28 +26,21 @@ ROWS, COLS, ROW_TILES, COL_TILES = (0, 1), (1, 1), (0, TILE), (1, TILE)
 
 @dataclass(frozen=True)
 class MemoryBound:
-    """A memory-bound operation on rows that are independent in groups of 128.
+    """A memory-bound operation on rows that are independent in groups of 128."""
 
-    Args:
-        name: of the public function.
-        rows, cols: its size, rows a multiple of 128; for SwiGLU cols is inter.
-        bytes_per_element: read and written by one ideal call, for each of rows * cols.
-        make: (rows, cols, normal) -> inputs, where normal(*dims) gives random BF16 numbers.
-        run, reference: the public function and its reference; both take the inputs and return all outputs.
-        inputs, outputs: where their rows are.
-        tolerance: relative Frobenius error of each output against the reference's.
-    """
-
-    name: str
-    rows: int
-    cols: int
-    bytes_per_element: float
+    name: str  # of the public function
+    rows: int  # a multiple of 128
+    cols: int  # for SwiGLU inter
+    bytes_per_element: float  # read and written by one ideal call, for each of rows * cols
+    # (rows, cols, normal) -> inputs, where normal(*dims) gives random BF16 numbers.
     make: Callable[[int, int, Callable[..., Tensor]], tuple[Tensor, ...]]
+    # The public function and its reference; both take the inputs and return all outputs.
     run: Callable[..., tuple[Tensor, ...]]
     reference: Callable[..., tuple[Tensor, ...]]
+    # Where their rows are.
     inputs: tuple[Axis, ...]
     outputs: tuple[Axis, ...]
-    # Quantising and dequantising divide and round as the references do: the same bits.
+    # Relative Frobenius error of each output. Quantisers divide and round as the references do: the same bits.
     tolerance: float = 0.0
 
     @property
@@ -128,33 +121,27 @@ def _quantisers(rows: int, cols: int) -> list[MemoryBound]:
     def quantised(rows: int, cols: int, normal: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         return flat(quantize.quantize_tiles(normal(rows, cols), power_of_two=True))
 
-    return [
-        MemoryBound(
-            "quantize_tiles", rows, cols, 3 + 1 / 32, one,
-            lambda x: flat(quantize.quantize_tiles(x, power_of_two=True)),
-            lambda x: quantize.quantize_tiles_reference(x, True), (ROWS,), tiles,
-        ),
-        MemoryBound(
-            "quantize_tiles_transposed", rows, cols, 3 + 1 / 32, one,
-            lambda x: flat(quantize.quantize_tiles_transposed(x, power_of_two=True)),
-            lambda x: quantize.quantize_tiles_transposed_reference(x, True), (ROWS,), transposed,
-        ),
-        MemoryBound(
-            "quantize_tiles_both", rows, cols, 4 + 2 / 32, one,
-            lambda x: flat(*quantize.quantize_tiles_both(x, power_of_two=True)),
-            lambda x: quantize.quantize_tiles_both_reference(x, True), (ROWS,), tiles + transposed,
-        ),
-        MemoryBound(
-            "requantize_transposed", rows, cols, 2 + 2 / 32, quantised,
-            lambda p, s: flat(quantize.requantize_transposed(Quantized(p, s), power_of_two=True)),
-            lambda p, s: quantize.requantize_transposed_reference(p, s, True), tiles, transposed,
-        ),
-        MemoryBound(
-            "dequantize_tiles", rows, cols, 3 + 1 / 32, quantised,
-            lambda p, s: (quantize.dequantize_tiles(Quantized(p, s), out_dtype=torch.bfloat16),),
-            lambda p, s: (quantize.dequantize_tiles_reference(p, s, torch.bfloat16),), tiles, (ROWS,),
-        ),
-    ]  # fmt: skip
+    return [MemoryBound(
+        "quantize_tiles", rows, cols, 3 + 1 / 32, one,
+        lambda x: flat(quantize.quantize_tiles(x, power_of_two=True)),
+        lambda x: quantize.quantize_tiles_reference(x, True), (ROWS,), tiles,
+    ), MemoryBound(
+        "quantize_tiles_transposed", rows, cols, 3 + 1 / 32, one,
+        lambda x: flat(quantize.quantize_tiles_transposed(x, power_of_two=True)),
+        lambda x: quantize.quantize_tiles_transposed_reference(x, True), (ROWS,), transposed,
+    ), MemoryBound(
+        "quantize_tiles_both", rows, cols, 4 + 2 / 32, one,
+        lambda x: flat(*quantize.quantize_tiles_both(x, power_of_two=True)),
+        lambda x: quantize.quantize_tiles_both_reference(x, True), (ROWS,), tiles + transposed,
+    ), MemoryBound(
+        "requantize_transposed", rows, cols, 2 + 2 / 32, quantised,
+        lambda p, s: flat(quantize.requantize_transposed(Quantized(p, s), power_of_two=True)),
+        lambda p, s: quantize.requantize_transposed_reference(p, s, True), tiles, transposed,
+    ), MemoryBound(
+        "dequantize_tiles", rows, cols, 3 + 1 / 32, quantised,
+        lambda p, s: (quantize.dequantize_tiles(Quantized(p, s), out_dtype=torch.bfloat16),),
+        lambda p, s: (quantize.dequantize_tiles_reference(p, s, torch.bfloat16),), tiles, (ROWS,),
+    )]  # fmt: skip
 
 
 def _swiglus(rows: int, inter: int, *, gated: bool) -> list[MemoryBound]:
@@ -174,21 +161,18 @@ def _swiglus(rows: int, inter: int, *, gated: bool) -> list[MemoryBound]:
             return swiglu.gated_swiglu_backward_kept_reference(*tensors)
         return (swiglu.swiglu_backward_kept_reference(*tensors),)
 
-    return [
-        MemoryBound(
-            "swiglu_quantize" + (" gated" if gated else ""), rows, inter, 7 + 3 / 32, inputs,
-            lambda x, g=None: flat(*swiglu.swiglu_quantize(x, g, power_of_two=True)),
-            lambda x, g=None: swiglu.swiglu_quantize_reference(x, g, True), (ROWS, *gates), tiles + tiles,
-            # A GPU's exponential moves 2.4e-4 of the numbers by one E4M3 step, 1/8: sqrt(2.4e-4) / 8 = 2e-3.
-            tolerance=5e-3,
-        ),
-        MemoryBound(
-            ("gated_" if gated else "") + "swiglu_backward_kept", rows, inter, 8 + 2 / 32,
-            _kept_gated if gated else _kept, gradients, gradients_reference, (*tiles, *gates, ROWS), (ROWS, *gates),
-            # As above with BF16's step, 2^-7, and twice the share: sqrt(4.8e-4) / 128 = 2e-4.
-            tolerance=1e-3,
-        ),
-    ]  # fmt: skip
+    return [MemoryBound(
+        "swiglu_quantize" + (" gated" if gated else ""), rows, inter, 7 + 3 / 32, inputs,
+        lambda x, g=None: flat(*swiglu.swiglu_quantize(x, g, power_of_two=True)),
+        lambda x, g=None: swiglu.swiglu_quantize_reference(x, g, True), (ROWS, *gates), tiles + tiles,
+        # A GPU's exponential moves 2.4e-4 of the numbers by one E4M3 step, 1/8: sqrt(2.4e-4) / 8 = 2e-3.
+        tolerance=5e-3,
+    ), MemoryBound(
+        ("gated_" if gated else "") + "swiglu_backward_kept", rows, inter, 8 + 2 / 32,
+        _kept_gated if gated else _kept, gradients, gradients_reference, (*tiles, *gates, ROWS), (ROWS, *gates),
+        # As above with BF16's step, 2^-7, and twice the share: sqrt(4.8e-4) / 128 = 2e-4.
+        tolerance=1e-3,
+    )]  # fmt: skip
 
 
 def memory_bound(*, small: bool) -> list[MemoryBound]:
