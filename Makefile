@@ -1,5 +1,6 @@
 # make demo   train a tiny DeepSeek-V3 in BF16 and in FP8 on the text in this repository, and compare the two
-# make test   lint, types, import contracts and every CPU test
+# make test   lint, types, import contracts and the CPU tests
+# make test-long   the slower proofs: FP8 against BF16 over whole runs, every command of the documents, ...
 # make check  the first three of these only
 # make gpu    on a machine with a GPU: its tests, short training runs, benches, and one report in runs/gpu
 # make clean  remove caches (never runs/ nor stores/)
@@ -11,18 +12,23 @@ WORKERS ?= 2
 ARGS ?=
 START := $(shell date +%s)
 export PYTHON
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 # make gpu needs torch, Triton, PyYAML, numpy and safetensors only: another Python serves as well, GPU_PYTHON=python3.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: demo test check gpu clean setup setup-dev
+.PHONY: demo test test-long check gpu clean setup setup-dev
 
 demo: setup
 	@$(BIN)/python launch/demo.py $(ARGS)
 	@echo "make demo: $$(( $$(date +%s) - $(START) )) s"
 
 test: check
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10 $(ARGS)
+	@$(PYTEST) -m "not long" $(ARGS)
 	@echo "make test: $$(( $$(date +%s) - $(START) )) s"
+
+test-long: setup-dev
+	@$(PYTEST) -m long $(ARGS)
+	@echo "make test-long: $$(( $$(date +%s) - $(START) )) s"
 
 check: setup-dev
 	@$(BIN)/ruff check .

@@ -1,24 +1,9 @@
 """Causal softmax attention, the core of MLA after its up-projections.
 
-arXiv:2412.19437 §2.1.1 eq. 10: o_t = sum over j <= t of softmax_j(q_t . k_j * scale) v_j, per head.
-
-On a GPU this is torch's fused attention, on cuDNN where that can serve: with V3's 192 and 128 wide heads, 128 of them
-and 4096 tokens, it takes 1.25 ms forward and 4.56 backward on an H100, the flash backend 2.81 and 9.60. Under
-deterministic algorithms torch passes cuDNN over and takes the next of our list.
-
-On a CPU fused attention is slow in bf16, so here it is two batched GEMMs around a softmax, and the probabilities are
-kept for backward: memory grows with tokens squared. Measured forward and backward, bf16, 2 threads of an AMD EPYC with
-AVX512-BF16, 8 sequences x 4 heads x 256 tokens: qk 96 and v 64 take 4.3 ms against 18.7 fused; qk 96 and v 96 take 4.9
-against 15.8. Scores are rounded to the input's dtype once before the fp32 softmax, as in Hugging Face's eager attention
-(relative error of a bf16 output 3.3e-3 on normal inputs; fused 1.9e-3).
-
-The CPU path is two operators (`kernels/operators.py`) with the signature of a fused kernel. Their fake versions stand
-for the GPU on purpose: they keep one fp32 log-sum-exp per query where the real CPU one keeps a row of probabilities,
-and lay o out as [sequences, tokens, heads, v_dim], as the fused kernel does; so a plan made on a laptop counts what a
-GPU would hold. FLOPs are those of the causal half, without the scores that a fused backward computes again.
-
-Shapes: q, k [sequences, heads, tokens, qk_dim]; v [sequences, heads, tokens, v_dim]. Sequences and heads may
-be sharded. It does not rotate queries, does not hold a key-value cache and has no dropout.
+arXiv:2412.19437 §2.1.1 eq. 10: o_t = sum over j <= t of softmax_j(q_t . k_j * scale) v_j, per head. On a GPU this is
+torch's fused attention, on a CPU two batched GEMMs around a softmax whose probabilities are kept for backward: memory
+grows with tokens squared. Shapes: q, k [sequences, heads, tokens, qk_dim]; v [sequences, heads, tokens, v_dim].
+Sequences and heads may be sharded.
 """
 
 from __future__ import annotations
@@ -31,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.bench_entry import Bench
 from kernels.operators import operator
 
-# torch's fused kernels, the fastest for V3's heads first; the first that can serve a call does.
+# torch's fused kernels; the first that can serve a call does. With V3's 192 and 128 wide heads, 128 of them and 4096
+# tokens, cuDNN takes 1.25 ms forward and 4.56 backward on an H100, flash 2.81 and 9.60 (torch's kernels, measured
+# alone). Under deterministic algorithms torch passes cuDNN over.
 BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -61,6 +47,10 @@ def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float,
     return o.to(q.dtype)
 
 
+# Scores are rounded to the input's dtype once before the fp32 softmax, as in Hugging Face's eager attention: relative
+# error of a bf16 output 3.3e-3 on normal inputs, fused 1.9e-3. Fused attention is slow on a CPU in bf16. Measured
+# forward and backward, 2 threads of an AMD EPYC with AVX512-BF16, 8 sequences x 4 heads x 256 tokens: qk 96 and v 64
+# take 4.3 ms against 18.7 fused; qk 96 and v 96 take 4.9 against 15.8.
 def _batched_gemm_forward(
     q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -86,6 +76,10 @@ def _batched_gemm_backward(
     return grad_q.unflatten(0, q.shape[:2]), grad_k.unflatten(0, q.shape[:2]), grad_v.unflatten(0, q.shape[:2])
 
 
+# The fakes describe the GPU on purpose: a plan made on a laptop then counts what a GPU would hold. They keep one fp32
+# log-sum-exp per query where the real CPU operator keeps a row of probabilities, and lay o out as [sequences, tokens,
+# heads, v_dim], as the fused kernel does. FLOPs are those of the causal half, without the scores that a fused backward
+# computes again.
 def _allocate_fused_forward(
     q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -150,53 +144,12 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, document_ids: Tensor |
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_ids: Tensor | None) -> Tensor:
-    """Softmax attention over the tokens up to and including one's own.
+    """Attention over the tokens up to and including one's own: [sequences, heads, tokens, v_dim] in q.dtype (eq. 10).
 
-    Args:
-        q: [sequences, heads, tokens, qk_dim].
-        k: [sequences, heads, tokens, qk_dim].
-        v: [sequences, heads, tokens, v_dim].
-        scale: factor on q . k, usually qk_dim ** -0.5 times YaRN's softmax factor.
-        document_ids: [sequences, tokens] int64, or None; with it no token reads another document.
-    Returns:
-        [sequences, heads, tokens, v_dim] in q.dtype.
-    Source: arXiv:2412.19437 eq. 10.
+    `scale` is usually qk_dim ** -0.5 times YaRN's softmax factor. With `document_ids` [sequences, tokens] int64 no
+    token reads another document.
     """
     if q.is_cuda:
         return _fused(q, k, v, scale, document_ids)
     o: Tensor = _Attention.apply(q, k, v, document_ids, scale)  # type: ignore[no-untyped-call]
     return o
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, 8, 4, 256, 96, generator=generator).to(device, torch.bfloat16)
-    q, k, v, grad = x.unbind()
-    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
-
-
-def _run(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Tensor:
-    o = causal_attention(q, k, v, scale=96**-0.5, document_ids=None)
-    return torch.cat(torch.autograd.grad(o, (q, k, v), grad))
-
-
-def _peer(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Tensor:
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=96**-0.5)
-    return torch.cat(torch.autograd.grad(o, (q, k, v), grad))
-
-
-BENCH = (
-    Bench(
-        name="attention forward+backward",
-        make_inputs=_bench_inputs,
-        run=_run,
-        peer=_peer,
-        peer_name="F.scaled_dot_product_attention",
-        # Four bf16 roundings more than the peer (scores, probabilities, both gradients), each at most 2^-8
-        # and 2^-8 / sqrt(3) in the mean square: below 2^-7 in the Frobenius norm.
-        tolerance=2**-7,
-        # Causal: half of two forward and five backward GEMMs (the scores are made again).
-        flops=0.5 * 7 * 2 * 32 * 256 * 256 * 96,
-        bytes=2.0 * 10 * 32 * 256 * 96,
-    ),
-)

@@ -1,11 +1,8 @@
 """Which implementation of an operator runs: Triton, Gluon for Hopper, or the reference in plain torch.
 
 A tensor on a CPU always takes the reference. On a GPU the kernels of `kernels/gpu/` run, unless the environment says
-`V3FP8_REFERENCE=1`: then the same process computes everything by the references, to find out whether a kernel is to
-blame. FP8 tensor cores exist from compute capability 8.9 on; the Gluon GEMMs are written for 9.0 alone.
-
-Nothing is tuned at run time: a configuration is a function of shapes (`configuration` of each kernel file), so two
-runs of one program launch the same code.
+`V3FP8_REFERENCE=1`, to find out whether a kernel is to blame. Nothing is tuned at run time: a configuration is a
+function of shapes, and two runs of one program launch the same code.
 """
 
 from __future__ import annotations
@@ -20,6 +17,7 @@ from torch import Tensor
 # Set to 1: every operator computes by its reference on every device.
 REFERENCE_VARIABLE = "V3FP8_REFERENCE"
 
+# FP8 tensor cores exist from compute capability 8.9 on; the Gluon GEMMs are written for 9.0 alone.
 FIRST_WITH_FP8 = (8, 9)
 HOPPER = (9, 0)
 

@@ -1,13 +1,8 @@
-"""Softmax cross entropy as a sum over the rows that have a target.
+"""Softmax cross entropy, fp32, as a sum over the rows that have a target (arXiv:2412.19437 §2.2 eq. 24).
 
-arXiv:2412.19437 §2.2 eq. 24 (per-depth MTP loss) and the main next-token loss. The sum is returned, not the
-mean: gradients are divided once by the global number of targets, after they are reduced. The softmax is fp32;
-rows are taken in chunks, so no fp32 copy of all logits ever lives. Backward recomputes the softmax from the
-logits and one log-sum-exp per row. Forward and backward are one operator each (`kernels/operators.py`): a fake run
-sees no chunks.
-
-Shapes: logits [rows, vocab]; labels [rows]. Rows may be sharded on any axis, vocab on none.
-It does not project hidden states to logits and does not count its targets.
+The sum is returned, not the mean: gradients are divided once by the global number of targets, after they are reduced.
+Rows are taken in chunks, and there is never an fp32 copy of all logits; backward recomputes the softmax from one
+log-sum-exp per row. Shapes: logits [rows, vocab]; labels [rows] int64. Rows may be sharded, vocab not.
 """
 
 from __future__ import annotations
@@ -15,10 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bench_entry import Bench
 from kernels.operators import operator
 
 IGNORE = -100
@@ -70,12 +63,10 @@ def _allocate_sums(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return logits.new_empty((), dtype=wide), logits.new_empty(logits.shape[0], dtype=wide)
 
 
-def _allocate_grad(grad_sum: Tensor, logits: Tensor, labels: Tensor, log_sum: Tensor) -> Tensor:
-    return torch.empty_like(logits)
-
-
 _cross_entropy = operator("cross_entropy", chunked_forward, fake=_allocate_sums)
-_cross_entropy_backward = operator("cross_entropy_backward", chunked_backward, fake=_allocate_grad)
+_cross_entropy_backward = operator(
+    "cross_entropy_backward", chunked_backward, fake=lambda grad_sum, logits, labels, log_sum: torch.empty_like(logits)
+)
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -91,49 +82,10 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of -log softmax(logits)[label] over the rows whose label is not IGNORE.
-
-    Args:
-        logits: [rows, vocab], any float dtype.
-        labels: [rows] int64 token ids, IGNORE (-100) where there is no target.
-    Returns:
-        fp32 scalar, nats; 0 with zero gradients where no row has a target. The gradient has logits.dtype.
-    Source: arXiv:2412.19437 eq. 24.
-    """
+    """Sum of -log softmax(logits)[label] over rows whose label is not IGNORE: fp32 scalar, nats; 0 without any."""
     valid = labels != IGNORE
     in_range = (labels >= 0) & (labels < logits.shape[1])
     # Our own invariant (the store checks ids against the vocabulary); this form does not synchronise a GPU.
     torch._assert_async((in_range | ~valid).all(), "cross_entropy_sum: a label lies outside the vocabulary")
     loss: Tensor = _CrossEntropySum.apply(logits, labels)  # type: ignore[no-untyped-call]
     return loss
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2048, 2048, generator=generator).to(device, torch.bfloat16)
-    labels = torch.randint(2048, (2048,), generator=generator).to(device)
-    return logits.requires_grad_(), labels
-
-
-def _run(logits: Tensor, labels: Tensor) -> Tensor:
-    return torch.autograd.grad(cross_entropy_sum(logits, labels), logits)[0]
-
-
-def _peer(logits: Tensor, labels: Tensor) -> Tensor:
-    loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
-    return torch.autograd.grad(loss, logits)[0]
-
-
-BENCH = (
-    Bench(
-        name="cross_entropy forward+backward",
-        make_inputs=_bench_inputs,
-        run=_run,
-        peer=_peer,
-        peer_name="F.cross_entropy on fp32 logits",
-        # Both round one fp32 gradient to bf16: at most one rounding (2^-8) apart.
-        tolerance=2**-8,
-        flops=8.0 * 2048 * 2048,
-        bytes=3 * 2.0 * 2048 * 2048,
-    ),
-)

@@ -1,15 +1,9 @@
 """Weight gradients that run later: the W slot of zero-bubble pipeline schedules (arXiv:2412.19437 §3.2.1).
 
-Zero-bubble schedules split backward into input gradients (now) and weight gradients (when a stage would
-idle). Asking autograd twice would run every custom linear twice, because `ctx.needs_input_grad` does not
-change between the passes. So the linears here compute dgrad in backward and `push` their wgrad as a closure.
-While a schedule holds `deferred()` open the closures queue up, and `PipelineStage(dw_builder=deferred.take)`
-runs them in the W slot; otherwise a pushed closure runs at once. `check_drained()` belongs before gradients
-are read.
-
-The queue is a plain global, not a thread-local one: on CUDA, autograd runs backward on threads of its own.
-Weight gradients reach the weight through `accumulate_grad` or `accumulate_product`, so autograd's accumulation hooks do
-not fire for them.
+The linears compute dgrad in backward and `push` their wgrad as a closure. While a schedule holds `deferred()` open the
+closures queue up, and `PipelineStage(dw_builder=deferred.take)` runs them in the W slot; otherwise a pushed closure
+runs at once. `check_drained()` belongs before gradients are read. Weight gradients reach the weight through
+`accumulate_grad` or `accumulate_product`: autograd's accumulation hooks do not fire for them.
 """
 
 from __future__ import annotations
@@ -24,6 +18,7 @@ from torch import Tensor
 Closure = Callable[[], None]
 
 
+# Asking autograd twice would run every custom linear twice: `ctx.needs_input_grad` does not change between the passes.
 class WgradQueue:
     """First-in first-out queue of weight-gradient closures; each runs exactly once."""
 
@@ -54,6 +49,7 @@ class WgradQueue:
         return len(self._queued) + self._taken
 
 
+# Plain globals, not thread-local ones: on CUDA, autograd runs backward on threads of its own.
 _queue = WgradQueue()
 # One entry per open `deferred()` block.
 _open_blocks: list[WgradQueue] = []
@@ -88,11 +84,7 @@ def pending() -> int:
 
 
 def check_drained() -> None:
-    """Refuse to go on while weight gradients are missing.
-
-    Raises:
-        RuntimeError: closures are still queued or taken but not run (message shows how many).
-    """
+    """Raise RuntimeError while weight gradients are queued or taken but not run."""
     if pending():
         raise RuntimeError(
             f"{pending()} weight gradients were pushed but never run: gradients are incomplete. "
@@ -102,13 +94,7 @@ def check_drained() -> None:
 
 @torch.no_grad()
 def accumulate_grad(weight: Tensor, dw: Tensor) -> None:
-    """Add a weight gradient into `weight.main_grad` if the weight has one, else into `weight.grad`.
-
-    Args:
-        weight: the parameter; `main_grad`, where present, is an fp32 tensor of its shape.
-        dw: the weight's shape, fp32.
-    Source: §3.3.3, gradients accumulate in FP32; `main_grad` is Megatron-LM's name for that buffer.
-    """
+    """Add `dw`, fp32, into `weight.main_grad` (fp32, Megatron-LM's name) if it exists, else into `weight.grad`."""
     main_grad: Tensor | None = getattr(weight, "main_grad", None)
     if main_grad is not None:
         main_grad.add_(dw)
@@ -122,9 +108,7 @@ def accumulate_grad(weight: Tensor, dw: Tensor) -> None:
 def accumulate_product(weight: Tensor, product: Callable[[Tensor, bool], object]) -> None:
     """Have a GEMM add a weight gradient into `weight.main_grad` itself, without a copy of the gradient in between.
 
-    Args:
-        weight: the parameter; without `main_grad` the product is written apart and ends up in `weight.grad`.
-        product: writes an fp32 tensor of the weight's shape, or adds to it if the second argument says so.
+    `product(out, accumulate)` writes or adds to fp32 of the weight's shape; without `main_grad` to a tensor of its own.
     """
     main_grad: Tensor | None = getattr(weight, "main_grad", None)
     if main_grad is not None:

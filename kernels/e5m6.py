@@ -1,23 +1,15 @@
 """E5M6: an activation kept for backward in 12 bits an element, 1 sign, 5 exponent and 6 mantissa bits.
 
-arXiv:2412.19437 §3.3.3 (1): the input of the linear after attention also feeds the backward of attention, where E4M3
-is too coarse; it is kept in 12 bits, with power-of-two scales. The report gives no layout and no bias; ours:
+arXiv:2412.19437 §3.3.3 (1) keeps the input of the linear after attention in 12 bits, with power-of-two scales, without
+a layout or a bias; ours:
 
     code     the upper 12 bits of an FP16 number: bias 15, largest 65024, smallest normal 2^-14, subnormals to 2^-20
     scale    = amax(tile) / 65024, optionally rounded up to a power of two; 1 for a tile of zeros; one per 1x128
     code(x)  = x / scale to the nearest, ties to even, saturating at the largest finite code
     payload  a row holds the upper 8 bits of each code, then the lower 4 bits, two to a byte, the even column low
 
-So two values take three bytes, a row of cols elements 3/2 cols, and both parts are read and written in whole vectors.
-
-Codes with all exponent bits set mean what they mean in FP16, infinity and NaN. Infinity is never written, and NaN only
-as 0x7e0. NaN or infinity in a tile makes its scale non-finite, hence the whole tile NaN, as in `kernels.quantize`.
-
-|decoded - x| <= 2^-7 |x| down to 2^-14 scale, and 2^-21 scale below; 2^-14 scale is between 2^-30 and 2^-28 of amax.
-Of a BF16 number, which has seven mantissa bits, a power-of-two scale drops the last one.
-
-Shapes: x [rows, cols], rows = tokens, any axis may be sharded in whole rows. Which tensors are kept so is not this
-file's choice.
+|decoded - x| <= 2^-7 |x| down to 2^-14 scale, and 2^-21 scale below; 2^-14 scale is between 2^-30 and 2^-28 of amax. A
+power-of-two scale drops the last mantissa bit of a BF16 number. Shapes: x [rows, cols], rows = tokens, may be sharded.
 """
 
 from __future__ import annotations
@@ -25,26 +17,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.bench_entry import Bench
 from kernels.formats import TILE, ceil_div
 from kernels.operators import operator
+from kernels.quantize import scale_of
 
 # The largest finite code: all six mantissa bits set below 2^16.
 E5M6_MAX = 65024.0
+# Codes with all exponent bits set mean what they mean in FP16. Infinity is never written, and NaN only as this one. NaN
+# or infinity in a tile makes the whole tile NaN, as in `kernels.quantize`.
 E5M6_NAN = 0x7E0
-SMALLEST_SCALE = 2.0**-126
 # Bits of the FP32 numbers 2^-14, the smallest normal, and infinity.
 _NORMAL_BITS, _INFINITY_BITS = 0x38800000, 0x7F800000
 
 
 def encode_e5m6_reference(x: Tensor) -> Tensor:
-    """Codes of unscaled values, rounded to nearest even and saturating.
-
-    Args:
-        x: fp32, any shape.
-    Returns:
-        int32, the same shape, 12 bits.
-    """
+    """int32 codes of unscaled fp32 values, rounded to nearest even and saturating, any shape."""
     x = x.clamp(-E5M6_MAX, E5M6_MAX)
     bits = x.contiguous().view(torch.int32)
     magnitude = bits & 0x7FFFFFFF
@@ -57,7 +44,7 @@ def encode_e5m6_reference(x: Tensor) -> Tensor:
 
 
 def decode_e5m6_reference(code: Tensor) -> Tensor:
-    """fp32 values of codes, exactly: FP16 has the same exponent. Any shape, int32."""
+    """fp32 values of int32 codes, any shape; exact: FP16 has the same exponent."""
     return (code << 4).to(torch.uint16).view(torch.float16).float()
 
 
@@ -65,12 +52,7 @@ def pack_e5m6_reference(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     """Tile by tile. Same arguments as `pack_e5m6`; returns payload and scale."""
     tiles = x.float().split(TILE, dim=1)
     amax = torch.stack([tile.abs().amax(dim=1) for tile in tiles])  # [col_tiles, rows]
-    scale = (amax / E5M6_MAX).clamp_min(SMALLEST_SCALE)
-    if power_of_two:
-        # Adding all mantissa bits carries into the exponent unless they were zero: rounded up.
-        rounded = (scale.view(torch.int32) + 0x007FFFFF).bitwise_and_(0x7F800000).view(torch.float32)
-        scale = torch.where(scale.isfinite(), rounded, scale)
-    scale = torch.where(amax == 0, 1.0, scale)
+    scale = scale_of(amax, largest=E5M6_MAX, power_of_two=power_of_two)
     scaled = torch.cat([tile / one[:, None] for tile, one in zip(tiles, scale, strict=True)], dim=1)
     code = encode_e5m6_reference(scaled)  # [rows, cols]
     low = code & 0xF
@@ -105,17 +87,7 @@ _unpack = operator("unpack_e5m6", unpack_e5m6_reference, fake=_allocate_values, 
 
 
 def pack_e5m6(x: Tensor, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    """Quantise to 12 bits with one scale per row and 128 columns.
-
-    Args:
-        x: [rows, cols] fp32 or bf16, cols even.
-        power_of_two: round scales up to powers of two, as the report does.
-    Returns:
-        payload [rows, cols * 3/2] uint8, scale [ceil(cols/128), rows] fp32.
-    Raises:
-        ValueError: x is not a matrix, or its number of columns is odd or zero.
-    Source: arXiv:2412.19437 §3.3.3 (E5M6 for the input of the linear after attention).
-    """
+    """x [rows, cols] -> payload [rows, cols * 3/2] uint8, scale [ceil(cols/128), rows] fp32; cols must be even."""
     if x.dim() != 2 or x.shape[1] % 2 or not x.shape[1]:
         raise ValueError(
             f"x must be [rows, cols] with an even number of columns, for two E5M6 values share three bytes; got "
@@ -125,18 +97,7 @@ def pack_e5m6(x: Tensor, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
 
 
 def unpack_e5m6(payload: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor:
-    """Values of a packed tensor, multiplied in fp32 and rounded once.
-
-    Args:
-        payload: [rows, cols * 3/2] uint8 of `pack_e5m6`.
-        scale: [ceil(cols/128), rows] fp32.
-        out_dtype: fp32 or bf16.
-    Returns:
-        [rows, cols] in out_dtype.
-    Raises:
-        ValueError: the shapes belong to no packed tensor (message shows both).
-    Source: arXiv:2412.19437 §3.3.3.
-    """
+    """Values of what `pack_e5m6` returned, multiplied in fp32 and rounded once: [rows, cols] in fp32 or bf16."""
     fits = payload.dim() == 2 and payload.shape[1] % 3 == 0
     if not fits or scale.shape != (ceil_div(payload.shape[1] // 3 * 2, TILE), payload.shape[0]):
         raise ValueError(
@@ -144,28 +105,3 @@ def unpack_e5m6(payload: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Te
             f"and {list(scale.shape)}; give what pack_e5m6 returned"
         )
     return _unpack(payload, scale, out_dtype)
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor]:
-    x = torch.randn(2048, 512, generator=torch.Generator().manual_seed(0))
-    return (x.to(device, torch.bfloat16),)
-
-
-def _run(x: Tensor) -> Tensor:
-    return unpack_e5m6(*pack_e5m6(x, power_of_two=True), out_dtype=torch.bfloat16)
-
-
-BENCH = (
-    Bench(
-        name="pack_e5m6, unpack_e5m6",
-        make_inputs=_bench_inputs,
-        run=_run,
-        peer=lambda x: x.half().bfloat16(),
-        peer_name="through FP16, no scales: the shortest such path in torch",
-        # BF16 has one mantissa bit more, so half of the numbers are exact and half lie on a tie: sqrt(3/2) times the
-        # error of evenly spread numbers, which is an eighth of E4M3's 0.0265.
-        tolerance=0.0042,
-        flops=0.0,
-        bytes=7.0 * 2048 * 512,
-    ),
-)

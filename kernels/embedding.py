@@ -1,9 +1,7 @@
 """Token embedding whose weight gradient is summed over tokens in FP32.
 
 `y[i] = W[ids[i]]`; `dW[v] = sum of dy[i] over ids[i] == v`. A frequent token meets hundreds of gradients in one step:
-summed in BF16 the small ones vanish, so dW is summed in FP32, by a closure in the weight-gradient queue like every
-linear's (`kernels/deferred.py`). Rows go straight into `main_grad`: a dW of its own would be 3.7 GB at V3's size.
-Shapes: ids [...] int64, W [vocab, hidden], y [..., hidden].
+summed in BF16 the small ones vanish. Shapes: ids [...] int64, W [vocab, hidden], y [..., hidden].
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.bench_entry import Bench
 from kernels.deferred import accumulate_grad, push
 
 
@@ -46,6 +43,7 @@ class _Embedding(torch.autograd.Function):
             if main_grad is None:
                 accumulate_grad(weight, embedding_wgrad_reference(tokens, rows, weight.shape[0]))
             else:
+                # Straight into it: a dW of its own would be 3.7 GB at V3's size.
                 main_grad.index_add_(0, tokens, rows.float())
 
         push(wgrad)
@@ -53,34 +51,6 @@ class _Embedding(torch.autograd.Function):
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    """Look up `ids` in `weight`; the gradient reaches `weight` through the weight-gradient queue.
-
-    Args:
-        ids: [...] int64, each in [0, vocab).
-        weight: [vocab, hidden], any float dtype.
-    Returns:
-        [..., hidden] in the dtype of `weight`.
-    """
+    """Look up `ids` in `weight`: [..., hidden] in its dtype; its gradient goes through the weight-gradient queue."""
     y: Tensor = _Embedding.apply(ids, weight)  # type: ignore[no-untyped-call]
     return y
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 2048, (2048,), generator=generator).to(device)
-    return ids, torch.randn(2048, 256, generator=generator).to(device)
-
-
-BENCH = (
-    Bench(
-        name="embedding",
-        make_inputs=_bench_inputs,
-        run=embedding_reference,
-        peer=torch.nn.functional.embedding,
-        peer_name="torch embedding",
-        # A gather copies bits.
-        tolerance=0.0,
-        flops=0.0,
-        bytes=2 * 2048 * 256 * 4.0,
-    ),
-)

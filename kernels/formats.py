@@ -1,11 +1,7 @@
 """E4M3 numbers, scaled tiles, and the exact decoding from E4M3 to FP32 (arXiv:2412.19437 §3.3.2).
 
-E4M3 (`torch.float8_e4m3fn`) has 1 sign, 4 exponent and 3 mantissa bits: largest value 448, smallest normal
-2^-6, smallest subnormal 2^-9, no infinity, one NaN per sign. A tensor is stored as a payload of E4M3 numbers
-and FP32 scales, one per tile (1x128, activations and gradients) or per block (128x128, weights): value =
-payload * scale.
-
-This file computes no scale (`kernels.quantize`) and multiplies no matrix (`kernels.gemm_fp8`).
+E4M3 (`torch.float8_e4m3fn`): 1 sign, 4 exponent, 3 mantissa bits, largest 448, smallest normal 2^-6, smallest subnormal
+2^-9, no infinity, one NaN per sign. FP32 scales, one per tile (1x128) or block (128x128, weights).
 """
 
 from __future__ import annotations
@@ -21,25 +17,17 @@ TILE = 128
 
 @dataclass(frozen=True)
 class Quantized:
-    """A tensor in FP8: value = payload * scale, the scale broadcast over its tile or block.
+    """A tensor in FP8: value = payload * scale, the scale broadcast over its tile or block."""
 
-    Args:
-        payload: [rows, cols] float8_e4m3fn; blocks of weights may have leading dims, [experts, rows, cols].
-        scale: fp32. Tiles: [ceil(cols/128), rows]. Blocks: [..., ceil(rows/128), ceil(cols/128)].
-        payload_t: blocks only, the payload stored transposed, [..., cols, rows], for tensor cores that contract over
-            contiguous elements; None where nobody asked for it.
-    Source: arXiv:2412.19437 §3.3.2; rows are the fast axis of tile scales because a TMA load wants them so.
-    """
-
+    # [rows, cols] float8_e4m3fn; blocks of weights may have leading dims, [experts, rows, cols].
     payload: Tensor
+    # fp32. Tiles: [ceil(cols/128), rows], as a TMA load wants them. Blocks: [..., ceil(rows/128), ceil(cols/128)].
     scale: Tensor
+    # Blocks only: stored transposed, [..., cols, rows], for tensor cores that contract over contiguous elements.
     payload_t: Tensor | None = None
 
     def transposed_blocks(self) -> Quantized:
-        """The same blocks as the transposed matrix: the transposed copy, or else a view; nothing is requantised.
-
-        Only 128x128 blocks allow it: their scale does not care which way the contraction runs.
-        """
+        """The transposed matrix: the transposed copy or a view. Only 128x128 blocks allow it, without requantising."""
         payload_t = self.payload.mT if self.payload_t is None else self.payload_t
         return Quantized(payload_t, self.scale.mT, self.payload)
 
@@ -50,19 +38,11 @@ def ceil_div(numerator: int, denominator: int) -> int:
 
 
 def decode_e4m3(payload: Tensor) -> Tensor:
-    """Convert E4M3 to FP32, exactly, keeping NaN.
-
-    Shifting the 7 magnitude bits of E4M3 to the top of FP16's exponent and mantissa gives value * 2^-8 (the
-    biases are 7 and 15), subnormals included. The NaN code is the only one whose magnitude bits are all ones,
-    so adding one to the lowest of them carries into the top exponent bit; copying that carry into the number
-    makes an FP16 NaN. Seven times faster on CPU than `payload.float()`, which converts element by element
-    (`docs/numerics.md`).
-
-    Args:
-        payload: any shape and strides, float8_e4m3fn.
-    Returns:
-        The same shape, fp32: unscaled values, at most 448 in magnitude, or NaN.
-    """
+    """Convert float8_e4m3fn of any shape and strides to FP32, exactly, keeping NaN."""
+    # The 7 magnitude bits of E4M3, shifted to the top of FP16's exponent and mantissa, give value * 2^-8 (biases 7 and
+    # 15), subnormals included. Only the NaN code has magnitude bits that are all ones: adding one to the lowest carries
+    # into the top exponent bit, and copying that carry into the number makes an FP16 NaN. On a CPU seven times faster
+    # than `payload.float()`, which converts element by element (`docs/numerics.md`).
     half = payload.view(torch.int8).to(torch.int16)
     # 0xBF80 as a signed 16-bit number: the sign and the seven shifted magnitude bits.
     half.bitwise_left_shift_(7).bitwise_and_(0xBF80 - 0x10000)

@@ -1,17 +1,15 @@
-"""The linear layer and its three GEMMs, in FP8 or in the input's precision (arXiv:2412.19437 §3.3.1).
+"""The linear layer and its three GEMMs, in FP8 or in the input's precision (arXiv:2412.19437 §3.3.1, figure 6).
 
     fprop:  y  = x @ W.T          x in 1x128 tiles (one token, 128 channels),    W in 128x128 blocks
     dgrad:  dx = dy @ W           dy in 1x128 tiles (one token, 128 channels),   the same blocks, transposed
     wgrad:  dW = dy.T @ x         dy and x in 128x1 tiles (128 tokens, one channel), FP32 result
 
-Every FP8 operand is E4M3. The FP8 linears keep only x's E4M3 payload and scales for backward, and regroup
-them for wgrad. The FP8 weight is made once per optimizer step (`weight_fp8`). Backward computes dgrad and
-hands wgrad to `kernels.deferred`; the weight gradient reaches `weight.main_grad` there, and autograd sees
-None for the weight.
+The FP8 linears keep only x's E4M3 payload and scales for backward, and regroup them for wgrad. Backward computes dgrad
+and hands wgrad to `kernels.deferred`; the weight gradient reaches `weight.main_grad` there, and autograd sees None.
 
-Shapes: x [..., in], weight [out, in]; grouped: x [rows, in] sorted by expert as `kernels.gemm_grouped` lays
-out, weight [groups, out, in]. No bias: the model has none. Which linears run in FP8 is the model's choice,
-not this file's.
+Shapes: x [..., in], weight [out, in]; grouped: x [rows, in] sorted by expert with zeros in padding rows, weight
+[groups, out, in], group_ends [groups] int32, exclusive end rows, multiples of 128; results are zero from the last end
+on. Inputs and weights are fp32 or bf16, results have the input's dtype. Shapes that do not fit are a ValueError.
 """
 
 from __future__ import annotations
@@ -24,7 +22,6 @@ import torch
 from torch import Tensor
 
 from kernels import deferred, probe
-from kernels.bench_entry import Bench
 from kernels.formats import Quantized
 from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
 from kernels.gemm_grouped import group_rows, grouped_gemm_tile_block, grouped_gemm_tile_tile
@@ -47,19 +44,9 @@ from kernels.swiglu import (
 
 
 def weight_fp8(weight: Tensor, *, power_of_two: bool) -> Quantized:
-    """The FP8 copy of a weight, made at first use after each in-place update and kept on the weight.
-
-    An optimizer that writes `weight.copy_(...)` under `torch.no_grad()` raises the version counter, which the
-    next call notices. Writing through `weight.data` does not raise it and would leave a stale copy: do not.
-
-    Args:
-        weight: [out, in] or [groups, out, in], fp32 or bf16.
-        power_of_two: round scales up to powers of two.
-    Returns:
-        128x128 blocks of the weight, and the same stored transposed.
-    Source: arXiv:2412.19437 §3.3.2; DeepGEMM casts weights once per step too.
-    """
-    # The storage's address, for a fake tensor has no data pointer.
+    """The FP8 copy of a weight, 128x128 blocks, also transposed: made at first use after each in-place update."""
+    # `weight.copy_(...)` under `torch.no_grad()` raises the version counter. Writing through `weight.data` does not,
+    # and would leave a stale copy: do not. The storage's address, for a fake tensor has no data pointer.
     key = (weight._version, weight.untyped_storage()._cdata, power_of_two)
     cached: tuple[tuple[int, int, bool], Quantized] | None = getattr(weight, "_fp8_copy", None)
     if cached is None or cached[0] != key:
@@ -80,7 +67,8 @@ def _kept_weight(ctx: Any) -> Tensor:
 
 
 def wgrad_reference(dy: Tensor, x: Tensor) -> Tensor:
-    """dy.T @ x in FP32. On CUDA the tensor cores take BF16 operands and give FP32; CPUs have no such GEMM."""
+    """dy.T @ x in FP32."""
+    # On CUDA the tensor cores take BF16 operands and give FP32; CPUs have no such GEMM.
     if dy.is_cuda and dy.dtype == torch.bfloat16:
         return torch.mm(dy.t(), x, out_dtype=torch.float32)
     return dy.t().float() @ x.float()
@@ -100,18 +88,6 @@ def grouped_wgrad_reference(dy: Tensor, x: Tensor, group_ends: Tensor) -> Tensor
     return torch.stack([wgrad_reference(dy[rows], x[rows]) for rows in groups])
 
 
-def _allocate_wgrad(dy: Tensor, x: Tensor) -> Tensor:
-    return dy.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32)
-
-
-def _allocate_rows(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[-1])
-
-
-def _allocate_wgrads(dy: Tensor, x: Tensor, group_ends: Tensor) -> Tensor:
-    return dy.new_empty(len(group_ends), dy.shape[1], x.shape[1], dtype=torch.float32)
-
-
 def _wgrad_flops(dy: Sequence[int], x: Sequence[int], *_: object, out_shape: object) -> int:
     return 2 * dy[0] * dy[1] * x[1]
 
@@ -120,12 +96,25 @@ def _row_flops(x: Sequence[int], weight: Sequence[int], *_: object, out_shape: o
     return 2 * x[0] * x[1] * weight[-1]
 
 
-_wgrad = operator("wgrad", wgrad_reference, fake=_allocate_wgrad, flops=_wgrad_flops)
+_wgrad = operator(
+    "wgrad",
+    wgrad_reference,
+    fake=lambda dy, x: dy.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32),
+    flops=_wgrad_flops,
+)
 _grouped_matmul = operator(
-    "grouped_matmul", grouped_matmul_reference, fake=_allocate_rows, flops=_row_flops, gpu="gemm_portable"
+    "grouped_matmul",
+    grouped_matmul_reference,
+    fake=lambda x, weight, group_ends: x.new_empty(x.shape[0], weight.shape[-1]),
+    flops=_row_flops,
+    gpu="gemm_portable",
 )
 _grouped_wgrad = operator(
-    "grouped_wgrad", grouped_wgrad_reference, fake=_allocate_wgrads, flops=_wgrad_flops, gpu="gemm_portable"
+    "grouped_wgrad",
+    grouped_wgrad_reference,
+    fake=lambda dy, x, group_ends: dy.new_empty(len(group_ends), dy.shape[1], x.shape[1], dtype=torch.float32),
+    flops=_wgrad_flops,
+    gpu="gemm_portable",
 )
 
 
@@ -167,7 +156,7 @@ class _Fp8Linear(torch.autograd.Function):
 
 
 class _Fp8LinearOfKept(torch.autograd.Function):
-    """Keeps x itself, which somebody else keeps anyway; dW then sees x rounded once."""
+    """Keeps x itself, which another operation keeps anyway; dW then sees x rounded once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, power_of_two: bool) -> Tensor:
@@ -203,19 +192,11 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 class _Fp8SwigluLinear(torch.autograd.Function):
-    """Keeps SwiGLU's input in FP8 and nothing else; its output is computed again, once for dx and once for dW.
-
-    gates and group_ends are None for a dense FFN.
-    """
+    """Keeps SwiGLU's input in FP8 only; its output is computed again for dx and for dW. Dense: no gates, no ends."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        gate_up: Tensor,
-        gates: Tensor | None,
-        weight: Tensor,
-        group_ends: Tensor | None,
-        power_of_two: bool,
+        ctx: Any, gate_up: Tensor, gates: Tensor | None, weight: Tensor, group_ends: Tensor | None, power_of_two: bool
     ) -> Tensor:
         kept, hq = swiglu_quantize(gate_up, gates, power_of_two=power_of_two)
         ctx.save_for_backward(kept.payload, kept.scale, gates, group_ends)
@@ -254,10 +235,7 @@ def _fprop(
     power_of_two: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """x @ W.T, of each group its own W; leaves on ctx what backward needs besides x.
-
-    rows_of_x gives rows of what xq was quantised from, should a probe want to compare.
-    """
+    """x @ W.T, of each group its own W; leaves on ctx what backward needs besides x. A probe asks for rows of x."""
     w = weight_fp8(weight, power_of_two=power_of_two)
     # A rank whose experts got no token has no row to show.
     watch = probe.watch(weight) if len(xq.payload) else None
@@ -279,10 +257,7 @@ def _rows_times(rows: Quantized, weight: Quantized, group_ends: Tensor | None, d
 def _dgrad_and_push_wgrad(
     ctx: Any, dy: Tensor, group_ends: Tensor | None, input_by_channel: Callable[[], Quantized]
 ) -> Tensor:
-    """Return dy @ W, of each group its own W; hand over dy.T @ x.
-
-    dy is read once and quantised for both; x (128x1 tiles, [in, rows]) is made only when wgrad runs.
-    """
+    """Return dy @ W, of each group its own W; hand over dy.T @ x. x is regrouped only when wgrad runs."""
     weight, power_of_two = _kept_weight(ctx), ctx.power_of_two
     watch: probe.Watch | None = ctx.watch
     x_sample: probe.Sample | None = ctx.x_sample
@@ -321,54 +296,23 @@ def _show_gradient(
 
 
 def linear(x: Tensor, weight: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    """x @ weight.T in one dtype, with a deferred FP32 wgrad.
-
-    Args:
-        x: [..., in] fp32 or bf16.
-        weight: [out, in] fp32 or bf16.
-        dtype: of the product; both operands are converted to it where they differ. None: x's.
-    Returns:
-        [..., out] in that dtype.
-    Raises:
-        ValueError: shapes do not fit (message shows both).
-    """
+    """x @ weight.T in one dtype (None: x's), to which operands are converted, with a deferred FP32 wgrad."""
     _check_features(x, weight, grouped=False)
     y: Tensor = _Linear.apply(x.flatten(0, -2), weight, dtype or x.dtype)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def fp8_linear(x: Tensor, weight: Tensor, *, power_of_two: bool) -> Tensor:
-    """x @ weight.T with all three GEMMs in FP8.
-
-    Args:
-        x: [..., in] fp32 or bf16.
-        weight: [out, in] fp32 or bf16.
-        power_of_two: round all scales up to powers of two.
-    Returns:
-        [..., out] in x's dtype.
-    Raises:
-        ValueError: shapes do not fit (message shows both).
-    Source: arXiv:2412.19437 §3.3.1, figure 6.
-    """
+    """x @ weight.T with all three GEMMs in FP8."""
     _check_features(x, weight, grouped=False)
     y: Tensor = _Fp8Linear.apply(x.flatten(0, -2), weight, None, power_of_two)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def fp8_linear_of_kept(x: Tensor, weight: Tensor, *, power_of_two: bool) -> Tensor:
-    """`fp8_linear` of an input that another operation keeps for its own backward: no FP8 copy is kept beside it.
+    """`fp8_linear`, bit-equal, of an input that another operation keeps for its own backward: no FP8 copy is kept.
 
-    The output of attention is such an input: its backward needs it in full.
-
-    Args:
-        x: [..., in] fp32 or bf16; must not be changed before backward.
-        weight: [out, in] fp32 or bf16.
-        power_of_two: round all scales up to powers of two.
-    Returns:
-        [..., out] in x's dtype, the same bits as `fp8_linear`.
-    Raises:
-        ValueError: shapes do not fit (message shows both).
-    Source: arXiv:2412.19437 §3.3.3, which keeps this input once, in 12 bits, for the same reason.
+    The output of attention is one (§3.3.3 keeps it once, too, in 12 bits). x must not be changed before backward.
     """
     _check_features(x, weight, grouped=False)
     y: Tensor = _Fp8LinearOfKept.apply(x.flatten(0, -2), weight, power_of_two)  # type: ignore[no-untyped-call]
@@ -376,50 +320,23 @@ def fp8_linear_of_kept(x: Tensor, weight: Tensor, *, power_of_two: bool) -> Tens
 
 
 def grouped_linear(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
-    """x[rows of g] @ weight[g].T for every expert g in x's dtype, with a deferred FP32 wgrad.
-
-    Args:
-        x: [rows, in] fp32 or bf16, sorted by expert, padding rows zero.
-        weight: [groups, out, in].
-        group_ends: [groups] int32, exclusive end rows, multiples of 128.
-    Returns:
-        [rows, out] in x's dtype; zeros from `group_ends[-1]` on.
-    Raises:
-        ValueError: shapes do not fit, or bad `group_ends`.
-    """
+    """x[rows of g] @ weight[g].T for every expert g in x's dtype, with a deferred FP32 wgrad."""
     _check_features(x, weight, grouped=True)
     y: Tensor = _GroupedLinear.apply(x, weight, group_ends)  # type: ignore[no-untyped-call]
     return y
 
 
 def grouped_fp8_linear(x: Tensor, weight: Tensor, group_ends: Tensor, *, power_of_two: bool) -> Tensor:
-    """x[rows of g] @ weight[g].T for every expert g with all three GEMMs in FP8.
-
-    Args:
-        x: [rows, in] fp32 or bf16, sorted by expert, padding rows zero.
-        weight: [groups, out, in] fp32 or bf16.
-        group_ends: [groups] int32, exclusive end rows, multiples of 128.
-        power_of_two: round all scales up to powers of two.
-    Returns:
-        [rows, out] in x's dtype; zeros from `group_ends[-1]` on.
-    Raises:
-        ValueError: shapes do not fit, or bad `group_ends`.
-    """
+    """x[rows of g] @ weight[g].T for every expert g with all three GEMMs in FP8."""
     _check_features(x, weight, grouped=True)
     y: Tensor = _Fp8Linear.apply(x, weight, group_ends, power_of_two)  # type: ignore[no-untyped-call]
     return y
 
 
 def fp8_swiglu_linear(gate_up: Tensor, weight: Tensor, *, power_of_two: bool) -> Tensor:
-    """fp8_linear(swiglu(gate_up), weight), keeping only gate_up for backward, in FP8.
+    """fp8_linear(swiglu(gate_up), weight), keeping only gate_up, [..., 2 * inter] gate first, in FP8 (§3.3.3).
 
-    Args:
-        gate_up: [..., 2 * inter] fp32 or bf16, gate first.
-        weight: [out, inter], the down-projection.
-        power_of_two: round all scales up to powers of two.
-    Returns:
-        [..., out] in gate_up's dtype, the same bits as the two calls; gradients see gate_up rounded to E4M3.
-    Source: arXiv:2412.19437 §3.3.3 (the inputs of SwiGLU are cached in FP8, its output is recomputed).
+    The same bits as the two calls; gradients see gate_up rounded to E4M3.
     """
     _check_features(gate_up[..., : gate_up.shape[-1] // 2], weight, grouped=False)
     flat = gate_up.flatten(0, -2)
@@ -430,18 +347,7 @@ def fp8_swiglu_linear(gate_up: Tensor, weight: Tensor, *, power_of_two: bool) ->
 def grouped_fp8_swiglu_linear(
     gate_up: Tensor, gates: Tensor, weight: Tensor, group_ends: Tensor, *, power_of_two: bool
 ) -> Tensor:
-    """grouped_fp8_linear(gated_swiglu(gate_up, gates), weight, group_ends), keeping only gate_up, in FP8, and gates.
-
-    Args:
-        gate_up: [rows, 2 * inter] fp32 or bf16, sorted by expert, padding rows zero.
-        gates: [rows] fp32.
-        weight: [groups, out, inter], the down-projections.
-        group_ends: [groups] int32, exclusive end rows, multiples of 128.
-        power_of_two: round all scales up to powers of two.
-    Returns:
-        [rows, out] in gate_up's dtype, the same bits as the two calls; gradients see gate_up rounded to E4M3.
-    Source: arXiv:2412.19437 §3.3.3, as `fp8_swiglu_linear`.
-    """
+    """`fp8_swiglu_linear` of `gated_swiglu(gate_up, gates)` for every expert; gates [rows] fp32 are kept too."""
     _check_features(gate_up[..., : gate_up.shape[-1] // 2], weight, grouped=True)
     y: Tensor = _Fp8SwigluLinear.apply(  # type: ignore[no-untyped-call]
         gate_up, gates, weight, group_ends, power_of_two
@@ -454,34 +360,3 @@ def _check_features(x: Tensor, weight: Tensor, *, grouped: bool) -> None:
     if not fits or x.shape[-1] != weight.shape[-1]:
         expected = "[rows, in] and [groups, out, in]" if grouped else "[..., in] and [out, in]"
         raise ValueError(f"x and weight must be {expected}, got {list(x.shape)} and {list(weight.shape)}")
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(2048, 512, generator=generator, device=device)
-    w = torch.randn(512, 512, generator=generator, device=device)
-    return x, w, torch.randn(2048, 512, generator=generator, device=device)
-
-
-def _gradients(layer: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor, dy: Tensor) -> Tensor:
-    """dx and dW of one forward and backward, stacked along rows."""
-    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
-    layer(x, w).backward(dy)
-    assert x.grad is not None
-    assert w.grad is not None
-    return torch.cat([x.grad, w.grad])
-
-
-BENCH = (
-    Bench(
-        name="fp8_linear forward+backward",
-        make_inputs=_bench_inputs,
-        run=partial(_gradients, partial(fp8_linear, power_of_two=False)),
-        peer=partial(_gradients, torch.nn.functional.linear),
-        peer_name="torch.nn.functional.linear, FP32",
-        # docs/numerics.md expects 0.037 for dx and 0.0445 for dW.
-        tolerance=0.0455,
-        flops=6.0 * 2048 * 512 * 512,
-        bytes=4.0 * (5 * 2048 * 512 + 2 * 512 * 512),
-    ),
-)

@@ -5,13 +5,9 @@ For each tile t of 128 contraction elements:
     partial = payload_a[:, t] @ payload_b[:, t].T       products of unscaled E4M3 numbers, summed in FP32
     out    += partial * (scale_a[t] * scale_b[t])       the promotion: both scales, then one FP32 addition
 
-- `gemm_tile_block`: activations (1x128) times weights (128x128): fprop, and dgrad with the weight transposed.
-- `gemm_tile_tile`: both operands 1x128 along tokens: wgrad.
-
-Both operands are contracted over their last dim, [m, k] and [n, k]; m, n and k need not be multiples of 128.
-The MMA of a GPU keeps about 14 bits inside a partial sum; here the partial sum is a full FP32 one, so what
-`docs/numerics.md` bounds is quantisation plus FP32 accumulation. Each product is one operator
-(`kernels/operators.py`) that allocates its result only, wgrad not even that; FLOPs are 2 m n k.
+`gemm_tile_block` is fprop and dgrad, `gemm_tile_tile` wgrad. Operands are contracted over their last dim, [m, k] and
+[n, k]; m, n and k need not be multiples of 128. Scales are [ceil(k/128), m] of tiles, [ceil(n/128), ceil(k/128)] of
+blocks. The MMA of a GPU keeps about 14 bits inside a partial sum; here it is a full FP32 one (`docs/numerics.md`).
 """
 
 from __future__ import annotations
@@ -21,22 +17,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.bench_entry import Bench
 from kernels.formats import TILE, Quantized, ceil_div, decode_e4m3
 from kernels.operators import operator
-from kernels.quantize import dequantize_blocks, dequantize_tiles, quantize_blocks, quantize_tiles
 
 
 def add_tile_block(out: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> None:
-    """Add the tile-by-block product of decoded payloads to `out`.
-
-    Args:
-        out: [m, n] fp32, the accumulator, changed in place.
-        a: [m, k] fp32, unscaled.
-        a_scale: [ceil(k/128), m].
-        b: [n, k] fp32, unscaled.
-        b_scale: [ceil(n/128), ceil(k/128)].
-    """
+    """Add the tile-by-block product of decoded payloads, fp32 and unscaled, to `out`, [m, n] fp32."""
     n = b.shape[0]
     whole_blocks = n // TILE
     whole = whole_blocks * TILE
@@ -54,15 +40,7 @@ def add_tile_block(out: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: 
 
 
 def add_tile_tile(out: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> None:
-    """Add the tile-by-tile product of decoded payloads to `out`.
-
-    Args:
-        out: [m, n] fp32, the accumulator, changed in place.
-        a: [m, k] fp32, unscaled.
-        a_scale: [ceil(k/128), m].
-        b: [n, k] fp32, unscaled.
-        b_scale: [ceil(k/128), n].
-    """
+    """Add the tile-by-tile product of decoded payloads, fp32 and unscaled, to `out`, [m, n] fp32."""
     partial = torch.empty_like(out, memory_format=torch.contiguous_format)
     scale = torch.empty_like(partial)
     for t in range(len(a_scale)):
@@ -96,25 +74,21 @@ def write_product(out: Tensor, product: Tensor, *, accumulate: bool) -> None:
         out.copy_(product)
 
 
-def _allocate_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[0], dtype=out_dtype)
-
-
-def _allocate_nothing(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, accumulate: bool) -> None:
-    return None
-
-
 def _product_flops(a: Sequence[int], a_scale: object, b: Sequence[int], *_: object, out_shape: object) -> int:
     return 2 * a[0] * b[0] * a[1]
 
 
 _gemm_tile_block = operator(
-    "gemm_tile_block", gemm_tile_block_reference, fake=_allocate_product, flops=_product_flops, gpu="gemm_fp8"
+    "gemm_tile_block",
+    gemm_tile_block_reference,
+    fake=lambda a, a_scale, b, b_scale, out_dtype: a.new_empty(a.shape[0], b.shape[0], dtype=out_dtype),
+    flops=_product_flops,
+    gpu="gemm_fp8",
 )
 _gemm_tile_tile = operator(
     "gemm_tile_tile",
     gemm_tile_tile_reference,
-    fake=_allocate_nothing,
+    fake=lambda a, a_scale, b, b_scale, out, accumulate: None,
     flops=_product_flops,
     gpu="gemm_fp8",
     mutates=["out"],
@@ -122,35 +96,15 @@ _gemm_tile_tile = operator(
 
 
 def gemm_tile_block(a: Quantized, b: Quantized, *, out_dtype: torch.dtype) -> Tensor:
-    """a @ b.T for activations in 1x128 tiles and a weight in 128x128 blocks.
-
-    Args:
-        a: payload [m, k], scale [ceil(k/128), m].
-        b: payload [n, k], scale [ceil(n/128), ceil(k/128)].
-        out_dtype: dtype of the result; the accumulator is fp32 whatever it is.
-    Returns:
-        [m, n] out_dtype.
-    Raises:
-        ValueError: the contraction dims differ (message shows both).
-    Source: arXiv:2412.19437 §3.3.2; DeepGEMM multiplies the two scales first, as here.
-    """
+    """a @ b.T for activations in 1x128 tiles and a weight in 128x128 blocks: [m, n] out_dtype, summed in fp32."""
     _check_contraction(a, b)
     return _gemm_tile_block(a.payload, a.scale, b.payload, b.scale, out_dtype)
 
 
 def gemm_tile_tile(a: Quantized, b: Quantized, *, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
-    """a @ b.T for two operands in 1x128 tiles; the result is a weight gradient and stays FP32.
+    """a @ b.T for two operands in 1x128 tiles: a weight gradient, which stays FP32.
 
-    Args:
-        a: payload [m, k], scale [ceil(k/128), m].
-        b: payload [n, k], scale [ceil(k/128), n].
-        out: [m, n] fp32, contiguous, to be written; None: a new one.
-        accumulate: add to what `out` holds.
-    Returns:
-        [m, n] fp32, `out`.
-    Raises:
-        ValueError: the contraction dims differ (message shows both).
-    Source: arXiv:2412.19437 §3.3.2, §3.5.2.
+    `out` [m, n] fp32, contiguous, is written, or added to with `accumulate`, and returned; None: a new one.
     """
     _check_contraction(a, b)
     assert out is not None or not accumulate, "nothing to add to"
@@ -165,37 +119,3 @@ def _check_contraction(a: Quantized, b: Quantized) -> None:
     if k_a != k_b:
         raise ValueError(f"a and b contract their last dims, got {k_a} and {k_b}; transpose one operand")
     assert a.scale.shape == (ceil_div(k_a, TILE), a.payload.shape[0]), (a.payload.shape, a.scale.shape)
-
-
-def _bench_inputs(device: torch.device) -> tuple[Quantized, Quantized, Quantized, Tensor, Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-    a = quantize_tiles(torch.randn(2048, 512, generator=generator, device=device), power_of_two=False)
-    w = torch.randn(512, 512, generator=generator, device=device)
-    blocks, tiles = quantize_blocks(w, power_of_two=False), quantize_tiles(w, power_of_two=False)
-    return a, blocks, tiles, dequantize_tiles(a), dequantize_blocks(blocks)
-
-
-BENCH = (
-    Bench(
-        name="gemm_tile_block",
-        make_inputs=_bench_inputs,
-        run=lambda a, blocks, tiles, x, w: gemm_tile_block(a, blocks, out_dtype=torch.float32),
-        peer=lambda a, blocks, tiles, x, w: x @ w.t(),
-        peer_name="torch.matmul, FP32, dequantised before",
-        # FP32 accumulation in another order: sqrt(512) roundings of 2^-24; measured 2.5e-7.
-        tolerance=22.7 * 2**-24,
-        flops=2.0 * 2048 * 512 * 512,
-        bytes=2048 * 512 + 512 * 512 + 4.0 * 2048 * 512,
-    ),
-    Bench(
-        name="gemm_tile_tile",
-        make_inputs=_bench_inputs,
-        run=lambda a, blocks, tiles, x, w: gemm_tile_tile(a, tiles),
-        peer=lambda a, blocks, tiles, x, w: x @ dequantize_tiles(tiles).t(),
-        peer_name="dequantise, torch.matmul, FP32",
-        # As above.
-        tolerance=22.7 * 2**-24,
-        flops=2.0 * 2048 * 512 * 512,
-        bytes=2048 * 512 + 512 * 512 + 4.0 * 2048 * 512,
-    ),
-)

@@ -1,15 +1,9 @@
 """Grouped FP8 products: one GEMM per expert over rows sorted by expert (arXiv:2412.19437 §3.3.2).
 
 `group_ends[g]` is the exclusive end row of group g; its rows start where group g-1 ends. Ends are multiples
-of 128 (rows between a group's tokens and its end are zeros), so that no 1x128 tile along rows straddles two
-experts. A group may be empty. Rows from `group_ends[-1]` on belong to nobody: their outputs are zero.
-
-- `grouped_gemm_tile_block`: rows times each expert's weight: fprop and dgrad.
-- `grouped_gemm_tile_tile`: contraction over each expert's rows: wgrad, one matrix per expert.
-
-The layout is DeepGEMM's: contiguous along M for fprop and dgrad, grouped along K for wgrad. Each product is one
-operator (`kernels/operators.py`): `group_ends` is read inside its real version only, and its FLOPs are those of all
-rows, padding included (what group a row belongs to is a value, not a shape).
+of 128 (rows between a group's tokens and its end are zeros): no 1x128 tile along rows straddles two experts. A group
+may be empty. Rows from `group_ends[-1]` on are padding: their outputs are zero. The layout is DeepGEMM's: contiguous
+along M for fprop and dgrad, grouped along K for wgrad.
 """
 
 from __future__ import annotations
@@ -20,22 +14,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kernels.bench_entry import Bench
 from kernels.formats import TILE, Quantized, decode_e4m3
 from kernels.gemm_fp8 import add_tile_block, add_tile_tile, write_product
 from kernels.operators import operator
-from kernels.quantize import dequantize_blocks, dequantize_tiles, quantize_blocks, quantize_tiles
 
 
 def group_rows(group_ends: Tensor, *, groups: int, rows: int) -> list[slice]:
-    """The rows of each group, read on the host: free on CPU, a synchronisation elsewhere.
+    """The rows of each group, one slice each, read on the host: free on CPU, a synchronisation elsewhere.
 
-    Args:
-        group_ends: [groups] int32, exclusive end rows, multiples of 128, not decreasing.
-        groups: how many groups the other operand has.
-        rows: how many rows the grouped tensor has.
-    Returns:
-        One slice per group; empty groups have empty slices.
     Raises:
         ValueError: not one end per group, or an end is not a multiple of 128, decreases, or exceeds `rows`.
     """
@@ -81,12 +67,6 @@ def _allocate_rows(
     return a.new_empty(a.shape[0], b.shape[1], dtype=out_dtype)
 
 
-def _allocate_nothing(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, group_ends: Tensor, out: Tensor, accumulate: bool
-) -> None:
-    return None
-
-
 def _row_flops(a: Sequence[int], a_scale: object, b: Sequence[int], *_: object, out_shape: object) -> int:
     return 2 * a[0] * b[1] * a[1]
 
@@ -96,16 +76,12 @@ def _wgrad_flops(a: Sequence[int], a_scale: object, b: Sequence[int], *_: object
 
 
 _grouped_gemm_tile_block = operator(
-    "grouped_gemm_tile_block",
-    grouped_gemm_tile_block_reference,
-    fake=_allocate_rows,
-    flops=_row_flops,
-    gpu="gemm_fp8",
+    "grouped_gemm_tile_block", grouped_gemm_tile_block_reference, fake=_allocate_rows, flops=_row_flops, gpu="gemm_fp8"
 )
 _grouped_gemm_tile_tile = operator(
     "grouped_gemm_tile_tile",
     grouped_gemm_tile_tile_reference,
-    fake=_allocate_nothing,
+    fake=lambda a, a_scale, b, b_scale, group_ends, out, accumulate: None,
     flops=_wgrad_flops,
     gpu="gemm_fp8",
     mutates=["out"],
@@ -113,18 +89,7 @@ _grouped_gemm_tile_tile = operator(
 
 
 def grouped_gemm_tile_block(a: Quantized, b: Quantized, group_ends: Tensor, *, out_dtype: torch.dtype) -> Tensor:
-    """a[rows of g] @ b[g].T for every group g.
-
-    Args:
-        a: payload [rows, k], scale [ceil(k/128), rows].
-        b: payload [groups, n, k], scale [groups, ceil(n/128), ceil(k/128)].
-        group_ends: [groups] int32, see `group_rows`.
-        out_dtype: dtype of the result; the accumulator is fp32 whatever it is.
-    Returns:
-        [rows, n] out_dtype; zeros from `group_ends[-1]` on.
-    Raises:
-        ValueError: bad `group_ends` (on CPU only: on a GPU the kernel reads them), or contraction dims that differ.
-    """
+    """a[rows of g] @ b[g].T, a [rows, k] in 1x128 tiles, b [groups, n, k] in 128x128 blocks: [rows, n]."""
     k, k_b = a.payload.shape[-1], b.payload.shape[-1]
     if k != k_b:
         raise ValueError(f"a and b contract their last dims, got {k} and {k_b}; transpose one operand")
@@ -134,18 +99,9 @@ def grouped_gemm_tile_block(a: Quantized, b: Quantized, group_ends: Tensor, *, o
 def grouped_gemm_tile_tile(
     a: Quantized, b: Quantized, group_ends: Tensor, *, out: Tensor | None = None, accumulate: bool = False
 ) -> Tensor:
-    """a[:, rows of g] @ b[:, rows of g].T for every group g.
+    """a[:, rows of g] @ b[:, rows of g].T, a [m, rows] and b [n, rows] in 1x128 tiles: [groups, m, n] fp32.
 
-    Args:
-        a: payload [m, rows], scale [ceil(rows/128), m].
-        b: payload [n, rows], scale [ceil(rows/128), n].
-        group_ends: [groups] int32, see `group_rows`.
-        out: [groups, m, n] fp32, contiguous, to be written; None: a new one.
-        accumulate: add to what `out` holds.
-    Returns:
-        [groups, m, n] fp32, `out`; an empty group writes zeros, or adds them.
-    Raises:
-        ValueError: bad `group_ends` (on CPU only: on a GPU they are read by the kernel), or row counts that differ.
+    `out` as in `gemm_tile_tile`; an empty group writes zeros, or adds them.
     """
     rows, rows_b = a.payload.shape[-1], b.payload.shape[-1]
     if rows != rows_b:
@@ -156,26 +112,3 @@ def grouped_gemm_tile_tile(
         out = a.payload.new_empty(shape, dtype=torch.float32)
     _grouped_gemm_tile_tile(a.payload, a.scale, b.payload, b.scale, group_ends, out, accumulate)
     return out
-
-
-def _bench_inputs(device: torch.device) -> tuple[Quantized, Quantized, Tensor, Tensor, Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-    a = quantize_tiles(torch.randn(8 * 512, 512, generator=generator, device=device), power_of_two=False)
-    b = quantize_blocks(torch.randn(8, 256, 512, generator=generator, device=device), power_of_two=False)
-    group_ends = torch.arange(512, 8 * 512 + 1, 512, dtype=torch.int32, device=device)
-    return a, b, group_ends, dequantize_tiles(a).view(8, 512, 512), dequantize_blocks(b)
-
-
-BENCH = (
-    Bench(
-        name="grouped_gemm_tile_block",
-        make_inputs=_bench_inputs,
-        run=lambda a, b, ends, x, w: grouped_gemm_tile_block(a, b, ends, out_dtype=torch.float32),
-        peer=lambda a, b, ends, x, w: torch.bmm(x, w.mT).flatten(0, 1),
-        peer_name="torch.bmm, FP32, dequantised before",
-        # FP32 accumulation in another order: sqrt(512) roundings of 2^-24; measured 2.5e-7.
-        tolerance=22.7 * 2**-24,
-        flops=2.0 * 8 * 512 * 256 * 512,
-        bytes=8 * (512 * 512 + 256 * 512 + 4.0 * 512 * 256),
-    ),
-)

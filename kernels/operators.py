@@ -1,23 +1,12 @@
-"""Kernels as named operators of torch: what one call computes, what it allocates, how many FLOPs it is.
+"""Kernels as named operators of torch, `v3fp8::<kernel>`: one call for everything that watches torch.
 
-A kernel is one launch on a GPU, while its reference here is hundreds of small torch calls with FP32 temporaries.
-Named `v3fp8::<kernel>`, it is one call for everything that watches torch:
-
-- `FakeTensorMode` runs the *fake* version, which only allocates the outputs: so one rank of 2,048 can be planned
-  on a laptop, and its memory is counted without the temporaries of the reference. Values that the host reads (group
-  ends) are read inside the real version, so a fake run never meets them.
+- `FakeTensorMode` runs the *fake* version, which only allocates the outputs: one rank of 2,048 can be planned on a
+  laptop, without the FP32 temporaries of the reference. What the host reads (group ends) only the real version reads.
 - `FlopCounterMode(custom_mapping=FLOP_FORMULAS)` counts a kernel's FLOPs from its shapes.
-- a `TorchDispatchMode` sees every call once, under its name: each FP8 GEMM runs once per micro-batch.
-- torch chooses by device: the reference everywhere, and on CUDA the launcher of the same name in `kernels/gpu/`, which
-  is imported at its first call. `kernels.backend` may send a CUDA call back to the reference, and FP64 always goes
-  there: no launcher computes in it.
+- torch chooses by device: the reference everywhere, and on CUDA the launcher of the same name in `kernels/gpu/`,
+  imported at its first call, unless `kernels.backend` sends the call back to the reference.
 
-`torch.library.Library` is used directly: `torch.library.custom_op` does the same but imports torch's compiler at
-the first call, 1.4 s in every process, and costs 7 us a call where this costs 1.5 (measured, torch 2.13, one core of
-an AMD EPYC).
-
-No operator here is differentiable: all are called inside `autograd.Function` or on detached tensors. This file
-holds no arithmetic; each kernel file registers its own operators.
+No operator is differentiable: all are called inside `autograd.Function` or on detached tensors.
 """
 
 from __future__ import annotations
@@ -36,6 +25,8 @@ FLOP_FORMULAS: dict[Any, Callable[..., int]] = {}
 # Operator's name -> the module of `kernels/gpu/` that holds its launcher.
 LAUNCHERS: dict[str, str] = {}
 
+# `torch.library.custom_op` does the same but imports torch's compiler at the first call, 1.4 s in every process, and
+# costs 7 us a call where this costs 1.5 (measured, torch 2.13, one core of an AMD EPYC).
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 Params = ParamSpec("Params")

@@ -3,18 +3,11 @@
 arXiv:2412.19437 §2.1.2 eq. 12 (the sum over chosen experts; the gates are in the rows already, see
 `kernels.swiglu`). A token with topk experts has topk *slots*, and each slot goes to one row. Rows of one expert
 are contiguous, in token order (stable), and each expert's segment is padded with zero rows to a multiple of
-128, the row tile of the grouped GEMM.
-
-- `grouping`: every slot has its expert here. The number of rows is a static bound, so the host never waits for
-  counts; rows after the last segment are zero as well.
-- `partial_grouping`: the id -1 marks a slot whose expert lives elsewhere; the host knows the number of rows.
-
-Four operators (`kernels/operators.py`) do the work; the device code, without any sort, is `kernels/gpu/permute.py`:
-`lay_out`, `copy_tokens` and `sum_rows`, which are each other's backward, and `scatter_gates`.
+128, the row tile of the grouped GEMM (DeepGEMM's M-grouped contiguous layout).
 
 Shapes: ids, gates [tokens, topk]; x [tokens, hidden]; rows [num_rows, hidden]; columns = min(topk, experts).
 Tokens may be sharded; the experts counted here are the local ones. A token's rows are summed in order of expert,
-in fp32: gathers and copies, no atomic addition. It does not move tokens between ranks (parallel.expert does).
+in fp32: gathers and copies, no atomic addition.
 """
 
 from __future__ import annotations
@@ -25,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.bench_entry import Bench
 from kernels.formats import TILE
 from kernels.operators import operator
 from kernels.router import expert_counts
@@ -33,21 +25,13 @@ from kernels.router import expert_counts
 
 @dataclass(frozen=True)
 class Grouping:
-    """Which slot fills each row, and which rows belong to each token.
+    """Which slot fills each row, and which rows belong to each token."""
 
-    Args:
-        slot_of_row: [num_rows] int64, token * topk + k of the slot that fills the row; -1 in padding rows.
-        rows_of_token: [tokens, columns] int64, ascending; num_rows where a token has fewer rows.
-        group_ends: [experts] int32, exclusive end row of each expert's padded segment.
-        topk: slots per token.
-        partial: whether some entries of rows_of_token may be num_rows.
-    """
-
-    slot_of_row: Tensor
-    rows_of_token: Tensor
-    group_ends: Tensor
-    topk: int
-    partial: bool
+    slot_of_row: Tensor  # [num_rows] int64, token * topk + k of the slot that fills the row; -1 in padding rows
+    rows_of_token: Tensor  # [tokens, columns] int64, ascending; num_rows where a token has fewer rows
+    group_ends: Tensor  # [experts] int32, exclusive end row of each expert's padded segment
+    topk: int  # slots per token
+    partial: bool  # whether some entries of rows_of_token may be num_rows
 
     @property
     def num_rows(self) -> int:
@@ -57,33 +41,19 @@ class Grouping:
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Token copies where their experts live, as a dispatcher hands them to the experts.
+    """Token copies on the rank of their experts, as a dispatcher hands them to the experts."""
 
-    Args:
-        rows: [rows, hidden], grouped by local expert, each group padded with zeros to a multiple of 128 rows.
-        gates: [rows] fp32, the router's gate of each row; 0 in padding rows.
-        group_ends: [local_experts] int32, exclusive end row of each expert's group.
-        handle: what the same dispatcher needs to bring the results home; opaque to everybody else.
-    """
-
-    rows: Tensor
-    gates: Tensor
-    group_ends: Tensor
-    handle: object
+    rows: Tensor  # [rows, hidden], grouped by local expert, each group padded with zeros to a multiple of 128 rows
+    gates: Tensor  # [rows] fp32, the router's gate of each row; 0 in padding rows
+    group_ends: Tensor  # [local_experts] int32, exclusive end row of each expert's group
+    handle: object  # what the same dispatcher needs to bring the results home; opaque to others
 
 
 @torch.no_grad()
 def grouping(ids: Tensor, experts: int) -> Grouping:
-    """Lay out one row per slot, grouped by expert.
-
-    Args:
-        ids: [tokens, topk] int64, chosen experts, distinct within a token.
-        experts: number of experts; unused ones get empty segments.
-    Returns:
-        The Grouping.
-    Source: ours; the alignment is DeepGEMM's M-grouped contiguous layout.
-    """
+    """One row per slot of `ids` [tokens, topk] int64, distinct within a token; unused experts get empty segments."""
     slots = ids.numel()
+    # A static bound, so the host never waits for counts; rows after the last segment are zero as well.
     # Each non-empty segment wastes at most 127 rows, and the sum of segments is itself a multiple of 128.
     num_rows = (slots + min(experts, slots) * (TILE - 1)) // TILE * TILE
     return Grouping(*_lay_out(ids, experts, num_rows), topk=ids.shape[1], partial=False)
@@ -91,28 +61,12 @@ def grouping(ids: Tensor, experts: int) -> Grouping:
 
 @torch.no_grad()
 def partial_grouping(ids: Tensor, experts: int, *, num_rows: int) -> Grouping:
-    """Lay out one row per slot that has its expert here.
-
-    Args:
-        ids: [tokens, topk] integers, local experts, distinct within a token; -1 where a slot has none.
-        experts: number of local experts; unused ones get empty segments.
-        num_rows: at least the sum over experts of their slots, each rounded up to 128.
-    Returns:
-        The Grouping.
-    """
+    """One row per slot that has its expert here (else id -1); `num_rows` holds every segment, each padded."""
     return Grouping(*_lay_out(ids, experts, num_rows), topk=ids.shape[1], partial=True)
 
 
 def lay_out_reference(ids: Tensor, experts: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """By a stable sort of the slots.
-
-    Args:
-        ids: [tokens, topk] integers, distinct within a token; -1 where a slot has no expert here.
-        experts: number of experts here.
-        num_rows: at least the sum over experts of their slots, each rounded up to 128.
-    Returns:
-        slot_of_row, rows_of_token, group_ends of a Grouping.
-    """
+    """slot_of_row, rows_of_token and group_ends of a Grouping, by a stable sort; id -1: no expert here."""
     flat = ids.flatten().long()  # [slots]
     # Slots without an expert form one more group after the last; they all get the row after the last.
     groups = torch.where(flat < 0, experts, flat)
@@ -134,15 +88,7 @@ def lay_out_reference(ids: Tensor, experts: int, num_rows: int) -> tuple[Tensor,
 
 
 def copy_tokens_reference(x: Tensor, slot_of_row: Tensor, topk: int) -> Tensor:
-    """Rows of x by slot, zeros where there is none.
-
-    Args:
-        x: [tokens, ...].
-        slot_of_row: [rows] int64, -1 for "none".
-        topk: slots per row of x.
-    Returns:
-        [rows, ...] in x.dtype.
-    """
+    """Rows of x [tokens, ...] by slot, zeros where there is none (-1): [rows, ...]."""
     token_of_row = slot_of_row.div(topk, rounding_mode="floor")
     # A zero row behind the last stands for "none": on CPU a tenth of the time of masking afterwards.
     padded = _with_zero_row(x)
@@ -164,16 +110,7 @@ def sum_rows_reference(rows: Tensor, rows_of_token: Tensor, partial: bool, out_d
 
 
 def scatter_gates_reference(by_row: Tensor, slot_of_row: Tensor, tokens: int, topk: int) -> Tensor:
-    """From rows back to slots.
-
-    Args:
-        by_row: [rows].
-        slot_of_row: [rows] int64, -1 for "none".
-        tokens: number of tokens.
-        topk: slots per token.
-    Returns:
-        [tokens, topk] in by_row.dtype; 0 where a slot has no row.
-    """
+    """From rows back to slots: [rows] -> [tokens, topk]; 0 where a slot has no row."""
     slots = tokens * topk
     # All padding rows write to one place behind the last slot, which is cut off.
     places = torch.where(slot_of_row < 0, slots, slot_of_row)
@@ -210,34 +147,30 @@ def _allocate_layout(ids: Tensor, experts: int, num_rows: int) -> tuple[Tensor, 
     return slot_of_row, rows_of_token, ids.new_empty(experts, dtype=torch.int32)
 
 
-def _allocate_copies(x: Tensor, slot_of_row: Tensor, topk: int) -> Tensor:
-    return x.new_empty(slot_of_row.shape[0], *x.shape[1:])
-
-
 def _allocate_sums(rows: Tensor, rows_of_token: Tensor, partial: bool, out_dtype: torch.dtype) -> Tensor:
     return rows.new_empty(rows_of_token.shape[0], rows.shape[1], dtype=out_dtype)
 
 
-def _allocate_gates(by_row: Tensor, slot_of_row: Tensor, tokens: int, topk: int) -> Tensor:
-    return by_row.new_empty(tokens, topk)
-
-
 _lay_out = operator("lay_out", lay_out_reference, fake=_allocate_layout, gpu="permute")
-_copy_tokens = operator("copy_tokens", copy_tokens_reference, fake=_allocate_copies, gpu="permute")
+_copy_tokens = operator(
+    "copy_tokens",
+    copy_tokens_reference,
+    fake=lambda x, slot_of_row, topk: x.new_empty(slot_of_row.shape[0], *x.shape[1:]),
+    gpu="permute",
+)
 _sum_rows = operator("sum_rows", sum_rows_reference, fake=_allocate_sums, gpu="permute")
-_scatter_gates = operator("scatter_gates", scatter_gates_reference, fake=_allocate_gates, gpu="permute")
+_scatter_gates = operator(
+    "scatter_gates",
+    scatter_gates_reference,
+    fake=lambda by_row, slot_of_row, tokens, topk: by_row.new_empty(tokens, topk),
+    gpu="permute",
+)
 
 
 def sum_rows(rows: Tensor, rows_of_token: Tensor, *, partial: bool, out_dtype: torch.dtype) -> Tensor:
-    """Each token's rows added up from left to right in fp32, rounded once; not differentiable.
+    """Each token's rows added up from left to right in fp32 (fp64 in fp64), rounded once; not differentiable.
 
-    Args:
-        rows: [rows, hidden].
-        rows_of_token: [tokens, columns] int64; the number of rows stands for "no row" where `partial`.
-        partial: whether such entries occur; a token without any row gets zeros.
-        out_dtype: of the sums.
-    Returns:
-        [tokens, hidden] out_dtype (summed in fp64 for fp64 rows).
+    [rows, hidden], [tokens, columns] -> [tokens, hidden]. Where `partial`, the number of rows stands for "no row".
     """
     return _sum_rows(rows.detach(), rows_of_token, partial, out_dtype)
 
@@ -282,98 +215,21 @@ class _CombineTokens(torch.autograd.Function):
 
 
 def group_tokens(x: Tensor, grouping: Grouping) -> Tensor:
-    """Copy each token to the rows of its experts; all other rows are zero.
-
-    Args:
-        x: [tokens, hidden].
-        grouping: of the tokens' expert ids.
-    Returns:
-        [num_rows, hidden] in x.dtype. Its backward adds the row gradients of a token in fp32.
-    """
+    """Copy each token of x [tokens, hidden] to the rows of its experts, the rest zeros; backward adds in fp32."""
     assert x.shape[0] == grouping.rows_of_token.shape[0], (x.shape, grouping.rows_of_token.shape)
     rows: Tensor = _GroupTokens.apply(x, grouping)  # type: ignore[no-untyped-call]
     return rows
 
 
 def group_gates(gates: Tensor, grouping: Grouping) -> Tensor:
-    """The gate of each row's slot; 0 in padding rows.
-
-    Args:
-        gates: [tokens, topk] fp32.
-        grouping: the one that grouped the tokens.
-    Returns:
-        [num_rows] in gates.dtype. A slot that has no row gets gradient 0.
-    """
+    """The gate of each row's slot, [num_rows]; 0 in padding rows. A slot that has no row gets gradient 0."""
     assert gates.shape == (grouping.rows_of_token.shape[0], grouping.topk), (gates.shape, grouping.topk)
     row_gates: Tensor = _GroupGates.apply(gates, grouping.slot_of_row)  # type: ignore[no-untyped-call]
     return row_gates
 
 
 def combine_tokens(rows: Tensor, grouping: Grouping) -> Tensor:
-    """Sum of each token's expert rows, eq. 12 without residual and shared expert.
-
-    Args:
-        rows: [num_rows, hidden] outputs of the experts, gates included.
-        grouping: the one that grouped the tokens.
-    Returns:
-        [tokens, hidden] in rows.dtype, summed in fp32 and rounded once.
-    Source: arXiv:2412.19437 eq. 12.
-    """
+    """Sum of each token's expert rows in fp32, rounded once: eq. 12 without residual and shared expert."""
     assert rows.shape[0] == grouping.num_rows, (rows.shape, grouping.num_rows)
     y: Tensor = _CombineTokens.apply(rows, grouping)  # type: ignore[no-untyped-call]
     return y
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x, grad = torch.randn(2, 2048, 256, generator=generator).to(device, torch.bfloat16)
-    ids = torch.rand(2048, 8, generator=generator).topk(2, dim=-1).indices.to(device)
-    return x.requires_grad_(), ids, grad
-
-
-def _run(x: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
-    layout = grouping(ids, 8)
-    return torch.autograd.grad(combine_tokens(group_tokens(x, layout), layout), x, grad)[0]
-
-
-def _peer(x: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
-    tokens = ids.flatten().argsort(stable=True) // ids.shape[1]
-    rows = x.index_select(0, tokens)
-    y = torch.zeros(x.shape, device=x.device).index_add(0, tokens, rows.float()).to(x.dtype)
-    return torch.autograd.grad(y, x, grad)[0]
-
-
-def _layout_inputs(device: torch.device) -> tuple[Tensor]:
-    return (torch.rand(2048, 64, generator=torch.Generator().manual_seed(0)).topk(6, dim=-1).indices.to(device),)
-
-
-def _layout_peer(ids: Tensor) -> Tensor:
-    chosen = torch.zeros(len(ids), 64, dtype=torch.int64, device=ids.device).scatter_(1, ids, 1)
-    padded = (chosen.sum(0) + TILE - 1) // TILE * TILE
-    rows = (padded.cumsum(0) - padded) + chosen.cumsum(0) - 1  # [tokens, experts]
-    return rows.gather(1, ids.sort(dim=1).values)
-
-
-BENCH = (
-    Bench(
-        name="grouping",
-        make_inputs=_layout_inputs,
-        run=lambda ids: grouping(ids, 64).rows_of_token,
-        peer=_layout_peer,
-        peer_name="cumsum of one-hot, one map only",
-        tolerance=0.0,
-        flops=0.0,
-        bytes=8.0 * 3 * 2048 * 6,
-    ),
-    Bench(
-        name="group+combine forward+backward",
-        make_inputs=_bench_inputs,
-        run=_run,
-        peer=_peer,
-        peer_name="index_select + index_add, no padding",
-        # The peer's index_select adds two bf16 gradients in bf16, ours in fp32: one bf16 rounding, at most 2^-8.
-        tolerance=2**-8,
-        flops=0.0,
-        bytes=2.0 * 256 * (4 * 2048 + 6 * 4096),
-    ),
-)

@@ -1,21 +1,15 @@
-"""A door through which the FP8 linears show their operands, before and after quantisation, to whoever asks.
+"""Where the FP8 linears show their operands, before and after quantisation, to a probe.
 
-arXiv:2412.19437 §3.3.2: scales are computed online, so whether E4M3 still fits a tensor can only be seen where it is
-quantised. While a block `watching(probe)` is open, each FP8 linear that runs forward asks the probe for a `Watch` and
-shows it samples of the six operands of its three GEMMs:
+Scales are computed online, so whether E4M3 still fits a tensor can only be seen where it is quantised
+(arXiv:2412.19437 §3.3.2). While `watching(probe)` is open, each FP8 linear that runs forward asks the probe for a
+`Watch` and shows it samples of the six operands of its three GEMMs:
 
     x.fprop    1x128 tiles    rows       w.fprop    128x128 blocks                 y  = x @ W.T
     dy.dgrad   1x128 tiles    rows       w.dgrad    the same, stored transposed    dx = dy @ W
     dy.wgrad   128x1 tiles    columns    x.wgrad    128x1 tiles    columns         dW = dy.T @ x
 
-The Watch is kept with the call (on autograd's context), so that backward and a weight gradient that runs later report
-to the probe of their own forward, whatever a pipeline schedule runs in between. With no probe open a linear pays for
-one look at an empty list. Nothing is written, drawn or waited for, so no bit of training changes.
-
-Sampled are whole blocks of 128 rows at even distances, because a 128x1 tile needs 128 rows; of experts, only rows below
-the last group's end, which is found on the device.
-
-Not here: what is computed of the samples (`train/observe/fp8_health.py`).
+The Watch is kept on autograd's context: backward and a deferred weight gradient report to the probe of their own
+forward. Nothing is written or waited for, and no bit of training changes.
 """
 
 from __future__ import annotations
@@ -37,17 +31,11 @@ Rows = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sample:
-    """Some rows of an operand before quantisation.
+    """Some rows of an operand before quantisation."""
 
-    Args:
-        values: [sampled, cols] fp32 or bf16.
-        rows: [sampled] int64, their numbers in the operand; whole blocks of 128, or all rows where there are fewer.
-        blocks: [ceil(sampled/128)] int64, which blocks of 128 rows they are.
-    """
-
-    values: Tensor
-    rows: Tensor
-    blocks: Tensor
+    values: Tensor  # [sampled, cols] fp32 or bf16
+    rows: Tensor  # [sampled] int64, numbers in the operand; whole blocks of 128, or all rows where there are fewer
+    blocks: Tensor  # [ceil(sampled/128)] int64, which blocks of 128 rows they are
 
 
 class Watch(Protocol):
@@ -66,7 +54,7 @@ class Watch(Protocol):
 
 
 class Probe(Protocol):
-    """Decides which linears are looked at."""
+    """Decides which linears are watched."""
 
     def watch(self, weight: Tensor) -> Watch | None:
         """What looks at a call of the linear with this weight; None: nothing does."""
@@ -93,17 +81,12 @@ def watch(weight: Tensor) -> Watch | None:
 
 @torch.no_grad()
 def sample(rows_of: Rows, like: Tensor, group_ends: Tensor | None, *, num_blocks: int) -> Sample:
-    """Take whole blocks of 128 rows at even distances, one block the middle one.
+    """Take at most `num_blocks` whole blocks of 128 rows at even distances, one block the middle one.
 
-    Args:
-        rows_of: gives the values of some rows.
-        like: [rows, ...], the operand or a tensor of as many rows on its device.
-        group_ends: [groups] int32, exclusive end rows, multiples of 128; None: one group of all rows.
-        num_blocks: at most so many.
-    Returns:
-        Sample. Where groups have fewer blocks than were asked for some are taken twice; if no group has a row they are
-        padding, all zeros. A short last block is taken only if it is the only one.
+    `like` has as many rows as the operand; with `group_ends` only rows below the last end are taken, some twice if they
+    are few. If no group has a row they are padding, all zeros.
     """
+    # A 128x1 tile needs 128 rows; a short last block is taken only if it is the only one.
     whole_blocks = max(len(like) // TILE, 1)
     taken = min(num_blocks, whole_blocks)
     blocks = torch.arange(taken, device=like.device)

@@ -3,18 +3,12 @@
     scale   = amax(tile) / 448, optionally rounded up to a power of two; 1 for a tile of zeros
     payload = round_to_e4m3(clamp(x / scale, -448, 448))
 
-Scales come from the tensor at hand, never from earlier steps. Rules at the edges:
+Scales come from the tensor at hand, never from earlier steps. A last tile may be short (576 = 4*128 + 64); its scale
+covers the elements there are. NaN or infinity in a tile makes its scale non-finite, hence the whole tile NaN after
+dequantising: guards see it. Error bounds are derived in `docs/numerics.md`.
 
-- No amax floor such as 1e-4: it would erase small gradients. Only the scale itself is kept a normal FP32
-  number.
-- Rounding a power-of-two scale *up* keeps every payload within 448; it costs at most one bit of range below.
-- NaN or infinity in a tile makes the tile's scale non-finite, hence the whole tile NaN after dequantising:
-  guards see it.
-- A last tile may be short (576 = 4*128 + 64); its scale covers the elements there are.
-
-Shapes: rows = tokens (or output features), cols = the contraction dim. `quantize_tiles_transposed` groups
-along rows instead, for wgrad, whose contraction runs over tokens. Error bounds are derived in
-`docs/numerics.md`. Each function here is one operator (`kernels/operators.py`) on plain tensors: payload, scale.
+Shapes: rows = tokens (or output features), cols = the contraction dim; x and w are fp32 or bf16.
+`quantize_tiles_transposed` groups along rows instead, for wgrad, whose contraction runs over tokens.
 """
 
 from __future__ import annotations
@@ -23,18 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bench_entry import Bench
 from kernels.formats import E4M3_MAX, TILE, Quantized, ceil_div, decode_e4m3
 from kernels.operators import operator
 
+# No amax floor such as 1e-4, which would erase small gradients: only the scale itself is kept a normal FP32 number.
 SMALLEST_SCALE = 2.0**-126
 
 
-def _scale_of(amax: Tensor, *, power_of_two: bool) -> Tensor:
-    """fp32 scale per tile from the tile's largest magnitude, fp32, any shape."""
-    scale = (amax / E4M3_MAX).clamp_min(SMALLEST_SCALE)
+def scale_of(amax: Tensor, *, largest: float, power_of_two: bool) -> Tensor:
+    """fp32 scale per tile from the tile's largest magnitude, fp32, any shape, and the format's `largest` number."""
+    scale = (amax / largest).clamp_min(SMALLEST_SCALE)
     if power_of_two:
-        # Adding all mantissa bits carries into the exponent unless they were zero: rounded up.
+        # Rounded *up*, so that every payload stays within the format; it costs at most one bit of range below. Adding
+        # all mantissa bits carries into the exponent unless they were zero.
         rounded = (scale.view(torch.int32) + 0x007FFFFF).bitwise_and_(0x7F800000).view(torch.float32)
         scale = torch.where(scale.isfinite(), rounded, scale)
     return torch.where(amax == 0, 1.0, scale)
@@ -50,7 +45,7 @@ def quantize_tiles_reference(x: Tensor, power_of_two: bool) -> tuple[Tensor, Ten
     x = x.float()
     tiles = x.split(TILE, dim=1)
     amax = torch.stack([tile.abs().amax(dim=1) for tile in tiles])  # [col_tiles, rows]
-    scale = _scale_of(amax, power_of_two=power_of_two)
+    scale = scale_of(amax, largest=E4M3_MAX, power_of_two=power_of_two)
     scaled = torch.empty_like(x, memory_format=torch.contiguous_format)
     for tile, out, tile_scale in zip(tiles, scaled.split(TILE, dim=1), scale, strict=True):
         torch.div(tile, tile_scale[:, None], out=out)
@@ -63,7 +58,7 @@ def quantize_tiles_transposed_reference(x: Tensor, power_of_two: bool) -> tuple[
     rows, cols = x.shape
     tiles = x.split(TILE, dim=0)[: ceil_div(rows, TILE)]
     amax = torch.stack([tile.abs().amax(dim=0) for tile in tiles]) if tiles else x.new_zeros(0, cols)
-    scale = _scale_of(amax, power_of_two=power_of_two)  # [row_tiles, cols]
+    scale = scale_of(amax, largest=E4M3_MAX, power_of_two=power_of_two)  # [row_tiles, cols]
     scaled = torch.empty_like(x, memory_format=torch.contiguous_format)
     for tile, out, tile_scale in zip(tiles, scaled.split(TILE, dim=0), scale, strict=False):
         torch.div(tile, tile_scale, out=out)
@@ -85,7 +80,7 @@ def quantize_tiles_both_reference(x: Tensor, power_of_two: bool) -> tuple[Tensor
 def quantize_blocks_reference(w: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor]:
     """All blocks at once. Same arguments as `quantize_blocks`; payload, scale, transposed payload."""
     blocks = _as_blocks(w.float())  # [..., row_blocks, 128, col_blocks, 128]
-    scale = _scale_of(blocks.abs().amax(dim=(-3, -1)), power_of_two=power_of_two)
+    scale = scale_of(blocks.abs().amax(dim=(-3, -1)), largest=E4M3_MAX, power_of_two=power_of_two)
     scaled = (blocks / scale[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
     payload = _to_e4m3(scaled)[..., : w.shape[-2], : w.shape[-1]].contiguous()
     payload_t = payload.view(torch.uint8).mT.contiguous().view(torch.float8_e4m3fn)
@@ -110,14 +105,6 @@ def _allocate_tiles_transposed(x: Tensor, power_of_two: bool) -> tuple[Tensor, T
     return _allocate_tiles(x.t(), power_of_two)
 
 
-def _allocate_tiles_both(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_allocate_tiles(x, power_of_two), *_allocate_tiles_transposed(x, power_of_two)
-
-
-def _allocate_requantized(payload: Tensor, scale: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    return _allocate_tiles(payload.t(), power_of_two)
-
-
 def _allocate_blocks(w: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor]:
     *experts, rows, cols = w.shape
     payload = w.new_empty(w.shape, dtype=torch.float8_e4m3fn)
@@ -125,100 +112,66 @@ def _allocate_blocks(w: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Ten
     return payload, scale, w.new_empty(*experts, cols, rows, dtype=torch.float8_e4m3fn)
 
 
-def _allocate_values(payload: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
-    return payload.new_empty(payload.shape, dtype=out_dtype)
-
-
 _quantize_tiles = operator("quantize_tiles", quantize_tiles_reference, fake=_allocate_tiles, gpu="quantize")
 _quantize_tiles_transposed = operator(
     "quantize_tiles_transposed", quantize_tiles_transposed_reference, fake=_allocate_tiles_transposed, gpu="quantize"
 )
 _quantize_tiles_both = operator(
-    "quantize_tiles_both", quantize_tiles_both_reference, fake=_allocate_tiles_both, gpu="quantize"
+    "quantize_tiles_both",
+    quantize_tiles_both_reference,
+    fake=lambda x, power_of_two: (*_allocate_tiles(x, power_of_two), *_allocate_tiles_transposed(x, power_of_two)),
+    gpu="quantize",
 )
 _requantize_transposed = operator(
-    "requantize_transposed", requantize_transposed_reference, fake=_allocate_requantized, gpu="quantize"
+    "requantize_transposed",
+    requantize_transposed_reference,
+    fake=lambda payload, scale, power_of_two: _allocate_tiles(payload.t(), power_of_two),
+    gpu="quantize",
 )
 _quantize_blocks = operator("quantize_blocks", quantize_blocks_reference, fake=_allocate_blocks, gpu="quantize")
-_dequantize_tiles = operator("dequantize_tiles", dequantize_tiles_reference, fake=_allocate_values, gpu="quantize")
+_dequantize_tiles = operator(
+    "dequantize_tiles",
+    dequantize_tiles_reference,
+    fake=lambda payload, scale, out_dtype: payload.new_empty(payload.shape, dtype=out_dtype),
+    gpu="quantize",
+)
 
 
 def quantize_tiles(x: Tensor, *, power_of_two: bool) -> Quantized:
-    """Quantise with one scale per row and 128 columns: operands whose contraction runs over columns.
-
-    Args:
-        x: [rows, cols] fp32 or bf16.
-        power_of_two: round scales up to powers of two.
-    Returns:
-        payload [rows, cols], scale [ceil(cols/128), rows].
-    Raises:
-        ValueError: x is not a matrix.
-    Source: arXiv:2412.19437 §3.3.2 (activations, activation gradients).
-    """
+    """One scale per row and 128 columns: x [rows, cols] -> payload [rows, cols], scale [ceil(cols/128), rows]."""
     _check_matrix("x", x)
     return Quantized(*_quantize_tiles(x.detach(), power_of_two))
 
 
 def quantize_tiles_transposed(x: Tensor, *, power_of_two: bool) -> Quantized:
-    """Quantise with one scale per 128 rows and column, stored transposed: both operands of wgrad.
+    """One scale per 128 rows and column, stored transposed: both operands of wgrad (§3.5.2).
 
-    Args:
-        x: [rows, cols] fp32 or bf16; rows are tokens and become the contraction dim.
-        power_of_two: round scales up to powers of two.
-    Returns:
-        payload [cols, rows], scale [ceil(rows/128), cols]: the 1x128 tiles of x transposed.
-    Raises:
-        ValueError: x is not a matrix.
-    Source: arXiv:2412.19437 §3.3.2, §3.5.2 (128x1 grouping for the backward pass).
+    x [rows, cols] -> payload [cols, rows], scale [ceil(rows/128), cols]: the 1x128 tiles of x transposed.
     """
     _check_matrix("x", x)
     return Quantized(*_quantize_tiles_transposed(x.detach(), power_of_two))
 
 
 def quantize_tiles_both(x: Tensor, *, power_of_two: bool) -> tuple[Quantized, Quantized]:
-    """`quantize_tiles` and `quantize_tiles_transposed` of one tensor, read once: a gradient, for dgrad and wgrad.
-
-    Args:
-        x: [rows, cols] fp32 or bf16.
-        power_of_two: round scales up to powers of two.
-    Returns:
-        payload [rows, cols], scale [ceil(cols/128), rows]; payload [cols, rows], scale [ceil(rows/128), cols].
-    Raises:
-        ValueError: x is not a matrix.
-    Source: as the two.
-    """
+    """`quantize_tiles` and `quantize_tiles_transposed` of one tensor, read once: a gradient, for dgrad and wgrad."""
     _check_matrix("x", x)
     payload, scale, payload_t, scale_t = _quantize_tiles_both(x.detach(), power_of_two)
     return Quantized(payload, scale), Quantized(payload_t, scale_t)
 
 
 def requantize_transposed(q: Quantized, *, power_of_two: bool) -> Quantized:
-    """Regroup 1x128 tiles as 128x1: dequantise, transpose, quantise again.
+    """Regroup 1x128 tiles as 128x1: dequantise, transpose, quantise again (§3.5.2, the cached activation for wgrad).
 
-    With power-of-two scales the second rounding is exact for every element that does not fall below the
-    normal range of its new tile (`docs/numerics.md`); with FP32 scales it is one more rounding.
-
-    Args:
-        q: payload [rows, cols], tile scales [ceil(cols/128), rows].
-        power_of_two: round the new scales up to powers of two.
-    Returns:
-        payload [cols, rows], scale [ceil(rows/128), cols].
-    Source: arXiv:2412.19437 §3.5.2 (transposition of the cached activation for wgrad).
+    With power-of-two scales the second rounding is exact for every element that does not fall below the normal range
+    of its new tile (`docs/numerics.md`); with FP32 scales it is one more rounding.
     """
     return Quantized(*_requantize_transposed(q.payload, q.scale, power_of_two))
 
 
 def quantize_blocks(w: Tensor, *, power_of_two: bool) -> Quantized:
-    """Quantise with one scale per 128x128 block: weights, with the transposed copy that dgrad multiplies.
+    """One scale per 128x128 block: weights, with the transposed copy that dgrad multiplies.
 
-    Args:
-        w: [..., rows, cols] fp32 or bf16; a leading dim holds experts.
-        power_of_two: round scales up to powers of two.
-    Returns:
-        payload [..., rows, cols], scale [..., ceil(rows/128), ceil(cols/128)], payload_t [..., cols, rows].
-    Raises:
-        ValueError: w has fewer than two dims.
-    Source: arXiv:2412.19437 §3.3.2 (weights).
+    w [..., rows, cols] -> payload, scale [..., ceil(rows/128), ceil(cols/128)], payload_t [..., cols, rows].
     """
     if w.dim() < 2:
         raise ValueError(f"w must be [..., rows, cols], got shape {list(w.shape)}")
@@ -249,54 +202,3 @@ def _as_blocks(w: Tensor) -> Tensor:
 def _check_matrix(name: str, x: Tensor) -> None:
     if x.dim() != 2:
         raise ValueError(f"{name} must be [rows, cols], got shape {list(x.shape)}; flatten leading dims first")
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor]:
-    return (torch.randn(2048, 512, generator=torch.Generator(device).manual_seed(0), device=device),)
-
-
-def _peer_tiles(x: Tensor) -> Tensor:
-    tiles = x.view(len(x), -1, TILE)
-    scaled = tiles / (tiles.abs().amax(-1, keepdim=True) / E4M3_MAX)
-    return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view_as(x)
-
-
-def _peer_blocks(w: Tensor) -> Tensor:
-    scale = F.max_pool2d(w.abs()[None], TILE)[0] / E4M3_MAX
-    scaled = w / scale.repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
-    return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-
-
-# The peers round the same quotients, so payloads are bit-equal. Each reads FP32 and writes E4M3.
-BENCH = (
-    Bench(
-        name="quantize_tiles",
-        make_inputs=_bench_inputs,
-        run=lambda x: quantize_tiles(x, power_of_two=False).payload,
-        peer=_peer_tiles,
-        peer_name="one view [rows, tiles, 128]",
-        tolerance=0.0,
-        flops=0.0,
-        bytes=5.0 * 2048 * 512,
-    ),
-    Bench(
-        name="quantize_tiles_transposed",
-        make_inputs=_bench_inputs,
-        run=lambda x: quantize_tiles_transposed(x, power_of_two=False).payload,
-        peer=lambda x: quantize_tiles(x.t().contiguous(), power_of_two=False).payload,
-        peer_name="transpose in FP32, then quantize_tiles",
-        tolerance=0.0,
-        flops=0.0,
-        bytes=5.0 * 2048 * 512,
-    ),
-    Bench(
-        name="quantize_blocks",
-        make_inputs=_bench_inputs,
-        run=lambda w: quantize_blocks(w, power_of_two=False).payload,
-        peer=_peer_blocks,
-        peer_name="max_pool2d and repeated scales",
-        tolerance=0.0,
-        flops=0.0,
-        bytes=5.0 * 2048 * 512,
-    ),
-)

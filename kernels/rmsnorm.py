@@ -1,11 +1,8 @@
-"""RMSNorm: divide by the root mean square over the last dim, times a learned gain.
+"""RMSNorm: divide by the root mean square over the last dim, times a learned gain (arXiv:1910.07467 eq. 4).
 
-arXiv:2412.19437 §2.1 (before attention and FFN, on the latents c_Q and c_KV, and in MTP eq. 21). For bf16 the
-rounding order is Hugging Face's: the normalised vector is rounded to x.dtype first, then multiplied by the
-gain. Backward keeps x and one reciprocal root per row, never the normalised vector.
-
-Shapes: x [..., dim]; weight [dim]. Leading dims may be sharded on any axis, dim on none.
-It does not add a residual and does not quantise its output.
+arXiv:2412.19437 §2.1 (before attention and FFN, on the latents c_Q and c_KV, and in MTP eq. 21). The rounding order is
+that of transformers 5.23 `DeepseekV3RMSNorm`: the normalised vector is rounded to x.dtype first, then multiplied by the
+gain. Backward keeps x and one reciprocal root per row. Shapes: x [..., dim]; weight [dim]; dim may not be sharded.
 """
 
 from __future__ import annotations
@@ -13,10 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from kernels.bench_entry import Bench
 
 
 def rmsnorm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -48,46 +42,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise by the root mean square over the last dim.
-
-    Args:
-        x: [..., dim], any float dtype; computed in fp32 (fp64 stays fp64).
-        weight: [dim] gain.
-        eps: added to the mean square.
-    Returns:
-        [..., dim] in x.dtype.
-    Source: arXiv:1910.07467 eq. 4; rounding order of transformers 5.23 `DeepseekV3RMSNorm`.
-    """
+    """Normalise x [..., dim] by its root mean square, computed in fp32 (fp64 stays fp64), times weight [dim]."""
     assert x.shape[-1:] == weight.shape, (x.shape, weight.shape)
     y: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x, grad = torch.randn(2, 2048, 256, generator=generator).to(device, torch.bfloat16)
-    weight = torch.randn(256, generator=generator).to(device, torch.bfloat16)
-    return x.requires_grad_(), weight.requires_grad_(), grad
-
-
-def _run(x: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
-    return torch.autograd.grad(rmsnorm(x, weight, 1e-6), (x, weight), grad)[0]
-
-
-def _peer(x: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
-    return torch.autograd.grad(F.rms_norm(x, weight.shape, weight, 1e-6), (x, weight), grad)[0]
-
-
-BENCH = (
-    Bench(
-        name="rmsnorm forward+backward",
-        make_inputs=_bench_inputs,
-        run=_run,
-        peer=_peer,
-        peer_name="F.rms_norm",
-        # One bf16 rounding (2^-8 at most): the peer may round an intermediate once more than we do.
-        tolerance=2**-8,
-        flops=16.0 * 2048 * 256,
-        bytes=5 * 2.0 * 2048 * 256,
-    ),
-)

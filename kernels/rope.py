@@ -1,12 +1,10 @@
 """Rotary position embedding with interleaved pairs, and YaRN's stretched frequency table.
 
-arXiv:2412.19437 §2.1.1 (eq. 3 and 8: RoPE acts on the decoupled key and query only) and §4.3 (YaRN for long
-context). Pair i of a vector holds dims (2i, 2i+1) and turns by the angle position * theta^(-2i/dim). YaRN
-divides the slow frequencies by `factor`, keeps the fast ones, and blends linearly between; it also sharpens
-the softmax, by `yarn_softmax_factor`. Released DeepSeek-V3 weights use the interleaved pair order kept here.
+arXiv:2412.19437 §2.1.1 (eq. 3 and 8) and §4.3 (YaRN, arXiv:2309.00071). Pair i of a vector holds dims (2i, 2i+1) and
+turns by the angle position * theta^(-2i/dim). YaRN divides the slow frequencies by `factor`, keeps the fast ones, and
+blends linearly between; it also sharpens the softmax. Released DeepSeek-V3 weights use the interleaved pair order.
 
 Shapes: x [..., tokens, dim]; cos and sin [tokens, dim / 2] fp32. Leading dims may be sharded on any axis.
-It does not split queries into rotated and plain parts, nor offset positions: slice the tables for that.
 """
 
 from __future__ import annotations
@@ -18,29 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.bench_entry import Bench
-
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """YaRN's parameters under their Hugging Face names.
+    """YaRN's parameters under their Hugging Face names."""
 
-    Args:
-        factor: how many times longer the context becomes.
-        original_max_position_embeddings: context length before stretching, tokens.
-        beta_fast: pairs that turn at least this often within the original context keep their frequency.
-        beta_slow: pairs that turn at most this often are slowed by `factor`.
-        mscale: weight of ln(factor) in the numerator of the cos/sin factor.
-        mscale_all_dim: weight of ln(factor) in its denominator and in the softmax factor; 0 leaves the
-            softmax alone.
-    """
-
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float
-    beta_slow: float
-    mscale: float
-    mscale_all_dim: float
+    factor: float  # how many times longer the context becomes
+    original_max_position_embeddings: int  # context length before stretching, tokens
+    beta_fast: float  # pairs that turn at least this often within the original context keep their frequency
+    beta_slow: float  # pairs that turn at most this often are slowed by `factor`
+    mscale: float  # weight of ln(factor) in the numerator of the cos/sin factor
+    mscale_all_dim: float  # the same in its denominator and in the softmax factor; 0 leaves the softmax alone
 
 
 def _mscale(factor: float, weight: float) -> float:
@@ -48,12 +34,7 @@ def _mscale(factor: float, weight: float) -> float:
 
 
 def yarn_softmax_factor(yarn: YarnScaling) -> float:
-    """Factor on the attention scale: m * m with m = 0.1 * mscale_all_dim * ln(factor) + 1.
-
-    Returns:
-        The factor; 1.0 where mscale_all_dim is 0 or nothing is stretched.
-    Source: YaRN (arXiv:2309.00071) §3.4; transformers 5.23 `yarn_apply_mscale`.
-    """
+    """Factor m * m on the attention scale, m = 0.1 * mscale_all_dim * ln(factor) + 1; 1 without stretching."""
     return _mscale(yarn.factor, yarn.mscale_all_dim) ** 2
 
 
@@ -81,19 +62,7 @@ def _yarn_frequencies(frequencies: Tensor, theta: float, yarn: YarnScaling) -> T
 
 
 def rope_tables(positions: int, dim: int, theta: float, *, yarn: YarnScaling | None) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles.
-
-    Args:
-        positions: number of positions, starting at 0.
-        dim: rotated dims of a query or key; even.
-        theta: base of the frequencies.
-        yarn: stretched context, or None for plain RoPE.
-    Returns:
-        (cos, sin), each [positions, dim / 2] fp32 on the CPU.
-    Raises:
-        ValueError: dim is odd.
-    Source: arXiv:2104.09864 eq. 15; arXiv:2309.00071 §3.2 for YaRN.
-    """
+    """Cosine and sine of positions 0 to `positions` - 1, each [positions, dim / 2] fp32 (arXiv:2104.09864 eq. 15)."""
     if dim % 2:
         raise ValueError(f"qk_rope_head_dim={dim} is odd: dims rotate in pairs, use an even value")
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
@@ -138,38 +107,7 @@ class _ApplyRope(torch.autograd.Function):
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn every adjacent pair of x by its position's angle.
-
-    Args:
-        x: [..., tokens, dim], any float dtype; computed in fp32 (fp64 stays fp64).
-        cos: [tokens, dim / 2] from `rope_tables`, without gradient.
-        sin: [tokens, dim / 2], likewise.
-    Returns:
-        [..., tokens, dim] in x.dtype.
-    Source: arXiv:2104.09864 eq. 34.
-    """
+    """Turn every adjacent pair of x [..., tokens, dim] by its position's angle, in fp32 (fp64 stays fp64)."""
     assert x.shape[-2:] == (cos.shape[0], 2 * cos.shape[1]), (x.shape, cos.shape)
     y: Tensor = _ApplyRope.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return y
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, 4, 256, 32, generator=generator).to(device, torch.bfloat16)
-    cos, sin = rope_tables(256, 32, 10000.0, yarn=None)
-    return x, cos.to(device), sin.to(device)
-
-
-BENCH = (
-    Bench(
-        name="rope",
-        make_inputs=_bench_inputs,
-        run=apply_rope,
-        peer=apply_rope_reference,
-        peer_name="torch, elementwise",
-        # One bf16 rounding (2^-8 at most): a fused multiply-add may move a result across a rounding edge.
-        tolerance=2**-8,
-        flops=3.0 * 8 * 4 * 256 * 32,
-        bytes=2.0 * 2 * 8 * 4 * 256 * 32,
-    ),
-)

@@ -7,11 +7,8 @@ arXiv:2412.19437 §2.1.2. With logits u . e (made by the caller, fp32) and balan
     expert_counts      tokens per expert, for the bias update
 and `sequence_balance` is sum_i f_i P_i per sequence                       eq. 17-20
 
-Backward of `route` is one kernel as well; it keeps the scores and the ids. Both are operators
-(`kernels/operators.py`), and so is the counting of `sequence_balance`; the device code is `kernels/gpu/router.py`.
-
+Backward of `route` is one kernel as well; it keeps the scores and the ids.
 Shapes: logits, scores [tokens, experts] fp32; ids [tokens, topk] int64. Tokens may be sharded on any axis.
-It does not compute the logits, update the bias, or weigh the balance loss by alpha.
 """
 
 from __future__ import annotations
@@ -20,28 +17,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bench_entry import Bench
 from kernels.operators import operator
 
 
 @dataclass(frozen=True)
-class Routed:
-    """What `route` decides for each token.
+class RouterOutput:
+    """What `route` decides for each token."""
 
-    Args:
-        scores: [tokens, experts], sigmoid of the logits; carries gradient.
-        ids: [tokens, topk] int64, highest biased score first.
-        gates: [tokens, topk] in scores.dtype; carries gradient.
-        counts: [experts] int64, tokens that chose each expert.
-    """
-
-    scores: Tensor
-    ids: Tensor
-    gates: Tensor
-    counts: Tensor
+    scores: Tensor  # [tokens, experts], sigmoid of the logits; carries gradient
+    ids: Tensor  # [tokens, topk] int64, highest biased score first
+    gates: Tensor  # [tokens, topk] in scores.dtype; carries gradient
+    counts: Tensor  # [experts] int64, tokens that chose each expert
 
 
 def _best(values: Tensor, count: int) -> Tensor:
@@ -52,20 +40,10 @@ def _best(values: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def select_experts(scores: Tensor, bias: Tensor, *, n_group: int, topk_group: int, topk: int) -> Tensor:
-    """Choose each token's experts by biased score, inside its best groups.
+    """Choose each token's experts by biased score, inside its best groups: [tokens, topk] int64, highest first.
 
-    A group's score is the sum of its two highest biased scores. Experts of the other groups are masked with
-    -inf (not 0: a biased score may be negative). Ties go to the lowest id, on every device.
-
-    Args:
-        scores: [tokens, experts] affinities.
-        bias: [experts], added for the choice only.
-        n_group: groups of equal size that experts fall into, in order of id.
-        topk_group: groups a token may use.
-        topk: experts a token uses; at most topk_group * experts / n_group.
-    Returns:
-        [tokens, topk] int64, highest biased score first; without gradient.
-    Source: arXiv:2412.19437 eq. 16 and §2.1.2 "Node-Limited Routing".
+    A group's score is the sum of its two highest biased scores; `n_group` groups of equal size hold the experts in
+    order of id. Ties go to the lowest id, on every device.
     """
     experts = scores.shape[-1]
     group_size = experts // n_group
@@ -77,37 +55,22 @@ def select_experts(scores: Tensor, bias: Tensor, *, n_group: int, topk_group: in
         group_scores = grouped.topk(min(2, group_size), dim=-1).values.sum(-1)
         kept = _best(group_scores, topk_group)  # [tokens, topk_group]
         excluded = torch.ones_like(group_scores, dtype=torch.bool).scatter_(-1, kept, False)
+        # -inf, not 0: a biased score may be negative.
         biased = grouped.masked_fill(excluded[..., None], float("-inf")).flatten(-2)
     return _best(biased, topk)
 
 
 def gate_weights(scores: Tensor, ids: Tensor, *, scale: float, normalize: bool) -> Tensor:
-    """Weights of the chosen experts, from the un-biased scores.
-
-    Args:
-        scores: [tokens, experts] affinities; the gradient flows through them.
-        ids: [tokens, topk] int64, distinct within a row.
-        scale: routed_scaling_factor.
-        normalize: divide by the sum over the chosen (norm_topk_prob).
-    Returns:
-        [tokens, topk] in scores.dtype.
-    Source: arXiv:2412.19437 eq. 13; 1e-20 as in transformers 5.23.
-    """
+    """Gates of the chosen experts from the un-biased scores; `scale` is routed_scaling_factor, eq. 13."""
     chosen = scores.gather(-1, ids)  # [tokens, topk]
     if normalize:
+        # 1e-20 as in transformers 5.23.
         chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
     return chosen * scale
 
 
 def expert_counts(ids: Tensor, experts: int) -> Tensor:
-    """How many tokens chose each expert.
-
-    Args:
-        ids: [tokens, topk] int64.
-        experts: number of experts.
-    Returns:
-        [experts] int64, tokens. Integers, so any order of addition gives the same.
-    """
+    """How many tokens chose each expert: [experts] int64. Integers, so any order of addition gives the same."""
     flat = ids.flatten()
     return torch.zeros(experts, dtype=torch.int64, device=ids.device).scatter_add_(0, flat, torch.ones_like(flat))
 
@@ -125,18 +88,7 @@ def route_reference(
 def route_backward_reference(
     scores: Tensor, ids: Tensor, grad_scores: Tensor | None, grad_gates: Tensor | None, scale: float, normalize: bool
 ) -> Tensor:
-    """Gradient of the logits, operation by operation what autograd makes of `route_reference`.
-
-    Args:
-        scores: [tokens, experts].
-        ids: [tokens, topk] int64, distinct within a row.
-        grad_scores: [tokens, experts], of everything but the gates; None stands for zeros.
-        grad_gates: [tokens, topk]; None stands for zeros.
-        scale: as in `route`.
-        normalize: as in `route`.
-    Returns:
-        [tokens, experts] in scores.dtype.
-    """
+    """Gradient of the logits as autograd makes it of `route_reference`; a gradient of None stands for zeros."""
     grad = torch.zeros_like(scores)
     if grad_gates is not None:
         grad_chosen = grad_gates * scale  # [tokens, topk]
@@ -153,14 +105,7 @@ def route_backward_reference(
 
 
 def topk_counts_reference(scores: Tensor, topk: int) -> Tensor:
-    """How often each expert is among the plain top-k of a sequence's tokens.
-
-    Args:
-        scores: [sequences, tokens, experts].
-        topk: experts a token counts for; of equal scores the lowest id wins.
-    Returns:
-        [sequences, experts] whole numbers in scores.dtype; exact below 2^24 tokens in fp32.
-    """
+    """How often each expert is among a sequence's plain top-k: [sequences, experts], exact below 2^24 tokens."""
     chosen = _best(scores, topk).flatten(1)  # [sequences, tokens * topk]
     counts = scores.new_zeros(scores.shape[0], scores.shape[2])
     return counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=scores.dtype))
@@ -175,23 +120,23 @@ def _allocate_routed(
     return logits.new_empty(tokens, experts), ids, logits.new_empty(tokens, topk), counts
 
 
-def _allocate_grad(
-    scores: Tensor, ids: Tensor, grad_scores: Tensor | None, grad_gates: Tensor | None, scale: float, normalize: bool
-) -> Tensor:
-    return scores.new_empty(scores.shape)
-
-
-def _allocate_counts(scores: Tensor, topk: int) -> Tensor:
-    return scores.new_empty(scores.shape[0], scores.shape[2])
-
-
 _route = operator("route", route_reference, fake=_allocate_routed, gpu="router")
-_route_backward = operator("route_backward", route_backward_reference, fake=_allocate_grad, gpu="router")
-_topk_counts = operator("topk_counts", topk_counts_reference, fake=_allocate_counts, gpu="router")
+_route_backward = operator(
+    "route_backward",
+    route_backward_reference,
+    fake=lambda scores, ids, grad_scores, grad_gates, scale, normalize: scores.new_empty(scores.shape),
+    gpu="router",
+)
+_topk_counts = operator(
+    "topk_counts",
+    topk_counts_reference,
+    fake=lambda scores, topk: scores.new_empty(scores.shape[0], scores.shape[2]),
+    gpu="router",
+)
 
 
 class _Route(torch.autograd.Function):
-    """Keeps scores and ids; whichever gradient nobody computed is None and costs nothing."""
+    """Keeps scores and ids; a gradient that was not computed is None and costs nothing."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, bias: Tensor, *how: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -214,37 +159,22 @@ class _Route(torch.autograd.Function):
 
 def route(
     logits: Tensor, bias: Tensor, *, n_group: int, topk_group: int, topk: int, scale: float, normalize: bool
-) -> Routed:
+) -> RouterOutput:
     """Score the experts, choose by biased score, weigh by the un-biased one, and count.
 
-    Args:
-        logits: [tokens, experts] fp32.
-        bias: [experts] fp32, for the choice only; carries no gradient.
-        n_group: groups of equal size that experts fall into, in order of id.
-        topk_group: groups a token may use.
-        topk: experts a token uses; at most topk_group * experts / n_group.
-        scale: routed_scaling_factor.
-        normalize: divide the gates by their sum (norm_topk_prob).
-    Returns:
-        The Routed. A token with NaN logits still gets topk distinct ids.
-    Source: arXiv:2412.19437 eq. 13-16 and §2.1.2 "Node-Limited Routing".
+    logits [tokens, experts] fp32; bias [experts] fp32, for the choice only, without gradient; `scale` is
+    routed_scaling_factor, `normalize` norm_topk_prob. A token uses at most topk_group groups, and topk experts, at most
+    topk_group * experts / n_group. One with NaN logits still gets topk distinct ids.
     """
     how = (n_group, topk_group, topk, scale, normalize)
-    return Routed(*_Route.apply(logits, bias.detach(), *how))  # type: ignore[no-untyped-call]
+    return RouterOutput(*_Route.apply(logits, bias.detach(), *how))  # type: ignore[no-untyped-call]
 
 
 def sequence_balance(scores: Tensor, topk: int) -> Tensor:
-    """Sum over sequences of sum_i f_i P_i; 1 per sequence under perfect balance.
+    """Sum over sequences of sum_i f_i P_i, without the factor alpha; 1 per sequence under perfect balance.
 
-    f_i counts the plain top-k of the un-biased scores (no bias, no groups) and carries no gradient; P_i is
-    the mean over the sequence of the scores normalised over all experts.
-
-    Args:
-        scores: [sequences, tokens, experts] affinities.
-        topk: experts a token uses.
-    Returns:
-        Scalar in scores.dtype, without the factor alpha.
-    Source: arXiv:2412.19437 eq. 17-20.
+    f_i counts the plain top-k of the scores [sequences, tokens, experts] (no bias, no groups) and carries no gradient;
+    P_i is the mean over the sequence of the scores normalised over all experts.
     """
     _, tokens, experts = scores.shape
     f = _topk_counts(scores.detach(), topk) * (experts / (topk * tokens))  # eq. 18 [sequences, experts]
@@ -262,59 +192,3 @@ def select_experts_reference(scores: Tensor, bias: Tensor, *, n_group: int, topk
         allowed = [i for i in range(len(row)) if i // size in best_groups]
         rows.append(sorted(allowed, key=lambda i: -row[i])[:topk])
     return torch.tensor(rows, dtype=torch.int64, device=scores.device)
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2048, 64, generator=generator)
-    bias = 0.01 * torch.randn(64, generator=generator)
-    grad = torch.randn(2048, 6, generator=generator)
-    return logits.to(device).requires_grad_(), bias.to(device), grad.to(device)
-
-
-def _run(logits: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
-    routed = route(logits, bias, n_group=8, topk_group=4, topk=6, scale=2.5, normalize=True)
-    return torch.autograd.grad(routed.gates, logits, grad)[0]
-
-
-def _peer(logits: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
-    scores = logits.sigmoid()
-    biased = (scores + bias).view(-1, 8, 8)
-    groups = biased.topk(2, dim=-1).values.sum(-1).topk(4, dim=-1).indices
-    mask = torch.zeros_like(biased[..., 0]).scatter_(1, groups, 1.0).bool()
-    ids = biased.masked_fill(~mask[..., None], float("-inf")).flatten(1).topk(6, dim=-1).indices
-    gates = F.normalize(scores.gather(1, ids), p=1.0, dim=-1) * 2.5
-    return torch.autograd.grad(gates, logits, grad)[0]
-
-
-def _counts_inputs(device: torch.device) -> tuple[Tensor]:
-    return (torch.randn(4, 512, 64, generator=torch.Generator().manual_seed(0)).sigmoid().to(device),)
-
-
-def _counts_peer(scores: Tensor) -> Tensor:
-    return torch.zeros_like(scores).scatter_(-1, scores.topk(6, dim=-1).indices, 1.0).sum(1)
-
-
-BENCH = (
-    Bench(
-        name="route forward+backward",
-        make_inputs=_bench_inputs,
-        run=_run,
-        peer=_peer,
-        peer_name="torch.topk, autograd",
-        # The same fp32 quotients, sums of six and differences in another order: a few fp32 epsilons (2^-23).
-        tolerance=4 * 2**-23,
-        flops=0.0,
-        bytes=4.0 * 4 * 2048 * 64,
-    ),
-    Bench(
-        name="topk_counts",
-        make_inputs=_counts_inputs,
-        run=lambda scores: _topk_counts(scores, 6),
-        peer=_counts_peer,
-        peer_name="torch.topk, scatter",
-        tolerance=0.0,
-        flops=0.0,
-        bytes=4.0 * 2048 * 64,
-    ),
-)

@@ -1,12 +1,9 @@
 """SwiGLU: silu(gate) * up, the activation of every dense and expert FFN; for experts times the router's gate.
 
-arXiv:2412.19437 §2.1.2 (FFN of eq. 12) and §3.3.3 (only the input is kept, in FP8; the output is recomputed). One
-GEMM makes gate and up side by side, so both arrive as one tensor.
-
-The router's gate g of eq. 12 enters here and not where expert outputs are summed. W_down is linear, so
-g * (W_down h) = W_down (g * h): the gradient that reaches down_proj is the token's own, unscaled (in FP8 it is
-rounded once, on its way here), the expert's output is needed by no backward, and the gradient of g is a dot
-product over inter (2048) instead of hidden (7168).
+arXiv:2002.05202 eq. 6; arXiv:2412.19437 §2.1.2 (FFN of eq. 12) and §3.3.3 (only the input is kept, in FP8; the output
+is recomputed). The router's gate g of eq. 12 enters here and not where expert outputs are summed. W_down is linear, so
+g * (W_down h) = W_down (g * h): the gradient that reaches down_proj is unscaled, the expert's output is needed by no
+backward, and the gradient of g is a dot product over inter (2048) instead of hidden (7168).
 
 Around an FP8 down_proj, h = silu(gate) * up * g is never in memory at full width:
 
@@ -16,8 +13,8 @@ Around an FP8 down_proj, h = silu(gate) * up * g is never in memory at full widt
 
 h is rounded to the input's dtype before it is quantised: the numbers are those of the separate calls.
 
-Shapes: gate_up [rows, 2 * inter], gate first; gates [rows] fp32; output [rows, inter]. Rows may be sharded on
-any axis. It does not know about expert groups: zero rows stay zero, so padding passes through.
+Shapes: gate_up [rows, 2 * inter], gate first, fp32 or bf16, on a CPU any float dtype; gates [rows] fp32, 0 in padding
+rows, None where not gated; dh and output [rows, inter]. Rows may be sharded on any axis; zero rows stay zero.
 """
 
 from __future__ import annotations
@@ -28,15 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bench_entry import Bench
 from kernels.formats import TILE, Quantized, ceil_div
 from kernels.operators import operator
 from kernels.quantize import (
-    dequantize_tiles,
     dequantize_tiles_reference,
-    quantize_tiles,
     quantize_tiles_reference,
-    quantize_tiles_transposed,
     quantize_tiles_transposed_reference,
 )
 
@@ -118,14 +111,6 @@ def _allocate_output(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
-def _allocate_gated_output(gate_up: Tensor, gates: Tensor) -> Tensor:
-    return _allocate_output(gate_up)
-
-
-def _allocate_gradient(gate_up: Tensor, dh: Tensor) -> Tensor:
-    return gate_up.new_empty(gate_up.shape)
-
-
 def _allocate_gated_gradients(gate_up: Tensor, gates: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
     return gate_up.new_empty(gate_up.shape), gate_up.new_empty(gate_up.shape[:1], dtype=_wide(gate_up.dtype))
 
@@ -146,17 +131,20 @@ def _allocate_transposed(
     return _allocate_tiles(payload, payload.shape[1] // 2, payload.shape[0])
 
 
-def _allocate_gradient_kept(payload: Tensor, scale: Tensor, dh: Tensor) -> Tensor:
-    return dh.new_empty(payload.shape)
-
-
 def _allocate_gated_gradients_kept(payload: Tensor, scale: Tensor, gates: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
     return dh.new_empty(payload.shape), dh.new_empty(payload.shape[:1], dtype=_wide(dh.dtype))
 
 
 _swiglu = operator("swiglu", swiglu_reference, fake=_allocate_output, gpu="swiglu")
-_swiglu_backward = operator("swiglu_backward", swiglu_backward_reference, fake=_allocate_gradient, gpu="swiglu")
-_gated_swiglu = operator("gated_swiglu", gated_swiglu_reference, fake=_allocate_gated_output, gpu="swiglu")
+_swiglu_backward = operator(
+    "swiglu_backward",
+    swiglu_backward_reference,
+    fake=lambda gate_up, dh: gate_up.new_empty(gate_up.shape),
+    gpu="swiglu",
+)
+_gated_swiglu = operator(
+    "gated_swiglu", gated_swiglu_reference, fake=lambda gate_up, gates: _allocate_output(gate_up), gpu="swiglu"
+)
 _gated_swiglu_backward = operator(
     "gated_swiglu_backward", gated_swiglu_backward_reference, fake=_allocate_gated_gradients, gpu="swiglu"
 )
@@ -165,7 +153,10 @@ _swiglu_quantize_transposed = operator(
     "swiglu_quantize_transposed", swiglu_quantize_transposed_reference, fake=_allocate_transposed, gpu="swiglu"
 )
 _swiglu_backward_kept = operator(
-    "swiglu_backward_kept", swiglu_backward_kept_reference, fake=_allocate_gradient_kept, gpu="swiglu"
+    "swiglu_backward_kept",
+    swiglu_backward_kept_reference,
+    fake=lambda payload, scale, dh: dh.new_empty(payload.shape),
+    gpu="swiglu",
 )
 _gated_swiglu_backward_kept = operator(
     "gated_swiglu_backward_kept",
@@ -204,29 +195,14 @@ class _GatedSwiGlu(torch.autograd.Function):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, each operation computed in fp32 and rounded to the input's dtype.
-
-    Args:
-        gate_up: [rows, 2 * inter] fp32 or bf16, on a CPU any float dtype; the first half is the gate.
-    Returns:
-        [rows, inter] in gate_up.dtype.
-    Source: arXiv:2002.05202 eq. 6.
-    """
+    """silu(gate) * up, [rows, inter], each operation computed in fp32 and rounded to the input's dtype."""
     assert gate_up.shape[-1] % 2 == 0, gate_up.shape
     y: Tensor = _SwiGlu.apply(gate_up)  # type: ignore[no-untyped-call]
     return y
 
 
 def gated_swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
-    """silu(gate) * up * gates, computed in fp32 and rounded once to the input's dtype.
-
-    Args:
-        gate_up: [rows, 2 * inter] fp32 or bf16, on a CPU any float dtype; the first half is the gate of SwiGLU.
-        gates: [rows] fp32, the router's gate of each row; 0 in padding rows.
-    Returns:
-        [rows, inter] in gate_up.dtype. The gradient of `gates` is fp32.
-    Source: arXiv:2412.19437 eq. 12 with g_i moved before W_down; arXiv:2002.05202 eq. 6.
-    """
+    """silu(gate) * up * gates, [rows, inter], computed in fp32 and rounded once; the gates' gradient is fp32."""
     assert gate_up.shape[-1] % 2 == 0, gate_up.shape
     assert gates.shape == gate_up.shape[:1], (gates.shape, gate_up.shape)
     y: Tensor = _GatedSwiGlu.apply(gate_up, gates)  # type: ignore[no-untyped-call]
@@ -234,17 +210,7 @@ def gated_swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
 
 
 def swiglu_quantize(gate_up: Tensor, gates: Tensor | None, *, power_of_two: bool) -> tuple[Quantized, Quantized]:
-    """From one read of gate_up: itself in 1x128 tiles, to be kept, and the activation in 1x128 tiles, to be multiplied.
-
-    Args:
-        gate_up: [rows, 2 * inter] fp32 or bf16, gate first.
-        gates: [rows] fp32; None: not gated.
-        power_of_two: round all scales up to powers of two.
-    Returns:
-        `quantize_tiles(gate_up)`, [rows, 2 * inter], and `quantize_tiles` of `swiglu(gate_up)` or
-        `gated_swiglu(gate_up, gates)`, [rows, inter].
-    Source: arXiv:2412.19437 §3.3.3 (the inputs of SwiGLU are cached in FP8).
-    """
+    """gate_up in 1x128 tiles, to be kept, and its activation in 1x128 tiles, to be multiplied; one read."""
     assert gate_up.shape[-1] % 2 == 0, gate_up.shape
     gates = None if gates is None else gates.detach()
     kept_payload, kept_scale, payload, scale = _swiglu_quantize(gate_up.detach(), gates, power_of_two)
@@ -254,147 +220,15 @@ def swiglu_quantize(gate_up: Tensor, gates: Tensor | None, *, power_of_two: bool
 def swiglu_quantize_transposed(
     kept: Quantized, gates: Tensor | None, *, dtype: torch.dtype, power_of_two: bool
 ) -> Quantized:
-    """The activation again, in 128x1 tiles stored transposed: wgrad's operand.
-
-    Args:
-        kept: payload [rows, 2 * inter] with tile scales, of `swiglu_quantize`.
-        gates: [rows] fp32; None: not gated.
-        dtype: what gate_up was in; dequantised values and the activation are rounded to it.
-        power_of_two: round the scales up to powers of two.
-    Returns:
-        payload [inter, rows], scale [ceil(rows/128), inter].
-    Source: arXiv:2412.19437 §3.3.3 (its output is recomputed), §3.5.2 (128x1 grouping for the backward pass).
-    """
+    """The activation again, rounded to `dtype` (gate_up's), in 128x1 tiles, payload [inter, rows]: for wgrad."""
     return Quantized(*_swiglu_quantize_transposed(kept.payload, kept.scale, gates, dtype, power_of_two))
 
 
 def swiglu_backward_kept(kept: Quantized, dh: Tensor) -> Tensor:
-    """Gradient of `swiglu` at the input as it was kept.
-
-    Args:
-        kept: payload [rows, 2 * inter] with tile scales, of `swiglu_quantize`.
-        dh: [rows, inter] fp32 or bf16, the gradient of the output; dequantised values are rounded to its dtype.
-    Returns:
-        [rows, 2 * inter] in dh's dtype.
-    Source: arXiv:2412.19437 §3.3.3.
-    """
+    """Gradient of `swiglu` at the input as it was kept, [rows, 2 * inter] in dh's dtype."""
     return _swiglu_backward_kept(kept.payload, kept.scale, dh)
 
 
 def gated_swiglu_backward_kept(kept: Quantized, gates: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `gated_swiglu` at the input as it was kept.
-
-    Args:
-        kept: payload [rows, 2 * inter] with tile scales, of `swiglu_quantize`.
-        gates: [rows] fp32.
-        dh: [rows, inter] fp32 or bf16, the gradient of the output; dequantised values are rounded to its dtype.
-    Returns:
-        [rows, 2 * inter] in dh's dtype; [rows] fp32, the gates' gradient.
-    Source: arXiv:2412.19437 §3.3.3, eq. 12.
-    """
+    """Gradients of `gated_swiglu` at the input as it was kept: gate_up's in dh's dtype, the gates' fp32."""
     return _gated_swiglu_backward_kept(kept.payload, kept.scale, gates, dh)
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    gate_up = torch.randn(4096, 512, generator=generator).to(device, torch.bfloat16)
-    grad = torch.randn(4096, 256, generator=generator).to(device, torch.bfloat16)
-    return gate_up.requires_grad_(), grad
-
-
-def _run(gate_up: Tensor, grad: Tensor) -> Tensor:
-    return torch.autograd.grad(swiglu(gate_up), gate_up, grad)[0]
-
-
-def _peer(gate_up: Tensor, grad: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return torch.autograd.grad(F.silu(gate) * up, gate_up, grad)[0]
-
-
-def _gated_bench_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    gate_up, grad = _bench_inputs(device)
-    gates = torch.rand(4096, generator=torch.Generator().manual_seed(1)).to(device)
-    return gate_up, gates, grad
-
-
-def _gated_run(gate_up: Tensor, gates: Tensor, grad: Tensor) -> Tensor:
-    return torch.autograd.grad(gated_swiglu(gate_up, gates), gate_up, grad)[0]
-
-
-def _gated_peer(gate_up: Tensor, gates: Tensor, grad: Tensor) -> Tensor:
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    y = (F.silu(gate) * up * gates[:, None]).to(gate_up.dtype)
-    return torch.autograd.grad(y, gate_up, grad)[0]
-
-
-def _kept_bench_inputs(device: torch.device) -> tuple[Quantized, Tensor, Tensor]:
-    gate_up, gates, grad = _gated_bench_inputs(device)
-    return quantize_tiles(gate_up, power_of_two=True), gates, grad
-
-
-def _peer_activation(kept: Quantized, gates: Tensor) -> Tensor:
-    return gated_swiglu(dequantize_tiles(kept, out_dtype=torch.bfloat16), gates)
-
-
-def _peer_backward(kept: Quantized, gates: Tensor, grad: Tensor) -> Tensor:
-    gate_up = dequantize_tiles(kept, out_dtype=grad.dtype).requires_grad_()
-    return torch.autograd.grad(gated_swiglu(gate_up, gates), gate_up, grad)[0]
-
-
-BENCH = (
-    Bench(
-        name="swiglu forward+backward",
-        make_inputs=_bench_inputs,
-        run=_run,
-        peer=_peer,
-        peer_name="F.silu(gate) * up, autograd",
-        # The same bf16 operations in the same order; one bf16 rounding (2^-8) for another way to silu.
-        tolerance=2**-8,
-        flops=12.0 * 4096 * 256,
-        bytes=9 * 2.0 * 4096 * 256,
-    ),
-    Bench(
-        name="gated_swiglu forward+backward",
-        make_inputs=_gated_bench_inputs,
-        run=_gated_run,
-        peer=_gated_peer,
-        peer_name="(F.silu(gate) * up * gates) in fp32, autograd",
-        # Both compute in fp32 and round the gradient to bf16 once: equal but where fp32 sits on a bf16 tie.
-        tolerance=2**-12,
-        flops=14.0 * 4096 * 256,
-        bytes=9 * 2.0 * 4096 * 256,
-    ),
-    # The next three round the same numbers in the same order, so both sides have the same bits.
-    Bench(
-        name="swiglu_quantize",
-        make_inputs=_gated_bench_inputs,
-        run=lambda gate_up, gates, _: swiglu_quantize(gate_up, gates, power_of_two=True)[1].payload,
-        peer=lambda gate_up, gates, _: quantize_tiles(gated_swiglu(gate_up, gates), power_of_two=True).payload,
-        peer_name="gated_swiglu, then quantize_tiles (without the kept input)",
-        tolerance=0.0,
-        flops=0.0,
-        bytes=7.0 * 4096 * 256,
-    ),
-    Bench(
-        name="swiglu_quantize_transposed",
-        make_inputs=_kept_bench_inputs,
-        run=lambda kept, gates, _: (
-            swiglu_quantize_transposed(kept, gates, dtype=torch.bfloat16, power_of_two=True).payload
-        ),
-        peer=lambda kept, gates, _: quantize_tiles_transposed(_peer_activation(kept, gates), power_of_two=True).payload,
-        peer_name="dequantize_tiles, gated_swiglu, quantize_tiles_transposed",
-        tolerance=0.0,
-        flops=0.0,
-        bytes=3.0 * 4096 * 256,
-    ),
-    Bench(
-        name="gated_swiglu_backward_kept",
-        make_inputs=_kept_bench_inputs,
-        run=lambda kept, gates, grad: gated_swiglu_backward_kept(kept, gates, grad)[0],
-        peer=_peer_backward,
-        peer_name="dequantize_tiles, gated_swiglu, autograd",
-        tolerance=0.0,
-        flops=14.0 * 4096 * 256,
-        bytes=8.0 * 4096 * 256,
-    ),
-)

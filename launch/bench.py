@@ -13,17 +13,18 @@ from pathlib import Path
 
 import torch
 
+from train.studies.bench import rows as bench_rows
 from train.studies.bench import table as bench_table
 
 
 def kernels(arguments: argparse.Namespace, device: torch.device) -> int:
-    """Measure, print, and say by the exit status whether every parity check is green."""
-    chosen = [bench for bench in bench_table.entries() if arguments.only in (None, bench.name)]
-    rows = bench_table.table(chosen, device)
+    """Measure and print; 1 where a parity check is red."""
+    chosen = [case for case in bench_rows.cases() if arguments.only in (None, case.name)]
+    rows = bench_table.run(chosen, device, clock=bench_rows.clock_of(device))
     print(bench_table.render(rows, device))
     if arguments.csv is not None:
         bench_table.write_csv(rows, arguments.csv)
-    red = [row.name for row in rows if not row.green]
+    red = [row.case for row in bench_table.red(rows)]
     if red:
         print(f"parity is red, no speed reported: {', '.join(red)}", file=sys.stderr)
     return 1 if red else 0
@@ -44,7 +45,7 @@ def layer(arguments: argparse.Namespace, device: torch.device) -> int:
 
 def main() -> int:
     """Choose the bench."""
-    names = [bench.name for bench in bench_table.entries()]
+    names = [case.name for case in bench_rows.cases()]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="NAME", choices=names, help="measure one entry; one of: " + ", ".join(names))
     parser.add_argument("--csv", metavar="PATH", type=Path, help="also write the rows to this file")

@@ -2,7 +2,7 @@
 
 Tokenises, trains `experiment=tiny` twice on the same tokens, seed and budget, and prints held-out bits per byte beside
 n-gram models of the same tokeniser and xz. Arguments are Hydra overrides of both runs. An interrupted demo goes on
-where it stopped; delete runs/demo to begin anew.
+where it stopped; delete runs/demo to begin again.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 from rich.console import Console
 from rich.table import Table
 
-from train.assemble import build
+from train.assemble import build_alone
 from train.config import compose
 from train.data.ingest import Recipe, prepare
 from train.observe.guards import TrainingStopped
 from train.studies.compare import PAPER_GAP
 from train.studies.dashboard.page import render
-from train.studies.demo_summary import Report, report
+from train.studies.demo_summary import DemoSummary, summarise
 from train.trainer import Trainer
 
 TEXT, STORES = "data/king_james_bible/text.jsonl", Path("stores/demo")
@@ -33,7 +33,7 @@ COMMON = ["experiment=tiny", "run.directory=runs/demo"]
 def train(precision: str, overrides: list[str], console: Console) -> Path:
     """One run from scratch or from where it stopped; returns its directory."""
     config = compose([*COMMON, f"precision={precision}", f"run.name={precision}", *overrides])
-    trainer = Trainer(config, build(config))
+    trainer = Trainer(config, build_alone(config))
     trainer.resume()
     console.print(f"{precision}: {config.schedule.total_tokens:,} tokens on {trainer.mesh.device.type}")
     trainer.fit()
@@ -42,8 +42,8 @@ def train(precision: str, overrides: list[str], console: Console) -> Path:
     return trainer.directory
 
 
-def show(result: Report, console: Console) -> None:
-    """The table a newcomer sees last."""
+def show(result: DemoSummary, console: Console) -> None:
+    """Print the scores of runs and baselines, best first, and the loss gap."""
     table = Table("held-out text", "bits per byte")
     for name, bits in sorted((result.scores | result.baselines).items(), key=lambda item: item[1]):
         table.add_row(f"[bold]{name}[/bold]" if name in result.scores else name, f"{bits:.3f}")
@@ -58,7 +58,7 @@ def main(overrides: list[str]) -> int:
     try:
         stores = prepare(Recipe(source=TEXT, vocab_size=1024), STORES)
         runs = {precision: train(precision, overrides, console) for precision in ("bf16", "fp8")}
-        result = report(runs, stores)
+        result = summarise(runs, stores)
     except (ValueError, TrainingStopped) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2

@@ -2,9 +2,8 @@
 
     python launch/generate.py runs/demo/bf16 --prompt "In the beginning" --max-tokens 100 --temperature 0.8 --seed 1
 
-Several prompts are continued as one batch and printed in order. `--measure STORE` prints, in place of text, what MTP
-drafting gains on the beginnings of a store's documents. What it does: docs/generation.md. Bad input ends with one
-sentence and exit code 2.
+Several prompts are continued as one batch and printed in order. `--measure STORE` prints what MTP drafting gains on the
+beginnings of a store's documents (docs/generation.md). Bad input ends with one sentence and exit code 2.
 """
 
 from __future__ import annotations
@@ -52,19 +51,22 @@ def main(arguments: list[str]) -> int:
 
     try:
         sampling = Sampling(options.temperature, options.top_p)
-        asked = text.Generation(options.max_tokens, options.seed, sampling, options.draft, options.batch_tokens)
+        settings = text.GenerationSettings(
+            options.max_tokens, options.seed, sampling, options.draft, options.batch_tokens
+        )
         device, texts = text.device_of(options.device), text.read_prompts(options.prompt, options.prompts_file)
         source = open_weights(options.model, options.weights)
         tokenizer = tokenizer_of(source, options.tokenizer)
-        start = source.trained_on.first_id(tokenizer.special_ids)
+        first_id = source.trained_on.first_id(tokenizer.special_ids)
         precision = replace(source.precision, name=options.precision or source.precision.name)
         decoder = Decoder(load_model(source, precision=precision, device=device))
         if options.measure:
-            beginnings = partial(text.store_prompts, start=start, tokens=options.prompt_tokens)
-            print(text.measure(decoder, beginnings(TokenStore.open(options.measure), tokenizer), asked))
+            store = TokenStore.open(options.measure)
+            prompts = text.store_prompts(store, tokenizer, first_id=first_id, tokens=options.prompt_tokens)
+            print(text.measure(decoder, prompts, settings))
             return 0
         write = partial(print, end="", flush=True)
-        print(text.continue_texts(decoder, tokenizer, texts, asked, write, start=start), file=sys.stderr)
+        print(text.continue_texts(decoder, tokenizer, texts, settings, write, first_id=first_id), file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return BAD_INPUT

@@ -13,8 +13,6 @@ import os
 import sys
 from pathlib import Path
 
-BAD_INPUT = 2
-
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
@@ -33,8 +31,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Prepare stores as the command line says; returns the exit code."""
     options = parse(arguments)
-    # Worker processes do the parallel work; threads inside a forked tokeniser would be refused with a
-    # warning.
+    # Worker processes do the parallel work; threads inside a forked tokeniser would be refused with a warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if options.workers <= 1 else "false")
     # Imported late: --help should not wait for `datasets`.
     import datasets
@@ -45,18 +42,11 @@ def main(arguments: list[str]) -> int:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        recipe = Recipe(
-            source=options.source,
-            text_field=options.text_field,
-            split=options.split,
-            tokenizer=options.tokenizer,
-            vocab_size=options.vocab_size,
-            heldout=options.heldout,
-        )
-        prepared = prepare(recipe, options.out, workers=options.workers)
+        recipe = {name: value for name, value in vars(options).items() if name not in ("out", "workers")}
+        prepared = prepare(Recipe(**recipe), options.out, workers=options.workers)
     except ValueError as error:
         print(f"prepare: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return 2
     print(f"{options.out}: {'reused, it was made from the same inputs' if prepared.reused else 'made'}")
     for store in filter(None, (prepared.train, prepared.heldout)):
         manifest = store.manifest

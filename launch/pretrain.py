@@ -17,27 +17,27 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from torch.distributed.rendezvous import rendezvous
 
-from parallel.layout_check import check_world
+from parallel.layout import check_world
 from train.config import PretrainConfig, compose, to_yaml
 from train.observe.guards import TrainingStopped
 from train.studies.plan.dry_run import dry_run
-from train.worker import Place, pretrain
+from train.worker import WorkerInfo, pretrain
 
 # How long the first rank may start after the others and still be heard when it refuses a configuration.
 SPEAKER_S = 30
 
 
-def meet(config: PretrainConfig, *, rank: int, world: int) -> Place:
-    """This process's place, as torchrun gives it; NCCL's settings are put where NCCL looks for them."""
+def meet(config: PretrainConfig, *, rank: int, world: int) -> WorkerInfo:
+    """This process among all, as torchrun gives it; NCCL's settings are put where NCCL looks for them."""
     check_world(config.layout, world)
     if world == 1:
-        return Place()
+        return WorkerInfo()
     for name, value in config.network.environment.items():
         os.environ.setdefault(name, value)
     store, _, _ = next(rendezvous("env://", rank, world))
     hosted_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return Place(rank, world, local_rank, store, None if hosted_by_launcher else 0)
+    return WorkerInfo(rank, world, local_rank, store, None if hosted_by_launcher else 0)
 
 
 def main(arguments: list[str]) -> int:

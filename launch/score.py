@@ -17,12 +17,14 @@ from typing import get_args
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 from train.assemble import choose_device
-from train.evaluate.subject import Subject
-from train.evaluate.suite import Report, evaluate, read_files
-from train.evaluate.suite_options import add_suite_options, suite_of
+from train.evaluate.exact_match import Attempts
+from train.evaluate.language_model import LanguageModel
+from train.evaluate.suite import Suite, SuiteScores, evaluate, named_stores, read_files
 from train.huggingface.weights import Kind, load_model, open_weights, tokenizer_of
 
 BAD_INPUT, INTERRUPTED = 2, 130
+# Flags of the same name as a field of `Suite`.
+SAME_NAMES = ("choice", "exact", "dev", "shots", "seed", "tasks", "limit", "run_code")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -30,7 +32,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a model.")
     add = parser.add_argument
     add("model", type=Path, help="a run, a checkpoint, or a Hugging Face folder")
-    add_suite_options(parser)
+    add("--store", action="append", default=[], help="held-out store, PATH or NAME=PATH; may be repeated")
+    add("--choice", action="append", default=[], type=Path, help="multiple choice (MMLU-Pro, MMLU, GPQA), JSONL")
+    add("--exact", action="append", default=[], type=Path, help="final answers (MATH, AIME), JSONL")
+    add("--tasks", default="", help="deepseek-base, or lm-eval tasks separated by commas; needs lm-eval")
+    add("--dev", type=Path, help="JSONL of examples, in the format of the questions")
+    add("--shots", type=int, default=0, help="examples before each question (default: 0)")
+    add("--samples", type=int, default=1, help="solutions a problem (default: 1)")
+    add("--temperature", type=float, default=0.0, help="of solutions (default: 0, greedy)")
+    add("--max-new-tokens", type=int, help="longest solution (default: 512, at most half of --max-length)")
+    add("--seed", type=int, default=0, help="of samples and of the order of GPQA's options (default: 0)")
+    add("--limit", type=int, help="documents of each lm-eval task (default: all)")
+    add("--run-code", action="store_true", help="let lm-eval run programs that the model wrote")
     add("--weights", choices=get_args(Kind), default="model", help="which values, of a run (default: model)")
     add("--tokenizer", type=Path, help="tokenizer.json (default: the model's)")
     add("--max-length", type=int, help="longest input, tokens (default: as trained)")
@@ -40,15 +53,24 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def subject_of(options: argparse.Namespace) -> Subject:
-    """Load the model; what it says of its training holds unless the command line says otherwise."""
+def suite_of(options: argparse.Namespace) -> Suite:
+    """What to measure."""
+    return Suite(
+        stores=named_stores(options.store),
+        attempts=Attempts(options.samples, options.temperature, options.max_new_tokens, options.seed),
+        **{name: getattr(options, name) for name in SAME_NAMES},
+    )
+
+
+def model_of(options: argparse.Namespace) -> LanguageModel:
+    """Load the model; lengths and tokeniser are those of its training unless the command line says otherwise."""
     source = open_weights(options.model, options.weights)
     device = choose_device(options.device)
-    return Subject(
+    return LanguageModel(
         load_model(source, device=device),
         device,
         name=str(options.model),
-        tokenizer=partial(tokenizer_of, source, options.tokenizer),
+        load_tokenizer=partial(tokenizer_of, source, options.tokenizer),
         trained_on=source.trained_on,
         max_length=options.max_length,
         batch_tokens=options.batch_tokens,
@@ -58,20 +80,20 @@ def subject_of(options: argparse.Namespace) -> Subject:
 def main(arguments: list[str]) -> int:
     """Score as the command line says; returns the exit code."""
     options = parse(arguments)
-    report, code = None, 0
+    scores, code = None, 0
     try:
-        suite, report = suite_of(options), Report(options.out)
+        suite, scores = suite_of(options), SuiteScores(options.out)
         files = read_files(suite)
-        evaluate(subject_of(options), suite, files, report.keep)
-        code = 0 if report.finish(files.left_out) else BAD_INPUT
+        evaluate(model_of(options), suite, files, scores)
+        code = 0 if scores.finish(files.left_out) else BAD_INPUT
     except (ValueError, OSError) as error:
         print(f"score: {error}", file=sys.stderr)
         code = BAD_INPUT
     except KeyboardInterrupt:
         print("score: interrupted", file=sys.stderr)
         code = INTERRUPTED
-    if report is not None:
-        report.show()
+    if scores is not None:
+        scores.show()
     return code
 
 

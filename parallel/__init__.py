@@ -1,1 +1,1 @@
-"""The parallel floor: it knows tensors, modules and meshes, never a model and never the trainer."""
+"""Parallelism over tensors, modules and meshes; it imports neither a model nor the trainer."""

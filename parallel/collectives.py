@@ -1,15 +1,7 @@
 """Thin functions over torch.distributed for one axis of the mesh, with the bytes counted.
 
 The exchange of tokens in expert parallelism is an uneven all-to-all of whole rows (arXiv:2412.19437 §3.2.2). On an axis
-of one rank there is no group, and every function here is the identity.
-
-`Traffic` adds up what a rank *sends*: a row counts once per destination rank, the rank itself included (`sent`), since
-the promise is bytes per (token, destination rank); `to_others` leaves out what stays on the rank. Received bytes are
-the senders' to count. Counting is arithmetic on host integers; nothing waits for the device.
-
-Shapes: rows [n, width]; splits are rows per rank of the axis, host integers. Nothing here is differentiable: autograd
-belongs to the callers. No group is made here (`parallel.mesh` does), and no dtype is converted: gloo refuses FP8, so
-callers send its bytes as uint8.
+of one rank there is no group, and every function is the identity. Not differentiable: autograd belongs to the callers.
 """
 
 from __future__ import annotations
@@ -24,29 +16,18 @@ from parallel.mesh import Axis
 
 
 class Traffic:
-    """Bytes sent by this rank, by kind ("dispatch", "combine", "routing", "gates", "counts").
-
-    Args of the counters: `sent` holds everything handed to a collective, the rank's own share included; `to_others`
-    what leaves the rank; `rows` the rows behind `sent`. `largest_exchange` is the most bytes of send and receive buffer
-    that one call had.
-    """
+    """Bytes sent by this rank, by kind ("dispatch", "combine", "routing", "gates", "counts")."""
 
     def __init__(self) -> None:
+        # A row counts once per destination rank, this rank included; `to_others` leaves out what stays here.
         self.sent: Counter[str] = Counter()
         self.to_others: Counter[str] = Counter()
         self.rows: Counter[str] = Counter()
+        # The most bytes of send and receive buffer that one call had.
         self.largest_exchange = 0
 
     def add(self, kind: str, splits: Sequence[int], *, received: int, row_bytes: int, own: int) -> None:
-        """Count one exchange.
-
-        Args:
-            kind: what the rows are for.
-            splits: rows for each rank of the axis.
-            received: rows from all ranks of the axis.
-            row_bytes: bytes of one row.
-            own: this rank's index on the axis.
-        """
+        """Count one exchange of rows of `row_bytes` each; own: this rank's index on the axis."""
         rows = sum(splits)
         self.largest_exchange = max(self.largest_exchange, (rows + received) * row_bytes)
         self.rows[kind] += rows
@@ -66,15 +47,13 @@ def all_to_all_rows(
     """Send whole rows to every rank of an axis; every rank must call it.
 
     Args:
-        rows: [sum(send_splits), ...], sorted by destination; a dtype that the backend takes.
+        rows: [sum(send_splits), ...], sorted by destination. gloo refuses FP8: send its bytes as uint8.
         send_splits: rows for each rank, zero allowed.
         recv_splits: rows from each rank, zero allowed.
-        axis: who takes part.
-        kind: under which name the bytes are counted.
-        traffic: counter; None counts nothing.
+        axis: the ranks that take part.
+        kind: under which name `traffic` counts the bytes, if it is given.
     Returns:
         [sum(recv_splits), ...] in order of the source rank; `rows` itself on an axis of one rank.
-    Source: arXiv:2412.19437 §3.2.2.
     """
     assert len(send_splits) == len(recv_splits) == axis.size, (send_splits, recv_splits, axis.size)
     assert rows.shape[0] == sum(send_splits), (rows.shape, send_splits)
@@ -89,21 +68,14 @@ def all_to_all_rows(
 
 
 def sum_over(x: Tensor, axis: Axis) -> Tensor:
-    """Sum of a tensor over the ranks of an axis, in place.
-
-    Args:
-        x: the same shape and dtype on every rank; counts are int64.
-        axis: who takes part.
-    Returns:
-        x, which now holds the sum on every rank.
-    """
+    """Sum of a tensor over the ranks of an axis, in place; returns x."""
     if axis.group is not None:
         dist.all_reduce(x, op=dist.ReduceOp.SUM, group=axis.group)
     return x
 
 
 def max_over(x: Tensor, axis: Axis) -> Tensor:
-    """Largest value of each element over the ranks of an axis, in place; as `sum_over`."""
+    """Largest value of each element over the ranks of an axis, in place; returns x."""
     if axis.group is not None:
         dist.all_reduce(x, op=dist.ReduceOp.MAX, group=axis.group)
     return x

@@ -3,27 +3,16 @@
     dispatch   quantise -> all-to-all -> dequantise -> one row per (token, local expert), grouped, padded to 128
     combine    FP32 sum of a token's rows on each rank -> all-to-all -> FP32 sum over ranks, in order of rank
 
-Expert e lives on rank e // local_experts of the axis. A token goes at most once to each rank and is expanded there; its
+Expert e is on rank e // local_experts of the axis. A token goes at most once to each rank and is expanded there; its
 experts (int32, -1 for experts elsewhere) and gates (FP32) travel with it, and the gradients of the gates come back.
+Backward of combine is a dispatch of the token's own gradient in the same format, backward of dispatch a combine.
 
 The wire follows precision: FP32; BF16; or, for fp8, E4M3 payload + FP32 scales for dispatch (one uint8 row of
-hidden + 4 * ceil(hidden / 128) bytes per (token, rank), 7392 at 7168) and BF16 for combine. Backward of combine is a
-dispatch of the token's own gradient in the same format, backward of dispatch a combine.
-
-With power-of-two scales an FP8 value (4 significant bits) is exact in BF16, and quantising it again is exact: the
-expert's first linear and down_proj's dgrad compute on exactly what was sent, rounded once. 1x128 -> 128x1 for wgrad
-is exact too, but for elements that fall below 2^-6 of their new tile's scale and are no multiple of 2^-9 of it. With
-FP32 scales BF16 rounds the value, but quantising it again finds the payload and scale that were sent (a tile's largest
-element is a BF16 number, and 2^-8 is less than half an E4M3 step); 1x128 -> 128x1 is then a second rounding.
-
-The host waits once per MoE layer and micro-batch, in forward: split sizes and tokens per expert come from one exchange
-of int64 [ep, 1 + local_experts] and are read together; backward reuses them.
+hidden + 4 * ceil(hidden / 128) bytes per (token, rank), 7392 at 7168) and BF16 for combine. With
+power-of-two scales the experts' GEMMs compute on exactly what was sent, but for underflow.
 
 Shapes: tokens of this rank [tokens, hidden]; copies = (token, rank) pairs sent; received = copies that arrived, in
 order of (source rank, token); rows as in `kernels.permute`. Gathers and ordered sums only: results repeat to the bit.
-
-Not here: the choice of experts (node-limited routing is the router's), overlap with compute, forwarding over NVLink
-inside a node (each copy goes straight to its rank), weight gradients (they fall out of the linears over the rows).
 """
 
 from __future__ import annotations
@@ -52,8 +41,8 @@ from parallel.mesh import Axis
 Wire = Literal["fp32", "bf16", "fp8"]
 
 
-class Choice(Protocol):
-    """What a dispatcher reads of the router's decision."""
+class ExpertChoice(Protocol):
+    """The part of the router's decision that a dispatcher reads."""
 
     @property
     def topk_ids(self) -> Tensor:
@@ -72,58 +61,38 @@ class Choice(Protocol):
 
 
 def pack_fp8(x: Tensor, *, power_of_two: bool) -> Tensor:
-    """Quantise in 1x128 tiles and lay payload and scales of a token side by side.
-
-    Args:
-        x: [tokens, hidden] fp32 or bf16.
-        power_of_two: round scales up to powers of two.
-    Returns:
-        [tokens, hidden + 4 * ceil(hidden / 128)] uint8.
-    """
+    """[tokens, hidden] fp32 or bf16 in 1x128 tiles -> [tokens, hidden + 4 * ceil(hidden / 128)] uint8, scales last."""
     q = quantize_tiles(x, power_of_two=power_of_two)
     # A fresh tensor, for `contiguous` keeps odd strides of one column, which cannot be viewed as bytes.
     scales = torch.empty(len(x), len(q.scale), device=x.device).copy_(q.scale.t())  # [tokens, tiles]
     return torch.cat((q.payload.view(torch.uint8), scales.view(torch.uint8)), dim=1)
 
 
+# With power-of-two scales an FP8 value (4 significant bits) is exact in BF16, and quantising it again is exact: the
+# expert's first linear and down_proj's dgrad compute on exactly what was sent, rounded once. 1x128 -> 128x1 for wgrad
+# is exact too, but for elements that fall below 2^-6 of their new tile's scale and are no multiple of 2^-9 of it. With
+# FP32 scales BF16 rounds the value, but quantising it again finds the payload and scale that were sent (the largest
+# element of a tile is a BF16 number, and 2^-8 is less than half an E4M3 step); 1x128 -> 128x1 is a second rounding.
 def unpack_fp8(packets: Tensor, hidden: int) -> Tensor:
-    """The values that `pack_fp8` rounded to.
-
-    Args:
-        packets: [tokens, hidden + 4 * ceil(hidden / 128)] uint8.
-        hidden: payload bytes of a packet.
-    Returns:
-        [tokens, hidden] fp32.
-    """
+    """The values that `pack_fp8` rounded to: [tokens, hidden] fp32."""
     payload = packets[:, :hidden].view(torch.float8_e4m3fn)
-    # Fresh as well: the bytes of a single packet's scales may lie off FP32's alignment.
+    # Fresh as well: the scales of a single packet may be misaligned for FP32.
     scales = torch.empty_like(packets[:, hidden:], memory_format=torch.contiguous_format)
     scales.copy_(packets[:, hidden:])
     return dequantize_tiles(Quantized(payload, scales.view(torch.float32).t()))
 
 
 @dataclass(frozen=True)
-class Route:
-    """Who sends which tokens where, for one layer and micro-batch; forward and backward share it.
-
-    Args:
-        axis: the ranks that share one copy of the experts.
-        wire: see the module's docstring.
-        power_of_two: round the scales of an fp8 wire up to powers of two.
-        send_splits: copies for each rank.
-        recv_splits: copies from each rank.
-        token_of_copy: [copies] int64, sorted by (destination rank, token).
-        copies_of_token: [tokens, columns] int64 in order of rank; the number of copies where a token has fewer.
-        traffic: counter of bytes, or None.
-    """
+class DispatchPlan:
+    """Which tokens travel between which ranks, for one layer and micro-batch; forward and backward share it."""
 
     axis: Axis
     wire: Wire
     power_of_two: bool
-    send_splits: tuple[int, ...]
-    recv_splits: tuple[int, ...]
-    token_of_copy: Tensor
-    copies_of_token: Tensor
+    send_splits: tuple[int, ...]  # copies for each rank
+    recv_splits: tuple[int, ...]  # copies from each rank
+    token_of_copy: Tensor  # [copies] int64, sorted by (destination rank, token)
+    copies_of_token: Tensor  # [tokens, columns] int64 in order of rank; `copies` where a token has fewer
     traffic: Traffic | None
 
     def send(self, copies: Tensor, kind: str) -> Tensor:
@@ -154,7 +123,7 @@ class Route:
 
 @dataclass(frozen=True)
 class _Handle:
-    route: Route
+    plan: DispatchPlan
     grouping: Grouping
 
 
@@ -162,12 +131,14 @@ class _Dispatch(torch.autograd.Function):
     """Tokens and gates go out together, and their gradients come home together: one order on every rank."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, gates: Tensor, ids: Tensor, route: Route) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.route = route
-        received = route.to_experts(tokens)
+    def forward(
+        ctx: Any, tokens: Tensor, gates: Tensor, ids: Tensor, plan: DispatchPlan
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.plan = plan
+        received = plan.to_experts(tokens)
         topk = gates.shape[1]
-        gate_bits = gates.index_select(0, route.token_of_copy).view(torch.int32)
-        choices = route.send(torch.cat((ids, gate_bits), dim=1), "routing")  # [received, 2 * topk] int32
+        gate_bits = gates.index_select(0, plan.token_of_copy).view(torch.int32)
+        choices = plan.send(torch.cat((ids, gate_bits), dim=1), "routing")  # [received, 2 * topk] int32
         received_ids = choices[:, :topk].contiguous()
         received_gates = choices[:, topk:].contiguous().view(torch.float32)
         ctx.mark_non_differentiable(received_ids)
@@ -175,30 +146,38 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        route: Route = ctx.route
-        grad_tokens = route.to_tokens(grads[0])
+        plan: DispatchPlan = ctx.plan
+        grad_tokens = plan.to_tokens(grads[0])
         # Each gate was used on one rank only; the other copies bring zeros.
-        by_copy = route.send_back(grads[1], "gates")
-        grad_gates = sum_rows(by_copy, route.copies_of_token, partial=True, out_dtype=by_copy.dtype)
+        by_copy = plan.send_back(grads[1], "gates")
+        grad_gates = sum_rows(by_copy, plan.copies_of_token, partial=True, out_dtype=by_copy.dtype)
         return grad_tokens, grad_gates, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, sums: Tensor, route: Route) -> Tensor:
-        ctx.route = route
-        return route.to_tokens(sums)
+    def forward(ctx: Any, sums: Tensor, plan: DispatchPlan) -> Tensor:
+        ctx.plan = plan
+        return plan.to_tokens(sums)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        route: Route = ctx.route
-        return route.to_experts(grads[0]), None
+        plan: DispatchPlan = ctx.plan
+        return plan.to_experts(grads[0]), None
 
 
 class ExpertParallelDispatcher:
-    """Brings tokens to the experts of an axis and the results home; see the module's docstring.
+    """Brings tokens to the experts of an axis and the results home.
 
     Every rank of the axis calls `dispatch`, `combine` and their backward in the same order, with any number of tokens.
+
+    Args:
+        n_routed_experts: experts of the layer, over all ranks.
+        axis: the ranks that share one copy of the experts.
+        wire: the precision of the run.
+        power_of_two: round the scales of an fp8 wire up to powers of two.
+        assume_balanced: for plans with fake tensors, where there is nothing to read: take the split sizes of perfectly
+            balanced routing. Values are then void.
     """
 
     def __init__(
@@ -211,19 +190,6 @@ class ExpertParallelDispatcher:
         assume_balanced: bool = False,
         traffic: Traffic | None = None,
     ) -> None:
-        """Place the experts.
-
-        Args:
-            n_routed_experts: experts of the layer, over all ranks.
-            axis: the ranks that share one copy of the experts.
-            wire: 'fp32', 'bf16' or 'fp8', the precision of the run.
-            power_of_two: round the scales of an fp8 wire up to powers of two.
-            assume_balanced: take the split sizes of perfectly balanced routing instead of reading them; for plans
-                with fake tensors and a fake process group, where there is nothing to read. Values are then void.
-            traffic: counts the bytes sent.
-        Raises:
-            ValueError: the experts cannot be shared out evenly.
-        """
         if n_routed_experts % axis.size:
             raise ValueError(
                 f"model.n_routed_experts={n_routed_experts} cannot be shared by layout.ep={axis.size} ranks: "
@@ -234,46 +200,42 @@ class ExpertParallelDispatcher:
         local = n_routed_experts // axis.size
         self.experts = range(axis.rank * local, (axis.rank + 1) * local)
 
-    def dispatch(self, tokens: Tensor, routing: Choice) -> Dispatched:
+    def dispatch(self, tokens: Tensor, routing: ExpertChoice) -> Dispatched:
         """Send tokens to their experts' ranks and expand them there.
 
         Args:
             tokens: [tokens, hidden] fp32 or bf16; 0 tokens are legal, the exchange still takes place.
             routing: of these tokens.
         Returns:
-            Rows grouped by local expert in order of (source rank, token); as many as the groups need, padded to 128.
+            Rows grouped by local expert in order of (source rank, token); each group padded to 128.
         """
         assert len(tokens) == len(routing.topk_ids), (tokens.shape, routing.topk_ids.shape)
-        route, ids, num_rows = self._plan(routing)
+        plan, ids, num_rows = self._plan(routing)
         received, gates, local_ids = _Dispatch.apply(  # type: ignore[no-untyped-call]
-            tokens, routing.gates, ids, route
+            tokens, routing.gates, ids, plan
         )
         grouping = partial_grouping(local_ids, len(self.experts), num_rows=num_rows)
         return Dispatched(
             rows=group_tokens(received, grouping),
             gates=group_gates(gates, grouping),
             group_ends=grouping.group_ends,
-            handle=_Handle(route, grouping),
+            handle=_Handle(plan, grouping),
         )
 
     def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
-        """Sum expert outputs per token and rank, send the sums home, and sum them there.
+        """Sum expert outputs, gates included, per token and rank, send the sums home, and sum them there.
 
-        Args:
-            rows: [rows, hidden] expert outputs, gates included.
-            dispatched: what `dispatch` returned.
-        Returns:
-            [tokens, hidden] in rows.dtype; a token's sum is rounded to the wire's dtype on each rank, and once here.
+        A token's sum [tokens, hidden], in rows.dtype, is rounded to the wire's dtype on each rank, and once here.
         """
         handle = dispatched.handle
         assert isinstance(handle, _Handle), type(handle)
         sums = combine_tokens(rows, handle.grouping)  # [received, hidden]
-        y: Tensor = _Combine.apply(sums, handle.route)  # type: ignore[no-untyped-call]
+        y: Tensor = _Combine.apply(sums, handle.plan)  # type: ignore[no-untyped-call]
         return y
 
     @torch.no_grad()
-    def _plan(self, routing: Choice) -> tuple[Route, Tensor, int]:
-        """The route, the local ids of each copy [copies, topk] int32, and the number of rows on this rank."""
+    def _plan(self, routing: ExpertChoice) -> tuple[DispatchPlan, Tensor, int]:
+        """The plan, the local ids of each copy [copies, topk] int32, and the number of rows on this rank."""
         ids, ep, local = routing.topk_ids, self.axis.size, len(self.experts)
         tokens, topk = ids.shape
         goes = torch.zeros(tokens, ep, dtype=torch.bool, device=ids.device).scatter_(1, ids // local, True)
@@ -292,28 +254,24 @@ class ExpertParallelDispatcher:
         rank_of_copy = order.div(max(tokens, 1), rounding_mode="floor")
         chosen = ids.index_select(0, token_of_copy)
         local_ids = torch.where(chosen // local == rank_of_copy[:, None], chosen % local, -1).int()
-        places = torch.where(by_rank, by_rank.cumsum(0) - 1, copies).view(ep, tokens).t()  # [tokens, ep]
-        route = Route(
+        copies_of_token = torch.where(by_rank, by_rank.cumsum(0) - 1, copies).view(ep, tokens).t()  # [tokens, ep]
+        plan = DispatchPlan(
             axis=self.axis,
             wire=self.wire,
             power_of_two=self.power_of_two,
             send_splits=tuple(send_splits),
             recv_splits=tuple(recv_splits),
             token_of_copy=token_of_copy,
-            copies_of_token=places.sort(dim=1).values[:, : min(topk, ep)].contiguous(),
+            copies_of_token=copies_of_token.sort(dim=1).values[:, : min(topk, ep)].contiguous(),
             traffic=self.traffic,
         )
-        return route, local_ids, sum(ceil_div(count, TILE) * TILE for count in expert_tokens)
+        return plan, local_ids, sum(ceil_div(count, TILE) * TILE for count in expert_tokens)
 
 
 def _read_counts(sent_copies: Tensor, received: Tensor) -> tuple[list[int], list[int], list[int]]:
-    """The one host read of a layer: copies to and from each rank, and tokens of each local expert.
-
-    Args:
-        sent_copies: [ep] int64.
-        received: [ep, 1 + local_experts] int64, from each rank its copies and its tokens per expert.
-    """
+    """Copies to and from each rank, and tokens of each local expert, of int64 [ep] and [ep, 1 + local_experts]."""
     ep = len(sent_copies)
+    # The host's one wait in a MoE layer and micro-batch; backward reuses what it reads.
     numbers: list[int] = torch.cat((sent_copies, received.t().flatten())).tolist()
     columns = [numbers[start : start + ep] for start in range(0, len(numbers), ep)]
     return columns[0], columns[1], [sum(column) for column in columns[2:]]

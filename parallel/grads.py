@@ -1,23 +1,14 @@
 """From the ranks' summed gradients to clipped mean gradients (arXiv:2412.19437 §4.2).
 
-Losses are sums, so `main_grad` arrives as the sum over this rank's targets of the step. Here it is summed over the
-ranks with other tokens, divided, once, by the number N of main-model targets of all ranks, measured (global L2 norm)
-and clipped:
+Losses are sums, so `main_grad` arrives as the sum over this rank's targets of the step. Over N main-model targets of
+all ranks:
 
     g <- (sum over ranks of g) / N * min(1, max_norm / (|g / N| + 1e-6))
 
-Sum, then divide: every rank's gradient has the same weight per target, however unevenly targets are spread over ranks
-and micro-batches, and a mean over ranks is never taken. That holds for experts as well: their gradients hold the
-tokens of the whole expert group already, are summed over the expert-data axis only, and are divided by the same N,
-never by the number of expert ranks. Dividing late keeps the small numbers out of the FP8 backward: divided by 6e7
-before, activation gradients would vanish.
-
-Each parameter counts once: a rank's part of the norm is its own shard of each bucket (`parallel.zero`), one rank of a
-pair of tied copies leaves them out, and a single all-reduce over the world adds up the squares. All ranks get the same
-norm, flag and factor, so they clip and skip together.
-
-Division and clipping are one multiplication by one scalar tensor. Nothing here waits for the device: norm and flag are
-returned as tensors. Shapes: gradients are flat; norm and flag are 0-d.
+Sum, then divide once: every gradient has the same weight per target, however unevenly targets are spread over ranks and
+micro-batches. Experts too: their gradients hold the tokens of the whole expert group already, are summed over the
+expert-data axis only, and are divided by the same N. Dividing late keeps small numbers out of the FP8 backward: divided
+by 6e7 before, activation gradients would vanish. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -39,13 +30,7 @@ _CLIP_EPS = 1e-6
 
 @dataclass(frozen=True)
 class GradNorm:
-    """The norm of a step's gradients, the same on every rank.
-
-    Args:
-        norm: 0-d fp32, global L2 norm after the division by the number of targets, before clipping.
-        finite: 0-d bool, False when a gradient of any rank holds NaN or infinity (or when the squares overflow fp32);
-            the gradients are then the sums over ranks, neither divided nor clipped.
-    """
+    """Global L2 norm before clipping, 0-d fp32, and whether it is finite, 0-d bool; the same on every rank."""
 
     norm: Tensor
     finite: Tensor
@@ -57,18 +42,13 @@ def reduce_and_clip(
 ) -> GradNorm:
     """Sum every gradient over its axis, divide by the number of targets and clip the global norm, in place.
 
+    When the norm is not finite the sums are neither divided nor clipped: the caller skips the step and can log them.
+
     Args:
         buckets: all gradients of this rank; the same kinds in the same order on every rank of an axis.
-        num_targets: N, main-model targets over all ranks and micro-batches (0-d integer tensor or int, equal on all
-            ranks); 0 counts as 1.
-        max_norm: largest global L2 norm that is left as it is.
+        num_targets: N, equal on all ranks; 0 counts as 1.
+        max_norm: 1.0 in the report.
         world: all ranks of the run.
-    Returns:
-        the norm and whether it is finite. When it is not, the sums have not been scaled, so that the caller can skip
-        the step and report what was there.
-    Raises:
-        RuntimeError: weight gradients still wait in the queue of `kernels.deferred`.
-    Source: arXiv:2412.19437 §4.2 (clip 1.0).
     """
     deferred.check_drained()
     for bucket in buckets:
@@ -78,7 +58,7 @@ def reduce_and_clip(
     norm = norm / targets
     finite = torch.isfinite(norm)  # []
     clip = torch.clamp(max_norm / (norm + _CLIP_EPS), max=1.0)  # []
-    # Times one leaves every bit as it came, infinities and NaNs included.
+    # Times one leaves every bit as it is, infinities and NaNs included.
     factor = torch.where(finite, clip / targets, torch.ones_like(clip))
     for bucket in buckets:
         bucket.scale(factor)
@@ -86,17 +66,14 @@ def reduce_and_clip(
 
 
 def _global_norm(buckets: Sequence[GradientBuckets], world: Axis) -> Tensor:
-    """L2 norm over all gradients of all ranks, [] fp32; norms of short rows first.
-
-    One long fp32 vector norm on a CPU loses digits: measured on 30 M elements, 1.7e-3 of the norm; 4e-8 by rows of
-    ALIGNMENT. The squares of the rows are summed in fp64, which costs nothing here and makes their order, and so the
-    layout, count for less.
-    """
-    # A rank may own nothing but padding, so its segments do not tell the device; it has parameters nevertheless.
+    """L2 norm over all gradients of all ranks, [] fp32; each parameter counts once, by the rank that owns it."""
+    # A rank may own nothing but padding, so its shards do not show the device; it has parameters nevertheless.
     device = next((p.device for bucket in buckets for p in bucket.parameters.values()), None)
     assert device is not None, "no trained parameter: there is nothing to clip"
+    # Norms of short rows first: one long fp32 vector norm on a CPU loses digits. Measured on 30 M elements, 1.7e-3 of
+    # the norm; 4e-8 by rows of ALIGNMENT. Squares in fp64 make their order, and so the layout, count for less.
     squares = torch.zeros((), dtype=torch.float64, device=device)
-    for shard in (shard for bucket in buckets for shard in bucket.norm_segments()):
+    for shard in (shard for bucket in buckets for shard in bucket.norm_shards()):
         row_norms = torch.linalg.vector_norm(shard.view(-1, ALIGNMENT), dim=-1)  # [rows]
         squares += row_norms.square().sum(dtype=torch.float64)
     if world.size > 1:

@@ -1,19 +1,12 @@
 """Pipeline parallelism: layers split over stages, micro-batches sent through them by a named schedule.
 
-arXiv:2412.19437 §3.2.1. The schedules are those of `torch.distributed.pipelining`; `parallel/schedules.py` says which
-stages a rank holds under each. Here: how layers are split, what a schedule runs, and how long its buffers live.
+arXiv:2412.19437 §3.2.1. The schedules are those of `torch.distributed.pipelining`:
 
-    1F1B, 2 ranks           rank 0: stage 0     rank 1: stage 1
+    1F1B, 2 ranks           rank 0: stage 0         rank 1: stage 1
     ZBVZeroBubble, 2 ranks  rank 0: stages 0, 3     rank 1: stages 1, 2     so one rank begins and ends
 
 A stage is any module called as `stage(inbound, **inputs)`: every rank gets the same `inputs` (token ids, labels), only
 `inbound`, the hidden state [sequences, tokens, hidden], travels. The stage that ends returns the loss, a sum.
-
-Weight gradients: torch would ask a custom autograd function for its gradients twice, once for inputs and once for
-weights. So the linears hand their wgrad to `kernels.deferred`, and the schedule runs it in its W slot through
-`dw_builder`; a schedule without W slots runs it right after each backward.
-
-Not here: what a stage computes (`train/stage.py`), expert and data parallelism inside a stage.
 """
 
 from __future__ import annotations
@@ -30,22 +23,20 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from kernels import deferred
+from parallel.layout import SCHEDULES, num_stages, rank_of_stage, schedule_facts
 from parallel.mesh import Mesh
-from parallel.schedules import SCHEDULES, num_stages, rank_of_stage
 
 Inputs = Mapping[str, Tensor]
 
 
 def balanced_split(costs: Sequence[float], stages: int) -> tuple[int, ...]:
-    """Cut a row of layers into consecutive stages so that the dearest stage is as cheap as possible.
+    """Cut a row of layers into consecutive stages so as to minimise the most expensive stage.
 
     Args:
         costs: of each layer, any unit; embedding, head and MTP are counted into the first and the last.
-        stages: how many parts; at most one per layer.
+        stages: at most one per layer.
     Returns:
-        layers of each stage, at least one each; of equally good cuts the one with the least sum of squared costs, so
-        that stages which the bound does not bind are even too.
-    Source: ours; dynamic programming over (layers, stages).
+        layers of each stage, at least one each; of equally good cuts the one with the least sum of squared costs.
     """
     assert 1 <= stages <= len(costs), (stages, len(costs))
     sums = [0.0]
@@ -53,7 +44,7 @@ def balanced_split(costs: Sequence[float], stages: int) -> tuple[int, ...]:
         sums.append(sums[-1] + cost)
 
     def best_cut(join: Callable[[float, float], float], limit: float) -> tuple[float, tuple[int, ...]]:
-        # best[layers] = (joined costs, cut) of the first `layers` layers in the stages so far.
+        # Dynamic programming: best[layers] = (joined costs, cut) of the first `layers` layers in the stages so far.
         best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
         for stage in range(stages):
             candidates: dict[int, list[tuple[float, tuple[int, ...]]]] = {}
@@ -65,29 +56,30 @@ def balanced_split(costs: Sequence[float], stages: int) -> tuple[int, ...]:
             best = {end: min(found) for end, found in candidates.items()}
         return best[len(costs)]
 
-    # In two passes: the prefix of the evenest cut need not have the cheapest dearest stage itself.
-    dearest, _ = best_cut(max, math.inf)
-    return best_cut(lambda squares, cost: squares + cost * cost, dearest)[1]
+    # In two passes: the prefix of the evenest cut need not have the least maximum itself.
+    most_expensive, _ = best_cut(max, math.inf)
+    return best_cut(lambda squares, cost: squares + cost * cost, most_expensive)[1]
 
 
 def balanced_v(costs: Sequence[float], ranks: int) -> tuple[int, ...]:
-    """Cut a row of layers into 2 x ranks consecutive stages so that the dearest *rank* of a V is as cheap as possible.
+    """Cut a row of layers into 2 x ranks consecutive stages so as to minimise the most expensive *rank* of a V.
 
-    Rank r owns stages r and 2 ranks - 1 - r: layers are dealt from both ends inwards, each rank taking one stage of
-    either. Balanced stages would leave the first rank, which ends with head and MTP, a full first stage besides.
-
-    Args:
-        costs: of each layer, as for `balanced_split`.
-        ranks: pipeline ranks; at most half as many as layers.
-    Returns:
-        layers of each stage, at least one each; of equally good cuts the one with the least sum of squared stages.
-    Source: ours; dynamic programming over (layers dealt from the front, from the back).
+    Args as for `balanced_split`; of equally good cuts the one with the least sum of squared stages.
     """
     assert 1 <= ranks <= len(costs) // 2, (ranks, len(costs))
-    dearest, _ = _deal(costs, ranks, join=lambda joined, first, last: max(joined, first + last), limit=math.inf)
+    # Rank r owns stages r and 2 ranks - 1 - r: layers are dealt from both ends inwards, each rank taking one stage of
+    # either. Balanced stages would give the first rank, which ends with head and MTP, a full first stage besides.
+    most_expensive, _ = _deal(costs, ranks, join=lambda joined, first, last: max(joined, first + last), limit=math.inf)
     # As in `balanced_split`, evenness is sought in a second pass, among the cuts that the first one allows.
-    _, layers = _deal(costs, ranks, join=lambda joined, first, last: joined + first**2 + last**2, limit=dearest)
+    _, layers = _deal(costs, ranks, join=lambda joined, first, last: joined + first**2 + last**2, limit=most_expensive)
     return layers
+
+
+def balanced_layers(costs: Sequence[float], schedule: str, pp: int) -> tuple[int, ...]:
+    """Layers of each stage that minimise the cost of the most expensive pipeline rank."""
+    if pp > 1 and schedule_facts(schedule).placement == "v":
+        return balanced_v(costs, pp)
+    return balanced_split(costs, num_stages(schedule, pp))
 
 
 def _deal(
@@ -97,7 +89,7 @@ def _deal(
     sums = [0.0]
     for cost in costs:
         sums.append(sums[-1] + cost)
-    # best[front, back] = (joined costs, fronts, backs) with so many layers dealt from either end.
+    # Dynamic programming: best[front, back] = (joined costs, fronts, backs) with so many layers dealt from either end.
     best: dict[tuple[int, int], tuple[float, tuple[int, ...], tuple[int, ...]]] = {(0, 0): (0.0, (), ())}
     for rank in range(ranks):
         found: dict[tuple[int, int], list[tuple[float, tuple[int, ...], tuple[int, ...]]]] = {}
@@ -112,19 +104,17 @@ def _deal(
                     if first + last <= limit:
                         cut = (join(joined, first, last), (*fronts, ahead), (*backs, behind))
                         found.setdefault((front + ahead, back + behind), []).append(cut)
-        best = {place: min(cuts) for place, cuts in found.items()}
+        best = {dealt: min(cuts) for dealt, cuts in found.items()}
     joined, fronts, backs = min(best.values())
     return joined, (*fronts, *reversed(backs))
 
 
 class _Waiting:
-    """Weight gradients of one rank's stages between the I slot that made them and their W slot, at most `limit`.
+    """Weight gradients of one rank's stages between the I slot that made them and their W slot, at most `limit`."""
 
-    A zero-bubble schedule lets them pile up in its cool-down: on V3's last rank 31 stages' worth, each holding the
-    operands of its GEMMs. Beyond the limit the oldest runs at once, and its slot is then empty. The order stays the
-    same, so that no bit changes.
-    """
-
+    # A zero-bubble schedule lets them pile up in its cool-down: on V3's last rank 31 stages' worth, each holding the
+    # operands of its GEMMs. Beyond the limit the oldest runs at once, and its slot is then empty. The order stays the
+    # same, so no bit changes.
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
         self._runners: deque[Callable[[], None]] = deque()
@@ -144,16 +134,11 @@ class _Waiting:
 
 
 class _Stage(PipelineStage):
-    """A stage whose receive buffers live from the receive to the end of that micro-batch's backward.
+    """A stage whose receive buffers live from the receive to the end of that micro-batch's backward."""
 
-    torch keeps one pair per micro-batch for the whole run: at V3's size, 120 micro-batches of 59 MB, twice.
-
-    Args:
-        waiting: of this rank, shared by its stages.
-        sends_itself: under a schedule that sends in batches of one direction and waits for them at the step's end only;
-            1F1B mixes directions, and waits by itself.
-    """
-
+    # torch keeps one pair per micro-batch for the whole run: at V3's size, 120 micro-batches of 59 MB, twice.
+    # sends_itself: for a schedule that sends in batches of one direction and waits for them at the step's end only;
+    # 1F1B mixes directions, and waits by itself.
     def __init__(self, *args: Any, waiting: _Waiting, sends_itself: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._receives: dict[tuple[str, int], list[dist.P2POp]] = {}
@@ -174,7 +159,7 @@ class _Stage(PipelineStage):
         return torch.tensor([1], dtype=torch.int32)
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
-        """No first greetings either: before torch 2.13 a V's turning point would send one to itself."""
+        """No first messages either: before torch 2.13 a V's turning point would send one to itself."""
         return []
 
     def _without_memory(self, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -186,7 +171,7 @@ class _Stage(PipelineStage):
             self.device = device
 
     def _move_buffers(self, infos: Sequence[Any], device: torch.device | str) -> None:
-        """Give each receive buffer memory, or take it away again; what else is in `infos` has none."""
+        """Give each receive buffer memory, or take it away again; other entries of `infos` have none."""
         for info in infos:
             buffer: Tensor | None = getattr(info, "buffer", None)
             if buffer is not None:
@@ -204,7 +189,7 @@ class _Stage(PipelineStage):
         return self._send(super().get_bwd_send_ops(bwd_chunk_id))
 
     def _send(self, operations: list[dist.P2POp]) -> list[dist.P2POp]:
-        """Send at once and let go of what has arrived, where the runtime would hold every send till the step's end."""
+        """Send now and release what has arrived, where the runtime would hold every send until the step's end."""
         if not self._sends_itself:
             return operations
         for sent in operations:
@@ -215,7 +200,7 @@ class _Stage(PipelineStage):
         return []
 
     def finish_sends(self) -> None:
-        """Wait for what is still on its way."""
+        """Wait for the sends under way."""
         while self._sends:
             self._sends.popleft().wait()
 
@@ -248,9 +233,8 @@ class Pipeline:
 
     Args:
         stages: stage index -> module, those of this rank.
-        mesh: of the run; its layout names the schedule.
-        hidden_size: last dim of what travels between stages.
-        dtype: of what travels.
+        mesh: its layout names the schedule.
+        hidden_size: last dim of the hidden state between stages, in `dtype`.
     """
 
     def __init__(self, stages: Mapping[int, nn.Module], *, mesh: Mesh, hidden_size: int, dtype: torch.dtype) -> None:
@@ -263,11 +247,11 @@ class Pipeline:
         self._waiting = _Waiting(mesh.layout.max_waiting_wgrads)
 
     def run(self, inputs: Inputs, *, num_micro_batches: int) -> None:
-        """Forward and backward of every micro-batch; gradients end up in `main_grad`, losses in what the stages note.
+        """Forward and backward of every micro-batch; gradients go to `main_grad`, losses to the stages' step metrics.
 
         Args:
             inputs: name -> [sequences, tokens]; `input_ids` and `labels` among them; the same on every pipeline rank.
-            num_micro_batches: divides sequences. When it changes, only the schedule is made anew.
+            num_micro_batches: divides sequences. When it changes, only the schedule is built again.
         """
         if self.mesh.pp.size == 1:
             (stage,) = self.stages.values()
@@ -276,8 +260,11 @@ class Pipeline:
             return
         schedule = self._schedule_for(inputs["input_ids"], num_micro_batches)
         first = (inputs["input_ids"],) if 0 in self.stages else ()
-        # The stage that ends has computed the loss itself; torch only hands it on. It wants a target all the same.
+        # The stage that ends has computed the loss itself. torch only hands it on, but demands a target.
         last = {"target": inputs["labels"]} if self.num_stages - 1 in self.stages else {}
+        # torch would ask a custom autograd function for its gradients twice, for inputs and for weights. So linears
+        # hand their wgrad to `kernels.deferred`, and the schedule runs it in its W slot through `dw_builder`; a
+        # schedule without W slots runs it right after each backward.
         with deferred.deferred():
             schedule.step(*first, **last, **inputs, return_outputs=False)
         for running in self._running:
@@ -288,8 +275,8 @@ class Pipeline:
         """One micro-batch forward through all stages in order, for evaluation: no schedule, no overlap.
 
         Args:
-            inputs: as in `run`, of one micro-batch; gives the shape of what travels.
-            forward: (stage, inbound or None where it begins) -> what the stage hands on.
+            inputs: as in `run`, of one micro-batch.
+            forward: (stage, inbound or None where it begins) -> the stage's output.
         Returns:
             The last stage's result on the rank that holds it, None elsewhere.
         """
@@ -311,14 +298,12 @@ class Pipeline:
         return carried if self.num_stages - 1 in self.stages else None
 
     def most_in_flight(self, num_micro_batches: int) -> int:
-        """The most micro-batches whose activations this rank holds at once, counted per stage.
-
-        Activations are held from a stage's forward to its weight gradients, which need them too.
-        """
+        """The most micro-batches whose activations this rank holds at once, counted per stage."""
         if self.mesh.pp.size == 1:
             return 1
         sample = torch.empty(num_micro_batches, 1, dtype=torch.int64, device="meta")
         schedule = self._new_schedule(self._new_stages(sample[:1]), num_micro_batches)
+        # Activations are held from a stage's forward to its weight gradients, which need them too.
         held = most = 0
         for action in schedule.pipeline_order[self.mesh.pp.rank]:
             kind = "" if action is None else action.computation_type.name
@@ -355,7 +340,7 @@ class Pipeline:
         )
 
     def _torch_stage(self, index: int, module: nn.Module, sample: Tensor) -> _Stage:
-        """Shapes are given, so that torch does not run the model once to find them out."""
+        """Shapes are given: else torch runs the model once to infer them."""
         hidden = self._empty_hidden(sample, device=torch.device("meta")).requires_grad_()
         loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
         return _Stage(
@@ -373,10 +358,10 @@ class Pipeline:
 
 
 def split(inputs: Inputs, num_micro_batches: int) -> list[dict[str, Tensor]]:
-    """The inputs of each micro-batch, in order: equal pieces along the first dim."""
+    """The inputs of each micro-batch, in order: equal chunks along the first dim."""
     chunks = {name: tensor.chunk(num_micro_batches) for name, tensor in inputs.items()}
-    assert all(len(pieces) == num_micro_batches for pieces in chunks.values()), num_micro_batches
-    return [{name: pieces[i] for name, pieces in chunks.items()} for i in range(num_micro_batches)]
+    assert all(len(each) == num_micro_batches for each in chunks.values()), num_micro_batches
+    return [{name: each[i] for name, each in chunks.items()} for i in range(num_micro_batches)]
 
 
 def _loss_of_output(output: Tensor, target: Tensor) -> Tensor:

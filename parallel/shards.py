@@ -1,133 +1,148 @@
-"""Which part of which tensor each rank holds, and who writes it: the arithmetic of saving across layouts.
+"""Where a local block of a tensor lies in the global one, and which rank writes it into a checkpoint.
 
-A box is a rectangle in a global tensor: its first element and its size along each dim. A whole tensor is the box that
-fills it. When saved, the ranks' boxes of one tensor must tile it: two boxes are identical or share no element, and
-together they leave no hole. Of identical boxes (replicas, tied copies, the random generator) one rank writes one.
+ZeRO-1 (arXiv:2412.19437 §3.2) leaves each rank a flat range of a weight's master and moments, expert parallelism some
+of the experts, pipeline parallelism some of the layers. A `Shard` says which block that is, so another layout can cut
+the same global tensor differently:
 
-    part     {name: Part} of one rank, what it passes to save or load
-    whole    {name: {"shape", "dtype"}}, the union over all ranks, what the manifest lists
+    local[i, j, ...] = global[offsets[0] + i, offsets[1] + j, ...]       0 <= i < sizes[0], 0 <= j < sizes[1], ...
 
-No tensor data, no file, no process group here: plain numbers that travel as JSON.
+When saved, the ranks' shards of one tensor must tile it: two shards are identical or share no element, and together
+they leave no hole. Of identical shards (replicas, tied copies, the random generator) one rank writes one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from parallel.pieces import Piece
 
-Wholes = dict[str, dict[str, Any]]
+class Shard(NamedTuple):
+    """A rectangular block of a global tensor; all three have one entry per dim, none for a 0-d tensor."""
 
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
 
-class Part(NamedTuple):
-    """What a rank holds of one tensor.
-
-    Args:
-        shape: of the whole tensor.
-        dtype: as `str(tensor.dtype)`.
-        offset: first element of the rank's box, along each dim.
-        size: of the rank's box, along each dim.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    offset: tuple[int, ...]
-    size: tuple[int, ...]
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Shard:
+        """The shard that is all of a tensor."""
+        return cls(tuple(shape), (0,) * len(shape), tuple(shape))
 
     @property
-    def num_elements(self) -> int:
-        """Elements in the box."""
-        return math.prod(self.size)
+    def numel(self) -> int:
+        """Elements of the block."""
+        return math.prod(self.sizes)
+
+    def flatten(self) -> Shard:
+        """The same elements of the flattened global tensor; only the first dim may be cut."""
+        assert self.sizes[1:] == self.global_shape[1:], f"{self} is not contiguous in the flattened tensor"
+        row = math.prod(self.global_shape[1:])
+        return Shard((self.global_shape[0] * row,), (self.offsets[0] * row,), (self.sizes[0] * row,))
+
+    def of(self, outer: Shard) -> Shard:
+        """This shard of a block, as a shard of the tensor that the block is a shard of."""
+        assert self.global_shape == outer.sizes, (self, outer)
+        offsets = (mine + its for mine, its in zip(self.offsets, outer.offsets, strict=True))
+        return Shard(outer.global_shape, tuple(offsets), self.sizes)
 
 
-class _Box(NamedTuple):
-    offset: tuple[int, ...]
-    size: tuple[int, ...]
+@dataclass(frozen=True, eq=False)
+class LocalShard:
+    """A live tensor, any dtype, and the block of the global tensor that it holds."""
+
+    tensor: Tensor
+    shard: Shard
+
+    def __post_init__(self) -> None:
+        assert tuple(self.tensor.shape) == self.shard.sizes, (self.tensor.shape, self.shard)
+        assert all(first >= 0 and first + length <= size for size, first, length in zip(*self.shard, strict=True)), (
+            f"{self.shard} leaves the global tensor"
+        )
+
+    @classmethod
+    def at(cls, tensor: Tensor, global_shape: tuple[int, ...], offsets: tuple[int, ...]) -> LocalShard:
+        """A tensor whose first element is at `offsets` of the global one."""
+        return cls(tensor, Shard(global_shape, offsets, tuple(tensor.shape)))
 
 
-def part_of(name: str, value: Tensor | Piece) -> Part:
-    """Say where a tensor or piece lies.
+class TypedShard(NamedTuple):
+    """What a rank holds of one tensor, as ranks tell each other in JSON; dtype as `str(tensor.dtype)`."""
 
-    Args:
-        name: for the message.
-        value: a whole tensor, or a piece of one.
-    Raises:
-        ValueError: it is neither.
-    """
-    if isinstance(value, Piece):
-        return Part(value.global_shape, str(value.local.dtype), value.offset, tuple(value.local.shape))
+    dtype: str
+    shard: Shard
+
+
+# Name -> {"shape": list of int, "dtype": str}, as the manifest of a checkpoint lists it.
+GlobalTensors = dict[str, dict[str, Any]]
+
+
+def typed_shard(name: str, value: Tensor | LocalShard) -> TypedShard:
+    """What a rank holds of the tensor `name`; a `Tensor` is whole. Anything else is a ValueError."""
+    if isinstance(value, LocalShard):
+        return TypedShard(str(value.tensor.dtype), value.shard)
     if isinstance(value, Tensor):
-        return Part(tuple(value.shape), str(value.dtype), (0,) * value.dim(), tuple(value.shape))
+        return TypedShard(str(value.dtype), Shard.whole(value.shape))
     raise ValueError(f"tensors[{name!r}] is a {type(value).__name__}, not a tensor; put it into the JSON state")
 
 
-def local_of(value: Tensor | Piece) -> Tensor:
+def local_tensor(value: Tensor | LocalShard) -> Tensor:
     """The live tensor, detached: filling it in place fills the caller's, and raises its version."""
-    return (value.local if isinstance(value, Piece) else value).detach()
+    return (value.tensor if isinstance(value, LocalShard) else value).detach()
 
 
-def read_parts(report: Mapping[str, Any]) -> dict[str, Part]:
-    """Parts as they come out of JSON, where tuples have become lists.
+def read_report(report: Mapping[str, Any]) -> dict[str, TypedShard]:
+    """A rank's typed shards as they come out of JSON, where tuples have become lists."""
+    return {name: TypedShard(dtype, Shard(*map(tuple, shard))) for name, (dtype, shard) in report.items()}
 
-    Args:
-        report: name -> [shape, dtype, offset, size].
+
+def global_tensors(reports: Sequence[Mapping[str, TypedShard]]) -> GlobalTensors:
+    """Every tensor of which some rank holds a shard, in order of name; `reports` has one entry for each rank.
+
+    A ValueError names a tensor whose shape or dtype differs between two ranks.
     """
+    seen: dict[str, tuple[int, TypedShard]] = {}
+    for rank, report in enumerate(reports):
+        for name, held in report.items():
+            first_rank, first = seen.setdefault(name, (rank, held))
+            shape, first_shape = held.shard.global_shape, first.shard.global_shape
+            if (held.dtype, shape) != (first.dtype, first_shape):
+                raise ValueError(
+                    f"tensor {name} is {first.dtype} {list(first_shape)} on rank {first_rank}, but "
+                    f"{held.dtype} {list(shape)} on rank {rank}; all ranks must give one shape and dtype"
+                )
     return {
-        name: Part(tuple(shape), dtype, tuple(offset), tuple(size))
-        for name, (shape, dtype, offset, size) in report.items()
+        name: {"shape": list(held.shard.global_shape), "dtype": held.dtype} for name, (_, held) in sorted(seen.items())
     }
 
 
-def union(reports: Sequence[Mapping[str, Part]]) -> Wholes:
-    """Every tensor of which some rank holds a part.
+def assign_writers(reports: Sequence[Mapping[str, TypedShard]]) -> list[list[str]]:
+    """Choose one writer for every shard, so that the ranks write about as many bytes each.
 
     Args:
-        reports: one for each rank.
+        reports: one for each rank; of equal shapes and dtypes, as `global_tensors` has checked.
     Returns:
-        name -> {"shape": list of int, "dtype": str}, in order of name.
+        for each rank the names whose shard it writes; a tensor without elements has no writer.
     Raises:
-        ValueError: two ranks differ in a tensor's shape or dtype; named.
+        ValueError: the shards of a tensor overlap or leave a hole; named.
     """
-    seen: dict[str, tuple[int, Part]] = {}
+    holders: dict[str, dict[Shard, list[int]]] = {}
+    firsts: dict[str, TypedShard] = {}
     for rank, report in enumerate(reports):
-        for name, part in report.items():
-            first_rank, first = seen.setdefault(name, (rank, part))
-            if part[:2] != first[:2]:
-                raise ValueError(
-                    f"tensor {name} is {first.dtype} {list(first.shape)} on rank {first_rank}, but "
-                    f"{part.dtype} {list(part.shape)} on rank {rank}; all ranks must give one shape and dtype"
-                )
-    return {name: {"shape": list(part.shape), "dtype": part.dtype} for name, (_, part) in sorted(seen.items())}
-
-
-def assign(reports: Sequence[Mapping[str, Part]]) -> list[list[str]]:
-    """Choose one writer for every box, so that the ranks write about as many bytes each.
-
-    Args:
-        reports: one for each rank; of equal shapes and dtypes, as `union` has checked.
-    Returns:
-        for each rank the names whose box it writes. A tensor without elements is written by nobody.
-    Raises:
-        ValueError: the boxes of a tensor overlap or leave a hole; named.
-    """
-    holders: dict[str, dict[_Box, list[int]]] = {}
-    wholes: dict[str, Part] = {}
-    for rank, report in enumerate(reports):
-        for name, part in report.items():
-            wholes.setdefault(name, part)
-            boxes = holders.setdefault(name, {})
-            if part.num_elements:
-                boxes.setdefault(_Box(part.offset, part.size), []).append(rank)
+        for name, held in report.items():
+            firsts.setdefault(name, held)
+            shards = holders.setdefault(name, {})
+            if held.shard.numel:
+                shards.setdefault(held.shard, []).append(rank)
     jobs: list[tuple[list[int], int, str]] = []
-    for name, boxes in holders.items():
-        _check_tiling(name, wholes[name].shape, boxes)
-        itemsize = getattr(torch, wholes[name].dtype.removeprefix("torch.")).itemsize
-        jobs.extend((ranks, math.prod(box.size) * itemsize, name) for box, ranks in boxes.items())
+    for name, shards in holders.items():
+        _check_tiling(name, firsts[name].shard.global_shape, shards)
+        itemsize = getattr(torch, firsts[name].dtype.removeprefix("torch.")).itemsize
+        jobs.extend((ranks, shard.numel * itemsize, name) for shard, ranks in shards.items())
     # First what only one rank can write, then the replicas, the largest first, each to the rank with least to do.
     jobs.sort(key=lambda job: (len(job[0]) > 1, -job[1], job[2]))
     names: list[list[str]] = [[] for _ in reports]
@@ -139,30 +154,30 @@ def assign(reports: Sequence[Mapping[str, Part]]) -> list[list[str]]:
     return names
 
 
-def _check_tiling(name: str, shape: tuple[int, ...], boxes: Mapping[_Box, list[int]]) -> None:
-    """Sweep along the first dim: only boxes that reach the current one there are compared with it."""
+def _check_tiling(name: str, shape: tuple[int, ...], shards: Mapping[Shard, list[int]]) -> None:
+    """Sweep along the first dim: a shard is compared only with those that reach it there."""
     covered = 0
-    active: list[_Box] = []
-    for box in sorted(boxes):
-        active = [other for other in active if not box.offset or other.offset[0] + other.size[0] > box.offset[0]]
+    active: list[Shard] = []
+    for shard in sorted(shards):
+        active = [it for it in active if not shape or it.offsets[0] + it.sizes[0] > shard.offsets[0]]
         for other in active:
-            if _overlap(box, other):
+            if _overlap(shard, other):
                 raise ValueError(
-                    f"parts of tensor {name} {list(shape)} overlap: {list(other.size)} at {list(other.offset)} of rank "
-                    f"{boxes[other][0]}, {list(box.size)} at {list(box.offset)} of rank {boxes[box][0]}; "
-                    "two ranks must hold the same part or share no element"
+                    f"shards of tensor {name} {list(shape)} overlap: {list(other.sizes)} at {list(other.offsets)} of "
+                    f"rank {shards[other][0]}, {list(shard.sizes)} at {list(shard.offsets)} of rank "
+                    f"{shards[shard][0]}; two ranks must hold the same shard or share no element"
                 )
-        active.append(box)
-        covered += math.prod(box.size)
+        active.append(shard)
+        covered += shard.numel
     if covered != math.prod(shape):
         raise ValueError(
-            f"parts of tensor {name} {list(shape)} hold {covered} of its {math.prod(shape)} elements; "
+            f"shards of tensor {name} {list(shape)} hold {covered} of its {math.prod(shape)} elements; "
             "every element must be held by some rank"
         )
 
 
-def _overlap(one: _Box, other: _Box) -> bool:
+def _overlap(one: Shard, other: Shard) -> bool:
     return all(
         a < b + other_length and b < a + length
-        for a, length, b, other_length in zip(one.offset, one.size, other.offset, other.size, strict=True)
+        for a, length, b, other_length in zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
     )

@@ -1,31 +1,22 @@
-"""ZeRO-1: FP32 gradient buckets, and the flat shard of them that each rank owns (arXiv:2412.19437 §3.2, §3.3.3).
+"""ZeRO-1 (arXiv:1910.02054 §5.1): FP32 gradient buckets, and the shard of them that each rank owns.
 
-Ranks of one axis hold the same parameters and different tokens. Their gradients lie in flat FP32 buckets; each
-parameter's `main_grad` is a view of one. A bucket is cut into `axis.size` equal shards:
+arXiv:2412.19437 §3.2, §3.3.3. Ranks of one axis hold the same parameters and different tokens. Their gradients are
+stored in flat FP32 buckets, `main_grad` is a view of one. A bucket is cut into `axis.size` equal shards:
 
     backward   main_grad += ...                     every rank, its own tokens
     reduce     reduce-scatter, sum                  rank r holds the finished sums of shard r
-    update     masters and moments of the shard     `train.optim`, on `segments()`
+    update     masters and moments of the shard     `train.optim`, on `parameter_shards()`
     gather     all-gather in the weights' dtype     every rank holds all new weights
 
-Without ZeRO (`sharded=False`) an all-gather of the sums follows the reduce-scatter and every rank updates
-everything. The sums are formed by the same calls in both cases, so that ZeRO on or off changes no bit.
+Without ZeRO (`sharded=False`) an all-gather of the sums follows the reduce-scatter and every rank updates everything:
+the same calls form the sums, so ZeRO on or off changes no bit.
 
 Which axis: dense parameters the data axis; experts the expert-data axis only, because an expert's gradient already
 holds the tokens of all ranks of its expert group. Copies of one embedding on two pipeline ranks are summed over both
-(`tied`), updated by both alike and counted in the norm by one. On an axis of size 1 nothing is sent.
+(`tied`), updated by both alike and counted in the norm by one.
 
-Two roads lead into `main_grad`. Matrices (linears, router, embedding) are added by `kernels.deferred.accumulate_grad`,
-in FP32, by the wgrad closures. Norm gains come out of autograd as `.grad`; a hook installed here moves it over as soon
-as autograd has finished the tensor. So after any number of micro-batches `main_grad` is the sum.
-
-Shapes: [elements] flat FP32 for buckets, shards and segments; `start` and `numel` count elements. Each parameter starts
-at a multiple of ALIGNMENT in its bucket and a bucket's length is a multiple of ALIGNMENT x axis.size: at most
-ALIGNMENT - 1 elements of padding per parameter and ALIGNMENT x axis.size - 1 per bucket, always zero. Masters and
-moments have no padding.
-
-Not done here: division by the number of targets, norm, clipping (`parallel.grads`); the update (`train.optim`);
-overlap of the reduction with backward.
+Shapes: [elements] flat FP32 for buckets and shards; `start` and `numel` count elements. Each parameter starts at a
+multiple of ALIGNMENT in its bucket and a bucket's length is a multiple of ALIGNMENT x axis.size; padding is zero.
 """
 
 from __future__ import annotations
@@ -39,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.mesh import Axis
+from parallel.shards import Shard
 
 # Elements: 512 bytes of FP32, 256 of BF16; wider than any vector load or TMA box asks for.
 ALIGNMENT = 128
@@ -52,8 +44,8 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Where one parameter lies in its bucket: `numel` elements from `start`."""
+class BucketRange:
+    """A parameter's range in a flat gradient bucket."""
 
     name: str
     start: int
@@ -65,24 +57,19 @@ class BucketPlan:
     """One bucket: its parameters, all of one dtype, and its length in elements, padding included."""
 
     dtype: torch.dtype
-    slots: tuple[Slot, ...]
+    ranges: tuple[BucketRange, ...]
     numel: int
 
 
 def plan_buckets(
     sizes: Iterable[tuple[str, int, torch.dtype]], *, shards: int, bucket_bytes: int
 ) -> tuple[BucketPlan, ...]:
-    """Lay parameters into buckets, in the order given; a pure function of its arguments, so equal on all ranks.
-
-    A parameter is never cut. One larger than a bucket gets a bucket of its own, of its size.
+    """Assign parameters to buckets, in the order given; a pure function of its arguments, so equal on all ranks.
 
     Args:
         sizes: (name, elements, dtype) of each parameter. Dtypes do not mix, because weights are gathered by bucket.
         shards: number of equal shards per bucket.
-        bucket_bytes: FP32 bytes of a bucket before the padding at its end.
-    Returns:
-        the buckets, those of the first dtype first.
-    Source: ours.
+        bucket_bytes: FP32 bytes of a bucket before its padding; a larger parameter gets a bucket of its own, uncut.
     """
     assert shards >= 1, shards
     assert bucket_bytes >= 4, bucket_bytes
@@ -91,39 +78,32 @@ def plan_buckets(
         by_dtype.setdefault(dtype, []).append((name, numel))
     plans: list[BucketPlan] = []
     for dtype, named in by_dtype.items():
-        slots: list[Slot] = []
+        ranges: list[BucketRange] = []
         end = 0
         for name, numel in named:
             start = _round_up(end, ALIGNMENT)
-            if slots and (start + numel) * 4 > bucket_bytes:
-                plans.append(BucketPlan(dtype, tuple(slots), _round_up(end, ALIGNMENT * shards)))
-                slots, start = [], 0
-            slots.append(Slot(name, start, numel))
+            if ranges and (start + numel) * 4 > bucket_bytes:
+                plans.append(BucketPlan(dtype, tuple(ranges), _round_up(end, ALIGNMENT * shards)))
+                ranges, start = [], 0
+            ranges.append(BucketRange(name, start, numel))
             end = start + numel
-        plans.append(BucketPlan(dtype, tuple(slots), _round_up(end, ALIGNMENT * shards)))
+        plans.append(BucketPlan(dtype, tuple(ranges), _round_up(end, ALIGNMENT * shards)))
     return tuple(plans)
 
 
 @dataclass(frozen=True, eq=False)
-class Segment:
-    """What this rank updates of one parameter.
-
-    Args:
-        name: of the parameter.
-        parameter: the whole local parameter.
-        start: first element of the segment within the flattened local parameter.
-        grad: [elements] fp32, a live view of the bucket; its length is the segment's.
-    """
+class ParameterShard:
+    """What this rank updates of one parameter."""
 
     name: str
     parameter: nn.Parameter
-    start: int
-    grad: Tensor
+    shard: Shard  # of the flattened parameter
+    grad: Tensor  # [elements] fp32, a live view of the bucket
 
 
 @dataclass(frozen=True, eq=False)
 class _Bucket:
-    """A bucket's gradients, the shard of them that is this rank's, and its parameters in the order of the slots."""
+    """A bucket's gradients, the shard of them that is this rank's, and its parameters in the order of the ranges."""
 
     plan: BucketPlan
     grads: Tensor
@@ -135,18 +115,14 @@ class _Bucket:
 class GradientBuckets:
     """The FP32 gradients of the parameters that are reduced over one axis; owns their `main_grad`.
 
-    All ranks of the axis must pass the same names and shapes in the same order.
-
     Args:
-        named_params: (name, parameter) pairs; frozen ones and repeated ones are passed over. Names must be unique.
+        named_params: (name, parameter) pairs, the same in the same order on all ranks of the axis; frozen ones and
+            repeated ones are passed over. Names must be unique.
         axis: ranks that hold copies of these parameters and different tokens.
         sharded: ZeRO-1; each rank updates only its shard.
         bucket_bytes: FP32 bytes of a bucket.
         tied: ranks that hold another copy of the same parameters under the same names, with gradients of their own.
         counts_in_norm: False on all ranks of `tied` but the first.
-    Raises:
-        ValueError: a name appears twice.
-    Source: arXiv:1910.02054 §5.1 (optimizer state partitioning); arXiv:2412.19437 §3.2.
     """
 
     def __init__(
@@ -166,49 +142,49 @@ class GradientBuckets:
         sizes = [(name, parameter.numel(), parameter.dtype) for name, parameter in self.parameters.items()]
         plans = plan_buckets(sizes, shards=axis.size, bucket_bytes=bucket_bytes)
         self._buckets = [self._allocate(plan) for plan in plans]
-        self._segments = {segment.name: segment for bucket in self._buckets for segment in self._cut(bucket)}
+        self._shards = {shard.name: shard for bucket in self._buckets for shard in self._cut(bucket)}
+        # Two roads lead into `main_grad`. Matrices (linears, router, embedding) are added in FP32 by the wgrad closures
+        # (`kernels.deferred.accumulate_grad`). Norm gains come out of autograd as `.grad`; this hook moves it over as
+        # soon as autograd has finished the tensor.
         for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(_move_into_main_grad)
 
     def _allocate(self, plan: BucketPlan) -> _Bucket:
-        parameters = tuple(self.parameters[slot.name] for slot in plan.slots)
+        parameters = tuple(self.parameters[each.name] for each in plan.ranges)
         grads = torch.zeros(plan.numel, dtype=torch.float32, device=parameters[0].device)
-        for slot, parameter in zip(plan.slots, parameters, strict=True):
-            assert parameter.is_contiguous(), f"{slot.name} is not contiguous: its flat view would be a copy"
-            main_grad = grads[slot.start : slot.start + slot.numel].view(parameter.shape)
+        for each, parameter in zip(plan.ranges, parameters, strict=True):
+            assert parameter.is_contiguous(), f"{each.name} is not contiguous: its flat view would be a copy"
+            main_grad = grads[each.start : each.start + each.numel].view(parameter.shape)
             parameter.main_grad = main_grad  # type: ignore[attr-defined]
         length = plan.numel // self.axis.size
         first = self.axis.rank * length
         return _Bucket(plan, grads, grads[first : first + length], first, parameters)
 
-    def _cut(self, bucket: _Bucket) -> list[Segment]:
-        """The parts of the bucket's parameters that this rank updates; empty parts are left out."""
+    def _cut(self, bucket: _Bucket) -> list[ParameterShard]:
+        """What this rank updates of the bucket's parameters; empty shards are left out."""
         first, end = 0, bucket.plan.numel
         if self.sharded:
             first, end = bucket.shard_start, bucket.shard_start + bucket.shard.numel()
-        segments = []
-        for slot, parameter in zip(bucket.plan.slots, bucket.parameters, strict=True):
-            start, stop = max(first, slot.start), min(end, slot.start + slot.numel)
+        shards = []
+        for each, parameter in zip(bucket.plan.ranges, bucket.parameters, strict=True):
+            start, stop = max(first, each.start), min(end, each.start + each.numel)
             if start < stop:
-                segments.append(Segment(slot.name, parameter, start - slot.start, bucket.grads[start:stop]))
-        return segments
+                shard = Shard((each.numel,), (start - each.start,), (stop - start,))
+                shards.append(ParameterShard(each.name, parameter, shard, bucket.grads[start:stop]))
+        return shards
 
     @property
     def grad_bytes(self) -> int:
         """Bytes of the FP32 gradient buckets, padding included."""
         return sum(bucket.grads.numel() * 4 for bucket in self._buckets)
 
-    def segments(self) -> list[Segment]:
+    def parameter_shards(self) -> list[ParameterShard]:
         """What this rank must update: its shard of every bucket, or every parameter whole without ZeRO."""
-        return list(self._segments.values())
+        return list(self._shards.values())
 
-    def norm_segments(self) -> list[Tensor]:
-        """The gradients that this rank counts in the global norm.
-
-        Returns:
-            this rank's shard of every bucket, padding included, with and without ZeRO: so each element is counted by
-            exactly one rank of the axis and the order of the sum is the same. Empty for tied copies that do not count.
-        """
+    def norm_shards(self) -> list[Tensor]:
+        """This rank's shard of every bucket, padding included; none for tied copies that do not count."""
+        # With and without ZeRO: one rank of the axis counts each element, and the order of the sum is the same.
         return [bucket.shard for bucket in self._buckets] if self._counts_in_norm else []
 
     def zero(self) -> None:
@@ -220,12 +196,9 @@ class GradientBuckets:
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Sum the gradients over the axis, and over the tied copies; once per step.
-
-        Afterwards `segments()` and `norm_segments()` hold finished sums. With ZeRO, `main_grad` outside this rank's
-        shard still holds what this rank alone has summed: nobody reads it before it is zeroed.
-        """
+        """Sum the gradients over the axis, and over the tied copies; once per step."""
         assert all(p.grad is None for p in self.parameters.values()), "a gradient was left in .grad, not in main_grad"
+        # With ZeRO, `main_grad` outside this rank's shard still holds afterwards what this rank alone has summed.
         if self.axis.size > 1:
             # In place: the shard is the part of its bucket that this rank owns.
             _wait_for(
@@ -242,7 +215,7 @@ class GradientBuckets:
 
     @torch.no_grad()
     def scale(self, factor: Tensor) -> None:
-        """Multiply the gradients of `segments()` by a 0-d fp32 tensor, in place."""
+        """Multiply the gradients of `parameter_shards()` by a 0-d fp32 tensor, in place."""
         owned = [bucket.shard if self.sharded else bucket.grads for bucket in self._buckets]
         if owned:
             torch._foreach_mul_(owned, factor)
@@ -251,14 +224,13 @@ class GradientBuckets:
     def gather(self, values: Mapping[str, Tensor]) -> None:
         """Give every rank of the axis the new weights.
 
-        Weights are written by `copy_`, which raises the parameter's version: by it cached FP8 copies know their age.
-
         Args:
-            values: name -> [elements] fp32, the new values of each of `segments()`; may be a view of the parameter.
+            values: name -> [elements] fp32 of each of `parameter_shards()`; may be a view of the parameter.
         """
+        # Weights are written by `copy_`, which raises the parameter's version: that makes cached FP8 copies stale.
         if not self.sharded or self.axis.size == 1:
-            for name, segment in self._segments.items():
-                segment.parameter.copy_(values[name].view(segment.parameter.shape))
+            for name, shard in self._shards.items():
+                shard.parameter.copy_(values[name].view(shard.parameter.shape))
             return
         in_flight: deque[tuple[_Bucket, Tensor, dist.Work]] = deque()
         for bucket in self._buckets:
@@ -270,21 +242,21 @@ class GradientBuckets:
 
     def _start_gather(self, bucket: _Bucket, values: Mapping[str, Tensor]) -> tuple[_Bucket, Tensor, dist.Work]:
         weights = torch.empty(bucket.plan.numel, dtype=bucket.plan.dtype, device=bucket.grads.device)
-        for slot in bucket.plan.slots:
-            if slot.name in self._segments:
-                segment = self._segments[slot.name]
-                first = slot.start + segment.start
+        for each in bucket.plan.ranges:
+            if each.name in self._shards:
+                shard = self._shards[each.name].shard
+                first = each.start + shard.offsets[0]
                 # Rounds FP32 masters to the weights' dtype before they travel.
-                weights[first : first + segment.grad.numel()].copy_(values[slot.name])
-        shard = weights[bucket.shard_start : bucket.shard_start + bucket.shard.numel()]
-        work = _all_gather(weights, shard, group=self.axis.group, async_op=True)
+                weights[first : first + shard.numel].copy_(values[each.name])
+        own = weights[bucket.shard_start : bucket.shard_start + bucket.shard.numel()]
+        work = _all_gather(weights, own, group=self.axis.group, async_op=True)
         return bucket, weights, work
 
 
 def _finish_gather(bucket: _Bucket, weights: Tensor, work: dist.Work) -> None:
     work.wait()
-    for slot, parameter in zip(bucket.plan.slots, bucket.parameters, strict=True):
-        parameter.copy_(weights[slot.start : slot.start + slot.numel].view(parameter.shape))
+    for each, parameter in zip(bucket.plan.ranges, bucket.parameters, strict=True):
+        parameter.copy_(weights[each.start : each.start + each.numel].view(parameter.shape))
 
 
 def _wait_for(started: Iterable[dist.Work | None]) -> None:
@@ -295,7 +267,6 @@ def _wait_for(started: Iterable[dist.Work | None]) -> None:
 
 
 def _unique(named_params: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
-    """The trained parameters by name, each once."""
     parameters: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for name, parameter in named_params:

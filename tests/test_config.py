@@ -6,6 +6,8 @@ import dataclasses
 import math
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train.config
-from train.config import CONFIGS, ConfigError, PretrainConfig, build, compose, to_yaml
+from train.config import CONFIGS, ConfigError, PretrainConfig, compose, convert, to_yaml
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # Overrides -> what the sentence must say: the key as given and the nearest valid name, or the cure.
 MISTAKES = {
@@ -292,7 +296,7 @@ RUNS = [[], ["experiment=tiny"], ["+cluster=h100_1"], ["+cluster=h800_2048"], ["
 @pytest.mark.parametrize("overrides", [*RUNS, ["layout.pp=2", "layout.stage_layers=[1,2]"]])
 def test_the_run_directory_copy_reads_back_equal(overrides: list[str]) -> None:
     config = compose(overrides)
-    assert build(PretrainConfig, yaml.safe_load(to_yaml(config)), "") == config
+    assert convert(PretrainConfig, yaml.safe_load(to_yaml(config)), "") == config
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
@@ -304,9 +308,17 @@ def test_a_scalar_keeps_its_value_or_is_refused(kind: type, value: object) -> No
     finite = not isinstance(value, float) or math.isfinite(value)
     integral = kind is int and type(value) is float and finite and value.is_integer()
     if finite and (type(value) is kind or integral or (kind is float and type(value) is int)):
-        built = build(kind, value, "a.b")
+        built = convert(kind, value, "a.b")
         assert type(built) is kind
         assert built == kind(value)
     else:
         with pytest.raises(ConfigError, match=r"^a\.b="):
-            build(kind, value, "a.b")
+            convert(kind, value, "a.b")
+
+
+def test_reading_a_configuration_loads_no_machinery() -> None:
+    """Their imports cost as much as torch's own; a fresh process, for tests have loaded both."""
+    heavy = ("torch.distributed.checkpoint", "torch.distributed.pipelining")
+    program = f"import sys, train.config; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "[]\n"

@@ -12,12 +12,12 @@ import pytest
 import torch
 import yaml
 
-from parallel.layout_check import check_world
+from parallel.layout import check_world
 from train.config import CONFIGS, PretrainConfig, compose
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
-from train.schedules import at
+from train.schedules import scheduled_values
 
 BASE_GROUPS = ("model", "precision", "layout", "network", "data", "schedule", "optim", "observe", "checkpoint")
 CLUSTERS = sorted(path.stem for path in (CONFIGS / "cluster").glob("*.yaml"))
@@ -255,7 +255,7 @@ def test_the_v3_schedule_has_the_report_values_at_its_break_points(
 ) -> None:
     """§4.2, after the warm-up; alpha is constant."""
     schedule = compose(["model=v3_671b", "data=text", "schedule=v3"]).schedule
-    now = at(schedule, step=2000, tokens_seen=int(tokens_seen))
+    now = scheduled_values(schedule, step=2000, tokens_seen=int(tokens_seen))
     assert (now.lr, now.batch_sequences, now.bias_speed, now.mtp_weight) == (lr, batch, gamma, mtp_weight)
     assert now.balance_alpha == 1e-4
     assert schedule.total_tokens == 14_800_000_000_000

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import ast
 import functools
-import importlib
 import importlib.metadata
 import importlib.util
 import re
 import subprocess
+import tokenize
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,19 +24,21 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("kernels", "parallel", "train", "launch")
-MAX_FILE_LINES = 500
-MAX_FUNCTION_LINES = 60
+# Aims are about 300 lines a file and 40 a function; past these a reason is asked for.
+MAX_FILE_LINES = 600
+MAX_FUNCTION_LINES = 80
 MAX_PARAMETERS = 8
-MAX_ENTRYPOINT_LINES = 80
+MAX_ENTRYPOINT_LINES = 120
+# Docstring lines a line of code, over the product; peers have 0.06 to 0.2.
+MAX_DOCSTRING_RATIO = 0.28
 
 # Files in kernels/ that are no kernels: formats, queue and probe, the choice of backend.
-NOT_KERNELS = ("__init__", "formats", "backend", "deferred", "operators", "probe", "bench_entry")
+NOT_KERNELS = ("__init__", "formats", "backend", "deferred", "operators", "probe")
 # Kernel files whose arithmetic is all in other kernel files, which have references: name -> what it composes.
 COMPOSITIONS = {"fp8_linear": ("gemm_fp8", "gemm_grouped", "quantize", "swiglu")}
 # Functions that may read a device value inside the step, and why.
 HOST_READS = {
     "kernels/gemm_grouped.py:group_rows": "plain torch slices by group; a device kernel would not",
-    "train/studies/bench/timing.py:wait": "a clock waits for what it times",
     "train/optim/ema.py:_fold": "its own thread waits for a copy, beside the step",
     "parallel/expert.py:_read_counts": "split sizes of the uneven all-to-all: one read a MoE layer and micro-batch",
 }
@@ -92,13 +94,14 @@ def imported(path: Path) -> Iterator[tuple[ast.AST, str]]:
             yield from ((node, f"{node.module}.{alias.name}") for alias in node.names)
 
 
-def test_no_file_is_longer_than_the_limit() -> None:
+def test_a_long_file_says_why_it_is_one_idea() -> None:
     offenders = [
         f"{place(path)}: {length} lines"
         for path in sources(*ROOMS, "tests")
         if (length := len(path.read_text().splitlines())) > MAX_FILE_LINES
+        and "one idea" not in (ast.get_docstring(tree(path)) or "")
     ]
-    none_of(offenders, f"split by idea: {MAX_FILE_LINES} lines a file")
+    none_of(offenders, f"past {MAX_FILE_LINES} lines: split by idea, or let the docstring say why it is one idea")
 
 
 def test_no_function_is_longer_than_the_limit() -> None:
@@ -143,29 +146,67 @@ def test_every_folder_of_code_is_a_package() -> None:
     none_of(offenders, "add an __init__.py with a docstring: packaging and mypy look for it")
 
 
-def test_module_docstrings_teach() -> None:
-    """What it computes, where that stands in the paper, what it does not do: more than one line."""
-    offenders = []
-    for path in sources(*ROOMS):
-        text = ast.get_docstring(tree(path)) or ""
-        if path.name != "__init__.py" and (len(text) < 160 or len(text.splitlines()) < 3):
-            offenders.append(f"{place(path)}: {len(text)} characters in {len(text.splitlines())} lines")
-    none_of(offenders, "say what it computes, where that stands in the paper, what it leaves out")
+def test_every_module_says_what_it_is() -> None:
+    none_of([place(path) for path in sources(*ROOMS) if not ast.get_docstring(tree(path))], "write its docstring")
 
 
-def test_public_names_have_docstrings() -> None:
-    offenders = []
+def public_doors() -> Iterator[tuple[Path, ast.FunctionDef | ast.ClassDef]]:
+    """Functions and classes that another file of the product imports, by name or through their module."""
+    used: set[str] = set()
     for path in sources(*ROOMS):
-        for scope in ast.walk(tree(path)):
-            if not isinstance(scope, ast.Module | ast.ClassDef):
-                continue
-            if isinstance(scope, ast.ClassDef) and scope.name.startswith("_"):
-                continue
-            for node in scope.body:
-                documented = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
-                if documented and ast.get_docstring(node) is None:
-                    offenders.append(f"{place(path, node)}: {node.name}")
-    none_of(offenders, "write the docstring: one line, then Args, Returns, Raises where they apply")
+        modules = {name for _, name in imported(path)}
+        used |= modules
+        aliases = {name.rpartition(".")[2]: name for name in modules}
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+                used.add(f"{aliases[node.value.id]}.{node.attr}")
+    for path in sources(*ROOMS):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for node in tree(path).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and f"{module}.{node.name}" in used:
+                yield path, node
+
+
+def test_public_doors_have_docstrings() -> None:
+    """What another file uses is described where it is defined; what only its own file uses may speak for itself."""
+    offenders = [f"{place(path, node)}: {node.name}" for path, node in public_doors() if not ast.get_docstring(node)]
+    none_of(
+        offenders, "write its docstring: one line, then shapes, units, errors and source where they are not obvious"
+    )
+
+
+def docstring_lines(path: Path) -> set[int]:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node.body[0] for node in ast.walk(tree(path)) if isinstance(node, kinds) and ast.get_docstring(node)]
+    return {line for node in nodes for line in range(node.lineno, (node.end_lineno or 0) + 1)}
+
+
+def code_lines(path: Path) -> set[int]:
+    """Lines that hold a token other than a comment, docstrings apart."""
+    blank = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    with tokenize.open(path) as file:
+        tokens = [token for token in tokenize.generate_tokens(file.readline) if token.type not in blank]
+    return {line for token in tokens for line in range(token.start[0], token.end[0] + 1)} - docstring_lines(path)
+
+
+def test_docstrings_stay_short() -> None:
+    """Over the product; an explanation belongs beside the line that needs it."""
+    files = sources(*ROOMS)
+    docstrings, code = (sum(len(lines(path)) for path in files) for lines in (docstring_lines, code_lines))
+    assert docstrings <= MAX_DOCSTRING_RATIO * code, (
+        f"{docstrings} lines of docstrings, {code} of code: train/ and more"
+    )
+
+
+def test_no_class_name_is_used_twice() -> None:
+    places: dict[str, list[str]] = {}
+    for path in sources(*ROOMS):
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(place(path, node))
+    none_of(
+        [f"{name}: {', '.join(at)}" for name, at in places.items() if len(at) > 1], "one name, one idea: rename one"
+    )
 
 
 def test_nothing_is_a_stub() -> None:
@@ -194,7 +235,7 @@ def test_every_kernel_has_a_reference_a_test_and_a_bench_entry(path: Path) -> No
 
     A file of plain torch that autograd differentiates is its own reference; a composition imports its own.
     """
-    from kernels.bench_entry import Bench
+    from train.studies.bench import rows
 
     source = path.read_text()
     has_reference = any(node.name.endswith("_reference") for node in functions(path))
@@ -206,10 +247,9 @@ def test_every_kernel_has_a_reference_a_test_and_a_bench_entry(path: Path) -> No
     else:
         assert has_reference or not hand_written, f"{place(path)} needs a *_reference"
     assert (ROOT / f"tests/kernels/test_{path.stem}.py").exists(), f"tests/kernels/test_{path.stem}.py is missing"
-    bench = importlib.import_module(f"kernels.{path.stem}").BENCH
-    assert isinstance(bench, tuple)
-    assert bench, f"{place(path)} has an empty BENCH"
-    assert all(isinstance(entry, Bench) for entry in bench)
+    assert rows.ROWS.get(path.stem), f"{place(path)} has no row in train/studies/bench/rows.py"
+    measured = {name for _, name in imported(Path(rows.__file__))}
+    assert any(name.startswith(f"kernels.{path.stem}.") for name in measured), f"no row runs anything of {place(path)}"
 
 
 def test_all_device_code_is_run_by_a_test() -> None:
@@ -218,7 +258,7 @@ def test_all_device_code_is_run_by_a_test() -> None:
     offenders = []
     for path in sources("kernels/gpu"):
         name = re.compile(rf"from kernels\.gpu(\.{path.stem} import| import [\w, ]*\b{path.stem}\b)")
-        if path.stem not in ("__init__", "gemm_tiles"):
+        if path.stem != "__init__":
             for prefix, suffix in (("test_", ".py"), ("", "_cases.py")):
                 texts = [text for test, text in tests.items() if test.startswith(prefix) and test.endswith(suffix)]
                 if not any(name.search(text) for text in texts):
@@ -401,8 +441,8 @@ def test_uninitialised_memory_is_poisoned_and_algorithms_are_deterministic() -> 
 
 # Rule -> an offence against it, as file and text below an otherwise empty repository.
 OFFENCES = [
-    (test_no_file_is_longer_than_the_limit, "train/a.py", "x = 1\n" * 501),
-    (test_no_function_is_longer_than_the_limit, "train/a.py", "def f():\n" + "    x = 1\n" * 60),
+    (test_a_long_file_says_why_it_is_one_idea, "train/a.py", '"""Two ideas."""\n' + "x = 1\n" * 600),
+    (test_no_function_is_longer_than_the_limit, "train/a.py", "def f():\n" + "    x = 1\n" * 80),
     (
         test_no_function_has_more_parameters_than_the_limit,
         "train/a.py",
@@ -411,12 +451,14 @@ OFFENCES = [
     (test_init_files_hold_a_docstring_only, "train/__init__.py", '"""Room."""\n__version__ = "1"\n'),
     (test_tests_are_no_packages, "tests/__init__.py", ""),
     (test_every_folder_of_code_is_a_package, "train/data/a.py", ""),
-    (test_module_docstrings_teach, "train/a.py", '"""Pads stuff."""\n'),
-    (test_public_names_have_docstrings, "train/a.py", "class A:\n    def f(self): return 1\n"),
+    (test_every_module_says_what_it_is, "train/a.py", "x = 1\n"),
+    (test_public_doors_have_docstrings, "train/a.py", "from train.a import f\ndef f(): return 1\n"),
+    (test_docstrings_stay_short, "train/a.py", '"""One\n\ntwo."""\nx = 1\n'),
+    (test_no_class_name_is_used_twice, "train/a.py", "class A: pass\nclass B:\n    class A: pass\n"),
     (test_nothing_is_a_stub, "train/a.py", 'def f():\n    """Later."""\n    ...\n'),
     (test_nothing_is_a_stub, "train/a.py", "def f():\n    raise NotImplementedError\n"),
     (test_no_entrypoint_shadows_an_installed_module, "launch/numpy.py", ""),
-    (test_entrypoints_are_short, "launch/a.py", "x = 1\n" * 80),
+    (test_entrypoints_are_short, "launch/a.py", "x = 1\n" * 120),
     (test_the_environment_is_read_at_the_door, "train/a.py", "import os\nos.environ['A']\n"),
     (test_the_environment_is_read_at_the_door, "train/a.py", "from os import getenv\n"),
     (test_nothing_unpickles, "train/a.py", "import pickle\n"),
@@ -430,7 +472,7 @@ OFFENCES = [
 
 
 def test_the_kernel_rule_turns_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hand-written backward without a reference, then one with a reference and no test."""
+    """A hand-written backward without a reference, one with a reference and no test, one without a bench row."""
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     kernel = tmp_path / "kernels/a.py"
     kernel.parent.mkdir()
@@ -440,6 +482,10 @@ def test_the_kernel_rule_turns_red(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     referenced = kernel.with_name("b.py")
     referenced.write_text("class A(torch.autograd.Function):\n    pass\ndef a_reference(): 1\n")
     with pytest.raises(AssertionError, match=r"test_b\.py is missing"):
+        test_every_kernel_has_a_reference_a_test_and_a_bench_entry(referenced)
+    (tmp_path / "tests/kernels").mkdir(parents=True)
+    (tmp_path / "tests/kernels/test_b.py").touch()
+    with pytest.raises(AssertionError, match=r"b\.py has no row in"):
         test_every_kernel_has_a_reference_a_test_and_a_bench_entry(referenced)
 
 

@@ -14,11 +14,11 @@ from train.assemble import build_engine
 from train.data.batch import IGNORE_INDEX, Batch
 from train.losses import LossWeights, attach_loss, balance_sum, loss_sums
 from train.model.precision import Precision
-from train.optim.adamw import OptimConfig
-from train.schedules import Now
+from train.optim.config import OptimConfig
+from train.schedules import ScheduledValues
 from train.step import Engine, StepGradients, compute_gradients
 
-NOW = Now(lr=1e-3, batch_sequences=4, bias_speed=1e-3, mtp_weight=0.3, balance_alpha=0.01)
+NOW = ScheduledValues(lr=1e-3, batch_sequences=4, bias_speed=1e-3, mtp_weight=0.3, balance_alpha=0.01)
 
 
 def engine(**optim: float) -> Engine:

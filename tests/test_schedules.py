@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.schedules import ScheduleConfig, at
+from train.schedules import ScheduleConfig, scheduled_values
 
 T = 10**12
 B = 10**9
@@ -40,7 +40,7 @@ LATE_STEP = 100_000
 
 
 def lr(*, step: int = LATE_STEP, tokens_seen: int) -> float:
-    return at(V3, step=step, tokens_seen=tokens_seen).lr
+    return scheduled_values(V3, step=step, tokens_seen=tokens_seen).lr
 
 
 def cosine(tokens_seen: int) -> float:
@@ -118,13 +118,13 @@ def test_cosine_joins_its_neighbours_without_a_step_or_a_kink() -> None:
     ],
 )
 def test_batch_ramp(tokens_seen: int, expected: int) -> None:
-    assert at(V3, step=LATE_STEP, tokens_seen=tokens_seen).batch_sequences == expected
+    assert scheduled_values(V3, step=LATE_STEP, tokens_seen=tokens_seen).batch_sequences == expected
 
 
 def test_batch_ramp_takes_about_15000_steps_and_the_run_about_243000() -> None:
     step = tokens_seen = ramp_steps = 0
     while tokens_seen < V3.batch_ramp_tokens:
-        tokens_seen += at(V3, step=step, tokens_seen=tokens_seen).batch_sequences * SEQUENCE_TOKENS
+        tokens_seen += scheduled_values(V3, step=step, tokens_seen=tokens_seen).batch_sequences * SEQUENCE_TOKENS
         step += 1
     ramp_steps = step
     # dn/dx = 1/(4096 * batch(x)) integrates to 469B * ln(5) / (4096 * 12288) = 14,997 steps.
@@ -139,7 +139,7 @@ def test_batch_ramp_takes_about_15000_steps_and_the_run_about_243000() -> None:
 @given(tokens_seen=st.integers(0, 600 * B), multiple=st.sampled_from([1, 64, 192, 3072]))
 def test_batch_is_the_largest_multiple_on_or_below_the_line(tokens_seen: int, multiple: int) -> None:
     config = dataclasses.replace(V3, batch_multiple_sequences=multiple)
-    batch = at(config, step=0, tokens_seen=tokens_seen).batch_sequences
+    batch = scheduled_values(config, step=0, tokens_seen=tokens_seen).batch_sequences
     # Both sides times 469B: an exact comparison of integers.
     line = min(3072 * 469 * B + 12288 * tokens_seen, 15360 * 469 * B)
     assert batch % multiple == 0
@@ -162,7 +162,7 @@ def test_batch_is_the_largest_multiple_on_or_below_the_line(tokens_seen: int, mu
 def test_gamma_and_lambda_switch_at_their_tokens_and_alpha_never_does(
     tokens_seen: int, gamma: float, mtp_weight: float
 ) -> None:
-    now = at(V3, step=LATE_STEP, tokens_seen=tokens_seen)
+    now = scheduled_values(V3, step=LATE_STEP, tokens_seen=tokens_seen)
     assert (now.bias_speed, now.mtp_weight, now.balance_alpha) == (gamma, mtp_weight, 0.0001)
 
 
@@ -179,7 +179,7 @@ def test_phases_of_length_zero_are_legal() -> None:
         decay_until_tokens=0,
         mtp_weight_until_tokens=0,
     )
-    now = at(config, step=0, tokens_seen=0)
+    now = scheduled_values(config, step=0, tokens_seen=0)
     assert (now.lr, now.batch_sequences, now.mtp_weight) == (2.2e-5, 15360, 0.1)
 
 

@@ -1,7 +1,7 @@
-"""The assembly room: from a validated configuration to the parts of a run on this rank.
+"""Assembly: from a validated configuration to what a trainer works with on this rank.
 
-This is the only place where model, optimizer, data and parallel wrappers meet. Everything a user can get wrong about
-stores, vocabulary or device is refused here, before the model is allocated.
+Model, optimizer, data and parallel wrappers meet here. Mistakes of a user about stores, weights or device are refused
+before the model is allocated.
 
     layout -> stages of this rank -> a Transformer with those layers and a dispatcher for its experts
            -> gradient buckets: dense parameters over the data axis, experts over the expert-data axis, copies of the
@@ -12,31 +12,29 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 
-from parallel.expert import ExpertParallelDispatcher
 from parallel.mesh import Mesh, cpu_group, single
-from parallel.pieces import Piece
-from parallel.pipeline import Pipeline, balanced_split, balanced_v
-from parallel.schedules import num_stages, schedule_facts, stage_ids
+from parallel.pipeline import Pipeline
+from parallel.shards import Shard
 from parallel.zero import GradientBuckets
 from train.checkpoint.publish import published
 from train.config import PretrainConfig
-from train.data.store import TokenStore, check_same_tokenizer
-from train.data.stream import TokenStream
+from train.data.store import TokenStore, store_hashes
+from train.data.stream import Stores, TokenStream, open_stores
 from train.model.config import ModelConfig
 from train.model.init import initialize
-from train.model.moe import Experts, TokenDispatcher
 from train.model.precision import Precision
-from train.model.sizes import layer_costs, parameter_counts
-from train.model.transformer import Part, Transformer, recompute_up_projections
-from train.optim.adamw import AdamW, OptimConfig, Within
+from train.model.sizes import parameter_counts
+from train.model.transformer import Transformer, recompute_up_projections
+from train.optim.adamw import AdamW
+from train.optim.config import OptimConfig
 from train.optim.ema import Ema
-from train.stage import Stage
+from train.stage import Stage, build_stages, expert_shards
 from train.step import Engine
 
 if TYPE_CHECKING:
@@ -44,22 +42,16 @@ if TYPE_CHECKING:
 
 # Ranks that have written wait for the slowest one of a save.
 SAVE_TIMEOUT_S = 3600
-# The training stream and the held-out store.
-Stores = tuple[TokenStream, TokenStore | None]
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a trainer works with.
-
-    heldout is None when the configuration names none; checkpoint_group carries the planning of saves, apart from the
-    step's collectives, and is None with one rank.
-    """
+class Components:
+    """What a trainer works with on this rank."""
 
     engine: Engine
     stream: TokenStream
-    heldout: TokenStore | None
-    checkpoint_group: ProcessGroup | None
+    heldout: TokenStore | None  # None when the configuration names none
+    checkpoint_group: ProcessGroup | None  # carries the planning of saves, apart from the step; None with one rank
 
 
 def choose_device(name: str) -> torch.device:
@@ -85,110 +77,6 @@ def set_determinism(*, seed: int, deterministic: bool, threads: int | None) -> N
         torch.set_num_threads(threads)
 
 
-def open_stores(config: PretrainConfig) -> Stores:
-    """The training stream and the held-out store, checked against the model and each other.
-
-    Raises:
-        ValueError: missing, damaged, too short, or made with another tokeniser or too large a vocabulary.
-    """
-    store = TokenStore.open(Path(config.data.store))
-    store.check(vocab_size=config.model.vocab_size)
-    stream = TokenStream(store, config.data, config.run.seed)
-    if config.data.heldout is None:
-        return stream, None
-    heldout = TokenStore.open(Path(config.data.heldout))
-    heldout.check(vocab_size=config.model.vocab_size)
-    check_same_tokenizer(store, heldout)
-    return stream, heldout
-
-
-def balanced_layers(config: ModelConfig, schedule: str, pp: int) -> tuple[int, ...]:
-    """Layers of each stage, so that the pipeline rank with the most work has as little as possible."""
-    costs = layer_costs(config)
-    if pp > 1 and schedule_facts(schedule).placement == "v":
-        return balanced_v(costs, pp)
-    return balanced_split(costs, num_stages(schedule, pp))
-
-
-def parts_of_stages(config: ModelConfig, mesh: Mesh) -> dict[int, Part]:
-    """Stage index -> what it holds, for the stages of this rank."""
-    layout = mesh.layout
-    count = num_stages(layout.schedule, mesh.pp.size)
-    layers = layout.stage_layers or balanced_layers(config, layout.schedule, mesh.pp.size)
-    assert len(layers) == count, (layers, count)
-    starts = [sum(layers[:index]) for index in range(count + 1)]
-    return {
-        i: Part(range(starts[i], starts[i + 1]), begins=i == 0, ends=i == count - 1)
-        for i in stage_ids(layout.schedule, mesh.pp.size, mesh.pp.rank)
-    }
-
-
-def build_stages(
-    config: ModelConfig, precision: Precision, mesh: Mesh, dispatcher: TokenDispatcher | None = None
-) -> dict[int, Stage]:
-    """The stages of this rank on its device, without values.
-
-    Args:
-        config: of the whole model.
-        precision: of the run.
-        mesh: of the run.
-        dispatcher: brings tokens to experts; None for the one of the mesh.
-    """
-    if dispatcher is None and mesh.ep.size > 1:
-        dispatcher = ExpertParallelDispatcher(
-            config.n_routed_experts, mesh.ep, wire=precision.name, power_of_two=precision.power_of_two_scales
-        )
-    stages: dict[int, Stage] = {}
-    for index, part in parts_of_stages(config, mesh).items():
-        with mesh.device:
-            model = Transformer(config, precision, dispatcher, part)
-        stages[index] = Stage(model)
-    models = [stage.model for stage in stages.values()]
-    if len(models) > 1 and models[0].part.begins and models[-1].mtp:
-        # V placement: the rank that begins also ends, and MTP reads the one embedding there is.
-        models[-1].embed_tokens = models[0].embed_tokens
-    return stages
-
-
-def build_optimizer(models: list[Transformer], config: OptimConfig, mesh: Mesh) -> AdamW:
-    """Buckets by the axis they are reduced over, and AdamW on this rank's share of them."""
-    dense: dict[str, nn.Parameter] = {}
-    experts: dict[str, nn.Parameter] = {}
-    tied: dict[str, nn.Parameter] = {}
-    within: dict[str, Within] = {}
-    for model in models:
-        pieces = expert_pieces(model)
-        for name, parameter in model.named_parameters():
-            if name in pieces:
-                experts[name] = parameter
-                within[name] = _flat(pieces[name])
-            elif name.startswith("embed_tokens") and mesh.tied.size > 1:
-                tied[name] = parameter
-            else:
-                dense[name] = parameter
-    sharded = mesh.layout.zero
-    buckets = [
-        GradientBuckets(dense.items(), axis=mesh.dp, sharded=sharded),
-        GradientBuckets(experts.items(), axis=mesh.edp, sharded=sharded),
-        GradientBuckets(
-            tied.items(), axis=mesh.dp, sharded=sharded, tied=mesh.tied, counts_in_norm=mesh.tied.rank == 0
-        ),
-    ]
-    return AdamW(buckets, config, within)
-
-
-def expert_pieces(model: Transformer) -> dict[str, Piece]:
-    """Parameter name -> where its experts lie among all experts of the layer."""
-    pieces: dict[str, Piece] = {}
-    for module_name, module in model.named_modules():
-        if isinstance(module, Experts):
-            for leaf, parameter in module.named_parameters():
-                shape = (model.config.n_routed_experts, *parameter.shape[1:])
-                offset = (module.first_expert, *(0 for _ in shape[1:]))
-                pieces[f"{module_name}.{leaf}"] = Piece(parameter.detach(), shape, offset)
-    return pieces
-
-
 # What may differ between a model and the one whose weights it begins with.
 _FREE_TO_DIFFER = (
     "initializer_range",
@@ -199,7 +87,7 @@ _FREE_TO_DIFFER = (
 
 
 def first_weights(config: PretrainConfig) -> WeightSource | None:
-    """Where a new run's weights come from, if `run.init_from` says so; None for a run that has checkpoints to resume.
+    """The source of a new run's weights, if `run.init_from` names one; None for a run that has checkpoints to resume.
 
     Raises:
         ValueError: nothing to read there, or the weights of another model; names the first field that differs.
@@ -221,30 +109,66 @@ def first_weights(config: PretrainConfig) -> WeightSource | None:
     return source
 
 
+class Resources(NamedTuple):
+    """What a run reads; source: of the first weights, if they are neither drawn nor resumed."""
+
+    stores: Stores
+    source: WeightSource | None
+
+
+def open_resources(config: PretrainConfig) -> Resources:
+    """The stores and the source of the first weights.
+
+    Raises:
+        ValueError: one of them is missing here, or does not fit the configuration; says what to do.
+    """
+    source = first_weights(config)
+    return Resources(open_stores(config.data, vocab_size=config.model.vocab_size, seed=config.run.seed), source)
+
+
+def build_optimizer(models: list[Transformer], config: OptimConfig, mesh: Mesh) -> AdamW:
+    """Buckets by the axis they are reduced over, and AdamW on this rank's share of them."""
+    dense: dict[str, nn.Parameter] = {}
+    experts: dict[str, nn.Parameter] = {}
+    tied: dict[str, nn.Parameter] = {}
+    flat_shards: dict[str, Shard] = {}
+    for model in models:
+        shards = expert_shards(model)
+        for name, parameter in model.named_parameters():
+            if name in shards:
+                experts[name] = parameter
+                flat_shards[name] = shards[name].shard.flatten()
+            elif name.startswith("embed_tokens") and mesh.tied.size > 1:
+                tied[name] = parameter
+            else:
+                dense[name] = parameter
+    sharded = mesh.layout.zero
+    buckets = [
+        GradientBuckets(dense.items(), axis=mesh.dp, sharded=sharded),
+        GradientBuckets(experts.items(), axis=mesh.edp, sharded=sharded),
+        GradientBuckets(
+            tied.items(), axis=mesh.dp, sharded=sharded, tied=mesh.tied, counts_in_norm=mesh.tied.rank == 0
+        ),
+    ]
+    return AdamW(buckets, config, flat_shards)
+
+
 @torch.no_grad()
 def fill(model: Transformer, source: WeightSource) -> None:
-    """Copy this part's weights out of a source, of experts only those that live here.
-
-    MTP layers that the source does not hold keep their values.
+    """Copy a stage's weights out of a source; MTP layers that the source lacks keep their values.
 
     Raises:
         ValueError: it lacks another tensor; named.
     """
-    held, pieces = set(source.names()), expert_pieces(model)
+    held, shards = set(source.names()), expert_shards(model)
     for name, target in model.state_dict().items():
         if name not in held and name.startswith("mtp."):
             continue
         if name not in held:
             raise ValueError(f"{source.path} lacks {name}: it is incomplete; fetch or export it again")
-        first = pieces[name].offset[0] if name in pieces else 0
+        first = shards[name].shard.offsets[0] if name in shards else 0
         # In place, so that the weight's version rises and its FP8 copy is made anew.
         target.copy_(source.read(name, range(first, first + len(target))))
-
-
-def _flat(piece: Piece) -> Within:
-    """The same place in the flattened global tensor."""
-    per_expert = piece.local[0].numel()
-    return Within(first=piece.offset[0] * per_expert, global_numel=piece.global_shape[0] * per_expert)
 
 
 def build_engine(
@@ -273,50 +197,47 @@ def build_engine(
 
 
 def assemble(stages: dict[int, Stage], optim: OptimConfig, mesh: Mesh) -> Engine:
-    """Pipeline and optimizer round the stages of this rank; masters take the values that the weights have now."""
+    """Pipeline and optimizer of the stages of this rank; masters take the values that the weights have now."""
     models = [stage.model for _, stage in sorted(stages.items())]
     config, precision = models[0].config, models[0].precision
-    pipeline = Pipeline(stages, mesh=mesh, hidden_size=config.hidden_size, dtype=precision.dtype)
     optimizer = build_optimizer(models, optim, mesh)
     ema = None if optim.ema_decay is None else Ema(optimizer.masters(), optim.ema_decay)
+    pipeline = Pipeline(stages, mesh=mesh, hidden_size=config.hidden_size, dtype=precision.dtype)
     return Engine(mesh=mesh, stages=stages, pipeline=pipeline, optimizer=optimizer, ema=ema)
 
 
-def build(config: PretrainConfig, mesh: Mesh | None = None, *, stores: Stores | None = None) -> Parts:
-    """Everything a run needs on this rank.
+def build(config: PretrainConfig, mesh: Mesh, resources: Resources) -> Components:
+    """Everything that a run needs on this rank.
 
     Args:
         config: checked.
-        mesh: of its layout; None for one process.
-        stores: what `open_stores` gave, if it was called before.
+        mesh: of its layout.
+        resources: of `open_resources`.
+    """
+    run, (stream, heldout) = config.run, resources.stores
+    set_determinism(seed=run.seed, deterministic=run.deterministic, threads=run.threads)
+    engine = build_engine(
+        config.model,
+        config.precision,
+        config.optim,
+        mesh,
+        seed=run.seed,
+        recompute=run.recompute,
+        source=resources.source,
+    )
+    return Components(
+        engine=engine, stream=stream, heldout=heldout, checkpoint_group=cpu_group(timeout_s=SAVE_TIMEOUT_S)
+    )
+
+
+def build_alone(config: PretrainConfig) -> Components:
+    """`build` in one process, device and resources opened here.
+
     Raises:
         ValueError: a store or the device does not fit the configuration; says what to do.
     """
-    mesh = mesh or single(choose_device(config.run.device))
-    stream, heldout = stores or open_stores(config)
-    run, source = config.run, first_weights(config)
-    set_determinism(seed=run.seed, deterministic=run.deterministic, threads=run.threads)
-    engine = build_engine(
-        config.model, config.precision, config.optim, mesh, seed=run.seed, recompute=run.recompute, source=source
-    )
-    return Parts(engine=engine, stream=stream, heldout=heldout, checkpoint_group=cpu_group(timeout_s=SAVE_TIMEOUT_S))
-
-
-def checkpoint_tensors(engine: Engine) -> dict[str, Tensor | Piece]:
-    """This rank's part of a run's tensors, by name: live ones, so that loading a checkpoint fills them in place."""
-    model: dict[str, Tensor | Piece] = {}
-    for part in engine.models:
-        model |= {f"model.{name}": tensor for name, tensor in (part.state_dict() | expert_pieces(part)).items()}
-    optimizer = {f"optim.{name}": piece for name, piece in engine.optimizer.state_pieces().items()}
-    average = engine.ema.state_pieces() if engine.ema else {}
-    return model | optimizer | average
-
-
-def store_hashes(store: TokenStore) -> dict[str, str]:
-    """SHA-256 of the tokeniser and of each file of the store: what a run has read."""
-    manifest = store.manifest
-    files = {name: record.sha256 for name, record in sorted(manifest.files.items())}
-    return {"tokenizer": manifest.tokenizer_sha256, **files}
+    device = choose_device(config.run.device)
+    return build(config, single(device), open_resources(config))
 
 
 def device_name(device: torch.device) -> str:
@@ -324,9 +245,9 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def run_card(config: PretrainConfig, parts: Parts) -> dict[str, object]:
-    """What this run is, for its directory and its dashboard: sizes, precision, layout, device, versions, seed."""
-    mesh = parts.engine.mesh
+def run_card(config: PretrainConfig, components: Components) -> dict[str, object]:
+    """A run's sizes, precision, layout, device, versions and seed, for its directory and its dashboard."""
+    mesh = components.engine.mesh
     return {
         "name": config.run.name,
         "precision": config.precision.name,
@@ -343,5 +264,5 @@ def run_card(config: PretrainConfig, parts: Parts) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "deterministic": config.run.deterministic,
         "torch": torch.__version__,
-        "store": store_hashes(parts.stream.store),
+        "store": store_hashes(components.stream.store),
     }

@@ -1,16 +1,12 @@
 """The configuration of a run: from YAML and command line to frozen dataclasses. Hydra stops here.
 
-    configs/*.yaml + overrides  --Hydra-->  plain dicts  --build-->  PretrainConfig (frozen, checked)
+    configs/*.yaml + overrides  --Hydra-->  plain dicts  --convert-->  PretrainConfig (frozen, checked)
 
-`configs/` holds values only, one group per field of `PretrainConfig`; each group's dataclass lives in the
-room that uses it. A mistake is refused with one sentence that names the key and the nearest valid one, before
-anything is allocated: unknown groups, options and keys, keys given twice, wrong types, values that contradict
-each other. Nothing is ever ignored.
-
-Hydra and OmegaConf are imported by the first call that needs them: the dataclasses and `build` work without, so that
-a machine that lacks them can still train from a `ModelConfig` (`train/studies/smoke_runs.py`).
-
-Not here: the meaning of the values (their rooms), the launcher's environment (`launch/`).
+`configs/` holds values only, one group per field of `PretrainConfig`; each group's dataclass is defined beside the code
+that uses it. A mistake is refused with one sentence that names the key and the nearest valid one, before anything is
+allocated: unknown groups, options and keys, keys given twice, wrong types, values that contradict each other. Nothing
+is ever ignored. Hydra and OmegaConf are imported by the first call that needs them: the dataclasses and `convert` work
+without (`make gpu`).
 """
 
 from __future__ import annotations
@@ -27,15 +23,14 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 from yaml import YAMLError
 
-from parallel.layout_check import Workload, check_layout
-from parallel.mesh import Layout
-from parallel.network import NetworkConfig
-from train.checkpoint.dcp import CheckpointConfig
+from parallel.layout import Layout, Workload, check_layout
+from parallel.mesh import NetworkConfig
+from train.checkpoint.config import CheckpointConfig
 from train.data.stream import DataConfig
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.observe.sinks import ObserveConfig
-from train.optim.adamw import OptimConfig
+from train.optim.config import OptimConfig
 from train.schedules import ScheduleConfig
 
 if TYPE_CHECKING:
@@ -55,38 +50,24 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How one process runs: names, seeds, device, and when it stops or looks up.
+    """How one process runs: names, seeds, device, and when it stops or evaluates.
 
-    Args:
-        name: the run's folder below `directory`.
-        directory: where runs are kept.
-        seed: decides initial values and data order.
-        device: 'auto' takes a CUDA GPU when there is one.
-        deterministic: use torch's deterministic algorithms, so that a resumed run is bit-equal.
-        threads: CPU threads of torch, part of every bit-equality promise; None leaves torch's choice.
-        micro_batch_sequences: sequences of one forward and backward on one rank; the batch is a multiple of it
-            times layout.dp.
-        recompute: make queries, keys and values again in backward instead of keeping them; same bits, less memory.
-        resume: continue from the newest checkpoint of the same run, if there is one.
-        max_consecutive_nonfinite: stop, with a checkpoint, after this many skipped steps in a row.
-        eval_every_steps: score the held-out store every so many steps, besides the end; 0 for the end only.
-        init_from: take the first weights from there: a run, a checkpoint or a Hugging Face folder. None: draw them.
     Raises:
         ConfigError: a field is out of range.
     """
 
-    name: str
+    name: str  # the run's folder below `directory`
     directory: str
-    seed: int
-    device: Literal["auto", "cpu", "cuda"]
-    deterministic: bool
-    threads: int | None
-    micro_batch_sequences: int
-    recompute: bool
-    resume: bool
-    max_consecutive_nonfinite: int
-    eval_every_steps: int
-    init_from: str | None = None
+    seed: int  # decides initial values and data order
+    device: Literal["auto", "cpu", "cuda"]  # auto takes a CUDA GPU when there is one
+    deterministic: bool  # torch's deterministic algorithms: a resumed run is bit-equal
+    threads: int | None  # CPU threads of torch, part of every bit-equality promise; None leaves torch's choice
+    micro_batch_sequences: int  # of one forward and backward on one rank; the batch is a multiple of it x layout.dp
+    recompute: bool  # make queries, keys and values again in backward instead of keeping them; same bits, less memory
+    resume: bool  # continue from the newest checkpoint of the same run, if there is one
+    max_consecutive_nonfinite: int  # stop, with a checkpoint, after so many skipped steps in a row
+    eval_every_steps: int  # score the held-out store; 0 for the end only
+    init_from: str | None = None  # a run, a checkpoint or a Hugging Face folder; None draws the first weights
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
@@ -109,10 +90,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Everything a pre-training run depends on; one field for each group under `configs/`.
-
-    dry_run: plan the memory of one rank and stop. rank: which one.
-    """
+    """Everything a pre-training run depends on; one field for each group under `configs/`."""
 
     model: ModelConfig
     precision: Precision
@@ -124,8 +102,8 @@ class PretrainConfig:
     observe: ObserveConfig
     checkpoint: CheckpointConfig
     run: RunConfig
-    dry_run: bool = False
-    rank: int = 0
+    dry_run: bool = False  # plan the memory of one rank and stop
+    rank: int = 0  # which one
 
     def __post_init__(self) -> None:
         self._check_sequence()
@@ -153,7 +131,7 @@ class PretrainConfig:
 
     @property
     def workload(self) -> Workload:
-        """What the layout must carry."""
+        """The numbers that a layout is checked against."""
         return Workload(
             num_layers=self.model.num_hidden_layers,
             n_routed_experts=self.model.n_routed_experts,
@@ -179,8 +157,6 @@ def compose(overrides: list[str]) -> PretrainConfig:
     Args:
         overrides: Hydra's grammar: `model=small` chooses an option, `schedule.lr_peak=3e-4` sets a value,
             `+cluster=h100_1` applies a cluster.
-    Returns:
-        The frozen, checked configuration.
     Raises:
         ConfigError: any mistake, in one sentence.
     """
@@ -208,7 +184,7 @@ def to_yaml(config: PretrainConfig) -> str:
 
 
 def _register_resolvers() -> None:
-    """What `configs/` may write in `${...}`; again and again changes nothing."""
+    """The functions that `configs/` may call in `${...}`; idempotent."""
     from omegaconf import OmegaConf
 
     # `${share:${.total_tokens},0.1}`: break points that follow the budget, so that one override shortens a run.
@@ -224,7 +200,7 @@ def _register_resolvers() -> None:
 
 def _build_root(values: object) -> PretrainConfig:
     try:
-        config = build(PretrainConfig, values, "")
+        config = convert(PretrainConfig, values, "")
     except ConfigError:
         raise
     except ValueError as error:
@@ -233,16 +209,13 @@ def _build_root(values: object) -> PretrainConfig:
     return config
 
 
-def build(kind: Any, value: object, path: str) -> object:
+def convert(kind: Any, value: object, path: str) -> object:
     """Convert a plain value, as YAML gives it, to a type: dataclass, tuple, dict, Optional, Literal or scalar.
 
+    An int is a legal float and an integral float a legal int (14.8e12 tokens); nothing else is converted.
+
     Args:
-        kind: the wanted type.
-        value: dict, list or scalar.
         path: dotted name of the value, for messages.
-    Returns:
-        A value of that type. An int is a legal float and an integral float a legal int (14.8e12 tokens);
-        nothing else is converted.
     Raises:
         ConfigError: unknown, missing or mistyped.
     """
@@ -253,7 +226,7 @@ def build(kind: Any, value: object, path: str) -> object:
         if value is None and type(None) in arguments:
             return None
         (inner,) = (argument for argument in arguments if argument is not type(None))
-        return build(inner, value, path)
+        return convert(inner, value, path)
     if origin is Literal:
         if value not in arguments:
             options = ", ".join(map(str, arguments))
@@ -265,7 +238,7 @@ def build(kind: Any, value: object, path: str) -> object:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}={value} must be a section of names and values")
-        return {str(name): build(arguments[1], item, f"{path}.{name}") for name, item in value.items()}
+        return {str(name): convert(arguments[1], item, f"{path}.{name}") for name, item in value.items()}
     return _build_scalar(kind, value, path)
 
 
@@ -276,7 +249,7 @@ def _build_tuple(arguments: tuple[Any, ...], value: object, path: str) -> tuple[
         raise ConfigError(f"{path}={value} must be a list of {'' if any_number else f'{len(arguments)} '}values")
     kinds = arguments[:1] * len(value) if any_number else arguments
     return tuple(
-        build(kind, item, f"{path}[{index}]") for index, (kind, item) in enumerate(zip(kinds, value, strict=True))
+        convert(kind, item, f"{path}[{index}]") for index, (kind, item) in enumerate(zip(kinds, value, strict=True))
     )
 
 
@@ -296,7 +269,7 @@ def _build_dataclass(kind: Any, value: object, path: str) -> object:
     for name in required:
         if name not in value:
             raise ConfigError(f"{prefix}{name} is missing: give it a value, as the other files of its group do")
-    return kind(**{name: build(hints[name], item, f"{prefix}{name}") for name, item in value.items()})
+    return kind(**{name: convert(hints[name], item, f"{prefix}{name}") for name, item in value.items()})
 
 
 SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

@@ -26,14 +26,11 @@ from train.model.transformer import ModelOutput, Transformer
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of one optimizer step: lambda, alpha, and the step's N targets and S sequences over all ranks.
-
-    num_targets is 0-d, on the model's device: ranks sum their counts without the host waiting for it.
-    """
+    """Weights of one optimizer step: lambda, alpha, and the step's N targets and S sequences over all ranks."""
 
     mtp_weight: float
     balance_alpha: float
-    num_targets: Tensor
+    num_targets: Tensor  # 0-d, on the model's device: ranks sum their counts without the host waiting
     num_sequences: int
 
     def balance_weight(self) -> Tensor:
@@ -51,15 +48,11 @@ class LossSums:
 
 
 def loss_sums(model: Transformer, output: ModelOutput, labels: Tensor, weights: LossWeights) -> LossSums:
-    """Main and MTP losses of one micro-batch.
+    """Main and MTP losses of one micro-batch, in nats.
 
     Args:
-        model: a part that ends; supplies the shared head.
-        output: of `model` on this micro-batch.
+        model: the last stage; supplies the shared head.
         labels: [sequences, tokens] int64, IGNORE where there is no target; labels[i] = t_{i+1}.
-        weights: of the step.
-    Returns:
-        LossSums in nats.
     """
     main = cross_entropy_sum(model.logits(output.hidden).flatten(0, 1), labels.flatten())
     mtp = tuple(
@@ -73,7 +66,7 @@ def loss_sums(model: Transformer, output: ModelOutput, labels: Tensor, weights: 
 
 
 def balance_sum(output: ModelOutput, weights: LossWeights) -> Tensor | None:
-    """alpha * N / S * the balance losses of this part's layers, with graph; None where it has no router."""
+    """alpha * N / S * the balance losses of this stage's layers, with graph; None where it has no router."""
     losses = [routing.balance for routing in output.routings.values()]
     return weights.balance_weight() * torch.stack(losses).sum() if losses else None
 
@@ -91,14 +84,9 @@ class _AttachLoss(torch.autograd.Function):
 
 
 def attach_loss(hidden: Tensor, loss: Tensor) -> Tensor:
-    """`hidden` unchanged; when gradients reach it, `loss` is differentiated too, as if it had been added to the total.
+    """`hidden` unchanged; when gradients reach it, the scalar `loss` is differentiated too, as if added to the total.
 
-    Args:
-        hidden: any shape, what the rest of the model reads. Use the return value: without it `loss` has no effect.
-        loss: scalar, already weighted.
-    Returns:
-        `hidden`.
-    Source: ours; the same idea serves Megatron-LM's auxiliary losses.
+    Use the return value: without it `loss` has no effect. Megatron-LM treats its auxiliary losses the same way.
     """
     attached: Tensor = _AttachLoss.apply(hidden, loss)  # type: ignore[no-untyped-call]
     return attached

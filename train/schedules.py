@@ -9,14 +9,9 @@ arXiv:2412.19437 §4.2 fixes five quantities over the 14.8T tokens of the run:
     alpha            weight of the sequence-wise balance loss: 0.0001
     lambda           weight of the MTP loss: 0.3 to 10T, then 0.1
 
-A break point belongs to the phase that it opens: at `tokens_seen == mtp_weight_until_tokens` lambda is
-already the late one. `step` counts finished optimizer steps, so the first step of a run has step 0 and, under
-a warm-up, rate 0.
-
-The report says that the batch grows "gradually"; we grow it linearly in tokens.
-
-Nothing here remembers anything: a resumed run that knows (step, tokens_seen) is on the schedule again. The
-module does not know the sequence length; tokens come in from the trainer.
+A break point belongs to the phase that it opens: at `tokens_seen == mtp_weight_until_tokens` lambda is already the late
+one. `step` counts finished optimizer steps: the first step of a run has step 0 and, under a warm-up, rate 0. The report
+says that the batch grows "gradually"; we grow it linearly in tokens.
 """
 
 from __future__ import annotations
@@ -29,56 +24,30 @@ from dataclasses import dataclass
 class ScheduleConfig:
     """Every break point and level; `*_tokens` in tokens since the start of the run.
 
-    Args:
-        total_tokens: the run ends here.
-        lr_peak: learning rate after the warm-up.
-        warmup_steps: optimizer steps from rate 0 to `lr_peak`; 0 for none.
-        constant_until_tokens: the cosine starts here.
-        decay_until_tokens: the cosine ends here.
-        lr_after_decay: learning rate at the end of the cosine, held until `final_from_tokens`.
-        final_from_tokens: `lr_final` holds from here to the end.
-        lr_final: the last learning rate.
-        batch_start_sequences: sequences per optimizer step at token 0.
-        batch_full_sequences: sequences per optimizer step after the ramp.
-        batch_ramp_tokens: length of the linear ramp; 0 for none.
-        batch_multiple_sequences: the batch is rounded down to a multiple of this (micro-batch times data
-        ranks). bias_speed: gamma, the step of the router's bias update. bias_speed_until_tokens: gamma is 0
-        from here on. balance_alpha: alpha, weight of the sequence-wise balance loss. mtp_weight: lambda,
-        weight of the MTP loss. mtp_weight_until_tokens: lambda is `mtp_weight_late` from here on.
-        mtp_weight_late: lambda after that point.
     Raises:
         ValueError: a field is out of range or two break points are out of order.
-    Source: arXiv:2412.19437 §4.2.
     """
 
-    total_tokens: int
+    total_tokens: int  # the run ends here
     lr_peak: float
-    warmup_steps: int
-    constant_until_tokens: int
-    decay_until_tokens: int
-    lr_after_decay: float
+    warmup_steps: int  # from rate 0 to lr_peak; 0 for none
+    constant_until_tokens: int  # the cosine starts here
+    decay_until_tokens: int  # and ends here
+    lr_after_decay: float  # from there until final_from_tokens
     final_from_tokens: int
     lr_final: float
-    batch_start_sequences: int
-    batch_full_sequences: int
-    batch_ramp_tokens: int
-    bias_speed: float
+    batch_start_sequences: int  # sequences per optimizer step at token 0
+    batch_full_sequences: int  # and after the ramp
+    batch_ramp_tokens: int  # length of the linear ramp; 0 for none
+    bias_speed: float  # gamma; 0 from bias_speed_until_tokens on
     bias_speed_until_tokens: int
     balance_alpha: float
-    mtp_weight: float
+    mtp_weight: float  # lambda; mtp_weight_late from mtp_weight_until_tokens on
     mtp_weight_until_tokens: int
     mtp_weight_late: float
-    batch_multiple_sequences: int = 1
+    batch_multiple_sequences: int = 1  # the batch is rounded down to a multiple of it: micro-batch x data ranks
 
     def __post_init__(self) -> None:
-        self.validate()
-
-    def validate(self) -> None:
-        """Refuse inconsistent fields.
-
-        Raises:
-            ValueError: names the field, its value and the fix.
-        """
         _check_signs(self)
         _check_order(self)
         _check_batch(self)
@@ -149,36 +118,19 @@ def _check_batch(config: ScheduleConfig) -> None:
 
 
 @dataclass(frozen=True)
-class Now:
-    """The schedule's values for one optimizer step.
-
-    Args:
-        lr: learning rate.
-        batch_sequences: sequences in this step's global batch.
-        bias_speed: gamma.
-        mtp_weight: lambda.
-        balance_alpha: alpha.
-    """
+class ScheduledValues:
+    """The schedules' values for one optimizer step."""
 
     lr: float
-    batch_sequences: int
-    bias_speed: float
-    mtp_weight: float
+    batch_sequences: int  # of the global batch
+    bias_speed: float  # gamma
+    mtp_weight: float  # lambda
     balance_alpha: float
 
 
-def at(config: ScheduleConfig, *, step: int, tokens_seen: int) -> Now:
-    """Read every schedule for the step about to be taken.
-
-    Args:
-        config: levels and break points.
-        step: optimizer steps finished so far.
-        tokens_seen: tokens consumed by those steps.
-    Returns:
-        the values that hold during the next step.
-    Source: arXiv:2412.19437 §4.2.
-    """
-    return Now(
+def scheduled_values(config: ScheduleConfig, *, step: int, tokens_seen: int) -> ScheduledValues:
+    """The values that hold during the next step, after `step` optimizer steps over `tokens_seen` tokens."""
+    return ScheduledValues(
         lr=_learning_rate(config, step=step, tokens_seen=tokens_seen),
         batch_sequences=_batch_sequences(config, tokens_seen),
         bias_speed=config.bias_speed if tokens_seen < config.bias_speed_until_tokens else 0.0,

@@ -1,13 +1,12 @@
-"""One pipeline stage: a part of the model with the losses that arise on it, and the tally of a step.
+"""One pipeline stage: its layers with the losses that arise on it, and the sums of a step.
 
     hidden of the stage before -> layers -> hidden for the stage after       (a balance loss is attached to it)
-    ... on the stage that ends:  -> sum of main, MTP and its own balance losses
+    ... on the last stage:       -> sum of main, MTP and its own balance losses
 
-A whole model in one process is a stage that both begins and ends. Every rank of a pipeline reads the same micro-batch
-from the store, so token ids and labels never travel between stages; only `hidden` does.
+A whole model in one process is the first and the last stage. Every rank of a pipeline reads the same micro-batch from
+the store: token ids and labels never travel between stages, only `hidden` does.
 
-Shapes: hidden [sequences, tokens, hidden]. Not here: schedules and transport (`parallel/pipeline.py`), the update
-(`train/step.py`).
+Shapes: hidden [sequences, tokens, hidden].
 """
 
 from __future__ import annotations
@@ -19,36 +18,41 @@ from torch import Tensor, nn
 
 from kernels.probe import Probe, watching
 from parallel.collectives import sum_over
-from parallel.mesh import Axis
+from parallel.expert import ExpertParallelDispatcher
+from parallel.layout import num_stages, stage_ids
+from parallel.mesh import Axis, Mesh
+from parallel.pipeline import balanced_layers
+from parallel.shards import LocalShard
 from train.losses import LossWeights, attach_loss, balance_sum, loss_sums
 from train.model.config import ModelConfig
-from train.model.moe import Routing
-from train.model.transformer import Transformer
+from train.model.moe import Experts, Routing, TokenDispatcher
+from train.model.precision import Precision
+from train.model.sizes import layer_costs
+from train.model.transformer import StageSpec, Transformer
 
 
-class Tally:
-    """What a step's micro-batches add up to, for the log and the bias update; stays on the device.
+class StepMetrics:
+    """Sums over a step's micro-batches, for the log and the bias update; stays on the device.
 
-    losses [1 + D] FP32: sums of main and MTP losses, nats. balance [layers] FP32, counts [layers, experts] int64: one
-    row per MoE layer of the *whole* model, MTP layers last; rows of layers that live elsewhere stay 0, so that a sum
-    over all ranks completes them. Each layer lies on one stage, and the ranks of a stage hold different tokens.
+    One row per MoE layer of the *whole* model, MTP layers last. Rows of layers on other stages stay 0: a sum over all
+    ranks completes them.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        self.layer_ids = [i for i in (*config.layer_ids, *config.mtp_layer_ids) if config.is_moe(i)]
+        self.layer_ids = config.moe_layer_ids
         self.row_of = {layer_id: row for row, layer_id in enumerate(self.layer_ids)}
         layers, depths = len(self.layer_ids), config.num_nextn_predict_layers
-        self.losses = torch.zeros(1 + depths, dtype=torch.float32, device=device)
+        self.losses = torch.zeros(1 + depths, dtype=torch.float32, device=device)  # main and MTP, nats
         self.balance = torch.zeros(layers, dtype=torch.float32, device=device)
         self.counts = torch.zeros(layers, config.n_routed_experts, dtype=torch.int64, device=device)
 
-    def note_routings(self, routings: dict[int, Routing]) -> None:
+    def add_routings(self, routings: dict[int, Routing]) -> None:
         """Add one micro-batch's expert counts and balance losses."""
         for layer_id, routing in routings.items():
             self.balance[self.row_of[layer_id]] += routing.balance.detach()
             self.counts[self.row_of[layer_id]] += routing.counts
 
-    def note_losses(self, main: Tensor, mtp: tuple[Tensor, ...]) -> None:
+    def add_losses(self, main: Tensor, mtp: tuple[Tensor, ...]) -> None:
         """Add one micro-batch's losses; depths that the sequence was too short for count nothing."""
         self.losses[: 1 + len(mtp)] += torch.stack((main, *mtp))
 
@@ -61,23 +65,19 @@ class Tally:
 
 
 class Stage(nn.Module):
-    """A part of the model as a pipeline schedule calls it.
-
-    `begin` gives it the step's weights and tally; then `forward` runs once per micro-batch, the first one under the
-    step's probe if there is one.
-    """
+    """A stage of the model as a pipeline schedule calls it: `begin` once a step, `forward` once per micro-batch."""
 
     weights: LossWeights
-    tally: Tally
+    metrics: StepMetrics
     probe: Probe | None
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
         self.model = model
 
-    def begin(self, weights: LossWeights, tally: Tally, probe: Probe | None = None) -> None:
-        """Start a step."""
-        self.weights, self.tally, self.probe = weights, tally, probe
+    def begin(self, weights: LossWeights, metrics: StepMetrics, probe: Probe | None = None) -> None:
+        """Start a step; its first micro-batch runs under the probe if there is one."""
+        self.weights, self.metrics, self.probe = weights, metrics, probe
 
     def forward(
         self, inbound: Tensor, *, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None
@@ -85,22 +85,72 @@ class Stage(nn.Module):
         """One micro-batch.
 
         Args:
-            inbound: hidden of the stage before; not read where the part begins.
-            input_ids: [sequences, tokens] int64.
-            labels: [sequences, tokens] int64; read where the part ends.
-            document_ids: [sequences, tokens] int64 or None.
+            inbound: hidden of the stage before; not read on the first.
+            input_ids, labels, document_ids: [sequences, tokens] int64; labels are read on the last stage.
         Returns:
-            hidden for the stage after, or the total loss, a scalar, where the part ends.
+            hidden for the stage after; the total loss, a scalar, on the last.
         """
         model, probe = self.model, self.probe
         self.probe = None
         with nullcontext() if probe is None else watching(probe):
-            output = model(input_ids, document_ids, None if model.part.begins else inbound)
-        self.tally.note_routings(output.routings)
+            output = model(input_ids, document_ids, None if model.spec.is_first else inbound)
+        self.metrics.add_routings(output.routings)
         balance = balance_sum(output, self.weights)
-        if not model.part.ends:
+        if not model.spec.is_last:
             hidden: Tensor = output.hidden
             return hidden if balance is None else attach_loss(hidden, balance)
         losses = loss_sums(model, output, labels, self.weights)
-        self.tally.note_losses(losses.main, losses.mtp)
+        self.metrics.add_losses(losses.main, losses.mtp)
         return losses.total if balance is None else losses.total + balance
+
+
+def stage_specs(config: ModelConfig, mesh: Mesh) -> dict[int, StageSpec]:
+    """Stage index -> what it holds, for the stages of this rank."""
+    layout = mesh.layout
+    count = num_stages(layout.schedule, mesh.pp.size)
+    layers = layout.stage_layers or balanced_layers(layer_costs(config), layout.schedule, mesh.pp.size)
+    assert len(layers) == count, (layers, count)
+    starts = [sum(layers[:index]) for index in range(count + 1)]
+    return {
+        i: StageSpec(range(starts[i], starts[i + 1]), is_first=i == 0, is_last=i == count - 1)
+        for i in stage_ids(layout.schedule, mesh.pp.size, mesh.pp.rank)
+    }
+
+
+def build_stages(
+    config: ModelConfig, precision: Precision, mesh: Mesh, dispatcher: TokenDispatcher | None = None
+) -> dict[int, Stage]:
+    """The stages of this rank on its device, without values.
+
+    Args:
+        config: of the whole model.
+        precision: of the run.
+        mesh: of the run.
+        dispatcher: brings tokens to experts; None for the one of the mesh.
+    """
+    specs, stages = stage_specs(config, mesh), dict[int, Stage]()
+    if dispatcher is None and mesh.ep.size > 1:
+        dispatcher = ExpertParallelDispatcher(
+            config.n_routed_experts, mesh.ep, wire=precision.name, power_of_two=precision.power_of_two_scales
+        )
+    for index, spec in specs.items():
+        with mesh.device:
+            model = Transformer(config, precision, dispatcher, spec)
+        stages[index] = Stage(model)
+    models = [stage.model for stage in stages.values()]
+    if len(models) > 1 and models[0].spec.is_first and models[-1].mtp:
+        # V placement: one rank has the first and the last stage, and MTP reads the one embedding there is.
+        models[-1].embed_tokens = models[0].embed_tokens
+    return stages
+
+
+def expert_shards(model: Transformer) -> dict[str, LocalShard]:
+    """Parameter name -> this rank's experts as a shard of all experts of the layer."""
+    shards: dict[str, LocalShard] = {}
+    for module_name, module in model.named_modules():
+        if isinstance(module, Experts):
+            for leaf, parameter in module.named_parameters():
+                shape = (model.config.n_routed_experts, *parameter.shape[1:])
+                offset = (module.first_expert, *(0 for _ in shape[1:]))
+                shards[f"{module_name}.{leaf}"] = LocalShard.at(parameter.detach(), shape, offset)
+    return shards

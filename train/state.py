@@ -10,26 +10,21 @@ from dataclasses import asdict, dataclass, replace
 
 @dataclass(frozen=True)
 class TrainState:
-    """Counters after `step` optimizer steps.
+    """Counters of a run, as `state.json` keeps them."""
 
-    step: steps taken, skipped ones included. tokens_seen: main-model input tokens consumed. sequences_seen: position in
-    the data order. skipped_steps / consecutive_skips: steps whose loss or gradient was not finite. updates: optimizer
-    updates applied (the t of Adam's bias correction).
-    """
-
-    step: int = 0
-    tokens_seen: int = 0
-    sequences_seen: int = 0
-    skipped_steps: int = 0
+    step: int = 0  # optimizer steps taken, skipped ones included
+    tokens_seen: int = 0  # input tokens of the main model
+    sequences_seen: int = 0  # position in the data order
+    skipped_steps: int = 0  # steps whose loss or gradient was not finite
     consecutive_skips: int = 0
 
     @property
     def updates(self) -> int:
-        """Optimizer updates applied so far."""
+        """Optimizer updates applied: the t of Adam's bias correction."""
         return self.step - self.skipped_steps
 
     def advance(self, *, sequences: int, tokens: int, finite: bool) -> TrainState:
-        """The state after one more step over `sequences` and `tokens`, applied if `finite`, else skipped."""
+        """The state after one more step, applied if `finite`, else skipped."""
         return replace(
             self,
             step=self.step + 1,
@@ -40,7 +35,7 @@ class TrainState:
         )
 
     def to_json(self) -> dict[str, int]:
-        """Plain dict for `state.json`."""
+        """Inverse of `from_json`."""
         return asdict(self)
 
     @classmethod

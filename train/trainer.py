@@ -1,21 +1,19 @@
-"""The training loop: read the schedules, take a step, note it down, save, until the token budget is spent.
+"""The training loop: read the schedules, take a step, log it, save, until the token budget is spent.
 
 A run is determined by its configuration, its seed and three counters (`TrainState`): schedules are pure functions of
-step and tokens, data order is a pure function of (seed, position). So a resumed run goes on bit for bit (with
-deterministic algorithms, the same thread count and the same layout; on another layout it goes on from the same state).
+step and tokens, data order is a pure function of (seed, position). A resumed run continues bit for bit (with
+deterministic algorithms, the same thread count and the same layout; on another layout from the same state).
 
 Every rank runs this loop in step with the others. Data rank d takes the d-th share of each batch; ranks of one pipeline
-take the same share. What all must decide alike (skip, stop) is read from numbers that were summed over all ranks. The
-first rank alone writes the log and the run's files.
+take the same share. Decisions of all ranks (skip, stop) are read from numbers that were summed over all of them. Rank 0
+alone writes the log and the run's files.
 
 The host waits for the device when it reads whether the gradients are finite, and again for the record of the step.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,30 +23,26 @@ from torch import Tensor, nn
 
 from kernels.cross_entropy import cross_entropy_sum
 from parallel.collectives import sum_over
-from parallel.consensus import Ranks
-from parallel.pieces import Piece
-from train.assemble import (
-    Parts,
-    checkpoint_tensors,
-    device_name,
-    run_card,
-    store_hashes,
-)
+from parallel.consensus import refuse_together
+from parallel.shards import LocalShard
+from train.assemble import Components, device_name, run_card
 from train.checkpoint.dcp import Saver, latest, load
+from train.checkpoint.identity import changed_fields, check_same_identity, without_defaults
 from train.checkpoint.publish import published
 from train.config import PretrainConfig, to_yaml
 from train.data.batch import Batch
-from train.evaluate.score import bits_per_byte
+from train.data.store import store_hashes
+from train.evaluate.score import score_store
 from train.model.sizes import model_flops_per_token
 from train.observe.fp8_health import Fp8Health
 from train.observe.guards import DeadExpertGuard, TerminationGuard, TrainingStopped, check_consecutive_skips
-from train.observe.metrics import Record
-from train.observe.records import dead_experts, dense_bf16_peak, step_record
+from train.observe.metrics import Speed, bias_table, dead_experts, dense_bf16_peak, step_record
 from train.observe.sinks import NoSinks, Sinks, open_sinks
-from train.schedules import Now, at
+from train.optim.balance import expert_biases
+from train.schedules import scheduled_values
 from train.stage import Stage
 from train.state import TrainState
-from train.step import StepGradients, apply_update, compute_gradients, expert_biases
+from train.step import apply_update, checkpoint_tensors, compute_gradients
 
 
 class Trainer:
@@ -57,19 +51,20 @@ class Trainer:
     `resume` first, then `fit`; both may be called without the other.
     """
 
-    def __init__(self, config: PretrainConfig, parts: Parts) -> None:
-        self.config, self.parts, self.engine = config, parts, parts.engine
-        self.mesh = parts.engine.mesh
+    def __init__(self, config: PretrainConfig, components: Components) -> None:
+        self.config, self.components, self.engine = config, components, components.engine
+        self.mesh = components.engine.mesh
         self.directory = Path(config.run.directory) / config.run.name
         self.state = TrainState()
-        self.saver = Saver(self.directory / "checkpoints", config.checkpoint, group=parts.checkpoint_group)
+        self.dead_experts = DeadExpertGuard(config.observe.dead_expert_steps)
+        peak = config.observe.peak_flops or dense_bf16_peak(device_name(self.mesh.device))
+        self.saver = Saver(self.directory / "checkpoints", config.checkpoint, group=components.checkpoint_group)
+        flops = model_flops_per_token(config.model, sequence_length=config.data.sequence_length)
+        self.speed = Speed(flops, peak, self.mesh.world.size)
         self.saved_step: int | None = None
         self.announce_step: int | None = None
         self.stop_agreed = False
         self.changed: dict[str, list[object]] = {}
-        self.dead_experts = DeadExpertGuard(config.observe.dead_expert_steps)
-        self.peak_flops = config.observe.peak_flops or dense_bf16_peak(device_name(self.mesh.device))
-        self.flops_per_token = model_flops_per_token(config.model, sequence_length=config.data.sequence_length)
 
     def fit(self) -> TrainState:
         """Train until the budget is spent or SIGTERM asks for the end; leaves a checkpoint of the last step.
@@ -82,11 +77,16 @@ class Trainer:
             sinks.event("resume" if self.state.step else "start", step=self.state.step, **changed)
             try:
                 with TerminationGuard() as termination:
-                    while not (self.budget_is_spent() or self.stop_agreed):
-                        self.take_step(sinks, stop=termination.requested)
-                        # One process need not ask the others.
-                        self.stop_agreed |= termination.requested and self.mesh.world.size == 1
-                    self.finish(sinks)
+                    try:
+                        while not (self.budget_is_spent() or self.stop_agreed):
+                            self.take_step(sinks, stop=termination.requested)
+                            # One process need not ask the others.
+                            self.stop_agreed |= termination.requested and self.mesh.world.size == 1
+                    except TrainingStopped as stopped:
+                        self.finish(sinks, str(stopped))
+                        raise
+                    asked = "asked to stop; the same command resumes"
+                    self.finish(sinks, "token budget spent" if self.budget_is_spent() else asked)
             finally:
                 self.saver.close()
                 if self.engine.ema:
@@ -99,25 +99,30 @@ class Trainer:
             return NoSinks()
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-        card = run_card(self.config, self.parts)
+        card = run_card(self.config, self.components)
         return open_sinks(self.config.observe, self.directory, card, asdict(self.config))
 
     def take_step(self, sinks: Sinks | NoSinks, *, stop: bool = False) -> None:
         """One optimizer step, its record, and a checkpoint when one is due.
 
         Args:
-            sinks: where the record goes.
+            sinks: of the run.
             stop: whether this rank was asked to stop; all ranks stop after the step in which any of them was.
+        Raises:
+            TrainingStopped: too many steps in a row were skipped.
         """
         started = time.perf_counter()
-        now = at(self.config.schedule, step=self.state.step, tokens_seen=self.state.tokens_seen)
+        config, observe = self.config, self.config.observe
+        now = scheduled_values(config.schedule, step=self.state.step, tokens_seen=self.state.tokens_seen)
         share = now.batch_sequences // self.mesh.dp.size
-        batch = self.parts.stream.take(self.state.sequences_seen + self.mesh.dp.rank * share, share)
-        health = self.new_health()
+        batch = self.components.stream.take(self.state.sequences_seen + self.mesh.dp.rank * share, share)
+        health: Fp8Health | None = None
+        if config.precision.name == "fp8" and observe.due(self.state.step + 1, observe.fp8_health_every_steps):
+            health = Fp8Health(config.model, self.engine.models, self.mesh.device)
         gradients = compute_gradients(
             self.engine,
             batch,
-            num_micro_batches=share // self.config.run.micro_batch_sequences,
+            num_micro_batches=share // config.run.micro_batch_sequences,
             now=now,
             stop=stop,
             health=health,
@@ -125,80 +130,29 @@ class Trainer:
         finite, self.stop_agreed = torch.stack((gradients.finite, gradients.stop)).tolist()
         if finite:
             apply_update(self.engine, gradients, now=now, update=self.state.updates + 1)
-        tokens = now.batch_sequences * self.config.data.sequence_length
+        tokens = now.batch_sequences * config.data.sequence_length
         self.state = self.state.advance(sequences=now.batch_sequences, tokens=tokens, finite=finite)
-        record = self.record(gradients, now)
+
+        record = step_record(self.state, now, gradients.logged, gradients.counts)
         # The losses have been read, so the device has finished the step, optimizer included.
-        record |= self.speed(tokens / (time.perf_counter() - started))
-        record |= self.tables(health)
-        if self.evaluation_is_due():
+        record |= self.speed.record(tokens / (time.perf_counter() - started))
+        # Tables of some steps only; every rank takes part.
+        if health is not None:
+            record |= health.tables()
+        if observe.due(self.state.step, observe.bias_every_steps):
+            record |= bias_table(expert_biases(self.engine.models, self.mesh))
+        if self.components.heldout is not None and self.evaluation_is_due():
             record["eval/bits_per_byte"] = self.evaluate()
         is_new = sinks.write(record)
         dead = self.dead_experts.note(dead_experts(gradients.counts))
-        # A step that is repeated after a resume has told of them before.
+        # A step that is repeated after a resume has logged them before.
         if dead and is_new:
-            steps = self.config.observe.dead_expert_steps
-            sinks.event("dead_experts", step=self.state.step, steps=steps, experts=dead)
-        self.guard(sinks)
-        if self.state.step % self.config.checkpoint.every_steps == 0:
+            sinks.event("dead_experts", step=self.state.step, steps=observe.dead_expert_steps, experts=dead)
+        if skips := self.state.consecutive_skips:
+            sinks.event("skip", step=self.state.step)
+            check_consecutive_skips(skips, limit=config.run.max_consecutive_nonfinite, step=self.state.step)
+        if self.state.step % config.checkpoint.every_steps == 0:
             self.save(sinks)
-
-    def new_health(self) -> Fp8Health | None:
-        """What samples the operands of the step that comes, where it is due and FP8."""
-        due = self.config.observe.due(self.state.step + 1, self.config.observe.fp8_health_every_steps)
-        if self.config.precision.name != "fp8" or not due:
-            return None
-        return Fp8Health(self.config.model, self.engine.models, self.mesh.device)
-
-    def record(self, gradients: StepGradients, now: Now) -> Record:
-        """The step's line in the log; names are declared in `train/observe/metrics.py`."""
-        losses = {
-            "loss/total": gradients.loss_total,
-            "loss/main": gradients.loss_main,
-            "loss/mtp": gradients.loss_mtp,
-            "loss/balance": gradients.loss_balance,
-            "grad/norm": gradients.grad_norm,
-        }
-        return step_record(self.state, now, losses, gradients.counts)
-
-    def speed(self, tokens_per_s: float) -> Record:
-        """Throughput of the step and, where the peak of the device is known, its share of it."""
-        record: Record = {"speed/tokens_per_s": tokens_per_s}
-        if self.peak_flops is not None:
-            peak = self.peak_flops * self.mesh.world.size
-            record["speed/mfu_ratio"] = tokens_per_s * self.flops_per_token / peak
-        return record
-
-    def tables(self, health: Fp8Health | None) -> Record:
-        """What only some steps log: experts' biases and the health of FP8; every rank takes part."""
-        observe = self.config.observe
-        record: Record = {} if health is None else dict(health.tables())
-        if observe.due(self.state.step, observe.bias_every_steps):
-            biases = expert_biases(self.engine).tolist()
-            record |= {"moe/expert_bias": [[float(f"{x:.6g}") for x in layer] for layer in biases]} if biases else {}
-        return record
-
-    def guard(self, sinks: Sinks | NoSinks) -> None:
-        """Note a skipped step; after too many in a row save and stop."""
-        if not self.state.consecutive_skips:
-            return
-        sinks.event("skip", step=self.state.step)
-        try:
-            limit = self.config.run.max_consecutive_nonfinite
-            check_consecutive_skips(self.state.consecutive_skips, limit=limit, step=self.state.step)
-        except TrainingStopped as stopped:
-            self.save(sinks)
-            self.published(sinks)
-            sinks.event("stop", step=self.state.step, reason=str(stopped))
-            raise
-
-    def finish(self, sinks: Sinks | NoSinks) -> None:
-        """The last checkpoint, and the word why the loop ended."""
-        if self.saved_step != self.state.step:
-            self.save(sinks)
-        self.published(sinks)
-        reason = "token budget spent" if self.budget_is_spent() else "asked to stop; the same command resumes"
-        sinks.event("stop", step=self.state.step, reason=reason)
 
     def budget_is_spent(self) -> bool:
         """Whether the run has seen all its tokens."""
@@ -206,22 +160,20 @@ class Trainer:
 
     def evaluation_is_due(self) -> bool:
         """At the end of the budget, and every `eval_every_steps` when that is set."""
-        if self.parts.heldout is None:
-            return False
         every = self.config.run.eval_every_steps
         return self.budget_is_spent() or (every > 0 and self.state.step % every == 0)
 
     @torch.no_grad()
     def evaluate(self) -> float:
         """Bits per byte of the main model on the held-out store; expert counts and biases stay as they are."""
-        assert self.parts.heldout is not None
-        return bits_per_byte(
+        assert self.components.heldout is not None
+        return score_store(
             self.negative_log_likelihood,
-            self.parts.heldout,
+            self.components.heldout,
             sequence_length=self.config.data.sequence_length,
             batch_sequences=self.config.run.micro_batch_sequences * self.mesh.dp.size,
             mask_documents=self.config.data.mask_documents,
-        )
+        ).bits_per_byte
 
     def negative_log_likelihood(self, batch: Batch) -> tuple[float, int]:
         """Sum over the batch's targets, in nats, and their number; each data rank scores its share."""
@@ -231,7 +183,7 @@ class Trainer:
         def forward(stage: nn.Module, inbound: Tensor | None) -> Tensor:
             assert isinstance(stage, Stage)
             hidden = stage.model.next_token_hidden(inputs["input_ids"], inputs.get("document_ids"), inbound)
-            if not stage.model.part.ends:
+            if not stage.model.spec.is_last:
                 return hidden
             return cross_entropy_sum(stage.model.logits(hidden).flatten(0, 1), inputs["labels"].flatten()).double()
 
@@ -239,120 +191,74 @@ class Trainer:
         nats = torch.zeros((), dtype=torch.float64, device=self.mesh.device) if scored is None else scored
         return float(sum_over(nats, self.mesh.world)), batch.num_targets
 
-    def tensors(self) -> dict[str, Tensor | Piece]:
+    def tensors(self) -> dict[str, Tensor | LocalShard]:
         """This rank's part of the run's state, by name: live tensors, so loading fills them in place."""
         return checkpoint_tensors(self.engine) | {"rng.cpu": torch.get_rng_state()}
 
     def save(self, sinks: Sinks | NoSinks) -> None:
         """Stage a checkpoint of this step, after the one before it is published; writing goes on behind."""
-        self.published(sinks)
-        state = {"identity": self.identity(), "config": asdict(self.config), "train_state": self.state.to_json()}
-        self.saver.save_async(self.state.step, self.tensors(), state)
+        tensors, state = self.tensors(), {"identity": self.identity(), "config": asdict(self.config)}
+        self.wait_for_save(sinks)
+        self.saver.save_async(self.state.step, tensors, state | {"train_state": self.state.to_json()})
         self.saved_step = self.announce_step = self.state.step
 
-    def published(self, sinks: Sinks | NoSinks) -> None:
-        """Wait for the save under way, if any, and note it in the log."""
+    def wait_for_save(self, sinks: Sinks | NoSinks) -> None:
+        """Wait for the save under way, if any, and log it."""
         self.saver.wait()
         if self.announce_step is not None:
             sinks.event("checkpoint", step=self.announce_step)
         self.announce_step = None
 
-    def identity(self) -> dict[str, object]:
-        """What must be the same when a checkpoint is taken up again."""
-        data = self.config.data
-        return {
-            "model": asdict(self.config.model),
-            "precision": asdict(self.config.precision),
-            "store": store_hashes(self.parts.stream.store),
-            "seed": self.config.run.seed,
+    def finish(self, sinks: Sinks | NoSinks, reason: str) -> None:
+        """Save the last step and log why the loop ended."""
+        if self.saved_step != self.state.step:
+            self.save(sinks)
+        self.wait_for_save(sinks)
+        sinks.event("stop", step=self.state.step, reason=reason)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed (`train/checkpoint/identity.py`)."""
+        config, data = self.config, asdict(self.config.data)
+        identity = {
+            "model": asdict(config.model),
+            "precision": asdict(config.precision),
+            "store": store_hashes(self.components.stream.store),
+            "seed": config.run.seed,
             # The position in the data order counts windows of this length over this stream.
-            "data": {name: getattr(data, name) for name in ("sequence_length", "fim_rate", "mask_documents")},
+            "data": {name: data[name] for name in ("sequence_length", "fim_rate", "mask_documents")},
         }
+        return without_defaults(identity)
 
     def resume(self) -> None:
-        """Take up the newest whole checkpoint of this run's directory, if there is one.
+        """Continue from the newest whole checkpoint of this run's directory, if there is one.
 
-        Fields that may change between two processes of a run (budget, schedule, batch, threads...) and did are noted
-        in the log with the `resume` event.
+        Fields that may change between two processes of a run (budget, schedule, batch, threads...) and did are logged
+        with the `resume` event.
 
         Raises:
             ValueError: the checkpoint belongs to another model, precision, store, seed or data order, or
                 `run.resume` is off and the directory already holds a run.
         """
-        self._refuse_an_old_run()
-        path = latest(self.directory / "checkpoints", group=self.parts.checkpoint_group)
-        if path is None:
-            self._refuse_drawn_weights()
-            return
+        run, group, checkpoints = self.config.run, self.components.checkpoint_group, self.directory / "checkpoints"
+        if not run.resume:
+            in_use = f"{self.directory} already holds a run; choose another run.name or move it away"
+            refuse_together(group, lambda: f"run.resume=false, but {in_use}" if any(self.directory.glob("*")) else None)
         tensors = self.tensors()
-        saved = load(path, tensors, group=self.parts.checkpoint_group)
-        for key, value in self.identity().items():
-            old = saved["identity"].get(key)
-            if old != value:
-                raise ValueError(
-                    f"{path} was saved with another {key}: {_difference(old, value)}; "
-                    "choose another run.name, or give back the old value"
+        path = latest(checkpoints, group=group)
+        if path is None:
+            if run.init_from is not None:
+                # Weights were not read, because there are checkpoints, but none of them is whole.
+                damaged = (
+                    f"every checkpoint in {checkpoints} is damaged; move them away to begin again with the weights of "
+                    f"run.init_from={run.init_from}"
                 )
+                refuse_together(group, lambda: damaged if published(checkpoints) else None)
+            return
+        saved = load(path, tensors, group=group)
+        check_same_identity(path, saved["identity"], self.identity())
+        self.changed = changed_fields(saved["config"], asdict(self.config))
         generator_state = tensors["rng.cpu"]
         assert isinstance(generator_state, Tensor)
         torch.set_rng_state(generator_state)
         self.state = TrainState.from_json(saved["train_state"])
         self.saved_step = self.state.step
-        self.changed = changed_fields(saved["config"], self.config)
-
-    def _refuse_an_old_run(self) -> None:
-        """With `run.resume=false`."""
-
-        def reason() -> str | None:
-            if self.config.run.resume or not any(self.directory.glob("*")):
-                return None
-            return (
-                f"run.resume=false, but {self.directory} already holds a run; choose another run.name or move it away"
-            )
-
-        self._refuse_for(reason)
-
-    def _refuse_drawn_weights(self) -> None:
-        """With `run.init_from`: weights were not read, because there are checkpoints, but none of them is whole."""
-
-        def reason() -> str | None:
-            if self.config.run.init_from is None or not published(self.directory / "checkpoints"):
-                return None
-            return (
-                f"every checkpoint in {self.directory / 'checkpoints'} is damaged; move them away to begin again with "
-                f"the weights of run.init_from={self.config.run.init_from}"
-            )
-
-        self._refuse_for(reason)
-
-    def _refuse_for(self, reason: Callable[[], str | None]) -> None:
-        """One rank looks for a reason, so that all have the same answer whatever their disks show."""
-        ranks = Ranks(self.parts.checkpoint_group)
-
-        def look(_: list[None]) -> list[None]:
-            if found := reason():
-                raise ValueError(found)
-            return [None] * ranks.size
-
-        ranks.agree(lambda: None, look)
-
-
-def _difference(old: object, new: object) -> str:
-    """The first field in which two values differ, or the values themselves."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        key = next(key for key in (*new, *old) if old.get(key) != new.get(key))
-        return f"{key} was {old.get(key)}, now {new.get(key)}"
-    return f"was {old}, now {new}"
-
-
-def changed_fields(old: dict[str, Any], config: PretrainConfig) -> dict[str, list[object]]:
-    """`section.field` -> [old, new], for every field in which a configuration differs from a saved one."""
-    # As it comes back from a file: tuples become lists.
-    new = json.loads(json.dumps(asdict(config)))
-    pairs = {
-        f"{section}.{name}": [(old.get(section) or {}).get(name), value]
-        for section, fields in new.items()
-        if isinstance(fields, dict)
-        for name, value in fields.items()
-    }
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

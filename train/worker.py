@@ -1,49 +1,46 @@
-"""One rank's whole life: meet the others, build, resume, train, leave.
+"""One rank from start to end: meet the others, build, resume, train, leave.
 
-    stores opened and checked          before anybody is met: a missing store is one sentence, not 2,048 dead ranks
+    stores and first weights opened    before ranks meet: a missing store is one sentence, not 2,048 dead ranks
     heartbeat, process groups, mesh    `parallel/watchdog.py`, `parallel/mesh.py`
-    parts -> Trainer -> resume -> fit  `train/assemble.py`, `train/trainer.py`
-    leave together                     groups destroyed in order, so that no thread outlives the interpreter
+    components -> Trainer -> resume -> fit  `train/assemble.py`, `train/trainer.py`
+    leave together                     groups destroyed in order: no thread outlives the interpreter
 
 What all ranks find out alike (a checkpoint of another model, too many bad steps) ends the run in order and is raised
-afterwards. What only one of them meets ends it for all: its watchdog tells the others who it was.
-
-Not here: the environment (`launch/pretrain.py` reads it), exit codes.
+afterwards. What only one of them meets ends it for all: its watchdog reports to the others which rank it was.
 """
 
 from __future__ import annotations
 
 import logging
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from parallel.mesh import Mesh, init_processes, make_mesh, shutdown
+from parallel.consensus import Ranks, StoreTransport
+from parallel.mesh import Mesh, init_processes, make_mesh, shutdown, single
 from parallel.watchdog import Watchdog
-from train.assemble import Stores, build, choose_device, first_weights, open_stores
+from train.assemble import Resources, build, choose_device, open_resources
 from train.config import PretrainConfig
 from train.observe.guards import TrainingStopped
 from train.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class Place:
-    """This process among all: global rank, number of processes, index on its node, and where they meet.
-
-    store is None with one process. store_rank: the rank whose process hosts the store, None where the launcher does.
-    """
+class WorkerInfo:
+    """This process among all."""
 
     rank: int = 0
     world: int = 1
-    local_rank: int = 0
-    store: Store | None = None
-    store_rank: int | None = None
+    local_rank: int = 0  # on its node
+    store: Store | None = None  # at which the processes meet; None with one process
+    store_rank: int | None = None  # the rank whose process hosts the store, None where the launcher does
 
 
-def pretrain(config: PretrainConfig, place: Place) -> None:
+def pretrain(config: PretrainConfig, info: WorkerInfo) -> None:
     """Train from the first or the last saved step to the end of the budget, or until asked to stop.
 
     Raises:
@@ -52,104 +49,110 @@ def pretrain(config: PretrainConfig, place: Place) -> None:
     """
     if config.rank:
         raise ValueError(f"rank={config.rank} says which rank dry_run=true plans: add dry_run=true, or leave rank out")
-    if place.rank > 0:
-        # What is worth a warning, a damaged checkpoint, is the same for all: the first rank says it.
+    if info.rank > 0:
+        # What is worth a warning, a damaged checkpoint, is the same for all: rank 0 logs it.
         logging.getLogger("train").setLevel(logging.ERROR)
-    if place.store is None:
-        stores, _, _ = prepare(config, place)
-        trainer = Trainer(config, build(config, stores=stores))
-        trainer.resume()
-        trainer.fit()
-        return
-    stores, device, backend = agree_to_start(config, place)
-    agreed: Exception | None = None
-    with Watchdog(
-        PrefixStore("watchdog", place.store),
-        place.rank,
-        place.world,
-        peer_timeout_s=config.network.peer_timeout_s,
-        describe="pipeline rank {}, data rank {}".format(*divmod(place.rank, config.layout.dp)),
-        store_rank=place.store_rank,
-    ):
-        timeout_s = config.network.timeout_s
-        init_processes(rank=place.rank, world=place.world, backend=backend, store=place.store, timeout_s=timeout_s)
-        mesh = join(config, device)
-        trainer = Trainer(config, build(config, mesh, stores=stores))
-        # Decided by all ranks alike, from what they share. Whatever else one of them raises ends the run by its name.
-        try:
-            trainer.resume()
-        except ValueError as refused:
-            agreed = refused
-        if agreed is None:
-            try:
-                trainer.fit()
-            except TrainingStopped as stopped:
-                agreed = stopped
-        shutdown()
+    opened = open_on_every_rank(config, info)
+    with joined(config, info, opened) as mesh:
+        agreed = resume_and_fit(config, mesh, opened.resources)
     if agreed is not None:
         raise agreed
 
 
-def join(config: PretrainConfig, device: torch.device) -> Mesh:
-    """The mesh of the configured layout; the default process group exists."""
-    tied = config.model.num_nextn_predict_layers > 0
-    return make_mesh(config.layout, device=device, tied_embedding=tied, timeout_s=config.network.timeout_s)
+def resume_and_fit(config: PretrainConfig, mesh: Mesh, resources: Resources) -> Exception | None:
+    """Resume and fit. Returns what all ranks raise alike, to be raised after they have left in order.
+
+    An error of one rank only is raised at once: its watchdog reports it to the others.
+    """
+    components = build(config, mesh, resources)
+    trainer = Trainer(config, components)
+    try:
+        trainer.resume()
+    except ValueError as refused:
+        return refused
+    try:
+        trainer.fit()
+    except TrainingStopped as stopped:
+        return stopped
+    return None
 
 
-Prepared = tuple[Stores, torch.device, Literal["gloo", "nccl"]]
+class Opened(NamedTuple):
+    """What a rank has before it meets the others."""
+
+    device: torch.device
+    backend: Literal["gloo", "nccl"]
+    resources: Resources
 
 
-def prepare(config: PretrainConfig, place: Place) -> Prepared:
-    """What this rank needs before it meets the others: stores, its device, the transport.
+def open_here(config: PretrainConfig, info: WorkerInfo) -> Opened:
+    """Device, transport, stores and first weights of this rank.
 
     Raises:
         ValueError: one of them is missing here.
     """
-    stores = open_stores(config)
-    # Only to be refused here, if at all.
-    first_weights(config)
     device = choose_device(config.run.device)
-    if device.type == "cuda":
-        if place.local_rank >= torch.cuda.device_count():
+    if device.type == "cuda" and info.store is not None:
+        if info.local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"local rank {place.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; start as "
+                f"local rank {info.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; start as "
                 "many processes here as it has GPUs"
             )
-        device = torch.device("cuda", place.local_rank)
+        device = torch.device("cuda", info.local_rank)
         torch.cuda.set_device(device)
-    return stores, device, config.network.backend_for(device.type)
+    resources = open_resources(config)
+    return Opened(device, config.network.backend_for(device.type), resources)
 
 
-def agree_to_start(config: PretrainConfig, place: Place) -> Prepared:
-    """`prepare` on every rank; the first refusal is every rank's, so that nobody waits for one that will not come.
+def open_on_every_rank(config: PretrainConfig, info: WorkerInfo) -> Opened:
+    """`open_here` on every rank; what one of them raises is raised by all.
 
     Raises:
-        ValueError: what one of the ranks raised, with its number where it is not the first.
+        ValueError: what a rank raised, with its number where it is not the first; or some processes did not come.
     """
-    assert place.store is not None
-    store = PrefixStore("start", place.store)
-    prepared: Prepared | None = None
-    try:
-        prepared = prepare(config, place)
-    except ValueError as error:
-        store.compare_set("refusal", "", f"rank {place.rank}: {error}" if place.rank else str(error))
-    store.add("ready", 1)
-    deadline = time.monotonic() + config.network.timeout_s
-    while store.add("ready", 0) < place.world:
-        if time.monotonic() > deadline:
-            raise ValueError(
-                f"only {store.add('ready', 0)} of {place.world} processes came within network.timeout_s="
-                f"{config.network.timeout_s}: look at the others' output, or raise it"
-            )
-        time.sleep(0.05)
-    refusal = store.get("refusal").decode() if store.check(["refusal"]) else ""
-    store.add("read", 1)
-    while refusal and place.rank == place.store_rank and store.add("read", 0) < place.world:
-        # This process hosts the store: it may end only after the others have read why.
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.05)
-    if refusal:
-        raise ValueError(refusal)
-    assert prepared is not None
-    return prepared
+    if info.store is None:
+        return open_here(config, info)
+    opened: list[Opened] = []
+
+    def open_mine() -> None:
+        try:
+            opened.append(open_here(config, info))
+        except ValueError as error:
+            # A node may lack what others have, so the sentence names the rank.
+            raise ValueError(f"rank {info.rank}: {error}" if info.rank else str(error)) from error
+
+    meeting = StoreTransport(
+        PrefixStore("start", info.store),
+        info.rank,
+        info.world,
+        timeout_s=config.network.timeout_s,
+        hosts_store=info.rank == info.store_rank,
+    )
+    Ranks(meeting).agree(open_mine, lambda reports: reports)
+    return opened[0]
+
+
+@contextmanager
+def joined(config: PretrainConfig, info: WorkerInfo, opened: Opened) -> Iterator[Mesh]:
+    """The mesh of the configured layout, under a watchdog; its groups are destroyed in order at the end."""
+    if info.store is None:
+        yield single(opened.device)
+        return
+    with Watchdog(
+        PrefixStore("watchdog", info.store),
+        info.rank,
+        info.world,
+        peer_timeout_s=config.network.peer_timeout_s,
+        describe="pipeline rank {}, data rank {}".format(*divmod(info.rank, config.layout.dp)),
+        store_rank=info.store_rank,
+    ):
+        init_processes(
+            rank=info.rank,
+            world=info.world,
+            backend=opened.backend,
+            store=info.store,
+            timeout_s=config.network.timeout_s,
+        )
+        tied, timeout_s = config.model.num_nextn_predict_layers > 0, config.network.timeout_s
+        yield make_mesh(config.layout, device=opened.device, tied_embedding=tied, timeout_s=timeout_s)
+        shutdown()

@@ -4,12 +4,8 @@
     code  = the upper 12 bits of FP16, rounded from FP32 in integers: there is no instruction for it
     row   = upper 8 bits of every code, then lower 4 bits of two columns a byte
 
-    pack_e5m6      [rows, cols] -> [rows, 3/2 cols]      3.5 bytes an element from BF16
-    unpack_e5m6    the way back                          3.5
-
-Both are bound by memory; each tile goes through registers once. Rounding is done on 32-bit patterns: FP32
-loses its last 17 mantissa bits to the nearest even; below 2^-14, where steps are 2^-20, adding 8 does the same. Offsets
-are int64. Source: arXiv:2412.19437 §3.3.3.
+Both kernels are bound by memory, 3.5 bytes an element from BF16; each tile goes through registers once. Offsets are
+int64. Source: arXiv:2412.19437 §3.3.3.
 """
 
 from __future__ import annotations
@@ -31,6 +27,7 @@ def _encode(x):
     """Codes of fp32 numbers, saturating, int32."""
     x = tl.clamp(x, -65024.0, 65024.0, propagate_nan=tl.PropagateNan.ALL)
     bits = x.to(tl.int32, bitcast=True)
+    # FP32 loses its last 17 mantissa bits to the nearest even; below 2^-14, where steps are 2^-20, adding 8 does it.
     magnitude = bits & 0x7FFFFFFF
     normal = ((magnitude + 0xFFFF + ((magnitude >> 17) & 1)) >> 17) - (112 << 6)
     subnormal = (tl.abs(x) + 8.0).to(tl.int32, bitcast=True) & 0x7F

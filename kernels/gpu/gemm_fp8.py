@@ -1,8 +1,7 @@
 """Launchers of `kernels.gemm_fp8` and `kernels.gemm_grouped`: which kernel, in which configuration, a shape gets.
 
 On an H100 or H800 the Gluon kernel serves whatever a tensor map can describe: rows of 16 bytes, BF16 out for fprop and
-dgrad. Everything else takes plain Triton. The choice is a function of shapes and of the device, so it is the same in
-every run; nothing is tried out at run time.
+dgrad. Everything else takes plain Triton. The choice is a function of shapes and of the device: the same in every run.
 """
 
 from __future__ import annotations
@@ -18,28 +17,21 @@ from kernels.gpu.gemm_hopper import Config
 TWO_WAVES = Config("two_waves", stages=3)
 TWO_BLOCKS = Config("two_blocks", stages=3, blocks=2)
 WIDE = Config("wide", stages=4)
-# Speed per FLOP of a tile relative to 256x128's, all multiprocessors busy. 128x128 from a prototype on an H100 (959 of
-# 1205 TFLOP/s after accounting for idle multiprocessors); 128x192 is an assumption between the two, not measured.
+# Speed per FLOP of a tile relative to 256x128's, all multiprocessors busy. 128x128 was measured on an H100 with an
+# earlier prototype (959 of 1205 TFLOP/s after accounting for idle multiprocessors), 128x192 is an assumption between
+# the two. The kernels of this repository have not run on a GPU.
 RELATIVE_SPEED = {TWO_WAVES: 1.0, TWO_BLOCKS: 0.8, WIDE: 0.9}
 # With fewer rows in the mean group than this, half a 256-row tile of each is lost too often.
 FEW_ROWS = 512
 
 
 def tile_block_config(m: int, n: int, *, programs: int, groups: int = 0) -> Config:
-    """The configuration of fprop and dgrad.
-
-    The time of a launch is that of its rounds (tiles over programs, rounded up) times a tile's work over its speed. So
-    N = 2112 on 4,096 rows takes 128x192 (11 tiles without waste, 352 in 3 rounds, where 256x128 does 272 in 3), and
-    N = 512 takes 128x128 (128 tiles for 132 multiprocessors instead of 64).
-
-    Args:
-        m: rows, of all groups.
-        n: columns.
-        programs: multiprocessors.
-        groups: groups of rows, 0 for one product.
-    """
+    """The configuration of fprop and dgrad for m rows of all groups, 0 groups for one product, n columns."""
     if groups and m < groups * FEW_ROWS:
         return TWO_BLOCKS
+    # The time of a launch is that of its rounds (tiles over programs, rounded up) times a tile's work over its speed.
+    # So N = 2112 on 4,096 rows takes 128x192 (11 tiles without waste, 352 in 3 rounds, where 256x128 does 272 in 3),
+    # and N = 512 takes 128x128 (128 tiles for 132 multiprocessors instead of 64).
 
     def cost(config: Config) -> float:
         rows, cols = config.tile
@@ -101,14 +93,9 @@ def _tile_tile(a: Quantized, b: Quantized, group_ends: Tensor | None, out: Tenso
     a, b, k = _contiguous(a), _contiguous(b), a.payload.shape[1]
     if is_hopper(out) and k % 16 == 0 and k:
         gemm_hopper.gemm(
-            a,
-            b,
-            out,
-            config=tile_tile_config(),
-            programs=multiprocessors(out),
-            group_ends=group_ends,
+            a, b, out, config=tile_tile_config(), programs=multiprocessors(out), group_ends=group_ends,
             accumulate=accumulate,
-        )
+        )  # fmt: skip
     else:
         gemm_portable.tile_tile(a, b, out, accumulate=accumulate, group_ends=group_ends)
 

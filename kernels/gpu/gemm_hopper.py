@@ -1,6 +1,6 @@
 """The FP8 GEMM of Hopper in Gluon: TMA, a ring of mbarriers, asynchronous wgmma, specialised warps (sm_90a).
 
-One program per multiprocessor works through output tiles. Its warps play three parts that never meet but at barriers:
+One program per multiprocessor works through output tiles. Its warps have three roles and meet at barriers only:
 
     producer, 1 warp      waits until a stage is `empty`, announces its bytes, sends for A, B and their scales by TMA
     consumers, 2 x 4 warps  wait until the stage is `full`, multiply, promote, hand the stage back
@@ -8,29 +8,28 @@ One program per multiprocessor works through output tiles. Its warps play three 
 A stage holds `BLOCKS` contraction blocks of 128: A [BM, 128], B [BN, 128] (and [BN2, 128]), one scale per row of A
 and, for wgrad, one per row of B. Each consumer owns half the rows of a tile and, per block, does what
 arXiv:2412.19437 §3.3.2 asks for: a fresh FP32 partial sum of 128 products, times both scales, added to a total that
-lives in registers.
+stays in registers.
 
     two_waves    256 x 128          two halves of 64 rows one after another: 128 registers of totals, 64 of partials
     two_blocks   128 x 128          two blocks in flight: the first is promoted while the second is multiplied
     wide         128 x (128 + 64)   two widths in flight; for N = 2112 and 1536, which 128 columns fill badly
 
-Rules that the code below keeps, each with its reason:
-
 - A stage is handed back only after the promotion has used its scales (`_pin`): no load of it can be outstanding then.
 - A finished partial is the accumulator of the next product with `use_acc=False`: one register range serves both.
-- `_pin(total)` before the second product keeps its FMAs above it: else both partials live at once and registers spill.
+- `_pin(total)` before the second product keeps its FMAs above it: else both partials are in registers and they spill.
 - Every tensor map is made on the host and passed by value, offsets of groups are read on the device: nothing waits for
   the host, and a launch can be captured in a CUDA graph.
 
-Groups (`GROUPED`), rows sorted by expert, ends multiples of 128:
+Groups (`GROUPED`), rows sorted by expert, ends multiples of 128 (DeepGEMM's layout):
 
     "rows"          one B per group (fprop, dgrad). A tile starts at its group's first row + i * BM; the last one of a
-                    group may reach into the next, and stores only its own rows, 64 at a time. Rows of nobody, behind
-                    the last group, are one more group without contraction: it stores zeros.
+                    group may reach into the next, and stores only its own rows, 64 at a time. Padding rows behind the
+                    last group are one more group without contraction: it stores zeros.
     "contraction"   one output per group, contracted over its rows (wgrad); a group without rows contracts nothing.
 
-Not here: where a tile lies (`kernels.gpu.gemm_tiles`), which configuration a shape gets (`kernels.gpu.gemm_fp8`),
-other GPUs (`kernels.gpu.gemm_portable`).
+Tiles are numbered along strips of ORDER tile rows, column by column, so that tiles which are computed at the same time
+share operands in the L2 cache. Groups of rows have any number of tiles, which only the device knows; each program finds
+the group of its next tile by going on from the group of its last one.
 Shapes: a [M, K], b [N, K] or [groups * N, K], K contiguous in both.
 """
 
@@ -53,7 +52,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.formats import TILE, Quantized, ceil_div
-from kernels.gpu.gemm_tiles import columns, contraction_tile, place, rows_tile
 
 Schedule = Literal["two_waves", "two_blocks", "wide"]
 Grouped = Literal["", "rows", "contraction"]
@@ -71,24 +69,75 @@ BY_COL = gl.constexpr(gl.SliceLayout(0, LAYOUT.value))
 
 @dataclass(frozen=True)
 class Config:
-    """One way to run the GEMM.
+    """One way to run the GEMM."""
 
-    Args:
-        schedule: what a consumer does, and with it the tile (module docstring).
-        stages: stages of the ring.
-        blocks: contraction blocks of 128 in a stage; 1 where groups cut the contraction.
-        order: tiles of one column that follow each other before the next column, for the L2 cache.
-    """
-
-    schedule: Schedule
-    stages: int
-    blocks: int = 1
-    order: int = 8
+    schedule: Schedule  # what a consumer does, and with it the tile
+    stages: int  # of the ring
+    blocks: int = 1  # contraction blocks of 128 in a stage; 1 where groups cut the contraction
+    order: int = 8  # tiles of one column that follow each other before the next column, for the L2 cache
 
     @property
     def tile(self) -> tuple[int, int]:
         """Rows and columns of an output tile."""
         return BM[self.schedule], BN + BN2 if self.schedule == "wide" else BN
+
+
+@gluon.jit
+def place(tile, num_m, num_n, ORDER: gl.constexpr):
+    """Row and column of a tile: columns of ORDER tiles, so that neighbours in time share operands in the L2 cache."""
+    per_strip = ORDER * num_n
+    strip = tile // per_strip
+    first_m = strip * ORDER
+    height = gl.minimum(num_m - first_m, ORDER)
+    inside = tile - strip * per_strip
+    return first_m + inside % height, inside // height
+
+
+@gluon.jit
+def group_of(tile, group, first_tile, start, end, ends_ptr, rows, groups, num_n, BM: gl.constexpr):
+    """Go on from a group to the one that holds `tile`; group number `groups` holds the padding rows."""
+    tiles = gl.cdiv(end - start, BM) * num_n
+    while (group < groups) & (tile >= first_tile + tiles):
+        first_tile += tiles
+        group += 1
+        start = end
+        end = gl.where(group == groups, rows, gl.load(ends_ptr + gl.minimum(group, groups - 1)))
+        tiles = gl.cdiv(end - start, BM) * num_n
+    return group, first_tile, start, end
+
+
+@gluon.jit
+def columns(pn, WIDE: gl.constexpr):
+    """First column of the 128 and of the 64 columns of a tile, each within one 128-column block of scales."""
+    if WIDE:
+        # A tile of 192 starts on a block's edge or in its middle; the 64 columns come last or first.
+        odd = pn % 2
+        return pn * 192 + odd * 64, pn * 192 + (1 - odd) * 128
+    else:
+        return pn * 128, pn * 128
+
+
+@gluon.jit
+def rows_tile(
+    tile, group, first_tile, start, end, ends_ptr, M, num_n, groups, steps, BM: gl.constexpr, ORDER: gl.constexpr
+):
+    """The group's state of a tile of "rows", its first row and column number, and how many stages it contracts."""
+    group, first_tile, start, end = group_of(tile, group, first_tile, start, end, ends_ptr, M, groups, num_n, BM)
+    num_m = gl.cdiv(end - start, BM)
+    # Tiles behind the last one have no rows: they contract nothing and store nothing.
+    behind = tile >= first_tile + num_m * num_n
+    pm, pn = place(gl.where(behind, 0, tile - first_tile), gl.maximum(num_m, 1), num_n, ORDER)
+    m0 = gl.where(behind, end, start + pm * BM)
+    return group, first_tile, start, end, m0, pn, gl.where(behind | (group == groups), 0, steps)
+
+
+@gluon.jit
+def contraction_tile(tile, ends_ptr, num_m, num_n, BM: gl.constexpr, ORDER: gl.constexpr):
+    """Group, first row, tile column, first block of the contraction and their number, of "contraction"."""
+    group = tile // (num_m * num_n)
+    pm, pn = place(tile - group * (num_m * num_n), num_m, num_n, ORDER)
+    start = gl.where(group == 0, 0, gl.load(ends_ptr + gl.maximum(group - 1, 0)))
+    return group, pm * BM, pn, start // 128, (gl.load(ends_ptr + group) - start) // 128
 
 
 @gluon.jit
@@ -102,7 +151,7 @@ def _produce(
     a_desc, b_desc, b2_desc, a_scale_desc, b_scale_desc, a_bufs, b_bufs, b2_bufs, a_scales, b_scales, full, empty,
     ends_ptr, M, N, K, a_scale_stride, b_scale_stride, groups, tiles,
     TILE_TILE: gl.constexpr, GROUPED: gl.constexpr, BM: gl.constexpr, WIDE: gl.constexpr, STAGES: gl.constexpr,
-    BLOCKS: gl.constexpr, ORDER: gl.constexpr,
+    BLOCKS: gl.constexpr, ORDER: gl.constexpr
 ):  # fmt: skip
     WIDTH: gl.constexpr = 192 if WIDE else 128
     BYTES: gl.constexpr = BLOCKS * ((BM + WIDTH) * 128 + BM * 4 + (WIDTH * 4 if TILE_TILE else 0))
@@ -220,7 +269,7 @@ def _consume(
     out_desc, out2_desc, out_ptr, b_scale_ptr, a_bufs, b_bufs, b2_bufs, a_scales, b_scales, out_bufs, out2_bufs,
     full, empty, ends_ptr, M, N, K, b_scale_stride_n, b_scale_stride_k, groups, tiles,
     HALF: gl.constexpr, TILE_TILE: gl.constexpr, GROUPED: gl.constexpr, ACCUMULATE: gl.constexpr, BM: gl.constexpr,
-    WIDE: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr, ORDER: gl.constexpr,
+    WIDE: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr, ORDER: gl.constexpr
 ):  # fmt: skip
     WIDTH: gl.constexpr = 192 if WIDE else 128
     FIRST: gl.constexpr = HALF * (BM // 2)
@@ -248,7 +297,7 @@ def _consume(
             group, first_tile, start, end, m0, pn, steps = rows_tile(
                 tile, group, first_tile, start, end, ends_ptr, M, num_n, groups, steps, BM, ORDER
             )
-            # The rows of nobody have no weight; any scale does.
+            # Padding rows have no weight; any scale does.
             scale_row = gl.minimum(group, groups - 1) * blocks_n
         elif GROUPED == "contraction":
             group, m0, pn, _, steps = contraction_tile(tile, ends_ptr, num_m, num_n, BM, ORDER)
@@ -366,7 +415,7 @@ def _gemm_kernel(
     a_bufs = gl.allocate_shared_memory(gl.float8e4nv, [BUFFERS, BM, 128], a_desc.layout)
     b_bufs = gl.allocate_shared_memory(gl.float8e4nv, [BUFFERS, 128, 128], b_desc.layout)
     a_scales = gl.allocate_shared_memory(gl.float32, [BUFFERS, BM], a_scale_desc.layout)
-    # Names of buffers that a configuration does not have stand for others, and nobody uses them.
+    # Buffers that a configuration does not have get the name of others, and are not used.
     b2_bufs = b_bufs
     b_scales = a_scales
     out_bufs = a_bufs
@@ -443,7 +492,7 @@ def gemm(
     if grouped == "contraction":
         tiles *= groups
     elif grouped == "rows":
-        # Every group may waste the better part of a tile, and so may the rows of nobody.
+        # Every group may waste the better part of a tile, and so may the padding rows.
         tiles = (m // bm + groups + 1) * ceil_div(n, width)
     assert config.blocks == 1 or (config.schedule != "wide" and grouped != "contraction"), config
     assert not (tile_tile and config.schedule == "wide"), "128x192 tiles store BF16 only"

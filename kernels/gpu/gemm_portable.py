@@ -2,8 +2,8 @@
 
 One program computes one [128, 128] tile of the output with `tl.dot`, FP8 by the rule of `kernels.gemm_fp8`: a fresh
 FP32 partial sum for every 128 of the contraction, times both scales, added to the total. Any GPU with FP8 tensor
-cores, any size and alignment. On an H100 a prototype of this kernel reached 0.39 to 0.47 of DeepGEMM: it is here to be
-right.
+cores, any size and alignment: it is here to be right. An earlier prototype of it reached 0.39 to 0.47 of DeepGEMM on an
+H100; this code has not run on a GPU.
 
     rows          one B per group of rows; the group of a tile is the number of ends at or before its first row
     contraction   one output per group, contracted over its rows; programs of a group without rows store zeros
@@ -21,7 +21,7 @@ from torch import Tensor
 from kernels.backend import shared_memory_bytes
 from kernels.formats import Quantized
 
-# 4 warps ran at half the speed on an H100.
+# The prototype ran at half the speed with 4 warps, on an H100.
 WARPS = 8
 # Pipeline stages where four of them fit, 128 KB with Triton's own use of shared memory, and elsewhere (99 KB on 8.9).
 STAGES, STAGES_SMALL, SHARED_BYTES_WANTED = 4, 3, 136 * 1024
@@ -43,7 +43,7 @@ def _place(tile, num_m, num_n, ORDER: tl.constexpr):
 
 @triton.jit
 def _group_of_row(ends_ptr, row, groups, GROUPS: tl.constexpr):
-    """How many groups end at or before this row; `groups` for a row of nobody."""
+    """How many groups end at or before this row; `groups` for a padding row."""
     index = tl.arange(0, GROUPS)
     ends = tl.load(ends_ptr + index, mask=index < groups, other=2147483647)
     return tl.sum((ends <= row).to(tl.int32), axis=0)
@@ -53,7 +53,7 @@ def _group_of_row(ends_ptr, row, groups, GROUPS: tl.constexpr):
 def _rows_kernel(
     a_ptr, a_scale_ptr, b_ptr, b_scale_ptr, out_ptr, ends_ptr, M, N, K, b_stride_n, b_stride_k,
     scale_stride_g, scale_stride_n, scale_stride_k, groups,
-    SCALED: tl.constexpr, GROUPS: tl.constexpr, BK: tl.constexpr, SQUARE: tl.constexpr, ORDER: tl.constexpr,
+    SCALED: tl.constexpr, GROUPS: tl.constexpr, BK: tl.constexpr, SQUARE: tl.constexpr, ORDER: tl.constexpr
 ):  # fmt: skip
     """out = a @ b.T, of each group of rows its own b; GROUPS is 0 for one b, else a power of two >= groups."""
     pm, pn = _place(tl.program_id(0), tl.cdiv(M, SQUARE), tl.cdiv(N, SQUARE), ORDER)
@@ -91,7 +91,7 @@ def _contraction_kernel(
     a_ptr, a_scale_ptr, b_ptr, b_scale_ptr, out_ptr, ends_ptr, M, N, K,
     a_stride_m, a_stride_k, b_stride_n, b_stride_k,
     SCALED: tl.constexpr, GROUPED: tl.constexpr, ACCUMULATE: tl.constexpr, BK: tl.constexpr, SQUARE: tl.constexpr,
-    ORDER: tl.constexpr,
+    ORDER: tl.constexpr
 ):  # fmt: skip
     """out[g] = or += a[:, rows of g] @ b[:, rows of g].T in FP32; group g is the second program axis."""
     pm, pn = _place(tl.program_id(0), tl.cdiv(M, SQUARE), tl.cdiv(N, SQUARE), ORDER)

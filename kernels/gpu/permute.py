@@ -9,14 +9,8 @@ token chose the expert, if any, and everything that a sort would find is a runni
                     column = earlier experts of this token: rows ascend with the expert, so the column does too
 
 Sizes do not depend on values and nothing is read back: a CUDA graph can hold all of it. Row numbers are int32 in
-registers, for `group_ends` is int32 by contract; offsets are int64. Numbers of tokens and rows differ from call to call
-under expert parallelism, so no kernel is compiled again for a number that happens to be 1 or a multiple of 16.
-
-    copy_tokens    rows of x by slot, zeros for -1                4 bytes an element of BF16
-    sum_rows       FP32 sum from left to right, rounded once      2 (columns + 1)
-    scatter_gates  by row -> by slot, zeros without a row
-
-No row is written twice, so there are no atomic additions. Source: ours; 128 rows are DeepGEMM's alignment.
+registers, for `group_ends` is int32 by contract; offsets are int64. No row is written twice: no atomic additions.
+Copies move 4 bytes an element of BF16, sums 2 (columns + 1).
 """
 
 from __future__ import annotations
@@ -26,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Numbers of tokens and rows differ from call to call under expert parallelism, so no kernel below is compiled again for
+# a number that happens to be 1 or a multiple of 16 (`do_not_specialize`).
 # Entries of a block's table of (token, expert), tokens of it at most, and warps. None of these measured on a GPU.
 TABLE, TOKENS_MAX, TABLE_WARPS = 2048, 512, 8
 # Blocks and experts of one step of `_prefix_kernel`.
@@ -72,20 +68,9 @@ def _prefix_kernel(counts_ptr, before_ptr, totals_ptr, blocks, experts, BLOCKS: 
 
 @triton.jit(do_not_specialize=["tokens", "num_rows"])
 def _place_kernel(
-    ids_ptr,
-    before_ptr,
-    totals_ptr,
-    slot_of_row_ptr,
-    rows_of_token_ptr,
-    group_ends_ptr,
-    tokens,
-    experts,
-    num_rows,
-    TOPK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    EXPERTS: tl.constexpr,
-):
+    ids_ptr, before_ptr, totals_ptr, slot_of_row_ptr, rows_of_token_ptr, group_ends_ptr, tokens, experts, num_rows,
+    TOPK: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, EXPERTS)
     padded = (tl.load(totals_ptr + expert, mask=expert < experts, other=0) + 127) // 128 * 128
@@ -126,16 +111,9 @@ def _copy_tokens_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "num_rows"])
 def _sum_rows_kernel(
-    rows_ptr,
-    rows_of_token_ptr,
-    out_ptr,
-    tokens,
-    num_rows,
-    hidden,
-    SUMMANDS: tl.constexpr,
-    TOKENS: tl.constexpr,
+    rows_ptr, rows_of_token_ptr, out_ptr, tokens, num_rows, hidden, SUMMANDS: tl.constexpr, TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((TOKENS, COLUMNS), tl.float32)
@@ -174,18 +152,9 @@ def lay_out(ids: Tensor, experts: int, num_rows: int) -> tuple[Tensor, Tensor, T
         counts, before, totals, blocks, experts, PREFIX_BLOCKS, PREFIX_EXPERTS
     )
     _place_kernel[(blocks,)](
-        ids,
-        before,
-        totals,
-        slot_of_row,
-        rows_of_token,
-        group_ends,
-        tokens,
-        experts,
-        num_rows,
-        COLUMNS=rows_of_token.shape[1],
-        **sizes,
-    )
+        ids, before, totals, slot_of_row, rows_of_token, group_ends, tokens, experts, num_rows,
+        COLUMNS=rows_of_token.shape[1], **sizes,
+    )  # fmt: skip
     return slot_of_row, rows_of_token, group_ends
 
 

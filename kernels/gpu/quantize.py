@@ -5,17 +5,10 @@
     scale = amax / 448, at least 2^-126, optionally with its mantissa rounded up and away; 1 for zeros
     y     = x / scale; for a power of two x * (1/scale), which is the same number
 
-All kernels here are bound by memory. Each program loads a tile once, in 16-byte accesses (`tests/kernels/
-test_hopper_codegen.py` counts them), and writes every layout that somebody needs from registers:
-
-    quantize_tiles              [rows, cols] -> 1x128                              3 bytes an element
-    quantize_tiles_transposed   [rows, cols] -> 128x1, stored [cols, rows]         3
-    quantize_tiles_both         both of them from one read                         4
-    quantize_blocks             128x128, also stored transposed (dgrad's copy)     4 from BF16
-    requantize_transposed       1x128 -> 128x1                                     2
-    dequantize_tiles            1x128 -> BF16                                      3
-
-Offsets are int64: a tensor may exceed 2^31 elements. Source: arXiv:2412.19437 §3.3.2, §3.5.2.
+All kernels here are bound by memory. Each program loads a tile once, in 16-byte accesses (counted by `tests/kernels/
+test_hopper_codegen.py`), and writes every layout from registers: per element from BF16 `quantize_tiles` and
+`quantize_tiles_transposed` move 3 bytes, `quantize_tiles_both` and `quantize_blocks` 4, `requantize_transposed` 2,
+`dequantize_tiles` 3. Offsets are int64. Source: arXiv:2412.19437 §3.3.2, §3.5.2.
 """
 
 from __future__ import annotations
@@ -27,9 +20,11 @@ from torch import Tensor
 
 from kernels.formats import TILE, ceil_div
 
-# Rows and tiles of a program of the row-wise kernels, and its warps; 0.96 of copy bandwidth on an H100 as a prototype.
+# An earlier prototype of the next two kernels reached 0.96 and 0.93 of copy bandwidth on an H100; this code has not run
+# on a GPU.
+# Rows and tiles of a program of the row-wise kernels, and its warps.
 ROWS, TILES, WARPS = 8, 8, 8
-# Columns and warps of a program of `quantize_tiles_transposed`; 0.93 of copy bandwidth on an H100 as a prototype.
+# Columns and warps of a program of `quantize_tiles_transposed`.
 COLUMNS_TRANSPOSED, WARPS_TRANSPOSED = 64, 4
 # A program of the kernels that hold 128x128 elements: 64 a thread.
 WARPS_SQUARE = 8
@@ -120,22 +115,20 @@ def _quantize_tiles_transposed_kernel(
 def _quantize_tiles_both_kernel(
     x_ptr, payload_ptr, scale_ptr, payload_t_ptr, scale_t_ptr, rows, cols, POWER_OF_TWO: tl.constexpr
 ):
-    """A 128x128 square, first by rows, then by columns: memory is read once, the second time it is in the L1 cache.
-
-    Held in registers for both, the square takes 182 of them at 8 warps, and a multiprocessor then has one program and
-    nothing to do while that program waits; in these pieces four programs of 4 warps fit.
-    """
+    """A 128x128 square, first by rows, then by columns: read once from memory, then from the L1 cache."""
+    # Held in registers for both, the square takes 182 of them at 8 warps, and a multiprocessor then has one program and
+    # nothing to do while that program waits; in these chunks four programs of 4 warps fit.
     first_row = tl.program_id(0).to(tl.int64) * 128
     first_col = tl.program_id(1) * 128
     col = first_col + tl.arange(0, 128)
-    for piece in tl.static_range(4):
-        row = first_row + piece * 32 + tl.arange(0, 32)
+    for chunk in tl.static_range(4):
+        row = first_row + chunk * 32 + tl.arange(0, 32)
         inside = (row < rows)[:, None] & (col < cols)[None, :]
         x = tl.load(x_ptr + row[:, None] * cols + col[None, :], mask=inside, other=0.0).to(tl.float32)
         store_tiles_of_rows(x, payload_ptr, scale_ptr, row, col, rows, cols, POWER_OF_TWO)
     row = first_row + tl.arange(0, 128)
-    for piece in tl.static_range(2):
-        col = first_col + piece * 64 + tl.arange(0, 64)
+    for chunk in tl.static_range(2):
+        col = first_col + chunk * 64 + tl.arange(0, 64)
         inside = (row < rows)[:, None] & (col < cols)[None, :]
         x = tl.load(x_ptr + row[:, None] * cols + col[None, :], mask=inside, other=0.0).to(tl.float32)
         store_tiles_of_cols(x, payload_t_ptr, scale_t_ptr, row, col, rows, cols, POWER_OF_TWO)

@@ -6,13 +6,8 @@
 
 Comparing integers settles every case alike: a NaN is chosen first, as torch's sort does, an expert of an excluded group
 has the key of -inf, what was chosen before or pads a block has one below that, and an id is always one of the block.
-Both steps of a choice are int32 reductions over the lanes of a warp. Scores and keys stay in registers.
-
-    route            logits, bias -> scores, ids, gates, counts          8 bytes a score
-    route_backward   gradients of scores and gates -> of logits          8, and 4 more with a gradient of the scores
-    topk_counts      scores -> how often each expert is among the best   4
-
-Counts are sums of ones, integers or FP32 below 2^24: any order of the atomic additions gives the same.
+Scores and keys stay in registers. Counts are sums of ones, integers or FP32 below 2^24: any order of the atomic
+additions gives the same.
 
 Shapes: a block is [TOKENS, GROUPS * SIZE], where GROUPS and SIZE are n_group and the group size rounded up to powers of
 two, so a *place* of the block is no id where they differ. Offsets are int64. Source: arXiv:2412.19437 §2.1.2.
@@ -35,10 +30,8 @@ KEY_OF_MINUS_INFINITY = tl.constexpr(-(2**31) + 0x007FFFFF)
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + e^-x), fp32; below -88 it stays at 6e-39.
-
-    e^y = 2^n e^r with y = n ln 2 + r: n times the first part of ln 2 is exact, so the error does not grow with |x|.
-    """
+    """1 / (1 + e^-x), fp32; below -88 it stays at 6e-39."""
+    # e^y = 2^n e^r with y = n ln 2 + r: n times the first part of ln 2 is exact, so the error does not grow with |x|.
     y = tl.clamp(-x, -87.0, 88.0, propagate_nan=tl.PropagateNan.ALL)
     n = tl.floor(y * 1.4426950408889634 + 0.5)
     r = (y - n * 0.693359375) + n * 2.1219444005469057e-4
@@ -85,24 +78,10 @@ def keep_best_groups(key, N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, GROUP
 
 @triton.jit(do_not_specialize=["tokens"])
 def _route_kernel(
-    logits_ptr,
-    bias_ptr,
-    scores_ptr,
-    ids_ptr,
-    gates_ptr,
-    counts_ptr,
-    tokens,
-    scale,
-    N_GROUP: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    TOPK_GROUP: tl.constexpr,
-    TOPK: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SIZE: tl.constexpr,
-    CHOICES: tl.constexpr,
-):
+    logits_ptr, bias_ptr, scores_ptr, ids_ptr, gates_ptr, counts_ptr, tokens, scale, N_GROUP: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, TOPK_GROUP: tl.constexpr, TOPK: tl.constexpr, NORMALIZE: tl.constexpr,
+    TOKENS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, CHOICES: tl.constexpr,
+):  # fmt: skip
     experts: tl.constexpr = N_GROUP * GROUP_SIZE
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     place = tl.arange(0, GROUPS * SIZE)
@@ -150,19 +129,9 @@ def _route_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _route_backward_kernel(
-    scores_ptr,
-    ids_ptr,
-    grad_scores_ptr,
-    grad_gates_ptr,
-    grad_logits_ptr,
-    tokens,
-    scale,
-    EXPERTS: tl.constexpr,
-    TOPK: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    scores_ptr, ids_ptr, grad_scores_ptr, grad_gates_ptr, grad_logits_ptr, tokens, scale, EXPERTS: tl.constexpr,
+    TOPK: tl.constexpr, NORMALIZE: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """With c the chosen scores and G their gradients times scale: dc_k = G_k / sum c - sum_j G_j c_j / (sum c)^2."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, WIDTH)
@@ -197,15 +166,9 @@ def _route_backward_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _topk_counts_kernel(
-    scores_ptr,
-    counts_ptr,
-    tokens,
-    tokens_per_sequence,
-    EXPERTS: tl.constexpr,
-    TOPK: tl.constexpr,
-    TOKENS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    scores_ptr, counts_ptr, tokens, tokens_per_sequence, EXPERTS: tl.constexpr, TOPK: tl.constexpr,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """`tokens` are those of all sequences."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, WIDTH)
@@ -239,25 +202,10 @@ def route(
         groups, size = triton.next_power_of_2(n_group), triton.next_power_of_2(group_size)
         tokens_per_program = max(1, ELEMENTS // (groups * size))
         _route_kernel[(triton.cdiv(tokens, tokens_per_program),)](
-            logits,
-            bias,
-            scores,
-            ids,
-            gates,
-            counts,
-            tokens,
-            scale,
-            N_GROUP=n_group,
-            GROUP_SIZE=group_size,
-            TOPK_GROUP=topk_group,
-            TOPK=topk,
-            NORMALIZE=normalize,
-            TOKENS=tokens_per_program,
-            GROUPS=groups,
-            SIZE=size,
-            CHOICES=triton.next_power_of_2(topk),
-            num_warps=WARPS,
-        )
+            logits, bias, scores, ids, gates, counts, tokens, scale, N_GROUP=n_group, GROUP_SIZE=group_size,
+            TOPK_GROUP=topk_group, TOPK=topk, NORMALIZE=normalize, TOKENS=tokens_per_program, GROUPS=groups, SIZE=size,
+            CHOICES=triton.next_power_of_2(topk), num_warps=WARPS,
+        )  # fmt: skip
     return scores, ids, gates, counts
 
 
@@ -273,20 +221,10 @@ def route_backward(
         width = triton.next_power_of_2(experts)
         tokens_per_program = max(1, ELEMENTS // width)
         _route_backward_kernel[(triton.cdiv(tokens, tokens_per_program),)](
-            scores,
-            ids,
-            None if grad_scores is None else grad_scores.contiguous(),
-            None if grad_gates is None else grad_gates.contiguous(),
-            grad_logits,
-            tokens,
-            scale,
-            EXPERTS=experts,
-            TOPK=ids.shape[1],
-            NORMALIZE=normalize,
-            TOKENS=tokens_per_program,
-            WIDTH=width,
-            num_warps=WARPS,
-        )
+            scores, ids, None if grad_scores is None else grad_scores.contiguous(),
+            None if grad_gates is None else grad_gates.contiguous(), grad_logits, tokens, scale, EXPERTS=experts,
+            TOPK=ids.shape[1], NORMALIZE=normalize, TOKENS=tokens_per_program, WIDTH=width, num_warps=WARPS,
+        )  # fmt: skip
     return grad_logits
 
 
@@ -301,14 +239,7 @@ def topk_counts(scores: Tensor, topk: int) -> Tensor:
         width = triton.next_power_of_2(experts)
         tokens_per_program = max(1, ELEMENTS // width)
         _topk_counts_kernel[(triton.cdiv(sequences * tokens, tokens_per_program),)](
-            scores,
-            counts,
-            sequences * tokens,
-            tokens,
-            EXPERTS=experts,
-            TOPK=topk,
-            TOKENS=tokens_per_program,
-            WIDTH=width,
-            num_warps=WARPS,
-        )
+            scores, counts, sequences * tokens, tokens, EXPERTS=experts, TOPK=topk, TOKENS=tokens_per_program,
+            WIDTH=width, num_warps=WARPS,
+        )  # fmt: skip
     return counts

@@ -6,20 +6,13 @@
     d_g    = sum over inter of dh * silu(gate) * up
 
 in FP32 registers, rounded where the references round: gated once, plain after each product. All are bound by memory;
-per element of h they move
-
-    swiglu, gated_swiglu                      gate_up -> h                              6 bytes in BF16
-    [gated_]swiglu_backward                   gate_up, dh -> d_gate_up                  10
-    swiglu_quantize                           gate_up -> both in 1x128 tiles            7
-    swiglu_quantize_transposed                kept -> h in 128x1 tiles                  3
-    [gated_]swiglu_backward_kept              kept, dh -> d_gate_up                     8
+per element of h in BF16 swiglu moves 6 bytes, its backward 10, `swiglu_quantize` 7, `swiglu_quantize_transposed` 3, and
+the backward from a kept input 8.
 
 The exponential is a GPU's approximate one, two units in the last place and |x| 2^-24 of its argument's rounding, so a
 result may fall on the other side of a rounding than the reference's. Quantising the same values gives the same bits.
-
-Where inter is no multiple of 128, a tile of gate_up holds gates and ups at once: then launchers of quantised tensors
-call the separate kernels one after the other. d_g is summed by one program for its rows, always in the same order.
-Offsets are int64. Source: arXiv:2412.19437 §3.3.3.
+d_g is summed by one program for its rows, always in the same order. Where inter is no multiple of 128, a tile of
+gate_up holds gates and ups at once: then launchers of quantised tensors call the separate kernels one after the other.
 """
 
 from __future__ import annotations
@@ -56,7 +49,7 @@ def _rounded(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _load_half(ptr, scale_ptr, row, col, inside, rows, cols, DTYPE: tl.constexpr):
-    """A [ROWS, COLUMNS] piece of gate_up as fp32; with scales it is dequantised and `col` lies within one tile."""
+    """A [ROWS, COLUMNS] chunk of gate_up as fp32; with scales it is dequantised and `col` is within one tile."""
     x = tl.load(ptr + row[:, None] * cols + col[None, :], mask=inside, other=0.0).to(tl.float32)
     if scale_ptr is not None:
         tile = (tl.min(col, axis=0) // 128).to(tl.int64)
@@ -91,17 +84,9 @@ def _swiglu_kernel(gate_up_ptr, gates_ptr, h_ptr, rows, inter, ROWS: tl.constexp
 
 @triton.jit
 def _swiglu_quantize_kernel(
-    gate_up_ptr,
-    gates_ptr,
-    kept_ptr,
-    kept_scale_ptr,
-    payload_ptr,
-    scale_ptr,
-    rows,
-    inter,
-    POWER_OF_TWO: tl.constexpr,
+    gate_up_ptr, gates_ptr, kept_ptr, kept_scale_ptr, payload_ptr, scale_ptr, rows, inter, POWER_OF_TWO: tl.constexpr,
     ROWS: tl.constexpr,
-):
+):  # fmt: skip
     """One tile of gates, one of ups and the tile of h that they make; inter is a multiple of 128."""
     DTYPE: tl.constexpr = gate_up_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -117,17 +102,9 @@ def _swiglu_quantize_kernel(
 
 @triton.jit
 def _swiglu_quantize_transposed_kernel(
-    kept_ptr,
-    kept_scale_ptr,
-    gates_ptr,
-    payload_ptr,
-    scale_ptr,
-    rows,
-    inter,
-    DTYPE: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    kept_ptr, kept_scale_ptr, gates_ptr, payload_ptr, scale_ptr, rows, inter, DTYPE: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)
     col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (col < inter)[None, :]
@@ -139,28 +116,18 @@ def _swiglu_quantize_transposed_kernel(
 
 @triton.jit
 def _swiglu_backward_kernel(
-    gate_up_ptr,
-    scale_ptr,
-    gates_ptr,
-    dh_ptr,
-    d_gate_up_ptr,
-    d_gates_ptr,
-    rows,
-    inter,
-    SPAN: tl.constexpr,
+    gate_up_ptr, scale_ptr, gates_ptr, dh_ptr, d_gate_up_ptr, d_gates_ptr, rows, inter, SPAN: tl.constexpr,
     ROWS: tl.constexpr,
-):
-    """SPAN tiles of some rows, one after the other: all of them where gates want their gradient.
-
-    scale_ptr is None unless gate_up is kept in FP8, gates_ptr and d_gates_ptr are None unless it is gated.
-    """
+):  # fmt: skip
+    """SPAN tiles of some rows, one after the other: all of them where gates want their gradient."""
+    # scale_ptr is None unless gate_up is kept in FP8, gates_ptr and d_gates_ptr are None unless it is gated.
     DTYPE: tl.constexpr = dh_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     if gates_ptr is not None:
         gates = tl.load(gates_ptr + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
         terms = tl.zeros((ROWS, 128), tl.float32)
-    for piece in range(SPAN):
-        col = (tl.program_id(1) * SPAN + piece) * 128 + tl.arange(0, 128)
+    for chunk in range(SPAN):
+        col = (tl.program_id(1) * SPAN + chunk) * 128 + tl.arange(0, 128)
         inside = (row < rows)[:, None] & (col < inter)[None, :]
         gate = _load_half(gate_up_ptr, scale_ptr, row, col, inside, rows, 2 * inter, DTYPE)
         up = _load_half(gate_up_ptr, scale_ptr, row, col + inter, inside, rows, 2 * inter, DTYPE)
@@ -231,18 +198,9 @@ def swiglu_quantize_transposed(
     if payload.numel():
         grid = (triton.cdiv(rows, TILE), inter // COLUMNS_TRANSPOSED)
         _swiglu_quantize_transposed_kernel[grid](
-            payload,
-            scale,
-            gates,
-            payload_t,
-            scale_t,
-            rows,
-            inter,
-            _TRITON_TYPES[dtype],
-            power_of_two,
-            COLUMNS_TRANSPOSED,
-            num_warps=WARPS_TRANSPOSED,
-        )
+            payload, scale, gates, payload_t, scale_t, rows, inter, _TRITON_TYPES[dtype], power_of_two,
+            COLUMNS_TRANSPOSED, num_warps=WARPS_TRANSPOSED,
+        )  # fmt: skip
     return payload_t, scale_t
 
 
@@ -291,16 +249,7 @@ def _differentiate(gate_up: Tensor, scale: Tensor | None, gates: Tensor | None, 
         span = SPAN if gates is None else tiles
         grid = (triton.cdiv(rows, ROWS), triton.cdiv(tiles, span))
         _swiglu_backward_kernel[grid](
-            gate_up,
-            scale,
-            _contiguous(gates),
-            dh,
-            d_gate_up,
-            None if gates is None else d_gates,
-            rows,
-            inter,
-            span,
-            ROWS,
-            num_warps=WARPS,
-        )
+            gate_up, scale, _contiguous(gates), dh, d_gate_up, None if gates is None else d_gates, rows, inter, span,
+            ROWS, num_warps=WARPS,
+        )  # fmt: skip
     return d_gate_up, d_gates

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from train.checkpoint import dcp, publish
-from train.checkpoint.dcp import CheckpointConfig, Saver
+from train.checkpoint.config import CheckpointConfig
+from train.checkpoint.dcp import Saver
 
 KILLED_AT_RANDOM = 8
 ENDED = 6

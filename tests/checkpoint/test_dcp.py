@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from train.checkpoint import dcp, publish
-from train.checkpoint.dcp import CheckpointConfig, Saver, latest, load, save
+from train.checkpoint.config import CheckpointConfig
+from train.checkpoint.dcp import Saver, latest, load, save
 
 STATE = {
     "train_state": {"step": 10, "tokens_seen": 14_800_000_000_000},

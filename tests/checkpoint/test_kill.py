@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tests.checkpoint.killed_saves import ENDED, KILLED_AT_RANDOM, PHASES, tensors_of
-from train.checkpoint.dcp import CheckpointConfig, Saver, latest, load
+from train.checkpoint.config import CheckpointConfig
+from train.checkpoint.dcp import Saver, latest, load
 
 ROOT = Path(__file__).parent.parent.parent
 

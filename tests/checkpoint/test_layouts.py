@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,16 +20,17 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from parallel.pieces import Piece
+from parallel.shards import LocalShard
 from tests.ranks import run_ranks
 from train.checkpoint import dcp, publish
-from train.checkpoint.dcp import CheckpointConfig, Saver, latest, load, save
+from train.checkpoint.config import CheckpointConfig
+from train.checkpoint.dcp import Saver, latest, load, save
 
 STATE = {"train_state": {"step": 3}}
 WORLDS = (1, 2, 4)
 CUTS = ("even", "uneven", "other")
 
-Parts = dict[str, "Tensor | Piece"]
+Shards = dict[str, "Tensor | LocalShard"]
 
 
 def truth(seed: int = 0) -> dict[str, Tensor]:
@@ -62,16 +63,16 @@ def bounds(num_elements: int, parts: int, cut: str) -> list[int]:
     return [0, *sorted(inner.randint(0, num_elements) for _ in range(parts - 1)), num_elements]
 
 
-def narrowed(tensor: Tensor, dim: int, ends: list[int], index: int) -> Piece:
+def narrowed(tensor: Tensor, dim: int, ends: list[int], index: int) -> LocalShard:
     offset = [0] * tensor.dim()
     offset[dim] = ends[index]
     local = tensor.narrow(dim, ends[index], ends[index + 1] - ends[index])
-    return Piece(local, tuple(tensor.shape), tuple(offset))
+    return LocalShard.at(local, tuple(tensor.shape), tuple(offset))
 
 
-def held(tensors: dict[str, Tensor], rank: int, world: int, cut: str) -> Parts:
+def held(tensors: dict[str, Tensor], rank: int, world: int, cut: str) -> Shards:
     """What one rank holds: flat slices, experts on neighbours with replicas, columns, names of its stage, copies."""
-    parts: Parts = {name: tensors[name] for name in ("model.norm.weight", "rng.cpu", "step", "empty")}
+    parts: Shards = {name: tensors[name] for name in ("model.norm.weight", "rng.cpu", "step", "empty")}
     for name, tensor in tensors.items():
         if name.endswith(".flat"):
             parts[name] = narrowed(tensor, 0, bounds(len(tensor), world, cut), rank)
@@ -92,8 +93,8 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
 
 
-def local(value: Tensor | Piece) -> Tensor:
-    return value.local if isinstance(value, Piece) else value
+def local(value: Tensor | LocalShard) -> Tensor:
+    return value.tensor if isinstance(value, LocalShard) else value
 
 
 def blank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -106,7 +107,7 @@ def group_of(world: int) -> dist.ProcessGroup | None:
 
 
 def differing(rank: int, world: int, path: Path, cut: str, seed: int = 0) -> list[str]:
-    """Load this rank's parts; names whose bits are wrong inside the part, or were touched outside of it."""
+    """Load this rank's shards; names whose bits are wrong inside the part, or were touched outside of it."""
     target, expected = blank(truth()), blank(truth())
     for name, value in held(truth(seed), rank, world, cut).items():
         place = held(expected, rank, world, cut)[name]
@@ -181,7 +182,7 @@ def refused_loads(rank: int, world: int, saved: Path, root: Path) -> dict[str, s
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
     dist.barrier()
-    changes: dict[str, tuple[Path, int, Callable[[Parts], object]]] = {
+    changes: dict[str, tuple[Path, int, Callable[[Shards], object]]] = {
         "extra": (path, 1, lambda parts: parts.update(surplus=torch.zeros(1))),
         "missing": (path, 1, lambda parts: parts.pop("model.layers.1.weight")),
         "shape": (path, 0, lambda parts: parts.update(step=torch.zeros(1, dtype=torch.int64))),
@@ -201,12 +202,12 @@ def refused_loads(rank: int, world: int, saved: Path, root: Path) -> dict[str, s
     return raised
 
 
-def test_a_load_refused_on_one_rank_is_refused_on_all_with_one_sentence(saved: Path, tmp_path: Path) -> None:
-    first, second = run_ranks(2, refused_loads, saved, tmp_path)
+def test_a_load_refused_on_one_rank_is_refused_on_all_with_one_sentence(two: Two) -> None:
+    first, second = two.results["refused_loads"]
     assert first == second
     expected = {
         "extra": "does not fit: it lacks surplus.",
-        "missing": "holds model.layers.1.weight, which nobody asked for",
+        "missing": "holds model.layers.1.weight, which no rank asked for",
         "shape": "tensor step is torch.int64 [1] on rank 0, but torch.int64 [] on rank 1",
         "dtype": "model.layers.1.weight (saved torch.float32 [7, 3], wanted torch.bfloat16 [7, 3])",
         "no tensor": "tensors['step'] is a int, not a tensor",
@@ -222,9 +223,9 @@ def refused_saves(rank: int, world: int, root: Path) -> dict[str, str]:
     saver = Saver(root, CheckpointConfig(every_steps=1), dist.group.WORLD)
     flat = torch.arange(10.0)
     cases: dict[str, tuple[tuple[Any, Any], Any]] = {
-        "overlap": ((Piece(flat[:6], (10,), (0,)), Piece(flat[5:], (10,), (5,))), {}),
-        "hole": ((Piece(flat[:4], (10,), (0,)), Piece(flat[5:], (10,), (5,))), {}),
-        "same start": ((Piece(flat[:4], (10,), (0,)), Piece(flat, (10,), (0,))), {}),
+        "overlap": ((LocalShard.at(flat[:6], (10,), (0,)), LocalShard.at(flat[5:], (10,), (5,))), {}),
+        "hole": ((LocalShard.at(flat[:4], (10,), (0,)), LocalShard.at(flat[5:], (10,), (5,))), {}),
+        "same start": ((LocalShard.at(flat[:4], (10,), (0,)), LocalShard.at(flat, (10,), (0,))), {}),
         "shape": ((flat, flat[:9]), {}),
         "no tensor": ((flat, 3), {}),
         "state": ((flat, flat), {"path": root} if rank == 1 else {}),
@@ -235,13 +236,13 @@ def refused_saves(rank: int, world: int, root: Path) -> dict[str, str]:
     return raised
 
 
-def test_a_save_refused_on_one_rank_is_refused_on_all_with_one_sentence(tmp_path: Path) -> None:
-    first, second = run_ranks(2, refused_saves, tmp_path)
+def test_a_save_refused_on_one_rank_is_refused_on_all_with_one_sentence(two: Two) -> None:
+    first, second = two.results["refused_saves"]
     assert first == second
     expected = {
-        "overlap": "parts of tensor w [10] overlap: [6] at [0] of rank 0, [5] at [5] of rank 1",
-        "hole": "parts of tensor w [10] hold 9 of its 10 elements",
-        "same start": "parts of tensor w [10] overlap",
+        "overlap": "shards of tensor w [10] overlap: [6] at [0] of rank 0, [5] at [5] of rank 1",
+        "hole": "shards of tensor w [10] hold 9 of its 10 elements",
+        "same start": "shards of tensor w [10] overlap",
         "shape": "tensor w is torch.float32 [10] on rank 0, but torch.float32 [9] on rank 1",
         "no tensor": "tensors['w'] is a int, not a tensor",
         "state": "state is not JSON",
@@ -250,7 +251,7 @@ def test_a_save_refused_on_one_rank_is_refused_on_all_with_one_sentence(tmp_path
     for name, words in expected.items():
         assert first[name].startswith("ValueError: "), first[name]
         assert words in first[name], first[name]
-    assert list(tmp_path.iterdir()) == []
+    assert list((two.root / "refused_saves").iterdir()) == []
 
 
 def save_while_training(rank: int, world: int, root: Path) -> tuple[list[str], list[float]]:
@@ -262,26 +263,26 @@ def save_while_training(rank: int, world: int, root: Path) -> tuple[list[str], l
         assert released.wait(timeout=30)
         return write_data(self, *arguments)
 
-    dcp._ShardWriter.write_data = held_back  # type: ignore[method-assign]
     saver = Saver(root, CheckpointConfig(every_steps=1), dist.new_group(backend="gloo"))
-    tensors, state = truth(), dict(STATE)
-    saver.save_async(1, held(tensors, rank, world, "uneven"), state)
-    for tensor in tensors.values():
-        tensor.view(torch.uint8).zero_() if tensor.dim() else tensor.zero_()
-    state["train_state"] = {"step": 4}
-    sums = []
-    for step in range(20):
-        if step == 10 + rank:
-            released.set()
-        value = torch.tensor([float(rank + step)])
-        dist.all_reduce(value)
-        sums.append(float(value))
-    saver.close()
+    tensors, state, sums = truth(), dict(STATE), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dcp._ShardWriter, "write_data", held_back)
+        saver.save_async(1, held(tensors, rank, world, "uneven"), state)
+        for tensor in tensors.values():
+            tensor.view(torch.uint8).zero_() if tensor.dim() else tensor.zero_()
+        state["train_state"] = {"step": 4}
+        for step in range(20):
+            if step == 10 + rank:
+                released.set()
+            value = torch.tensor([float(rank + step)])
+            dist.all_reduce(value)
+            sums.append(float(value))
+        saver.close()
     return differing(rank, world, root / "step_00000001", "even"), sums
 
 
-def test_async_saves_hold_the_old_values_and_keep_out_of_the_way_of_training(tmp_path: Path) -> None:
-    for wrong, sums in run_ranks(2, save_while_training, tmp_path):
+def test_async_saves_hold_the_old_values_and_keep_out_of_the_way_of_training(two: Two) -> None:
+    for wrong, sums in two.results["save_while_training"]:
         assert wrong == []
         assert sums == [2.0 * step + 1 for step in range(20)]
 
@@ -375,26 +376,23 @@ def save_and_load_without_pickle(rank: int, world: int, root: Path) -> list[str]
     ]
     patched += [(torch, "load"), (torch, "save")]
     patched += [(dist.distributed_c10d, name) for name in ("_object_to_tensor", "_tensor_to_object")]
-    originals = [getattr(owner, name) for owner, name in patched]
-    for owner, name in patched:
-        setattr(owner, name, refuse)
-    saver = Saver(root, CheckpointConfig(every_steps=1), dist.group.WORLD)
-    saver.save_async(1, held(truth(), rank, world, "even"), STATE)
-    saver.close()
-    if rank == 0:
-        for name in (".metadata", "__0.metadata", "__0_0.distcp"):
-            (root / "step_00000001" / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    dist.barrier()
-    found = latest(root, dist.group.WORLD)
-    assert found is not None
-    wrong = differing(rank, world, found, "other")
-    for (owner, name), original in zip(patched, originals, strict=True):
-        setattr(owner, name, original)
-    return wrong
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in patched:
+            patch.setattr(owner, name, refuse)
+        saver = Saver(root, CheckpointConfig(every_steps=1), dist.group.WORLD)
+        saver.save_async(1, held(truth(), rank, world, "even"), STATE)
+        saver.close()
+        if rank == 0:
+            for name in (".metadata", "__0.metadata", "__0_0.distcp"):
+                (root / "step_00000001" / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+        dist.barrier()
+        found = latest(root, dist.group.WORLD)
+        assert found is not None
+        return differing(rank, world, found, "other")
 
 
-def test_ranks_exchange_and_read_no_pickle(tmp_path: Path) -> None:
-    assert run_ranks(2, save_and_load_without_pickle, tmp_path) == [[], []]
+def test_ranks_exchange_and_read_no_pickle(two: Two) -> None:
+    assert two.results["save_and_load_without_pickle"] == [[], []]
 
 
 def changing_layouts(rank: int, world: int, root: Path) -> tuple[list[list[str]], str]:
@@ -412,8 +410,8 @@ def changing_layouts(rank: int, world: int, root: Path) -> tuple[list[list[str]]
     return wrong, refused
 
 
-def test_a_plan_is_worked_out_anew_when_any_rank_holds_other_parts(tmp_path: Path) -> None:
-    for wrong, refused in run_ranks(2, changing_layouts, tmp_path):
+def test_a_plan_is_worked_out_again_when_any_rank_holds_other_shards(two: Two) -> None:
+    for wrong, refused in two.results["changing_layouts"]:
         assert wrong == [[], [], [], []]
         assert refused.startswith("ValueError: tensor step is"), refused
 
@@ -430,19 +428,43 @@ def newest_of_damaged(rank: int, world: int, root: Path) -> str:
     return str(latest(root, dist.group.WORLD))
 
 
-def test_all_ranks_agree_on_the_newest_whole_checkpoint(tmp_path: Path) -> None:
-    assert set(run_ranks(2, newest_of_damaged, tmp_path)) == {str(tmp_path / "step_00000001")}
+def test_all_ranks_agree_on_the_newest_whole_checkpoint(two: Two, tmp_path: Path) -> None:
+    assert set(two.results["newest_of_damaged"]) == {str(two.root / "newest_of_damaged" / "step_00000001")}
     assert latest(tmp_path / "missing") is None
 
 
-def test_a_piece_that_the_shards_do_not_hold_whole_is_refused(saved: Path, tmp_path: Path) -> None:
+def on_two_ranks(rank: int, world: int, saved: Path, root: Path) -> dict[str, Any]:
+    """What two ranks did and found, each in a folder of its own; one spawn serves six tests."""
+    found: dict[str, Any] = {}
+    for act in (refused_saves, save_while_training, save_and_load_without_pickle, changing_layouts, newest_of_damaged):
+        found[act.__name__] = act(rank, world, root / act.__name__)
+    return found | {"refused_loads": refused_loads(rank, world, saved, root / "refused_loads")}
+
+
+class Two(NamedTuple):
+    """The root of their folders, and act -> what each of the two ranks found."""
+
+    root: Path
+    results: dict[str, list[Any]]
+
+
+@pytest.fixture(scope="module")
+def two(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Two:
+    root = tmp_path_factory.mktemp("two")
+    for name in ("refused_saves", "refused_loads"):
+        (root / name).mkdir()
+    ranks = run_ranks(2, on_two_ranks, saved, root)
+    return Two(root, {name: [rank[name] for rank in ranks] for name in ranks[0]})
+
+
+def test_a_shard_that_the_files_do_not_hold_whole_is_refused(saved: Path, tmp_path: Path) -> None:
     """Under forged hashes a lost shard must not leave old values behind."""
     path = tmp_path / "step_00000001"
     shutil.copytree(saved / "4_even", path)
     tensors = json.loads((path / "manifest.json").read_text())["tensors"]
     next(path.glob("shard-00003-*")).unlink()
     publish.write_manifest(path, tensors)
-    with pytest.raises(ValueError, match=r"step_00000001 is damaged: .*the shards hold \d+ of \d+ elements"):
+    with pytest.raises(ValueError, match=r"step_00000001 is damaged: .*the files hold \d+ of \d+ elements"):
         load(path, blank(truth()))
 
 

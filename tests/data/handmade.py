@@ -52,3 +52,10 @@ def consecutive(lengths: Sequence[int], *, first: int = 10) -> list[list[int]]:
         documents.append(list(range(first, first + length)))
         first += length
     return documents
+
+
+def alter(file: Path) -> None:
+    """Flip a bit of an Arrow file, whose size stays."""
+    content = bytearray(file.read_bytes())
+    content[-200] ^= 1
+    file.write_bytes(content)

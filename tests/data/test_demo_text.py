@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
+import runpy
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "king_james_bible"
-
+BUILD = runpy.run_path(str(FOLDER / "build_text.py"))
 PRINTED = """
 Genesis 50
 
@@ -32,16 +31,6 @@ against Israel.
 
 
 @pytest.fixture(scope="module")
-def build_text() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build_text", FOLDER / "build_text.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
 def documents() -> list[dict[str, str]]:
     return [json.loads(line) for line in (FOLDER / "text.jsonl").read_text().splitlines()]
 
@@ -54,18 +43,16 @@ def test_the_text_has_the_recorded_hash_and_size() -> None:
     assert 0.9e6 < len(contents) <= 1.1e6
 
 
-def test_the_text_is_whole_chapters_without_verse_numbers(
-    documents: list[dict[str, str]], build_text: ModuleType
-) -> None:
+def test_the_text_is_whole_chapters_without_verse_numbers(documents: list[dict[str, str]]) -> None:
     ids = [document["id"] for document in documents]
     # Chapters of Genesis, Exodus, Joshua, Judges, Ruth, 1-2 Samuel, 1-2 Kings.
     assert len(set(ids)) == len(ids) == 50 + 40 + 24 + 21 + 4 + 31 + 24 + 22 + 25
-    assert {id_.rpartition(" ")[0] for id_ in ids} == set(build_text.BOOKS)
+    assert {id_.rpartition(" ")[0] for id_ in ids} == set(BUILD["BOOKS"])
     assert not any(re.search(r"[^\n -~]|\d", document["text"]) for document in documents)
     assert next(d["text"] for d in documents if d["id"] == "Genesis 1").count("\n") == 31 - 1
 
 
-def test_chapters_stand_in_the_order_of_their_hashes(documents: list[dict[str, str]]) -> None:
+def test_chapters_are_in_the_order_of_their_hashes(documents: list[dict[str, str]]) -> None:
     ids = [document["id"] for document in documents]
     assert ids == sorted(ids, key=lambda id_: hashlib.sha256(id_.encode()).hexdigest())
 
@@ -75,8 +62,8 @@ def test_held_out_chapters_come_from_most_books(documents: list[dict[str, str]])
     assert len({id_.rpartition(" ")[0] for id_ in heldout}) >= 6
 
 
-def test_printed_chapters_become_documents(build_text: ModuleType) -> None:
-    made = build_text.documents(build_text.chapters(PRINTED.splitlines(keepends=True)))
+def test_printed_chapters_become_documents() -> None:
+    made = BUILD["documents"](BUILD["chapters"](PRINTED.splitlines(keepends=True)))
     expected = {
         "1 Samuel 31": "Now the Philistines fought against Israel.",
         "Genesis 50": "And Joseph took an oath of the children of Israel, saying, God will surely visit you."

@@ -37,8 +37,7 @@ def v3() -> TextTokenizer:
 
 @given(st.text())
 def test_any_text_round_trips(tokenizer: TextTokenizer, text: str) -> None:
-    (ids,) = tokenizer.encode_batch([text])
-    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
 
 
 @given(st.binary())
@@ -52,8 +51,7 @@ def test_any_bytes_round_trip(tokenizer: TextTokenizer, raw: bytes) -> None:
 
 @given(st.text(max_size=50))
 def test_any_text_round_trips_through_deepseeks(v3: TextTokenizer, text: str) -> None:
-    (ids,) = v3.encode_batch([text])
-    assert v3.decode(ids) == text
+    assert v3.decode(v3.encode_batch([text])[0]) == text
 
 
 def test_special_tokens_have_v3s_spelling_and_the_first_ids(tokenizer: TextTokenizer) -> None:
@@ -140,9 +138,7 @@ def test_a_tokenizer_without_v3s_special_tokens_is_refused(tokenizer: TextTokeni
             del fields["model"]["vocab"][spelling]
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(fields))
-    with pytest.raises(
-        ValueError, match=r"lacks the special tokens <｜fim▁hole｜>, <｜fim▁begin｜>, <｜fim▁end｜>; use"
-    ):
+    with pytest.raises(ValueError, match="lacks the special tokens <｜fim▁hole｜>, <｜fim▁begin｜>, <｜fim▁end｜>; "):
         load_tokenizer(path)
 
 

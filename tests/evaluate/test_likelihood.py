@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.evaluate.planted import PlantedModel, small_tokenizer
+from tests.evaluate.planted import KNOWN, UNKNOWN, PlantedModel, small_tokenizer
 from tests.model.test_oracle import pair
 from tests.tiny_model import TINY
-from train.evaluate.likelihood import Likelihood, LogitsOf, Request, Scorer, encode_pair, logits_of
+from train.evaluate.likelihood import Likelihood, LogitsOf, Scorer, encode_pair, logits_of
+from train.evaluate.likelihood import LikelihoodRequest as Request
 from train.model.init import initialize
 from train.model.precision import Precision
 from train.model.transformer import Transformer
@@ -70,9 +71,8 @@ def test_batched_likelihoods_equal_one_forward_per_token(model: Transformer) -> 
 def test_likelihoods_equal_those_of_transformers() -> None:
     oracle, ours = pair({})
     draw = random.Random(5)
-    requests = [
-        Request(*(tuple(draw.randrange(97) for _ in range(draw.randint(1, 9))) for _ in range(2))) for _ in range(12)
-    ]
+    texts = [tuple(draw.randrange(97) for _ in range(draw.randint(1, 9))) for _ in range(24)]
+    requests = [Request(*pair_) for pair_ in zip(texts[::2], texts[1::2], strict=True)]
     with torch.no_grad():
         found = Scorer(logits_of(ours, CPU), 97, max_tokens=64, batch_tokens=100).score(requests)
         for request, answer in zip(requests, found, strict=True):
@@ -94,14 +94,13 @@ def test_padding_order_and_company_change_nothing_but_rounding(model: Transforme
 
 
 def test_padding_is_never_read() -> None:
-    """A model that says at each place what it was shown up to there: padding would show."""
+    # The planted model depends on everything before a token, so padding would show.
     planted = PlantedModel()
-    planted.tell((7, 8), (9,))
-    planted.tell((7, 8, 0), (5,))
+    planted.plant((7, 8), (9,))
+    planted.plant((7, 8, 0), (5,))
     found = planted.scorer().score([Request((7, 8), (9,)), Request(tuple(range(20, 30)), (1,))])
     assert planted.passes == [(2, 10)]
-    # p = 1/2 + 1/(2 V) by construction; FP32 logits.
-    assert found[0].log_probability == pytest.approx(math.log(0.5 + 0.5 / 262), abs=1e-6)
+    assert found[0].log_probability == pytest.approx(KNOWN, abs=1e-6)
     assert (found[0].is_greedy, found[1].is_greedy) == (True, False)
 
 
@@ -125,7 +124,7 @@ def test_logits_are_made_a_block_at_a_time(model: Transformer, monkeypatch: pyte
         assert one.is_greedy == other.is_greedy
     monkeypatch.setattr("train.evaluate.likelihood.LOGITS_ELEMENTS", 3 * 262)
     planted = PlantedModel()
-    # Eight places of one pass; letters after the same prompt share theirs.
+    # Eight positions of one pass; letters after the same prompt share theirs.
     planted.scorer().score([Request((1,), tuple(range(8))), Request((1,), (9,)), Request((1, 0), (9,))])
     assert planted.passes == [(1, 8)]
     assert planted.blocks == [3, 3, 2]
@@ -133,11 +132,9 @@ def test_logits_are_made_a_block_at_a_time(model: Transformer, monkeypatch: pyte
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_model_without_finite_logits_has_no_likelihoods(bad: float) -> None:
-    def broken(input_ids: torch.Tensor) -> Any:
-        return lambda places: torch.full((len(places), 262), bad)
-
+    broken = Scorer(lambda ids: lambda positions: torch.full((len(positions), 262), bad), 262, 64)
     with pytest.raises(ValueError, match="not finite numbers: its weights are damaged, or it diverged"):
-        Scorer(broken, 262, 64).score([Request((1,), (2,))])
+        broken.score([Request((1,), (2,))])
 
 
 def test_of_equal_tokens_the_lowest_is_the_greedy_one() -> None:
@@ -147,37 +144,32 @@ def test_of_equal_tokens_the_lowest_is_the_greedy_one() -> None:
 
 def test_a_long_context_loses_its_beginning_and_says_so() -> None:
     planted = PlantedModel()
-    planted.tell((3, 4, 5), (6,))
-    planted.tell((4, 5, 6), (7,))
+    planted.plant((3, 4, 5), (6,))
+    planted.plant((4, 5, 6), (7,))
     found = planted.scorer(max_tokens=3).score([Request((1, 2, 3, 4, 5), (6,)), Request((1, 2, 3, 4, 5), (6, 7))])
-    known = math.log(0.5 + 0.5 / 262)
-    assert found[0] == Likelihood(pytest.approx(known, abs=1e-6), True, 2)  # type: ignore[arg-type]
-    # Inputs are 4, 5, 6: the first of the two tokens is predicted from 4, 5 alone, of which nothing is known.
-    expected = known - math.log(262)
-    assert found[1] == Likelihood(pytest.approx(expected, abs=1e-6), False, 3)  # type: ignore[arg-type]
+    # Of (6, 7) the inputs are 4, 5, 6: the first token is predicted from 4, 5 alone, which the table does not have.
+    assert found[0] == Likelihood(pytest.approx(KNOWN, abs=1e-6), True, 2)  # type: ignore[arg-type]
+    assert found[1] == Likelihood(pytest.approx(KNOWN + UNKNOWN, abs=1e-6), False, 3)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("request_", "message"),
-    [
-        (Request((), (1,)), "context without tokens"),
-        (Request((1,), ()), "continuation without tokens"),
-        (Request((1,), (1, 2, 3, 4)), "continuation of 4 tokens is longer than the model's input of 3"),
-    ],
-)
-def test_what_cannot_be_scored_is_refused(request_: Request, message: str) -> None:
+REFUSED = {
+    "context without tokens": Request((), (1,)),
+    "continuation without tokens": Request((1,), ()),
+    "continuation of 4 tokens is longer than the model's input of 3": Request((1,), (1, 2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize(("message", "request_"), REFUSED.items())
+def test_what_cannot_be_scored_is_refused(message: str, request_: Request) -> None:
     with pytest.raises(ValueError, match=message):
         PlantedModel().scorer(max_tokens=3).score([request_])
 
 
 def test_blanks_at_the_end_of_a_context_belong_to_the_continuation() -> None:
     tokenizer = small_tokenizer()
-    found = encode_pair(tokenizer, "ab ", "c", start=1)
-    assert found == encode_pair(tokenizer, "ab", " c", start=1)
-    assert found.context[0] == 1
-    assert tokenizer.decode(found.context[1:]) == "ab"
+    found = encode_pair(tokenizer, "ab ", "c", first_id=1)
+    assert found == encode_pair(tokenizer, "ab", " c", first_id=1)
+    assert (found.context[0], tokenizer.decode(found.context[1:])) == (1, "ab")
     assert tokenizer.decode(found.continuation) == " c"
-
-
-def test_an_empty_context_is_the_start_token() -> None:
-    assert encode_pair(small_tokenizer(), "", "c", start=1).context == (1,)
+    # An empty context is the start token.
+    assert encode_pair(tokenizer, "", "c", first_id=1).context == (1,)

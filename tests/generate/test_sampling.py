@@ -13,14 +13,10 @@ from train.generate.sampling import Sampling, draw, probabilities, verify
 
 
 def test_temperature_divides_the_logits() -> None:
-    logits = torch.tensor([0.0, 1.0, 3.0])
-    got = probabilities(logits, Sampling(temperature=0.5))
-    weights = [math.exp(2 * x) for x in (0.0, 1.0, 3.0)]
-    expected = torch.tensor([w / sum(weights) for w in weights], dtype=torch.float64)
-    torch.testing.assert_close(got, expected, rtol=1e-15, atol=0.0)
-
-
-def test_a_tiny_temperature_does_not_overflow() -> None:
+    got = probabilities(torch.tensor([0.0, 1.0, 3.0]), Sampling(temperature=0.5))
+    expected = torch.tensor([math.exp(2 * x) for x in (0.0, 1.0, 3.0)], dtype=torch.float64)
+    torch.testing.assert_close(got, expected / expected.sum(), rtol=1e-15, atol=0.0)
+    # A tiny temperature does not overflow.
     got = probabilities(torch.tensor([-50.0, 80.0, 79.0]), Sampling(temperature=1e-300))
     assert got.tolist() == [0.0, 1.0, 0.0]
 
@@ -31,27 +27,21 @@ def test_a_tiny_temperature_does_not_overflow() -> None:
 )
 def test_top_p_keeps_the_fewest_tokens_that_weigh_enough(top_p: float, kept: list[int]) -> None:
     # Weights 1/8, 1/2, 1/4, 1/8; of the two equal ones the lower id is the heavier.
-    logits = torch.tensor([1.0, 4.0, 2.0, 1.0], dtype=torch.float64).log()
-    got = probabilities(logits, Sampling(temperature=1.0, top_p=top_p))
     weights = torch.tensor([1.0, 4.0, 2.0, 1.0], dtype=torch.float64)
+    got = probabilities(weights.log(), Sampling(temperature=1.0, top_p=top_p))
     mask = torch.zeros(4, dtype=torch.float64).index_fill_(0, torch.tensor(kept), 1.0)
     torch.testing.assert_close(got, weights * mask / (weights * mask).sum(), rtol=1e-14, atol=0.0)
 
 
-def test_of_equal_logits_top_p_keeps_the_lowest_ids() -> None:
-    got = probabilities(torch.zeros(4096), Sampling(temperature=1.0, top_p=0.5))
-    assert got.nonzero().flatten().tolist() == list(range(2048))
-
-
 @pytest.mark.parametrize("width", [3, 61, 5000])
-def test_of_equal_logits_the_lowest_id_is_the_greedy_token(width: int) -> None:
+def test_of_equal_logits_the_lowest_ids_are_taken_by_top_p_and_greedily(width: int) -> None:
     logits = torch.zeros(4, width)
-    logits[1, width // 2 :] = 1.0
-    logits[2, -1] = 1.0
-    logits[3, 0] = -1.0
+    logits[1, width // 2 :], logits[2, -1], logits[3, 0] = 1.0, 1.0, -1.0
     got = probabilities(logits, Sampling(temperature=0.0))
     assert got.argmax(-1).tolist() == [0, width // 2, width - 1, 1]
     assert torch.equal(got.sum(-1), torch.ones(4, dtype=torch.float64))
+    half = probabilities(torch.zeros(4096), Sampling(temperature=1.0, top_p=0.5))
+    assert half.nonzero().flatten().tolist() == list(range(2048))
 
 
 def test_logits_that_are_not_numbers_are_refused() -> None:
@@ -59,13 +49,13 @@ def test_logits_that_are_not_numbers_are_refused() -> None:
         probabilities(torch.tensor([0.0, math.nan]), Sampling(temperature=0.0))
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"temperature": -0.1}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_p": 0.0}, {"top_p": 1.1}],
-)
-def test_values_out_of_range_are_refused_by_name(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: "):
-        Sampling(**wrong)
+WRONG = [("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("top_p", 0.0), ("top_p", 1.1)]
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG)
+def test_values_out_of_range_are_refused_by_name(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"^{field}: "):
+        Sampling(**{field: value})
 
 
 def test_a_draw_splits_the_unit_interval_by_weight() -> None:
@@ -101,12 +91,9 @@ def test_the_token_after_a_draft_has_the_main_models_distribution_exactly(p: lis
     assert found == [Fraction(weight, 10) for weight in p]
 
 
-def test_after_a_draft_that_falls_the_later_ones_fall_too() -> None:
-    def one(token: int) -> torch.Tensor:
-        return torch.zeros(5, dtype=torch.float64).index_fill_(0, torch.tensor([token]), 1.0)
-
-    drafts, proposed = [1, 2, 3], [one(1), one(2), one(3)]
-    fallen = verify(drafts, proposed, torch.stack([one(1), one(4), one(3), one(0)]), lambda: 0.5)
-    assert fallen == [1, 4]
-    assert verify(drafts, proposed, torch.stack([one(1), one(2), one(3), one(0)]), lambda: 0.5) == [1, 2, 3, 0]
-    assert verify([], [], one(2)[None], lambda: 0.5) == [2]
+def test_after_a_rejected_draft_the_later_ones_are_rejected_too() -> None:
+    one = torch.eye(5, dtype=torch.float64)
+    drafts, proposed = [1, 2, 3], [*one[1:4]]
+    assert verify(drafts, proposed, one[[1, 4, 3, 0]], lambda: 0.5) == [1, 4]
+    assert verify(drafts, proposed, one[[1, 2, 3, 0]], lambda: 0.5) == [1, 2, 3, 0]
+    assert verify([], [], one[2:3], lambda: 0.5) == [2]

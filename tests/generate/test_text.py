@@ -9,27 +9,16 @@ import pytest
 
 from tests.tiny_model import TINY
 from train.data.tokenizer import TextTokenizer, train_byte_level_bpe
+from train.generate import text
 from train.generate.latent_cache import Decoder
 from train.generate.sampling import Sampling
-from train.generate.speculative import Completion, Request, generate
-from train.generate.text import (
-    Generation,
-    TextStream,
-    _InOrder,
-    acceptance,
-    continue_texts,
-    device_of,
-    measure,
-    prompt_ids,
-    read_prompts,
-    tokens_a_pass,
-)
+from train.generate.speculative import Completion, GenerationRequest, generate
+from train.generate.text import GenerationSettings, TextStream, continue_texts, prompt_ids
 from train.model.init import initialize
 from train.model.precision import Precision
 from train.model.transformer import Transformer
 
-# Of every tokeniser trained here.
-EOS = 1
+EOS = 1  # of every tokeniser trained here
 TEXT = "naïve café 日本語 👩‍🚀 \ufffd end"
 
 
@@ -46,22 +35,24 @@ def decoder() -> Decoder:
     return Decoder(net.requires_grad_(requires_grad=False).eval())
 
 
-def test_a_stream_gives_the_text_and_never_half_a_character(tokenizer: TextTokenizer) -> None:
+def continued(
+    decoder: Decoder, tokenizer: TextTokenizer, texts: list[str], settings: GenerationSettings
+) -> tuple[list[str], str]:
+    """What is written, as it comes, and the line at the end."""
+    written: list[str] = []
+    line = continue_texts(decoder, tokenizer, texts, settings, written.append, first_id=EOS)
+    return written, line
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5])
+def test_a_stream_gives_the_text_and_never_half_a_character(tokenizer: TextTokenizer, tokens: int) -> None:
     (ids,) = tokenizer.encode_batch([TEXT])
     stream, given = TextStream(tokenizer), ""
     assert len(ids) > len(TEXT), "characters of several tokens are what is tested"
-    for token in ids:
-        given += stream.add([token])
+    for first in range(0, len(ids), tokens):
+        given += stream.add(ids[first : first + tokens])
         assert TEXT.startswith(given)
     assert given + stream.end() == TEXT
-
-
-@pytest.mark.parametrize("piece", [2, 3, 5])
-def test_a_stream_takes_several_tokens_at_once(tokenizer: TextTokenizer, piece: int) -> None:
-    (ids,) = tokenizer.encode_batch([TEXT])
-    stream = TextStream(tokenizer)
-    parts = [stream.add(ids[i : i + piece]) for i in range(0, len(ids), piece)]
-    assert "".join(parts) + stream.end() == TEXT
 
 
 def test_bytes_of_no_character_are_shown_as_the_replacement_character_once_settled(tokenizer: TextTokenizer) -> None:
@@ -77,10 +68,10 @@ def test_bytes_of_no_character_are_shown_as_the_replacement_character_once_settl
 
 def test_a_prompt_begins_with_the_start_token_and_cannot_spell_one(tokenizer: TextTokenizer) -> None:
     eos = tokenizer.special_ids.eos
-    for start in (eos, tokenizer.special_ids.bos):
-        empty, spelled = prompt_ids(["", "<｜end▁of▁sentence｜>"], tokenizer, start=start)
-        assert empty == [start]
-        assert spelled[0] == start
+    for first_id in (eos, tokenizer.special_ids.bos):
+        empty, spelled = prompt_ids(["", "<｜end▁of▁sentence｜>"], tokenizer, first_id=first_id)
+        assert empty == [first_id]
+        assert spelled[0] == first_id
     assert eos not in spelled[1:]
 
 
@@ -89,17 +80,15 @@ def test_several_prompts_are_written_in_order_each_as_alone(
     decoder: Decoder, tokenizer: TextTokenizer, drafting: bool, batch_tokens: int
 ) -> None:
     texts = ["the end", "", "cafe of the"]
-    asked = Generation(15, seed=3, sampling=Sampling(1.0), drafting=drafting, batch_tokens=batch_tokens)
-    pieces: list[str] = []
-    line = continue_texts(decoder, tokenizer, texts, asked, pieces.append, start=EOS)
+    settings = GenerationSettings(15, seed=3, sampling=Sampling(1.0), drafting=drafting, batch_tokens=batch_tokens)
+    written, line = continued(decoder, tokenizer, texts, settings)
     expected = ""
-    for i, text in enumerate(texts):
-        alone: list[str] = []
-        continue_texts(decoder, tokenizer, [text], replace(asked, seed=3 + i), alone.append, start=EOS)
-        assert "".join(alone).startswith(text)
+    for i, prompt in enumerate(texts):
+        alone, _ = continued(decoder, tokenizer, [prompt], replace(settings, seed=3 + i))
+        assert "".join(alone).startswith(prompt)
         expected += f"--- {i + 1} of 3 ---\n" + "".join(alone)
-    assert "".join(pieces) == expected
-    assert len(pieces) > 5, "the first prompt is written as it comes"
+    assert "".join(written) == expected
+    assert len(written) > 5, "the first prompt is written as it comes"
     assert line.startswith("45 tokens, ")
     assert ("drafts accepted" in line) == drafting
 
@@ -107,48 +96,44 @@ def test_several_prompts_are_written_in_order_each_as_alone(
 def test_text_stops_before_an_end_of_sentence_and_at_the_models_positions(
     decoder: Decoder, tokenizer: TextTokenizer
 ) -> None:
-    pieces: list[str] = []
-    line = continue_texts(decoder, tokenizer, ["the end"], Generation(max_tokens=500), pieces.append, start=EOS)
+    _, line = continued(decoder, tokenizer, ["the end"], GenerationSettings(max_tokens=500))
     assert "1 stopped at the model's 64 positions (max_position_embeddings)" in line
-    # The same model, told that the fifth of its tokens means the end.
-    (prompt,) = prompt_ids(["the end"], tokenizer, start=EOS)
-    (done,) = generate(decoder, [Request(tuple(prompt), 9)], sampling=Sampling(), eos=None, drafting=False)
+    # The same model, where the fifth of its tokens means the end.
+    (prompt,) = prompt_ids(["the end"], tokenizer, first_id=EOS)
+    request = GenerationRequest(tuple(prompt), 9)
+    (done,) = generate(decoder, [request], sampling=Sampling(), eos=None, drafting=False, batch_tokens=64)
     assert done.ids[4] not in (*prompt, *done.ids[:4])
-    told = replace(tokenizer, special_ids=replace(tokenizer.special_ids, eos=done.ids[4]))
-    shorter: list[str] = []
-    stream = _InOrder([""], told, done.ids[4], shorter.append)
-    stream.add(0, done.ids[:5])
-    stream.end(0)
-    assert "".join(shorter) == tokenizer.decode(done.ids[:4]) + "\n"
+    ending = replace(tokenizer, special_ids=replace(tokenizer.special_ids, eos=done.ids[4]))
+    shorter, _ = continued(decoder, ending, ["the end"], GenerationSettings(9, drafting=False))
+    assert "".join(shorter) == "the end" + tokenizer.decode(done.ids[:4]) + "\n"
 
 
 def test_rates_are_accepted_by_drafted_and_tokens_by_pass() -> None:
     done = [Completion(tuple(range(11)), "max_tokens", 8, 5, 5), Completion((1, 2), "eos", 2, 0, 1)]
-    assert acceptance(done) == 0.5
-    assert tokens_a_pass(done) == 11 / 6
+    assert text.acceptance(done) == 0.5
+    assert text.tokens_a_pass(done) == 11 / 6
 
 
 def test_measure_reports_both_ways_and_that_greedy_tokens_are_the_same(decoder: Decoder) -> None:
-    lines = measure(decoder, [(1, 5, 9), (1,)], Generation(max_tokens=8), rounds=1).splitlines()
+    lines = text.measure(decoder, [(1, 5, 9), (1,)], GenerationSettings(max_tokens=8), rounds=1).splitlines()
     assert lines[0].startswith("2 prompts, 8 new tokens each")
     assert lines[-1] == "the same tokens with and without: 2 of 2 prompts"
 
 
 def test_prompts_come_from_the_command_line_then_from_the_lines_of_a_file(tmp_path: Path) -> None:
+    assert text.read_prompts([], None) == [""]
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\ntwo ü\n", encoding="utf-8")
-    assert read_prompts(["zero"], file) == ["zero", "one", "", "two ü"]
-    assert read_prompts([], None) == [""]
+    assert text.read_prompts(["zero"], file) == ["zero", "one", "", "two ü"]
+    for content, message in [(b"", "prompts.txt is empty"), (b"caf\xe9", "prompts.txt cannot be read")]:
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            text.read_prompts([], file)
+    with pytest.raises(ValueError, match="gone cannot be read"):
+        text.read_prompts([], tmp_path / "gone")
 
 
-def test_what_a_user_gets_wrong_is_said_in_a_sentence(tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"empty\.txt is empty"):
-        read_prompts([], tmp_path / "empty.txt")
-    for name in ("latin.txt", "gone.txt"):
-        with pytest.raises(ValueError, match=f"{name} cannot be read"):
-            read_prompts([], tmp_path / name)
+def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="device: cuda is not available"):
-        device_of("cuda")
-    assert device_of("auto") == device_of("cpu")
+        text.device_of("cuda")
+    assert text.device_of("auto") == text.device_of("cpu")

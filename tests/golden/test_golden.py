@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
+from dataclasses import asdict, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.golden import runs
+from train.checkpoint import identity
+from train.model.config import ModelConfig
 
 GOLDEN: dict[str, Any] = json.loads(runs.LOSSES.read_text())
 BOUND = 0.05
@@ -66,3 +70,16 @@ def test_another_bit_is_seen() -> None:
     changed[7]["loss/main"] = (loss * 1.1).hex()
     with pytest.raises(AssertionError):
         assert_same(changed, expected)
+
+
+def test_an_identity_stored_today_is_accepted_by_a_version_with_a_new_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stored checkpoint names every field; tomorrow's configuration has one more, at its default or not."""
+    state = json.loads((runs.CHECKPOINT / "state.json").read_text())
+    assert set(state["identity"]["model"]) > {"norm_topk_prob", "rope_scaling"}, "written before defaults were left out"
+    later = make_dataclass("later", [("new_field", float, field(default=0.5))], bases=(ModelConfig,), frozen=True)
+    monkeypatch.setitem(identity.IDENTITY_SECTIONS, "model", later)
+    for value in (0.5, 0.75):
+        current = state["identity"] | {"model": asdict(later(**state["config"]["model"], new_field=value))}
+        refused = pytest.raises(ValueError, match=r"model: new_field was 0\.5, now 0\.75")
+        with nullcontext() if value == 0.5 else refused:
+            identity.check_same_identity(runs.CHECKPOINT, state["identity"], current)

@@ -8,6 +8,8 @@ with its origin beside it. No Triton here.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import kernels
 from kernels.formats import TILE, ceil_div
-from train.studies.bench import table as bench_table
 
 # Imports every kernel file, and with it registers every operator.
-bench_table.entries()
+for module in pkgutil.iter_modules(kernels.__path__):
+    importlib.import_module(f"kernels.{module.name}")
 
 ROWS = (1, 63, 129, 4097)
 WIDTHS = (2112, 576)
@@ -108,7 +111,7 @@ def ends_of(rows: int) -> Tensor:
 
 
 def grouped_rows(rows: int) -> int:
-    """Rows of the groups of `ends_of`, and 128 of nobody."""
+    """Rows of the groups of `ends_of`, and 128 padding rows."""
     return int(ends_of(rows)[-1]) + TILE
 
 
@@ -147,7 +150,7 @@ def routing(rows: int, width: int) -> Sequence[Any]:
 
 
 def choices(rows: int) -> Tensor:
-    """[rows, TOPK] distinct experts; the first expert is nobody's."""
+    """[rows, TOPK] distinct experts; the first expert gets no token."""
     return torch.rand(rows, EXPERTS - 1).topk(TOPK, dim=-1).indices + 1
 
 
@@ -219,9 +222,7 @@ CASES: dict[str, Case] = {
         _accumulated,
     ),
     "pack_e5m6": Case(lambda rows, width: (normal(rows, width), True)),
-    "unpack_e5m6": Case(
-        lambda rows, width: (*operator("pack_e5m6")(normal(rows, width), True), torch.bfloat16),
-    ),
+    "unpack_e5m6": Case(lambda rows, width: (*operator("pack_e5m6")(normal(rows, width), True), torch.bfloat16)),
     "grouped_matmul": Case(
         lambda rows, width: (normal(grouped_rows(rows), width), normal(4, width, other(width)), ends_of(rows)),
         FP8_SUM_BF16,
@@ -236,9 +237,7 @@ CASES: dict[str, Case] = {
     "lay_out": Case(lambda rows, width: (choices(rows), EXPERTS, (rows * TOPK + EXPERTS * 127) // 128 * 128)),
     "copy_tokens": Case(lambda rows, width: (normal(rows, width), layout(rows)[0], TOPK)),
     "sum_rows": Case(_sum_rows),
-    "scatter_gates": Case(
-        lambda rows, width: (torch.rand(len(slots := layout(rows)[0])), slots, rows, TOPK),
-    ),
+    "scatter_gates": Case(lambda rows, width: (torch.rand(len(slots := layout(rows)[0])), slots, rows, TOPK)),
 }
 # Their results do not depend on a width.
 WITHOUT_WIDTH = ("route", "route_backward", "topk_counts", "lay_out", "scatter_gates")

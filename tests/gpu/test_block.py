@@ -37,7 +37,7 @@ def sizes() -> Sizes:
 def results(layers: Layers, output: Tensor) -> dict[str, Tensor]:
     """Output, input gradient and every weight gradient."""
     assert layers.x.grad is not None
-    grads = {segment.name: segment.grad.clone() for segment in layers.buckets.segments()}
+    grads = {segment.name: segment.grad.clone() for segment in layers.buckets.parameter_shards()}
     return {"output": output.clone(), "input": layers.x.grad.clone(), **grads}
 
 

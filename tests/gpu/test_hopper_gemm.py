@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.gpu
 # 256x128, 128x128 and 128x192 tiles.
 CONFIGS = ("TWO_WAVES", "TWO_BLOCKS", "WIDE")
-# No row, one tile, a ragged last tile of 256 rows, and rows of nobody behind.
+# No row, one tile, a ragged last tile of 256 rows, and padding rows behind.
 ENDS, ROWS = [384, 384, 512, 1024], 1152
 
 
@@ -61,12 +61,12 @@ def test_fprop_and_dgrad(name: str, m: int, n: int, k: int, hopper: torch.device
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_groups_of_rows_empty_ones_and_rows_of_nobody(name: str, hopper: torch.device) -> None:
+def test_groups_of_rows_empty_ones_and_padding_rows(name: str, hopper: torch.device) -> None:
     problem = gemm_inputs.tile_block(ROWS, 576, 704, ENDS)
     out = torch.full((ROWS, 576), float("nan"), dtype=torch.bfloat16)
     actual = multiply(problem, out, hopper, config=config_named(name))
     assert relative_error(actual, problem.expected) < FP8_SUM_BF16
-    assert not actual[ENDS[-1] :].any(), "rows of nobody are zero"
+    assert not actual[ENDS[-1] :].any(), "padding rows are zero"
 
 
 @pytest.mark.parametrize("accumulate", [False, True])

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,12 +18,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from train.checkpoint.dcp import save
+from train.huggingface.export import Exported, ExportOptions, export
+from train.huggingface.names import Format
 from train.huggingface.reader import INDEX
+from train.huggingface.weights import CheckpointReader
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
 
 CPU = torch.device("cpu")
+FP32, BF16, FP8 = Precision("fp32"), Precision("bf16"), Precision("fp8", power_of_two_scales=True)
+FP8_ANY_SCALE = Precision("fp8", power_of_two_scales=False)
 RAGGED = ModelConfig(
     vocab_size=300,
     hidden_size=136,
@@ -87,12 +93,17 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+def flip_a_bit(file: Path) -> Path:
+    """Damage a file that keeps its size; returns its path."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    return file
+
+
 def changed(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
     """A copy of a folder, in one file with an index, after a change to its tensors."""
-    target.mkdir()
-    for file in folder.iterdir():
-        if file.suffix == ".json" and file.name not in (INDEX, "conversion.json"):
-            shutil.copy(file, target)
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors", INDEX, "conversion.json"))
     tensors = tensors_of(folder)
     change(tensors)
     write_index(target, dict.fromkeys(tensors, "model-00001-of-00001.safetensors"))
@@ -106,7 +117,27 @@ def write_index(folder: Path, weight_map: dict[str, str]) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def edit_config(folder: Path, **fields: object) -> None:
-    """Change fields of config.json."""
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**values, **fields}))
+def name_of(precision: Precision) -> str:
+    return f"{precision.name}-{precision.power_of_two_scales}"
+
+
+class Made:
+    """What is made of `RAGGED`, at first use: models by precision, checkpoints of them, exports of those by format."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.model = cache(lambda precision: lively(RAGGED, precision))
+        self.checkpoint = cache(self._checkpoint)
+        self.exported = cache(self._exported)
+
+    def _checkpoint(self, precision: Precision) -> CheckpointReader:
+        path = self.root / name_of(precision) / "checkpoints/step_00000003"
+        return CheckpointReader(save_checkpoint(path, self.model(precision)))
+
+    def _exported(self, precision: Precision, format: Format) -> tuple[Path, Exported]:
+        out = self.root / name_of(precision) / format
+        return out, export(self.checkpoint(precision), out, ExportOptions(format, shard_bytes=SHARD_BYTES))
+
+    def folder(self, precision: Precision, format: Format) -> Path:
+        """An export."""
+        return self.exported(precision, format)[0]

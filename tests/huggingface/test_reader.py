@@ -1,44 +1,153 @@
-"""A Hugging Face folder that is wrong, partial or hostile is refused with one sentence that names what is wrong."""
+"""A Hugging Face folder says the same model to us, to `transformers`, and back; what is wrong in it is named.
+
+config.json first, then folders that are wrong, partial or hostile: each is refused with one sentence.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoTokenizer, DeepseekV3Config
 
-from tests.huggingface.hf_folders import (
-    RAGGED,
-    SHARD_BYTES,
-    changed,
-    edit_config,
-    lively,
-    save_checkpoint,
-    tensors_of,
-    write_index,
-)
-from train.huggingface.export import ExportOptions, export
+from kernels.rope import YarnScaling
+from tests.huggingface.hf_folders import BF16, RAGGED, Made, changed, tensors_of, write_index
+from train.data.tokenizer import SPECIAL_TOKENS, train_byte_level_bpe
+from train.data.trained_on import KEY, TrainedOn
+from train.huggingface.config import is_fp8, model_config, released_config, small_files
 from train.huggingface.import_weights import import_hf
 from train.huggingface.reader import INDEX, HfReader
-from train.huggingface.weights import CheckpointReader, open_weights
-from train.model.precision import Precision
+from train.huggingface.weights import open_weights
+from train.model.config import ModelConfig
 
+YARN = YarnScaling(40.0, 16, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)
+CASES = {
+    "plain": RAGGED,
+    "YaRN": dataclasses.replace(RAGGED, rope_scaling=YARN, rope_theta=50000.0),
+    "no query latent, no MTP": dataclasses.replace(RAGGED, q_lora_rank=None, num_nextn_predict_layers=0),
+    "spread of its own": dataclasses.replace(RAGGED, embedding_initializer_range=0.3),
+}
+
+
+def released(**fields: Any) -> dict[str, Any]:
+    return {**released_config(RAGGED, format="bf16", ids=None), **fields}
+
+
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES.keys())
+def test_our_file_comes_back_as_it_was(config: ModelConfig) -> None:
+    assert model_config(released_config(config, format="bf16", ids=None), origin="config.json") == config
+
+
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES.keys())
+def test_what_transformers_makes_of_our_file_comes_back_as_it_was(config: ModelConfig, tmp_path: Path) -> None:
+    """It spells RoPE as `rope_parameters` when it saves; only what it does not know at all may be lost."""
+    theirs = DeepseekV3Config(**released_config(config, format="bf16", ids=None))
+    assert theirs.rope_parameters["rope_theta"] == config.rope_theta
+    saved = theirs.to_dict() | {"architectures": ["DeepseekV3ForCausalLM"]}
+    assert "rope_scaling" not in saved
+    assert model_config(saved, origin="config.json") == config
+
+
+def test_fp8_says_how_it_is_quantised() -> None:
+    values = released_config(RAGGED, format="fp8", ids=None)
+    expected = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+    assert values["quantization_config"] == expected
+    assert is_fp8(values, origin="config.json")
+    assert not is_fp8(released(), origin="config.json")
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    r"describes LlamaForCausalLM": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+    r"attention_bias=True": {"attention_bias": True},
+    r"tie_word_embeddings=True": {"tie_word_embeddings": True},
+    r"hidden_act=gelu": {"hidden_act": "gelu"},
+    r"scoring_func=softmax": {"scoring_func": "softmax"},
+    r"topk_method=greedy": {"topk_method": "greedy"},
+    r"moe_layer_freq=2": {"moe_layer_freq": 2},
+    r"num_key_value_heads=1": {"num_key_value_heads": 1},
+    r"scales RoPE by 'linear'": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    r"the YaRN setting attention_factor": {"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": 1.0}},
+    r"lacks rope_scaling\.factor": {"rope_scaling": {"type": "yarn"}},
+    r"hidden_size is \"wide\", not int": {"hidden_size": "wide"},
+    r"n_routed_experts is true, not int": {"n_routed_experts": True},
+}
+
+
+@pytest.mark.parametrize(("message", "fields"), REFUSED.items())
+def test_what_this_model_cannot_compute_is_refused(message: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"^config\.json.* {message}"):
+        model_config(released(**fields), origin="config.json")
+
+
+def test_another_quantisation_is_refused() -> None:
+    for field, value in (("quant_method", "gptq"), ("fmt", "e5m2"), ("weight_block_size", [64, 64])):
+        settings = {**released_config(RAGGED, format="fp8", ids=None)["quantization_config"], field: value}
+        with pytest.raises(ValueError, match=f"quantised with {field}="):
+            is_fp8(released(quantization_config=settings), origin="config.json")
+
+
+def test_how_samples_looked_survives_our_file_and_that_of_transformers() -> None:
+    trained_on = TrainedOn("eos", 256, mask_documents=True, tokenizer_sha256="ab" * 32)
+    ours = json.loads(small_files(RAGGED, format="bf16", tokenizer=None, trained_on=trained_on)["config.json"])
+    assert TrainedOn.from_json(ours, origin="config.json") == trained_on
+    theirs = DeepseekV3Config(**ours).to_dict()
+    assert TrainedOn.from_json(theirs, origin="config.json") == trained_on
+
+
+def test_a_released_model_begins_with_bos_and_gets_no_mark() -> None:
+    values = json.loads(small_files(RAGGED, format="bf16", tokenizer=None, trained_on=TrainedOn())["config.json"])
+    assert KEY not in values
+    assert TrainedOn.from_json(values, origin="config.json") == TrainedOn("bos", None, mask_documents=False)
+
+
+@pytest.mark.parametrize(
+    "mark", [5, {"first_token": "pad"}, {"sequence_length": "long"}, {"mask_documents": None}, {"new_field": 1}]
+)
+def test_a_mark_of_another_kind_is_refused(mark: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^config\.json has {KEY}=.*export the model again"):
+        TrainedOn.from_json({KEY: mark}, origin="config.json")
+
+
+def test_a_missing_field_is_named() -> None:
+    values = {name: value for name, value in released().items() if name != "kv_lora_rank"}
+    with pytest.raises(ValueError, match=r"config\.json lacks kv_lora_rank"):
+        model_config(values, origin="config.json")
+
+
+def test_the_tokeniser_gives_the_same_ids_in_transformers(tmp_path: Path) -> None:
+    texts = ["In the beginning", "the earth was without form, and void\n\n", "naïve 漢字 \t", "", " a  b "]
+    ours = train_byte_level_bpe(texts * 3, vocab_size=290)
+    for name, text in small_files(RAGGED, format="bf16", tokenizer=ours, trained_on=TrainedOn()).items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(texts)["input_ids"] == ours.encode_batch(texts)
+    assert [theirs.decode(ids) for ids in ours.encode_batch(texts)] == texts
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.special_ids.bos, ours.special_ids.eos)
+    # A text that spells a control token: `transformers` reads the token, unless told that text is data.
+    spelled = f"a {SPECIAL_TOKENS['eos']} b"
+    careful = AutoTokenizer.from_pretrained(tmp_path, split_special_tokens=True)
+    assert careful(spelled)["input_ids"] == ours.encode_batch([spelled])[0]
+    assert ours.special_ids.eos in theirs(spelled)["input_ids"]
+
+
+Change = Callable[[dict[str, Tensor]], None]
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
+EH_PROJ = "model.layers.3.eh_proj.weight"
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("good")
-    path = save_checkpoint(root / "checkpoints/step_00000001", lively(RAGGED, Precision("bf16")))
-    export(CheckpointReader(path), root / "hf", ExportOptions("fp8", shard_bytes=SHARD_BYTES))
-    return root / "hf"
+@pytest.fixture
+def good(made: Made) -> Path:
+    return made.folder(BF16, "fp8")
 
 
 @pytest.fixture
@@ -56,18 +165,16 @@ def file_of(folder: Path, name: str) -> Path:
     return folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
 
 
-def replaced(name: str, make: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
-    def change(tensors: dict[str, Tensor]) -> None:
-        tensors[name] = make(tensors[name])
-
-    return change
+def replaced(name: str, make: Callable[[Tensor], Tensor]) -> Change:
+    return lambda tensors: tensors.update({name: make(tensors[name])})
 
 
-def removed(name: str) -> Callable[[dict[str, Tensor]], None]:
-    def change(tensors: dict[str, Tensor]) -> None:
-        del tensors[name]
+def removed(name: str) -> Change:
+    return lambda tensors: tensors.__delitem__(name)
 
-    return change
+
+def added(name: str) -> Change:
+    return lambda tensors: tensors.update({name: torch.zeros(3)})
 
 
 def test_the_folder_is_opened_as_any_other_source(good: Path) -> None:
@@ -86,42 +193,31 @@ def test_one_file_without_an_index_is_read(good: Path, tmp_path: Path) -> None:
 
 def test_fp16_is_read_as_fp32(good: Path, tmp_path: Path) -> None:
     name = "model.norm.weight"
-    folder = changed(good, tmp_path / "half", replaced(name, lambda t: t.half()))
+    folder = changed(good, tmp_path / "half", replaced(name, Tensor.half))
     assert torch.equal(HfReader(folder).read("norm.weight"), tensors_of(good)[name].half().float())
 
 
-CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
+BIAS, OTHER = "model.layers.0.self_attn.q_proj.bias", EXPERT.replace(".2.", ".9.")
+CHANGES: dict[str, tuple[Change, str]] = {
     "missing tensor": (removed(EXPERT), rf"lacks {EXPERT}: it is incomplete"),
-    "missing MTP tensor": (removed("model.layers.3.eh_proj.weight"), r"lacks model\.layers\.3\.eh_proj\.weight"),
+    "missing MTP tensor": (removed(EH_PROJ), rf"lacks {EH_PROJ}"),
     "missing scale": (removed(f"{EXPERT}_scale_inv"), rf"lacks {EXPERT}_scale_inv"),
     "wrong shape": (replaced(EXPERT, lambda t: t[:-1]), rf"holds {EXPERT} as \[135, 136\], not \[136, 136\]"),
-    "transposed": (
-        replaced("model.layers.3.eh_proj.weight", lambda t: t.t()),
-        r"eh_proj\.weight as \[272, 136\], not \[136, 272\]",
-    ),
+    "transposed": (replaced(EH_PROJ, Tensor.t), rf"{EH_PROJ} as \[272, 136\], not \[136, 272\]"),
     "wrong scale shape": (
         replaced(f"{EXPERT}_scale_inv", lambda t: t[:1]),
         rf"holds {EXPERT}_scale_inv as F32 \[1, 2\], not F32 \[2, 2\]",
     ),
-    "integers": (replaced("model.norm.weight", lambda t: t.int()), r"holds model\.norm\.weight as I32"),
-    "scales of a BF16 weight": (
-        replaced(EXPERT, lambda t: t.bfloat16()),
-        rf"holds scales for {EXPERT}, which is BF16",
-    ),
-    "surplus tensor": (
-        lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(3)}),
-        r"holds model\.layers\.0\.self_attn\.q_proj\.bias, which its config\.json has no place for",
-    ),
-    "surplus expert": (
-        lambda tensors: tensors.update({EXPERT.replace(".2.", ".9."): torch.zeros(136, 136)}),
-        r"experts\.9\.up_proj\.weight, which its config\.json has no place for",
-    ),
+    "integers": (replaced("model.norm.weight", Tensor.int), r"holds model\.norm\.weight as I32"),
+    "scales of a BF16 weight": (replaced(EXPERT, Tensor.bfloat16), rf"holds scales for {EXPERT}, which is BF16"),
+    "surplus tensor": (added(BIAS), rf"holds {BIAS}, which its config\.json has no place for"),
+    "surplus expert": (added(OTHER), rf"holds {OTHER}, which its config\.json has no place for"),
 }
 
 
 @pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES.keys())
 def test_a_wrong_tensor_is_named_when_the_folder_is_opened(
-    good: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], None], message: str
+    good: Path, tmp_path: Path, change: Change, message: str
 ) -> None:
     refused(changed(good, tmp_path / "hf", change), message)
 
@@ -192,11 +288,6 @@ def test_pickled_weights_are_refused_and_not_read(folder: Path) -> None:
     refused(folder, r"holds pickled weights \(pytorch_model\.bin\)")
 
 
-def test_fp8_without_quantization_config_is_refused(folder: Path) -> None:
-    edit_config(folder, quantization_config=None)
-    refused(folder, r"in FP8, but its config\.json has no quantization_config")
-
-
 @pytest.mark.parametrize("text", ["", "[1", "[]", '{"weight_map": 3}', '{"weight_map": {}}'])
 def test_a_damaged_index_is_refused(folder: Path, text: str) -> None:
     (folder / INDEX).write_text(text)
@@ -207,6 +298,12 @@ def test_a_damaged_index_is_refused(folder: Path, text: str) -> None:
 def test_a_damaged_config_is_refused(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)
     refused(folder, r"config\.json (is not JSON|holds no object)")
+
+
+def test_fp8_without_quantization_config_is_refused(folder: Path) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "quantization_config": None}))
+    refused(folder, r"in FP8, but its config\.json has no quantization_config")
 
 
 def test_an_unfinished_export_is_no_model(folder: Path) -> None:

@@ -53,14 +53,9 @@ def product(
     config = config or tile_block_config(m, n, programs=PROGRAMS, groups=groups)
     weight = blocks(groups, n, k) if groups else blocks(n, k)
     call = partial(
-        gemm_hopper.gemm,
-        Quantized(*tiles(m, k)),
-        Quantized(*weight),
-        empty(m, n, dtype=torch.bfloat16),
-        config=config,
-        programs=PROGRAMS,
-        group_ends=ends(groups) if groups else None,
-    )
+        gemm_hopper.gemm, Quantized(*tiles(m, k)), Quantized(*weight), empty(m, n, dtype=torch.bfloat16), config=config,
+        programs=PROGRAMS, group_ends=ends(groups) if groups else None,
+    )  # fmt: skip
     by_group = f", {groups} groups of rows" if groups else ""
     return f"{m} x {n} x {k}{by_group}: {describe(config)}", call
 
@@ -71,15 +66,10 @@ def gradient(
     """wgrad on Hopper."""
     config = config or tile_tile_config()
     call = partial(
-        gemm_hopper.gemm,
-        Quantized(*tiles(m, k)),
-        Quantized(*tiles(n, k)),
-        empty(groups, m, n) if groups else empty(m, n),
-        config=config,
-        programs=PROGRAMS,
-        group_ends=ends(groups) if groups else None,
-        accumulate=accumulate,
-    )
+        gemm_hopper.gemm, Quantized(*tiles(m, k)), Quantized(*tiles(n, k)),
+        empty(groups, m, n) if groups else empty(m, n), config=config, programs=PROGRAMS,
+        group_ends=ends(groups) if groups else None, accumulate=accumulate,
+    )  # fmt: skip
     by_group = f", {groups} groups" if groups else ""
     return f"wgrad {'+=' if accumulate else '='} {m} x {n} x {k}{by_group}: {describe(config)}", call
 
@@ -87,13 +77,9 @@ def gradient(
 def split_product(m: int, n: int, k: int, splits: int) -> tuple[str, Callable[[], object]]:
     """fprop or dgrad in parts of the contraction."""
     call = partial(
-        gemm_split_k.gemm,
-        Quantized(*tiles(m, k)),
-        Quantized(*blocks(n, k)),
-        empty(m, n, dtype=torch.bfloat16),
-        ends=gemm_split_k.split_ends(k, splits),
-        programs=PROGRAMS,
-    )
+        gemm_split_k.gemm, Quantized(*tiles(m, k)), Quantized(*blocks(n, k)), empty(m, n, dtype=torch.bfloat16),
+        ends=gemm_split_k.split_ends(k, splits), programs=PROGRAMS,
+    )  # fmt: skip
     return f"{m} x {n} x {k}: split-K in {splits}, two_waves 256x128, {gemm_split_k.STAGES} x {TILE}", call
 
 
@@ -107,30 +93,19 @@ def _portable() -> dict[str, Callable[[], object]]:
             gemm_fp8.gemm_tile_tile, *tiles(7168, TOKENS), *tiles(2048, TOKENS), empty(7168, 2048), True
         ),
         "portable wgrad, groups": partial(
-            gemm_fp8.grouped_gemm_tile_tile,
-            *tiles(4096, TOKENS),
-            *tiles(7168, TOKENS),
-            group_ends,
-            empty(GROUPS, 4096, 7168),
-            True,
+            gemm_fp8.grouped_gemm_tile_tile, *tiles(4096, TOKENS), *tiles(7168, TOKENS), group_ends,
+            empty(GROUPS, 4096, 7168), True,
         ),
         "BF16 fprop, groups": partial(
-            gemm_portable.grouped_matmul,
-            empty(TOKENS, 7168, dtype=bf16),
-            empty(GROUPS, 4096, 7168, dtype=bf16).mT,
+            gemm_portable.grouped_matmul, empty(TOKENS, 7168, dtype=bf16), empty(GROUPS, 4096, 7168, dtype=bf16).mT,
             group_ends,
         ),
         "BF16 dgrad, groups": partial(
-            gemm_portable.grouped_matmul,
-            empty(TOKENS, 4096, dtype=bf16),
-            empty(GROUPS, 4096, 7168, dtype=bf16),
+            gemm_portable.grouped_matmul, empty(TOKENS, 4096, dtype=bf16), empty(GROUPS, 4096, 7168, dtype=bf16),
             group_ends,
         ),
         "BF16 wgrad, groups": partial(
-            gemm_portable.grouped_wgrad,
-            empty(TOKENS, 4096, dtype=bf16),
-            empty(TOKENS, 7168, dtype=bf16),
-            group_ends,
+            gemm_portable.grouped_wgrad, empty(TOKENS, 4096, dtype=bf16), empty(TOKENS, 7168, dtype=bf16), group_ends
         ),
         "FP32 fprop, groups": partial(
             gemm_portable.grouped_matmul, empty(TOKENS, 7168), empty(GROUPS, 4096, 7168).mT, group_ends
@@ -138,7 +113,7 @@ def _portable() -> dict[str, Callable[[], object]]:
         "FP32 wgrad, groups": partial(
             gemm_portable.grouped_wgrad, empty(TOKENS, 4096), empty(TOKENS, 7168), group_ends
         ),
-    }
+    }  # fmt: skip
 
 
 PORTABLE_CASES = _portable()
@@ -159,7 +134,7 @@ HOPPER_CASES = dict(
     ]
 )
 GEMM_CASES = HOPPER_CASES | PORTABLE_CASES
-# Configurations that were tried and are not shipped, for the evidence; the first must spill, or nobody looks.
+# Configurations that were tried and are not shipped, for the evidence; the first must spill, or spills are not read.
 TRIED_CASES = dict(
     [
         gradient(7168, 2048, TOKENS, config=gemm_fp8.TWO_BLOCKS, accumulate=True),

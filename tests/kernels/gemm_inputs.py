@@ -52,8 +52,8 @@ def decode_tiles(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def decode_blocks(values: Tensor, scale: Tensor) -> Tensor:
-    rows, cols = values.shape
-    return values.double() * scale.double().repeat_interleave(TILE, 0)[:rows].repeat_interleave(TILE, 1)[:, :cols]
+    rows, cols = values.shape[-2:]
+    return values.double() * scale.double().repeat_interleave(TILE, -2).repeat_interleave(TILE, -1)[..., :rows, :cols]
 
 
 def tile_block(m: int, n: int, k: int, ends: list[int] | None = None) -> Problem:
@@ -80,6 +80,52 @@ def tile_tile(m: int, n: int, k: int, ends: list[int] | None = None) -> Problem:
     parts = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     expected = torch.stack([x[:, part] @ y[:, part].T for part in parts])
     return Problem(a, a_scale, b, b_scale, expected, torch.tensor(ends, dtype=torch.int32))
+
+
+def assert_same_bits(actual: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]) -> None:
+    """Shapes, types and every bit, NaN's too; what was computed is contiguous."""
+    pairs = [(actual, expected)] if isinstance(actual, Tensor) else zip(actual, expected, strict=True)
+    for got, wanted in pairs:
+        assert isinstance(got, Tensor)
+        assert isinstance(wanted, Tensor)
+        assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
+        assert got.is_contiguous()
+        assert torch.equal(got.view(torch.uint8), wanted.contiguous().view(torch.uint8))
+
+
+def assert_exact_up_to_accumulation(actual: Tensor, a: Tensor, b: Tensor) -> None:
+    """|actual - a @ b.T| <= gamma_n sum |a||b|, the bound of docs/numerics.md for FP32 accumulation."""
+    k = a.shape[1]
+    roundings = min(k, TILE) + 3 + ceil_div(k, TILE)
+    gamma = roundings * 2.0**-24 / (1 - roundings * 2.0**-24)
+    ratio = (actual.double() - a @ b.t()).abs() / (gamma * (a.abs() @ b.abs().t())).clamp_min(1e-300)
+    assert bool((ratio <= 1).all()), f"error is {ratio.max():.3g} times the bound"
+
+
+def random_quantized(payload_shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> Quantized:
+    """Finite E4M3 codes of equal probability, subnormals and both zeros included; FP32 scales up to 2^20 apart."""
+    codes = torch.randint(0, 254, payload_shape, dtype=torch.uint8)
+    codes += (codes >= 0x7F).to(torch.uint8)
+    scale = torch.ldexp(torch.rand(scale_shape) + 0.5, torch.randint(-10, 11, scale_shape))
+    return Quantized(codes.view(torch.float8_e4m3fn), scale)
+
+
+def random_tiles(rows: int, cols: int) -> Quantized:
+    return random_quantized((rows, cols), (ceil_div(cols, TILE), rows))
+
+
+def random_blocks(*shape: int) -> Quantized:
+    *experts, rows, cols = shape
+    return random_quantized(shape, (*experts, ceil_div(rows, TILE), ceil_div(cols, TILE)))
+
+
+def exact_tiles(q: Quantized) -> Tensor:
+    """fp64 values, exact: 4 bits times 24 bits; decoded by torch, not by our decoder."""
+    return decode_tiles(q.payload, q.scale)
+
+
+def exact_blocks(q: Quantized) -> Tensor:
+    return decode_blocks(q.payload, q.scale)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

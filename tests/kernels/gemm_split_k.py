@@ -21,8 +21,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from kernels.formats import TILE, Quantized, ceil_div
-from kernels.gpu.gemm_hopper import BN, LAYOUT, _matrix, _padded_scale, _produce, _store_fp32, _two_waves, _vector
-from kernels.gpu.gemm_tiles import contraction_tile
+from kernels.gpu.gemm_hopper import (
+    BN,
+    LAYOUT,
+    _matrix,
+    _padded_scale,
+    _produce,
+    _store_fp32,
+    _two_waves,
+    _vector,
+    contraction_tile,
+)
 
 BM, STAGES, ORDER = 256, 4, 8
 # Elements of a program that adds parts, and its warps.
@@ -33,7 +42,7 @@ ELEMENTS, WARPS = 4096, 8
 def _consume(
     parts_ptr, b_scale_ptr, a_bufs, b_bufs, a_scales, full, empty, ends_ptr,
     M, N, K, b_scale_stride_n, b_scale_stride_k, tiles,
-    HALF: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, ORDER: gl.constexpr,
+    HALF: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, ORDER: gl.constexpr
 ):  # fmt: skip
     FIRST: gl.constexpr = HALF * (BM // 2)
     num_m = gl.cdiv(M, BM)
@@ -50,7 +59,7 @@ def _consume(
         scale_ptr = b_scale_ptr + pn * b_scale_stride_n
         next_scale = gl.load(scale_ptr + gl.minimum(first_block, last_block) * b_scale_stride_k)
         for step in range(steps):
-            # Asked for one block ahead; what lies behind a part's last block is not used.
+            # Asked for one block ahead; what is behind a part's last block is not used.
             col_scale = next_scale
             next_scale = gl.load(scale_ptr + gl.minimum(first_block + step + 1, last_block) * b_scale_stride_k)
             mbarrier.wait(full.index(stage), phase)
@@ -93,7 +102,7 @@ def _split_gemm_kernel(
                 parts_ptr, b_scale_ptr, a_bufs, b_bufs, a_scales, full, empty, ends_ptr,
                 M, N, K, b_scale_stride_n, b_scale_stride_k, tiles, 1, BM, STAGES, ORDER,
             )),
-            # Columns 129 to 192 and scales per column do not exist here: others stand for them, and nobody uses them.
+            # Columns 129 to 192 and scales per column do not exist here: others are passed for them, and not used.
             (_produce, (
                 a_desc, b_desc, b_desc, a_scale_desc, a_scale_desc, a_bufs, b_bufs, b_bufs, a_scales, a_scales,
                 full, empty, ends_ptr, M, N, K, a_scale_stride, b_scale_stride_k, splits, tiles,

@@ -1,10 +1,10 @@
 """The Hopper operations of an emulated Gluon kernel: TMA copies, mbarriers, the proxy fence, asynchronous wgmma.
 
 A TMA load fills its destination with NaN bytes when it is issued and delivers when it lands: both ends of the time in
-which the memory is nobody's are adversarial at once. A wgmma keeps its result back until a `warpgroup_mma_wait`
-retires it, in the order of issue. What the kernel source promises is checked on the way: that descriptor and buffer
-agree in shape, type and swizzle, that coordinates are aligned, that `mbarrier.init` is fenced, and that nobody uses an
-unfinished accumulator.
+which the memory has no valid contents are adversarial at once. A wgmma keeps its result back until a
+`warpgroup_mma_wait` retires it, in the order of issue. What the kernel source promises is checked on the way: that
+descriptor and buffer agree in shape, type and swizzle, that coordinates are aligned, that `mbarrier.init` is fenced,
+and that an unfinished accumulator is not used.
 
 Not emulated: multicast and clusters, descriptors made inside a kernel, gather and scatter, cp.async, padding other
 than zero; the 14-bit accumulation of FP8 wgmma (sums here are fp32, so a tolerance measured here is too tight for a
@@ -35,8 +35,6 @@ class _Box:
         descriptor: the host's TensorDescriptor.
         coordinates: of the box's first element; may lie outside the tensor.
         shared: the memory of the whole box.
-    Raises:
-        Misuse: the two disagree, or the coordinates are not aligned.
     """
 
     def __init__(self, descriptor: Any, coordinates: Sequence[int], *, shared: Shared) -> None:
@@ -83,7 +81,6 @@ class TmaLoad:
         self._machine.loads_in_flight.append(self)
 
     def land(self) -> None:
-        """Deliver the box and tell the barrier."""
         self.landed = True
         self._machine.loads_in_flight.remove(self)
         self._shared.data.zero_()
@@ -106,7 +103,6 @@ class TmaStore:
         self._access = shared.allocation.access(Access(shared.box, partition, clock, f"TMA store at {where()}"))
 
     def land(self) -> None:
-        """Write the box to global memory."""
         self.landed = True
         self._box.outside.copy_(self._box.inside)
 
@@ -120,7 +116,6 @@ class TmaStore:
 def async_copy_global_to_shared(
     tensor_desc: Any, coord: Sequence[int], barrier: Shared, result: Shared, pred: Any = True, multicast: Any = False
 ) -> None:
-    """`tma.async_copy_global_to_shared`."""
     partition = now()
     partition.step()
     if multicast:
@@ -132,7 +127,6 @@ def async_copy_global_to_shared(
 
 
 def async_copy_shared_to_global(tensor_desc: Any, coord: Sequence[int], src: Shared) -> None:
-    """`tma.async_copy_shared_to_global`."""
     partition = now()
     partition.step()
     store = TmaStore(_Box(tensor_desc, coord, shared=src), shared=src)
@@ -142,7 +136,6 @@ def async_copy_shared_to_global(tensor_desc: Any, coord: Sequence[int], src: Sha
 
 
 def store_wait(pendings: int) -> None:
-    """`tma.store_wait`."""
     partition = now()
     while len(partition.unfinished_stores) > pendings:
         partition.unfinished_stores.pop(0).retire(partition.clock[partition])
@@ -150,14 +143,12 @@ def store_wait(pendings: int) -> None:
 
 
 def init(mbarrier: Shared, count: int) -> None:
-    """`mbarrier.init`."""
     if mbarrier.data.numel() != 1:
         raise Misuse(f"{mbarrier.allocation.name}: a barrier is one int64, this is {mbarrier.shape}, at {where()}")
     mbarrier.allocation.barriers[mbarrier.box] = Barrier(mbarrier.place, count, maker=now())
 
 
 def invalidate(mbarrier: Shared) -> None:
-    """`mbarrier.invalidate`."""
     _ = mbarrier.barrier
     del mbarrier.allocation.barriers[mbarrier.box]
 
@@ -174,7 +165,6 @@ def expect(mbarrier: Shared, bytes_per_cta: int | None = None, pred: Any = True,
 
 
 def arrive(mbarrier: Shared, *, count: int = 1, pred: Any = True) -> None:
-    """`mbarrier.arrive`."""
     partition = now()
     partition.step()
     if pred:
@@ -183,7 +173,6 @@ def arrive(mbarrier: Shared, *, count: int = 1, pred: Any = True) -> None:
 
 
 def wait(mbarrier: Shared, phase: Any, pred: Any = True, deps: Sequence[Any] = ()) -> None:
-    """`mbarrier.wait`."""
     partition = now()
     barrier = mbarrier.barrier
     partition.step()
@@ -282,22 +271,10 @@ def warpgroup_mma_wait(num_outstanding: int = 0, deps: Sequence[Tensor] | None =
     return results[0] if len(results) == 1 else results
 
 
-TMA_OPERATIONS = {
-    "async_copy_global_to_shared": async_copy_global_to_shared,
-    "async_copy_shared_to_global": async_copy_shared_to_global,
-    "store_wait": store_wait,
-}
-MBARRIER_OPERATIONS = {
-    "MBarrierLayout": MBarrierLayout,
-    "init": init,
-    "invalidate": invalidate,
-    "expect": expect,
-    "arrive": arrive,
-    "wait": wait,
-}
-HOPPER_OPERATIONS = {
-    "fence_async_shared": fence_async_shared,
-    "warpgroup_mma": warpgroup_mma,
-    "warpgroup_mma_init": warpgroup_mma_init,
-    "warpgroup_mma_wait": warpgroup_mma_wait,
-}
+def _by_name(*functions: Any) -> dict[str, Any]:
+    return {function.__name__: function for function in functions}
+
+
+TMA_OPERATIONS = _by_name(async_copy_global_to_shared, async_copy_shared_to_global, store_wait)
+MBARRIER_OPERATIONS = _by_name(MBarrierLayout, init, invalidate, expect, arrive, wait)
+HOPPER_OPERATIONS = _by_name(fence_async_shared, warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait)

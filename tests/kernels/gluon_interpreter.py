@@ -53,16 +53,7 @@ from tests.kernels.gluon_values import (
     Tensor,
 )
 
-__all__ = [
-    "ADVERSARIAL",
-    "BarrierMisuse",
-    "Deadlock",
-    "KernelError",
-    "Misuse",
-    "OutOfRange",
-    "Race",
-    "interpret",
-]
+__all__ = ["ADVERSARIAL", "BarrierMisuse", "Deadlock", "KernelError", "Misuse", "OutOfRange", "Race", "interpret"]
 
 # Everything as late as the rules allow, in an order that the seed decides.
 ADVERSARIAL: dict[str, Any] = {"tma": "late", "mma": "late", "lazy_loads": "wgmma", "switch": 0.3}
@@ -88,9 +79,6 @@ def interpret(**options: Any) -> Iterator[None]:
     Args:
         **options: fields of `Options` in `tests/kernels/gluon_machine.py`, which explains them: seed, tma, mma,
             lazy_loads, switch, races, strict_phase, programs, concurrent.
-    Raises:
-        KernelError: by a launch inside the context; its subclass says what kind of defect it is.
-        ValueError: an option that does not exist.
     """
     chosen = Options(**options)
     compile_and_launch = GluonJITFunction.run

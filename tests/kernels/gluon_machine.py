@@ -75,20 +75,13 @@ class Copying(Protocol):
 
 @dataclasses.dataclass
 class Program:
-    """One program of the grid.
-
-    Args:
-        index: its place in the grid, x first.
-        grid: the extents of the grid.
-        body: what it runs.
-        shared_bytes: shared memory it has allocated so far.
-        loads: barrier -> the barrier's time at which the last TMA load of this program is there.
-    """
+    """One program of the grid."""
 
     index: tuple[int, ...]
     grid: tuple[int, ...]
     body: Callable[[], object]
     shared_bytes: int = 0
+    # Barrier -> the barrier's time at which the last TMA load of this program is there.
     loads: Clock = dataclasses.field(default_factory=dict)
 
 
@@ -100,13 +93,7 @@ def join(clock: Clock, other: Clock) -> None:
 
 
 class Barrier:
-    """An mbarrier: a phase completes when its arrivals and its bytes have all come.
-
-    Args:
-        name: for reports.
-        count: arrivals a phase needs.
-        maker: the partition that initialised it, whose proxy fence must follow.
-    """
+    """An mbarrier: a phase completes when its `count` arrivals and its bytes have all come; its maker must fence."""
 
     def __init__(self, name: str, count: int, *, maker: Partition) -> None:
         self.name, self.count, self.maker = name, count, maker
@@ -118,11 +105,7 @@ class Barrier:
         self.completed: list[Clock] = []
 
     def update(self, clock: Clock, *, arrivals: int = 0, expected_bytes: int = 0) -> None:
-        """Take arrivals, and bytes expected (or, negative, copied), and complete the phase if nothing is missing.
-
-        Raises:
-            BarrierMisuse: more arrivals or bytes than the phase has room for, or bytes expected below those in flight.
-        """
+        """Take arrivals, and bytes expected (or, negative, copied), and complete the phase if nothing is missing."""
         join(self.clock, clock)
         self.missing_arrivals -= arrivals
         self.missing_bytes += expected_bytes
@@ -155,15 +138,7 @@ class Stopped(BaseException):
 
 
 class Partition:
-    """One warp-specialised partition, or a whole program before it splits: a thread that runs while it has the baton.
-
-    Args:
-        machine: the launch it belongs to.
-        name: for reports.
-        program: the program it is a part of.
-        body: what it runs.
-        clock: what happened before it starts.
-    """
+    """One warp-specialised partition, or a whole program before it splits: a thread that runs with the baton."""
 
     def __init__(
         self, machine: Machine, name: str, *, program: Program, body: Callable[[], object], clock: Clock
@@ -228,11 +203,7 @@ class Partition:
             _ = load.value
 
     def wait(self, barrier: Barrier, parity: int) -> None:
-        """Wait until the barrier's next phase of this parity has completed, and take its clock.
-
-        Raises:
-            BarrierMisuse: no parity; the parity of the last wait again; or further phases completed unseen.
-        """
+        """Wait until the barrier's next phase of this parity has completed, and take its clock."""
         last = self.seen_phase.get(barrier)
         # Before the first phase, odd parity passes at once: it stands for phase -1.
         first = 0 if parity == 0 else -1
@@ -274,11 +245,7 @@ class Machine:
         self.loads_in_flight: list[Copying] = []
 
     def run(self, programs: Sequence[Program]) -> None:
-        """Run the programs, one after another or all at once, to their ends.
-
-        Raises:
-            KernelError: what a GPU would hang on, fault on, or silently get wrong.
-        """
+        """Run the programs, one after another or all at once, to their ends."""
         Machine.current = self
         groups = [programs] if self.options.concurrent else [[program] for program in programs]
         try:
@@ -349,5 +316,4 @@ def _waits_for_partitions() -> str:
 
 
 def now() -> Partition:
-    """The partition that has the baton."""
     return Machine.current.running

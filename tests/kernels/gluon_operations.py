@@ -1,7 +1,7 @@
 """The `gl.*` operations of an emulated Gluon kernel: memory, shapes, arithmetic, and splitting into partitions.
 
 Each function here stands for the Gluon function of its name, or for the one its docstring names, and takes the same
-arguments; layouts, cache hints and alignment hints are accepted and ignored. A masked-off element that nobody gave a
+arguments; layouts, cache hints and alignment hints are accepted and ignored. A masked-off element without a given
 value is NaN (the smallest integer in integer types), so that using it shows. Global memory is checked for bounds only.
 
 Not emulated, and an error when called: atomics, scans and reductions with a function of the kernel's own, gathers,
@@ -41,7 +41,6 @@ SHARED_LIMIT_BYTES = 227 * 1024
 
 
 def load(pointer: Pointer, mask: Any = None, other: Any = None, **_: Any) -> Int | Tensor:
-    """`gl.load`."""
     offset, is_on = pointer.select(mask)
     value = pointer.storage[offset]
     if is_on is not None:
@@ -51,7 +50,6 @@ def load(pointer: Pointer, mask: Any = None, other: Any = None, **_: Any) -> Int
 
 
 def store(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> None:
-    """`gl.store`."""
     offset, is_on = pointer.select(mask)
     data = cast_to(torch.as_tensor(raw(value)), pointer.storage.dtype).expand(offset.shape)
     if is_on is not None and not bool(is_on.all()):
@@ -119,12 +117,10 @@ def constexpr(value: Any) -> Any:
 
 
 def program_id(axis: int) -> Int:
-    """`gl.program_id`."""
     return Int(now().program.index[axis])
 
 
 def num_programs(axis: int) -> Int:
-    """`gl.num_programs`."""
     return Int(now().program.grid[axis])
 
 
@@ -143,21 +139,16 @@ def from_ints(result: int, *sources: Any) -> int:
 
 
 def minimum(x: Any, y: Any, **_: Any) -> Any:
-    """`gl.minimum`."""
-    if isinstance(x, int) and isinstance(y, int):
-        return from_ints(min(x, y), x, y)
-    return elementwise(torch.minimum)(x, y)
+    both = isinstance(x, int) and isinstance(y, int)
+    return from_ints(min(x, y), x, y) if both else elementwise(torch.minimum)(x, y)
 
 
 def maximum(x: Any, y: Any, **_: Any) -> Any:
-    """`gl.maximum`."""
-    if isinstance(x, int) and isinstance(y, int):
-        return from_ints(max(x, y), x, y)
-    return elementwise(torch.maximum)(x, y)
+    both = isinstance(x, int) and isinstance(y, int)
+    return from_ints(max(x, y), x, y) if both else elementwise(torch.maximum)(x, y)
 
 
 def select(condition: Any, x: Any, y: Any) -> Any:
-    """`gl.where`."""
     if isinstance(condition, int):
         chosen = x if condition else y
         if isinstance(x, int) and isinstance(y, int):
@@ -171,33 +162,27 @@ def select(condition: Any, x: Any, y: Any) -> Any:
 
 
 def arange(start: int, end: int, layout: Any = None) -> Tensor:
-    """`gl.arange`."""
     return Tensor(torch.arange(start, end, dtype=torch.int32))
 
 
 def zeros(shape: Sequence[int], dtype: Any, layout: Any = None) -> Tensor:
-    """`gl.zeros`."""
     return full(shape, 0, dtype)
 
 
 def full(shape: Sequence[int], value: Any, dtype: Any, layout: Any = None) -> Tensor:
-    """`gl.full`."""
     data = cast_to(torch.as_tensor(raw(value)), TORCH_DTYPES[dtype])
     return Tensor(data.expand(*shape).clone())
 
 
 def zeros_like(input: Tensor, **_: Any) -> Tensor:
-    """`gl.zeros_like`."""
     return Tensor(torch.zeros_like(input.value))
 
 
 def full_like(input: Tensor, value: Any, **_: Any) -> Tensor:
-    """`gl.full_like`."""
     return full(input.shape, value, input.dtype)
 
 
 def cast(input: Any, dtype: Any, **_: Any) -> Any:
-    """`gl.cast`."""
     if isinstance(input, int) and not isinstance(input, Int):
         input = Int(input, 64)
     return (Tensor(torch.tensor(input)) if isinstance(input, float) else input).to(dtype)
@@ -248,49 +233,37 @@ def _absolute(x: Any) -> Any:
     return abs(x) if isinstance(x, int) else from_torch(x.value.abs())
 
 
+# Functions of Gluon's own name, methods of a register tensor, hints without effect, and the rest.
 OPERATIONS: dict[str, Callable[..., Any]] = {
+    **{
+        function.__name__: function
+        for function in (
+            *(
+                allocate_shared_memory,
+                arange,
+                cast,
+                cdiv,
+                constexpr,
+                fma,
+                full,
+                full_like,
+                join,
+                load,
+                maximum,
+                minimum,
+            ),
+            *(num_programs, program_id, static_assert, static_range, store, warp_specialize, zeros, zeros_like),
+        )
+    },
+    **{name: getattr(Tensor, name) for name in ("expand_dims", "max", "min", "permute", "reshape", "split", "sum")},
+    **dict.fromkeys(("assume", "convert_layout", "max_constancy", "max_contiguous", "multiple_of"), unchanged),
+    **dict.fromkeys(("barrier", "device_print", "static_print", "thread_barrier"), nothing),
     "abs": _absolute,
-    "allocate_shared_memory": allocate_shared_memory,
-    "arange": arange,
-    "assume": unchanged,
-    "barrier": nothing,
-    "cast": cast,
-    "cdiv": cdiv,
-    "constexpr": constexpr,
-    "convert_layout": unchanged,
     "device_assert": static_assert,
-    "device_print": nothing,
-    "expand_dims": Tensor.expand_dims,
-    "fma": fma,
-    "full": full,
-    "full_like": full_like,
-    "join": join,
-    "load": load,
-    "max": Tensor.max,
-    "max_constancy": unchanged,
-    "max_contiguous": unchanged,
-    "maximum": maximum,
-    "min": Tensor.min,
-    "minimum": minimum,
-    "multiple_of": unchanged,
     "num_ctas": _one_cta,
-    "num_programs": num_programs,
     "num_warps": _four_warps,
-    "permute": Tensor.permute,
-    "program_id": program_id,
-    "reshape": Tensor.reshape,
     "set_auto_layout": unchanged,
-    "split": Tensor.split,
-    "static_assert": static_assert,
-    "static_print": nothing,
-    "static_range": static_range,
-    "store": store,
-    "sum": Tensor.sum,
-    "thread_barrier": nothing,
-    "warp_specialize": warp_specialize,
     "where": select,
-    "zeros": zeros,
-    "zeros_like": zeros_like,
     **{
         name: _unary(getattr(torch, name))
         for name in ("ceil", "cos", "erf", "exp", "exp2", "floor", "log", "log2", "rsqrt", "sin", "sqrt")

@@ -178,62 +178,27 @@ def launch_ring_gemm(
     stages: int = 2,
     kernel: Any = ring_gemm,
 ) -> Tensor:
-    """D of `ring_gemm`.
-
-    Args:
-        a: [m, k * 128] float8_e4m3fn.
-        b: [n, k * 128] float8_e4m3fn; n a multiple of 8.
-        row_scales: [k, padded m] float32, padded m a multiple of 4.
-        weights: [k] float32.
-        programs: how many share the tiles.
-        stages: of the ring.
-        kernel: `ring_gemm`, or a changed copy of it.
-    Returns:
-        [m, n] bfloat16.
-    """
+    """D of `ring_gemm`: a [m, k * 128], b [n, k * 128], n a multiple of 8, row_scales [k, padded m], weights [k]."""
     rows, columns = a.shape[0], b.shape[0]
     d = a.new_empty(rows, columns, dtype=torch.bfloat16)
     flat_scales = row_scales.view(-1)
     kernel[(programs,)](
-        descriptor(a, [64, 128], gl.float8e4nv),
-        descriptor(b, [64, 128], gl.float8e4nv),
+        descriptor(a, [64, 128], gl.float8e4nv), descriptor(b, [64, 128], gl.float8e4nv),
         TensorDescriptor(flat_scales, list(flat_scales.shape), [1], [64], gl.NVMMASharedLayout(0, 32, 1)),
-        descriptor(d, [64, 64], gl.bfloat16),
-        weights,
-        rows,
-        columns,
-        weights.numel(),
-        row_scales.shape[1],
-        STAGES=stages,
-        num_warps=4,
-    )
+        descriptor(d, [64, 64], gl.bfloat16), weights, rows, columns, weights.numel(), row_scales.shape[1],
+        STAGES=stages, num_warps=4,
+    )  # fmt: skip
     return d
 
 
 def launch_ahead_gemm(
     a: Tensor, b: Tensor, *, group_starts: Tensor, stages: int = 3, kernel: Any = ahead_gemm
 ) -> Tensor:
-    """D of `ahead_gemm`.
-
-    Args:
-        a: [m, tokens] bfloat16, m at most 128.
-        b: [n, tokens] bfloat16, n at most 64.
-        group_starts: [groups + 1] int32, multiples of 64.
-        stages: of the ring; three are needed.
-        kernel: `ahead_gemm`, or a changed copy of it.
-    Returns:
-        [groups, m, n] float32.
-    """
+    """D of `ahead_gemm`: a [m <= 128, tokens], b [n <= 64, tokens] bfloat16, group_starts [groups + 1] int32."""
     groups, rows, columns = group_starts.numel() - 1, a.shape[0], b.shape[0]
     d = a.new_empty(groups, rows, columns, dtype=torch.float32)
     kernel[(groups,)](
-        descriptor(a, [128, 64], gl.bfloat16),
-        descriptor(b, [64, 64], gl.bfloat16),
-        d,
-        group_starts,
-        rows,
-        columns,
-        STAGES=stages,
-        num_warps=4,
-    )
+        descriptor(a, [128, 64], gl.bfloat16), descriptor(b, [64, 64], gl.bfloat16), d, group_starts, rows, columns,
+        STAGES=stages, num_warps=4,
+    )  # fmt: skip
     return d

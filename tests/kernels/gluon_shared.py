@@ -20,16 +20,7 @@ from typing import Any
 import torch
 
 from tests.kernels.gluon_machine import Barrier, Clock, Partition, now
-from tests.kernels.gluon_values import (
-    GLUON_DTYPES,
-    BarrierMisuse,
-    Misuse,
-    OutOfRange,
-    Race,
-    Tensor,
-    raw,
-    where,
-)
+from tests.kernels.gluon_values import GLUON_DTYPES, BarrierMisuse, Misuse, OutOfRange, Race, Tensor, raw, where
 
 POISON = 0xFF
 # (first, one past the last) in each dim of the allocation.
@@ -80,11 +71,7 @@ class Allocation:
         self._accesses: list[Access] = []
 
     def access(self, new: Access) -> Access:
-        """Check an access against all earlier ones, and remember it.
-
-        Raises:
-            Race: nothing orders it after an access to the same bytes, or it reads what nobody has written.
-        """
+        """Check an access against all earlier ones, and remember it."""
         partition = now()
         if partition.machine.options.races:
             self._check(new)
@@ -111,7 +98,7 @@ class Allocation:
                 if old.actor.fences <= old.fences:
                     raise Race(f"{place} is not separated by fence_async_shared where it comes after {old.text}")
         if not written:
-            raise Race(f"{self.name}: {new.text} of shared memory nobody has written")
+            raise Race(f"{self.name}: {new.text} of unwritten shared memory")
 
     @staticmethod
     def _replaces(new: Access, old: Access) -> bool:
@@ -135,29 +122,24 @@ class Shared:
 
     @classmethod
     def whole(cls, allocation: Allocation) -> Shared:
-        """The view of all of it."""
         shape = allocation.data.shape
         box = tuple((0, extent) for extent in shape)
         return cls(allocation, allocation.data, box=box, dims=tuple(range(len(shape))))
 
     @property
     def shape(self) -> list[int]:
-        """The extent of each dim."""
         return list(self.data.shape)
 
     @property
     def dtype(self) -> Any:
-        """The Gluon type of an element."""
         return GLUON_DTYPES[self.data.dtype]
 
     @property
     def layout(self) -> Any:
-        """The layout it was allocated with."""
         return self.allocation.layout
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the elements in view."""
         return self.data.numel() * self.data.element_size()
 
     def index(self, index: int) -> Shared:
@@ -166,11 +148,7 @@ class Shared:
         return Shared(self.allocation, row.data[0], box=row.box, dims=self.dims[1:])
 
     def slice(self, start: int, length: int, dim: int = 0) -> Shared:
-        """A part of one dim.
-
-        Raises:
-            OutOfRange: it leaves the view.
-        """
+        """A part of one dim."""
         start, extent = int(start), self.data.shape[dim]
         if start < 0 or start + length > extent:
             raise OutOfRange(f"{self.allocation.name}: [{start}, {start + length}) of {extent}, at {where()}")
@@ -180,7 +158,6 @@ class Shared:
         return Shared(self.allocation, self.data.narrow(dim, start, length), box=tuple(box), dims=self.dims)
 
     def permute(self, order: Sequence[int]) -> Shared:
-        """The dims in another order."""
         dims = tuple(self.dims[dim] for dim in order)
         return Shared(self.allocation, self.data.permute(*order), box=self.box, dims=dims)
 
@@ -205,11 +182,7 @@ class Shared:
         return result
 
     def store(self, value: Tensor) -> None:
-        """Write from registers.
-
-        Raises:
-            Misuse: another shape or type than the memory has.
-        """
+        """Write from registers."""
         partition = now()
         partition.step()
         # Program order: a load before the store does not see it.
@@ -228,11 +201,7 @@ class Shared:
 
     @property
     def barrier(self) -> Barrier:
-        """The mbarrier that was initialised here.
-
-        Raises:
-            BarrierMisuse: none was.
-        """
+        """The mbarrier that was initialised here."""
         if self.box not in self.allocation.barriers:
             raise BarrierMisuse(f"{self.place} used before mbarrier.init, at {where()}")
         return self.allocation.barriers[self.box]

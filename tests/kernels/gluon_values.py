@@ -26,16 +26,11 @@ KERNEL_MARK = "__emulated_gluon_kernel__"
 TORCH_DTYPES = {
     gl.float8e4nv: torch.float8_e4m3fn,
     gl.float8e5: torch.float8_e5m2,
-    gl.bfloat16: torch.bfloat16,
-    gl.float16: torch.float16,
-    gl.float32: torch.float32,
-    gl.float64: torch.float64,
     gl.int1: torch.bool,
-    gl.int8: torch.int8,
-    gl.uint8: torch.uint8,
-    gl.int16: torch.int16,
-    gl.int32: torch.int32,
-    gl.int64: torch.int64,
+    **{
+        getattr(gl, name): getattr(torch, name)
+        for name in ("bfloat16", "float16", "float32", "float64", "int8", "uint8", "int16", "int32", "int64")
+    },
 }
 GLUON_DTYPES = {value: key for key, value in TORCH_DTYPES.items()}
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -87,11 +82,9 @@ class Int(int):
 
     @property
     def dtype(self) -> Any:
-        """The Gluon type."""
         return {8: gl.int8, 16: gl.int16, 32: gl.int32, 64: gl.int64}[self.bits]
 
     def to(self, dtype: Any) -> Int | Tensor:
-        """The value in another Gluon type."""
         if dtype.is_int():
             return Int(self, dtype.primitive_bitwidth)
         return Tensor(torch.tensor(int(self)).to(TORCH_DTYPES[dtype]))
@@ -121,17 +114,14 @@ class Tensor:
         return self._value
 
     def settle(self, value: torch.Tensor) -> None:
-        """Give a pending tensor its value."""
         self._value, self.pending = value, None
 
     @property
     def shape(self) -> list[int]:
-        """The extent of each dim."""
         return list(self.value.shape)
 
     @property
     def dtype(self) -> Any:
-        """The Gluon type of an element."""
         return GLUON_DTYPES[self.value.dtype]
 
     def to(self, dtype: Any, **_: Any) -> Int | Tensor:
@@ -139,19 +129,15 @@ class Tensor:
         return from_torch(cast_to(self.value, TORCH_DTYPES[dtype]))
 
     def reshape(self, *shape: Any) -> Tensor:
-        """The elements in row-major order in another shape."""
         return Tensor(self.value.reshape(*shape))
 
     def permute(self, *order: Any) -> Tensor:
-        """The dims in another order."""
         return Tensor(self.value.permute(*order))
 
     def split(self) -> tuple[Tensor, Tensor]:
-        """The two halves of a last dim of extent 2."""
         return Tensor(self.value[..., 0]), Tensor(self.value[..., 1])
 
     def expand_dims(self, axis: int) -> Tensor:
-        """A new dim of extent 1."""
         return Tensor(self.value.unsqueeze(axis))
 
     def sum(self, axis: int | None = None, *, keep_dims: bool = False, **_: Any) -> Int | Tensor:
@@ -162,11 +148,9 @@ class Tensor:
         return from_torch(torch.sum(value, axis, keepdim=keep_dims, dtype=value.dtype))
 
     def max(self, axis: int | None = None, *, keep_dims: bool = False, **_: Any) -> Int | Tensor:
-        """The largest element over one axis, or over all."""
         return from_torch(torch.amax(self.value, () if axis is None else axis, keepdim=keep_dims))
 
     def min(self, axis: int | None = None, *, keep_dims: bool = False, **_: Any) -> Int | Tensor:
-        """The smallest element over one axis, or over all."""
         return from_torch(torch.amin(self.value, () if axis is None else axis, keepdim=keep_dims))
 
     def __getitem__(self, key: Any) -> Tensor:
@@ -214,11 +198,7 @@ class Pointer:
         return Pointer(self.storage, torch.as_tensor(self.offset)[_new_dims(key)])
 
     def select(self, mask: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The offsets, and which of them are on (None: all), after the bounds check.
-
-        Raises:
-            OutOfRange: an offset that is on lies outside the storage.
-        """
+        """The offsets, and which of them are on (None: all), after the bounds check."""
         offset, is_on = torch.as_tensor(self.offset), None
         if mask is not None:
             offset, is_on = torch.broadcast_tensors(offset, torch.as_tensor(raw(mask)))
@@ -289,7 +269,6 @@ def elementwise(function: Callable[..., torch.Tensor]) -> Callable[..., Int | Te
 
 
 def truncating_division(left: int, right: int) -> int:
-    """C's integer division."""
     quotient = abs(left) // abs(right)
     return quotient if (left < 0) == (right < 0) else -quotient
 
@@ -302,39 +281,25 @@ def _tensor_truncating_division(left: torch.Tensor, right: torch.Tensor) -> torc
     return torch.div(left, right, rounding_mode="trunc")
 
 
-# Method name without underscores -> the operation; `installed` adds the reflected one.
+# Method name without underscores -> the operation; `_install_operators` adds the reflected one.
 INT_OPERATORS: dict[str, Callable[[int, int], int]] = {
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
+    **{
+        name: getattr(operator, f"__{name}__") for name in ("add", "sub", "mul", "and", "or", "xor", "lshift", "rshift")
+    },
     "floordiv": truncating_division,
     "mod": _remainder,
-    "and": operator.and_,
-    "or": operator.or_,
-    "xor": operator.xor,
-    "lshift": operator.lshift,
-    "rshift": operator.rshift,
 }
 TENSOR_OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
-    "add": torch.add,
-    "sub": torch.sub,
-    "mul": torch.mul,
+    **{name: getattr(torch, name) for name in ("add", "sub", "mul")},
     "truediv": torch.true_divide,
     "floordiv": _tensor_truncating_division,
     "mod": torch.fmod,
-    "and": torch.bitwise_and,
-    "or": torch.bitwise_or,
-    "xor": torch.bitwise_xor,
+    **{name: getattr(torch, f"bitwise_{name}") for name in ("and", "or", "xor")},
     "lshift": torch.bitwise_left_shift,
     "rshift": torch.bitwise_right_shift,
 }
 COMPARISONS: dict[str, Callable[..., torch.Tensor]] = {
-    "lt": torch.lt,
-    "le": torch.le,
-    "gt": torch.gt,
-    "ge": torch.ge,
-    "eq": torch.eq,
-    "ne": torch.ne,
+    name: getattr(torch, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")
 }
 
 

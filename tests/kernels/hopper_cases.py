@@ -79,20 +79,13 @@ CASES: dict[str, Callable[[], object]] = {
     "pack_e5m6": partial(e5m6.pack_e5m6, bf16(TOKENS, ATTENTION), True),
     "pack_e5m6, FP32 scales": partial(e5m6.pack_e5m6, bf16(TOKENS, ATTENTION), False),
     "unpack_e5m6": partial(
-        e5m6.unpack_e5m6,
-        torch.empty(TOKENS, ATTENTION * 3 // 2, dtype=torch.uint8),
-        fp32(ATTENTION // 128, TOKENS),
+        e5m6.unpack_e5m6, torch.empty(TOKENS, ATTENTION * 3 // 2, dtype=torch.uint8), fp32(ATTENTION // 128, TOKENS),
         torch.bfloat16,
     ),
     "route": partial(router.route, fp32(TOKENS, EXPERTS), fp32(EXPERTS), 8, 4, TOPK, 2.5, True),
     "route_backward": partial(
-        router.route_backward,
-        fp32(TOKENS, EXPERTS),
-        int64(TOKENS, TOPK),
-        fp32(TOKENS, EXPERTS),
-        fp32(TOKENS, TOPK),
-        2.5,
-        True,
+        router.route_backward, fp32(TOKENS, EXPERTS), int64(TOKENS, TOPK), fp32(TOKENS, EXPERTS), fp32(TOKENS, TOPK),
+        2.5, True,
     ),
     "topk_counts": partial(router.topk_counts, fp32(1, TOKENS, EXPERTS), TOPK),
     "lay_out, all experts": partial(permute.lay_out, int64(TOKENS, TOPK), EXPERTS, ROWS),
@@ -102,4 +95,4 @@ CASES: dict[str, Callable[[], object]] = {
     "sum_rows": partial(permute.sum_rows, bf16(ROWS, HIDDEN), int64(TOKENS, TOPK), False, torch.bfloat16),
     "sum_rows, gates of copies": partial(permute.sum_rows, fp32(ROWS, TOPK), int64(TOKENS, TOPK), True, torch.float32),
     "scatter_gates": partial(permute.scatter_gates, fp32(ROWS), int64(ROWS), TOKENS, TOPK),
-}
+}  # fmt: skip

@@ -3,7 +3,7 @@
 Triton asks its active driver for the device, the loader and the launcher. This one says "compute capability 9.0, 132
 multiprocessors" (or another capability), so that every kernel is specialised and compiled for sm_90a as on an H100; at
 the place of the launch it checks what the real driver would refuse, and writes the launch down. `torch.empty` tensors
-of full size cost nothing, for nobody touches them.
+of full size cost nothing, for they are not touched.
 
 It loads nothing and runs nothing. Install it in a process of its own, before the first launch: a driver is global, and
 a process with TRITON_INTERPRET=1 has no kernels to compile.

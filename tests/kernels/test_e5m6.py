@@ -21,6 +21,7 @@ from kernels.e5m6 import (
     unpack_e5m6_reference,
 )
 from kernels.gpu import e5m6 as gpu
+from tests.kernels.gemm_inputs import assert_same_bits
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # 576 and 62: a last tile of half the length, and one short tile with an odd number of pairs.
@@ -49,16 +50,6 @@ def nearest_code(x: Tensor) -> Tensor:
     down, up = x - values[above - 1], values[above] - x
     take_up = (up < down) | ((up == down) & (above % 2 == 0))
     return torch.where(take_up, above, above - 1)
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
-
-
-def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
-    assert actual.is_contiguous()
-    assert torch.equal(bits(actual), bits(expected))
 
 
 def example(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
@@ -189,7 +180,7 @@ def test_power_of_two_scales_change_no_significant_bit() -> None:
     once = unpack_e5m6(*pack_e5m6(x, power_of_two=True), out_dtype=BF16)
     assert torch.equal(unpack_e5m6(*pack_e5m6(once, power_of_two=True), out_dtype=BF16), once)
     _, scale = pack_e5m6(x, power_of_two=True)
-    assert bool((bits(scale) & 0x007FFFFF == 0).all())
+    assert bool((scale.view(torch.int32) & 0x007FFFFF == 0).all())
     largest = x.float().abs().view(64, 2, 128).amax(-1).t() / scale
     assert bool(((largest <= E5M6_MAX) & (largest > E5M6_MAX / 2)).all())
 

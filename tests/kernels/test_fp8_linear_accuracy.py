@@ -39,29 +39,29 @@ def spread(*shape: int) -> Tensor:
     return x
 
 
-def run_dense(rows: int, features: tuple[int, int], power_of_two: bool, make: Any = spread) -> Run:
-    inputs, outputs = features
-    x, weight, dy = make(rows, inputs), make(outputs, inputs), make(rows, outputs)
+def run(x: Tensor, weight: Tensor, dy: Tensor, power_of_two: bool, ends: list[int] | None = None) -> Run:
     leaf, parameter = x.clone().requires_grad_(), torch.nn.Parameter(weight.clone())
-    parameter.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]
-    y = fp8(leaf, parameter, power_of_two=power_of_two)
+    dw = parameter.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]
+    if ends is None:
+        y, groups = fp8(leaf, parameter, power_of_two=power_of_two), [slice(0, len(x))]
+    else:
+        group_ends = torch.tensor(ends, dtype=torch.int32)
+        y = grouped_fp8_linear(leaf, parameter, group_ends, power_of_two=power_of_two)
+        groups = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
     y.backward(dy)
     assert leaf.grad is not None
-    dw: Tensor = parameter.main_grad  # type: ignore[attr-defined]
-    return Run(x, weight[None], dy, y.detach(), leaf.grad, dw[None], [slice(0, rows)])
+    inputs, outputs = x.shape[1], dy.shape[1]
+    return Run(x, weight.view(-1, outputs, inputs), dy, y.detach(), leaf.grad, dw.view(-1, outputs, inputs), groups)
+
+
+def run_dense(rows: int, features: tuple[int, int], power_of_two: bool, make: Any = spread) -> Run:
+    inputs, outputs = features
+    return run(make(rows, inputs), make(outputs, inputs), make(rows, outputs), power_of_two)
 
 
 def run_grouped(ends: list[int], features: tuple[int, int], power_of_two: bool) -> Run:
     rows, (inputs, outputs) = ends[-1] + 128, features
-    x, weight, dy = spread(rows, inputs), spread(len(ends), outputs, inputs), spread(rows, outputs)
-    leaf, parameter = x.clone().requires_grad_(), torch.nn.Parameter(weight.clone())
-    parameter.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]
-    group_ends = torch.tensor(ends, dtype=torch.int32)
-    y = grouped_fp8_linear(leaf, parameter, group_ends, power_of_two=power_of_two)
-    y.backward(dy)
-    assert leaf.grad is not None
-    groups = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-    return Run(x, weight, dy, y.detach(), leaf.grad, parameter.main_grad, groups)  # type: ignore[attr-defined]
+    return run(spread(rows, inputs), spread(len(ends), outputs, inputs), spread(rows, outputs), power_of_two, ends)
 
 
 def tile_error(x: Tensor, amax: Tensor, power_of_two: bool) -> Tensor:
@@ -126,8 +126,7 @@ def assert_expected_errors(run: Run, power_of_two: bool) -> None:
 
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "features"),
-    [(1, (576, 129)), (63, (2112, 64)), (129, (128, 200)), (300, (1, 1)), (128, (7, 576))],
+    ("rows", "features"), [(1, (576, 129)), (63, (2112, 64)), (129, (128, 200)), (300, (1, 1)), (128, (7, 576))]
 )
 def test_dense_gemms_stay_within_their_bounds(rows: int, features: tuple[int, int], power_of_two: bool) -> None:
     assert_within_bounds(run_dense(rows, features, power_of_two), power_of_two)
@@ -137,10 +136,9 @@ def test_dense_gemms_stay_within_their_bounds(rows: int, features: tuple[int, in
 @pytest.mark.parametrize("ends", [[128, 128, 512], [0, 384, 384], [0, 0, 0]])
 @pytest.mark.parametrize("features", [(576, 129), (64, 256)])
 def test_grouped_gemms_stay_within_their_bounds(ends: list[int], features: tuple[int, int], power_of_two: bool) -> None:
-    run = run_grouped(ends, features, power_of_two)
-    assert_within_bounds(run, power_of_two)
-    assert int(run.y[ends[-1] :].count_nonzero()) == 0
-    assert int(run.dx[ends[-1] :].count_nonzero()) == 0
+    found = run_grouped(ends, features, power_of_two)
+    assert_within_bounds(found, power_of_two)
+    assert int(found.y[ends[-1] :].count_nonzero()) == int(found.dx[ends[-1] :].count_nonzero()) == 0
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
@@ -148,34 +146,26 @@ def test_errors_of_normal_data_are_the_expected_ones(power_of_two: bool) -> None
     assert_expected_errors(run_dense(600, (576, 400), power_of_two, torch.randn), power_of_two)
 
 
-def neighbours_scale(original: Callable[..., Quantized]) -> Callable[..., Quantized]:
-    def defective(*args: Any, **kwargs: Any) -> Quantized:
-        q = original(*args, **kwargs)
-        return Quantized(q.payload, q.scale.roll(1, dims=0))
-
-    return defective
+def spoiled(spoil: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The function with its result changed."""
+    return lambda original: lambda *args, **kwargs: spoil(original(*args, **kwargs))
 
 
-def neighbours_scale_by_column(original: Callable[..., tuple[Quantized, Quantized]]) -> Callable[..., Any]:
-    def defective(*args: Any, **kwargs: Any) -> tuple[Quantized, Quantized]:
-        by_row, by_column = original(*args, **kwargs)
-        return by_row, Quantized(by_column.payload, by_column.scale.roll(1, dims=0))
+def rolled(q: Quantized) -> Quantized:
+    return Quantized(q.payload, q.scale.roll(1, dims=0))
 
-    return defective
+
+neighbours_scale = spoiled(rolled)
+neighbours_scale_by_column = spoiled(lambda pair: (pair[0], rolled(pair[1])))
+e5m2_payload = spoiled(
+    lambda q: Quantized(q.payload.float().to(torch.float8_e5m2).float().to(torch.float8_e4m3fn), q.scale)
+)
 
 
 def last_tile_dropped(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def defective(a: Quantized, b: Quantized, **kwargs: Any) -> Tensor:
         a, b = (Quantized(q.payload[:, : (len(q.scale) - 1) * TILE], q.scale[:-1]) for q in (a, b))
         return original(a, b, **kwargs)
-
-    return defective
-
-
-def e5m2_payload(original: Callable[..., Quantized]) -> Callable[..., Quantized]:
-    def defective(*args: Any, **kwargs: Any) -> Quantized:
-        q = original(*args, **kwargs)
-        return Quantized(q.payload.float().to(torch.float8_e5m2).float().to(torch.float8_e4m3fn), q.scale)
 
     return defective
 
@@ -205,11 +195,7 @@ def test_the_bounds_catch_planted_defects(
 @pytest.mark.parametrize(("function", "plant", "culprit"), [*BOUND_DEFECTS, ("quantize_blocks", e5m2_payload, "y")])
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_the_expected_errors_catch_planted_defects(
-    function: str,
-    plant: Callable[..., Any],
-    culprit: str,
-    power_of_two: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    function: str, plant: Callable[..., Any], culprit: str, power_of_two: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def uneven(rows: int, cols: int) -> Tensor:
         band = torch.rand(ceil_div(rows, TILE), 1).repeat_interleave(TILE, 0)[:rows]
@@ -268,7 +254,7 @@ def test_two_runs_are_bit_equal(grouped: bool) -> None:
     results = []
     for _ in range(2):
         torch.manual_seed(7)
-        run = run_grouped([128, 128, 384], (576, 200), True) if grouped else run_dense(129, (576, 200), False)
-        results.append((run.y, run.dx, run.dw))
+        found = run_grouped([128, 128, 384], (576, 200), True) if grouped else run_dense(129, (576, 200), False)
+        results.append((found.y, found.dx, found.dw))
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)

@@ -6,54 +6,19 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
-from kernels.formats import TILE, Quantized, ceil_div
+from kernels.formats import TILE, Quantized
 from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
+from tests.kernels.gemm_inputs import (
+    assert_exact_up_to_accumulation,
+    exact_blocks,
+    exact_tiles,
+    random_blocks,
+    random_tiles,
+)
 
 # (m, n, k): single elements, every dim ragged, DeepSeek-V3's 576 and 2112, whole tiles.
 SHAPES = [(1, 1, 1), (63, 129, 576), (129, 200, 2112), (128, 256, 512), (1, 300, 127)]
-
-
-def random_payload(rows: int, cols: int) -> Tensor:
-    """Every finite E4M3 code with equal probability, subnormals and both zeros included."""
-    codes = torch.randint(0, 254, (rows, cols), dtype=torch.uint8)
-    codes += (codes >= 0x7F).to(torch.uint8)
-    return codes.view(torch.float8_e4m3fn)
-
-
-def random_scale(*shape: int) -> Tensor:
-    """FP32 scales up to 2^20 apart, so that a scale from the wrong tile shows."""
-    return torch.ldexp(torch.rand(shape) + 0.5, torch.randint(-10, 11, shape))
-
-
-def random_tiles(rows: int, cols: int) -> Quantized:
-    return Quantized(random_payload(rows, cols), random_scale(ceil_div(cols, TILE), rows))
-
-
-def random_blocks(rows: int, cols: int) -> Quantized:
-    return Quantized(random_payload(rows, cols), random_scale(ceil_div(rows, TILE), ceil_div(cols, TILE)))
-
-
-def exact_tiles(q: Quantized) -> Tensor:
-    """fp64 values, exact: 4 bits times 24 bits; decoded by torch, not by our decoder."""
-    return q.payload.double() * q.scale.double().repeat_interleave(TILE, 0)[: q.payload.shape[1]].t()
-
-
-def exact_blocks(q: Quantized) -> Tensor:
-    rows, cols = q.payload.shape
-    scale = q.scale.double().repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
-    return q.payload.double() * scale[:rows, :cols]
-
-
-def assert_exact_up_to_accumulation(actual: Tensor, a: Tensor, b: Tensor) -> None:
-    """|actual - a @ b.T| <= gamma_n sum |a||b|, the bound of docs/numerics.md for FP32 accumulation."""
-    k = a.shape[1]
-    roundings = min(k, TILE) + 3 + ceil_div(k, TILE)
-    gamma = roundings * 2.0**-24 / (1 - roundings * 2.0**-24)
-    error = (actual.double() - a @ b.t()).abs()
-    excess = (error / (gamma * (a.abs() @ b.abs().t())).clamp_min(1e-300)).max().item()
-    assert excess <= 1, f"error is {excess:.3g} times the bound"
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)

@@ -7,59 +7,31 @@ import re
 
 import pytest
 import torch
-from torch import Tensor
 
-from kernels.formats import TILE, Quantized, ceil_div
+from kernels.formats import TILE, Quantized
 from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
 from kernels.gemm_grouped import grouped_gemm_tile_block, grouped_gemm_tile_tile
+from tests.kernels.gemm_inputs import (
+    assert_exact_up_to_accumulation,
+    exact_blocks,
+    exact_tiles,
+    random_blocks,
+    random_tiles,
+)
 
-# Ends of four groups within 640 rows: an empty expert and spare rows; one expert takes all; nobody any.
+# Ends of four groups within 640 rows: an empty expert and spare rows; one expert takes all; none has any.
 ENDS = [[128, 128, 384, 512], [0, 0, 640, 640], [0, 0, 0, 0], [128, 256, 384, 640]]
 ROWS = 640
-
-
-def quantized(payload_shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> Quantized:
-    """Random finite E4M3 codes under FP32 scales up to 2^20 apart."""
-    codes = torch.randint(0, 127, payload_shape, dtype=torch.uint8)
-    codes |= torch.randint(0, 2, payload_shape, dtype=torch.uint8) << 7
-    scale = torch.ldexp(torch.rand(scale_shape) + 0.5, torch.randint(-10, 11, scale_shape))
-    return Quantized(codes.view(torch.float8_e4m3fn), scale)
-
-
-def tiles(rows: int, cols: int) -> Quantized:
-    return quantized((rows, cols), (ceil_div(cols, TILE), rows))
-
-
-def experts(groups: int, rows: int, cols: int) -> Quantized:
-    return quantized((groups, rows, cols), (groups, ceil_div(rows, TILE), ceil_div(cols, TILE)))
-
-
-def exact_tiles(q: Quantized) -> Tensor:
-    return q.payload.double() * q.scale.double().repeat_interleave(TILE, 0)[: q.payload.shape[1]].t()
-
-
-def exact_blocks(q: Quantized) -> Tensor:
-    rows, cols = q.payload.shape[-2:]
-    scale = q.scale.double().repeat_interleave(TILE, -2).repeat_interleave(TILE, -1)
-    return q.payload.double() * scale[..., :rows, :cols]
 
 
 def slices(ends: list[int]) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def assert_exact_up_to_accumulation(actual: Tensor, a: Tensor, b: Tensor) -> None:
-    """|actual - a @ b.T| <= gamma_n sum |a||b|, the bound of docs/numerics.md for FP32 accumulation."""
-    k = a.shape[1]
-    roundings = min(k, TILE) + 3 + ceil_div(k, TILE)
-    gamma = roundings * 2.0**-24 / (1 - roundings * 2.0**-24)
-    assert bool(((actual.double() - a @ b.t()).abs() <= gamma * (a.abs() @ b.abs().t())).all())
-
-
 @pytest.mark.parametrize("ends", ENDS)
 @pytest.mark.parametrize(("n", "k"), [(129, 576), (256, 128), (1, 2112)])
 def test_each_experts_rows_meet_its_own_weight(n: int, k: int, ends: list[int]) -> None:
-    a, b = tiles(ROWS, k), experts(4, n, k)
+    a, b = random_tiles(ROWS, k), random_blocks(4, n, k)
     out = grouped_gemm_tile_block(a, b, torch.tensor(ends, dtype=torch.int32), out_dtype=torch.float32)
     for g, rows in enumerate(slices(ends)):
         assert_exact_up_to_accumulation(out[rows], exact_tiles(a)[rows], exact_blocks(b)[g])
@@ -69,7 +41,7 @@ def test_each_experts_rows_meet_its_own_weight(n: int, k: int, ends: list[int]) 
 @pytest.mark.parametrize("ends", ENDS)
 @pytest.mark.parametrize(("m", "n"), [(129, 63), (576, 1)])
 def test_each_experts_weight_gradient_contracts_its_own_rows(m: int, n: int, ends: list[int]) -> None:
-    a, b = tiles(m, ROWS), tiles(n, ROWS)
+    a, b = random_tiles(m, ROWS), random_tiles(n, ROWS)
     out = grouped_gemm_tile_tile(a, b, torch.tensor(ends, dtype=torch.int32))
     for g, rows in enumerate(slices(ends)):
         assert_exact_up_to_accumulation(out[g], exact_tiles(a)[:, rows], exact_tiles(b)[:, rows])
@@ -77,7 +49,7 @@ def test_each_experts_weight_gradient_contracts_its_own_rows(m: int, n: int, end
 
 @pytest.mark.parametrize("shift", [1, -1])
 def test_the_check_sees_a_neighbouring_experts_rows(shift: int) -> None:
-    a, b, ends = tiles(ROWS, 128), experts(4, 64, 128), [128, 256, 384, 640]
+    a, b, ends = random_tiles(ROWS, 128), random_blocks(4, 64, 128), [128, 256, 384, 640]
     wrong = Quantized(b.payload.roll(shift, 0), b.scale.roll(shift, 0))
     out = grouped_gemm_tile_block(a, wrong, torch.tensor(ends, dtype=torch.int32), out_dtype=torch.float32)
     with pytest.raises(AssertionError):
@@ -85,9 +57,9 @@ def test_the_check_sees_a_neighbouring_experts_rows(shift: int) -> None:
 
 
 def test_a_group_equals_the_dense_product_bit_for_bit() -> None:
-    a, b, ends = tiles(ROWS, 576), experts(4, 129, 576), torch.tensor(ENDS[0], dtype=torch.int32)
+    a, b, ends = random_tiles(ROWS, 576), random_blocks(4, 129, 576), torch.tensor(ENDS[0], dtype=torch.int32)
     out = grouped_gemm_tile_block(a, b, ends, out_dtype=torch.bfloat16)
-    columns = tiles(65, ROWS)
+    columns = random_tiles(65, ROWS)
     dw = grouped_gemm_tile_tile(columns, columns, ends)
     for g, rows in enumerate(slices(ENDS[0])):
         part = Quantized(a.payload[rows], a.scale[:, rows])
@@ -99,19 +71,16 @@ def test_a_group_equals_the_dense_product_bit_for_bit() -> None:
 
 
 def test_transposed_experts_serve_dgrad() -> None:
-    dy, weight, ends = tiles(ROWS, 129), experts(4, 129, 200), ENDS[0]
+    dy, weight, ends = random_tiles(ROWS, 129), random_blocks(4, 129, 200), ENDS[0]
     dx = grouped_gemm_tile_block(
-        dy,
-        weight.transposed_blocks(),
-        torch.tensor(ends, dtype=torch.int32),
-        out_dtype=torch.float32,
+        dy, weight.transposed_blocks(), torch.tensor(ends, dtype=torch.int32), out_dtype=torch.float32
     )
     for g, rows in enumerate(slices(ends)):
         assert_exact_up_to_accumulation(dx[rows], exact_tiles(dy)[rows], exact_blocks(weight)[g].t())
 
 
 def test_spare_rows_stay_zero_even_if_they_hold_nan() -> None:
-    a, b = tiles(ROWS, 128), experts(2, 64, 128)
+    a, b = random_tiles(ROWS, 128), random_blocks(2, 64, 128)
     a.scale[:, 256:] = math.nan
     out = grouped_gemm_tile_block(a, b, torch.tensor([128, 256]), out_dtype=torch.float32)
     assert bool(out.isfinite().all())
@@ -123,7 +92,7 @@ def test_spare_rows_stay_zero_even_if_they_hold_nan() -> None:
     [([100, 256], 2), ([256, 128], 2), ([128, 768], 2), ([-128, 128], 2), ([128, 256, 384], 2), ([128], 2)],
 )
 def test_bad_group_ends_are_refused_with_their_values(ends: list[int], groups: int) -> None:
-    a, b = tiles(ROWS, 128), experts(groups, 64, 128)
+    a, b = random_tiles(ROWS, 128), random_blocks(groups, 64, 128)
     with pytest.raises(ValueError, match=re.escape(f"multiples of 128 up to 640 rows, got {ends}")):
         grouped_gemm_tile_block(a, b, torch.tensor(ends, dtype=torch.int32), out_dtype=torch.float32)
 
@@ -131,6 +100,6 @@ def test_bad_group_ends_are_refused_with_their_values(ends: list[int], groups: i
 def test_different_contraction_lengths_are_refused_with_both() -> None:
     ends = torch.tensor([128, 256], dtype=torch.int32)
     with pytest.raises(ValueError, match="got 256 and 128"):
-        grouped_gemm_tile_block(tiles(256, 256), experts(2, 256, 128), ends, out_dtype=torch.float32)
+        grouped_gemm_tile_block(random_tiles(256, 256), random_blocks(2, 256, 128), ends, out_dtype=torch.float32)
     with pytest.raises(ValueError, match="got 256 and 384"):
-        grouped_gemm_tile_tile(tiles(8, 256), tiles(8, 384), ends)
+        grouped_gemm_tile_tile(random_tiles(8, 256), random_tiles(8, 384), ends)

@@ -7,8 +7,6 @@ That the compiler accepts the same code without spills is `test_hopper_codegen.p
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -25,6 +23,7 @@ from kernels.gpu.gemm_fp8 import TWO_BLOCKS, TWO_WAVES, WIDE, tile_block_config
 from kernels.gpu.gemm_hopper import Config
 from tests.kernels import gemm_inputs
 from tests.kernels.gemm_inputs import BF16_TOLERANCE, FP32_TOLERANCE, Problem, relative_error
+from tests.kernels.gluon_defects import Edit, edited
 from tests.kernels.gluon_interpreter import ADVERSARIAL, KernelError, interpret
 
 ORDERS: dict[str, dict[str, Any]] = {
@@ -32,8 +31,7 @@ ORDERS: dict[str, dict[str, Any]] = {
     "checked": {"races": True, "lazy_loads": "use", "mma": "late"},
     "adversarial": {**ADVERSARIAL, "lazy_loads": "use", "seed": 1},
 }
-KERNELS = Path(gemm_hopper.__file__).parent
-# Groups with no row, a ragged last tile of 256 rows, and rows of nobody behind the last one.
+# Groups with no row, a ragged last tile of 256 rows, and padding rows behind the last one.
 ENDS, ROWS = [384, 384, 512, 1024], 1152
 ONE_BLOCK = Config("two_blocks", stages=4)
 # Not shipped, in the table of docs/kernels.md: its figures are those of a kernel that computes the right thing.
@@ -51,12 +49,7 @@ def run_tile_tile(
 ) -> Tensor:
     out = torch.full(problem.expected.shape, float("nan")) if before is None else before.clone()
     module.gemm(
-        *problem.quantized,
-        out,
-        config=config,
-        programs=3,
-        group_ends=problem.group_ends,
-        accumulate=before is not None,
+        *problem.quantized, out, config=config, programs=3, group_ends=problem.group_ends, accumulate=before is not None
     )
     return out
 
@@ -89,10 +82,7 @@ def test_fprop_and_dgrad(config: Config, m: int, n: int, k: int, order: str) -> 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     ("config", "ends"),
-    [
-        *product([TWO_WAVES, WIDE, TWO_BLOCKS], [ENDS, [0, 640, 640, 1152], [0, 0]]),
-        (TWO_WAVES_OF_TWO_BLOCKS, ENDS),
-    ],
+    [*product([TWO_WAVES, WIDE, TWO_BLOCKS], [ENDS, [0, 640, 640, 1152], [0, 0]]), (TWO_WAVES_OF_TWO_BLOCKS, ENDS)],
 )
 def test_groups_of_rows(config: Config, ends: list[int], order: str) -> None:
     problem = gemm_inputs.tile_block(ROWS, 320, 384, ends)
@@ -151,7 +141,7 @@ def _tiles_of(problem: Problem, config: Config) -> int:
 
 
 def test_an_output_of_more_than_2_to_the_31_elements() -> None:
-    """Only its last tile is computed; nobody touches the rest, so it costs address space only."""
+    """Only its last tile is computed; the rest is not touched, so it costs address space only."""
     torch.utils.deterministic.fill_uninitialized_memory = False
     m, n = 70144, 32768
     a, b = gemm_inputs.payload(m, 128), gemm_inputs.payload(n, 128)
@@ -195,7 +185,6 @@ START, LAST_WAIT = "    gl.warp_specialize", "        tma.store_wait(0)\n\n\n@gl
 NEXT_END = "gl.load(ends_ptr + gl.minimum(group, groups - 1))"
 GROUPS_PLACE = "out_ptr + gl.cast(group, gl.int64) * M * N"
 
-Edit = tuple[str, str]
 Case = Callable[[ModuleType], tuple[Tensor, Tensor, float]]
 
 
@@ -227,104 +216,56 @@ DEFECTS: dict[str, tuple[Case, list[Edit]]] = {
     "the producer does not wait for an empty stage": (dense(TWO_WAVES), [(WAIT_EMPTY, "")]),
     "the producer starts in the other phase": (dense(TWO_WAVES), [("    phase = 1\n", "    phase = 0\n")]),
     "the consumers start in the other phase": (dense(TWO_WAVES), [("    phase = 0\n", "    phase = 1\n")]),
-    "a stage is handed back as soon as it is full": (
-        dense(TWO_WAVES),
-        [(ARRIVE, ""), (WAIT_FULL, WAIT_FULL + ARRIVE)],
-    ),
-    "a stage of two blocks is handed back after the first": (
-        dense(TWO_BLOCKS),
-        [(ARRIVE, ""), (SECOND_BLOCK, "        " + ARRIVE + SECOND_BLOCK)],
-    ),
-    "a stage of two waves of two blocks is handed back after the first": (
-        dense(TWO_WAVES_OF_TWO_BLOCKS),
-        [(ARRIVE, ""), (SECOND_WAVES, "                    if j == 1:\n            " + ARRIVE + SECOND_WAVES)],
-    ),
+    "a stage is handed back as soon as it is full": (dense(TWO_WAVES), [(ARRIVE, ""), (WAIT_FULL, WAIT_FULL + ARRIVE)]),
+    "a stage of two blocks is handed back after the first": (dense(TWO_BLOCKS), [
+        (ARRIVE, ""), (SECOND_BLOCK, "        " + ARRIVE + SECOND_BLOCK),
+    ]),
+    "a stage of two waves of two blocks is handed back after the first": (dense(TWO_WAVES_OF_TWO_BLOCKS), [
+        (ARRIVE, ""), (SECOND_WAVES, "                    if j == 1:\n            " + ARRIVE + SECOND_WAVES),
+    ]),
     "one consumer never hands back": (dense(TWO_WAVES), [(ARRIVE, "            if HALF == 0:\n    " + ARRIVE)]),
     "a stage is handed back twice": (dense(TWO_WAVES), [(ARRIVE, ARRIVE.replace("count=1", "count=2"))]),
     "the scales' bytes are not expected": (dense(TWO_WAVES), [(" + BM * 4 + ", " + ")]),
     # Column scales loaded after the product is issued, the stage handed back before they are used.
-    "the order of the measured wgrad error": (
-        wgrad(ONE_BLOCK),
-        [
-            (LOAD_COLUMNS + FIRST_PRODUCT, FIRST_PRODUCT + LOAD_COLUMNS),
-            (ONE_BLOCK_END, ONE_BLOCK_END.replace(")\n", ")\n        " + ARRIVE, 1)),
-            (ARRIVE + "            stage += 1", "            stage += 1"),
-        ],
-    ),
+    "the order of the measured wgrad error": (wgrad(ONE_BLOCK), [
+        (LOAD_COLUMNS + FIRST_PRODUCT, FIRST_PRODUCT + LOAD_COLUMNS),
+        (ONE_BLOCK_END, ONE_BLOCK_END.replace(")\n", ")\n        " + ARRIVE, 1)),
+        (ARRIVE + "            stage += 1", "            stage += 1"),
+    ]),
     "an output buffer is reused while it is copied": (dense(TWO_WAVES), [("    tma.store_wait(1)\n", "")]),
     "no fence before the output is copied": (dense(WIDE), [(TO_BUFFER + FENCE, TO_BUFFER)]),
     "no fence after the barriers are made": (dense(TWO_WAVES), [(FENCE + START, START)]),
-    "copies are not awaited at the end": (
-        dense(TWO_WAVES),
-        [(LAST_WAIT, LAST_WAIT.replace("tma.store_wait(0)", "pass"))],
-    ),
-    "the second half takes the first one's scales": (
-        dense(TWO_WAVES),
-        [("slice(FIRST + 64, 64).load(BY_ROW)", "slice(FIRST, 64).load(BY_ROW)")],
-    ),
-    "a partial sum goes on from the last": (
-        dense(TWO_WAVES),
-        [(SECOND_PRODUCT + "False", SECOND_PRODUCT + "True")],
-    ),
-    "the scale of the next block": (
-        dense(TWO_WAVES),
-        [("ahead = gl.minimum((step + 1) * BLOCKS,", "ahead = gl.minimum((step + 2) * BLOCKS,")],
-    ),
+    "copies are not awaited at the end": (dense(TWO_WAVES), [
+        (LAST_WAIT, LAST_WAIT.replace("tma.store_wait(0)", "pass")),
+    ]),
+    "the second half takes the first one's scales": (dense(TWO_WAVES), [
+        ("slice(FIRST + 64, 64).load(BY_ROW)", "slice(FIRST, 64).load(BY_ROW)"),
+    ]),
+    "a partial sum goes on from the last": (dense(TWO_WAVES), [(SECOND_PRODUCT + "False", SECOND_PRODUCT + "True")]),
+    "the scale of the next block": (dense(TWO_WAVES), [
+        ("ahead = gl.minimum((step + 1) * BLOCKS,", "ahead = gl.minimum((step + 2) * BLOCKS,"),
+    ]),
     "64 columns take the scale of the 128": (dense(WIDE), [("gl.minimum(n2 // 128", "gl.minimum(n0 // 128")]),
     "wide tiles always begin with 128": (dense(WIDE), [("odd = pn % 2", "odd = 0")]),
-    "the second block takes the first one's scale": (
-        dense(TWO_BLOCKS),
-        [("(step + 1) * BLOCKS + 1", "(step + 1) * BLOCKS")],
-    ),
-    "the second block of two waves takes the first one's": (
-        dense(TWO_WAVES_OF_TWO_BLOCKS),
-        [
-            (
-                "elif j == 1:\n                        col_scale = col_scale2",
-                "elif j == 1:\n                        pass",
-            )
-        ],
-    ),
-    "half a width is stored over the other half": (
-        dense(TWO_WAVES_OF_TWO_BLOCKS),
-        [("    tma.store_wait(0)\n    buffer.store(right)", "    buffer.store(right)")],
-    ),
+    "the second block takes the first one's scale": (dense(TWO_BLOCKS), [
+        ("(step + 1) * BLOCKS + 1", "(step + 1) * BLOCKS"),
+    ]),
+    "the second block of two waves takes the first one's": (dense(TWO_WAVES_OF_TWO_BLOCKS), [
+        ("elif j == 1:\n                        col_scale = col_scale2", "elif j == 1:\n                        pass"),
+    ]),
+    "half a width is stored over the other half": (dense(TWO_WAVES_OF_TWO_BLOCKS), [
+        ("    tma.store_wait(0)\n    buffer.store(right)", "    buffer.store(right)"),
+    ]),
     "all groups multiply the first one's weight": (rows, [("b_row = group * N", "b_row = 0")]),
     "all groups take the first one's scales": (rows, [("gl.minimum(group, groups - 1) * blocks_n", "0")]),
-    "rows of nobody are not written": (rows, [("while (group < groups) &", "while (group < groups - 1) &")]),
+    "padding rows are not written": (rows, [("while (group < groups) &", "while (group < groups - 1) &")]),
     "a tile begins where its group does not": (rows, [("start + pm * BM)", "pm * BM)")]),
     "ends are read behind the last": (rows, [(NEXT_END, "gl.load(ends_ptr + group + 1)")]),
-    "all groups are contracted from the first row": (
-        wgrad(ends=ENDS),
-        [("pn, start // 128, ", "pn, 0, ")],
-    ),
+    "all groups are contracted from the first row": (wgrad(ends=ENDS), [("pn, start // 128, ", "pn, 0, ")]),
     "all groups are written to the first one's place": (wgrad(ends=ENDS), [(GROUPS_PLACE, "out_ptr")]),
-    "adding forgets what was there": (
-        wgrad(),
-        [("total += gl.load(places, mask=inside, other=0.0)", "total += 0.0")],
-    ),
+    "adding forgets what was there": (wgrad(), [("total += gl.load(places, mask=inside, other=0.0)", "total += 0.0")]),
     "rows behind the last are stored": (wgrad(), [("(row[:, None] < M) & ", "")]),
-}
-
-
-def edited(edits: list[Edit], folder: Path) -> ModuleType:
-    """The GEMM's two modules with each edit made in every place where its text occurs."""
-    texts = {name: Path(f"{KERNELS}/{name}.py").read_text() for name in ("gemm_tiles", "gemm_hopper")}
-    for old, new in edits:
-        assert any(old in text for text in texts.values()), f"{old!r} is not in the kernel any more"
-        texts = {name: text.replace(old, new) for name, text in texts.items()}
-    texts["gemm_hopper"] = texts["gemm_hopper"].replace("from kernels.gpu.gemm_tiles", "from defective_gemm_tiles")
-    for name, text in texts.items():
-        path = folder / f"defective_{name}.py"
-        path.write_text(text)
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        # The second imports the first, and its dataclass looks its own module up.
-        sys.modules[path.stem] = module
-        spec.loader.exec_module(module)
-    return module
+}  # fmt: skip
 
 
 def is_caught(case: Case, module: ModuleType, options: dict[str, Any]) -> bool:
@@ -341,4 +282,4 @@ def is_caught(case: Case, module: ModuleType, options: dict[str, Any]) -> bool:
 def test_a_planted_defect_turns_red(defect: str, tmp_path: Path) -> None:
     case, edits = DEFECTS[defect]
     assert not is_caught(case, gemm_hopper, ORDERS["checked"]), "the kernel itself is red"
-    assert is_caught(case, edited(edits, tmp_path), ORDERS["checked"])
+    assert is_caught(case, edited(Path(gemm_hopper.__file__), edits, tmp_path), ORDERS["checked"])

@@ -48,7 +48,7 @@ def test_wgrad(ends: list[int] | None, accumulate: bool) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, BF16_TOLERANCE), (torch.float32, FP32_TOLERANCE)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_grouped_products_of_bf16_and_fp32(transposed: bool, dtype: torch.dtype, tolerance: float) -> None:
-    """As fprop (weights seen transposed) and as dgrad; rows of nobody become zeros."""
+    """As fprop (weights seen transposed) and as dgrad; padding rows become zeros."""
     x = torch.randn(ROWS, 72).to(dtype)
     weight = torch.randn(3, 136, 72).to(dtype).mT if transposed else torch.randn(3, 72, 136).to(dtype)
     out = gemm_portable.grouped_matmul(x, weight, torch.tensor(ENDS, dtype=torch.int32))

@@ -6,9 +6,8 @@ run is a pure function of its options, so a verdict never depends on luck or on 
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,6 +35,7 @@ from tests.kernels.gluon_defects import (
     WAIT_MMA,
     Defect,
     Edit,
+    edited,
 )
 from tests.kernels.gluon_interpreter import ADVERSARIAL, BarrierMisuse, KernelError, Misuse, OutOfRange, Race, interpret
 from tests.kernels.gluon_samples import tile_origin
@@ -81,20 +81,8 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-def edited_samples(edits: tuple[Edit, ...], folder: Path) -> ModuleType:
-    """The module of samples with each (old, new) made at every place of its source."""
-    text = Path(gluon_samples.__file__).read_text()
-    for old, new in edits:
-        assert old in text, f"{old!r} is not in the samples"
-        text = text.replace(old, new)
-    path = folder / "gluon_samples_edited.py"
-    path.write_text(text)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def edited_samples(edits: Sequence[Edit], folder: Path) -> ModuleType:
+    return edited(Path(gluon_samples.__file__), edits, folder)
 
 
 def run_defect(defect: Defect, folder: Path) -> tuple[Tensor, Tensor]:

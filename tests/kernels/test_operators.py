@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+import kernels
 from kernels import deferred
 from kernels.attention import causal_attention
 from kernels.e5m6 import pack_e5m6
@@ -28,12 +30,12 @@ from tests.operator_calls import FP8_GEMMS, OperatorCalls
 from tests.tiny_model import TINY
 from train.model.precision import Precision
 from train.model.transformer import Transformer
-from train.studies.bench import table as bench_table
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
 # Imports every kernel file, so that every operator is known.
-bench_table.entries()
+for module in pkgutil.iter_modules(kernels.__path__):
+    importlib.import_module(f"kernels.{module.name}")
 
 
 def tiles(rows: int, cols: int) -> tuple[Tensor, Tensor]:
@@ -60,7 +62,7 @@ def ends(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-# Operator -> its arguments at odd sizes: 1, 63, 129, 300, an empty group, rows of nobody.
+# Operator -> its arguments at odd sizes: 1, 63, 129, 300, an empty group, padding rows.
 CALLS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("quantize_tiles", lambda: (torch.randn(63, 300), True)),
     ("quantize_tiles", lambda: (torch.randn(129, 1, dtype=BF16).t(), False)),
@@ -74,10 +76,7 @@ CALLS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("gemm_tile_block", lambda: (*tiles(63, 300), *blocks(129, 300), BF16)),
     ("gemm_tile_block", lambda: (*tiles(63, 129), *blocks(129, 300, transposed=True), FP32)),
     ("gemm_tile_tile", lambda: (*columns(129, 63), *columns(129, 300), torch.zeros(63, 300), True)),
-    (
-        "grouped_gemm_tile_block",
-        lambda: (*tiles(512, 300), *blocks(3, 129, 300), ends(128, 128, 384), BF16),
-    ),
+    ("grouped_gemm_tile_block", lambda: (*tiles(512, 300), *blocks(3, 129, 300), ends(128, 128, 384), BF16)),
     (
         "grouped_gemm_tile_tile",
         lambda: (*columns(512, 63), *columns(512, 300), ends(128, 128, 384), torch.zeros(3, 63, 300), False),

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels import permute
 from kernels.gpu import permute as gpu
 from kernels.permute import Grouping, combine_tokens, group_gates, group_tokens, grouping, partial_grouping
+from tests.kernels.gemm_inputs import assert_same_bits
 
 BF16, FP32 = torch.bfloat16, torch.float32
 EXPERTS, LOCAL = 8, 3
@@ -47,19 +48,8 @@ def layout_of(kind: str, tokens: int, topk: int, which: str) -> Grouping:
     return partial_grouping(here(ids), LOCAL, num_rows=padded_rows(here(ids), LOCAL))
 
 
-def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
-    assert actual.is_contiguous()
-    if actual.is_floating_point():
-        bits = torch.int16 if actual.dtype == BF16 else torch.int32
-        actual, expected = actual.view(bits), expected.contiguous().view(bits)
-    assert torch.equal(actual, expected)
-
-
 def assert_same_layout(ids: Tensor, experts: int, num_rows: int) -> None:
-    actual, expected = gpu.lay_out(ids, experts, num_rows), permute.lay_out_reference(ids, experts, num_rows)
-    for got, wanted in zip(actual, expected, strict=True):
-        assert_same_bits(got, wanted)
+    assert_same_bits(gpu.lay_out(ids, experts, num_rows), permute.lay_out_reference(ids, experts, num_rows))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,7 +152,7 @@ def test_a_bf16_sum_is_not_rounded_on_the_way() -> None:
 def test_nothing_to_do_gives_empty_or_zero_tensors() -> None:
     empty = torch.empty(0, dtype=torch.int64)
     assert gpu.copy_tokens(torch.empty(3, 24), empty, 2).shape == (0, 24)
-    # Rows of nobody, and nobody to copy.
+    # Padding rows only, and nothing to copy.
     assert torch.equal(gpu.copy_tokens(torch.empty(0, 24), torch.full((128,), -1), 2), torch.zeros(128, 24))
     assert torch.equal(gpu.scatter_gates(torch.empty(0), empty, 3, 2), torch.zeros(3, 2))
     no_rows = torch.zeros(3, 2, dtype=torch.int64)

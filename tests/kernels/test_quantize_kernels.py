@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels import quantize
 from kernels.gpu import quantize as gpu
+from tests.kernels.gemm_inputs import assert_same_bits
 
 # 2112 and 576 are DeepSeek-V3's widths that are no multiples of 128.
 SHAPES = [(1, 128), (63, 576), (128, 256), (129, 2112), (4097, 128)]
@@ -28,14 +29,6 @@ def example(rows: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> Tensor
         x[1, :128] = 1e-39
         x[2, :128] = 448 * 2.0**-3
     return x.to(dtype)
-
-
-def assert_same_bits(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    for got, wanted in zip(actual, expected, strict=True):
-        assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
-        assert got.is_contiguous()
-        bits = torch.uint8 if got.dtype == E4M3 else torch.int16 if got.dtype == torch.bfloat16 else torch.int32
-        assert torch.equal(got.view(bits), wanted.contiguous().view(bits))
 
 
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)

@@ -11,7 +11,7 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from kernels.router import (
-    Routed,
+    RouterOutput,
     expert_counts,
     gate_weights,
     route,
@@ -131,12 +131,12 @@ def test_gates_of_scores_that_are_all_zero_stay_finite() -> None:
     assert gates.tolist() == [[0.0, 0.0]]
 
 
-def composed(logits: Tensor, bias: Tensor, *, normalize: bool) -> Routed:
-    """What `route` stands for, each step an operation of torch that autograd differentiates."""
+def composed(logits: Tensor, bias: Tensor, *, normalize: bool) -> RouterOutput:
+    """What `route` computes, each step an operation of torch that autograd differentiates."""
     scores = logits.sigmoid()
     ids = select_experts(scores.detach(), bias, n_group=4, topk_group=2, topk=3)
     gates = gate_weights(scores, ids, scale=2.5, normalize=normalize)
-    return Routed(scores, ids, gates, expert_counts(ids, logits.shape[1]))
+    return RouterOutput(scores, ids, gates, expert_counts(ids, logits.shape[1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -3,7 +3,7 @@
 Two statements carry the rest. (1) A kernel that reads or writes FP8 gives bit for bit what the separate kernels give
 one after the other, and what it keeps of gate_up has the reference's bits. (2) Activations differ from the reference's
 only by the exponential's last place (NumPy's here, a GPU's there, torch's in the reference). An error of 4 * 2^-24
-moves a BF16 number to its neighbour if a tie lies within it. Ties are at least 2^-8 of the number apart, so each
+moves a BF16 number to its neighbour if a tie is within it. Ties are at least 2^-8 of the number apart, so each
 rounding moves 2 * 4 * 2^-24 * 2^8 = 1.2e-4 of the elements. The largest of a tile, moved, may shift all its 128 codes.
 
 Sizes are those where something ends: one row, an odd one, a whole tile, one more, many programs and one row; inter 256,
@@ -19,6 +19,7 @@ from torch import Tensor
 from kernels import quantize, swiglu
 from kernels.gpu import quantize as gpu_quantize
 from kernels.gpu import swiglu as gpu
+from tests.kernels.gemm_inputs import assert_same_bits
 
 BF16, FP32, E4M3 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 SHAPES = [(1, 256), (63, 192), (128, 256), (129, 192), (129, 256), (4097, 128)]
@@ -61,13 +62,6 @@ def activation(module: object, gate_up: Tensor, gates: Tensor | None) -> Tensor:
         else getattr(module, f"gated_swiglu{end}")(gate_up, gates)
     )
     return h
-
-
-def assert_same_bits(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    for got, wanted in zip(actual, expected, strict=True):
-        assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
-        assert got.is_contiguous()
-        assert torch.equal(got.view(torch.uint8), wanted.contiguous().view(torch.uint8))
 
 
 @gated

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from typing import Literal
 
+import pytest
 import torch
 
 from tests.tiny_model import TINY
 from train.config import compose
 from train.model.config import ModelConfig
 from train.model.init import initialize
+from train.model.layers import Linear
 from train.model.moe import Experts
 from train.model.precision import Precision
 from train.model.transformer import Transformer
 
+PrecisionName = Literal["fp32", "bf16", "fp8"]
 
-def model(config: ModelConfig = TINY, seed: int = 0) -> Transformer:
-    built = Transformer(config, Precision("fp32"))
+
+def model(config: ModelConfig = TINY, seed: int = 0, precision: PrecisionName = "fp32") -> Transformer:
+    built = Transformer(config, Precision(precision))
     initialize(built, seed=seed, std=config.initializer_range)
     return built
 
@@ -102,3 +108,18 @@ def test_phases_compose_to_the_block() -> None:
     whole, routing = block(hidden, None)
     assert torch.equal(whole, combined)
     assert int(routing.counts.sum()) == 2 * 6 * TINY.num_experts_per_tok
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+def test_forward_hooks_fire_on_every_linear(precision: PrecisionName) -> None:
+    """A probe sees the input and output of each linear: none is read past its `forward`."""
+    whole = model(precision=precision)
+    fired: Counter[str] = Counter()
+    linears = {name: module for name, module in whole.named_modules() if isinstance(module, Linear)}
+    for name, module in linears.items():
+        module.register_forward_hook(lambda _, args, output, name=name: fired.update([name]))
+    output = whole(torch.randint(TINY.vocab_size, (2, 9)))
+    whole.logits(output.hidden)
+    # 2 layers and 2 MTP depths of 4 in attention; FFNs of 2, 3 of them shared experts; 2 eh_proj, the head.
+    assert len(linears) == 4 * 4 + 4 * 2 + 2 + 1
+    assert fired == dict.fromkeys(linears, 1)

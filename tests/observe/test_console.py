@@ -12,21 +12,15 @@ from train.observe.metrics import Record
 
 def record(step: int) -> Record:
     """100 tokens and 0.5 s a step."""
-    return {
-        "step": step,
-        "tokens_seen": 100 * step,
-        "time_unix_s": 1000.0 + 0.5 * step,
-        "loss/main": 3.2144,
-        "loss/mtp": 3.8756,
-        "speed/tokens_per_s": 12345.6,
-        "moe/max_violation_ratio": 0.3149,
-    }
+    place = {"step": step, "tokens_seen": 100 * step, "time_unix_s": 1000.0 + 0.5 * step}
+    losses = {"loss/main": 3.2144, "loss/mtp": 3.8756}
+    return place | losses | {"speed/tokens_per_s": 12345.6, "moe/max_violation_ratio": 0.3149}
 
 
-def show(*, terminal: bool, steps: range, every_steps: int = 10, width: int = 110) -> str:
+def show(*, terminal: bool, steps: range) -> str:
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=terminal, width=width, color_system=None)
-    sink = ConsoleSink(progress=True, every_steps=every_steps, total_tokens=13_000, name="tiny_fp8", console=console)
+    console = Console(file=screen, force_terminal=terminal, width=110, color_system=None)
+    sink = ConsoleSink(progress=True, every_steps=10, total_tokens=13_000, name="tiny_fp8", console=console)
     for step in steps:
         sink.write(record(step))
     sink.event({"event": "checkpoint", "step": steps[-1]})
@@ -60,9 +54,8 @@ def test_a_terminal_gets_a_bar_with_the_same_numbers():
 
 def test_a_record_without_optional_numbers_is_shown():
     screen = io.StringIO()
-    sink = ConsoleSink(
-        progress=True, every_steps=1, total_tokens=None, name="x", console=Console(file=screen, width=80)
-    )
+    console = Console(file=screen, width=80)
+    sink = ConsoleSink(progress=True, every_steps=1, total_tokens=None, name="x", console=console)
     sink.write({"step": 1, "tokens_seen": 10, "time_unix_s": 0.0, "eval/bits_per_byte": 1.81})
     sink.close()
     assert screen.getvalue().splitlines()[1] == "x  step 1: held-out 1.8100 bits per byte"

@@ -11,14 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels import deferred
-from kernels.fp8_linear import (
-    fp8_linear,
-    fp8_linear_of_kept,
-    fp8_swiglu_linear,
-    grouped_fp8_linear,
-    grouped_fp8_swiglu_linear,
-    weight_fp8,
-)
+from kernels import fp8_linear as fp8
+from kernels.fp8_linear import fp8_linear, grouped_fp8_linear
 from kernels.probe import sample, watching
 from tests.tiny_model import TINY
 from train.observe.fp8_health import Fp8Health
@@ -158,7 +152,7 @@ def test_snr_of_normal_data_is_that_of_e4m3() -> None:
 
 def test_the_transposed_copy_of_a_weight_is_looked_at_itself() -> None:
     health, weight = health_of(torch.randn(130, 256))
-    copy = weight_fp8(weight, power_of_two=True).payload_t
+    copy = fp8.weight_fp8(weight, power_of_two=True).payload_t
     assert copy is not None
     copy.zero_()
     with watching(health):
@@ -172,15 +166,15 @@ def test_the_transposed_copy_of_a_weight_is_looked_at_itself() -> None:
 
 
 GATES, ENDS = torch.linspace(0.5, 1.5, 640), torch.tensor([256, 256, 512], dtype=torch.int32)
-# Name -> the call on rows [640, 256]; of the grouped ones the last 128 rows belong to nobody.
+# Name -> the call on rows [640, 256]; of the grouped ones the last 128 are padding rows.
 LINEARS: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]] = {
     "plain": ((130, 256), lambda x, w: fp8_linear(x, w, power_of_two=True)),
-    "kept": ((130, 256), lambda x, w: fp8_linear_of_kept(x, w, power_of_two=True)),
-    "swiglu": ((130, 128), lambda x, w: fp8_swiglu_linear(x, w, power_of_two=True)),
+    "kept": ((130, 256), lambda x, w: fp8.fp8_linear_of_kept(x, w, power_of_two=True)),
+    "swiglu": ((130, 128), lambda x, w: fp8.fp8_swiglu_linear(x, w, power_of_two=True)),
     "grouped": ((3, 130, 256), lambda x, w: grouped_fp8_linear(x, w, ENDS, power_of_two=True)),
     "grouped swiglu": (
         (3, 130, 128),
-        lambda x, w: grouped_fp8_swiglu_linear(x, GATES, w, ENDS, power_of_two=True),
+        lambda x, w: fp8.grouped_fp8_swiglu_linear(x, GATES, w, ENDS, power_of_two=True),
     ),
 }
 
@@ -217,17 +211,11 @@ def test_only_the_forward_under_the_probe_reports() -> None:
     assert found["x.fprop"] == found["x.wgrad"] == pytest.approx(float(x[0].abs().max()), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("rows", "ends", "expected"),
-    [
-        (640, None, [1, 3]),
-        (650, None, [1, 3]),
-        (100, None, [0]),
-        (640, [128, 512], [1, 3]),
-        (640, [128, 128], [0, 0]),
-        (640, [0, 0], [0, 0]),
-    ],
-)
+UNGROUPED = [(640, None, [1, 3]), (650, None, [1, 3]), (100, None, [0])]
+GROUPED = [(640, [128, 512], [1, 3]), (640, [128, 128], [0, 0]), (640, [0, 0], [0, 0])]
+
+
+@pytest.mark.parametrize(("rows", "ends", "expected"), [*UNGROUPED, *GROUPED])
 def test_whole_blocks_inside_the_groups_are_sampled(rows: int, ends: list[int] | None, expected: list[int]) -> None:
     x = torch.arange(rows, dtype=torch.float32)[:, None]
     group_ends = None if ends is None else torch.tensor(ends, dtype=torch.int32)

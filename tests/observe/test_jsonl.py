@@ -43,22 +43,27 @@ while True:
 """
 
 
-def record(step: int, loss: float | None = None) -> Record:
-    value = 1 / step if loss is None else loss
-    return {
-        "step": step,
-        "tokens_seen": 7 * step,
-        "time_unix_s": float(step),
-        "loss/main": value,
-        "optim/lr": 1e-3,
-    }
+def record(step: int, **values: float) -> Record:
+    base = {"step": step, "tokens_seen": 7 * step, "time_unix_s": float(step), "loss/main": 1 / step, "optim/lr": 1e-3}
+    return base | values
 
 
-def logged(run_dir: Path, steps: range) -> JsonlSink:
+def logged(run_dir: Path, *records: Record) -> JsonlSink:
+    """A sink that has taken these records, and is closed."""
     sink = JsonlSink(run_dir / "metrics.jsonl")
-    for step in steps:
-        sink.write(record(step))
+    for one in records:
+        sink.write(one)
+    sink.close()
     return sink
+
+
+def ten_steps(run_dir: Path) -> Path:
+    logged(run_dir, *map(record, range(1, 11)))
+    return run_dir / "metrics.jsonl"
+
+
+def steps_in(run_dir: Path) -> list[int]:
+    return [one["step"] for one in read_run(run_dir)]
 
 
 def test_kill_minus_nine_at_any_moment_leaves_every_step_exactly_once(tmp_path: Path):
@@ -93,43 +98,36 @@ def test_kill_minus_nine_at_any_moment_leaves_every_step_exactly_once(tmp_path: 
 
 def test_a_line_torn_at_any_byte_is_ignored_and_finished(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
-    logged(tmp_path, range(1, 4)).close()
+    logged(tmp_path, *map(record, (1, 2, 3)))
     whole = path.read_bytes()
-    start = whole[:-1].rindex(b"\n") + 1
-    for cut in range(start + 1, len(whole)):
+    for cut in range(whole[:-1].rindex(b"\n") + 2, len(whole)):
         path.write_bytes(whole[:cut])
         # Cut at the newline alone, the record is complete; cut anywhere before, it is gone.
         expected = [1, 2, 3] if cut == len(whole) - 1 else [1, 2]
-        assert [r["step"] for r in read_run(tmp_path)] == expected
-        sink = logged(tmp_path, range(3, 5))
-        sink.close()
-        assert sink.replays_equal == len(expected) - 2
-        assert [r["step"] for r in read_run(tmp_path)] == [1, 2, 3, 4]
+        assert steps_in(tmp_path) == expected
+        assert logged(tmp_path, record(3), record(4)).replays_equal == len(expected) - 2
+        assert steps_in(tmp_path) == [1, 2, 3, 4]
         assert path.read_bytes().startswith(whole[:cut] + b"\n")
 
 
 def test_an_equal_replay_writes_nothing(tmp_path: Path):
-    logged(tmp_path, range(1, 11)).close()
-    before = (tmp_path / "metrics.jsonl").read_bytes()
-    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    path = ten_steps(tmp_path)
+    before = path.read_bytes()
+    sink = JsonlSink(path)
     # The wall clock of a replay is another one; it is not part of the promise.
-    assert [sink.write(record(step) | {"time_unix_s": 99.0}) for step in range(6, 13)] == [False] * 5 + [True] * 2
+    assert [sink.write(record(step, time_unix_s=99.0)) for step in range(6, 13)] == [False] * 5 + [True] * 2
     assert (sink.replays_equal, sink.replays_differing) == (5, 0)
     sink.close()
-    after = (tmp_path / "metrics.jsonl").read_bytes()
-    assert after.startswith(before)
-    assert after.count(b"\n") == before.count(b"\n") + 2
+    assert path.read_bytes().startswith(before)
+    assert path.read_bytes().count(b"\n") == before.count(b"\n") + 2
 
 
 def test_a_replay_that_differs_by_one_bit_is_told_once_and_never_a_second_record(tmp_path: Path):
-    logged(tmp_path, range(1, 11)).close()
-    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    ten_steps(tmp_path)
     nudged = math.nextafter(1 / 7, 1)
-    for step in range(6, 11):
-        assert not sink.write(record(step, nudged if step == 7 else None))
-    sink.close()
+    sink = logged(tmp_path, record(6), record(7, **{"loss/main": nudged}), *map(record, (8, 9, 10)))
     assert (sink.replays_equal, sink.replays_differing) == (4, 1)
-    assert [r["step"] for r in read_run(tmp_path)] == list(range(1, 11))
+    assert steps_in(tmp_path) == list(range(1, 11))
     assert read_run(tmp_path)[6]["loss/main"] == 1 / 7
     (event,) = read_events(tmp_path)
     assert (event["event"], event["step"]) == ("replay_differs", 7)
@@ -141,98 +139,88 @@ REPLAYED = ["tokens_seen", "loss/main", "loss/mtp", "loss/balance", "loss/total"
 
 @pytest.mark.parametrize("name", REPLAYED)
 def test_each_promised_field_is_compared(tmp_path: Path, name: str):
-    sink = logged(tmp_path, range(1, 2))
-    sink.write(record(2) | {name: 123455})
-    sink.close()
-    sink = JsonlSink(tmp_path / "metrics.jsonl")
-    sink.write(record(2) | {name: 123456})
-    sink.close()
-    assert sink.replays_differing == 1
+    logged(tmp_path, record(1), record(2, **{name: 123455}))
+    assert logged(tmp_path, record(2, **{name: 123456})).replays_differing == 1
 
 
 def test_a_skipped_step_replays_as_equal(tmp_path: Path):
-    sink = JsonlSink(tmp_path / "metrics.jsonl")
-    sink.write(record(1, math.nan))
-    sink.close()
-    again = JsonlSink(tmp_path / "metrics.jsonl")
-    again.write(record(1, math.nan))
-    again.close()
+    skipped = record(1, **{"loss/main": math.nan})
+    logged(tmp_path, skipped)
+    again = logged(tmp_path, skipped)
     assert (again.replays_equal, again.replays_differing) == (1, 0)
 
 
-def test_steps_increase_within_a_process(tmp_path: Path):
-    sink = logged(tmp_path, range(1, 4))
-    for step in (3, 2):
-        with pytest.raises(AssertionError, match="steps must increase"):
-            sink.write(record(step))
-    sink.close()
+@pytest.mark.parametrize("step", [3, 2])
+def test_steps_increase_within_a_process(tmp_path: Path, step: int):
+    with pytest.raises(AssertionError, match="steps must increase"):
+        logged(tmp_path, *map(record, (1, 2, 3, step)))
 
 
 def test_a_second_process_on_the_same_run_is_refused(tmp_path: Path):
-    first = logged(tmp_path, range(1, 4))
-    second = JsonlSink(tmp_path / "metrics.jsonl")
-    second.write(record(4))
+    first = JsonlSink(tmp_path / "metrics.jsonl")
+    first.write(record(1))
+    logged(tmp_path, record(2))
     with pytest.raises(ValueError, match="another process uses the same run directory"):
-        first.write(record(4))
+        first.write(record(2))
     first.close()
-    second.close()
-    assert [r["step"] for r in read_run(tmp_path)] == [1, 2, 3, 4]
+    assert steps_in(tmp_path) == [1, 2]
 
 
 def test_sinks_keep_events_apart_from_records_and_write_the_run_card(tmp_path: Path):
     config = ObserveConfig(progress=False, console_every_steps=100, wandb="off", wandb_project="test")
-    with open_sinks(config, tmp_path / "new" / "run", {"name": "tiny_bf16", "tokens_total": 70}) as sinks:
+    run_dir = tmp_path / "new" / "run"
+    card = {"name": "tiny_bf16", "tokens_total": 70}
+    with open_sinks(config, run_dir, card) as sinks:
         sinks.event("start", step=0)
         assert sinks.write(record(1))
         sinks.event("checkpoint", step=1, path="checkpoints/step_00000001")
-    with open_sinks(config, tmp_path / "new" / "run", {"name": "tiny_bf16", "tokens_total": 70}) as sinks:
+    with open_sinks(config, run_dir, card) as sinks:
         sinks.event("resume", step=0)
         assert not sinks.write(record(1))
         assert sinks.write(record(2))
-    run_dir = tmp_path / "new" / "run"
-    assert [r["step"] for r in read_run(run_dir)] == [1, 2]
+    assert steps_in(run_dir) == [1, 2]
     assert [e["event"] for e in read_events(run_dir)] == ["start", "checkpoint", "resume"]
     assert read_events(run_dir)[1]["path"] == "checkpoints/step_00000001"
     assert json.loads((run_dir / "run_card.json").read_text())["name"] == "tiny_bf16"
+
+
+def test_the_run_card_is_written_before_the_file_by_which_a_run_is_found(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(IsADirectoryError):
+        open_sinks(ObserveConfig(wandb="off"), tmp_path, {"name": "tiny"})
+    assert json.loads((tmp_path / "run_card.json").read_text())["name"] == "tiny"
 
 
 class Listener:
     """A mirror that remembers."""
 
     def __init__(self) -> None:
-        self.steps: list[int] = []
-        self.events: list[str] = []
-        self.closed = False
+        self.seen: list[int | str] = []
 
     def write(self, record: Record) -> None:
-        self.steps.append(record["step"])
+        self.seen.append(record["step"])
 
     def event(self, event: Record) -> None:
-        self.events.append(event["event"])
+        self.seen.append(event["event"])
 
     def close(self) -> None:
-        self.closed = True
+        self.seen.append("closed")
 
 
 def test_the_console_follows_a_replay_but_wandb_sees_each_step_once(tmp_path: Path):
-    logged(tmp_path, range(1, 6)).close()
+    logged(tmp_path, *map(record, range(1, 6)))
     console, wandb = Listener(), Listener()
     with Sinks(JsonlSink(tmp_path / "metrics.jsonl"), console=console, wandb=wandb) as sinks:
         sinks.event("resume", step=3)
         for step in range(4, 8):
             sinks.write(record(step))
-    assert console.steps == [4, 5, 6, 7]
-    assert wandb.steps == [6, 7]
-    assert console.events == wandb.events == ["resume"]
-    assert console.closed
-    assert wandb.closed
+    assert console.seen == ["resume", 4, 5, 6, 7, "closed"]
+    assert wandb.seen == ["resume", 6, 7, "closed"]
 
 
 def test_an_undeclared_event_is_an_assertion_error(tmp_path: Path):
-    sink = JsonlSink(tmp_path / "metrics.jsonl")
     with pytest.raises(AssertionError, match="party"):
-        sink.event({"event": "party", "step": 1})
-    sink.close()
+        JsonlSink(tmp_path / "metrics.jsonl").event({"event": "party", "step": 1})
 
 
 def test_reading_a_directory_without_metrics_says_what_to_do(tmp_path: Path):

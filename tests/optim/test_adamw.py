@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from parallel.mesh import Axis
+from parallel.shards import Shard
 from parallel.zero import GradientBuckets
-from train.optim.adamw import AdamW, OptimConfig, Within, decays, round_to_fp8
+from train.optim.adamw import AdamW, decays, round_to_fp8
+from train.optim.config import OptimConfig
 
 ALONE = Axis(name="dp", size=1, rank=0, group=None)
 
@@ -23,7 +25,7 @@ def make_optimizer(named_params: Iterable[tuple[str, nn.Parameter]], config: Opt
 
 def state_of(optimizer: AdamW) -> dict[str, Tensor]:
     """The live tensors of the state, flat."""
-    return {name: piece.local for name, piece in optimizer.state_pieces().items()}
+    return {name: piece.tensor for name, piece in optimizer.state_shards().items()}
 
 
 def main_grad(parameter: nn.Parameter) -> Tensor:
@@ -178,7 +180,7 @@ def test_fp8_moments_are_e4m3_numbers_under_a_power_of_two_per_128() -> None:
     optimizer = make_optimizer(parameters.items(), OptimConfig(moments_dtype="fp8"))
     exact = make_optimizer(make_parameters(torch.bfloat16).items(), OptimConfig(moments_dtype="fp32"))
     fill_main_grads(parameters, seed=1)
-    fill_main_grads({name: state.segment.parameter for name, state in exact._states.items()}, seed=1)
+    fill_main_grads({name: state.held.parameter for name, state in exact._states.items()}, seed=1)
     for one in (optimizer, exact):
         one.step(lr=1e-2, step=1)
     assert state_of(optimizer).keys() == state_of(exact).keys()
@@ -250,11 +252,11 @@ def test_state_lies_where_its_experts_lie_in_the_global_parameter() -> None:
     """Experts 2 and 3 of 8, of 5 x 7 elements each."""
     down_proj = nn.Parameter(torch.ones(2, 5, 7, dtype=torch.bfloat16))
     buckets = GradientBuckets([("down_proj", down_proj)], axis=ALONE, sharded=False)
-    optimizer = AdamW([buckets], OptimConfig(), {"down_proj": Within(first=2 * 35, global_numel=8 * 35)})
-    pieces = optimizer.state_pieces()
+    optimizer = AdamW([buckets], OptimConfig(), {"down_proj": Shard((8 * 35,), (2 * 35,), (2 * 35,))})
+    pieces = optimizer.state_shards()
     assert sorted(pieces) == ["exp_avg.down_proj", "exp_avg_sq.down_proj", "master.down_proj"]
     for piece in (*pieces.values(), *optimizer.masters().values()):
-        assert (piece.global_shape, piece.offset, tuple(piece.local.shape)) == ((280,), (70,), (70,))
+        assert (piece.shard.global_shape, piece.shard.offsets, tuple(piece.tensor.shape)) == ((280,), (70,), (70,))
 
 
 def test_masters_are_the_live_fp32_weights_of_every_parameter() -> None:
@@ -266,5 +268,5 @@ def test_masters_are_the_live_fp32_weights_of_every_parameter() -> None:
         optimizer.step(lr=1e-2, step=1)
         assert masters.keys() == parameters.keys()
         for name, parameter in parameters.items():
-            assert masters[name].local.dtype == torch.float32
-            assert torch.equal(masters[name].local.to(dtype).view(parameter.shape), parameter)
+            assert masters[name].tensor.dtype == torch.float32
+            assert torch.equal(masters[name].tensor.to(dtype).view(parameter.shape), parameter)

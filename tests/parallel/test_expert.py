@@ -19,7 +19,8 @@ from kernels.formats import E4M3_MAX, TILE, Quantized, ceil_div, decode_e4m3
 from kernels.quantize import dequantize_tiles, quantize_tiles, requantize_transposed
 from parallel.collectives import Traffic
 from parallel.expert import ExpertParallelDispatcher, Wire, pack_fp8, unpack_fp8
-from parallel.mesh import Axis, Layout, init_processes, make_mesh
+from parallel.layout import Layout
+from parallel.mesh import Axis, init_processes, make_mesh
 from tests.parallel.moe_ranks import EXPERTS, KINDS, case, measure, reference, relative, routed_experts
 from tests.ranks import run_ranks
 

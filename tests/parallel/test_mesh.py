@@ -1,4 +1,4 @@
-"""Impossible layouts are refused with the numbers and the cure; possible ones become the groups of arithmetic."""
+"""A layout becomes the groups of its arithmetic, with the network's settings."""
 
 from __future__ import annotations
 
@@ -14,253 +14,23 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.layout_check import Workload, check_layout, check_world
-from parallel.mesh import AXES, Axis, Layout, Mesh, axis_ranks, cpu_group, init_processes, make_mesh, shutdown, single
-from parallel.network import NetworkConfig
+from parallel.layout import Layout
+from parallel.mesh import (
+    AXES,
+    Axis,
+    Mesh,
+    NetworkConfig,
+    axis_ranks,
+    cpu_group,
+    init_processes,
+    make_mesh,
+    shutdown,
+    single,
+)
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 V3_LAYOUT = Layout(pp=16, dp=128, ep=64, schedule="ZBVZeroBubble")
-V3 = Workload(
-    num_layers=61,
-    n_routed_experts=256,
-    n_group=8,
-    batch_start_sequences=3072,
-    batch_full_sequences=15360,
-    batch_multiple_sequences=128,
-    micro_batch_sequences=1,
-)
-SMALL = Workload(
-    num_layers=6,
-    n_routed_experts=12,
-    n_group=4,
-    batch_start_sequences=24,
-    batch_full_sequences=48,
-    batch_multiple_sequences=24,
-    micro_batch_sequences=2,
-)
-
-# Fields of Layout -> the whole sentence.
-BY_ITSELF = {
-    "no rank": ({"pp": 0}, "layout.pp=0 is too small: use 1 or more"),
-    "negative": ({"dp": -2}, "layout.dp=-2 is too small: use 1 or more"),
-    "negative wait": (
-        {"max_waiting_wgrads": -1},
-        "layout.max_waiting_wgrads=-1 is negative: use 0 or more, or null",
-    ),
-    "no rank on a node": ({"ranks_per_node": 0}, "layout.ranks_per_node=0 is too small: use 1 or more"),
-    "ep that does not divide": (
-        {"dp": 8, "ep": 3},
-        "layout.ep=3 does not divide layout.dp=8: use layout.ep=2 or 4, or layout.dp=6 or 9",
-    ),
-    "ep above dp": ({"dp": 2, "ep": 4}, "layout.ep=4 does not divide layout.dp=2: use layout.ep=2, or layout.dp=4"),
-    "schedule": (
-        {"schedule": "ZBV"},
-        (
-            "layout.schedule=ZBV is not a pipeline schedule: did you mean layout.schedule=ZBVZeroBubble? "
-            "(1F1B, ZBVZeroBubble)"
-        ),
-    ),
-    "stages": (
-        {"pp": 2, "schedule": "ZBVZeroBubble", "stage_layers": (3, 3)},
-        (
-            "layout.stage_layers=[3, 3] names 2 stages, but layout.schedule=ZBVZeroBubble on layout.pp=2 has 4: "
-            "give 4 numbers, or null to balance them by cost"
-        ),
-    ),
-    "empty stage": (
-        {"pp": 2, "stage_layers": (6, 0)},
-        "layout.stage_layers=[6, 0] leaves a stage without layers: give each 1 or more",
-    ),
-}
-
-# Layout, changes to SMALL -> the whole sentence.
-WITH_WORKLOAD = {
-    "experts": (
-        Layout(dp=24, ep=8, ranks_per_node=24),
-        {},
-        "layout.ep=8 does not divide model.n_routed_experts=12: on layout.dp=24 use layout.ep=6 or 12",
-    ),
-    # On nodes of 8, ep 6 would put experts 3-5 of the expert-parallel group that starts at rank 6 on ranks 7 and 8.
-    "experts, and the next choices would leave the node": (
-        Layout(dp=24, ep=8),
-        {},
-        "layout.ep=8 does not divide model.n_routed_experts=12: on layout.dp=24 use layout.ep=4",
-    ),
-    # ep 6 of 12 experts: group 1 is experts 3-5 on ranks 1-2, on either side of the border of a node of 2.
-    "routing group on two nodes": (
-        Layout(dp=12, ep=6, ranks_per_node=2),
-        {},
-        (
-            "layout.ep=6 spreads expert group 1 of model.n_group=4 over ranks 1 to 2, which lie on two nodes of "
-            "layout.ranks_per_node=2, so that node-limited routing would not limit nodes: use layout.ep=4"
-        ),
-    ),
-    "routing group on two nodes, only in the second expert-parallel group": (
-        Layout(dp=12, ep=12, pp=2, ranks_per_node=16),
-        {"n_group": 2},
-        (
-            "layout.ep=12 spreads expert group 0 of model.n_group=2 over ranks 12 to 17, which lie on two nodes of "
-            "layout.ranks_per_node=16, so that node-limited routing would not limit nodes: use layout.ep=4"
-        ),
-    ),
-    "stages": (
-        Layout(pp=4, dp=1, schedule="ZBVZeroBubble"),
-        {},
-        (
-            "layout.pp=4 with layout.schedule=ZBVZeroBubble makes 8 stages of model.num_hidden_layers=6, less than one "
-            "layer each: use layout.pp=3 or less"
-        ),
-    ),
-    "missing layers": (
-        Layout(pp=2, stage_layers=(2, 3)),
-        {},
-        "layout.stage_layers=[2, 3] sums to 5, but model.num_hidden_layers=6: add 1, or use null",
-    ),
-    "surplus layers": (
-        Layout(pp=2, stage_layers=(4, 4)),
-        {},
-        "layout.stage_layers=[4, 4] sums to 8, but model.num_hidden_layers=6: take away 2, or use null",
-    ),
-    "granularity": (
-        Layout(dp=4, ep=2),
-        {"batch_multiple_sequences": 12},
-        (
-            "schedule.batch_multiple_sequences=12 is not a multiple of layout.dp=4 x run.micro_batch_sequences=2 = 8, "
-            "so a step would not split into micro-batches: use schedule.batch_multiple_sequences=8 or 16, or "
-            "layout.dp=2 or 6"
-        ),
-    ),
-    "start": (
-        Layout(dp=4),
-        {"batch_start_sequences": 4, "batch_multiple_sequences": 8},
-        (
-            "schedule.batch_start_sequences=4 is not a multiple of layout.dp=4 x run.micro_batch_sequences=2 = 8, so a "
-            "step would not split into micro-batches: use schedule.batch_start_sequences=8, or layout.dp=2"
-        ),
-    ),
-    "end": (
-        Layout(dp=4),
-        {"batch_full_sequences": 44, "batch_multiple_sequences": 8},
-        (
-            "schedule.batch_full_sequences=44 is not a multiple of layout.dp=4 x run.micro_batch_sequences=2 = 8, so a "
-            "step would not split into micro-batches: use schedule.batch_full_sequences=40 or 48, or layout.dp=2"
-        ),
-    ),
-    # 24 / (4 x 2) = 3 micro-batches for 4 stages.
-    "micro-batches": (
-        Layout(pp=4, dp=4),
-        {"batch_multiple_sequences": 8},
-        (
-            "schedule.batch_start_sequences=24 gives each of layout.dp=4 pipelines 3 micro-batches of "
-            "run.micro_batch_sequences=2, but layout.schedule=1F1B on layout.pp=4 needs 4: "
-            "use schedule.batch_start_sequences=32, layout.pp=3, layout.dp=3 or layout.schedule=ZBVZeroBubble"
-        ),
-    ),
-}
-
-WORLDS = {
-    "half": (
-        Layout(pp=2, dp=8),
-        8,
-        "8 processes were started, but layout.pp=2 x layout.dp=8 needs 16: start 16, or set layout.dp=4",
-    ),
-    "experts follow": (
-        Layout(pp=2, dp=8, ep=8),
-        4,
-        (
-            "4 processes were started, but layout.pp=2 x layout.dp=8 needs 16: "
-            "start 16, or set layout.dp=2 and layout.ep=2"
-        ),
-    ),
-    "laptop": (
-        V3_LAYOUT,
-        1,
-        (
-            "1 process was started, but layout.pp=16 x layout.dp=128 needs 2048: "
-            "start 2048, or set layout.pp=1 and layout.dp=1 and layout.ep=1"
-        ),
-    ),
-    "too many": (
-        Layout(),
-        6,
-        "6 processes were started, but layout.pp=1 x layout.dp=1 needs 1: start 1, or set layout.dp=6",
-    ),
-}
-
-
-@pytest.mark.parametrize(("fields", "sentence"), BY_ITSELF.values(), ids=BY_ITSELF.keys())
-def test_a_layout_that_no_model_could_run_is_refused(fields: dict[str, object], sentence: str) -> None:
-    with pytest.raises(ValueError, match=r"^layout\.") as refused:
-        Layout(**fields)  # type: ignore[arg-type]
-    assert str(refused.value) == sentence
-
-
-@pytest.mark.parametrize(("layout", "changes", "sentence"), WITH_WORKLOAD.values(), ids=WITH_WORKLOAD.keys())
-def test_a_layout_that_cannot_carry_the_workload_is_refused(
-    layout: Layout, changes: dict[str, int], sentence: str
-) -> None:
-    with pytest.raises(ValueError, match=r"^(layout|schedule)\.") as refused:
-        check_layout(layout, replace(SMALL, **changes))
-    assert str(refused.value) == sentence
-
-
-@pytest.mark.parametrize(("layout", "world", "sentence"), WORLDS.values(), ids=WORLDS.keys())
-def test_a_wrong_number_of_processes_is_refused_with_a_layout_that_fits_it(
-    layout: Layout, world: int, sentence: str
-) -> None:
-    with pytest.raises(ValueError, match="started") as refused:
-        check_world(layout, world)
-    assert str(refused.value) == sentence
-    check_world(layout, layout.world)
-
-
-@pytest.mark.parametrize("layout", [Layout(pp=3, dp=10, ep=5), V3_LAYOUT, Layout(pp=2, dp=6, ep=6)])
-@pytest.mark.parametrize("world", [1, 2, 7, 8, 60, 1024])
-def test_the_suggested_layout_has_as_many_ranks_as_were_started(layout: Layout, world: int) -> None:
-    """The sentence is taken at its word."""
-    with pytest.raises(ValueError, match="or set ") as refused:
-        check_world(layout, world)
-    changes = str(refused.value).partition("or set ")[2].split(" and ")
-    values = {name.removeprefix("layout."): int(value) for name, value in (change.split("=") for change in changes)}
-    check_world(replace(layout, **values), world)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("layout", "workload"),
-    [
-        (V3_LAYOUT, V3),
-        (Layout(), SMALL),
-        # One group is no limit on nodes: its experts may lie anywhere.
-        (Layout(dp=12, ep=12, ranks_per_node=2), replace(SMALL, n_group=1)),
-        # Four groups on two ranks: each lies on one.
-        (Layout(dp=2, ep=2, ranks_per_node=1), SMALL),
-        # Fewer micro-batches (3) than stages (8): legal where the schedule says so.
-        (Layout(pp=3, dp=4, schedule="ZBVZeroBubble"), replace(SMALL, batch_multiple_sequences=8)),
-        (Layout(pp=3, dp=4), replace(SMALL, batch_multiple_sequences=8)),
-    ],
-)
-def test_a_possible_layout_passes(layout: Layout, workload: Workload) -> None:
-    check_layout(layout, workload)
-
-
-@pytest.mark.parametrize(("ep", "ranks_per_node", "legal"), [(64, 8, True), (128, 8, False), (128, 16, True)])
-def test_a_routing_group_of_v3_is_one_node(ep: int, ranks_per_node: int, legal: bool) -> None:
-    """§2.1.2: 8 groups of 32 experts. On 64 ranks a group has 8, on 128 it has 16."""
-    layout = replace(V3_LAYOUT, ep=ep, ranks_per_node=ranks_per_node)
-    if legal:
-        check_layout(layout, V3)
-    else:
-        with pytest.raises(ValueError, match=r"expert group 0 .* ranks 0 to 15, .* use layout.ep=64$"):
-            check_layout(layout, V3)
-
-
-def test_an_expert_group_that_fits_a_node_may_not_straddle_two() -> None:
-    one_group = replace(SMALL, n_group=1, n_routed_experts=12)
-    check_layout(Layout(dp=12, ep=3, ranks_per_node=6), one_group)
-    check_layout(Layout(dp=4, ep=4, ranks_per_node=6), one_group)
-    with pytest.raises(ValueError, match=r"ep=4 does not divide layout.ranks_per_node=6.* use layout.ep=3 or 6$"):
-        check_layout(Layout(dp=12, ep=4, ranks_per_node=6), one_group)
 
 
 def expected_ranks(layout: Layout, axis: str, rank: int) -> list[int]:
@@ -401,7 +171,8 @@ def test_on_gloo_each_axis_reaches_exactly_its_ranks() -> None:
 
 ORDERLY = """
 import sys, torch, torch.distributed as dist
-from parallel.mesh import Layout, cpu_group, init_processes, make_mesh, shutdown
+from parallel.layout import Layout
+from parallel.mesh import cpu_group, init_processes, make_mesh, shutdown
 rank, path = int(sys.argv[1]), sys.argv[2]
 init_processes(rank=rank, world=2, backend="gloo", store=dist.FileStore(path, 2), timeout_s=60)
 mesh = make_mesh(Layout(pp=2), device=torch.device("cpu"), tied_embedding=True, timeout_s=60)

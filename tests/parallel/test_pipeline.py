@@ -15,13 +15,11 @@ from typing import Any
 import pytest
 from torch.distributed.pipelining import PipelineStage
 
-from parallel.mesh import Layout
-from parallel.pipeline import _Stage, _Waiting, balanced_split, balanced_v
-from parallel.schedules import SCHEDULES
-from tests.parallel.pipeline_ranks import CASES, COUNTED, Walks, announced, count_calls, let_wait, walk
+from parallel.layout import SCHEDULES, Layout
+from parallel.pipeline import _Stage, _Waiting, balanced_layers, balanced_split, balanced_v
+from tests.parallel.pipeline_ranks import CASES, COUNTED, Walks, announced, let_wait, walk
 from tests.parity.layout_theorem import MODEL
 from tests.ranks import run_ranks
-from train.assemble import balanced_layers
 from train.config import compose
 from train.model.sizes import layer_costs
 
@@ -100,8 +98,8 @@ def test_v3_is_cut_by_what_its_layers_multiply_with() -> None:
     moe = 187.11 + 396.36 + 1.84
     expected = [187.11 + 396.36] * 3 + [moe] * 57 + [moe + 926.68 + moe + 102.76 + 926.68]
     assert [cost / 1e6 for cost in layer_costs(model)] == pytest.approx(expected, abs=0.03)
-    assert balanced_layers(model, "ZBVZeroBubble", 16) == (1, 2, 1, *[2] * 28, 1)
-    assert balanced_layers(model, "1F1B", 16) == (4,) * 15 + (1,)
+    assert balanced_layers(layer_costs(model), "ZBVZeroBubble", 16) == (1, 2, 1, *[2] * 28, 1)
+    assert balanced_layers(layer_costs(model), "1F1B", 16) == (4,) * 15 + (1,)
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -214,10 +212,9 @@ FIRST_STEP = EACH_STEP + Counter(quantize_blocks=LINEARS + STACKS)
 AGAIN = Counter(gemm_tile_block=2 * BLOCKS * MICRO_BATCHES, quantize_tiles=2 * BLOCKS * MICRO_BATCHES)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_each_fp8_gemm_runs_exactly_once_per_micro_batch(name: str) -> None:
+def test_each_fp8_gemm_runs_exactly_once_per_micro_batch(walks: Walks) -> None:
     """Summed over ranks every operator runs as often as in one process: fprop, dgrad and wgrad of each linear."""
-    ranks = run_ranks(2, count_calls, LAYOUTS[name])
+    ranks = [rank.calls for rank in walks[1]]
     totals: list[Counter[str]] = [sum((rank.pipeline[step] for rank in ranks), Counter()) for step in range(3)]
     assert totals == ranks[0].alone
     for total, expected in zip(totals, (FIRST_STEP, EACH_STEP, EACH_STEP + AGAIN), strict=True):
@@ -229,29 +226,28 @@ def test_each_fp8_gemm_runs_exactly_once_per_micro_batch(name: str) -> None:
     assert all(rank.same_bits for rank in ranks)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "played", "counts"), [(4, [0, 1, 2, 3], [1, 2, 4, 7, 20]), (16, [0, 6, 15], [16, 120])]
-)
-def test_most_in_flight_has_the_known_values(ranks: int, played: list[int], counts: list[int]) -> None:
+def test_most_in_flight_has_the_known_values() -> None:
     """1F1B: rank r warms up with pp - r. ZBV: 2 pp on every rank, of stages half as large, once it is filled."""
-    (found,) = run_ranks(1, announced, ranks, played, counts)
-    for (name, count), held in found.items():
-        if name == "1F1B":
-            assert held == [min(ranks - rank, count) for rank in played]
-        elif count >= 2 * ranks - 1:
-            assert held == [2 * ranks] * len(played)
-        else:
-            # All of what there is, on one stage or on both.
-            assert all(count <= most <= min(2 * ranks, 2 * count) for most in held)
-    assert {name for name, _ in found} == set(SCHEDULES)
+    cases = [(4, [0, 1, 2, 3], [1, 2, 4, 7, 20]), (16, [0, 6, 15], [16, 120])]
+    (results,) = run_ranks(1, announced, cases)
+    for (ranks, played, _), found in zip(cases, results, strict=True):
+        for (name, count), held in found.items():
+            if name == "1F1B":
+                assert held == [min(ranks - rank, count) for rank in played]
+            elif count >= 2 * ranks - 1:
+                assert held == [2 * ranks] * len(played)
+            else:
+                # All of what there is, on one stage or on both.
+                assert all(count <= most <= min(2 * ranks, 2 * count) for most in held)
+        assert {name for name, _ in found} == set(SCHEDULES)
 
 
 def test_no_more_weight_gradients_wait_than_allowed_and_no_bit_changes() -> None:
-    waited = {limit: run_ranks(2, let_wait, limit) for limit in (None, 1, 0)}
-    assert max(most for most, _ in waited[None]) == 3, "or the limits below bind nothing"
-    for limit in (1, 0):
-        assert max(most for most, _ in waited[limit]) == limit
-        assert [grads for _, grads in waited[limit]] == [grads for _, grads in waited[None]]
+    unlimited, *limited = zip(*run_ranks(2, let_wait, [None, 1, 0]), strict=True)
+    assert max(most for most, _ in unlimited) == 3, "or the limits below bind nothing"
+    for limit, ranks in zip((1, 0), limited, strict=True):
+        assert max(most for most, _ in ranks) == limit
+        assert [grads for _, grads in ranks] == [grads for _, grads in unlimited]
 
 
 class Message:

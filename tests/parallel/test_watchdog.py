@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -264,8 +264,10 @@ def test_an_orderly_end_is_no_death(tmp_path: Path) -> None:
 
     Five times: where threads did not end in order, one process in five aborted while its interpreter ended.
     """
-    for folder in folders_in(tmp_path, 5):
-        with started(folder, short, timeout_s=4, world=2, host_rank=0) as group:
+    with ExitStack() as stack:
+        folders = folders_in(tmp_path, 5)
+        groups = [stack.enter_context(started(each, short, timeout_s=10, world=2, host_rank=0)) for each in folders]
+        for group in groups:
             assert group.exit_codes(0, 1) == [0, 0], group.said()
             assert [group.sentences(rank) for rank in range(2)] == [[], []]
 
@@ -286,7 +288,7 @@ def test_a_stopped_rank_and_a_suspended_job_survive(tmp_path: Path) -> None:
         assert group.exit_codes(*range(WORLD)) == [0] * WORLD, group.said()
 
 
-def test_the_loss_of_the_store_is_laid_to_its_host(tmp_path: Path) -> None:
+def test_the_loss_of_the_store_is_attributed_to_its_host(tmp_path: Path) -> None:
     """Killed, its connections break; stopped (or without power), its clients' calls never return."""
     folders = folders_in(tmp_path, 2)
     with (
@@ -366,10 +368,10 @@ def test_a_beat_costs_the_same_at_any_world() -> None:
         watchdog = Watchdog(store, 7, world, peer_timeout_s=0.2, on_death=slowly(ended))
         watchdog.start()
         # The neighbour never beats again: the watch ends by itself.
-        assert watchdog.verdict(DEADLINE_S) == f"rank 7 ends because rank {8 % world} (pid 1) is dead: {SILENT}"
-        # The one who asked does not overtake the end of the process.
+        assert watchdog.wait_for_death(DEADLINE_S) == f"rank 7 ends because rank {8 % world} (pid 1) is dead: {SILENT}"
+        # The call returns only after `on_death`, which ends the process.
         assert ended.is_set()
-        watchdog.leave()
+        watchdog.finish()
         beat_at = [index for index, call in enumerate(store.calls) if call == "set watchdog/beat/7"]
         costs.append(store.calls[beat_at[2] : beat_at[3]])
         assert costs[-1] == ["set watchdog/beat/7", "check ['watchdog/dead']", f"get {neighbour}"]
@@ -379,7 +381,7 @@ def test_a_beat_costs_the_same_at_any_world() -> None:
 SILENT = "no heartbeat for 0.2 s"
 
 
-def test_the_first_death_is_the_one_that_is_told() -> None:
+def test_the_first_death_is_the_one_that_is_reported() -> None:
     """Two ranks announce, on one store; the second and a bystander hear of the first."""
     store = dist.HashStore()
     heard: dict[int, list[str]] = {rank: [] for rank in range(3)}
@@ -389,12 +391,12 @@ def test_the_first_death_is_the_one_that_is_told() -> None:
     ]
     for dog in dogs:
         dog.start()
-    assert dogs[1].verdict(0.0) is None
-    dogs[1].announce("out of memory")
-    dogs[2].announce("connection closed")
-    told = [dog.verdict(DEADLINE_S) for dog in dogs]
+    assert dogs[1].wait_for_death(0.0) is None
+    dogs[1].report_failure("out of memory")
+    dogs[2].report_failure("connection closed")
+    told = [dog.wait_for_death(DEADLINE_S) for dog in dogs]
     for dog in dogs:
-        dog.leave()
+        dog.finish()
     who = f"rank 1 (ep 1, host {socket.gethostname()}, pid {os.getpid()}) is dead: out of memory"
     assert told == [
         f"rank 0 ends because {who}",
@@ -405,7 +407,7 @@ def test_the_first_death_is_the_one_that_is_told() -> None:
     assert heard == {rank: [told[rank]] for rank in range(3)}
 
 
-def test_of_two_deaths_at_the_same_instant_the_first_written_is_told() -> None:
+def test_of_two_deaths_at_the_same_instant_the_first_written_is_reported() -> None:
     """Between this rank's look at `dead` and its own announcement another rank wrote: the store decides."""
 
     class LateStore(CountingStore):
@@ -418,22 +420,22 @@ def test_of_two_deaths_at_the_same_instant_the_first_written_is_told() -> None:
     told: list[str] = []
     watchdog = Watchdog(store, 0, 2, peer_timeout_s=3, on_death=told.append)
     watchdog.start()
-    watchdog.announce("connection closed by peer")
-    watchdog.leave()
+    watchdog.report_failure("connection closed by peer")
+    watchdog.finish()
     assert told == ["rank 0 ends because rank 1 (host node1, pid 11) is dead: out of memory"]
 
 
-def test_nobody_leaves_before_the_last() -> None:
+def test_no_rank_finishes_before_the_last() -> None:
     store = dist.HashStore()
     told: list[str] = []
     dogs = [Watchdog(store, rank, 2, peer_timeout_s=30, on_death=told.append) for rank in range(2)]
     for dog in dogs:
         dog.start()
-    first = threading.Thread(target=dogs[0].leave)
+    first = threading.Thread(target=dogs[0].finish)
     first.start()
     first.join(0.3)
     assert first.is_alive()
-    dogs[1].leave()
+    dogs[1].finish()
     first.join(DEADLINE_S)
     assert not first.is_alive()
     assert told == []

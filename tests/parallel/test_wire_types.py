@@ -10,52 +10,69 @@ from collections import Counter
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
 import parallel.zero
-from parallel.mesh import Layout
+from parallel.layout import Layout
+from parallel.mesh import Mesh
 from tests.parity.layout_theorem import MODEL, NOW, engine_on, take_step
 from tests.ranks import run_ranks
-from train.assemble import build_stages
 from train.model.precision import Precision
+from train.stage import build_stages
 from train.step import apply_update
 
+PRECISIONS = ("fp32", "bf16", "fp8")
 HIDDEN_BYTES = {"fp32": MODEL.hidden_size * 4, "bf16": MODEL.hidden_size * 2}
 # 160 payload bytes and two FP32 scales.
 FP8_ROW = MODEL.hidden_size + 2 * 4
 
 
-def record(rank: int, world: int, precision: str) -> dict[str, Any]:
+def record(precision: str) -> dict[str, Any]:
     """Dtypes and widths of what one step and update hand to collectives."""
     seen: Counter[tuple[str, str, int]] = Counter()
-    original = dist.all_to_all_single
-
-    def watched(output: torch.Tensor, rows: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        width = rows.shape[1:].numel() * rows.element_size()
-        seen["all_to_all", str(rows.dtype), width] += 1
-        return original(output, rows, *args, **kwargs)
 
     def counted(name: str, call: Any, which: int) -> Any:
         def counting(*args: Any, **kwargs: Any) -> Any:
-            seen[name, str(args[which].dtype), 0] += 1
+            rows = args[which]
+            width = rows.shape[1:].numel() * rows.element_size() if name == "all_to_all" else 0
+            seen[name, str(rows.dtype), width] += 1
             return call(*args, **kwargs)
 
         return counting
 
     engine = engine_on(Layout(dp=4, ep=2), precision)
-    dist.all_to_all_single = watched
-    parallel.zero._reduce_scatter = counted("reduce_scatter", parallel.zero._reduce_scatter, 1)
-    parallel.zero._all_gather = counted("all_gather", parallel.zero._all_gather, 1)
-    result = take_step(engine, 0)
-    apply_update(engine, result, now=NOW, update=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", counted("all_to_all", dist.all_to_all_single, 1))
+        for name in ("reduce_scatter", "all_gather"):
+            patch.setattr(parallel.zero, f"_{name}", counted(name, getattr(parallel.zero, f"_{name}"), 1))
+        result = take_step(engine, 0)
+        apply_update(engine, result, now=NOW, update=1)
     buckets = Counter(str(b.plan.dtype) for bucket in engine.optimizer.buckets for b in bucket._buckets)
-    return {"seen": dict(seen), "buckets": dict(buckets)}
+    return {"seen": dict(seen), "buckets": dict(buckets), "scales": scales_of_dispatcher(engine.mesh)}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
-def test_every_collective_has_the_promised_dtype(precision: str) -> None:
-    for found in run_ranks(4, record, precision):
+def scales_of_dispatcher(mesh: Mesh) -> list[bool]:
+    """The kind of scales that the dispatcher of a built model uses."""
+    kinds = []
+    for power_of_two in (True, False):
+        stages = build_stages(MODEL, Precision("fp8", power_of_two_scales=power_of_two), mesh)
+        dispatcher: Any = next(m.dispatcher for m in stages[0].modules() if hasattr(m, "dispatcher"))
+        kinds.append(dispatcher.power_of_two)
+    return kinds
+
+
+def record_all(rank: int, world: int) -> dict[str, dict[str, Any]]:
+    return {precision: record(precision) for precision in PRECISIONS}
+
+
+@pytest.fixture(scope="module")
+def recorded() -> list[dict[str, dict[str, Any]]]:
+    return run_ranks(4, record_all)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_collective_has_the_promised_dtype(recorded: list[dict[str, dict[str, Any]]], precision: str) -> None:
+    for found in (rank[precision] for rank in recorded):
         seen, buckets = found["seen"], found["buckets"]
         rows = {(dtype, width) for name, dtype, width in seen if name == "all_to_all" and width > 100}
         if precision == "fp8":
@@ -69,16 +86,5 @@ def test_every_collective_has_the_promised_dtype(precision: str) -> None:
         assert ("torch.bfloat16" in buckets) == (precision != "fp32")
 
 
-def scales_of_dispatcher(rank: int, world: int) -> list[bool]:
-    """The kind of scales that the dispatcher of a built model uses."""
-    mesh = engine_on(Layout(dp=2, ep=2), "fp8").mesh
-    kinds = []
-    for power_of_two in (True, False):
-        stages = build_stages(MODEL, Precision("fp8", power_of_two_scales=power_of_two), mesh)
-        dispatcher: Any = next(m.dispatcher for m in stages[0].modules() if hasattr(m, "dispatcher"))
-        kinds.append(dispatcher.power_of_two)
-    return kinds
-
-
-def test_the_wire_has_the_scales_of_the_run() -> None:
-    assert run_ranks(2, scales_of_dispatcher) == [[True, False]] * 2
+def test_the_wire_has_the_scales_of_the_run(recorded: list[dict[str, dict[str, Any]]]) -> None:
+    assert [rank["fp8"]["scales"] for rank in recorded] == [[True, False]] * 4

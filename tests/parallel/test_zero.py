@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from kernels.fp8_linear import fp8_linear
 from parallel.grads import GradNorm, reduce_and_clip
 from parallel.mesh import Axis
-from parallel.zero import ALIGNMENT, BucketPlan, GradientBuckets, Slot, plan_buckets
+from parallel.shards import Shard
+from parallel.zero import ALIGNMENT, BucketPlan, BucketRange, GradientBuckets, plan_buckets
 from tests.ranks import run_ranks
-from train.optim.adamw import AdamW, OptimConfig, Within
+from train.optim.adamw import AdamW
+from train.optim.config import OptimConfig
 
 ALONE = Axis(name="dp", size=1, rank=0, group=None)
 SHAPES = {
@@ -69,16 +71,18 @@ def arrays(parameters: dict[str, nn.Parameter]) -> Arrays:
     return {name: parameter.detach().float().numpy().copy() for name, parameter in parameters.items()}
 
 
-def pieces_of(optimizer: AdamW) -> dict[str, tuple[int, int, Any]]:
+def shards_of(optimizer: AdamW) -> dict[str, tuple[int, int, Any]]:
     """Name -> (offset, global elements, values) of this rank's state; BF16 is exact in FP32."""
-    pieces = optimizer.state_pieces()
-    return {n: (p.offset[0], p.global_shape[0], p.local.detach().float().numpy().copy()) for n, p in pieces.items()}
+    return {
+        name: (held.shard.offsets[0], held.shard.global_shape[0], held.tensor.detach().float().numpy().copy())
+        for name, held in optimizer.state_shards().items()
+    }
 
 
-def whole(pieces: Iterable[dict[str, tuple[int, int, Any]]]) -> Arrays:
-    """Put the ranks' pieces together; every element must come exactly once."""
+def whole(ranks: Iterable[dict[str, tuple[int, int, Any]]]) -> Arrays:
+    """Put the ranks' shards together; every element must come exactly once."""
     found: Arrays = {}
-    for name, offset, numel, values in ((n, *piece) for rank in pieces for n, piece in rank.items()):
+    for name, offset, numel, values in ((n, *held) for rank in ranks for n, held in rank.items()):
         into = found.setdefault(name, np.full(numel, np.nan, dtype=np.float32))
         assert np.isnan(into[offset : offset + len(values)]).all(), f"{name}: two ranks hold the same element"
         into[offset : offset + len(values)] = values
@@ -109,7 +113,7 @@ def train(
         optimizer.step(lr=1e-2, step=step)
         assert all(p._version > versions[name] for name, p in parameters.items() if p.numel())
         found["weights"].append(arrays(parameters))
-        found["state"].append(pieces_of(optimizer))
+        found["state"].append(shards_of(optimizer))
     return found
 
 
@@ -204,6 +208,23 @@ def summed_gradients(shapes: dict[str, tuple[int, ...]], *, ranks: Iterable[int]
     return sums
 
 
+def updated_alone(shapes: dict[str, tuple[int, ...]], gradients: Iterable[Tensor]) -> tuple[Arrays, AdamW]:
+    """One process after one step with these gradients: weights and optimizer."""
+    parameters = make_parameters(torch.bfloat16, shapes)
+    optimizer = AdamW([GradientBuckets(parameters.items(), axis=ALONE, sharded=False)], OptimConfig())
+    for parameter, gradient in zip(parameters.values(), gradients, strict=True):
+        main_grad(parameter).copy_(gradient)
+    update(optimizer, ALONE)
+    return arrays(parameters), optimizer
+
+
+def update(optimizer: AdamW, world: Axis) -> float:
+    """One step; a clip that does nothing leaves the exact 1 / N as the only factor. The norm."""
+    norm = reduce_and_clip(optimizer.buckets, num_targets=TARGETS, max_norm=1e9, world=world)
+    optimizer.step(lr=1e-2, step=1)
+    return float(norm.norm)
+
+
 def norm_of(gradients: Iterable[Tensor]) -> float:
     return float(sum(float(gradient.square().sum()) for gradient in gradients) ** 0.5)
 
@@ -227,14 +248,14 @@ def test_state_of_two_ranks_goes_on_in_one_process(two: list[dict[str, Any]]) ->
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(torch.from_numpy(ways[0]["weights"][1][name]))
-            for name, piece in optimizer.state_pieces().items():
-                piece.local.copy_(torch.from_numpy(saved[name]))
+            for name, piece in optimizer.state_shards().items():
+                piece.tensor.copy_(torch.from_numpy(saved[name]))
         for rank in (0, 1):
             add_gradients(parameters, rank=rank, step=3, exact=False)
         reduce_and_clip([buckets], num_targets=TARGETS, max_norm=0.5, world=ALONE)
         optimizer.step(lr=1e-2, step=3)
         assert_same(arrays(parameters), ways[1]["weights"][2])
-        assert_same(whole([pieces_of(optimizer)]), whole(way["state"][2] for way in ways))
+        assert_same(whole([shards_of(optimizer)]), whole(way["state"][2] for way in ways))
 
 
 # ---- memory
@@ -244,7 +265,7 @@ def state_bytes(rank: int, world: int, *, sharded: bool) -> int:
     weight = nn.Parameter(torch.zeros(1000, 333, dtype=torch.bfloat16))
     axis = Axis("dp", world, rank, dist.group.WORLD)
     optimizer = AdamW([GradientBuckets([("w", weight)], axis=axis, sharded=sharded)], OptimConfig())
-    storages = {p.local.untyped_storage() for p in (*optimizer.state_pieces().values(), *optimizer.masters().values())}
+    storages = {p.tensor.untyped_storage() for p in (*optimizer.state_shards().values(), *optimizer.masters().values())}
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
@@ -281,12 +302,9 @@ def experts_on_two_by_two(rank: int) -> dict[str, Any]:
     dense = GradientBuckets([(gate_name, both[gate_name])], axis=world, sharded=True)
     edp = Axis("edp", 2, edp_rank, groups[ep_rank])
     experts = GradientBuckets([(down_name, down)], axis=edp, sharded=True)
-    optimizer = AdamW([dense, experts], OptimConfig(), {down_name: Within(first=70 * ep_rank, global_numel=140)})
+    optimizer = AdamW([dense, experts], OptimConfig(), {down_name: Shard((140,), (70 * ep_rank,), (70,))})
     add_gradients(parameters, rank=rank, step=1, exact=True)
-    # A clip that does nothing leaves the exact 1 / N as the only factor.
-    norm = reduce_and_clip([dense, experts], num_targets=TARGETS, max_norm=1e9, world=world)
-    optimizer.step(lr=1e-2, step=1)
-    return {"norm": float(norm.norm), "weights": arrays(parameters), "state": pieces_of(optimizer)}
+    return {"norm": update(optimizer, world), "weights": arrays(parameters), "state": shards_of(optimizer)}
 
 
 def test_experts_are_summed_over_their_replicas_only(four: list[dict[str, Any]]) -> None:
@@ -294,22 +312,15 @@ def test_experts_are_summed_over_their_replicas_only(four: list[dict[str, Any]])
     per_rank = {gate_name: EXPERTS[gate_name], down_name: (2, 5, 7)}
     gate = summed_gradients(per_rank, ranks=range(4), exact=True)[gate_name]
     down = torch.cat([summed_gradients(per_rank, ranks=(ep, ep + 2), exact=True)[down_name] for ep in (0, 1)])
-    parameters = make_parameters(torch.bfloat16, EXPERTS)
-    buckets = GradientBuckets(parameters.items(), axis=ALONE, sharded=False)
-    for parameter, gradient in zip(parameters.values(), (gate, down), strict=True):
-        main_grad(parameter).copy_(gradient)
-    optimizer = AdamW([buckets], OptimConfig())
-    reduce_and_clip([buckets], num_targets=TARGETS, max_norm=1e9, world=ALONE)
-    optimizer.step(lr=1e-2, step=1)
+    weights, optimizer = updated_alone(EXPERTS, (gate, down))
     results = [result["experts"] for result in four]
     for rank, result in enumerate(results):
-        expected = arrays(parameters)
-        expected[down_name] = expected[down_name][2 * (rank % 2) : 2 * (rank % 2) + 2]
+        expected = weights | {down_name: weights[down_name][2 * (rank % 2) : 2 * (rank % 2) + 2]}
         assert_same(result["weights"], expected)
         # Origin as above.
         assert result["norm"] == pytest.approx(norm_of((gate, down)) / TARGETS, rel=2**-23)
         assert result["norm"] == results[0]["norm"]
-    assert_same(whole(result["state"] for result in results), whole([pieces_of(optimizer)]))
+    assert_same(whole(result["state"] for result in results), whole([shards_of(optimizer)]))
 
 
 TIED = {"embed_tokens.weight": (61, 33), "layer.weight": (129,)}
@@ -329,9 +340,7 @@ def tied_on_two_by_two(rank: int, *, sharded: bool) -> dict[str, Any]:
     optimizer = AdamW([own, shared], OptimConfig())
     add_gradients(parameters, rank=rank, step=1, exact=True)
     world = Axis("world", 4, rank, dist.group.WORLD)
-    norm = reduce_and_clip([own, shared], num_targets=TARGETS, max_norm=1e9, world=world)
-    optimizer.step(lr=1e-2, step=1)
-    return {"norm": float(norm.norm), "weights": arrays(parameters)}
+    return {"norm": update(optimizer, world), "weights": arrays(parameters)}
 
 
 @pytest.mark.parametrize("sharded", [True, False])
@@ -340,13 +349,7 @@ def test_tied_copies_stay_equal_and_count_once(four: list[dict[str, Any]], shard
     embedding = summed_gradients(TIED, ranks=range(4), exact=True)[embedding_name]
     layers = [summed_gradients(TIED, ranks=ranks, exact=True)[layer_name] for ranks in ((0, 1), (2, 3))]
     for rank, result in enumerate(result["tied"][sharded] for result in four):
-        parameters = make_parameters(torch.bfloat16, TIED)
-        buckets = GradientBuckets(parameters.items(), axis=ALONE, sharded=False)
-        main_grad(parameters[embedding_name]).copy_(embedding)
-        main_grad(parameters[layer_name]).copy_(layers[rank // 2])
-        reduce_and_clip([buckets], num_targets=TARGETS, max_norm=1e9, world=ALONE)
-        AdamW([buckets], OptimConfig()).step(lr=1e-2, step=1)
-        assert_same(result["weights"], arrays(parameters))
+        assert_same(result["weights"], updated_alone(TIED, (embedding, layers[rank // 2]))[0])
         # Origin as above.
         assert result["norm"] == pytest.approx(norm_of((embedding, *layers)) / TARGETS, rel=2**-23)
         assert result["norm"] == four[0]["tied"][sharded]["norm"] == four[0]["tied"][not sharded]["norm"]
@@ -360,7 +363,7 @@ def one_rank_poisoned(rank: int, world: int, *, sharded: bool) -> tuple[bool, li
     if rank == 2:
         main_grad(parameters["embed_tokens.weight"])[60, 32] = float("nan")
     norm: GradNorm = reduce_and_clip([buckets], num_targets=TARGETS, max_norm=0.5, world=axis)
-    return bool(norm.finite), [(s.name, s.start, s.grad.numpy().copy()) for s in buckets.segments()]
+    return bool(norm.finite), [(s.name, s.shard.offsets[0], s.grad.numpy().copy()) for s in buckets.parameter_shards()]
 
 
 @pytest.mark.parametrize("sharded", [True, False])
@@ -382,7 +385,7 @@ def one_element(rank: int, world: int) -> tuple[int, float]:
     main_grad(weight).fill_(1.0)
     reduce_and_clip([buckets], num_targets=1, max_norm=1.0, world=axis)
     optimizer.step(lr=0.25, step=1)
-    return len(buckets.segments()), float(weight.detach())
+    return len(buckets.parameter_shards()), float(weight.detach())
 
 
 def test_ranks_that_own_only_padding_receive_the_weight(four: list[dict[str, Any]]) -> None:
@@ -422,10 +425,10 @@ def test_small_parameters_share_a_bucket_and_a_large_one_has_its_own() -> None:
     bf16, fp32 = torch.bfloat16, torch.float32
     sizes = [("a", 100, bf16), ("b", 1, fp32), ("c", 129, bf16), ("d", 900, bf16), ("e", 5, bf16), ("f", 0, bf16)]
     assert plan_buckets(sizes, shards=2, bucket_bytes=4 * 512) == (
-        BucketPlan(bf16, (Slot("a", 0, 100), Slot("c", 128, 129)), 512),
-        BucketPlan(bf16, (Slot("d", 0, 900),), 1024),
-        BucketPlan(bf16, (Slot("e", 0, 5), Slot("f", 128, 0)), 256),
-        BucketPlan(fp32, (Slot("b", 0, 1),), 256),
+        BucketPlan(bf16, (BucketRange("a", 0, 100), BucketRange("c", 128, 129)), 512),
+        BucketPlan(bf16, (BucketRange("d", 0, 900),), 1024),
+        BucketPlan(bf16, (BucketRange("e", 0, 5), BucketRange("f", 128, 0)), 256),
+        BucketPlan(fp32, (BucketRange("b", 0, 1),), 256),
     )
 
 
@@ -439,15 +442,15 @@ def test_every_plan_holds_each_parameter_once_and_cuts_evenly(
 ) -> None:
     named = [(str(i), numel, dtype_of(bf16=bf16)) for i, (numel, bf16) in enumerate(sizes)]
     plans = plan_buckets(named, shards=shards, bucket_bytes=bucket_bytes)
-    placed = [(slot.name, slot.numel, plan.dtype) for plan in plans for slot in plan.slots]
+    placed = [(each.name, each.numel, plan.dtype) for plan in plans for each in plan.ranges]
     assert sorted(placed, key=lambda p: int(p[0])) == named
     for plan in plans:
-        ends = [slot.start + slot.numel for slot in plan.slots]
-        assert all(slot.start % ALIGNMENT == 0 for slot in plan.slots)
-        assert all(slot.start >= end for slot, end in zip(plan.slots[1:], ends, strict=False))
+        ends = [each.start + each.numel for each in plan.ranges]
+        assert all(each.start % ALIGNMENT == 0 for each in plan.ranges)
+        assert all(each.start >= end for each, end in zip(plan.ranges[1:], ends, strict=False))
         assert plan.numel % (ALIGNMENT * shards) == 0
         assert ends[-1] <= plan.numel < ends[-1] + ALIGNMENT * shards
-        assert len(plan.slots) == 1 or ends[-1] * 4 <= bucket_bytes
+        assert len(plan.ranges) == 1 or ends[-1] * 4 <= bucket_bytes
 
 
 def test_a_gradient_left_outside_main_grad_is_an_error() -> None:

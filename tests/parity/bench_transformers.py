@@ -29,12 +29,12 @@ from train.data.batch import Batch
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
-from train.optim.adamw import OptimConfig
-from train.schedules import Now
+from train.optim.config import OptimConfig
+from train.schedules import ScheduledValues
 from train.step import apply_update, compute_gradients
 
 SEQUENCES, TOKENS = 8, 256
-NOW = Now(lr=1e-4, batch_sequences=SEQUENCES, bias_speed=1e-3, mtp_weight=0.0, balance_alpha=1e-4)
+NOW = ScheduledValues(lr=1e-4, batch_sequences=SEQUENCES, bias_speed=1e-3, mtp_weight=0.0, balance_alpha=1e-4)
 
 
 def theirs(config: ModelConfig, ours: Transformer, dtype: torch.dtype) -> DeepseekV3ForCausalLM:

@@ -29,18 +29,21 @@ from torch import Tensor
 import kernels.router
 from kernels.formats import TILE
 from kernels.permute import Dispatched, combine_tokens, group_gates, group_tokens, partial_grouping
-from parallel.mesh import Layout, make_mesh, single
-from parallel.pieces import Piece
+from parallel.layout import Layout
+from parallel.mesh import make_mesh, single
+from parallel.shards import LocalShard
 from tests.tiny_model import TINY
-from train.assemble import assemble, build_engine, build_stages, expert_pieces
+from train.assemble import assemble, build_engine
 from train.data.batch import IGNORE_INDEX, Batch
 from train.model.config import ModelConfig
 from train.model.init import initialize
 from train.model.moe import Routing
 from train.model.precision import Precision
-from train.optim.adamw import OptimConfig
-from train.schedules import Now
-from train.step import Engine, StepGradients, apply_update, compute_gradients, routers
+from train.optim.balance import routers
+from train.optim.config import OptimConfig
+from train.schedules import ScheduledValues
+from train.stage import build_stages, expert_shards
+from train.step import Engine, StepGradients, apply_update, compute_gradients
 
 STEPS = 20
 # Of 24 tried, the one whose FP32 reference stays furthest from a tie between experts (`Reference.closest_tie`): a free
@@ -61,7 +64,7 @@ MODEL: ModelConfig = replace(
 )
 # No clipping: gradients are compared as they come.
 OPTIM = OptimConfig(clip_norm=1e9)
-NOW = Now(lr=2.2e-4, batch_sequences=SEQUENCES, bias_speed=1e-3, mtp_weight=0.3, balance_alpha=0.01)
+NOW = ScheduledValues(lr=2.2e-4, batch_sequences=SEQUENCES, bias_speed=1e-3, mtp_weight=0.3, balance_alpha=0.01)
 
 
 def batch_of(step: int) -> Batch:
@@ -137,12 +140,12 @@ def engine_on(layout: Layout | None, precision: str, *, expert_ranks: int = 1) -
     return assemble(stages, OPTIM, mesh)
 
 
-def state_of(engine: Engine) -> dict[str, Tensor | Piece]:
+def state_of(engine: Engine) -> dict[str, Tensor | LocalShard]:
     """Live state by name: parameters, biases, masters and moments."""
-    state: dict[str, Tensor | Piece] = {}
+    state: dict[str, Tensor | LocalShard] = {}
     for model in engine.models:
-        state |= model.state_dict() | expert_pieces(model)
-    return state | engine.optimizer.state_pieces()
+        state |= model.state_dict() | expert_shards(model)
+    return state | engine.optimizer.state_shards()
 
 
 def take_step(engine: Engine, step: int) -> StepGradients:
@@ -153,11 +156,11 @@ def take_step(engine: Engine, step: int) -> StepGradients:
     return compute_gradients(engine, share, num_micro_batches=pieces, now=NOW)
 
 
-def gradient_pieces(engine: Engine) -> dict[str, Piece]:
+def gradient_pieces(engine: Engine) -> dict[str, LocalShard]:
     """Parameter name -> the mean gradients that this rank owns, as pieces of the flat global parameter."""
-    grads = {segment.name: segment.grad for bucket in engine.optimizer.buckets for segment in bucket.segments()}
+    grads = {segment.name: segment.grad for bucket in engine.optimizer.buckets for segment in bucket.parameter_shards()}
     return {
-        name: Piece(grads[name], master.global_shape, master.offset)
+        name: LocalShard.at(grads[name], master.shard.global_shape, master.shard.offsets)
         for name, master in engine.optimizer.masters().items()
     }
 
@@ -251,7 +254,7 @@ def write_reference(rank: int, world: int, folder: Path, precision: str, expert_
 
 
 def _named_gradients(engine: Engine) -> dict[str, Tensor]:
-    return {f"grad.{name}": piece.local.clone() for name, piece in gradient_pieces(engine).items()}
+    return {f"grad.{name}": piece.tensor.clone() for name, piece in gradient_pieces(engine).items()}
 
 
 def _facts(result: StepGradients) -> dict[str, Tensor]:
@@ -263,8 +266,8 @@ def _losses(result: StepGradients) -> tuple[float, ...]:
     return tuple(float(x) for x in (result.loss_total, result.loss_main, result.loss_mtp, result.loss_balance))
 
 
-def _local(value: Tensor | Piece) -> Tensor:
-    return value.local if isinstance(value, Piece) else value
+def _local(value: Tensor | LocalShard) -> Tensor:
+    return value.tensor if isinstance(value, LocalShard) else value
 
 
 @torch.no_grad()
@@ -272,8 +275,8 @@ def force(engine: Engine, state: dict[str, Tensor]) -> None:
     """Give this rank its part of the reference's state."""
     for name, value in state_of(engine).items():
         source = state[name]
-        if isinstance(value, Piece):
-            for dim, (offset, length) in enumerate(zip(value.offset, value.local.shape, strict=True)):
+        if isinstance(value, LocalShard):
+            for dim, (offset, length) in enumerate(zip(value.shard.offsets, value.tensor.shape, strict=True)):
                 source = source.narrow(dim, offset, length)
         _local(value).copy_(source)
 
@@ -332,13 +335,13 @@ def _compare_step(found: Comparison, engine: Engine, result: StepGradients, refe
         found.counts_equal &= torch.equal(counts, reference[f"counts.{layer}"])
     sizes = {key.removeprefix("grad."): grad.numel() for key, grad in reference.items() if key.startswith("grad.")}
     pieces = gradient_pieces(engine)
-    found.covered = {name: piece.local.numel() for name, piece in pieces.items()}
+    found.covered = {name: piece.tensor.numel() for name, piece in pieces.items()}
     found.sizes = sizes
     for name, piece in pieces.items():
         whole = reference[f"grad.{name}"].double()
-        assert piece.global_shape == tuple(whole.shape), name
-        part = whole[piece.offset[0] : piece.offset[0] + len(piece.local)]
-        found.errors.setdefault(name, []).append(float((piece.local.double() - part).square().sum()))
+        assert piece.shard.global_shape == tuple(whole.shape), name
+        part = whole[piece.shard.offsets[0] : piece.shard.offsets[0] + len(piece.tensor)]
+        found.errors.setdefault(name, []).append(float((piece.tensor.double() - part).square().sum()))
         found.squares.setdefault(name, []).append(float(whole.square().sum()))
 
 

@@ -20,20 +20,21 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from parallel.mesh import Layout, make_mesh
+from parallel.layout import Layout
+from parallel.mesh import make_mesh
 from tests.parity.layout_theorem import force, gradient_pieces
 from train.assemble import build_engine
 from train.data.batch import Batch
 from train.model.config import ModelConfig
 from train.model.precision import Precision
-from train.optim.adamw import OptimConfig
-from train.schedules import Now
+from train.optim.config import OptimConfig
+from train.schedules import ScheduledValues
 from train.step import Engine, compute_gradients
 
 WEIGHTS, TOKENS = "weights.safetensors", "tokens.safetensors"
 MICRO_BATCH = 1
 # Main loss only: no MTP, no balance loss; what is not updated needs no rate.
-NOW = Now(lr=0.0, batch_sequences=0, bias_speed=0.0, mtp_weight=0.0, balance_alpha=0.0)
+NOW = ScheduledValues(lr=0.0, batch_sequences=0, bias_speed=0.0, mtp_weight=0.0, balance_alpha=0.0)
 # No clipping: gradients are compared as they come.
 OPTIM = OptimConfig(clip_norm=1e9)
 
@@ -53,7 +54,7 @@ def gradients_on(
     engine = build_engine(config, Precision("fp32"), OPTIM, mesh, seed=0)
     weights, tokens = load_file(folder / WEIGHTS), load_file(folder / TOKENS)
     # Moments have no part in gradients; they stay as they are.
-    moments = {name: torch.zeros(piece.global_shape) for name, piece in engine.optimizer.state_pieces().items()}
+    moments = {name: torch.zeros(piece.shard.global_shape) for name, piece in engine.optimizer.state_shards().items()}
     batch = Batch(tokens["input_ids"], tokens["labels"])
 
     force(engine, weights | moments)
@@ -83,5 +84,5 @@ def _step(engine: Engine, batch: Batch) -> RankGradients:
     pieces = gradient_pieces(engine)
     return RankGradients(
         float(result.loss_main),
-        {name: (piece.offset[0], piece.local.numpy().copy()) for name, piece in pieces.items()},
+        {name: (piece.shard.offsets[0], piece.tensor.numpy().copy()) for name, piece in pieces.items()},
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import kernels.fp8_linear
 from kernels.formats import Quantized
-from train.assemble import build
+from train.assemble import build_alone
 from train.config import PretrainConfig, compose
 from train.observe.metrics import Record
 from train.observe.sinks import read_run
@@ -64,7 +64,7 @@ def train(base: PretrainConfig, *, precision: str, seed: int, micro: int = SEQUE
         precision=compose([f"precision={precision}"]).precision,
         run=replace(base.run, name=name, seed=seed, micro_batch_sequences=micro),
     )
-    Trainer(config, build(config)).fit()
+    Trainer(config, build_alone(config)).fit()
     return read_run(Path(config.run.directory) / name)
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
-from parallel.mesh import Layout
+from parallel.layout import Layout
 from tests.hf_names import from_hf
 from tests.model.test_oracle import BASE, enliven, hf_config, relative, released_names
 from tests.parity.oracle_ranks import TOKENS, WEIGHTS, RankGradients, gradients_on

@@ -13,7 +13,8 @@ import pytest
 
 import train.stage
 import train.step
-from parallel.mesh import Axis, Layout
+from parallel.layout import Layout
+from parallel.mesh import Axis
 from parallel.zero import GradientBuckets
 from tests.parity.layout_theorem import STEPS, Comparison, Reference, compare, verdict, write_reference
 from tests.ranks import run_ranks
@@ -102,20 +103,20 @@ def compare_with_defect(rank: int, world: int, layout: Layout, folder: Path, def
 
         def averaged(self: GradientBuckets) -> None:
             reduce(self)
-            for segment in self.segments():
+            for segment in self.parameter_shards():
                 if ".experts." in segment.name:
                     segment.grad.div_(layout.ep)
 
         GradientBuckets.reduce = averaged  # type: ignore[method-assign]
     if "counts stay" in defect:
-        total = train.stage.Tally.reduce
+        total = train.stage.StepMetrics.reduce
 
-        def own_counts(self: train.stage.Tally, world: Axis) -> None:
+        def own_counts(self: train.stage.StepMetrics, world: Axis) -> None:
             kept = self.counts.clone()
             total(self, world)
             self.counts = kept
 
-        train.stage.Tally.reduce = own_counts  # type: ignore[method-assign]
+        train.stage.StepMetrics.reduce = own_counts  # type: ignore[method-assign]
     if "targets" in defect:
         train.step.sum_over = lambda x, axis: x
     return compare(rank, world, layout, "fp32", folder, steps=2)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.mesh import Layout
+from parallel.layout import Layout
 from tests.parity.layout_theorem import compare, verdict, write_reference
 from tests.parity.test_layouts import GRADIENT_BOUND, LOSS_BOUND
 from tests.ranks import run_ranks

@@ -17,21 +17,8 @@ import pytest
 from tests.data.handmade import SPECIAL, write_store
 from train.data.ingest import Prepared, Recipe, prepare
 from train.data.store import TokenStore
-from train.studies.ngram_baselines import (
-    ADDED_MASSES,
-    DISCOUNTS,
-    Bigram,
-    Unigram,
-    fit_bigram,
-    fit_unigram,
-    measure_baselines,
-    ngram_bits_per_byte,
-    pairs_of,
-    store_text,
-    train_bigram,
-    train_unigram,
-    xz_bits_per_byte,
-)
+from train.studies import ngram_baselines as ngram
+from train.studies.ngram_baselines import Bigram, Unigram, fit_bigram, fit_unigram, ngram_bits_per_byte, train_bigram
 
 # A toy language over four ids; c(0,1)=3, c(0,2)=1, c(1,0)=2, c(2,0)=1; 3 is never seen.
 CONTEXTS = np.array([0, 0, 0, 0, 1, 1, 2])
@@ -101,11 +88,11 @@ def test_probabilities_sum_to_one_after_every_context(discount: float, mass: flo
 
 def test_pairs_begin_after_an_end_of_sentence(tmp_path: Path) -> None:
     store = write_store(tmp_path / "s", [[7, 8, 1], [9, 1], [6, 1]])
-    contexts, targets = pairs_of(store, range(3))
+    contexts, targets = ngram.pairs_of(store, range(3))
     assert contexts.tolist() == [SPECIAL.eos, 7, 8, 1, 9, 1, 6]
     assert targets.tolist() == [7, 8, 1, 9, 1, 6, 1]
     # A slice begins as the whole does.
-    assert pairs_of(store, range(1, 2))[0].tolist() == [SPECIAL.eos, 9]
+    assert ngram.pairs_of(store, range(1, 2))[0].tolist() == [SPECIAL.eos, 9]
 
 
 def test_bits_per_byte_equals_the_definition_token_by_token(prepared: Prepared) -> None:
@@ -136,7 +123,7 @@ def test_bits_per_byte_equals_the_definition_token_by_token(prepared: Prepared) 
 
 def test_parameters_are_the_best_on_the_last_tenth_of_training(prepared: Prepared) -> None:
     documents = len(prepared.train.lengths)
-    seen, unseen = (pairs_of(prepared.train, r) for r in (range(49), range(49, documents)))
+    seen, unseen = (ngram.pairs_of(prepared.train, r) for r in (range(49), range(49, documents)))
     vocab_size = prepared.train.manifest.vocab_size
 
     def cost(discount: float, mass: float) -> float:
@@ -144,19 +131,19 @@ def test_parameters_are_the_best_on_the_last_tenth_of_training(prepared: Prepare
         return float(-np.log(model.probabilities(*unseen)).sum())
 
     assert documents == 54
-    best = min((cost(d, a), d, a) for d in DISCOUNTS[::3] for a in ADDED_MASSES)
+    best = min((cost(d, a), d, a) for d in ngram.DISCOUNTS[::3] for a in ngram.ADDED_MASSES)
     chosen = train_bigram(prepared.train)
     assert cost(chosen.discount, chosen.added_mass) <= best[0]
     # Counts are those of all training documents, not of the part the parameters were chosen with.
     assert chosen.pair_counts.sum() == prepared.train.manifest.tokens
-    assert train_unigram(prepared.train).counts.sum() == prepared.train.manifest.tokens
+    assert ngram.train_unigram(prepared.train).counts.sum() == prepared.train.manifest.tokens
 
 
 def test_baselines_are_ordered_as_the_language_is(prepared: Prepared) -> None:
     assert prepared.heldout is not None
-    found = measure_baselines(prepared.train, prepared.heldout)
+    found = ngram.measure_baselines(prepared.train, prepared.heldout)
     assert found.bigram < found.unigram
-    assert found.xz == xz_bits_per_byte(store_text(prepared.train), store_text(prepared.heldout))
+    assert found.xz == ngram.xz_bits_per_byte(ngram.store_text(prepared.train), ngram.store_text(prepared.heldout))
     # No model that knows only frequencies gets below the entropy of one choice in four, 2 bits a word.
     words = 120 * len(prepared.heldout.lengths)
     assert found.bigram > 2 * words / prepared.heldout.manifest.text_bytes
@@ -172,19 +159,20 @@ def test_a_worse_discount_scores_worse(prepared: Prepared) -> None:
 def test_store_text_is_the_text(prepared: Prepared) -> None:
     source = Path(prepared.train.path).parent.parent / "text.jsonl"
     texts = [json.loads(line)["text"] for line in source.read_text().splitlines()]
-    assert store_text(prepared.train) == "".join(texts[:54]).encode()
-    assert len(store_text(prepared.train)) == prepared.train.manifest.text_bytes
+    found = ngram.store_text(prepared.train)
+    assert found == "".join(texts[:54]).encode()
+    assert len(found) == prepared.train.manifest.text_bytes
 
 
 def test_one_document_is_too_few_for_a_baseline(tmp_path: Path) -> None:
     store: TokenStore = write_store(tmp_path / "s", [[7, 8, 1]])
     with pytest.raises(ValueError, match="holds 1 document; the n-gram baselines need 2 or more"):
-        train_unigram(store)
+        ngram.train_unigram(store)
 
 
 def test_xz_pays_nearly_nothing_for_what_it_has_seen_and_all_for_noise() -> None:
     noise = random.Random(1).randbytes(300_000)
     # A repeat costs a few matches of 273 bytes; 300 kB back is beyond the smallest dictionary of 4 kB.
-    assert 0 <= xz_bits_per_byte(noise[:250_000], noise[:20_000]) < 0.2
+    assert 0 <= ngram.xz_bits_per_byte(noise[:250_000], noise[:20_000]) < 0.2
     # Noise cannot be compressed; xz adds 0.01 %.
-    assert xz_bits_per_byte(noise[:250_000], noise[250_000:]) == pytest.approx(8, rel=1e-3)
+    assert ngram.xz_bits_per_byte(noise[:250_000], noise[250_000:]) == pytest.approx(8, rel=1e-3)

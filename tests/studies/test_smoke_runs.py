@@ -22,7 +22,7 @@ import kernels.fp8_linear
 from kernels.formats import Quantized
 from kernels.quantize import quantize_blocks, quantize_tiles
 from kernels.router import gate_weights
-from parallel.pieces import Piece
+from parallel.shards import LocalShard
 from tests.tiny_model import TINY
 from train.config import compose
 from train.model.moe import Router
@@ -229,12 +229,12 @@ def test_a_checkpoint_that_loses_the_moments_is_seen_on_any_device(
 ) -> None:
     load = smoke_runs.load
 
-    def forgetful(path: Path, tensors: dict[str, Tensor | Piece]) -> dict[str, Any]:
+    def forgetful(path: Path, tensors: dict[str, Tensor | LocalShard]) -> dict[str, Any]:
         state = load(path, tensors)
         for name, value in tensors.items():
             if "exp_avg" in name:
-                assert isinstance(value, Piece)
-                value.local.zero_()
+                assert isinstance(value, LocalShard)
+                value.tensor.zero_()
         return state
 
     monkeypatch.setattr(smoke_runs, "load", forgetful)

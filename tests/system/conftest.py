@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from train.assemble import build
+from train.assemble import build_alone
 from train.config import compose
 from train.data.ingest import Recipe, prepare
 from train.trainer import Trainer
@@ -57,7 +57,7 @@ def trained_run(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("runs")
     kept = [item for item in small_run if not item.startswith("schedule.total_tokens")]
     config = compose([*kept, "schedule.total_tokens=192", f"run.directory={folder}", "run.name=run"])
-    Trainer(config, build(config)).fit()
+    Trainer(config, build_alone(config)).fit()
     return folder / "run"
 
 

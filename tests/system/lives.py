@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from parallel.pieces import Piece
-from train.assemble import build
+from parallel.mesh import make_mesh
+from parallel.shards import LocalShard
+from train.assemble import build, build_alone, open_resources
 from train.config import PretrainConfig
 from train.trainer import Trainer
-from train.worker import join
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -79,8 +79,11 @@ class Plan(NamedTuple):
 
 def trainer_on(config: PretrainConfig, world: int) -> Trainer:
     """This rank's trainer, as `train.worker` makes it."""
-    mesh = join(config, torch.device("cpu")) if world > 1 else None
-    return Trainer(config, build(config, mesh))
+    if world == 1:
+        return Trainer(config, build_alone(config))
+    tied, timeout_s = config.model.num_nextn_predict_layers > 0, config.network.timeout_s
+    mesh = make_mesh(config.layout, device=torch.device("cpu"), tied_embedding=tied, timeout_s=timeout_s)
+    return Trainer(config, build(config, mesh, open_resources(config)))
 
 
 def live(rank: int, world: int, plans: list[Plan]) -> list[Life]:
@@ -122,10 +125,10 @@ def look(trainer: Trainer, *, score: bool) -> Look:
     """The state of now; copied, since the tensors are live."""
     tensors = {}
     for name, value in trainer.tensors().items():
-        piece = value if isinstance(value, Piece) else Piece(value, tuple(value.shape), (0,) * value.dim())
-        local = piece.local.detach().contiguous()
+        piece = value if isinstance(value, LocalShard) else LocalShard.at(value, tuple(value.shape), (0,) * value.dim())
+        local = piece.tensor.detach().contiguous()
         bits = local.view(_BITS[local.element_size()]).numpy().copy()
-        tensors[name] = Held(bits, str(local.dtype), piece.global_shape, piece.offset)
+        tensors[name] = Held(bits, str(local.dtype), piece.shard.global_shape, piece.shard.offsets)
     return Look(trainer.state.to_json(), tensors, trainer.evaluate() if score else None)
 
 

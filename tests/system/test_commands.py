@@ -1,7 +1,8 @@
-"""The commands that README and docs/first_hour.md show, run as they stand (the two `make` commands apart).
+"""The commands that the documents show, run as they are written; README first, the others on what it leaves behind.
 
-Shell blocks are read from the documents themselves: a command that changes there is tested as changed. Training
-commands get a smaller budget appended; nothing else is touched.
+Commands are read from the documents: lines of code blocks, fenced or indented, and code spans that begin with `python`
+or `torchrun`. Training commands get a smaller budget appended; nothing else is touched. A line after `$` shows
+output or needs other machines; what else is not run here is in ELSEWHERE with the test that runs it.
 """
 
 from __future__ import annotations
@@ -9,31 +10,52 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ("README.md", "docs/first_hour.md")
+FIRST = ("README.md", "docs/first_hour.md")
+OTHERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md") if path.stem != "first_hour")
+# Beginning of a command -> the test that runs it.
+ELSEWHERE = {
+    "python launch/dashboard.py --serve": "tests/studies/dashboard/test_server.py",
+    "python launch/ablate.py": "tests/system/test_ablate_command.py",
+    "python launch/bench.py": "tests/studies/bench/test_table.py",
+    "python -m tests.kernels.hopper_codegen": "tests/kernels/test_hopper_codegen.py",
+    "python launch/pretrain.py +cluster=h800_2048 dry_run=true": "tests/studies/plan/test_dry_run.py",
+    "python -m pytest": "make test and make test-long",
+    "python launch/score.py MODEL --tasks": "needs a network: tests/evaluate/test_lm_eval_adapter.py has the adapter",
+    "torchrun launch/pretrain.py +cluster=h100_1": "needs a GPU: test_the_h100_cluster_says_what_it_needs_or_composes",
+}
 SHORT = ["schedule.total_tokens=1024", "data.sequence_length=64", "schedule.batch_start_sequences=2"]
 SHORT += ["schedule.batch_full_sequences=2", "run.micro_batch_sequences=2", "run.threads=1", "run.device=cpu"]
 
 
-def shell_blocks(document: str) -> list[str]:
-    """Lines of fenced blocks without a language; a line that begins with `$` shows output and is left out."""
+def commands(document: str) -> list[str]:
+    """What a document asks its reader to type, in order; once each."""
     text = (ROOT / document).read_text(encoding="utf-8")
-    lines = []
-    for block in re.findall(r"^```\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
-        if not block.startswith("$"):
-            lines += [line.split("#")[0].strip() for line in block.splitlines()]
-    return [line for line in lines if line]
+    fenced = re.findall(r"^```\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    outside = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line for block in fenced for line in block.splitlines()]
+    lines += [line[4:] for line in outside.splitlines() if line.startswith("    ")]
+    lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", outside)]
+    found = [re.sub(r"\s+#.*", "", line).removeprefix(".venv/bin/").strip() for line in lines]
+    typed = [line for line in found if re.match(r"(python|torchrun) \S", line) and "..." not in line]
+    return list(dict.fromkeys(typed))
+
+
+def elsewhere(command: str) -> bool:
+    return any(command.startswith(beginning) for beginning in ELSEWHERE)
 
 
 def run(command: str, place: Path) -> subprocess.CompletedProcess[str]:
     words = shlex.split(command)
-    if "launch/pretrain.py" in words and "--config" not in words:
+    if "launch/pretrain.py" in words and not {"--config", "dry_run=true"} & set(words):
         words += [word for word in SHORT if word.split("=")[0] not in command]
     binaries = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
@@ -50,18 +72,33 @@ def run(command: str, place: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_command_of_the_document_runs(document: str, checkout: Path) -> None:
-    commands = shell_blocks(document)
-    assert commands
-    ran = 0
-    for command in commands:
-        if command.startswith((". ", "make ", "git ", "cd ")) or command == "make demo":
-            continue
-        done = run(command, checkout)
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        ran += 1
-    assert ran >= 3
+def run_all(documents: Iterable[str], place: Path, *, without: Iterable[str] = ()) -> None:
+    """Each command once, in order."""
+    found = dict.fromkeys(command for document in documents for command in commands(document))
+    for command in found:
+        if command not in without and not elsewhere(command):
+            done = run(command, place)
+            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.long
+def test_every_command_of_the_documents_runs(checkout: Path) -> None:
+    """README and docs/first_hour.md, then the other documents on short runs in place of those of `make demo`."""
+    run_all(FIRST, checkout)
+    for demo, name in (("bf16", "tiny"), ("fp8", "tiny_fp8")):
+        shutil.copytree(checkout / "runs" / name, checkout / "runs/demo" / demo)
+        (checkout / "runs" / demo).symlink_to(checkout / "runs/demo" / demo)
+    ran = {command for document in FIRST for command in commands(document)}
+    run_all(OTHERS, checkout, without=ran)
+
+
+def test_the_commands_of_the_documents_are_found() -> None:
+    """A document that loses its commands, or a way of writing them that is not read, shows here."""
+    assert len(commands("README.md")) >= 8
+    assert "python launch/dashboard.py runs/bf16 runs/fp8 --out runs/compare.html" in commands("docs/dashboard.md")
+    assert "python launch/ablate.py" in commands("docs/promises.md")
+    everything = [command for document in (*FIRST, *OTHERS) for command in commands(document)]
+    assert [beginning for beginning in ELSEWHERE if not any(c.startswith(beginning) for c in everything)] == []
 
 
 def test_a_mistyped_key_is_refused_as_the_document_shows(checkout: Path) -> None:

@@ -13,27 +13,25 @@ import torch
 from transformers import AutoTokenizer
 
 from launch.convert import main
-from tests.huggingface.hf_folders import RAGGED, bytes_of, lively, save_checkpoint, tensors_of
+from tests.huggingface.hf_folders import BF16, FP8, RAGGED, bytes_of, flip_a_bit, lively, save_checkpoint, tensors_of
 from train.data.tokenizer import load_tokenizer
 from train.huggingface.weights import open_weights
-from train.model.precision import Precision
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 # The second file is never finished.
 DYING = """
 import os, signal, sys
-from train.huggingface import safetensors_writer as hf_writer
-write, calls = hf_writer.write_shard, []
-def dying(path, shard, values):
+from train.huggingface import safetensors_files
+write, calls = safetensors_files.write_file, []
+def dying(path, file, values):
     calls.append(path)
-    pieces = iter(values)
     def some():
-        yield next(pieces)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield from pieces
-    write(path, shard, some())
-hf_writer.write_shard = dying
+        for chunk in values:
+            yield chunk
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+    write(path, file, some())
+safetensors_files.write_file = dying
 from launch.convert import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -43,9 +41,9 @@ sys.exit(main(sys.argv[1:]))
 def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder with one checkpoint, trained on the store of these tests."""
     folder = tmp_path_factory.mktemp("runs") / "ragged"
-    model = lively(RAGGED, Precision("fp8"))
     sha256 = load_tokenizer(store / "tokenizer.json").sha256
-    save_checkpoint(folder / "checkpoints/step_00000007", model, store=store / "train", tokenizer_sha256=sha256)
+    path = folder / "checkpoints/step_00000007"
+    save_checkpoint(path, lively(RAGGED, FP8), store=store / "train", tokenizer_sha256=sha256)
     return folder
 
 
@@ -75,12 +73,8 @@ def test_there_and_back_with_every_proof(
 
 
 def test_a_damaged_source_is_not_proved(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    damaged = tmp_path / "damaged"
-    shutil.copytree(run, damaged)
-    shard = max((damaged / "checkpoints/step_00000007").glob("*.safetensors"))
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
+    damaged = shutil.copytree(run, tmp_path / "damaged")
+    shard = flip_a_bit(max((damaged / "checkpoints/step_00000007").glob("*.safetensors")))
     assert main(["export", str(damaged), str(tmp_path / "out"), "--format", "fp32", "--verify"]) == 2
     assert shard.name in capsys.readouterr().err
 
@@ -113,13 +107,13 @@ def test_without_its_store_an_export_says_that_it_has_no_tokeniser(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "moved/checkpoints/step_00000007"
-    save_checkpoint(path, lively(RAGGED, Precision("bf16")))
+    save_checkpoint(path, lively(RAGGED, BF16))
     assert main(["export", str(path), str(tmp_path / "out")]) == 0
     assert "without a tokeniser" in capsys.readouterr().out
     assert not (tmp_path / "out/tokenizer.json").exists()
-    chosen = ["--tokenizer", str(store / "tokenizer.json")]
-    assert main(["export", str(path), str(tmp_path / "with"), *chosen]) == 0
-    assert (tmp_path / "with/tokenizer.json").read_text() == (store / "tokenizer.json").read_text()
+    chosen = store / "tokenizer.json"
+    assert main(["export", str(path), str(tmp_path / "with"), "--tokenizer", str(chosen)]) == 0
+    assert (tmp_path / "with/tokenizer.json").read_text() == chosen.read_text()
 
 
 def test_an_export_whose_tokeniser_was_changed_is_not_imported(
@@ -133,32 +127,31 @@ def test_an_export_whose_tokeniser_was_changed_is_not_imported(
     assert not (tmp_path / "back/checkpoints").exists()
 
 
-def bad_inputs(run: Path, store: Path, folder: Path) -> dict[str, list[str]]:
-    out = str(folder / "out")
-    (folder / "text.json").write_text("{}")
-    other = folder / "other.json"
-    other.write_text((store / "tokenizer.json").read_text() + "\n")
-    return {
-        r"there is no folder .*nowhere": ["export", str(folder / "nowhere"), out],
-        r"there is no folder .*nothing: name a Hugging Face": ["import", str(folder / "nothing"), out],
-        r"lacks config\.json": ["import", str(run), out],
-        r"holds no moving average": ["export", str(run), out, "--weights", "ema"],
-        r"--shard-size 5 apples is no size": ["export", str(run), out, "--shard-size", "5 apples"],
-        r"--shard-size 0 is no size": ["export", str(run), out, "--shard-size", "0"],
-        r"--logits is a part of --verify": ["export", str(run), out, "--logits"],
-        r"other\.json has sha256 .* trained with tokeniser": ["export", str(run), out, "--tokenizer", str(other)],
-        r"text\.json is not a tokenizer\.json": ["export", str(run), out, "--tokenizer", str(folder / "text.json")],
-        r"already holds something else": ["export", str(run), str(store)],
-    }
+# Message -> command; words in capitals are paths of the test.
+BAD_INPUTS = {
+    r"there is no folder .*nowhere": "export nowhere OUT",
+    r"there is no folder .*nothing: name a Hugging Face": "import nothing OUT",
+    r"lacks config\.json": "import RUN OUT",
+    r"holds no moving average": "export RUN OUT --weights ema",
+    r"--shard-size 5apples is no size": "export RUN OUT --shard-size 5apples",
+    r"--shard-size 0 is no size": "export RUN OUT --shard-size 0",
+    r"--logits is a part of --verify": "export RUN OUT --logits",
+    r"other\.json has sha256 .* trained with tokeniser": "export RUN OUT --tokenizer OTHER",
+    r"text\.json is not a tokenizer\.json": "export RUN OUT --tokenizer TEXT",
+    r"already holds something else": "export RUN STORE",
+}
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize(("message", "command"), BAD_INPUTS.items())
 def test_bad_input_is_one_sentence_and_exit_code_2(
-    run: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int
+    run: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], message: str, command: str
 ) -> None:
-    message, arguments = list(bad_inputs(run, store, tmp_path).items())[number]
-    assert main(arguments) == 2
+    paths = {"RUN": run, "STORE": store, "OUT": tmp_path / "out"}
+    paths |= {"TEXT": tmp_path / "text.json", "OTHER": tmp_path / "other.json"}
+    paths["TEXT"].write_text("{}")
+    paths["OTHER"].write_text((store / "tokenizer.json").read_text() + "\n")
+    assert main([str(paths.get(word, word)) for word in command.split()]) == 2
     said = capsys.readouterr().err
     assert re.search(rf"^convert: .*{message}", said), said
     assert said.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert not paths["OUT"].exists()

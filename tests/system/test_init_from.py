@@ -9,19 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel.mesh import Layout, make_mesh, single
-from parallel.pieces import Piece
+import train.huggingface.weights
+from parallel.layout import Layout
+from parallel.mesh import make_mesh, single
+from parallel.shards import LocalShard
 from tests.ranks import run_ranks
 from tests.tiny_model import TINY
-from train.assemble import build, build_engine, checkpoint_tensors, first_weights
+from train.assemble import build_alone, build_engine, first_weights
 from train.checkpoint.dcp import save
 from train.config import PretrainConfig, compose
-from train.huggingface.weights import open_weights
+from train.huggingface.weights import WeightSource, open_weights
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
-from train.optim.adamw import OptimConfig
+from train.optim.config import OptimConfig
+from train.step import checkpoint_tensors
 from train.trainer import Trainer
+from train.worker import WorkerInfo, pretrain
 
 CONFIG = replace(TINY, num_hidden_layers=5)
 CPU = torch.device("cpu")
@@ -32,13 +36,20 @@ def config(small_run: list[str], tmp_path: Path) -> PretrainConfig:
     return compose([*small_run, f"run.directory={tmp_path}", "run.name=new", f"run.init_from={tmp_path}/old"])
 
 
-@pytest.fixture
-def old(config: PretrainConfig) -> Path:
+@pytest.fixture(scope="module")
+def finished(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
-    run = replace(config.run, name="old", init_from=None)
-    trainer = Trainer(replace(config, run=run), build(replace(config, run=run)))
-    trainer.fit()
-    return trainer.directory
+    root = tmp_path_factory.mktemp("finished")
+    config = compose([*small_run, f"run.directory={root}", "run.name=old"])
+    Trainer(config, build_alone(config)).fit()
+    return root / "old"
+
+
+@pytest.fixture
+def old(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may spoil."""
+    shutil.copytree(finished, tmp_path / "old")
+    return tmp_path / "old"
 
 
 def saved_model(path: Path, config: ModelConfig, precision: Precision) -> Path:
@@ -54,22 +65,37 @@ def saved_model(path: Path, config: ModelConfig, precision: Precision) -> Path:
 
 def test_the_first_weights_and_masters_are_the_old_runs(config: PretrainConfig, old: Path) -> None:
     source = open_weights(old)
-    engine = build(config).engine
+    engine = build_alone(config).engine
     masters = engine.optimizer.masters()
     for name, tensor in engine.models[0].state_dict().items():
         expected = source.read(name)
         assert torch.equal(tensor, expected)
         if name in masters:
-            assert torch.equal(masters[name].local, expected.float().flatten())
+            assert torch.equal(masters[name].tensor, expected.float().flatten())
+
+
+def test_a_run_opens_its_first_weights_once(config: PretrainConfig, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of many shards is read by its headers each time it is opened, on every rank."""
+    opened: list[Path] = []
+
+    def counted(path: Path) -> WeightSource:
+        opened.append(path)
+        return open_weights(path)
+
+    monkeypatch.setattr(train.huggingface.weights, "open_weights", counted)
+    # The run is built and resumed as ever; its steps read no weights.
+    monkeypatch.setattr(Trainer, "fit", lambda trainer: trainer.state)
+    pretrain(config, WorkerInfo())
+    assert opened == [old]
 
 
 def test_a_resume_takes_the_runs_own_checkpoint_and_needs_the_old_one_no_more(
     config: PretrainConfig, old: Path
 ) -> None:
-    first = Trainer(config, build(config))
+    first = Trainer(config, build_alone(config))
     first.fit()
     shutil.rmtree(old)
-    again = Trainer(config, build(config))
+    again = Trainer(config, build_alone(config))
     again.resume()
     assert again.state == first.state
     for name, tensor in first.engine.models[0].state_dict().items():
@@ -82,7 +108,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_with_drawn_weigh
     checkpoint = old.parent / "new" / "checkpoints" / "step_00000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")
-    trainer = Trainer(config, build(config))
+    trainer = Trainer(config, build_alone(config))
     with pytest.raises(ValueError, match=r"every checkpoint in .*new/checkpoints is damaged; move them away"):
         trainer.resume()
 
@@ -118,9 +144,9 @@ def filled_alike(rank: int, world: int, path: str, layout: Layout) -> int:
         if not key.startswith("model."):
             continue
         expected = source.read(key.removeprefix("model."))
-        if isinstance(value, Piece):
-            assert value.local.shape[0] < expected.shape[0]
-            expected, value = expected[value.offset[0] :][: len(value.local)], value.local
+        if isinstance(value, LocalShard):
+            assert value.tensor.shape[0] < expected.shape[0]
+            expected, value = expected[value.shard.offsets[0] :][: len(value.tensor)], value.tensor
         assert torch.equal(value, expected), key
         compared += 1
     return compared

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from parallel.mesh import Layout
+from parallel.layout import Layout
 from parallel.pipeline import Inputs
 from tests.ranks import run_ranks
 from tests.system.lives import Life, Look, Plan, live, trainer_on, whole
@@ -268,7 +268,7 @@ def test_what_does_not_fit_is_refused_by_all_ranks_alike_and_nobody_hangs(
 def ramping(rank: int, world: int, config: PretrainConfig) -> tuple[list[tuple[int, int]], list[int]]:
     """A whole run; what this rank read of the stream (position, sequences), and its micro-batches, step by step."""
     trainer = trainer_on(config, world)
-    stream, pipeline = trainer.parts.stream, trainer.engine.pipeline
+    stream, pipeline = trainer.components.stream, trainer.engine.pipeline
     take, run = stream.take, pipeline.run
     taken: list[tuple[int, int]] = []
     pieces: list[int] = []

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,12 @@ import torch
 import torch.distributed as dist
 
 import launch.pretrain
+import parallel.consensus
 import train.worker
-from parallel.mesh import Layout
+from parallel.consensus import Ranks, StoreTransport
+from parallel.layout import Layout
 from train.config import PretrainConfig, compose
-from train.worker import Place
+from train.worker import WorkerInfo
 
 
 @pytest.fixture
@@ -47,52 +52,60 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def store_with_another_rank(refusal: str = "") -> dist.Store:
-    """A meeting place where rank 0 is ready already, or has refused."""
+def store_with_rank_0(refusal: str = "") -> dist.Store:
+    """A store at which rank 0 of two is waiting already, and has everything or refuses."""
     store = dist.HashStore()
-    meeting = dist.PrefixStore("start", store)
-    if refusal:
-        meeting.compare_set("refusal", "", refusal)
-    meeting.add("ready", 1)
+
+    def act() -> None:
+        if refusal:
+            raise ValueError(refusal)
+
+    def rank_0() -> None:
+        meeting = StoreTransport(dist.PrefixStore("start", store), 0, 2, timeout_s=60, hosts_store=False)
+        with suppress(ValueError):
+            Ranks(meeting).agree(act, lambda reports: reports)
+
+    threading.Thread(target=rank_0, daemon=True).start()
     return store
 
 
 def test_what_one_rank_lacks_is_the_refusal_of_all(config: PretrainConfig) -> None:
+    refused = store_with_rank_0("rank 7: no store on this node")
     with pytest.raises(ValueError, match=r"^rank 7: no store on this node$"):
-        train.worker.pretrain(
-            config, Place(rank=1, world=2, store=store_with_another_rank("rank 7: no store on this node"))
-        )
+        train.worker.pretrain(config, WorkerInfo(rank=1, world=2, store=refused))
     missing = replace(config, data=replace(config.data, store="nowhere"))
-    store = store_with_another_rank()
     with pytest.raises(ValueError, match=r"^rank 1: .*nowhere"):
-        train.worker.pretrain(missing, Place(rank=1, world=2, store=store))
+        train.worker.pretrain(missing, WorkerInfo(rank=1, world=2, store=store_with_rank_0()))
 
 
 def test_a_rank_without_dry_run_is_refused(config: PretrainConfig) -> None:
     with pytest.raises(ValueError, match=r"^rank=1 says which rank dry_run=true plans"):
-        train.worker.pretrain(replace(config, rank=1), Place())
+        train.worker.pretrain(replace(config, rank=1), WorkerInfo())
 
 
-def test_the_rank_that_hosts_the_meeting_place_stays_until_the_others_have_read_the_refusal(
+def test_the_rank_that_hosts_the_store_stays_until_the_others_have_read_the_refusal(
     config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = store_with_another_rank("rank 1: no store on this node")
+    store = dist.HashStore()
+    meeting = dist.PrefixStore("start", store)
+    meeting.set("report/1", json.dumps({"failure": "rank 1: no store on this node", "is_value_error": True}))
+    meeting.add("ready", 1)
     naps: list[float] = []
 
     def the_other_reads(seconds: float) -> None:
         naps.append(seconds)
-        dist.PrefixStore("start", store).add("read", 1)
+        meeting.add("read", 1)
 
-    monkeypatch.setattr(train.worker.time, "sleep", the_other_reads)
+    monkeypatch.setattr(parallel.consensus.time, "sleep", the_other_reads)
     with pytest.raises(ValueError, match=r"^rank 1: no store"):
-        train.worker.pretrain(config, Place(rank=0, world=2, store=store, store_rank=0))
+        train.worker.pretrain(config, WorkerInfo(rank=0, world=2, store=store, store_rank=0))
     assert len(naps) == 1
 
 
 def test_ranks_that_do_not_come_are_missed_in_one_sentence(config: PretrainConfig) -> None:
     hurried = replace(config, network=replace(config.network, timeout_s=2, peer_timeout_s=1))
     with pytest.raises(ValueError, match=r"only 1 of 2 processes came within network.timeout_s=2"):
-        train.worker.pretrain(hurried, Place(rank=1, world=2, store=dist.HashStore()))
+        train.worker.pretrain(hurried, WorkerInfo(rank=1, world=2, store=dist.HashStore()))
 
 
 def test_nccl_settings_are_in_the_environment_before_ranks_meet_and_a_users_own_wins(
@@ -143,7 +156,7 @@ def test_the_configured_times_reach_heartbeat_and_process_groups(
     monkeypatch.setattr(train.worker, "init_processes", first_group)
     monkeypatch.setattr(train.worker, "make_mesh", groups)
     with pytest.raises(Reached):
-        train.worker.pretrain(config, Place(rank=1, world=2, store=store_with_another_rank()))
+        train.worker.pretrain(config, WorkerInfo(rank=1, world=2, store=store_with_rank_0()))
     assert given["heartbeat"] == 7
     assert given["world"] == (1, 2, "gloo", 77)
     assert given["groups"] == (2, torch.device("cpu"), True, 77)

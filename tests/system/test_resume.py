@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from train.checkpoint.publish import latest
+from train.checkpoint.dcp import latest
 from train.observe.sinks import read_events, read_run
 
 ROOT = Path(__file__).resolve().parents[2]

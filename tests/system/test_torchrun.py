@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from parallel.watchdog import DEATH_EXIT_CODE
-from train.checkpoint.publish import latest
+from train.checkpoint.dcp import latest
 from train.observe.sinks import read_events, read_run
 
 ROOT = Path(__file__).resolve().parents[2]

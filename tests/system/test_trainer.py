@@ -18,18 +18,18 @@ import torch.nn.functional as F
 import train.assemble
 import train.trainer
 from kernels.deferred import deferred, take
-from parallel.pieces import Piece
-from train.assemble import build, choose_device
-from train.checkpoint.dcp import Saver
-from train.checkpoint.publish import latest
+from parallel.shards import LocalShard
+from train.assemble import build_alone, choose_device
+from train.checkpoint.dcp import Saver, latest
 from train.config import PretrainConfig, compose
 from train.data.ingest import Recipe, prepare
 from train.data.stream import iterate_windows
 from train.losses import LossWeights, balance_sum, loss_sums
 from train.observe.guards import TrainingStopped
 from train.observe.sinks import read_events, read_run
-from train.schedules import at
-from train.step import StepGradients, apply_update, compute_gradients, routers
+from train.optim.balance import routers
+from train.schedules import scheduled_values
+from train.step import StepGradients, apply_update, compute_gradients
 from train.trainer import Trainer
 
 
@@ -40,14 +40,14 @@ def config(small_run: list[str], tmp_path: Path) -> PretrainConfig:
 
 
 def trainer_of(config: PretrainConfig) -> Trainer:
-    trainer = Trainer(config, build(config))
+    trainer = Trainer(config, build_alone(config))
     trainer.resume()
     return trainer
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     live = trainer.tensors()
-    return {name: (value.local if isinstance(value, Piece) else value).clone() for name, value in live.items()}
+    return {name: (value.tensor if isinstance(value, LocalShard) else value).clone() for name, value in live.items()}
 
 
 def test_every_step_follows_the_schedules(config: PretrainConfig) -> None:
@@ -71,7 +71,7 @@ def test_every_step_follows_the_schedules(config: PretrainConfig) -> None:
     records = read_run(Path(config.run.directory) / "run")
     tokens = 0
     for step, record in enumerate(records):
-        now = at(config.schedule, step=step, tokens_seen=tokens)
+        now = scheduled_values(config.schedule, step=step, tokens_seen=tokens)
         assert record["optim/lr"] == now.lr
         assert record["schedule/batch_sequences"] == now.batch_sequences
         assert record["schedule/bias_speed"] == now.bias_speed
@@ -85,13 +85,13 @@ def test_every_step_follows_the_schedules(config: PretrainConfig) -> None:
 
 def test_the_learning_rate_and_gamma_of_the_step_are_applied(config: PretrainConfig) -> None:
     trainer = trainer_of(config)
-    parts = trainer.parts
+    parts = trainer.components
     batch = parts.stream.take(0, 2)
-    now = replace(at(config.schedule, step=50, tokens_seen=0), lr=1e-3, bias_speed=0.25)
+    now = replace(scheduled_values(config.schedule, step=50, tokens_seen=0), lr=1e-3, bias_speed=0.25)
     gradients = compute_gradients(parts.engine, batch, num_micro_batches=1, now=now)
-    before = parts.engine.optimizer.masters()["lm_head.weight"].local.clone()
+    before = parts.engine.optimizer.masters()["lm_head.weight"].tensor.clone()
     apply_update(parts.engine, gradients, now=now, update=1)
-    moved = (parts.engine.optimizer.masters()["lm_head.weight"].local - before).abs()
+    moved = (parts.engine.optimizer.masters()["lm_head.weight"].tensor - before).abs()
     # Adam's first update is lr * g / (|g| + eps) plus decay of 0.1 * |w| * lr: no element moves further.
     assert moved.max() <= 1e-3 * (1 + 0.1 * before.abs().max()) * 1.01
     assert moved.max() > 0.5e-3
@@ -105,29 +105,29 @@ def test_every_update_moves_the_average_of_the_weights(config: PretrainConfig) -
     trainer = trainer_of(replace(config, optim=replace(config.optim, ema_decay=0.75)))
     ema = trainer.engine.ema
     assert ema is not None
-    master = trainer.engine.optimizer.masters()["lm_head.weight"].local
+    master = trainer.engine.optimizer.masters()["lm_head.weight"].tensor
     expected = master.clone()
-    now = replace(at(config.schedule, step=50, tokens_seen=0), lr=1e-3)
+    now = replace(scheduled_values(config.schedule, step=50, tokens_seen=0), lr=1e-3)
     for step in range(3):
-        batch = trainer.parts.stream.take(2 * step, 2)
+        batch = trainer.components.stream.take(2 * step, 2)
         gradients = compute_gradients(trainer.engine, batch, num_micro_batches=1, now=now)
         apply_update(trainer.engine, gradients, now=now, update=step + 1)
         expected.lerp_(master, 0.25)
-    assert torch.equal(ema.state_pieces()["ema.lm_head.weight"].local, expected)
+    assert torch.equal(ema.state_shards()["ema.lm_head.weight"].tensor, expected)
     assert not torch.equal(expected, master)
     ema.close()
 
 
 def test_the_bias_balances_a_skewed_router_and_gamma_0_does_not(config: PretrainConfig) -> None:
     def violations(gamma: float) -> list[float]:
-        parts = build(config)
+        parts = build_alone(config)
         for router in routers(parts.engine.models).values():
             # Initial scores lie close to 0.5, so a head start of 0.5 makes every token choose expert 0.
             router.e_score_correction_bias[0] = 0.5
         seen = []
         for step in range(60):
             batch = parts.stream.take(2 * step, 2)
-            now = replace(at(config.schedule, step=step, tokens_seen=0), lr=0.0, bias_speed=gamma)
+            now = replace(scheduled_values(config.schedule, step=step, tokens_seen=0), lr=0.0, bias_speed=gamma)
             gradients = compute_gradients(parts.engine, batch, num_micro_batches=1, now=now)
             apply_update(parts.engine, gradients, now=now, update=step + 1)
             counts = gradients.counts[1].double()
@@ -190,7 +190,7 @@ def test_evaluation_leaves_no_trace_and_scores_what_fp64_scores(config: Pretrain
     looked.fit()
     losses = [[(r["loss/main"], r["grad/norm"]) for r in read_run(t.directory)] for t in (plain, looked)]
     assert losses[0] == losses[1]
-    heldout, model = plain.parts.heldout, plain.engine.models[0]
+    heldout, model = plain.components.heldout, plain.engine.models[0]
     assert heldout is not None
     nats = 0.0
     with torch.no_grad():
@@ -291,7 +291,7 @@ def test_stores_that_do_not_fit_are_refused_before_the_model_is_made(
     }
     for message, bad in cases.items():
         with pytest.raises(ValueError, match=message):
-            build(bad)
+            build_alone(bad)
 
 
 def test_device_auto_takes_a_gpu_when_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +305,7 @@ def test_device_auto_takes_a_gpu_when_there_is_one(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_every_weight_gradient_of_the_model_waits_in_the_queue(precision: str, config: PretrainConfig) -> None:
-    model = build(replace(config, precision=compose([f"precision={precision}"]).precision)).engine.models[0]
+    model = build_alone(replace(config, precision=compose([f"precision={precision}"]).precision)).engine.models[0]
     tokens = torch.randint(0, 300, (2, 33), generator=torch.Generator().manual_seed(0))
     step = LossWeights(mtp_weight=0.3, balance_alpha=1e-4, num_targets=torch.tensor(64), num_sequences=2)
     matrices = {name: p for name, p in model.named_parameters() if p.ndim > 1}

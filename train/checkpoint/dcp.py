@@ -1,26 +1,19 @@
 """Checkpoints through torch DCP, with safetensors payloads and JSON for the rest, on one rank or thousands.
 
-A checkpoint does not know the layout that saved it: each shard's header says where in the global tensor its boxes lie.
-So a run saved on one layout (pp, dp, ep, ZeRO on or off, one process) resumes on any other: whoever loads asks for the
-boxes it holds now, and reads them from whatever boxes were saved.
+A checkpoint does not depend on the layout that saved it: each file's header says where in the global tensor its shards
+are. So a run saved on one layout resumes on any other: each rank reads the shards it holds now from those saved.
 
-    save, Saver   plan: who writes what (once a run) -> stage -> each rank: write, fsync and hash its shards
-                  -> the coordinator: state.json, manifest.json, fsync, rename, prune
+    save, Saver   plan: which rank writes what (once a run) -> stage -> each rank: write, fsync and hash its files
+                  -> rank 0: state.json, manifest.json, fsync, rename, prune
     load          verify, each rank a share of the files -> compare names, shapes, dtypes -> fill in place
 
-Every arrow is an agreement of all ranks (`parallel.consensus`): an error of one is raised by all, nobody hangs.
-DCP stages, writes, reads and intersects boxes on each rank by itself (`no_dist=True`): its own collectives, its default
-file format and every value that is not a tensor are pickles, and unpickling executes what it reads. Here DCP's Hugging
-Face storage carries tensors, JSON the rest. Nothing that is read can run.
-
-Writing and publishing happen in a background thread, so on several ranks they need a gloo group of their own: messages
-of a save must not meet those of training. The directory must be on a file system that all ranks share. Directory
-layout and publication are in `train.checkpoint.publish`; what to save is the trainer's decision.
+Every arrow is a consensus of all ranks (`parallel.consensus`): an error of one is raised by all, none hangs.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,48 +31,38 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
-from parallel.consensus import Ranks
-from parallel.pieces import Piece
-from parallel.shards import Part, Wholes, assign, local_of, part_of, read_parts, union
+from parallel.consensus import GroupTransport, Ranks
+from parallel.shards import (
+    GlobalTensors,
+    LocalShard,
+    TypedShard,
+    assign_writers,
+    global_tensors,
+    local_tensor,
+    read_report,
+    typed_shard,
+)
 from train.checkpoint import publish
-from train.checkpoint.planner import BoxLoadPlanner, BoxSavePlanner
+from train.checkpoint.config import CheckpointConfig
+from train.checkpoint.planner import ShardLoadPlanner, ShardSavePlanner
 
-__all__ = ["CheckpointConfig", "Saver", "latest", "load", "save"]
+logger = logging.getLogger(__name__)
 
-# A shard is serialised in memory before it is written, so this bounds the extra memory of a save.
+# DCP stages, writes, reads and intersects shards on each rank by itself (`no_dist=True`): its own collectives, its
+# default file format and every value that is not a tensor are pickles, and unpickling executes what it reads. Here
+# DCP's Hugging Face storage carries tensors, JSON the rest. Nothing that is read can run.
+
+# A file is serialised in memory before it is written, so this bounds the extra memory of a save.
 SHARD_BYTES = 2 * 1024**3
 
 # DCP announces on every save and load that it works without a process group; that is the intent here.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When to save and how much to keep.
-
-    Args:
-        every_steps: optimizer steps between two checkpoints.
-        keep: published checkpoints that stay; two, so that one survives damage to the other.
-        asynchronous: write in the background while training goes on.
-    Raises:
-        ValueError: a field is out of range.
-    """
-
-    every_steps: int
-    keep: int = 2
-    asynchronous: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("every_steps", "keep"):
-            value = getattr(self, name)
-            if not value >= 1:
-                raise ValueError(f"checkpoint.{name} = {value} must be at least 1")
-
-
 def save(
     path: Path,
     *,
-    tensors: Mapping[str, Tensor | Piece],
+    tensors: Mapping[str, Tensor | LocalShard],
     state: dict[str, Any],
     group: dist.ProcessGroup | None = None,
 ) -> None:
@@ -87,15 +70,15 @@ def save(
 
     Args:
         path: the checkpoint's own directory, such as `checkpoints/step_00000010`; an older one is replaced.
-        tensors: name -> what this rank holds of it, any dtype and shape. Names may differ between ranks; the ranks'
-            pieces of a tensor must tile it. A `Tensor` is whole; of equal parts on several ranks one is written.
-        state: everything else, as JSON; that of the group's first rank is written.
+        tensors: name -> what this rank holds of it. Names may differ between ranks; the ranks' shards of a tensor must
+            tile it. A `Tensor` is whole; of equal shards on several ranks one is written.
+        state: everything else, as JSON; rank 0's is written.
         group: of all ranks that save together, for CPU tensors; None: this process alone.
     Raises:
-        ValueError: something in `tensors` is no tensor, pieces overlap or leave a hole, or `state` is no JSON.
+        ValueError: something in `tensors` is no tensor, shards overlap or leave a hole, or `state` is no JSON.
         RuntimeError: writing failed on some rank; whatever was published before is untouched.
     """
-    _start(_Save(path, tensors, state=state, keep=None), Ranks(group), _Plan()).result()
+    _start(_Save(path, tensors, state=state, keep=None), Ranks(GroupTransport(group)), _Plan()).result()
 
 
 class Saver:
@@ -106,29 +89,21 @@ class Saver:
     Args:
         directory: receives `step_*` directories; this run must be its only writer.
         config: how many to keep, and whether to write in the background.
-        group: of all ranks, for CPU tensors, used by nothing else; None: this process alone.
+        group: of all ranks, used by nothing else: messages of a save must not meet those of training.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig, group: dist.ProcessGroup | None = None) -> None:
         self._directory = directory
         self._config = config
-        self._ranks = Ranks(group)
+        self._ranks = Ranks(GroupTransport(group))
         self._plan = _Plan()
         self._in_flight: Future[None] | None = None
 
-    def save_async(self, step: int, tensors: Mapping[str, Tensor | Piece], state: dict[str, Any]) -> None:
+    def save_async(self, step: int, tensors: Mapping[str, Tensor | LocalShard], state: dict[str, Any]) -> None:
         """Copy the tensors, then write them in the background; a save still under way is waited for.
 
         After the return the caller may change the tensors: the file holds their values of now. With
-        `asynchronous=False` in the config it returns when the checkpoint is published.
-
-        Args:
-            step: optimizer steps finished; names the directory.
-            tensors: name -> what this rank holds of it, as for `save`.
-            state: everything else, as JSON.
-        Raises:
-            ValueError: something in `tensors` is no tensor, pieces overlap or leave a hole, or `state` is no JSON.
-            RuntimeError: the previous save failed; this one was not started.
+        `asynchronous=False` in the config it returns when the checkpoint is published. Arguments as for `save`.
         """
         self.wait()
         path = self._directory / publish.step_name(step)
@@ -138,11 +113,7 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Return when no save is under way.
-
-        Raises:
-            RuntimeError: the save failed; names the checkpoint and the cause.
-        """
+        """Return when no save is under way; a RuntimeError if it failed names the checkpoint and the cause."""
         if self._in_flight is not None:
             future, self._in_flight = self._in_flight, None
             future.result()
@@ -153,67 +124,69 @@ class Saver:
 
 
 def latest(directory: Path, group: dist.ProcessGroup | None = None) -> Path | None:
-    """The newest checkpoint whose manifest and files verify; a collective call.
+    """The newest checkpoint whose manifest and files verify, the same on every rank, or None; a collective call.
 
-    Damaged ones are passed over, each with a logged warning that names the file and what is wrong with it.
-    Nothing on the disk is changed. Each rank hashes a share of the files.
-
-    Args:
-        directory: holds the checkpoints; may be missing.
-        group: of all ranks, for CPU tensors; None: this process alone.
-    Returns:
-        its path, the same on every rank, or None.
+    Damaged ones are passed over with a logged warning; nothing on the disk is changed. Each rank hashes a share of the
+    files.
     """
-    ranks = Ranks(group)
+    ranks = Ranks(GroupTransport(group))
 
     def search(_: list[None]) -> list[list[str]]:
         return [[path.name for path in publish.published(directory)]] * ranks.size
 
     # One rank looks: another node may see an older listing of a shared directory.
-    names = ranks.agree(lambda: None, search)
-    return publish.first_whole([directory / name for name in names], partial(_verify, ranks))
+    names: list[str] = ranks.agree(lambda: None, search)
+    for path in (directory / name for name in names):
+        try:
+            _verify(ranks, path)
+        except ValueError as damage:
+            logger.warning("passed over: %s", damage)
+        else:
+            return path
+    return None
 
 
-def load(path: Path, tensors: Mapping[str, Tensor | Piece], group: dist.ProcessGroup | None = None) -> dict[str, Any]:
-    """Fill tensors in place from a checkpoint of any layout; a collective call.
+def load(
+    path: Path, tensors: Mapping[str, Tensor | LocalShard], group: dist.ProcessGroup | None = None
+) -> dict[str, Any]:
+    """Fill tensors in place from a checkpoint of any layout, and return its state; a collective call.
 
     Names, shapes, dtypes and hashes are checked before the first tensor is touched. Each rank reads the headers of all
-    shards and maps into memory those that hold something it wants; only the wanted ranges of rows are read.
+    files and maps into memory those that hold something it wants; only the wanted ranges of rows are read.
 
     Args:
         path: a published checkpoint, as `latest` returns it.
-        tensors: name -> tensor or piece to fill; over all ranks exactly the names, shapes and dtypes of the checkpoint.
+        tensors: name -> what to fill; over all ranks exactly the names, shapes and dtypes of the checkpoint.
         group: of all ranks that load together, for CPU tensors; None: this process alone.
-    Returns:
-        the state that was saved with them, the same on every rank.
     Raises:
         ValueError: a file is damaged, or a tensor is missing, unexpected, or of another shape or dtype; named.
-        RuntimeError: a rank could not read a file.
     """
-    ranks = Ranks(group)
+    ranks = Ranks(GroupTransport(group))
     manifest = _verify(ranks, path)
-    parts: dict[str, Part] = {}
+    shards: dict[str, TypedShard] = {}
 
-    def ask() -> dict[str, Part]:
-        parts.update({name: part_of(name, value) for name, value in tensors.items()})
-        return parts
+    def ask() -> dict[str, TypedShard]:
+        shards.update({name: typed_shard(name, value) for name, value in tensors.items()})
+        return shards
 
     def compare(reports: list[Any]) -> list[dict[str, Any]]:
         state = publish.read_json(path / publish.STATE)
         if not isinstance(state, dict):
             raise ValueError(f"checkpoint {path} is damaged: {publish.STATE} holds no object")
-        _check_tensors(path, saved=manifest["tensors"], wanted=union([read_parts(report) for report in reports]))
+        _check_tensors(
+            path, saved=manifest["tensors"], wanted=global_tensors([read_report(report) for report in reports])
+        )
         return [state] * ranks.size
 
     state: dict[str, Any] = ranks.agree(ask, compare)
-    wanted = {name: part for name, part in parts.items() if part.num_elements}
-    targets = {name: local_of(tensors[name]) for name in wanted}
+    wanted = {name: held for name, held in shards.items() if held.shard.numel}
+    targets = {name: local_tensor(tensors[name]) for name in wanted}
     ranks.agree(partial(_read, path, targets, wanted), _no_replies)
     return state
 
 
 class _ShardWriter(HuggingFaceStorageWriter):
-    """DCP's safetensors writer, working in the hidden directory; knows afterwards which files it wrote."""
+    """DCP's safetensors writer, in the hidden directory; lists in `written` the files it wrote."""
 
     def __init__(self, directory: Path, *, shard: int, files: dict[str, int]) -> None:
         super().__init__(path=str(directory), fqn_to_index_mapping=files, save_distributed=True)
@@ -228,64 +201,58 @@ class _ShardWriter(HuggingFaceStorageWriter):
         return plans
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Note the files. DCP calls this once this rank's shards are on the disk."""
+        """List the files. DCP calls this once this rank's files are on the disk."""
         self.written = sorted({result.storage_data.relative_path for each in results for result in each})
 
 
 @dataclass
 class _Plan:
-    """Who writes what. It stays from save to save, so a run works it out once: with 2,048 ranks that takes seconds.
+    """Which rank writes what. It is kept from save to save: with 2,048 ranks working it out takes seconds."""
 
-    Args:
-        parts: what this rank held when it was worked out; None: never.
-        names: what this rank writes.
-        wholes: all tensors; known to the coordinator only.
-    """
-
-    parts: dict[str, Part] | None = None
-    names: list[str] = field(default_factory=list)
-    wholes: Wholes = field(default_factory=dict)
+    shards: dict[str, TypedShard] | None = None  # what this rank held when it was worked out; None: never
+    names: list[str] = field(default_factory=list)  # what this rank writes
+    tensors: GlobalTensors = field(default_factory=dict)  # of all ranks; at rank 0 only
 
 
 class _Save:
     """One save as one rank sees it; the methods are its phases, in this order."""
 
     def __init__(
-        self, path: Path, tensors: Mapping[str, Tensor | Piece], *, state: dict[str, Any], keep: int | None
+        self, path: Path, tensors: Mapping[str, Tensor | LocalShard], *, state: dict[str, Any], keep: int | None
     ) -> None:
         self.path = path
-        self.parts: dict[str, Part] = {}
+        self.shards: dict[str, TypedShard] = {}
         self._tensors, self._state, self._keep = tensors, state, keep
         self._hidden = publish.writing_path(path)
         self._writer: _ShardWriter
         self._staged: dict[str, Any] = {}
 
-    def describe(self) -> dict[str, Part]:
+    def describe(self) -> dict[str, TypedShard]:
         """Each rank: check what it was given."""
-        self.parts = {name: part_of(name, value) for name, value in self._tensors.items()}
+        self.shards = {name: typed_shard(name, value) for name, value in self._tensors.items()}
         try:
             # A copy of now: the caller may change the state while the shards are written.
             self._state = json.loads(json.dumps(self._state, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise ValueError(f"state is not JSON: {error}; keep to dict, list, str, int, float, bool, None") from None
-        return self.parts
+        return self.shards
 
     def stage(self, names: list[str], shard: int) -> None:
         """Each rank: copy to host memory what it will write."""
-        mine = {name: local_of(self._tensors[name]) for name in names}
+        mine = {name: local_tensor(self._tensors[name]) for name in names}
         self._tensors = {}
         self._writer = _ShardWriter(self._hidden, shard=shard, files=_assign_files(mine))
         self._staged = self._writer.stage(mine)
 
     def prepare(self, reports: list[None]) -> list[None]:
-        """The coordinator: clear away what a killed process left. No rank writes before."""
+        """Rank 0: clear away what a killed process left. No rank writes before."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         publish.sweep(self.path.parent)
         return reports
 
     def write(self) -> dict[str, dict[str, Any]]:
         """Each rank: write, fsync and hash its shards."""
-        planner = BoxSavePlanner(self.parts)
+        planner = ShardSavePlanner(self.shards)
         try:
             state_dict_saver.save(self._staged, storage_writer=self._writer, planner=planner, no_dist=True)
         except CheckpointException as failure:
@@ -293,17 +260,17 @@ class _Save:
         self._staged = {}
         return {name: publish.entry_of(self._hidden / name) for name in self._writer.written}
 
-    def publish(self, wholes: Wholes, entries: list[dict[str, dict[str, Any]]]) -> list[None]:
-        """The coordinator: add state and manifest, publish, prune."""
+    def publish(self, tensors: GlobalTensors, entries: list[dict[str, dict[str, Any]]]) -> list[None]:
+        """Rank 0: add state and manifest, publish, prune."""
         publish.write_json(self._hidden / publish.STATE, self._state)
-        publish.write_manifest(self._hidden, wholes, {name: e for each in entries for name, e in each.items()})
+        publish.write_manifest(self._hidden, tensors, {name: e for each in entries for name, e in each.items()})
         publish.publish(self.path)
         if self._keep is not None:
             publish.prune(self.path.parent, keep=self._keep, newest=self.path)
         return [None] * len(entries)
 
     def failed(self, cause: Exception) -> RuntimeError:
-        """The error that the caller sees."""
+        """What the caller sees."""
         return RuntimeError(f"saving checkpoint {self.path} failed: {cause}; those published before it are untouched")
 
 
@@ -319,7 +286,7 @@ def _start(job: _Save, ranks: Ranks, plan: _Plan) -> Future[None]:
 
     def finish() -> None:
         try:
-            ranks.agree(job.write, partial(job.publish, plan.wholes))
+            ranks.agree(job.write, partial(job.publish, plan.tensors))
         except (ValueError, RuntimeError) as cause:
             raise job.failed(cause) from cause
 
@@ -331,24 +298,24 @@ def _start(job: _Save, ranks: Ranks, plan: _Plan) -> Future[None]:
 
 
 def _agree_on_plan(job: _Save, ranks: Ranks, plan: _Plan) -> None:
-    """Take the plan of the save before, if no rank holds other parts than then; else work it out."""
+    """Take the plan of the save before, if every rank holds the same shards as then; else work it out."""
 
     def compare(same: list[bool]) -> list[bool]:
         return [all(same)] * len(same)
 
-    if ranks.agree(lambda: job.describe() == plan.parts, compare):
+    if ranks.agree(lambda: job.describe() == plan.shards, compare):
         return
-    wholes: Wholes = {}
+    tensors: GlobalTensors = {}
 
     def work_out(reports: list[Any]) -> list[list[str]]:
-        held = [read_parts(report) for report in reports]
-        wholes.update(union(held))
-        if not wholes:
+        held = [read_report(report) for report in reports]
+        tensors.update(global_tensors(held))
+        if not tensors:
             raise ValueError(f"nothing to save in {job.path}: give at least one tensor")
-        return assign(held)
+        return assign_writers(held)
 
-    plan.names = ranks.agree(lambda: job.parts, work_out)
-    plan.parts, plan.wholes = job.parts, wholes
+    plan.names = ranks.agree(lambda: job.shards, work_out)
+    plan.shards, plan.tensors = job.shards, tensors
 
 
 def _no_replies(reports: list[Any]) -> list[None]:
@@ -356,7 +323,7 @@ def _no_replies(reports: list[Any]) -> list[None]:
 
 
 def _assign_files(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Number of the shard file, from 1, for each tensor: in order of name, up to SHARD_BYTES each."""
+    """Number of the file, from 1, for each tensor: in order of name, up to SHARD_BYTES each."""
     files: dict[str, int] = {}
     index, filled_bytes = 1, 0
     for name in sorted(tensors):
@@ -369,7 +336,7 @@ def _assign_files(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 
 def _verify(ranks: Ranks, path: Path) -> dict[str, Any]:
-    """Compare all files with the manifest, each rank a share; returns it to the coordinator, {} to the others."""
+    """Compare all files with the manifest, each rank a share; returns it to rank 0, {} to the others."""
     manifest: dict[str, Any] = {}
 
     def deal(_: list[None]) -> list[dict[str, Any]]:
@@ -385,10 +352,10 @@ def _verify(ranks: Ranks, path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read(path: Path, targets: dict[str, Tensor], wanted: dict[str, Part]) -> None:
+def _read(path: Path, targets: dict[str, Tensor], wanted: dict[str, TypedShard]) -> None:
     reader = HuggingFaceStorageReader(str(path))
     try:
-        state_dict_loader.load(dict(targets), storage_reader=reader, planner=BoxLoadPlanner(wanted), no_dist=True)
+        state_dict_loader.load(dict(targets), storage_reader=reader, planner=ShardLoadPlanner(wanted), no_dist=True)
     except CheckpointException as failure:
         shards = sorted(file.name for file in path.iterdir() if file.name.endswith(publish.SHARD_SUFFIX))
         cause = _cause(failure)
@@ -407,7 +374,7 @@ def _check_tensors(path: Path, *, saved: dict[str, Any], wanted: dict[str, Any])
     if missing := sorted(wanted.keys() - saved.keys()):
         complaints.append(f"lacks {_some(missing)}")
     if unexpected := sorted(saved.keys() - wanted.keys()):
-        complaints.append(f"holds {_some(unexpected)}, which nobody asked for")
+        complaints.append(f"holds {_some(unexpected)}, which no rank asked for")
     differing = [
         f"{name} (saved {saved[name]['dtype']} {saved[name]['shape']}, "
         f"wanted {wanted[name]['dtype']} {wanted[name]['shape']})"

@@ -1,12 +1,8 @@
-"""DCP's plans for boxes: which rectangle of which tensor a rank writes, and from which saved rectangles it reads.
+"""DCP's plans for shards: which block of which tensor a rank writes, and from which saved blocks it reads.
 
-torch DCP asks a planner what to write and what to read; its own planners know whole tensors, DTensors and
-ShardedTensors. Ours know a name and a box (`parallel.shards`), which covers ZeRO-1's flat slices, a stage's
-layers and a rank's experts alike. Intersecting a wanted box with the saved ones is DCP's own function.
-
-Each rank plans for itself: who writes what is agreed before, so DCP runs without its collectives (`no_dist=True`),
-which pickle. Every saved box that a wanted one meets becomes one read of exactly their intersection.
-No process group and no file here; tensors only, values that are no tensors do not exist.
+DCP's own planners know whole tensors, DTensors and ShardedTensors. Ours take a name and a `Shard`, which covers
+ZeRO-1's flat ranges, a stage's layers and a rank's experts alike. Every saved shard that a wanted one meets becomes one
+read of exactly their intersection. Each rank plans for itself: the writers are agreed before.
 """
 
 from __future__ import annotations
@@ -39,18 +35,14 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from parallel.shards import Part
+from parallel.shards import Shard, TypedShard
 
 
-class BoxSavePlanner(SavePlanner):
-    """Writes each tensor of the state dict at its place in the global one.
+class ShardSavePlanner(SavePlanner):
+    """Writes each tensor of the state dict as its shard of the global one."""
 
-    Args:
-        parts: place of each tensor that this rank writes, by name.
-    """
-
-    def __init__(self, parts: Mapping[str, Part]) -> None:
-        self._parts = parts
+    def __init__(self, shards: Mapping[str, TypedShard]) -> None:
+        self._shards = shards
         self._tensors: Mapping[str, Tensor] = {}
 
     def set_up_planner(
@@ -66,13 +58,13 @@ class BoxSavePlanner(SavePlanner):
         """One write for each tensor."""
         items = []
         for name, tensor in self._tensors.items():
-            part = self._parts[name]
+            shard = self._shards[name].shard
             data = TensorWriteData(
-                chunk=_chunk(part),
+                chunk=_chunk(shard),
                 properties=TensorProperties(dtype=tensor.dtype),
-                size=torch.Size(part.shape),
+                size=torch.Size(shard.global_shape),
             )
-            items.append(WriteItem(MetadataIndex(name, part.offset), WriteItemType.SHARD, tensor_data=data))
+            items.append(WriteItem(MetadataIndex(name, shard.offsets), WriteItemType.SHARD, tensor_data=data))
         return SavePlan(items)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
@@ -88,15 +80,11 @@ class BoxSavePlanner(SavePlanner):
         return self._tensors[write_item.index.fqn]
 
 
-class BoxLoadPlanner(LoadPlanner):
-    """Fills each tensor of the state dict from all saved boxes that meet its own.
+class ShardLoadPlanner(LoadPlanner):
+    """Fills each tensor of the state dict from all saved shards that meet its own; none is empty."""
 
-    Args:
-        parts: place of each tensor that this rank wants, by name; none is empty.
-    """
-
-    def __init__(self, parts: Mapping[str, Part]) -> None:
-        self._parts = parts
+    def __init__(self, shards: Mapping[str, TypedShard]) -> None:
+        self._shards = shards
         self._tensors: Mapping[str, Tensor] = {}
         self._saved = Metadata({})
 
@@ -111,23 +99,19 @@ class BoxLoadPlanner(LoadPlanner):
         self._tensors, self._saved = state_dict, metadata
 
     def create_local_plan(self) -> LoadPlan:
-        """The reads that fill every element of every tensor.
-
-        Raises:
-            ValueError: the shards do not hold all of a part, or hold it in another dtype; named.
-        """
+        """The reads that fill every element; a ValueError if the files do not hold them all, in the same dtype."""
         items: list[ReadItem] = []
-        for name, part in self._parts.items():
+        for name, (dtype, shard) in self._shards.items():
             saved = self._saved.state_dict_metadata.get(name)
             reads: list[ReadItem] = []
             if isinstance(saved, TensorStorageMetadata):
-                if str(saved.properties.dtype) != part.dtype:
-                    raise ValueError(f"the shards hold {name} as {saved.properties.dtype}, not {part.dtype}")
-                reads = create_read_items_for_chunk_list(name, saved, [_chunk(part)])
-            # A hole would leave old values in the tensor without a word.
+                if str(saved.properties.dtype) != dtype:
+                    raise ValueError(f"the files hold {name} as {saved.properties.dtype}, not {dtype}")
+                reads = create_read_items_for_chunk_list(name, saved, [_chunk(shard)])
+            # A hole would leave old values in the tensor without an error.
             found = sum(math.prod(read.lengths) for read in reads)
-            if found != part.num_elements:
-                raise ValueError(f"the shards hold {found} of {part.num_elements} elements of a part of {name}")
+            if found != shard.numel:
+                raise ValueError(f"the files hold {found} of {shard.numel} elements of a shard of {name}")
             items.extend(reads)
         return LoadPlan(items)
 
@@ -155,5 +139,5 @@ class BoxLoadPlanner(LoadPlanner):
         raise AssertionError(f"{read_item.storage_index.fqn} is no tensor")
 
 
-def _chunk(part: Part) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(offsets=torch.Size(part.offset), sizes=torch.Size(part.size))
+def _chunk(shard: Shard) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(offsets=torch.Size(shard.offsets), sizes=torch.Size(shard.sizes))

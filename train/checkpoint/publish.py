@@ -1,4 +1,4 @@
-"""The directory side of checkpoints: manifest, atomic publication, pruning, search for the newest one.
+"""The directory side of checkpoints: manifest, atomic publication, pruning, verification.
 
 A published checkpoint is a directory `step_00000010` that holds
 
@@ -14,27 +14,20 @@ form `step_*` is a whole checkpoint, whatever moment the process was killed at. 
     .replaced-step_*   the older checkpoint of a step saved again: valid until the newer one is visible
     .pruned-step_*     being deleted: worthless
 
-The hashes guard against accidents (a torn write, a flipped bit, a lost file), not against an author of
-checkpoints. What guards against that one is that nothing here or in `train.checkpoint.dcp` can execute what
-it reads.
-
-One run writes into a directory at a time; any number may read. On several ranks each writes and hashes its own
-shards, one of them does the rest, and the directory must be on a file system that all of them share. No torch here.
+The hashes guard against accidents (a torn write, a flipped bit, a lost file), not against an author of checkpoints:
+against that one guards that nothing here or in `train.checkpoint.dcp` can execute what it reads.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -46,34 +39,17 @@ _WRITING, _REPLACED, _PRUNED = ".writing-", ".replaced-", ".pruned-"
 
 
 def step_name(step: int) -> str:
-    """Directory name of a checkpoint.
-
-    Args:
-        step: optimizer steps finished.
-    Returns:
-        'step_00000010' for 10.
-    """
+    """Directory name of a checkpoint: 'step_00000010' after 10 steps."""
     return f"step_{step:08d}"
 
 
 def writing_path(target: Path) -> Path:
-    """The hidden directory in which `target` is prepared.
-
-    Args:
-        target: the checkpoint's final path.
-    Returns:
-        its sibling '.writing-<name>'.
-    """
+    """The hidden directory '.writing-<name>' in which `target` is prepared."""
     return target.with_name(_WRITING + target.name)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON and wait until it is on the disk.
-
-    Args:
-        path: file to create.
-        value: what `json.dumps` accepts.
-    """
+    """Write JSON and wait until it is on the disk."""
     with path.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, allow_nan=False)
         file.flush()
@@ -81,13 +57,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def entry_of(file: Path) -> dict[str, Any]:
-    """What the manifest says of a file.
-
-    Args:
-        file: finished.
-    Returns:
-        {"bytes", "sha256"}.
-    """
+    """The manifest's entry of a finished file: {"bytes", "sha256"}."""
     return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
 
 
@@ -100,8 +70,6 @@ def write_manifest(
         directory: holds the shards and the state.
         tensors: name -> {'shape': list of int, 'dtype': str}.
         hashed: name -> `entry_of` the files that their writers have hashed; the others are hashed here.
-    Raises:
-        FileNotFoundError: a file of `hashed` is not here, or shorter: its writer writes somewhere else.
     """
     files = dict(hashed or {})
     for name, entry in files.items():
@@ -119,27 +87,19 @@ def write_manifest(
 
 
 def publish(target: Path) -> None:
-    """Make the prepared directory of `target` visible, in place of an older one of the same name.
-
-    Args:
-        target: final path; `writing_path(target)` holds the complete, fsynced files.
-    """
-    _fsync_directory(writing_path(target))
+    """Make `writing_path(target)`, complete and fsynced, visible as `target`, in place of an older one."""
+    fsync_directory(writing_path(target))
     replaced = target.with_name(_REPLACED + target.name)
     if target.exists():
         os.rename(target, replaced)
     os.rename(writing_path(target), target)
-    _fsync_directory(target.parent)
+    fsync_directory(target.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
 
 
 def sweep(directory: Path) -> None:
-    """Clear away the worthless directories that a killed process left behind.
-
-    Args:
-        directory: holds the checkpoints; may be missing. The caller must be its only writer.
-    """
+    """Clear away the worthless directories that a killed process left behind; the caller is the only writer."""
     for path in _entries(directory):
         was_replaced = path.name.startswith(_REPLACED) and path.with_name(path.name.removeprefix(_REPLACED)).exists()
         if was_replaced or path.name.startswith((_WRITING, _PRUNED)):
@@ -147,78 +107,24 @@ def sweep(directory: Path) -> None:
 
 
 def prune(directory: Path, *, keep: int, newest: Path) -> None:
-    """Delete all but the newest checkpoints.
-
-    A directory loses its published name before its first file is deleted.
-
-    Args:
-        directory: holds the checkpoints.
-        keep: how many stay, at least 1.
-        newest: the one just published; it stays even if others bear higher steps.
-    """
+    """Delete all but the `keep` newest checkpoints; `newest`, the one just published, stays whatever its step."""
     others = [path for path in published(directory) if path != newest]
     for path in others[keep - 1 :]:
+        # A directory loses its published name before its first file is deleted.
         doomed = path.with_name(_PRUNED + path.name)
         os.rename(path, doomed)
         shutil.rmtree(doomed)
 
 
-def latest(directory: Path) -> Path | None:
-    """The newest checkpoint whose manifest and files verify, as one process sees it.
-
-    Args:
-        directory: holds the checkpoints; may be missing. Nothing in it is changed.
-    Returns:
-        its path, or None.
-    """
-    return first_whole(published(directory), verify)
-
-
-def first_whole(paths: Iterable[Path], check: Callable[[Path], object]) -> Path | None:
-    """The first checkpoint that passes a check.
-
-    Damaged ones are passed over, each with a logged warning that names the file and what is wrong with it.
-
-    Args:
-        paths: checkpoints, the best first.
-        check: raises ValueError if the checkpoint is damaged.
-    Returns:
-        its path, or None.
-    """
-    for path in paths:
-        try:
-            check(path)
-        except ValueError as damage:
-            logger.warning("passed over: %s", damage)
-        else:
-            return path
-    return None
-
-
 def verify(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest and compare every file with it.
-
-    Args:
-        path: the checkpoint.
-    Returns:
-        the manifest.
-    Raises:
-        ValueError: names the first file that is missing, damaged, or present but not in the manifest.
-    """
+    """Read a checkpoint's manifest and compare every file with it; a ValueError names the first that differs."""
     manifest = read_manifest(path)
     check_files(path, manifest["files"])
     return manifest
 
 
 def check_files(path: Path, entries: Mapping[str, dict[str, Any]]) -> None:
-    """Compare files with what the manifest says of them.
-
-    Args:
-        path: the checkpoint.
-        entries: of the files to check.
-    Raises:
-        ValueError: names the first file that is missing or damaged.
-    """
+    """Compare files with their entries of the manifest; a ValueError names the first that is missing or damaged."""
     for name, expected in entries.items():
         file = path / name
         if not file.is_file():
@@ -231,15 +137,7 @@ def check_files(path: Path, entries: Mapping[str, dict[str, Any]]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Args:
-        path: the file.
-    Returns:
-        its value.
-    Raises:
-        ValueError: the file is missing or no JSON.
-    """
+    """The value of a JSON file; a ValueError if it is missing or no JSON."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -249,10 +147,8 @@ def read_json(path: Path) -> Any:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest; the files that it lists are not looked at.
+    """A checkpoint's manifest; the files that it lists are not opened.
 
-    Args:
-        path: the checkpoint.
     Returns:
         {"format", "files": name -> {"bytes", "sha256"}, "tensors": name -> {"shape", "dtype"}, "sha256"}.
     Raises:
@@ -290,11 +186,7 @@ def _damage(file: Path, what: str) -> ValueError:
 
 
 def published(directory: Path) -> list[Path]:
-    """Checkpoints from the highest step down, with those whose replacement never became visible.
-
-    Args:
-        directory: holds the checkpoints; may be missing.
-    """
+    """Checkpoints from the highest step down, with those whose replacement never became visible."""
     by_step: dict[int, Path] = {}
     for path in _entries(directory):
         match = _STEP_NAME.fullmatch(path.name.removeprefix(_REPLACED))
@@ -316,7 +208,8 @@ def _sha256_of_body(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _fsync_directory(directory: Path) -> None:
+def fsync_directory(directory: Path) -> None:
+    """Wait until a directory's names are on the disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

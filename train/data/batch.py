@@ -1,14 +1,10 @@
-"""The one object that leaves the data room: input ids, labels and, when asked for, document ids.
+"""A batch: input ids, labels and, when asked for, document ids.
 
-A training sample is a window of ``sequence_length + 1`` consecutive tokens of the packed stream: position i
-of the input is asked for token i + 1, so ``input_ids = window[:-1]`` and ``labels = window[1:]``
-(next-token prediction, arXiv:2412.19437 §2.2; multi-token prediction shifts the same labels further by
-itself).
+A training sample is a window of ``sequence_length + 1`` consecutive tokens of the packed stream: position i of the
+input is asked for token i + 1, so ``input_ids = window[:-1]`` and ``labels = window[1:]`` (next-token prediction,
+arXiv:2412.19437 §2.2; multi-token prediction shifts the same labels further itself).
 
 Shapes: sequences = samples in the batch (the data-parallel dim), tokens = sequence_length.
-
-It does not move anything to a device and knows nothing of losses: dividing by the number of targets is the
-step's work.
 """
 
 from __future__ import annotations
@@ -27,13 +23,10 @@ IGNORE_INDEX = IGNORE
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one step or of one evaluation call.
+    """Samples of one step or of one evaluation call, all tensors [sequences, tokens] int64.
 
-    Args:
-        input_ids: [sequences, tokens] int64.
-        labels: [sequences, tokens] int64; IGNORE_INDEX where there is no target.
-        document_ids: [sequences, tokens] int64, counted from 0 inside each window, or None when attention
-            is not limited to a document. Input positions with equal ids belong to the same document.
+    Labels are IGNORE_INDEX where there is no target. Document ids are counted from 0 inside each window; without them
+    attention is not limited to a document.
     """
 
     input_ids: Tensor
@@ -51,11 +44,7 @@ class Batch:
         return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items() if tensor is not None}
 
     def share(self, index: int, shares: int) -> Batch:
-        """The index-th of so many equal shares of the sequences.
-
-        A batch that does not divide is filled up with copies of its first sequence that have no targets, so that every
-        rank has the same number of sequences.
-        """
+        """The index-th of so many equal shares of the sequences, filled up with copies of the first without targets."""
         missing = -len(self.labels) % shares
         labels = torch.cat((self.labels, torch.full_like(self.labels[:1], IGNORE_INDEX).expand(missing, -1)))
 
@@ -68,15 +57,10 @@ class Batch:
 
 
 def batch_from_windows(windows: NDArray[np.int64], documents: NDArray[np.int64], *, mask_documents: bool) -> Batch:
-    """Split windows of the packed stream into inputs and labels.
+    """Split windows [sequences, tokens + 1] of the packed stream into inputs and labels.
 
-    Args:
-        windows: [sequences, tokens + 1] token ids; a negative value means "no token here" and becomes input
-            0 and label IGNORE_INDEX.
-        documents: [sequences, tokens + 1] running number of the document each token belongs to.
-        mask_documents: whether the batch carries document ids.
-    Returns:
-        A Batch of [sequences, tokens].
+    A negative id means "no token here" and becomes input 0 and label IGNORE_INDEX. `documents`, of the same shape, has
+    the running number of each token's document, for the batch's document ids.
     """
     tokens = torch.from_numpy(windows)  # [sequences, tokens + 1]
     inputs = tokens[:, :-1].clamp(min=0)  # [sequences, tokens]

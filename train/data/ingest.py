@@ -4,11 +4,9 @@
     OUT/train/              store of all documents but the last ones
     OUT/heldout/            store of the last ones (absent with a held-out fraction of 0)
 
-Everything is written into a hidden folder beside OUT, which is renamed to OUT at the end: a store that
-exists is complete. Asking again for what OUT already holds costs a check of its hashes and nothing else;
-asking for something different is refused, never overwritten.
-
-It does not shuffle, pack or cut: the store keeps the source's documents in the source's order.
+Everything is written into a hidden folder next to OUT, which is renamed to OUT at the end: a store that exists is
+complete. The same request again only checks its hashes; another one is refused, never overwritten. Documents keep the
+source's order.
 """
 
 from __future__ import annotations
@@ -35,23 +33,14 @@ ROWS_PER_BATCH = 1000
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is asked for.
+    """What is asked for."""
 
-    Args:
-        source: file, folder or hub name (sources.py).
-        text_field: the field that holds the text.
-        split: split of a hub dataset.
-        tokenizer: `bpe` (train one), `deepseek` (V3's own) or the path of a tokenizer.json.
-        vocab_size: ids of a tokeniser trained here; ignored otherwise.
-        heldout: share of the documents, the last ones, kept out of training.
-    """
-
-    source: str
+    source: str  # file, folder or hub name (sources.py)
     text_field: str = "text"
-    split: str = "train"
-    tokenizer: str = "bpe"
-    vocab_size: int = 1024
-    heldout: float = 0.1
+    split: str = "train"  # of a hub dataset
+    tokenizer: str = "bpe"  # `bpe` (train one), `deepseek` (V3's own) or the path of a tokenizer.json
+    vocab_size: int = 1024  # of a tokeniser trained here
+    heldout: float = 0.1  # share of the documents, the last ones, kept out of training
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.heldout < 1.0:
@@ -60,13 +49,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The stores of one folder.
-
-    Args:
-        train: the training store.
-        heldout: the held-out store, if one was asked for.
-        reused: whether they existed already.
-    """
+    """The stores of one folder; `reused` if they existed already."""
 
     train: TokenStore
     heldout: TokenStore | None
@@ -74,12 +57,8 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, out: Path, *, workers: int = 1) -> Prepared:
-    """Make the stores of a recipe, or find them made.
+    """Make the stores of a recipe in the folder `out`, or find them made; the result does not depend on `workers`.
 
-    Args:
-        recipe: what to make.
-        out: folder to make; its parents are created.
-        workers: processes that tokenise; the result does not depend on it.
     Raises:
         ValueError: bad input, or `out` holds something else; nothing is left behind.
     """
@@ -108,30 +87,28 @@ def _opened(out: Path, *, reused: bool) -> Prepared:
     return Prepared(TokenStore.open(out / TRAIN), heldout, reused)
 
 
-def _comparable(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without what cannot change the result: folders, the vocabulary size beside a given file."""
+def _comparable(recipe: Recipe, given: TextTokenizer | None) -> dict[str, Any]:
+    """The recipe without what cannot change the result: folders, the vocabulary size where a tokeniser is given."""
     fields = asdict(recipe)
     fields["source"] = Path(recipe.source).name if local_files(recipe.source) else recipe.source
-    if recipe.tokenizer != "bpe":
+    if given is not None:
         del fields["vocab_size"]
-        fields["tokenizer"] = _given_tokenizer(recipe).sha256
+        fields["tokenizer"] = given.sha256
     return fields
 
 
-def _given_tokenizer(recipe: Recipe) -> TextTokenizer:
+def _given_tokenizer(recipe: Recipe) -> TextTokenizer | None:
+    if recipe.tokenizer == "bpe":
+        return None
     return deepseek_tokenizer() if recipe.tokenizer == "deepseek" else load_tokenizer(Path(recipe.tokenizer))
 
 
 def _reuse(recipe: Recipe, out: Path, hashes: dict[str, str]) -> Prepared:
-    """Take existing stores if they are what was asked for and unaltered.
-
-    Raises:
-        ValueError: they are not; nothing is touched.
-    """
+    """Take existing stores if they are what was asked for and unaltered; refuse others untouched."""
     manifest = read_manifest(out / TRAIN)
-    if manifest.recipe != _comparable(recipe) or manifest.sources != hashes:
-        wanted = {**_comparable(recipe), "sources": hashes}
-        found = {**manifest.recipe, "sources": manifest.sources}
+    wanted = {**_comparable(recipe, _given_tokenizer(recipe)), "sources": hashes}
+    found = {**manifest.recipe, "sources": manifest.sources}
+    if wanted != found:
         names = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise ValueError(
             f"out: {out} holds a store made with other inputs ({', '.join(names)} differ); "
@@ -148,7 +125,6 @@ def _reuse(recipe: Recipe, out: Path, hashes: dict[str, str]) -> Prepared:
 
 
 def _write_all(recipe: Recipe, documents: Documents, whole: Path, *, workers: int) -> None:
-    """Write tokeniser and stores into the folder `whole`."""
     table, rows = documents.table, len(documents.table)
     # At least one document each: a fraction that rounds to nothing would silently drop the evaluation.
     num_heldout = max(1, round(rows * recipe.heldout)) if recipe.heldout else 0
@@ -158,22 +134,30 @@ def _write_all(recipe: Recipe, documents: Documents, whole: Path, *, workers: in
             "pass more documents or --heldout 0"
         )
     train = table.select(range(rows - num_heldout))
-    if recipe.tokenizer == "bpe":
-        texts = texts_of(train, documents.text_field)
-        tokenizer = train_byte_level_bpe(texts, vocab_size=recipe.vocab_size)
-    else:
-        tokenizer = _given_tokenizer(recipe)
+    given = _given_tokenizer(recipe)
+    tokenizer = given or train_byte_level_bpe(texts_of(train, documents.text_field), vocab_size=recipe.vocab_size)
+    made_from = _comparable(recipe, given)
     whole.mkdir()
     tokenizer.save(whole / TOKENIZER_FILE)
-    parts = {TRAIN: train}
+    tables = {TRAIN: train}
     if num_heldout:
-        parts[HELDOUT] = table.select(range(rows - num_heldout, rows))
-    for name, part in parts.items():
-        _write_store(recipe, replace(documents, table=part), tokenizer, whole / name, workers=workers)
+        tables[HELDOUT] = table.select(range(rows - num_heldout, rows))
+    for name, table in tables.items():
+        store = replace(documents, table=table)
+        dtype = _write_store(recipe, made_from, store, tokenizer, whole / name, workers=workers)
+        _write_manifest(made_from, store, tokenizer, whole / name, dtype=dtype)
 
 
-def _write_store(recipe: Recipe, documents: Documents, tokenizer: TextTokenizer, folder: Path, *, workers: int) -> None:
-    """Tokenise documents into one store; documents without text are left out."""
+def _write_store(
+    recipe: Recipe,
+    made_from: dict[str, Any],
+    documents: Documents,
+    tokenizer: TextTokenizer,
+    folder: Path,
+    *,
+    workers: int,
+) -> str:
+    """Tokenise documents into one store, those without text left out; returns the dtype of the ids."""
     dtype = "uint16" if tokenizer.vocab_size <= 1 + np.iinfo(np.uint16).max else "int32"
     eos = tokenizer.special_ids.eos
 
@@ -184,7 +168,7 @@ def _write_store(recipe: Recipe, documents: Documents, tokenizer: TextTokenizer,
     cache = folder.parent.parent / "cache" / f"{folder.name}.arrow"
     cache.parent.mkdir(exist_ok=True)
     # Named by us: the library's own name would hash this function and its tokeniser.
-    name = f"{documents.hashes} {_comparable(recipe)} {folder.name}"
+    name = f"{documents.hashes} {made_from} {folder.name}"
     fingerprint = hashlib.sha256(name.encode()).hexdigest()[:16]
     table = documents.table.map(
         encode,
@@ -201,13 +185,13 @@ def _write_store(recipe: Recipe, documents: Documents, tokenizer: TextTokenizer,
             f"source: {recipe.source} is an empty corpus: its {folder.name} documents have no text in "
             f"'{documents.text_field}'; pass documents with text"
         )
-    # The bare table: what the library remembers of source and workers stays behind.
+    # The bare table, without what the library remembers of source and workers.
     datasets.Dataset(table.data, fingerprint=fingerprint).save_to_disk(str(folder))
-    _write_manifest(recipe, documents, tokenizer, folder, dtype=dtype)
+    return dtype
 
 
 def _write_manifest(
-    recipe: Recipe, documents: Documents, tokenizer: TextTokenizer, folder: Path, *, dtype: str
+    made_from: dict[str, Any], documents: Documents, tokenizer: TextTokenizer, folder: Path, *, dtype: str
 ) -> None:
     """Describe the Arrow files just written."""
     column = datasets.load_from_disk(str(folder)).data.column("input_ids")
@@ -225,7 +209,7 @@ def _write_manifest(
         special_ids=special,
         tokenizer_file=f"../{TOKENIZER_FILE}",
         tokenizer_sha256=tokenizer.sha256,
-        recipe=_comparable(recipe),
+        recipe=made_from,
         sources=documents.hashes,
         files={file.name: FileRecord(file.stat().st_size, file_sha256(file)) for file in sorted(folder.iterdir())},
         versions={

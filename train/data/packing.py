@@ -1,17 +1,13 @@
 """Document order, fill-in-the-middle and packing of one epoch (arXiv:2412.19437 §4.1).
 
-An epoch is every document of a store once, in a shuffled order, laid end to end. A share of the documents
-is first rearranged so that the model learns to fill a hole from both sides (prefix, suffix, middle):
+An epoch is every document of a store once, in a shuffled order, end to end. A share of the documents is first
+rearranged: the model learns to fill a hole from both sides (prefix, suffix, middle):
 
     <fim_begin> prefix <fim_hole> suffix <fim_end> middle <eos>
 
-Everything random is a pure function of (seed, epoch, document): numbers come from the counter-based
-generator Philox at an address made of those three, and only its raw 64-bit words are used, which numpy
-promises never to change (the distributions built on top of them carry no such promise).
+Everything random is a pure function of (seed, epoch, document).
 
-Shapes: documents = rows of the store, tokens = places of the packed epoch.
-
-It cuts no windows (stream.py) and draws no mixture of several stores.
+Shapes: documents = rows of the store, tokens = offsets in the packed epoch.
 """
 
 from __future__ import annotations
@@ -31,6 +27,7 @@ FIM_TOKENS = 3
 
 def random_words(count: int, *, seed: int, purpose: int, epoch: int, document: int = 0) -> NDArray[np.uint64]:
     """[count] uint64: the random words at an address; equal addresses give equal words for ever."""
+    # Raw words of a counter-based generator: numpy promises never to change them, unlike its distributions.
     return np.random.Philox(key=seed, counter=[0, document, epoch, purpose]).random_raw(count)
 
 
@@ -48,30 +45,15 @@ def fim_choice(num_documents: int, *, seed: int, epoch: int, rate: float) -> NDA
 
 
 def fim_cuts(text_tokens: int, *, seed: int, epoch: int, document: int) -> tuple[int, int]:
-    """Where the middle of a document begins and ends.
-
-    Args:
-        text_tokens: tokens of the document without its end-of-sentence token.
-        seed: of the run.
-        epoch: number of the epoch.
-        document: store index of the document.
-    Returns:
-        (begin, end) with 0 <= begin <= end <= text_tokens, the sorted pair of two uniform draws.
-    """
+    """Where the middle of a document begins and ends: two uniform draws, sorted, of its tokens without the last."""
     words = random_words(2, seed=seed, purpose=FIM_CUTS, epoch=epoch, document=document)
     first, second = (int(word % np.uint64(text_tokens + 1)) for word in words)
     return min(first, second), max(first, second)
 
 
 def fim_document(tokens: NDArray[np.int64], special: SpecialIds, *, cuts: tuple[int, int]) -> NDArray[np.int64]:
-    """Rearrange one document as prefix, suffix, middle.
+    """Rearrange one document [tokens], the last one end-of-sentence, as prefix, suffix, middle: [tokens + 3].
 
-    Args:
-        tokens: [tokens] int64, the last one end-of-sentence.
-        special: ids of the three fill-in-the-middle tokens.
-        cuts: (begin, end) of the middle, in tokens.
-    Returns:
-        [tokens + 3] int64.
     Source: arXiv:2412.19437 §4.1 (PSM), after DeepSeek-Coder-V2.
     """
     begin, end = cuts
@@ -83,25 +65,17 @@ def fim_document(tokens: NDArray[np.int64], special: SpecialIds, *, cuts: tuple[
 
 @dataclass(frozen=True)
 class Packing:
-    """Where every token of one epoch stands.
-
-    Args:
-        seed: of the run.
-        epoch: number of the epoch.
-        documents: [documents] int64, store index of each document in packed order.
-        is_fim: [documents] bool in packed order.
-        ends: [documents] int64 in packed order, first place after the document.
-    """
+    """The offset of every document of one epoch; arrays are [documents], in packed order."""
 
     seed: int
     epoch: int
-    documents: NDArray[np.int64]
+    documents: NDArray[np.int64]  # store index
     is_fim: NDArray[np.bool_]
-    ends: NDArray[np.int64]
+    ends: NDArray[np.int64]  # first offset after the document
 
     @property
     def num_tokens(self) -> int:
-        """Places of the epoch."""
+        """Of the epoch."""
         return int(self.ends[-1])
 
 
@@ -120,7 +94,7 @@ def pack_epoch(store: TokenStore, *, seed: int, epoch: int, fim_rate: float) -> 
 
 
 def epoch_tokens(store: TokenStore, *, seed: int, epoch: int, fim_rate: float) -> int:
-    """Tokens of an epoch, without laying it out."""
+    """Tokens of an epoch, without packing it."""
     is_fim = fim_choice(len(store.lengths), seed=seed, epoch=epoch, rate=fim_rate)
     return store.manifest.tokens + FIM_TOKENS * int(is_fim.sum())
 
@@ -136,32 +110,21 @@ def packed_document(store: TokenStore, packing: Packing, ordinal: int) -> NDArra
 
 
 def read_packed(
-    store: TokenStore,
-    packing: Packing,
-    start: int,
-    *,
-    tokens: NDArray[np.int64],
-    documents: NDArray[np.int64],
+    store: TokenStore, packing: Packing, start: int, *, tokens: NDArray[np.int64], documents: NDArray[np.int64]
 ) -> int:
-    """Copy consecutive places of a packed epoch.
+    """Fill `tokens` with ids from offset `start` of a packed epoch, and `documents` with the ordinals of theirs.
 
-    Args:
-        store: the documents.
-        packing: their places in the epoch.
-        start: first place to copy.
-        tokens: [places] int64, filled with token ids.
-        documents: [places] int64, filled with the ordinal of the document each token belongs to.
     Returns:
-        Places filled: fewer than asked for where the epoch ends.
+        Tokens filled: fewer than asked for where the epoch ends.
     """
     filled = 0
     ordinal = int(np.searchsorted(packing.ends, start, side="right"))
     while filled < len(tokens) and ordinal < len(packing.ends):
         document = packed_document(store, packing, ordinal)
         skip = start + filled - (int(packing.ends[ordinal]) - len(document))
-        piece = document[skip : skip + len(tokens) - filled]
-        tokens[filled : filled + len(piece)] = piece
-        documents[filled : filled + len(piece)] = ordinal
-        filled += len(piece)
+        chunk = document[skip : skip + len(tokens) - filled]
+        tokens[filled : filled + len(chunk)] = chunk
+        documents[filled : filled + len(chunk)] = ordinal
+        filled += len(chunk)
         ordinal += 1
     return filled

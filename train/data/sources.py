@@ -1,4 +1,4 @@
-"""From a name to documents: any source that `datasets` reads, as one column of text.
+"""From a name to documents: any source that `datasets` reads, as one column of text, checked before it is tokenised.
 
 A source is a local file, a local folder of files of one kind, or the name of a dataset on the hub:
 
@@ -7,10 +7,7 @@ A source is a local file, a local folder of files of one kind, or the name of a 
     .txt            documents are separated by blank lines
     owner/name      a hub dataset; owner/name:config picks a configuration
 
-Text files may be gzipped (.jsonl.gz). Documents keep the order of the file; files are read in order of
-their names.
-
-Whatever is wrong with a source is said here, before anything is tokenised. It does not tokenise.
+Text files may be gzipped (.jsonl.gz). Documents keep the order of the file; files are read in order of their names.
 """
 
 from __future__ import annotations
@@ -34,17 +31,11 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Documents:
-    """The text of a source.
+    """The text of a source."""
 
-    Args:
-        table: a `datasets.Dataset`; every row of `text_field` is a string.
-        text_field: the column that holds the text.
-        hashes: SHA-256 of each file, or of the whole text of a hub dataset.
-    """
-
-    table: Any
+    table: Any  # a `datasets.Dataset`; every row of `text_field` is a string
     text_field: str
-    hashes: dict[str, str]
+    hashes: dict[str, str]  # SHA-256 of each file, or of the whole text of a hub dataset
 
 
 def local_files(source: str) -> list[Path]:
@@ -80,13 +71,8 @@ def hash_files(source: str, files: list[Path]) -> dict[str, str]:
 
 
 def open_documents(source: str, *, split: str, text_field: str, cache: Path) -> Documents:
-    """Read a source through `datasets`.
+    """Read a file, folder or hub dataset through `datasets`; Arrow copies of local files go to the folder `cache`.
 
-    Args:
-        source: file, folder or hub name.
-        split: which split of a hub dataset, such as `train` or `train[:1%]`.
-        text_field: the column that holds the text.
-        cache: folder for the Arrow copies of local files; the caller removes it.
     Raises:
         ValueError: whatever a user can repair, in one sentence.
     """
@@ -120,7 +106,7 @@ def has_text(text: str) -> bool:
 
 
 def _kind(path: Path) -> str | None:
-    """Which reader of `datasets` takes the file; None if none does."""
+    """Which reader of `datasets` takes the file."""
     return KINDS.get(Path(path.stem).suffix if path.suffix == ".gz" else path.suffix)
 
 
@@ -129,7 +115,6 @@ def _empty(source: str) -> ValueError:
 
 
 def _load_files(source: str, files: list[Path], *, cache: Path) -> Any:
-    """Local files as one `datasets.Dataset`."""
     if not any(file.stat().st_size for file in files):
         raise _empty(source)
     kind = _kind(files[0])
@@ -152,7 +137,6 @@ def _load_files(source: str, files: list[Path], *, cache: Path) -> Any:
 
 
 def _load_hub(source: str, *, split: str) -> Any:
-    """A hub dataset, through the library's own cache."""
     name, _, config = source.partition(":")
     try:
         return datasets.load_dataset(name, config or None, split=split)
@@ -164,7 +148,6 @@ def _load_hub(source: str, *, split: str) -> Any:
 
 
 def _check_text(source: str, table: Any, *, text_field: str) -> None:
-    """Every row must hold a string."""
     dtype = getattr(table.features[text_field], "dtype", str(table.features[text_field]))
     if dtype not in ("string", "large_string"):
         raise ValueError(f"text_field: '{text_field}' of {source} holds {dtype}, not text; choose another")
@@ -178,11 +161,7 @@ def _check_text(source: str, table: Any, *, text_field: str) -> None:
 
 
 def _name_bad_line(files: list[Path]) -> None:
-    """Find the line that made a JSON source unreadable.
-
-    Raises:
-        ValueError: naming file and line, where one is not a JSON object.
-    """
+    """Raise a ValueError with the file and line that made a JSON source unreadable, if there is one."""
     for file in files:
         number = 0
         try:

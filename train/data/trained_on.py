@@ -1,11 +1,9 @@
-"""What a model's samples looked like when it was trained: what whoever prompts or scores it must repeat.
+"""What a model's samples looked like in training: what a prompt or a score must repeat.
 
 A packed sample of ours begins with one end-of-sentence token, the end of the document before it (`stream.py`); the
-released models begin a text with their begin-of-sentence token. Which of the two a model knows is written into its
-checkpoint, travels with an export to a Hugging Face folder (under `KEY` of its config.json, which other programs
-ignore) and comes back with an import. A folder without that mark is taken for a released model.
-
-Shapes: none. Not here: how samples are made (`stream.py`), where weights come from.
+released models begin a text with their begin-of-sentence token. The checkpoint records which of the two a model was
+trained on; an export writes it under `KEY` of config.json, which other programs ignore, and an import reads it back. A
+folder without it is taken for a released model.
 """
 
 from __future__ import annotations
@@ -23,30 +21,16 @@ FirstToken = Literal["bos", "eos"]
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """The samples of a model's training, as far as they are known.
+    """The samples of a model's training, as far as they are known."""
 
-    Args:
-        first_token: special token that begins a sequence: "eos" for runs of ours, "bos" for released models.
-        sequence_length: tokens of a sample; None where it is unknown.
-        mask_documents: whether attention was limited to a document.
-        tokenizer_sha256: of the tokeniser's file; None where it is unknown.
-    """
-
-    first_token: FirstToken = "bos"
+    first_token: FirstToken = "bos"  # "eos" for runs of ours
     sequence_length: int | None = None
-    mask_documents: bool = False
+    mask_documents: bool = False  # whether attention was limited to a document
     tokenizer_sha256: str | None = None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], *, origin: str) -> TrainedOn:
-        """What a file says under `KEY`; where it says nothing, a released model.
-
-        Args:
-            values: content of the file.
-            origin: the file, for messages.
-        Raises:
-            ValueError: the mark is there but is none of ours.
-        """
+        """What the file `origin` has under `KEY` (nothing: a released model); a ValueError refuses what is not ours."""
         mark = values.get(KEY, {})
         kinds: dict[str, tuple[type, ...]] = {
             "sequence_length": (int, type(None)),

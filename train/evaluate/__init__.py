@@ -1,1 +1,1 @@
-"""Evaluation: held-out bits per byte beside what it has to beat, multiple choice, exact match, generation, lm-eval."""
+"""Evaluation: held-out bits per byte, multiple choice, exact match, tasks of lm-eval."""

@@ -1,11 +1,7 @@
 """The benchmarks of DeepSeek-V3's base model, with their scores and the lm-eval task that comes nearest to each.
 
-Source of names, shots and scores: arXiv:2412.19437 Tab. 3, as the README of deepseek-ai/DeepSeek-V3 repeats it. Task
-names: lm-eval 0.4.13, looked up in its `lm_eval/tasks`; older versions lack some of them.
-
-A task of the same name need not be the same test: DeepSeek's prompts, shots and answer extraction are its own and not
-public. `note` says where a task is known to differ. Where `task` is None, lm-eval has none; a score there needs
-another program. Nothing is run here (`lm_eval_adapter.py`).
+Names, shots and scores: arXiv:2412.19437 Tab. 3, as the README of deepseek-ai/DeepSeek-V3 repeats it. Task names:
+lm-eval 0.4.13. A task of the same name need not be the same test: DeepSeek's prompts are not public.
 """
 
 from __future__ import annotations
@@ -15,24 +11,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One row of the table.
-
-    Args:
-        name: as the report spells it.
-        metric: as the report names it.
-        shots: examples before each question; None where the table says "-".
-        score: of DeepSeek-V3-Base; percent, or bits per byte.
-        task: of lm-eval, or a group of them; None where there is none.
-        runs_code: whether scoring runs what the model wrote.
-        note: how the task differs from what the report says of it; "" for nothing known.
-    """
+    """One row of the table: names as in the report, score in percent or bits per byte."""
 
     name: str
     metric: str
     shots: int | None
     score: float
+    # A task of lm-eval or a group of them; None where lm-eval has none.
     task: str | None
+    # Whether scoring runs what the model wrote.
     runs_code: bool = False
+    # How the task differs from the report's test, as far as that is known.
     note: str = ""
 
 
@@ -77,30 +66,15 @@ DEEPSEEK_BASE_NAME = "deepseek-base"
 
 @dataclass(frozen=True)
 class Task:
-    """A task of lm-eval to run.
-
-    Args:
-        name: in lm-eval.
-        shots: examples before each question; None for the task's own number.
-        mark: DeepSeek-V3-Base's score, to compare with; None where there is none.
-    """
+    """A task of lm-eval to run, with `shots` (None: its own number) and the score of DeepSeek-V3-Base."""
 
     name: str
     shots: int | None = None
-    mark: float | None = None
+    v3_base_score: float | None = None
 
 
 def choose_tasks(names: str, *, run_code: bool) -> tuple[list[Task], list[str]]:
-    """What to run for `--tasks`.
-
-    Args:
-        names: `deepseek-base`, or names of lm-eval tasks, separated by commas.
-        run_code: whether tasks that run what the model wrote may be run.
-    Returns:
-        The tasks, and one sentence for each benchmark of `deepseek-base` that is left out.
-    Raises:
-        ValueError: no name is given.
-    """
+    """The tasks of `--tasks`, and one sentence for each benchmark of `deepseek-base` that is left out."""
     known = {benchmark.task: benchmark for benchmark in DEEPSEEK_BASE if benchmark.task}
     chosen: list[Task] = []
     left_out: list[str] = []

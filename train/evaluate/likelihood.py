@@ -1,22 +1,19 @@
-"""Log-likelihood of continuations under a model: what multiple choice and the harness adapter ask for.
+"""Log-likelihood of continuations under a model: what multiple choice and lm-eval ask for.
 
     log p(continuation | context) = sum of log softmax(logits)[token] over the continuation's tokens
 
 Requests are scored in batches of similar length, padded on the right. The model is causal and routes every token by
-itself, so a place never sees what comes after it: padding and neighbours change nothing but the order of sums. For the
-same reason a request whose input is the beginning of another's needs no forward pass of its own; it is read off the
-longer one. Letters after one prompt ("A", "B", ...) so cost one pass together. A prompt that several *different* longer
-continuations share is computed once for each: no keys and values are kept between requests.
+itself, so padding and neighbours change only the order of sums. For the same reason a request whose input is the
+beginning of another's is read off the longer one: letters after one prompt ("A", "B", ...) cost one pass together.
+A prompt that several *different* longer continuations share is computed once for each.
 
-Shapes: sequences = rows of a batch, tokens = its padded length, rows = places whose logits are wanted, vocab.
-The model is injected as a function (`logits_of` makes it from a Transformer): one forward pass, then logits of some
-places at a time, so that a large vocabulary is never held for all of them. Not here: prompts, and what counts as right
-(`choice.py`).
+Shapes: sequences = rows of a batch, tokens = its padded length, positions = indices into the flat
+[sequences * tokens], rows = positions whose logits are wanted, vocab.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +26,8 @@ from train.evaluate.score import LossOfBatch
 from train.generate.sampling import check_finite
 from train.model.transformer import Transformer
 
-# [sequences, tokens] int64 -> a function of [rows] places in its flat form -> [rows, vocab] logits
+# [sequences, tokens] int64 -> a function of [rows] positions -> [rows, vocab] logits. One forward pass, then logits of
+# some positions at a time: a large vocabulary is never held for all of them.
 LogitsOf = Callable[[Tensor], Callable[[Tensor], Tensor]]
 
 # Elements of one block of logits; each FP64 copy of a block has 256 MiB.
@@ -37,13 +35,8 @@ LOGITS_ELEMENTS = 1 << 25
 
 
 @dataclass(frozen=True)
-class Request:
-    """A continuation to be scored after a context.
-
-    Args:
-        context: token ids before it; at least one.
-        continuation: token ids to score; at least one.
-    """
+class LikelihoodRequest:
+    """A continuation to be scored after a context: at least one token id each."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -51,61 +44,49 @@ class Request:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The answer to a `Request`.
+    """The answer to a `LikelihoodRequest`."""
 
-    Args:
-        log_probability: of the continuation, nats, at most 0.
-        is_greedy: whether each of its tokens is the most likely one (of equal ones the lowest id).
-        cut_tokens: how many tokens of the context were left out, from its beginning, to fit the model.
-    """
-
+    # Of the whole continuation, nats.
     log_probability: float
+    # Whether each of its tokens is the most likely one (of equal ones the lowest id).
     is_greedy: bool
+    # Left out of the context, from its beginning, to fit the model.
     cut_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A model as something that scores continuations.
-
-    Args:
-        logits_of: the model.
-        vocab_size: columns of its logits.
-        max_tokens: longest input, tokens; longer contexts lose their beginning.
-        batch_tokens: tokens of one forward pass, padding included; one input may have more.
-    """
+    """Scores continuations with a model."""
 
     logits_of: LogitsOf
     vocab_size: int
+    # Longest input; longer contexts lose their beginning.
     max_tokens: int
+    # Of one forward pass, padding included; one input may have more.
     batch_tokens: int = 4096
 
-    def check(self, requests: Sequence[Request]) -> None:
-        """Refuse what `score` would refuse, without a forward pass.
-
-        Raises:
-            ValueError: a context or continuation without tokens, or a continuation longer than the model's input.
-        """
+    def check(self, requests: Sequence[LikelihoodRequest]) -> None:
+        """Raise ValueError for a context or continuation without tokens, or a continuation too long for the model."""
         for request in requests:
             self._input(request)
 
-    def score(self, requests: Sequence[Request]) -> list[Likelihood]:
-        """Score requests; the answers come in their order.
-
-        Raises:
-            ValueError: as `check`, or a logit is not finite.
-        """
+    def score(self, requests: Sequence[LikelihoodRequest]) -> list[Likelihood]:
+        """Score requests, in order; ValueError as `check`, and for logits that are not finite."""
         inputs = [self._input(request) for request in requests]
         carriers = _carriers(inputs)
         jobs: dict[tuple[int, ...], list[int]] = {}
         for index, tokens in enumerate(inputs):
             jobs.setdefault(carriers[tokens], []).append(index)
         answers: dict[int, Likelihood] = {}
-        for batch in self._batches(sorted(jobs, key=lambda tokens: (-len(tokens), tokens))):
-            answers |= self._score_batch(batch, jobs, requests, inputs)
+        # Longest first: the first batch shows whether memory suffices.
+        left = sorted(jobs, key=lambda tokens: (-len(tokens), tokens))
+        while left:
+            sequences = max(1, self.batch_tokens // len(left[0]))
+            answers |= self._score_batch(left[:sequences], jobs, requests, inputs)
+            left = left[sequences:]
         return [answers[index] for index in range(len(requests))]
 
-    def _input(self, request: Request) -> tuple[int, ...]:
+    def _input(self, request: LikelihoodRequest) -> tuple[int, ...]:
         """What the model reads: all but the last token, as much of it as fits."""
         if not request.context or not request.continuation:
             empty = "continuation" if request.context else "context"
@@ -117,19 +98,12 @@ class Scorer:
             )
         return (request.context + request.continuation)[:-1][-self.max_tokens :]
 
-    def _batches(self, inputs: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-        """Longest first, so that the first batch shows whether memory suffices."""
-        while inputs:
-            rows = max(1, self.batch_tokens // len(inputs[0]))
-            yield inputs[:rows]
-            inputs = inputs[rows:]
-
     @torch.no_grad()
     def _score_batch(
         self,
         batch: list[tuple[int, ...]],
         jobs: dict[tuple[int, ...], list[int]],
-        requests: Sequence[Request],
+        requests: Sequence[LikelihoodRequest],
         inputs: list[tuple[int, ...]],
     ) -> dict[int, Likelihood]:
         width = len(batch[0])
@@ -140,29 +114,29 @@ class Scorer:
             for index in jobs[tokens]:
                 targets = requests[index].continuation
                 wanted.append((index, row * width + len(inputs[index]) - len(targets), targets))
-        places = torch.tensor([first + i for _, first, targets in wanted for i in range(len(targets))])  # [rows]
+        positions = torch.tensor([first + i for _, first, targets in wanted for i in range(len(targets))])  # [rows]
         labels = torch.tensor([token for _, _, targets in wanted for token in targets])  # [rows]
-        log_p, greedy = self._read(ids, places, labels)
+        log_p, greedy = self._read(ids, positions, labels)
         out, start = {}, 0
         for index, _, targets in wanted:
-            part = slice(start, start + len(targets))
+            rows = slice(start, start + len(targets))
             cut = len(requests[index].context) + len(targets) - 1 - len(inputs[index])
-            out[index] = Likelihood(float(log_p[part].sum()), bool(greedy[part].all()), cut)
-            start = part.stop
+            out[index] = Likelihood(float(log_p[rows].sum()), bool(greedy[rows].all()), cut)
+            start = rows.stop
         return out
 
-    def _read(self, ids: Tensor, places: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(self, ids: Tensor, positions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """[rows] log p of each label, FP64, and whether it is the most likely token."""
-        unique, position = places.unique(return_inverse=True)
+        unique, row_of = positions.unique(return_inverse=True)
         logits_at = self.logits_of(ids)
-        log_p = torch.empty(len(places), dtype=torch.float64)
-        best = torch.empty(len(places), dtype=torch.bool)
+        log_p = torch.empty(len(positions), dtype=torch.float64)
+        best = torch.empty(len(positions), dtype=torch.bool)
         step = max(1, LOGITS_ELEMENTS // self.vocab_size)
         for first in range(0, len(unique), step):
             wide = logits_at(unique[first : first + step]).double()  # [block, vocab]
             check_finite(wide)
-            asked = ((position >= first) & (position < first + step)).nonzero()[:, 0]  # [rows of this block]
-            rows, targets = (position[asked] - first).to(wide.device), labels[asked].to(wide.device)
+            asked = ((row_of >= first) & (row_of < first + step)).nonzero()[:, 0]  # [rows of this block]
+            rows, targets = (row_of[asked] - first).to(wide.device), labels[asked].to(wide.device)
             log_p[asked] = (wide[rows, targets] - wide.logsumexp(-1)[rows]).cpu()
             # The lowest id of equal values: argmax does not promise which one it gives.
             ids_of = torch.arange(wide.shape[1], device=wide.device)
@@ -172,10 +146,8 @@ class Scorer:
 
 
 def _carriers(inputs: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """Each input -> one that begins with it and is itself the beginning of no other.
-
-    In sorted order the inputs that begin alike stand together, the beginning first.
-    """
+    """Each input -> one that begins with it and is itself the beginning of no other."""
+    # Sorted, inputs that begin alike are neighbours, the shortest first.
     carriers: dict[tuple[int, ...], tuple[int, ...]] = {}
     after: tuple[int, ...] = ()
     for tokens in sorted(set(inputs), reverse=True):
@@ -186,21 +158,17 @@ def _carriers(inputs: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[
 
 
 def logits_of(model: Transformer, device: torch.device) -> LogitsOf:
-    """The main model as a `LogitsOf`; the head is applied to the wanted places only."""
+    """The main model as a `LogitsOf`; the head is applied to the wanted positions only."""
 
     def forward(input_ids: Tensor) -> Callable[[Tensor], Tensor]:
         hidden = model.next_token_hidden(input_ids.to(device)).flatten(0, 1)  # [sequences * tokens, hidden]
-        return lambda places: model.logits(hidden[places.to(device)])  # [rows, vocab]
+        return lambda positions: model.logits(hidden[positions.to(device)])  # [rows, vocab]
 
     return forward
 
 
 def loss_of_batch(model: Transformer, device: torch.device) -> LossOfBatch:
-    """The main model as what `score.py` injects: the same sum as the trainer's evaluation takes.
-
-    Raises:
-        ValueError: from the function: the loss is not finite.
-    """
+    """The main model as a `LossOfBatch`, the trainer's own sum; it raises ValueError for a loss that is not finite."""
 
     @torch.no_grad()
     def loss(batch: Batch) -> tuple[float, int]:
@@ -213,21 +181,14 @@ def loss_of_batch(model: Transformer, device: torch.device) -> LossOfBatch:
     return loss
 
 
-def encode_pair(tokenizer: TextTokenizer, context: str, continuation: str, *, start: int) -> Request:
-    """Token ids of a continuation after a context, cut where the context's own tokens end.
+def encode_pair(tokenizer: TextTokenizer, context: str, continuation: str, *, first_id: int) -> LikelihoodRequest:
+    """Token ids of a continuation after a context (possibly ""), which begins with `first_id`.
 
-    Blanks at the context's end go to the continuation; the two are tokenised together and the first as many ids as
-    the context has by itself are the context. An empty context becomes the start token alone.
-
-    Args:
-        tokenizer: of the model.
-        context: may be empty.
-        continuation: the text to score.
-        start: id that begins every sequence of the model.
-    Source: the definition of lm-eval's `TemplateLM` (0.4.13), with the start token in front of every context.
+    Source: lm-eval's `TemplateLM` (0.4.13). Blanks at the context's end go to the continuation. The two are tokenised
+    together and cut where the context's own tokens end.
     """
     blanks = len(context) - len(context.rstrip())
     if blanks:
         context, continuation = context[:-blanks], context[-blanks:] + continuation
     whole, before = tokenizer.encode_batch([context + continuation, context])
-    return Request((start, *whole[: len(before)]), tuple(whole[len(before) :]))
+    return LikelihoodRequest((first_id, *whole[: len(before)]), tuple(whole[len(before) :]))

@@ -1,17 +1,12 @@
-"""Held-out bits per byte: what a model pays to write down the text, whatever its tokeniser.
+"""Held-out bits per byte: the cost of a text under a model, whatever its tokeniser.
 
     bits per byte = sum of -ln p(token) over every held-out token / ln 2 / UTF-8 bytes of the held-out text
     perplexity    = exp(the same sum / tokens)
 
 (bits per byte as arXiv:2412.19437 Tab. 3 on Pile-test). The end of each document is a token like any other: it costs
 bits and adds no bytes. The first token is predicted from one end-of-sentence token, later ones from what precedes
-them in the same sample. n-gram baselines go through this same function, so they are scored on the
-same tokens by construction.
-
-Several stores, one a domain, are scored one by one; their total adds nats, tokens and bytes, so that its perplexity
-weighs a domain by its tokens and its bits per byte by its bytes.
-
-The model is injected as a function of a batch; this file imports no model.
+them in the same sample. The model is injected as a function of a batch, so n-gram baselines are scored on the same
+tokens.
 """
 
 from __future__ import annotations
@@ -24,18 +19,13 @@ from train.data.batch import Batch
 from train.data.store import TokenStore
 from train.data.stream import iterate_windows
 
+# Batch -> sum of -ln p over its targets, nats, and how many targets that were.
 LossOfBatch = Callable[[Batch], tuple[float, int]]
 
 
 @dataclass(frozen=True)
 class StoreScore:
-    """What a model pays for one store, or for several together.
-
-    Args:
-        nats: sum of -ln p over all tokens.
-        tokens: ends of documents included.
-        text_bytes: UTF-8 bytes of the text.
-    """
+    """The loss of one store, or of several together: sum in nats, tokens with document ends, UTF-8 bytes of text."""
 
     nats: float
     tokens: int
@@ -58,9 +48,9 @@ class StoreScore:
 
 
 def total_score(scores: Iterable[StoreScore]) -> StoreScore:
-    """Several domains as one text."""
-    parts = list(scores)
-    return StoreScore(*(sum(getattr(part, name) for part in parts) for name in ("nats", "tokens", "text_bytes")))
+    """Several domains as one text: perplexity weighs a domain by its tokens, bits per byte by its bytes."""
+    stores = list(scores)
+    return StoreScore(*(sum(getattr(store, name) for store in stores) for name in ("nats", "tokens", "text_bytes")))
 
 
 def score_store(
@@ -71,17 +61,7 @@ def score_store(
     batch_sequences: int,
     mask_documents: bool = False,
 ) -> StoreScore:
-    """Score a model on a whole store.
-
-    Args:
-        loss_of_batch: gives the sum of -ln p over the batch's targets, nats, and how many targets it scored.
-        store: the held-out store.
-        sequence_length: tokens of one sample.
-        batch_sequences: samples of one batch.
-        mask_documents: whether batches carry document ids, as in training.
-    Returns:
-        Nats, tokens and bytes, and what follows from them.
-    """
+    """Score a model on a whole store, in batches of `batch_sequences` samples with or without document ids."""
     nats, targets = 0.0, 0
     batches = iterate_windows(
         store,
@@ -95,21 +75,3 @@ def score_store(
         targets += batch_targets
     assert targets == store.manifest.tokens, (targets, store.manifest.tokens)
     return StoreScore(nats, targets, store.manifest.text_bytes)
-
-
-def bits_per_byte(
-    loss_of_batch: LossOfBatch,
-    store: TokenStore,
-    *,
-    sequence_length: int,
-    batch_sequences: int,
-    mask_documents: bool = False,
-) -> float:
-    """`score_store`, the bits per byte alone."""
-    return score_store(
-        loss_of_batch,
-        store,
-        sequence_length=sequence_length,
-        batch_sequences=batch_sequences,
-        mask_documents=mask_documents,
-    ).bits_per_byte

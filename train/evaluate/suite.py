@@ -1,55 +1,43 @@
-"""One evaluation of one model: stores, multiple choice, exact match, and tasks of lm-eval, in one report.
+"""One evaluation of one model: stores, multiple choice, exact match, and tasks of lm-eval.
 
-    read_files   files, names and numbers of what is asked, before a model is loaded
-    evaluate     stores and tokeniser compared with the model's; then the scores, handed out as each is done
+    read_files    files, names and numbers, checked before a model is loaded
+    evaluate      stores and tokeniser compared with the model's, then the scores
+    SuiteScores   each score as soon as it is measured, in a JSON file (`--out`) and as lines to print
 
-Whatever a user can get wrong is said in one sentence before the first forward pass, and what was measured is never
-lost: with `--out` the report is written anew after each score, and it is printed however the command ends (`Report`).
-
-Not here: the model (`subject.py`), the command line (`suite_options.py`, `launch/score.py`).
+User errors are found before the first forward pass. The file is rewritten after each score and the scores are printed
+however the command ends, so nothing that was measured is lost.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.data.strict_json import strict_json
+from train.data.store import strict_json
 from train.evaluate.benchmarks import Task, choose_tasks
-from train.evaluate.choice import examples_for, requests_of, score_choices
-from train.evaluate.exact import Attempts, examples_of, score_exact
+from train.evaluate.exact_match import Attempts, Problem, first_examples, read_problems, score_exact_match
+from train.evaluate.language_model import LanguageModel
 from train.evaluate.lm_eval_adapter import check_tasks, run_tasks
-from train.evaluate.questions import Choice, Problem, read_choices, read_problems
-from train.evaluate.respondent import Respondent
+from train.evaluate.multiple_choice import (
+    MultipleChoiceQuestion,
+    examples_for,
+    read_questions,
+    requests_of,
+    score_multiple_choice,
+)
 from train.evaluate.score import total_score
-from train.evaluate.subject import Subject
 
 # Name of all stores together.
 TOTAL = "total"
-# Told of every part of the report as it is measured: "stores", "choice", "exact" or "tasks"; name; figures.
-Keep = Callable[[str, str, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What to measure.
-
-    Args:
-        stores: domain -> folder.
-        choice: files of multiple-choice questions.
-        exact: files of problems with a final answer.
-        dev: file that examples are taken from; of the same format as the questions.
-        shots: examples before each question.
-        attempts: how solutions are written.
-        seed: of the order of GPQA's options.
-        tasks: names for lm-eval, or "".
-        limit: documents of each lm-eval task; None for all.
-        run_code: whether lm-eval may run what the model wrote.
-    """
+    """What to measure: the flags of launch/score.py."""
 
     stores: Mapping[str, Path] = field(default_factory=dict)
     choice: Sequence[Path] = ()
@@ -70,11 +58,7 @@ class Suite:
 
 
 def named_stores(arguments: Sequence[str]) -> dict[str, Path]:
-    """`NAME=PATH` or `PATH`, which is its own name -> stores by name.
-
-    Raises:
-        ValueError: a name twice, or one that the report needs itself.
-    """
+    """`NAME=PATH` or `PATH`, which is its own name -> stores by name; ValueError for a name that is taken."""
     stores: dict[str, Path] = {}
     for argument in arguments:
         name, _, path = argument.rpartition("=")
@@ -86,77 +70,56 @@ def named_stores(arguments: Sequence[str]) -> dict[str, Path]:
 
 
 @dataclass(frozen=True)
-class Files:
-    """What a suite's files hold.
+class SuiteFiles:
+    """The content of a suite's files, by file, and its tasks of lm-eval."""
 
-    Args:
-        choices: questions of each file.
-        problems: of each file.
-        choice_examples: what examples of questions are taken from.
-        problem_examples: stand before each problem.
-        tasks: for lm-eval.
-        left_out: what `deepseek-base` names and is not run, one sentence each.
-    """
-
-    choices: Mapping[str, Sequence[Choice]]
+    choices: Mapping[str, Sequence[MultipleChoiceQuestion]]
     problems: Mapping[str, Sequence[Problem]]
-    choice_examples: Sequence[Choice]
+    # Of all categories; each question takes those of its own.
+    choice_examples: Sequence[MultipleChoiceQuestion]
+    # Shown before each problem.
     problem_examples: Sequence[Problem]
     tasks: Sequence[Task]
+    # Benchmarks of `deepseek-base` that are not run, one sentence each.
     left_out: Sequence[str]
 
 
-def read_files(suite: Suite) -> Files:
-    """Read what is asked, and check all of it that needs no model.
-
-    Raises:
-        ValueError: a file, a number of examples, or a task's name; lm-eval is asked for but not installed.
-    """
-    choices = {str(path): read_choices(path, seed=suite.seed) for path in suite.choice}
+def read_files(suite: Suite) -> SuiteFiles:
+    """Read the files; ValueError for whatever can be wrong with them before a model is loaded."""
+    choices = {str(path): read_questions(path, seed=suite.seed) for path in suite.choice}
     problems = {str(path): read_problems(path) for path in suite.exact}
-    choice_examples = read_choices(suite.dev, seed=suite.seed) if suite.dev and choices else []
-    for question in (question for asked in choices.values() for question in asked):
+    choice_examples = read_questions(suite.dev, seed=suite.seed) if suite.dev and choices else []
+    for question in (question for questions in choices.values() for question in questions):
         examples_for(question, choice_examples, suite.shots)
     problem_examples = read_problems(suite.dev) if suite.dev and problems else []
     tasks, left_out = choose_tasks(suite.tasks, run_code=suite.run_code) if suite.tasks else ([], [])
     if tasks:
         check_tasks(tasks)
-    return Files(
-        choices,
-        problems,
-        choice_examples,
-        examples_of(problem_examples, suite.shots) if problems else [],
-        tasks,
-        left_out,
-    )
+    shown = first_examples(problem_examples, suite.shots) if problems else []
+    return SuiteFiles(choices, problems, choice_examples, shown, tasks, left_out)
 
 
-class Report:
+class SuiteScores:
     """Everything measured so far, in a JSON file where one is wanted.
 
-    Args:
-        out: the file; None: nothing is written.
-    Attributes:
-        results: {"stores": {domain: figures, "total": figures}, "choice": {file: figures}, "exact": {file: figures},
-            "tasks": {task: figures}, "left_out": sentences}, each only where asked for; "finished": is it all there?
-    Raises:
-        ValueError: the file exists, or nothing can be written where it should be.
+    `results`: {"stores": {domain: figures, "total": figures}, "choice": {file: figures}, "exact": {file: figures},
+    "tasks": {task: figures}, "left_out": sentences}, each only where asked for, and "finished": whether it is complete.
     """
 
     def __init__(self, out: Path | None) -> None:
         if out is not None and (out.exists() or not os.access(out.parent, os.W_OK | os.X_OK)):
-            state = "exists already" if out.exists() else "lies in a folder that is not there or cannot be written to"
+            state = "exists already" if out.exists() else "is in a folder that is not there or cannot be written to"
             raise ValueError(f"--out {out} {state}; name another file")
         self._out = out
         self.results: dict[str, Any] = {"finished": False}
 
-    def keep(self, part: str, name: str, figures: Mapping[str, Any]) -> None:
-        """A score is there."""
-        self.results.setdefault(part, {})[name] = figures
+    def add(self, section: str, name: str, figures: Mapping[str, Any]) -> None:
+        """Keep a score: of "stores", "choice", "exact" or "tasks"."""
+        self.results.setdefault(section, {})[name] = figures
         self._write()
 
     def finish(self, left_out: Sequence[str]) -> bool:
-        """All scores are there; returns whether every task of lm-eval could be scored."""
+        """Mark the scores as complete; returns whether every task of lm-eval could be scored."""
         if left_out:
             self.results["left_out"] = list(left_out)
         self.results["finished"] = True
@@ -164,7 +127,7 @@ class Report:
         return not any("failed" in figures for figures in self.results.get("tasks", {}).values())
 
     def show(self) -> None:
-        """Print what was measured; a reader that has seen enough (`| head`) is no error."""
+        """Print the scores; a reader that closes the pipe (`| head`) is no error."""
         try:
             for line in summary_lines(self.results):
                 print(line, flush=True)
@@ -183,55 +146,43 @@ class Report:
         hidden.replace(self._out)
 
 
-def evaluate(subject: Subject, suite: Suite, files: Files, keep: Keep) -> None:
-    """Measure what the suite asks for.
+def evaluate(model: LanguageModel, suite: Suite, files: SuiteFiles, scores: SuiteScores) -> None:
+    """Measure what the suite asks for; ValueError for user errors, before the first forward pass.
 
-    Args:
-        subject: the model.
-        suite: what to measure.
-        files: of the suite (`read_files`).
-        keep: told of each score when it is there; see `Report`.
-    Raises:
-        ValueError: anything a user can repair, in one sentence, before the first forward pass; later, a model whose
-            figures are not finite. What lm-eval finds out only then is a figure of its task, {"failed": sentence}.
+    A task that lm-eval cannot run is not an error but a score, {"failed": sentence}.
     """
-    stores = {name: subject.open_store(path) for name, path in suite.stores.items()}
-    asks = files.choices or files.problems or files.tasks
-    respondent = subject.respondent() if asks else None
-    if respondent:
-        _check(respondent, suite, files)
-    scores = []
+    stores = {name: model.open_store(path) for name, path in suite.stores.items()}
+    if files.choices or files.problems or files.tasks:
+        _check_lengths(model, suite, files)
+    found = []
     for name, store in stores.items():
-        scores.append(subject.score_store(store))
-        keep("stores", name, scores[-1].to_json())
-    if scores:
-        keep("stores", TOTAL, total_score(scores).to_json())
-    if respondent:
-        _ask(respondent, suite, files, keep)
-
-
-def _check(respondent: Respondent, suite: Suite, files: Files) -> None:
-    """What only the model's tokens and positions can tell, before anything is scored."""
-    for questions in files.choices.values():
-        requests_of(respondent, questions, examples=files.choice_examples, shots=suite.shots)
-    if files.problems:
-        respondent.prompt([], max_new_tokens=suite.attempts.new_tokens(respondent.scorer.max_tokens))
-
-
-def _ask(respondent: Respondent, suite: Suite, files: Files, keep: Keep) -> None:
+        found.append(model.score_store(store))
+        scores.add("stores", name, found[-1].to_json())
+    if found:
+        scores.add("stores", TOTAL, total_score(found).to_json())
     for file, questions in files.choices.items():
-        figures = score_choices(respondent, questions, examples=files.choice_examples, shots=suite.shots)
-        keep("choice", file, figures)
+        figures = score_multiple_choice(model, questions, examples=files.choice_examples, shots=suite.shots)
+        scores.add("choice", file, figures)
     for file, problems in files.problems.items():
-        solved = score_exact(respondent, problems, attempts=suite.attempts, examples=files.problem_examples)
-        keep("exact", file, solved)
+        figures = score_exact_match(model, problems, attempts=suite.attempts, examples=files.problem_examples)
+        scores.add("exact", file, figures)
     if files.tasks:
-        for task, found in run_tasks(respondent, files.tasks, limit=suite.limit, run_code=suite.run_code):
-            keep("tasks", task, found)
+        for task, figures in run_tasks(model, files.tasks, limit=suite.limit, run_code=suite.run_code):
+            scores.add("tasks", task, figures)
+
+
+def _check_lengths(model: LanguageModel, suite: Suite, files: SuiteFiles) -> None:
+    """What only the model's tokens and positions can tell, before anything is scored."""
+    # Loads it: there may be none, or not the one of training.
+    _ = model.tokenizer
+    for questions in files.choices.values():
+        requests_of(model, questions, examples=files.choice_examples, shots=suite.shots)
+    if files.problems:
+        model.fit_prompt([], max_new_tokens=suite.attempts.new_tokens(model.max_tokens))
 
 
 def summary_lines(results: Mapping[str, Any]) -> Iterator[str]:
-    """What to read on a terminal; everything else is in the JSON."""
+    """The scores as lines for a terminal; the JSON has more."""
     for name, figures in results.get("stores", {}).items():
         yield (
             f"{name}: {figures['bits_per_byte']:.4f} bits per byte, perplexity {figures['perplexity']:.3f} per token, "
@@ -243,7 +194,7 @@ def summary_lines(results: Mapping[str, Any]) -> Iterator[str]:
                 if name.startswith("acc"):
                     share = f"{value['value']:.2%} +- {value['standard_error']:.2%}"
                     yield f"{file} {way} {name}: {share} of {value['questions']} questions"
-            yield from _cut(f"{file} {way}", figures)
+            yield from _cut_line(f"{file} {way}", figures)
     for file, figures in results.get("exact", {}).items():
         value = figures["pass@1"]
         yield (
@@ -251,17 +202,17 @@ def summary_lines(results: Mapping[str, Any]) -> Iterator[str]:
             f"{figures['samples']} samples each; {figures['without_box']:.0%} without \\boxed, "
             f"{figures['unfinished']:.0%} unfinished"
         )
-        yield from _cut(file, figures)
+        yield from _cut_line(file, figures)
     for name, figures in results.get("tasks", {}).items():
         if "failed" in figures:
             yield f"{name}: not scored ({figures['failed']})"
             continue
         yield f"{name}: {figures['results']} (DeepSeek-V3-Base: {figures['deepseek_v3_base']})"
-        yield from _cut(name, figures)
+        yield from _cut_line(name, figures)
     for sentence in results.get("left_out", ()):
         yield f"left out: {sentence}"
 
 
-def _cut(name: str, figures: Mapping[str, Any]) -> Iterator[str]:
+def _cut_line(name: str, figures: Mapping[str, Any]) -> Iterator[str]:
     if figures["cut_tokens"]:
         yield f"{name}: prompts were cut, by up to {figures['cut_tokens']} tokens, to fit --max-length"

@@ -8,19 +8,19 @@ c_j = norm(c_KV) of token j:
     o            =  sum_j p_j W_UV c_j       =  W_UV (sum_j p_j c_j)            outputs leave it once
     cached per token and layer: [c_j ; k_R,j], kv_lora_rank + qk_rope_head_dim values (512 + 64 at V3's size)
 
-All heads read the same cached row. Everything else is the training model itself: its linears in its precision, its
-norms, its router, dispatch, experts and combine. In FP8 the absorbed halves are the dequantised E4M3 payload that the
-training forward multiplies, and c_j is not quantised: one rounding fewer than in training.
+This file restates two computations of the training model; tests/generate/test_latent_cache.py ties both to it:
 
-A pass adds tokens to some of the cache's sequences: any number to each, from a whole prompt to one token. They are laid
-out flat, without padding, for everything but the attention core, which takes sequences of similar numbers of new tokens
-together (`_Group`): a short prompt beside a long one changes nothing but roundings, and is padded to less than twice
-its queries, each over the keys of the longest sequence of its group. Positions are explicit and a query reads positions
-up to its own only: to take tokens back is to place the next ones on their positions.
+    eq. 1-11, train/model/attention.py   `test_a_ragged_batch_from_the_cache_has_the_logits_of_each_full_forward`
+    eq. 21, train/model/mtp.py           `test_each_mtp_depth_from_its_cache_has_the_hidden_state_of_the_full_forward`
+
+Everything else is the training model's own code: linears in their precision, norms, router, dispatch, experts.
+
+A pass adds tokens to some sequences of the cache: any number to each, from a whole prompt to one token. They form one
+flat sequence without padding, except in the attention core, which pads groups of similar lengths (`_Group`). Positions
+are explicit and a query reads positions up to its own only, so the next tokens simply overwrite rejected ones.
 
 Shapes: tokens = all new tokens of a pass, sequence after sequence; slots = positions a sequence may hold; keys = slots
-that a pass may read; width = kv_lora_rank + qk_rope_head_dim. Not here: sampling, when to stop, which drafts stand
-(`train/generate/speculative.py`); gradients; models on several processes.
+that a pass may read; width = kv_lora_rank + qk_rope_head_dim.
 """
 
 from __future__ import annotations
@@ -54,19 +54,7 @@ class Span(NamedTuple):
 
 
 class LatentCache:
-    """What attention must remember: the normed latent and the rotated key of every token and layer.
-
-    Args:
-        config: of the model.
-        sequences: rows.
-        slots: positions each row may hold.
-        dtype: of the activations.
-        device: where the model is; `meta` counts bytes without any memory.
-        drafting: whether the MTP layers have a part of it.
-    Attributes:
-        layers: layer id -> [sequences, slots, width]; zeros until written.
-        cos, sin: [slots, qk_rope_head_dim / 2] FP32.
-    """
+    """The normed latent and the rotated key of every token and layer; with `drafting`, of the MTP layers too."""
 
     def __init__(
         self,
@@ -81,54 +69,48 @@ class LatentCache:
         width = config.kv_lora_rank + config.qk_rope_head_dim
         layer_ids = [*config.layer_ids, *(config.mtp_layer_ids if drafting else ())]
         self.slots = slots
+        # [sequences, slots, width], zeros until written; on `meta` they count bytes without any memory.
         self.layers = {i: torch.zeros(sequences, slots, width, dtype=dtype, device=device) for i in layer_ids}
+        # [slots, qk_rope_head_dim / 2] FP32
         cos, sin = rope_tables(slots, config.qk_rope_head_dim, config.rope_theta, yarn=config.rope_scaling)
         self.cos, self.sin = cos.to(device), sin.to(device)
 
-    @property
-    def num_bytes(self) -> int:
-        """Of the latents and keys."""
-        return sum(layer.numel() * layer.element_size() for layer in self.layers.values())
-
 
 class _Group(NamedTuple):
-    """Sequences of a pass whose attention is computed together, as a grid padded to the longest of them.
+    """Sequences of a pass whose attention is computed together, as a grid padded to the longest of them."""
 
-    rows [sequences]: of the cache, None where they are all of its rows in order; keys: slots read; tokens: places among
-    the pass's tokens; cells [tokens]: places in the grid [sequences, longest]; last_key [sequences, longest]: newest
-    slot that a query of the grid may read (0 where the grid has no token).
-    """
-
+    # [sequences] rows of the cache; None where they are all of its rows in order.
     rows: Tensor | None
+    # Slots read.
     keys: int
+    # [tokens of the group] indices into the pass's tokens, and into the flat grid [sequences * longest].
     tokens: Tensor
     cells: Tensor
+    # [sequences, longest] newest slot that a query may read; 0 at padding.
     last_key: Tensor
 
     def to_grid(self, x: Tensor) -> Tensor:
-        """[tokens of the pass, ...] -> [sequences, longest, ...]; zeros where there is no token."""
+        """[tokens of the pass, ...] -> [sequences, longest, ...]; zeros at padding."""
         grid = x.new_zeros(self.last_key.numel(), *x.shape[1:])
         return grid.index_copy_(0, self.cells, x.index_select(0, self.tokens)).view(*self.last_key.shape, *x.shape[1:])
 
     def from_grid(self, grid: Tensor, out: Tensor) -> None:
-        """Put a grid's tokens to their places in [tokens of the pass, ...]."""
+        """Write a grid's tokens to their rows of `out` [tokens of the pass, ...]."""
         out.index_copy_(0, self.tokens, grid.flatten(0, 1).index_select(0, self.cells))
 
 
-class _Placed:
-    """Where the tokens of one pass go, and what each may read; made once a pass, used by every layer.
-
-    groups: all sequences of the pass, those with 2^(n-1) to 2^n - 1 new tokens together, so that a grid is never half
-    padding; slots_of [tokens]: in the cache flattened over rows and slots; cos, sin [tokens, rope / 2].
-    """
+class _PassIndices:
+    """Where the tokens of one pass are written and what each may read; made once a pass, used by every layer."""
 
     def __init__(self, spans: Sequence[Span], cache: LatentCache) -> None:
         self._device, self._cache_rows = cache.cos.device, len(next(iter(cache.layers.values())))
         assert max(span.start + span.num_tokens for span in spans) <= cache.slots, (spans, cache.slots)
         positions = self._ints(chain.from_iterable(range(span.start, span.start + span.num_tokens) for span in spans))
         first_slots = chain.from_iterable([span.row * cache.slots] * span.num_tokens for span in spans)
-        self.slots_of = positions + self._ints(first_slots)  # [tokens]
+        # [tokens] in the cache, flattened over rows and slots.
+        self.slots_of = positions + self._ints(first_slots)
         self.cos, self.sin = cache.cos.index_select(0, positions), cache.sin.index_select(0, positions)
+        # Together: sequences with 2^(n-1) to 2^n - 1 new tokens, so less than half of a grid is padding.
         first_tokens = accumulate((span.num_tokens for span in spans), initial=0)
         members: dict[int, list[tuple[Span, int]]] = {}
         for span, first in zip(spans, first_tokens, strict=False):
@@ -139,7 +121,7 @@ class _Placed:
         return torch.tensor(list(values), dtype=torch.int64, device=self._device)
 
     def _group(self, members: Sequence[tuple[Span, int]], positions: Tensor) -> _Group:
-        """Spans with the place of each one's first token in the pass."""
+        """Spans, each with the index of its first token in the pass."""
         rows = [span.row for span, _ in members]
         longest = max(span.num_tokens for span, _ in members)
         tokens = self._ints(chain.from_iterable(range(first, first + span.num_tokens) for span, first in members))
@@ -159,17 +141,10 @@ class _Placed:
 
 
 def latent_attention(queries: Tensor, entries: Tensor, last_key: Tensor, *, scale: float, kv_lora_rank: int) -> Tensor:
-    """Softmax attention of all heads over one shared row of keys; values are the first part of the same row.
+    """Attention of all heads over one shared row of keys, whose first columns are the values.
 
-    Args:
-        queries: [sequences, queries, heads, width], `[W_UK^T q_C ; q_R]`.
-        entries: [sequences, keys, width], `[c ; k_R]`.
-        last_key: [sequences, queries] int64; a query reads keys 0 .. last_key.
-        scale: factor on the scores.
-        kv_lora_rank: how much of a row is the value.
-    Returns:
-        [sequences, queries, heads, kv_lora_rank] in queries.dtype. As in the training core on a CPU, scores are rounded
-        to that dtype once, the softmax is FP32.
+    Queries [sequences, queries, heads, width] read entries 0 .. last_key [sequences, queries] of [sequences, keys,
+    width]. Returns [sequences, queries, heads, kv_lora_rank] in queries.dtype.
     """
     sequences, _, heads, _ = queries.shape
     key_ids = torch.arange(entries.shape[1], device=entries.device)
@@ -180,20 +155,17 @@ def latent_attention(queries: Tensor, entries: Tensor, last_key: Tensor, *, scal
         scores = torch.baddbmm(flat.new_zeros(1, 1, 1), flat, entries.mT, beta=0, alpha=scale)
         hidden_keys = key_ids > last[..., None, None]  # [sequences, queries, 1, keys]
         scores = scores.view(sequences, -1, heads, len(key_ids)).masked_fill_(hidden_keys, float("-inf"))
+        # As in the training core on a CPU: scores are rounded to the activations' dtype once, the softmax is FP32.
         probabilities = scores.softmax(-1, dtype=torch.float32).to(queries.dtype).flatten(1, 2)
         outputs.append(torch.bmm(probabilities, entries[..., :kv_lora_rank]).view(*block.shape[:3], -1))
     return torch.cat(outputs, dim=1)
 
 
 class Decoder:
-    """A whole model that goes on from a cache. It only reads the model; weights must not change under it.
-
-    Args:
-        model: all of it, in one process (`train.huggingface.weights.load_model`).
-    """
+    """A whole model, in one process, that continues from a cache. It keeps copies of weights, which must not change."""
 
     def __init__(self, model: Transformer) -> None:
-        assert model.part == whole(model.config), "generation needs the whole model in one process"
+        assert model.spec == whole(model.config), "generation needs the whole model in one process"
         self.model, self.config = model, model.config
         blocks = [(name, block) for name, block in model.layers.items()]
         blocks += [(name, predictor.get_submodule("block")) for name, predictor in model.mtp.items()]
@@ -201,7 +173,7 @@ class Decoder:
 
     @property
     def depths(self) -> int:
-        """How many tokens the MTP chain can draft, D."""
+        """Tokens that the MTP chain can draft, D."""
         return self.config.num_nextn_predict_layers
 
     def new_cache(self, *, sequences: int, slots: int, drafting: bool) -> LatentCache:
@@ -220,19 +192,15 @@ class Decoder:
     # Not inference mode: `weight_fp8` keeps its copy on the weight, where training must be able to use it.
     @torch.no_grad()
     def advance(self, input_ids: Sequence[int], spans: Sequence[Span], cache: LatentCache) -> Tensor:
-        """The main model over new tokens; their latents are written to the cache.
+        """The main model over new tokens, those of `spans` one after another; writes their latents to the cache.
 
-        Args:
-            input_ids: tokens, those of `spans` one after another.
-            spans: where they stand. A sequence's earlier positions must have been written, now or before.
-            cache: read and written.
-        Returns:
-            [tokens, hidden] after the final norm; `model.logits` takes it.
+        A sequence's earlier positions must have been written, now or before. Returns [tokens, hidden] after the final
+        norm; `model.logits` takes it.
         """
-        placed = _Placed(spans, cache)
+        indices = _PassIndices(spans, cache)
         hidden = self._embed(input_ids)  # [1, tokens, hidden]
         for name, block in self.model.layers.items():
-            hidden = self._block(int(name), block, hidden, cache, placed)
+            hidden = self._block(int(name), block, hidden, cache, indices)
         normed: Tensor = self.model.norm(hidden)
         return normed[0]
 
@@ -256,25 +224,24 @@ class Decoder:
         assert isinstance(predictor, MultiTokenPredictor)
         embeds = self._embed(next_ids)
         joined = torch.cat((predictor.enorm(embeds), predictor.hnorm(previous[None])), dim=-1)
-        hidden = self._block(layer_id, predictor.block, predictor.eh_proj(joined), cache, _Placed(spans, cache))
+        hidden = self._block(layer_id, predictor.block, predictor.eh_proj(joined), cache, _PassIndices(spans, cache))
         normed: Tensor = predictor.norm(hidden)
         return normed[0]
 
     def _embed(self, input_ids: Sequence[int]) -> Tensor:
-        """Ids on the host -> [1, tokens, hidden]: one flat sequence."""
+        """-> [1, tokens, hidden]: one flat sequence."""
         ids = torch.tensor([list(input_ids)], dtype=torch.int64, device=self.model.embed_tokens.weight.device)
         embeds: Tensor = self.model.embed_tokens(ids)
         return embeds
 
     @torch.no_grad()
     def _absorb(self, block: nn.Module) -> tuple[Tensor, Tensor]:
-        """W_UK [heads, nope, kv_rank] and W_UV^T [heads, kv_rank, v] of a layer: views, but in FP8 a dequantised copy.
-
-        Power-of-two scales make that copy exact in BF16; others cost one BF16 rounding of the product.
-        """
+        """W_UK [heads, nope, kv_rank] and W_UV^T [heads, kv_rank, v] of a layer."""
         assert isinstance(block, DenseBlock | MoEBlock)
         config, up = self.config, block.self_attn.kv_b_proj
         precision, weight = up.precision, up.weight.detach()
+        # Views of the weight; in FP8 a copy, the dequantised E4M3 payload that training multiplies. It is exact in BF16
+        # with power-of-two scales, other scales cost one rounding. The latent is not quantised: one rounding fewer.
         if precision.name == "fp8":
             fp8 = weight_fp8(up.weight, power_of_two=precision.power_of_two_scales)
             weight = dequantize_blocks(fp8).to(weight.dtype)
@@ -282,11 +249,13 @@ class Decoder:
         up_k, up_v = heads.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
         return up_k, up_v.mT
 
-    def _block(self, layer_id: int, block: nn.Module, hidden: Tensor, cache: LatentCache, placed: _Placed) -> Tensor:
-        """A layer as `train.model.block` has it, but attention reads the cache. [1, tokens, hidden] -> the same."""
+    def _block(
+        self, layer_id: int, block: nn.Module, hidden: Tensor, cache: LatentCache, indices: _PassIndices
+    ) -> Tensor:
+        """A layer of `train.model.block` whose attention reads the cache. [1, tokens, hidden] -> the same."""
         assert isinstance(block, DenseBlock | MoEBlock)
         normed = block.input_layernorm(hidden)
-        hidden = hidden + self._attend(layer_id, block.self_attn, normed, cache, placed)
+        hidden = hidden + self._attend(layer_id, block.self_attn, normed, cache, indices)
         if isinstance(block, DenseBlock):
             dense: Tensor = hidden + block.mlp(block.post_attention_layernorm(hidden))
             return dense
@@ -295,24 +264,24 @@ class Decoder:
         return block.combine(routed, dispatched, block.experts(dispatched))
 
     def _attend(
-        self, layer_id: int, attention: MultiHeadLatentAttention, x: Tensor, cache: LatentCache, placed: _Placed
+        self, layer_id: int, attention: MultiHeadLatentAttention, x: Tensor, cache: LatentCache, indices: _PassIndices
     ) -> Tensor:
-        """Absorbed MLA; writes the new entries, then reads. [1, tokens, hidden] -> the same."""
+        """Absorbed MLA: writes the new entries, then reads. [1, tokens, hidden] -> the same."""
         config, (up_k, up_v) = self.config, self._absorbed[layer_id]
         q, kv_latent, k_rope = attention.q_kv_a_proj(x).split(attention.a_widths, dim=-1)
         if config.q_lora_rank is not None:
             q = attention.q_b_proj(attention.q_a_layernorm(q))
 
-        k_rope = apply_rope(k_rope, placed.cos, placed.sin)
+        k_rope = apply_rope(k_rope, indices.cos, indices.sin)
         new = torch.cat((attention.kv_a_layernorm(kv_latent), k_rope), dim=-1)[0]  # [tokens, width]
         layer = cache.layers[layer_id]
-        layer.view(-1, layer.shape[-1]).index_copy_(0, placed.slots_of, new)
+        layer.view(-1, layer.shape[-1]).index_copy_(0, indices.slots_of, new)
         heads = q[0].unflatten(-1, (config.num_attention_heads, -1)).transpose(0, 1)  # [heads, tokens, qk]
         q_nope, q_rope = heads.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
-        queries = torch.cat((q_nope @ up_k, apply_rope(q_rope, placed.cos, placed.sin)), dim=-1)
+        queries = torch.cat((q_nope @ up_k, apply_rope(q_rope, indices.cos, indices.sin)), dim=-1)
         queries = queries.transpose(0, 1)  # [tokens, heads, width]
         latent = queries.new_empty(*queries.shape[:2], config.kv_lora_rank)  # [tokens, heads, kv_rank]
-        for group in placed.groups:
+        for group in indices.groups:
             entries = layer[:, : group.keys]
             entries = entries if group.rows is None else entries.index_select(0, group.rows)
             o = latent_attention(
@@ -325,4 +294,5 @@ class Decoder:
             group.from_grid(o, latent)
         o = latent.transpose(0, 1) @ up_v  # [heads, tokens, v]
         flat = o.transpose(0, 1).flatten(1)[None]  # [1, tokens, heads * v]
-        return attention.o_proj.precision.linear_of_kept(flat, attention.o_proj.weight)
+        u: Tensor = attention.o_proj(flat)
+        return u

@@ -1,16 +1,14 @@
-"""From logits to tokens: temperature, top-p, and drafts that leave the distribution as it is (arXiv:2211.17192 §2.3).
+"""From logits to tokens: temperature, top-p, and speculative sampling (arXiv:2211.17192 §2.3).
 
     p = softmax(logits / temperature), kept on the fewest tokens that together weigh top_p, made to sum to 1
-    a draft x, drawn from q, stands with probability min(1, p(x) / q(x));
-    if it falls, the token is drawn from max(p - q, 0), made to sum to 1, and later drafts fall with it
+    a draft x, drawn from q, is accepted with probability min(1, p(x) / q(x));
+    if it is rejected, the token is drawn from max(p - q, 0), made to sum to 1, and later drafts are rejected too
 
 What is drawn so has distribution p, whatever q is. Temperature 0 is the limit: all weight on the largest logit (of
-equal ones the lowest id), so that a draft stands exactly if it is the greedy choice, and nothing is left to chance.
+equal ones the lowest id), so a draft is accepted exactly if it is the greedy choice.
 
-Everything here is FP64 on the CPU, for one sequence and from its own stream of uniform numbers: what else is in the
-batch, and on which device the model runs, changes nothing but the logits' rounding.
-
-Shapes: vocab = ids. Not here: the model, when to stop.
+Everything here is FP64 on the CPU, for one sequence and from its own stream of uniform numbers: the rest of the batch
+and the model's device change only the logits' rounding.
 """
 
 from __future__ import annotations
@@ -24,16 +22,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """How tokens are chosen."""
 
-    Args:
-        temperature: divides the logits; 0 takes the largest.
-        top_p: weight of the tokens that stay, in (0, 1]; 1 keeps all.
-    Raises:
-        ValueError: out of range; the message names the field.
-    """
-
+    # Divides the logits; 0 takes the largest.
     temperature: float = 0.0
+    # Weight of the tokens that are kept, in (0, 1]; 1 keeps all.
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
@@ -44,16 +37,7 @@ class Sampling:
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution that tokens are drawn from.
-
-    Args:
-        logits: [..., vocab], any float dtype, any device.
-        sampling: temperature and top-p.
-    Returns:
-        [..., vocab] FP64 on the CPU; one-hot at temperature 0.
-    Raises:
-        ValueError: a logit is not a finite number.
-    """
+    """The distribution that tokens are drawn from: [..., vocab] -> the same, FP64 on the CPU."""
     wide = logits.to("cpu", torch.float64)
     check_finite(wide)
     if sampling.temperature == 0.0:
@@ -71,13 +55,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def check_finite(values: Tensor) -> None:
-    """Refuse what a broken model gives, before it is taken for an answer.
-
-    Args:
-        values: logits, or a loss.
-    Raises:
-        ValueError: one of them is not a finite number.
-    """
+    """Raise ValueError for logits or losses that are not finite, before they are taken for an answer."""
     if not bool(values.isfinite().all()):
         raise ValueError(
             "the model gives logits or losses that are not finite numbers: its weights are damaged, or it diverged"
@@ -85,14 +63,7 @@ def check_finite(values: Tensor) -> None:
 
 
 def draw(weights: Tensor, uniform: float) -> int:
-    """The token at which the cumulative weight passes a share of the total.
-
-    Args:
-        weights: [vocab] FP64, not negative, not all zero; need not sum to 1.
-        uniform: in [0, 1).
-    Returns:
-        An id of positive weight.
-    """
+    """The token at which the cumulative weight passes `uniform`, in [0, 1), of the total; `weights` [vocab] FP64."""
     cumulative = weights.cumsum(0)
     token = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
     # uniform * total may round to the total itself.
@@ -102,15 +73,13 @@ def draw(weights: Tensor, uniform: float) -> int:
 def verify(
     drafts: Sequence[int], proposed: Sequence[Tensor], wanted: Tensor, uniform: Callable[[], float]
 ) -> list[int]:
-    """Which drafts stand, and the token after them.
+    """The accepted drafts and one token more: drawn in place of the first rejected draft, or after all.
 
     Args:
         drafts: ids, the k-th drawn from proposed[k].
         proposed: each [vocab] FP64, q.
         wanted: [drafts + 1, vocab] FP64, p at every position, given the drafts before it.
         uniform: gives the next number of the sequence's stream, in [0, 1).
-    Returns:
-        The leading drafts that stand and one token more: the drawn one in place of the first that fell, or after all.
     Source: arXiv:2211.17192 algorithm 1.
     """
     for k, (token, q) in enumerate(zip(drafts, proposed, strict=True)):

@@ -1,19 +1,17 @@
 """Token generation for a batch of prompts, with MTP drafting (arXiv:2412.19437 §2.2, §5.4.3).
 
-One round for all sequences that are not done, each with tokens t_0 .. t_L of which t_0 .. t_{L-1} are in the cache:
+One round for all active sequences, each with tokens t_0 .. t_L of which t_0 .. t_{L-1} are in the cache:
 
     verify   the main model reads t_L and the drafts of t_{L+1} .. t_{L+d} in one pass (the first time, the prompt);
-             the drafts that stand and one token more are the sequence's new tokens (`sampling.verify`)
+             the accepted drafts and one token more are the sequence's new tokens (`sampling.verify`)
     draft    MTP depth 1 reads the hidden states that the pass confirmed, each with the token after it, and drafts one
              token; depth k reads depth k-1's with the tokens k ahead, drafts among them, and drafts the next
 
-Drafts that fell are placed over in the cache by the next pass. An entry of depth k at position i holds token i + k, so
-its last k-1 entries of a round may hold drafts: each round computes the D-1 positions before its own once more.
+The next pass overwrites rejected drafts in the cache. An entry of depth k at position i holds token i + k, so its last
+k-1 entries of a round may hold drafts: each round computes the D-1 positions before its own once more.
 
-Every sequence draws from its own stream of numbers: its tokens do not depend on its company, but for roundings of
-the logits. With drafting on, the numbers are used up otherwise: the same distribution, another sample.
-
-Shapes: as in `train/generate/latent_cache.py`. Not here: text (`generate_text.py`), many processes, beams.
+Every sequence draws from its own stream of numbers, so the rest of the batch changes only the rounding of its logits.
+With drafting the numbers are used differently: another sample of the same distribution.
 """
 
 from __future__ import annotations
@@ -31,19 +29,14 @@ from train.generate.sampling import Sampling, draw, probabilities, verify
 from train.model.config import ModelConfig
 
 Reason = Literal["eos", "max_tokens", "max_position_embeddings"]
-# Told the index of a sequence and its new tokens, end-of-sentence included, as soon as they stand.
-OnTokens = Callable[[int, list[int]], None]
+# Called as soon as tokens are certain, with the index of a sequence, its new tokens (end-of-sentence included), and why
+# it ends there, if it does.
+OnTokens = Callable[[int, list[int], Reason | None], None]
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to continue.
-
-    Args:
-        prompt_ids: at least one token; a document begins with end-of-sentence (`train/data/stream.py`).
-        max_tokens: at most so many new ones.
-        seed: of the sequence's own stream of numbers.
-    """
+class GenerationRequest:
+    """A prompt of one or more tokens, the most new tokens, and the seed of the sequence's own stream of numbers."""
 
     prompt_ids: tuple[int, ...]
     max_tokens: int
@@ -52,32 +45,28 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What came of a request.
-
-    Args:
-        ids: the new tokens; the last is end-of-sentence if `reason` says so.
-        reason: why it ends.
-        drafted: drafts that the main model has looked at.
-        accepted: those of them that stood.
-        passes: of the main model, after the prompt's.
-    """
+    """New tokens (the last is end-of-sentence if `reason` says so), and how many drafts were verified and accepted."""
 
     ids: tuple[int, ...]
     reason: Reason
     drafted: int
     accepted: int
+    # Of the main model, after the prompt's.
     passes: int
 
 
 @dataclass
 class _Sequence:
-    """A request under way. `cached` counts the positions whose main entries stand: always len(ids) - 1 after a pass."""
-
+    # Among the requests, and in the cache of its batch.
+    index: int
     row: int
     ids: list[int]
     prompt_tokens: int
+    # New tokens, and why the sequence ends there.
     limit: int
+    limit_reason: Reason
     uniforms: torch.Generator
+    # Positions in the main model's cache that hold final tokens: len(ids) - 1 after a pass.
     cached: int = 0
     drafts: list[int] = field(default_factory=list)
     proposed: list[Tensor] = field(default_factory=list)
@@ -89,7 +78,6 @@ class _Sequence:
     passes: int = -1
 
     def uniform(self) -> float:
-        """The next number of the stream, in [0, 1)."""
         return float(torch.rand((), dtype=torch.float64, generator=self.uniforms))
 
     @property
@@ -97,62 +85,69 @@ class _Sequence:
         """Tokens it may still add."""
         return self.limit - (len(self.ids) - self.prompt_tokens)
 
+    def completion(self) -> Completion:
+        assert self.reason is not None
+        ids = tuple(self.ids[self.prompt_tokens :])
+        return Completion(ids, self.reason, self.drafted, self.accepted, self.passes)
+
 
 def generate(
     decoder: Decoder,
-    requests: Sequence[Request],
+    requests: Sequence[GenerationRequest],
     *,
     sampling: Sampling,
     eos: int | None,
     drafting: bool,
+    batch_tokens: int,
     on_tokens: OnTokens | None = None,
 ) -> list[Completion]:
-    """Continue all prompts together.
+    """Continue all prompts, as many at a time as fit into caches of `batch_tokens` positions; `eos` ends a sequence.
 
-    Args:
-        decoder: the model.
-        requests: prompts of any lengths.
-        sampling: how tokens are chosen.
-        eos: the token that ends a sequence; None: nothing does.
-        drafting: let the MTP chain draft.
-        on_tokens: told of new tokens at once.
-    Returns:
-        One Completion per request, in their order.
-    Raises:
-        ValueError: a prompt is empty, too long, or not of this vocabulary; no new tokens are asked for; the seed is
-            out of range; the model has no MTP layers to draft with.
+    A request that cannot be served raises ValueError before the first pass.
     """
+    if batch_tokens < 1:
+        raise ValueError(f"--batch-tokens {batch_tokens} must be 1 or more")
+    for request in requests:
+        _check(request, decoder.config)
     if drafting and not decoder.depths:
         raise ValueError(
             "drafting needs MTP layers, and this model has none (num_nextn_predict_layers=0): use --no-draft"
         )
-    for request in requests:
-        _check(request, decoder.config)
-    sequences = [_begin(row, request, decoder.config) for row, request in enumerate(requests)]
-    if not sequences:
-        return []
+    done: list[Completion] = []
+    for batch in batches_of(requests, batch_tokens, decoder.config.max_position_embeddings):
+        sequences = [_begin(requests[i], decoder.config, index=i, row=i - batch.start) for i in batch]
+        _continue(decoder, sequences, sampling=sampling, eos=eos, drafting=drafting, on_tokens=on_tokens)
+        done += [sequence.completion() for sequence in sequences]
+    return done
+
+
+def _continue(
+    decoder: Decoder,
+    sequences: Sequence[_Sequence],
+    *,
+    sampling: Sampling,
+    eos: int | None,
+    drafting: bool,
+    on_tokens: OnTokens | None,
+) -> None:
+    """One batch, to the end of all of its sequences."""
     slots = max(sequence.prompt_tokens + sequence.limit for sequence in sequences)
     cache = decoder.new_cache(sequences=len(sequences), slots=slots, drafting=drafting)
-    asked = [request.max_tokens for request in requests]
-    active = sequences
+    active = list(sequences)
     while active:
         for sequence, new_ids in zip(active, _verify(decoder, cache, active, sampling), strict=True):
-            added = _add(sequence, new_ids, eos, cut_by_model=sequence.limit < asked[sequence.row])
+            added = _add(sequence, new_ids, eos)
             if on_tokens is not None:
-                on_tokens(sequence.row, added)
+                on_tokens(sequence.index, added, sequence.reason)
         active = [sequence for sequence in active if sequence.reason is None]
         if drafting:
             _draft(decoder, cache, active, sampling)
-    return [_complete(sequence) for sequence in sequences]
 
 
-def batches_of(requests: Sequence[Request], batch_tokens: int, positions: int) -> Iterator[range]:
-    """Consecutive requests that are continued together; a single one may be larger than a batch.
+def batches_of(requests: Sequence[GenerationRequest], batch_tokens: int, positions: int) -> Iterator[range]:
+    """Consecutive requests whose caches, each as long as the longest, fit; a single one may be larger than a batch.
 
-    Args:
-        requests: in order.
-        batch_tokens: positions of the caches of a batch, each as long as the longest.
-        positions: of the model; a sequence ends there, whatever is asked for.
+    `positions` are those of the model; a sequence ends there, whatever is asked for.
     """
     first, longest = 0, 0
     for index, request in enumerate(requests):
@@ -165,44 +160,7 @@ def batches_of(requests: Sequence[Request], batch_tokens: int, positions: int) -
         yield range(first, len(requests))
 
 
-def generate_in_batches(
-    decoder: Decoder,
-    requests: Sequence[Request],
-    *,
-    batch_tokens: int,
-    sampling: Sampling,
-    eos: int | None,
-    drafting: bool,
-    on_tokens: OnTokens | None = None,
-) -> list[Completion]:
-    """`generate`, as many requests at a time as fit into caches of `batch_tokens` positions.
-
-    Raises:
-        ValueError: as `generate`, of any request, before the first pass; `batch_tokens` is not positive.
-    """
-    if batch_tokens < 1:
-        raise ValueError(f"--batch-tokens {batch_tokens} must be 1 or more")
-    for request in requests:
-        _check(request, decoder.config)
-    done: list[Completion] = []
-    for batch in batches_of(requests, batch_tokens, decoder.config.max_position_embeddings):
-
-        def told(index: int, ids: list[int], first: int = batch.start) -> None:
-            assert on_tokens is not None
-            on_tokens(first + index, ids)
-
-        done += generate(
-            decoder,
-            requests[batch.start : batch.stop],
-            sampling=sampling,
-            eos=eos,
-            drafting=drafting,
-            on_tokens=told if on_tokens else None,
-        )
-    return done
-
-
-def _check(request: Request, config: ModelConfig) -> None:
+def _check(request: GenerationRequest, config: ModelConfig) -> None:
     ids, positions = request.prompt_ids, config.max_position_embeddings
     if not ids:
         raise ValueError("a prompt has no token: begin with end-of-sentence, as documents of a store do")
@@ -221,20 +179,21 @@ def _check(request: Request, config: ModelConfig) -> None:
         raise ValueError(f"seed: {request.seed} must be in 0 .. 2^63 - 1")
 
 
-def _begin(row: int, request: Request, config: ModelConfig) -> _Sequence:
-    prompt_tokens = len(request.prompt_ids)
+def _begin(request: GenerationRequest, config: ModelConfig, *, index: int, row: int) -> _Sequence:
+    prompt_tokens, seed = len(request.prompt_ids), request.seed
+    positions = config.max_position_embeddings - prompt_tokens
+    # torch's CPU generator reads the low 32 bits of a seed; larger seeds are hashed, so all bits matter.
+    if seed >= 2**32:
+        seed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "little")
     return _Sequence(
+        index=index,
         row=row,
         ids=list(request.prompt_ids),
         prompt_tokens=prompt_tokens,
-        limit=min(request.max_tokens, config.max_position_embeddings - prompt_tokens),
-        uniforms=torch.Generator().manual_seed(_stream(request.seed)),
+        limit=min(request.max_tokens, positions),
+        limit_reason="max_position_embeddings" if positions < request.max_tokens else "max_tokens",
+        uniforms=torch.Generator().manual_seed(seed),
     )
-
-
-def _stream(seed: int) -> int:
-    """torch's CPU generator reads the low 32 bits of a seed; larger ones are hashed, so that all bits tell."""
-    return seed if seed < 2**32 else int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "little")
 
 
 def _verify(decoder: Decoder, cache: LatentCache, active: Sequence[_Sequence], sampling: Sampling) -> list[list[int]]:
@@ -252,12 +211,9 @@ def _verify(decoder: Decoder, cache: LatentCache, active: Sequence[_Sequence], s
     for sequence, part, p in zip(active, parts, wanted, strict=True):
         new_ids = verify(sequence.drafts, sequence.proposed, p, sequence.uniform)
         confirmed = len(part) - len(sequence.drafts) + len(new_ids) - 1
-        behind = (
-            sequence.fresh[max(0, len(sequence.fresh) - decoder.depths + 1) :]
-            if sequence.fresh is not None
-            else part[:0]
-        )
-        sequence.fresh = torch.cat((behind, part[:confirmed]))
+        previous = part[:0] if sequence.fresh is None else sequence.fresh
+        previous = previous[max(0, len(previous) - decoder.depths + 1) :]
+        sequence.fresh = torch.cat((previous, part[:confirmed]))
         sequence.cached += confirmed
         sequence.drafted += len(sequence.drafts)
         sequence.accepted += len(new_ids) - 1
@@ -267,15 +223,15 @@ def _verify(decoder: Decoder, cache: LatentCache, active: Sequence[_Sequence], s
     return results
 
 
-def _add(sequence: _Sequence, new_ids: list[int], eos: int | None, *, cut_by_model: bool) -> list[int]:
-    """Append up to an end-of-sentence token; decide whether the sequence is done. Returns what was appended."""
+def _add(sequence: _Sequence, new_ids: list[int], eos: int | None) -> list[int]:
+    """Append up to an end-of-sentence token and decide whether the sequence is done; returns what was appended."""
     assert len(new_ids) <= sequence.left, (new_ids, sequence.left)
     if eos in new_ids:
         new_ids = new_ids[: new_ids.index(eos) + 1]
         sequence.reason = "eos"
     sequence.ids += new_ids
     if sequence.reason is None and sequence.left == 0:
-        sequence.reason = "max_position_embeddings" if cut_by_model else "max_tokens"
+        sequence.reason = sequence.limit_reason
     return new_ids
 
 
@@ -283,7 +239,7 @@ def _draft(decoder: Decoder, cache: LatentCache, active: Sequence[_Sequence], sa
     """Let each depth draft one token; a sequence drafts no more than it could still use."""
     previous = {sequence.row: sequence.fresh for sequence in active}
     for depth in range(1, decoder.depths + 1):
-        # A pass adds one token more than the drafts that stand.
+        # A pass adds one token more than the accepted drafts.
         drafting = [sequence for sequence in active if sequence.left > depth]
         if not drafting:
             return
@@ -300,14 +256,3 @@ def _draft(decoder: Decoder, cache: LatentCache, active: Sequence[_Sequence], sa
             sequence.drafts.append(draw(q, sequence.uniform()))
             sequence.proposed.append(q)
             previous[sequence.row] = part
-
-
-def _complete(sequence: _Sequence) -> Completion:
-    assert sequence.reason is not None
-    return Completion(
-        ids=tuple(sequence.ids[sequence.prompt_tokens :]),
-        reason=sequence.reason,
-        drafted=sequence.drafted,
-        accepted=sequence.accepted,
-        passes=sequence.passes,
-    )

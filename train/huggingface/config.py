@@ -1,12 +1,10 @@
 """`config.json` and its neighbours <-> our configuration: model, precision, tokeniser, generation.
 
-    released_config(ModelConfig) -> dict       every field of the released file that says something about the model
+    released_config(ModelConfig) -> dict       every field of the released file that describes the model
     model_config(dict) -> ModelConfig          the reverse, also from what `transformers` 5 saves
 
 RoPE is spelled `rope_theta` + `rope_scaling` in released files and `rope_parameters` in those of `transformers` 5; both
 are read, the released spelling is written. What our model cannot do is refused with one sentence, never dropped.
-
-Shapes: none. Not here: names of tensors (`hf.py`), their dtypes (`hf_plan.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from train.data.store import SpecialIds
 from train.data.tokenizer import SPECIAL_TOKENS, TextTokenizer
 from train.data.trained_on import TrainedOn
 from train.model.config import ModelConfig
-from train.model.precision import Precision
 
 ARCHITECTURE, MODEL_TYPE = "DeepseekV3ForCausalLM", "deepseek_v3"
 QUANTIZATION = {
@@ -49,14 +46,8 @@ _ROPE_WORDS = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "atte
 
 
 def released_config(config: ModelConfig, *, format: str, ids: SpecialIds | None) -> dict[str, Any]:
-    """The content of `config.json`.
+    """The content of `config.json`; without `ids`, bos and eos are V3's, 0 and 1.
 
-    Args:
-        config: of the model.
-        format: 'bf16', 'fp8' or 'fp32'.
-        ids: of the tokeniser's control tokens; None: V3's, 0 and 1.
-    Returns:
-        JSON.
     Source: the fields of the released DeepSeek-V3 file.
     """
     ours = dataclasses.asdict(config)
@@ -81,13 +72,8 @@ def released_config(config: ModelConfig, *, format: str, ids: SpecialIds | None)
 
 
 def model_config(values: Mapping[str, Any], *, origin: str) -> ModelConfig:
-    """Read `config.json`.
+    """Read the content of the `config.json` at `origin`; its MTP depth is a claim that only the weights can confirm.
 
-    Args:
-        values: its content.
-        origin: the file, for messages.
-    Returns:
-        Ours. The MTP depth is the file's word; which layers are there only the weights can say.
     Raises:
         ValueError: another architecture, a field that is missing, or a value that our model does not have.
     """
@@ -103,7 +89,12 @@ def model_config(values: Mapping[str, Any], *, origin: str) -> ModelConfig:
     heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
     if kv_heads not in (None, heads):
         raise ValueError(f"{origin} has num_key_value_heads={kv_heads}, but MLA has one for each of its {heads} heads")
-    ours: dict[str, Any] = {"rope_scaling": _yarn(values, origin), "rope_theta": _rope_theta(values)}
+    # Both spellings of RoPE as one.
+    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    ours: dict[str, Any] = {
+        "rope_scaling": _yarn(rope, values.get("max_position_embeddings"), origin),
+        "rope_theta": float(rope.get("rope_theta", values.get("rope_theta", 10000.0))),
+    }
     for field in dataclasses.fields(ModelConfig):
         spelling = field.name if field.name in values else _RENAMED.get(field.name, field.name)
         if field.name in ours:
@@ -124,17 +115,7 @@ def _checked(value: Any, kind: str, what: str) -> Any:
     return value
 
 
-def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Both spellings as one: the released file's and that of `transformers` 5."""
-    return {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
-
-
-def _rope_theta(values: Mapping[str, Any]) -> float:
-    return float(_rope(values).get("rope_theta", values.get("rope_theta", 10000.0)))
-
-
-def _yarn(values: Mapping[str, Any], origin: str) -> YarnScaling | None:
-    rope = _rope(values)
+def _yarn(rope: Mapping[str, Any], max_position_embeddings: Any, origin: str) -> YarnScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
@@ -150,20 +131,13 @@ def _yarn(values: Mapping[str, Any], origin: str) -> YarnScaling | None:
     if "factor" not in rope:
         raise ValueError(f"{origin} lacks rope_scaling.factor: it is no complete configuration; fetch it again")
     # `transformers` takes the model's own length where the original one is not given.
-    known: dict[str, Any] = {
-        "original_max_position_embeddings": values.get("max_position_embeddings"),
-        **_YARN_OPTIONAL,
-    }
-    known |= {name: value for name, value in rope.items() if name in fields}
-    return YarnScaling(**known)
+    known = {"original_max_position_embeddings": max_position_embeddings, **_YARN_OPTIONAL}
+    return YarnScaling(**known | {name: value for name, value in rope.items() if name in fields})
 
 
 def is_fp8(values: Mapping[str, Any], *, origin: str) -> bool:
-    """Whether `config.json` announces block-scaled E4M3 weights.
+    """Whether the `config.json` at `origin` announces block-scaled E4M3 weights.
 
-    Args:
-        values: its content.
-        origin: the file, for messages.
     Raises:
         ValueError: they are quantised in another way.
     """
@@ -177,31 +151,10 @@ def is_fp8(values: Mapping[str, Any], *, origin: str) -> bool:
     return True
 
 
-def precision_of(stored: str, *, power_of_two: bool) -> Precision:
-    """What a model is taken to compute in, from the dtype of its linears' weights.
-
-    Args:
-        stored: safetensors' word.
-        power_of_two: whether its block scales are powers of two.
-    """
-    if stored == "F8_E4M3":
-        return Precision("fp8", power_of_two_scales=power_of_two)
-    return Precision("fp32" if stored == "F32" else "bf16")
-
-
 def small_files(
     config: ModelConfig, *, format: str, tokenizer: TextTokenizer | None, trained_on: TrainedOn
 ) -> dict[str, str]:
-    """The text files beside the weights but the index; `config.json`, which makes the folder a model, is the last.
-
-    Args:
-        config: of the model.
-        format: 'bf16', 'fp8' or 'fp32'.
-        tokenizer: of the model, if known.
-        trained_on: how samples of its training looked.
-    Returns:
-        name -> text.
-    """
+    """Name -> text of all files but weights and index; `config.json`, which makes the folder a model, is the last."""
     ids = None if tokenizer is None else tokenizer.special_ids
     values = {**released_config(config, format=format, ids=ids), **trained_on.to_json()}
     generation = {name: values[name] for name in ("bos_token_id", "eos_token_id")}

@@ -1,16 +1,14 @@
 """Import from the released Hugging Face layout: a folder becomes a checkpoint of ours, a few rows at a time.
 
-    HfReader -> boxes of rows -> shards in a hidden folder -> state.json, tokenizer.json, manifest.json -> published
+    HfReader -> chunks of rows -> shards in a hidden folder -> state.json, tokenizer.json, manifest.json -> published
 
 The checkpoint holds weights only (`model.*`) in the dtypes of training: BF16 with an FP32 router, or all FP32. FP8
-weights become payload x scale, rounded to BF16 unless FP32 is asked for. `reader.py` reads it like any other (score,
-generate, export) and `dcp.load` fills a model from it; the trainer refuses to *resume* from it, since an optimizer's
-state is not there.
+weights become payload x scale, rounded to BF16 unless FP32 is asked for. It is read like any other (score, generate,
+export, `dcp.load`); the trainer refuses to *resume* from it, since it has no optimizer state.
 
-Large stacks of experts are cut into boxes of whole experts, so no file need hold one tensor whole. Interrupted, the
-same command goes on (`hf_writer.py`); the checkpoint appears at once when it is whole (`publish.py`).
+Large tensors are cut into chunks of whole rows or experts. Interrupted, the same command goes on.
 
-Shapes: [rows, in], or [experts, out, in] of a stack; rows are of the first dim. Not here: training from it.
+Shapes: [rows, in], or [experts, out, in] of a stack; rows are of the first dim.
 """
 
 from __future__ import annotations
@@ -21,31 +19,34 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from train.checkpoint import publish
 from train.huggingface.export import row_ranges
-from train.huggingface.plan import shapes_of
+from train.huggingface.names import shapes_of
 from train.huggingface.reader import HfReader
-from train.huggingface.safetensors_writer import DTYPES, Entry, Journal, Shard, num_bytes, write_shards, write_text
+from train.huggingface.safetensors_files import (
+    DTYPES,
+    Journal,
+    ShardFile,
+    TensorSpec,
+    group_into_files,
+    write_files,
+    write_text,
+)
 from train.huggingface.weights import tokenizer_of
 from train.model.precision import Precision
 
-WORDS = {dtype: word for word, dtype in DTYPES.items()}
-PREFIX = "model."
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_PREFIX = "model."
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import did.
-
-    Args:
-        path: the checkpoint.
-        written: shards written now; the others were there.
-    """
+    """The checkpoint; `written` counts the shards written now, the others were there."""
 
     path: Path
     written: int
@@ -56,13 +57,8 @@ def import_hf(
 ) -> Imported:
     """Write a run's folder with one checkpoint of step 0, or finish one that was begun.
 
-    Args:
-        source: the Hugging Face folder.
-        run: folder to make.
-        dtype: 'source': BF16 for BF16, FP16 and FP8 weights, FP32 for FP32 ones; 'fp32': FP32 and nothing is rounded.
-        shard_bytes: size at which a file is closed.
-    Returns:
-        What was done.
+    With `dtype` 'source' weights are BF16 from BF16, FP16 and FP8, and FP32 from FP32; with 'fp32' nothing is rounded.
+
     Raises:
         ValueError: a value is not finite, a stored copy of embedding or head differs (named), or `run` holds
             something else, or an export of ours has another tokeniser than its training had.
@@ -71,11 +67,16 @@ def import_hf(
         raise ValueError(f"shard size {shard_bytes} must be at least 1 byte; 5GB is usual")
     precision = source.precision if dtype == "source" else Precision("fp32")
     shapes = shapes_of(source.config, precision)
-    shards = _shards(shapes, shard_bytes)
-    body = json.dumps([(shard.file, shard.entries) for shard in shards]).encode()
+    groups = group_into_files(
+        _chunks(shapes, max_bytes=shard_bytes), lambda chunk: chunk.num_bytes, file_bytes=shard_bytes
+    )
+    shards = [
+        ShardFile(f"shard-00001-model-{i:05d}-of-{len(groups):05d}{publish.SHARD_SUFFIX}", group)
+        for i, group in enumerate(groups, start=1)
+    ]
     identity = {
         "direction": "import",
-        "plan": hashlib.sha256(body).hexdigest(),
+        "plan": hashlib.sha256(json.dumps(shards).encode()).hexdigest(),
         "precision": asdict(precision),
         "source": source.fingerprint(),
     }
@@ -89,57 +90,15 @@ def import_hf(
         tokenizer_of(source)
     hidden = publish.writing_path(target)
     hidden.mkdir(parents=True, exist_ok=True)
-    written = write_shards(hidden, shards, _producer(source), journal)
-    _finish(hidden, source, precision, journal)
-    tensors = {f"{PREFIX}{name}": {"shape": list(shape), "dtype": str(kind)} for name, (shape, kind) in shapes.items()}
-    publish.write_manifest(hidden, tensors, journal.files)
-    publish.publish(target)
-    return Imported(target, written)
 
+    def produce(shard: ShardFile) -> Iterator[tuple[str, Tensor]]:
+        for chunk in shard.tensors:
+            assert chunk.offsets is not None
+            for rows in _ranges(chunk.offsets[0], chunk.shape):
+                yield chunk.name, source.read(chunk.name.removeprefix(_PREFIX), rows).to(DTYPES[chunk.dtype])
 
-def _shards(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], shard_bytes: int) -> list[Shard]:
-    """Boxes of whole rows, in order of the model, as many to a file as fit."""
-    groups: list[list[Entry]] = [[]]
-    filled_bytes = 0
-    for name, (shape, dtype) in shapes.items():
-        row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        step = max(1, shard_bytes // row_bytes)
-        for start in range(0, shape[0], step):
-            rows = min(step, shape[0] - start)
-            offset = (start, *[0] * (len(shape) - 1))
-            entry = Entry(f"{PREFIX}{name}", WORDS[dtype], (rows, *shape[1:]), offset)
-            if groups[-1] and filled_bytes + num_bytes(entry) > shard_bytes:
-                groups.append([])
-                filled_bytes = 0
-            groups[-1].append(entry)
-            filled_bytes += num_bytes(entry)
-    return [
-        Shard(f"shard-00001-model-{i:05d}-of-{len(groups):05d}{publish.SHARD_SUFFIX}", tuple(group))
-        for i, group in enumerate(groups, start=1)
-    ]
-
-
-def _producer(source: HfReader) -> Any:
-    def produce(shard: Shard) -> Iterator[tuple[str, Tensor]]:
-        for entry in shard.entries:
-            assert entry.offset is not None
-            name, first = entry.name.removeprefix(PREFIX), entry.offset[0]
-            for rows in _rows_of(first, entry.shape):
-                yield entry.name, source.read(name, rows).to(DTYPES[entry.dtype])
-
-    return produce
-
-
-def _rows_of(first: int, shape: tuple[int, ...]) -> Iterator[range]:
-    """One expert at a time of a stack, a few rows of anything else."""
-    if len(shape) == 3:
-        yield from (range(row, row + 1) for row in range(first, first + shape[0]))
-        return
-    yield from (range(start, stop) for start, stop in row_ranges((first, first + shape[0]), shape[1:]))
-
-
-def _finish(hidden: Path, source: HfReader, precision: Precision, journal: Journal) -> None:
-    """State and tokeniser; a hidden file of a killed writer goes away."""
+    written = write_files(hidden, shards, produce, journal)
+    # A hidden file of a killed writer.
     for leftover in hidden.iterdir():
         if leftover.name not in journal.files:
             leftover.unlink()
@@ -148,3 +107,24 @@ def _finish(hidden: Path, source: HfReader, precision: Precision, journal: Journ
     publish.write_json(hidden / publish.STATE, state)
     if source.tokenizer is not None:
         write_text(hidden / "tokenizer.json", source.tokenizer.read_text(encoding="utf-8"))
+    tensors = {f"{_PREFIX}{name}": {"shape": list(shape), "dtype": str(kind)} for name, (shape, kind) in shapes.items()}
+    publish.write_manifest(hidden, tensors, journal.files)
+    publish.publish(target)
+    return Imported(target, written)
+
+
+def _chunks(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], *, max_bytes: int) -> Iterator[TensorSpec]:
+    """Every tensor in chunks of whole rows, in order of the model."""
+    for name, (shape, dtype) in shapes.items():
+        step = max(1, max_bytes // (math.prod(shape[1:]) * dtype.itemsize))
+        for start in range(0, shape[0], step):
+            offsets = (start, *[0] * (len(shape) - 1))
+            yield TensorSpec(_PREFIX + name, _DTYPE_NAMES[dtype], (min(step, shape[0] - start), *shape[1:]), offsets)
+
+
+def _ranges(first: int, shape: tuple[int, ...]) -> Iterator[range]:
+    """One expert at a time of a stack, a few rows of anything else."""
+    if len(shape) == 3:
+        yield from (range(row, row + 1) for row in range(first, first + shape[0]))
+    else:
+        yield from (range(start, stop) for start, stop in row_ranges((first, first + shape[0]), shape[1:]))

@@ -1,17 +1,15 @@
 """A folder in the released Hugging Face layout as a source of weights under our names, read on demand.
 
     open: config.json -> index or the one file -> headers of all files -> every tensor that our model needs is there
-    read(name, rows): the parts of that tensor, from their files, dequantised, joined
+    read(name, rows): the released tensors that hold those rows, from their files, dequantised, joined
 
-FP8 weights are read as payload x `weight_scale_inv` (it multiplies, whatever its name says), FP32; BF16, FP16 and FP32
-as they are (FP16 as FP32). Nothing is held, so memory is bounded by the largest read. Whether MTP layers are there is
-taken from the tensors, not from `config.json`: `transformers` drops them when it saves, and keeps saying one.
+FP8 weights are read as payload x `weight_scale_inv` (a multiplier, whatever its name says), FP32; BF16, FP16 and FP32
+as they are (FP16 as FP32). Nothing is kept, so memory is bounded by the largest read.
 
 Only safetensors are opened, only by names inside the folder, and no value can execute: pickled weights (`*.bin`) are
 refused. What is missing, surplus, of another shape, cut short or not finite is refused by name.
 
 Shapes: hidden sizes of `ModelConfig`; [out, in] of matrices, scales [ceil(out / 128), ceil(in / 128)].
-Not here: writing (`hf_export.py`), our own checkpoints (`reader.py`).
 """
 
 from __future__ import annotations
@@ -19,37 +17,32 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kernels.formats import TILE, Quantized, ceil_div
 from kernels.quantize import dequantize_blocks
 from train.data.trained_on import TrainedOn
-from train.huggingface.config import is_fp8, model_config, precision_of
-from train.huggingface.names import places, shared_copies
-from train.huggingface.plan import SCALE_SUFFIX, scale_shape, shapes_of
-from train.huggingface.safetensors_writer import DTYPES, JOURNAL, read_json
+from train.huggingface.config import is_fp8, model_config
+from train.huggingface.names import SCALE_SUFFIX, released_tensors, scale_shape, shapes_of, shared_copies
+from train.huggingface.safetensors_files import DTYPES, JOURNAL, READ_ERRORS, OpenFiles, read_json
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-# Mapped files that stay open; a released model has 163, and a process only so many descriptors.
-OPEN_FILES = 32
 # Rows of a comparison of two stored tensors.
 _COMPARED_ROWS = 4096
-# Buffers that old files carry and every model computes anew.
+# Buffers that old files carry and every model computes itself.
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
 
 
-class Stored(NamedTuple):
-    """What a file says of a tensor."""
+class StoredTensor(NamedTuple):
+    """File, safetensors dtype and shape of a released tensor."""
 
     file: str
     dtype: str
@@ -59,12 +52,6 @@ class Stored(NamedTuple):
 class HfReader:
     """A Hugging Face folder as a `WeightSource`.
 
-    Args:
-        path: the folder.
-    Attributes:
-        stored: released name -> file, dtype, shape.
-        notes: what a user should know of what was found, one sentence each.
-        trained_on: how samples of its training looked, if it is an export of ours.
     Raises:
         ValueError: something in the folder is missing, damaged or beyond this model; named.
     """
@@ -77,16 +64,16 @@ class HfReader:
         origin = str(path / CONFIG)
         announced, fp8 = model_config(values, origin=origin), is_fp8(values, origin=origin)
         self.trained_on: TrainedOn = TrainedOn.from_json(values, origin=origin)
-        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._files = OpenFiles(path, _not_whole)
         self.stored = self._scan()
-        depth = _mtp_depth(announced, self.stored)
+        # From the tensors, not from config.json: `transformers` drops the MTP layers when it saves, and still says 1.
+        depth, said = _mtp_depth(announced, self.stored), announced.num_nextn_predict_layers
         self.config: ModelConfig = replace(announced, num_nextn_predict_layers=depth)
         self.notes: list[str] = []
-        if depth != announced.num_nextn_predict_layers:
-            said = announced.num_nextn_predict_layers
+        if depth != said:
             self.notes.append(f"{path} holds {depth} MTP layers, though its config.json says {said}")
         self._shapes = {name: shape for name, (shape, _) in shapes_of(self.config, Precision("bf16")).items()}
-        self._parts = {name: list(places(name, shape, self.config)) for name, shape in self._shapes.items()}
+        self._released = {name: [*released_tensors(name, shape, self.config)] for name, shape in self._shapes.items()}
         self._check_all(fp8=fp8)
         self.precision: Precision = self._precision()
 
@@ -105,29 +92,25 @@ class HfReader:
         return self._shapes[name]
 
     def read(self, name: str, rows: range | None = None) -> Tensor:
-        """The tensor, or some of its rows (of the first dim), as a new CPU tensor; FP8 as FP32 values.
-
-        Raises:
-            ValueError: a file is damaged, or a value is not finite; named.
-        """
+        """See `WeightSource.read`; FP8 as FP32 values."""
         shape = self.shape(name)
         rows = range(shape[0]) if rows is None else rows
-        values = torch.cat([self.values(released, part) for released, part in self.parts(name, rows)])
+        values = torch.cat([self.values(released, its_rows) for released, its_rows in self.released_rows(name, rows)])
         return values.view(len(rows), *shape[1:])
 
-    def parts(self, name: str, rows: range) -> Iterator[tuple[str, range]]:
-        """The released tensors behind some rows of ours, each with its own rows, in order."""
-        held = self._parts[name]
-        if held[0][1].expert is not None:
-            # Of a stack, rows are experts: each has the same number of parts.
-            count = len(held) // self.shape(name)[0]
-            for released, place in held[rows.start * count : rows.stop * count]:
-                yield released, range(place.stop - place.start)
+    def released_rows(self, name: str, rows: range) -> Iterator[tuple[str, range]]:
+        """The released tensors that hold some rows of ours, each with its own rows, in order."""
+        tensors = self._released[name]
+        if tensors[0].expert is not None:
+            # Of a stack, rows are experts: each has the same number of released tensors.
+            count = len(tensors) // self.shape(name)[0]
+            for tensor in tensors[rows.start * count : rows.stop * count]:
+                yield tensor.name, range(tensor.shape[0])
             return
-        for released, place in held:
-            first, last = max(rows.start, place.start), min(rows.stop, place.stop)
+        for tensor in tensors:
+            first, last = max(rows.start, tensor.start), min(rows.stop, tensor.stop)
             if first < last:
-                yield released, range(first - place.start, last - place.start)
+                yield tensor.name, range(first - tensor.start, last - tensor.start)
 
     def values(self, released: str, rows: range) -> Tensor:
         """Rows of a stored tensor: BF16 or FP32, dequantised.
@@ -136,31 +119,31 @@ class HfReader:
             ValueError: a file is damaged, or a value is not finite; named.
         """
         if self.stored[released].dtype == "F8_E4M3":
-            # Whole blocks are read, so that each meets its scale.
-            first = rows.start // TILE * TILE
-            q = self.quantised(released, range(first, min(ceil_div(rows.stop, TILE) * TILE, self._rows(released))))
-            values = dequantize_blocks(q)[rows.start - first : rows.stop - first]
+            q, inside = self.blocks(released, rows)
+            values = dequantize_blocks(q)[inside]
         else:
             values = self._slice(released, rows)
             values = values.float() if values.dtype == torch.float16 else values
         self._check_finite(released, values)
         return values
 
-    def quantised(self, released: str, rows: range) -> Quantized:
-        """Payload and scales of rows of an E4M3 weight; `rows` begins with a block and ends with one or the weight.
+    def blocks(self, released: str, rows: range) -> tuple[Quantized, slice]:
+        """Payload and scales of the whole blocks that hold some rows of an E4M3 weight, and where in them the rows are.
 
         Raises:
             ValueError: a file is damaged, or a scale is not finite; named.
         """
+        first = rows.start // TILE * TILE
+        last = min(ceil_div(rows.stop, TILE) * TILE, self.stored[released].shape[0])
         scale_name = released + SCALE_SUFFIX
-        scale = self._slice(scale_name, range(rows.start // TILE, ceil_div(rows.stop, TILE))).float()
+        scale = self._slice(scale_name, range(first // TILE, ceil_div(last, TILE))).float()
         self._check_finite(scale_name, scale)
         if bool((scale < 0).any()):
             raise ValueError(f"{self.path} holds a negative scale in {scale_name}: it is damaged; fetch it again")
-        return Quantized(self._slice(released, rows), scale)
+        return Quantized(self._slice(released, range(first, last)), scale), slice(rows.start - first, rows.stop - first)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this folder from a changed one without reading its weights."""
+        """Size and time of every file: what tells this folder from a changed one without reading its weights."""
         files = sorted({stored.file for stored in self.stored.values()})
         texts = [name for name in (CONFIG, INDEX, JOURNAL, "tokenizer.json") if (self.path / name).is_file()]
         stats = {name: os.stat(self.path / name) for name in (*files, *texts)}
@@ -175,27 +158,28 @@ class HfReader:
         for released, name in shared_copies(self.config).items():
             if released not in self.stored:
                 continue
-            for start in range(0, self._rows(released), _COMPARED_ROWS):
-                rows = range(start, min(start + _COMPARED_ROWS, self._rows(released)))
-                if not torch.equal(self._slice(released, rows), self._slice(self._parts[name][0][0], rows)):
+            num_rows = self.stored[released].shape[0]
+            for start in range(0, num_rows, _COMPARED_ROWS):
+                rows = range(start, min(start + _COMPARED_ROWS, num_rows))
+                if not torch.equal(self._slice(released, rows), self._slice(self._released[name][0].name, rows)):
                     raise ValueError(
                         f"{self.path} holds a {released} that is not {name}, but this model shares them; "
                         "it would be lost"
                     )
 
-    def _scan(self) -> dict[str, Stored]:
-        """Released name -> where it is, from the index and the headers."""
+    def _scan(self) -> dict[str, StoredTensor]:
+        """From the index and the headers."""
         weight_map = self._weight_map()
-        found: dict[str, Stored] = {}
+        found: dict[str, StoredTensor] = {}
         for file in sorted(set(weight_map.values())):
             if not (self.path / file).is_file():
                 lost = next(name for name, where in weight_map.items() if where == file)
                 raise ValueError(f"{self.path} lacks {file}, which holds {lost}: it is incomplete; fetch it again")
-            shard = self._file(file)
+            shard = self._files[file]
             for name in shard.keys():  # noqa: SIM118  (no mapping, only a `keys` method)
                 if weight_map.get(name) == file:
                     view = shard.get_slice(name)
-                    found[name] = Stored(file, view.get_dtype(), tuple(view.get_shape()))
+                    found[name] = StoredTensor(file, view.get_dtype(), tuple(view.get_shape()))
         for name, file in weight_map.items():
             if name not in found:
                 raise ValueError(f"{self.path} lacks {name}, which its index says is in {file}; fetch it again")
@@ -205,7 +189,7 @@ class HfReader:
         """Released name -> file, none of them outside the folder."""
         if not (self.path / INDEX).is_file():
             if (self.path / SINGLE).is_file():
-                return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
+                return dict.fromkeys(self._files[SINGLE].keys(), SINGLE)
             pickled = sorted(path.name for path in self.path.glob("*.bin"))
             if pickled:
                 raise ValueError(
@@ -227,12 +211,13 @@ class HfReader:
         return weight_map
 
     def _check_all(self, *, fp8: bool) -> None:
-        known = set(shared_copies(self.config))
-        for name, shape in self._shapes.items():
-            for released, place in self._parts[name]:
-                known |= {released, released + SCALE_SUFFIX}
-                self._check(released, place.shape(shape), fp8=fp8)
-        for copy, name in shared_copies(self.config).items():
+        copies = shared_copies(self.config)
+        known = set(copies)
+        for tensors in self._released.values():
+            for tensor in tensors:
+                known |= {tensor.name, tensor.name + SCALE_SUFFIX}
+                self._check(tensor.name, tensor.shape, fp8=fp8)
+        for copy, name in copies.items():
             if copy in self.stored:
                 self._check(copy, self._shapes[name], fp8=fp8)
         for name in self.stored:
@@ -267,38 +252,28 @@ class HfReader:
     def _precision(self) -> Precision:
         """From the first attention projection of the last layer; its scales show whether they are powers of two."""
         name = f"layers.{self.config.num_hidden_layers - 1}.self_attn.o_proj.weight"
-        released = self._parts[name][0][0]
-        dtype, power_of_two = self.stored[released].dtype, True
-        if dtype == "F8_E4M3":
-            mantissa, _ = torch.frexp(self._slice(released + SCALE_SUFFIX, range(scale_shape(self.shape(name))[0])))
-            power_of_two = bool((mantissa == 0.5).all())
-        return precision_of(dtype, power_of_two=power_of_two)
+        released = self._released[name][0].name
+        dtype = self.stored[released].dtype
+        if dtype != "F8_E4M3":
+            return Precision("fp32" if dtype == "F32" else "bf16")
+        mantissa, _ = torch.frexp(self._slice(released + SCALE_SUFFIX, range(scale_shape(self.shape(name))[0])))
+        return Precision("fp8", power_of_two_scales=bool((mantissa == 0.5).all()))
 
     def _check_finite(self, released: str, values: Tensor) -> None:
         if not bool(values.isfinite().all()):
             raise ValueError(f"{self.path} holds NaN or infinity in {released}: it is damaged; fetch it again")
 
-    def _rows(self, released: str) -> int:
-        return self.stored[released].shape[0]
-
     def _slice(self, released: str, rows: range) -> Tensor:
         file = self.stored[released].file
         try:
-            part: Tensor = self._file(file).get_slice(released)[rows.start : rows.stop]
-        except (SafetensorError, OSError) as error:
+            values: Tensor = self._files[file].get_slice(released)[rows.start : rows.stop]
+        except READ_ERRORS as error:
             raise ValueError(f"{self.path / file} cannot give {released} ({error}); fetch it again") from None
-        return part
+        return values
 
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            if len(self._open) >= OPEN_FILES:
-                self._open.popitem(last=False)
-            try:
-                self._open[name] = safe_open(self.path / name, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{self.path / name} is no whole safetensors file ({error}); fetch it again") from None
-        self._open.move_to_end(name)
-        return self._open[name]
+
+def _not_whole(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{file} is no whole safetensors file ({error}); fetch it again")
 
 
 def _mtp_depth(config: ModelConfig, stored: Iterable[str]) -> int:

@@ -4,11 +4,10 @@
     tensors    names, dtypes, shapes and files exactly those of the plan; index and headers agree; nothing surplus
     values     of every tensor of ours some rows, or one expert, read back from the files: FP32 equal, BF16 equal after
                one rounding, FP8 within half a step of E4M3 (rounding is to nearest; a wrong payload is off by more)
-    logits     optional: another implementation of the model reads the folder and computes the same
+    logits     optional: another implementation of the model reads the folder and computes the same; this alone proves
+               the name mapping, which export and verification share
 
-Values are found by the name mapping that the export used (`hf.places`); what proves the mapping itself is the logits of
-another implementation. Which rows are looked at depends on a tensor's name only, so a verification can be repeated.
-Shapes: rows [rows, in] or [1, out, in]; logits [sequences, tokens, vocab]. Not here: the other implementation.
+Shapes: rows [rows, in] or [1, out, in]; logits [sequences, tokens, vocab].
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.formats import TILE, Quantized, ceil_div
+from kernels.formats import TILE, Quantized
 from kernels.quantize import dequantize_blocks
 from train.checkpoint import publish
-from train.huggingface.plan import SCALE_SUFFIX, ExportPlan, shapes_of
+from train.huggingface.names import SCALE_SUFFIX, ExportPlan, shapes_of
 from train.huggingface.reader import CONFIG, INDEX, HfReader
-from train.huggingface.safetensors_writer import JOURNAL, read_json
+from train.huggingface.safetensors_files import JOURNAL, read_json
 from train.huggingface.weights import CheckpointReader, WeightSource, load_model
 from train.model.precision import Precision
 
@@ -37,38 +36,32 @@ STEP_BOUND = 0.5 + 1e-4
 LOGITS_BOUND = 1e-4
 # Two FP32 copies of the model, ours and the other one, are in memory then.
 LOGITS_PARAMETERS = 2 * 10**9
-# Named by shape, E4M3's smallest normal is 2^-6 and it has three mantissa bits.
+# E4M3's smallest normal is 2^-6, and it has three mantissa bits.
 _SMALLEST_EXPONENT, _MANTISSA_BITS = -6, 3
 
+# Another implementation: (folder, ids [sequences, tokens] int64, values by released name where the folder is FP8)
+# -> logits [sequences, tokens, vocab] FP32.
 Oracle = Callable[[Path, Tensor, dict[str, Tensor] | None], Tensor]
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was looked at.
-
-    Args:
-        files: hashed.
-        tensors: of ours, each by some rows.
-        values: compared.
-        worst_step: largest error of an FP8 value, in steps of E4M3; 0 without FP8.
-    """
+    """Numbers of files hashed, of our tensors and of values compared; largest FP8 error in steps of E4M3, 0 without."""
 
     files: int
     tensors: int
     values: int
     worst_step: float
 
+    def summary(self) -> str:
+        """One line for the user."""
+        steps = f", FP8 within {self.worst_step:.3f} steps of E4M3" if self.worst_step else ""
+        return f"{self.files} files by hash, {self.tensors} tensors by name and shape, {self.values:,} values{steps}"
+
 
 def verify_export(source: WeightSource, out: Path, plan: ExportPlan) -> Verified:
-    """Prove an export.
+    """Prove that the folder `out` is the export of a source by a plan.
 
-    Args:
-        source: what was exported.
-        out: the folder.
-        plan: of the export.
-    Returns:
-        What was looked at.
     Raises:
         ValueError: the first thing that is wrong; named.
     """
@@ -76,7 +69,7 @@ def verify_export(source: WeightSource, out: Path, plan: ExportPlan) -> Verified
     reader = HfReader(out)
     if read_json(out / INDEX) != plan.index():
         raise ValueError(f"{out / INDEX} is not the index of this export; export again")
-    planned = {e.name: (shard.file, e.dtype, tuple(e.shape)) for shard in plan.shards for e in shard.entries}
+    planned = {spec.name: (shard.name, spec.dtype, spec.shape) for shard in plan.shards for spec in shard.tensors}
     for name in sorted(planned.keys() | reader.stored.keys()):
         if planned.get(name) != reader.stored.get(name):
             raise ValueError(f"{out} holds {name} as {reader.stored.get(name)}, not {planned.get(name)}; export again")
@@ -104,31 +97,25 @@ def _check_hashes(out: Path, plan: ExportPlan) -> int:
 
 
 def sampled_rows(name: str, shape: tuple[int, ...]) -> range:
-    """The rows of a tensor that are compared: up to 128 wherever its name says, of a stack one expert.
-
-    Args:
-        name: ours.
-        shape: of the whole tensor.
-    """
+    """The rows of our tensor `name` that are compared, up to 128, or one expert; they depend on the name only."""
     count = 1 if len(shape) == 3 else min(TILE, shape[0])
     first = zlib.crc32(name.encode()) % (shape[0] - count + 1)
     return range(first, first + count)
 
 
 def _compare(reader: HfReader, name: str, rows: range, expected: Tensor) -> float:
-    """Compare some rows of ours with what is stored; returns the largest error in steps of E4M3."""
+    """Compare rows of ours with what is stored; returns the largest error in steps of E4M3."""
     flat = expected.flatten(0, 1) if expected.dim() == 3 else expected
     first, worst = 0, 0.0
-    for released, part in reader.parts(name, rows):
-        values = flat[first : first + len(part)]
-        first += len(part)
-        dtype = reader.stored[released].dtype
-        if dtype == "F8_E4M3":
-            error = _step_error(reader, released, part, values)
+    for released, its_rows in reader.released_rows(name, rows):
+        values = flat[first : first + len(its_rows)]
+        first += len(its_rows)
+        if reader.stored[released].dtype == "F8_E4M3":
+            error = _step_error(reader, released, its_rows, values)
             worst = max(worst, error)
             same = error <= STEP_BOUND
         else:
-            stored = reader.values(released, part)
+            stored = reader.values(released, its_rows)
             same = torch.equal(stored, values.to(stored.dtype))
         if not same:
             raise ValueError(
@@ -141,10 +128,7 @@ def _compare(reader: HfReader, name: str, rows: range, expected: Tensor) -> floa
 
 def _step_error(reader: HfReader, released: str, rows: range, values: Tensor) -> float:
     """Largest |stored - values| in steps of E4M3 at each value; infinite where a scale is 0."""
-    start = rows.start // TILE * TILE
-    stop = min(ceil_div(rows.stop, TILE) * TILE, reader.stored[released].shape[0])
-    q = reader.quantised(released, range(start, stop))
-    inside = slice(rows.start - start, rows.stop - start)
+    q, inside = reader.blocks(released, rows)
     ones = torch.ones(q.payload.shape).to(torch.float8_e4m3fn)
     scale = dequantize_blocks(Quantized(ones, q.scale))[inside]  # [rows, in]
     relative = values.float() / scale
@@ -155,13 +139,8 @@ def _step_error(reader: HfReader, released: str, rows: range, values: Tensor) ->
 
 
 def verify_import(source: HfReader, path: Path) -> Verified:
-    """Prove an import.
+    """Prove that the checkpoint at `path` is the import of a Hugging Face folder.
 
-    Args:
-        source: the Hugging Face folder.
-        path: the checkpoint.
-    Returns:
-        What was looked at.
     Raises:
         ValueError: the first thing that is wrong; named.
     """
@@ -184,29 +163,16 @@ def verify_import(source: HfReader, path: Path) -> Verified:
 
 @dataclass(frozen=True)
 class LogitsGap:
-    """Relative Frobenius distances, all in FP32.
+    """Relative Frobenius distances, all in FP32, of our model with the folder's weights."""
 
-    Args:
-        to_oracle: our model against the other implementation, both with the folder's weights.
-        to_source: our model with the folder's weights against itself with the source's: the cost of the format.
-    """
-
-    to_oracle: float
-    to_source: float
+    to_oracle: float  # to the other implementation with the same weights
+    to_source: float  # to itself with the source's weights: the cost of the format
 
 
 @torch.no_grad()
 def compare_logits(source: WeightSource, out: Path, oracle: Oracle) -> LogitsGap:
-    """Compute logits of a few random tokens with two implementations.
+    """Compute logits of a few random tokens with two implementations, and with the weights of folder and source.
 
-    Args:
-        source: what was exported.
-        out: the folder.
-        oracle: (folder, ids [sequences, tokens] int64, values by released name where the folder is FP8 or else None)
-            -> logits [sequences, tokens, vocab] FP32. FP8 is dequantised here: on a CPU `transformers` 5.23 takes
-            rows / scale rows for the size of a block, which is wrong wherever the last block is ragged.
-    Returns:
-        The distances.
     Raises:
         ValueError: the model is too large for it, or the implementations disagree.
     """
@@ -225,6 +191,8 @@ def compare_logits(source: WeightSource, out: Path, oracle: Oracle) -> LogitsGap
         model = load_model(weights, precision=Precision("fp32"), device=cpu)
         mine.append(model.logits(model.next_token_hidden(ids)))
         del model
+    # Here, not by the oracle: on a CPU `transformers` 5.23 takes rows / scale rows for the size of a block, which is
+    # wrong wherever the last block is ragged.
     dequantised = None
     if any(stored.dtype == "F8_E4M3" for stored in reader.stored.values()):
         names = [name for name in reader.stored if not name.endswith(SCALE_SUFFIX)]

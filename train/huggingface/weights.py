@@ -3,43 +3,38 @@
     open_weights(path) -> WeightSource      a run's folder, one checkpoint, or a Hugging Face folder
     load_model(source) -> Transformer       the whole model in one process, for evaluation and generation
 
-Nothing is held: a tensor, or a range of its rows, is put together from the boxes that the ranks saved (the shards'
-headers say where each lies) and handed out, so memory is bounded by the largest read, whatever the model's size.
-Weights come under our names (`Transformer.state_dict()`), in one of three kinds:
+A tensor, or a range of its rows, is joined from the chunks that the ranks saved (the shards' headers have their
+offsets); memory is bounded by the largest read. Weights are of one of three kinds:
 
     model    the parameters as the forward pass uses them
     master   the FP32 values that the optimizer updates
     ema      their moving average, where the run kept one (`optim.ema_decay`)
 
 Sizes of files are compared with the manifest when a checkpoint is opened, hashes when `verify` is called.
-Not here: resuming a run (`dcp.load` fills many tensors on many ranks), writing.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections import OrderedDict
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from train.checkpoint import publish
 from train.data.tokenizer import TextTokenizer, load_tokenizer
 from train.data.trained_on import TrainedOn
 from train.huggingface.reader import CONFIG, HfReader
+from train.huggingface.safetensors_files import READ_ERRORS, OpenFiles
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
 
 Kind = Literal["model", "master", "ema"]
-KINDS: tuple[Kind, ...] = ("model", "master", "ema")
-# Mapped files that stay open; thousands of shards must not exhaust the process's file descriptors.
-OPEN_FILES = 32
+_KEY_PREFIXES = {"model": "model.", "master": "optim.master.", "ema": "ema."}
 
 
 class WeightSource(Protocol):
@@ -48,35 +43,28 @@ class WeightSource(Protocol):
     @property
     def path(self) -> Path:
         """The folder, for messages."""
-        ...
 
     @property
     def config(self) -> ModelConfig:
         """Of the model."""
-        ...
 
     @property
     def precision(self) -> Precision:
         """What the model was trained, or saved, in."""
-        ...
 
     @property
     def tokenizer(self) -> Path | None:
         """Its tokenizer.json, if it is known and there."""
-        ...
 
     @property
     def trained_on(self) -> TrainedOn:
         """How samples of its training looked."""
-        ...
 
     def names(self) -> tuple[str, ...]:
         """Every tensor, in the order they are best read."""
-        ...
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the whole tensor."""
-        ...
 
     def read(self, name: str, rows: range | None = None) -> Tensor:
         """The tensor, or some of its rows (of the first dim), as a new CPU tensor.
@@ -84,32 +72,35 @@ class WeightSource(Protocol):
         Raises:
             ValueError: the files do not hold it; named.
         """
-        ...
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of what was found, one sentence each."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells a source from a changed one, as JSON, without reading its weights."""
 
 
-class _Box(NamedTuple):
-    """One rank's part of a tensor: file, first element and size along each dim."""
+class SavedChunk(NamedTuple):
+    """What one rank saved of a tensor: first element and size along each dim."""
 
     file: str
-    offset: tuple[int, ...]
-    size: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
 
 
 class CheckpointReader:
     """A published checkpoint as a `WeightSource`.
 
-    Args:
-        path: the checkpoint's folder, `.../checkpoints/step_00000010`.
-        kind: which values of a weight. What has no such value is the model's: buffers, and FP32 parameters, which
-            are their own masters.
-    Attributes:
-        state: the JSON saved with it: `config`, `identity`, `train_state`.
+    Of any kind, buffers and FP32 parameters, which are their own masters, are the model's. `state` is the JSON saved
+    with it: `config`, `identity`, `train_state`.
+
     Raises:
         ValueError: a file is missing or has another size than the manifest says, or the run kept no moving average.
     """
 
     def __init__(self, path: Path, kind: Kind = "model") -> None:
-        self.path = path
+        self.path, self.notes = path, list[str]()
         manifest = publish.read_manifest(path)
         _check_sizes(path, manifest["files"])
         self.state: dict[str, Any] = publish.read_json(path / publish.STATE)
@@ -119,10 +110,11 @@ class CheckpointReader:
         self.precision = Precision(
             **{name: value for name, value in self.state["config"]["precision"].items() if name in known}
         )
+        self._manifest = manifest
         self._tensors: dict[str, dict[str, Any]] = manifest["tensors"]
-        self._boxes = _scan(path, [name for name in manifest["files"] if name.endswith(publish.SHARD_SUFFIX)])
-        self._open: OrderedDict[str, Any] = OrderedDict()
-        prefix = {"model": "model.", "master": "optim.master.", "ema": "ema."}[kind]
+        self._files = OpenFiles(path, _damaged)
+        self._chunks = self._scan()
+        prefix = _KEY_PREFIXES[kind]
         self._keys = {
             name: prefix + name if prefix + name in self._tensors else f"model.{name}"
             for name in (key.removeprefix("model.") for key in self._tensors if key.startswith("model."))
@@ -170,52 +162,57 @@ class CheckpointReader:
         flat = self._read(key, rows.start * per_row, rows.stop * per_row)
         return flat.view(len(rows), *shape[1:])
 
-    def verify(self) -> None:
-        """Compare the hash of every file with the manifest; reads them all.
+    def fingerprint(self) -> dict[str, Any]:
+        """The manifest's hash: it has the hashes of all files."""
+        return {"manifest": self._manifest["sha256"]}
 
-        Raises:
-            ValueError: names the first file that is damaged.
-        """
+    def verify(self) -> None:
+        """Compare the hash of every file with the manifest, which reads them all; a ValueError names a damaged one."""
         publish.verify(self.path)
 
+    def _scan(self) -> dict[str, list[SavedChunk]]:
+        """The chunks of each saved tensor, from the headers of all shards."""
+        chunks: dict[str, list[SavedChunk]] = {}
+        for file in self._manifest["files"]:
+            if not file.endswith(publish.SHARD_SUFFIX):
+                continue
+            shard = self._files[file]
+            saved = json.loads((shard.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+            for key in shard.keys():  # noqa: SIM118  (no mapping, only a `keys` method)
+                sizes = tuple(shard.get_slice(key).get_shape())
+                offsets = tuple(saved.get(key, {}).get("saved_offsets", [0] * len(sizes)))
+                chunks.setdefault(key, []).append(SavedChunk(file, offsets, sizes))
+        return chunks
+
     def _read(self, key: str, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of a saved tensor, from every box that meets them."""
+        """Rows `start` to `stop` of a saved tensor, from every chunk that meets them."""
         entry = self._tensors[key]
         dtype = getattr(torch, entry["dtype"].removeprefix("torch."))
         out = torch.empty((stop - start, *entry["shape"][1:]), dtype=dtype)
         found = 0
-        for box in self._boxes.get(key, ()):
-            first, last = max(start, box.offset[0]), min(stop, box.offset[0] + box.size[0])
+        for chunk in self._chunks.get(key, ()):
+            chunk_start = chunk.offsets[0]
+            first, last = max(start, chunk_start), min(stop, chunk_start + chunk.sizes[0])
             if first >= last:
                 continue
-            try:
-                part = self._file(box.file).get_slice(key)[first - box.offset[0] : last - box.offset[0]]
-            except (SafetensorError, OSError) as error:
-                raise _damaged(self.path / box.file, error) from None
             view = out[first - start : last - start]
             for dim in range(1, out.dim()):
-                view = view.narrow(dim, box.offset[dim], box.size[dim])
-            view.copy_(part)
+                view = view.narrow(dim, chunk.offsets[dim], chunk.sizes[dim])
+            try:
+                view.copy_(self._files[chunk.file].get_slice(key)[first - chunk_start : last - chunk_start])
+            except READ_ERRORS as error:
+                raise _damaged(self.path / chunk.file, error) from None
             found += view.numel()
         if found != out.numel():
             raise ValueError(f"{self.path} holds {found} of {out.numel()} elements asked of {key}: it is incomplete")
         return out
 
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            if len(self._open) >= OPEN_FILES:
-                self._open.popitem(last=False)
-            self._open[name] = _opened(self.path / name)
-        self._open.move_to_end(name)
-        return self._open[name]
-
 
 def open_weights(path: Path, kind: Kind = "model") -> WeightSource:
-    """The weights in a folder.
+    """The weights in a run's folder (its newest checkpoint), one checkpoint, or a Hugging Face folder.
 
-    Args:
-        path: a run's folder (its newest checkpoint is taken), one checkpoint, or a Hugging Face model's folder.
-        kind: which values, for our own checkpoints; a Hugging Face folder holds one.
+    `kind` chooses values of our own checkpoints; a Hugging Face folder has one kind.
+
     Raises:
         ValueError: nothing to read there, or it is damaged; says what.
     """
@@ -235,11 +232,8 @@ def open_weights(path: Path, kind: Kind = "model") -> WeightSource:
 
 
 def tokenizer_of(source: WeightSource, given: Path | None = None) -> TextTokenizer:
-    """The model's tokeniser, compared with what the model knows of it.
+    """The model's tokeniser, its own or the `given` file, compared with what the source records of it.
 
-    Args:
-        source: of the weights.
-        given: a file to take instead of the source's own.
     Raises:
         ValueError: none is known, it is another one, or it has ids that the model lacks.
     """
@@ -262,14 +256,8 @@ def tokenizer_of(source: WeightSource, given: Path | None = None) -> TextTokeniz
 
 @torch.no_grad()
 def load_model(source: WeightSource, *, precision: Precision | None = None, device: torch.device) -> Transformer:
-    """The whole model in one process, in evaluation mode.
+    """The whole model in one process, in evaluation mode, its weights rounded to `precision` (None: the source's own).
 
-    Args:
-        source: weights of every tensor of the model.
-        precision: to compute in; None: the source's own. Weights are rounded to its dtype.
-        device: where it goes, tensor by tensor.
-    Returns:
-        The model, filled.
     Raises:
         ValueError: the source lacks a tensor, or holds it in another shape; names it.
     """
@@ -291,26 +279,6 @@ def _check_sizes(path: Path, files: dict[str, dict[str, Any]]) -> None:
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
             found = f"has {file.stat().st_size} bytes, not {entry['bytes']}" if file.is_file() else "is missing"
             raise ValueError(f"checkpoint {path} is damaged: {name} {found}; take another step_* beside it")
-
-
-def _scan(path: Path, shards: list[str]) -> dict[str, list[_Box]]:
-    """Saved tensor -> its boxes, from the headers of all shards."""
-    boxes: dict[str, list[_Box]] = {}
-    for file in shards:
-        with _opened(path / file) as shard:
-            offsets = json.loads((shard.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
-            for key in shard.keys():  # noqa: SIM118  (no mapping, only a `keys` method)
-                size = tuple(shard.get_slice(key).get_shape())
-                offset = offsets.get(key, {}).get("saved_offsets", [0] * len(size))
-                boxes.setdefault(key, []).append(_Box(file, tuple(offset), size))
-    return boxes
-
-
-def _opened(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise _damaged(file, error) from None
 
 
 def _damaged(file: Path, error: Exception) -> ValueError:

@@ -12,9 +12,8 @@ The block scales of FP8 split cleanly at 1536, a multiple of 128.
 
 With `recompute` a layer keeps the latents, o and the softmax statistics; queries, keys and values are made again in
 backward (§3.2.3). At V3's size that is 0.15 instead of 0.82 GB a layer and sequence, for one more pass of both
-up-projections; the core itself does not run again. Same bits either way.
-
-Not here: KV cache, context parallelism.
+up-projections; the core itself does not run again. Same bits either way. `train/generate/latent_cache.py` restates
+these equations in absorbed form.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from kernels.attention import CORE_OPERATORS, causal_attention
 from kernels.rope import apply_rope, rope_tables, yarn_softmax_factor
 from train.model.config import ModelConfig
-from train.model.layers import Linear, RMSNorm
+from train.model.layers import KeptLinear, Linear, RMSNorm
 from train.model.precision import Precision
 
 
@@ -66,10 +65,7 @@ _keep_core = partial(create_selective_checkpoint_contexts, list(CORE_OPERATORS))
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """MLA over whole sequences; parameters as in the released checkpoint, the down-projections fused.
-
-    `recompute` may be set at any time; see the head of the file.
-    """
+    """MLA over whole sequences; parameters as in the released checkpoint, the down-projections fused."""
 
     def __init__(self, config: ModelConfig, precision: Precision, rope: RopeTables) -> None:
         super().__init__()
@@ -83,7 +79,7 @@ class MultiHeadLatentAttention(nn.Module):
             self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, precision)
         self.kv_a_layernorm = RMSNorm(kv_rank, config.rms_norm_eps, precision)
         self.kv_b_proj = Linear(kv_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), precision)
-        self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size, precision)
+        self.o_proj = KeptLinear(heads * config.v_head_dim, config.hidden_size, precision)
 
     def forward(self, x: Tensor, document_ids: Tensor | None) -> Tensor:
         """[sequences, tokens, hidden] -> the same; `document_ids` [sequences, tokens] limits attention if given."""
@@ -101,7 +97,8 @@ class MultiHeadLatentAttention(nn.Module):
         else:
             o = self.attend(latents, document_ids)
         heads = o.transpose(1, 2).reshape(num_sequences, num_tokens, -1)  # [sequences, tokens, heads * v]
-        return self.o_proj.precision.linear_of_kept(heads, self.o_proj.weight)
+        u: Tensor = self.o_proj(heads)
+        return u
 
     def attend(self, latents: Tensor, document_ids: Tensor | None) -> Tensor:
         """Latents -> heads -> attention core: [sequences, tokens, a_widths] -> [sequences, heads, tokens, v]."""

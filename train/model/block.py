@@ -2,8 +2,8 @@
 
     attend -> route -> dispatch -> experts -> combine
 
-Each phase takes and returns explicit tensors, so that a pipeline schedule can interleave the phases of one
-micro-batch's forward with another's backward (§3.2.1) without touching the math.
+Each phase takes and returns explicit tensors: a pipeline schedule can interleave the phases of one micro-batch's
+forward with another's backward (§3.2.1) without touching the math.
 
 Shapes: hidden [sequences, tokens, hidden]; rows as in `moe.py`.
 """
@@ -23,7 +23,7 @@ from train.model.precision import Precision
 
 
 @dataclass(frozen=True)
-class Routed:
+class DispatchInput:
     """What leaves `route`: the residual stream, its normed copy as flat tokens, and the router's decision."""
 
     residual: Tensor
@@ -76,12 +76,12 @@ class MoEBlock(nn.Module):
         attended: Tensor = hidden + self.self_attn(self.input_layernorm(hidden), document_ids)
         return attended
 
-    def route(self, hidden: Tensor) -> Routed:
+    def route(self, hidden: Tensor) -> DispatchInput:
         """Phase 2: norm, scores, choice and gates."""
         normed = self.post_attention_layernorm(hidden)
-        return Routed(residual=hidden, tokens=normed.flatten(0, 1), routing=self.mlp.gate(normed))
+        return DispatchInput(residual=hidden, tokens=normed.flatten(0, 1), routing=self.mlp.gate(normed))
 
-    def dispatch(self, routed: Routed) -> Dispatched:
+    def dispatch(self, routed: DispatchInput) -> Dispatched:
         """Phase 3: token copies travel to their experts."""
         return self.mlp.dispatcher.dispatch(routed.tokens, routed.routing)
 
@@ -90,7 +90,7 @@ class MoEBlock(nn.Module):
         rows: Tensor = self.mlp.experts(dispatched.rows, dispatched.gates, dispatched.group_ends)
         return rows
 
-    def combine(self, routed: Routed, dispatched: Dispatched, rows: Tensor) -> Tensor:
+    def combine(self, routed: DispatchInput, dispatched: Dispatched, rows: Tensor) -> Tensor:
         """Phase 5: results g_i FFN_i(u) travel home; residual + shared(u) + their sum."""
         out = self.mlp.dispatcher.combine(rows, dispatched)  # [tokens, hidden]
         if self.mlp.shared_experts is not None:

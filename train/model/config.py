@@ -1,7 +1,6 @@
 """The model's hyper-parameters under their Hugging Face names (arXiv:2412.19437 §4.2).
 
 One frozen dataclass describes every member of the family; `configs/model/*.yaml` holds the values.
-What is *not* here: precision (`precision.py`), sequence length (data), schedules (optim), parallel layout.
 Every impossible combination is refused at construction with the field, its value and the fix.
 """
 
@@ -126,6 +125,11 @@ class ModelConfig:
     def layer_ids(self) -> range:
         """Ids of the main model's layers."""
         return range(self.num_hidden_layers)
+
+    @property
+    def moe_layer_ids(self) -> list[int]:
+        """Ids of all layers with experts, MTP layers last: the rows of every table by layer."""
+        return [layer_id for layer_id in (*self.layer_ids, *self.mtp_layer_ids) if self.is_moe(layer_id)]
 
     @property
     def mtp_layer_ids(self) -> range:

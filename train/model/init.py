@@ -1,10 +1,8 @@
 """Initial values by parameter *name* (arXiv:2412.19437 §4.2: normal, std 0.006, for all learnable parameters).
 
 Each tensor (each expert of a stack) draws from its own generator, seeded by (seed, name): the values depend neither on
-the order of construction nor on which process holds the layer or the expert. Norm gains start at 1; biases of the
-router at 0. The embedding may be given a spread of its own: with V3's one value a token's own embedding enters the
-residual stream an order of magnitude below the first attention output, which trillions of tokens mend and a few hundred
-steps do not (docs/decisions/0004-embedding-spread.md).
+the order of construction nor on the layout. Norm gains start at 1, biases of the router at 0. Why the embedding may
+have a spread of its own: docs/decisions/0004-embedding-spread.md.
 """
 
 from __future__ import annotations

@@ -28,6 +28,22 @@ class Linear(nn.Module):
         return self.precision.linear(x, self.weight)
 
 
+class KeptLinear(Linear):
+    """A linear of an input that another operation keeps for backward in full: `o_proj`, of attention's output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        return self.precision.linear_of_kept(x, self.weight)
+
+
+class SwigluLinear(Linear):
+    """`y = swiglu(gate_up) W^T`, a down-projection; fused, because FP8 may keep `gate_up` alone for backward."""
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        """[..., 2 * in_features] -> [..., out_features]."""
+        return self.precision.swiglu_linear(gate_up, self.weight)
+
+
 class HighLinear(Linear):
     """A linear that is never FP8: output head and `eh_proj` (§3.3.1)."""
 
@@ -70,8 +86,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, intermediate_size: int, precision: Precision) -> None:
         super().__init__()
         self.gate_up_proj = Linear(config.hidden_size, 2 * intermediate_size, precision)
-        self.down_proj = Linear(intermediate_size, config.hidden_size, precision)
+        self.down_proj = SwigluLinear(intermediate_size, config.hidden_size, precision)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]."""
-        return self.down_proj.precision.swiglu_linear(self.gate_up_proj(x), self.down_proj.weight)
+        down: Tensor = self.down_proj(self.gate_up_proj(x))
+        return down

@@ -4,12 +4,11 @@
     choose 8 of 256 by s_i + b_i in the 4 best groups; gate g_i = 2.5 s_i / sum of the chosen s_j
     h'  = u + shared(u) + sum_i g_i FFN_i(u),     g_i inside FFN_i, before its down_proj (`kernels.swiglu`)
 
-Where tokens meet experts is the business of a `TokenDispatcher`, a protocol owned here: `LocalDispatcher` serves one
-process; an expert-parallel one satisfies the same protocol without being imported. No token is ever dropped.
+A `TokenDispatcher` brings tokens to experts: `LocalDispatcher` in one process, `parallel/expert.py` over ranks.
+No token is ever dropped. `train/optim/balance.py` updates the bias.
 
 Shapes: tokens = sequences * tokens of a micro-batch; rows = dispatched token copies, grouped by local expert, each
-group padded with zeros to 128 rows. Not here: the bias update (`train/optim/balance.py`) and the weights of losses
-(`train/losses.py`).
+group padded with zeros to 128 rows.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class Routing:
 
 
 class TokenDispatcher(Protocol):
-    """Brings tokens to experts and results back."""
+    """Brings tokens to experts and results back. A protocol, so that the model does not import `parallel`."""
 
     @property
     def experts(self) -> range:
@@ -116,11 +115,11 @@ class Experts(nn.Module):
 
     gate_up_proj [experts, 2 * moe_intermediate, hidden], gate rows first;
     down_proj [experts, hidden, moe_intermediate].
-    `first_expert` is the global id of expert 0 of the stack, so that initial values do not depend on the layout.
     """
 
     def __init__(self, config: ModelConfig, precision: Precision, experts: range) -> None:
         super().__init__()
+        # The global id of expert 0 of the stack: initial values and checkpoints do not depend on the layout.
         self.precision, self.first_expert = precision, experts.start
         hidden, inter, dtype = config.hidden_size, config.moe_intermediate_size, precision.dtype
         self.gate_up_proj = nn.Parameter(torch.empty(len(experts), 2 * inter, hidden, dtype=dtype))

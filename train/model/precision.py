@@ -4,8 +4,7 @@ fp32   everything FP32: for oracles and proofs.
 bf16   parameters and activations BF16, FP32 masters and gradient sums.
 fp8    as bf16, and every linear of attention, FFN and experts computes fprop, dgrad and wgrad on E4M3 operands.
 
-Embedding, output head, router, norms, attention core and `eh_proj` never come here for FP8: they call
-`Precision.high` whatever the recipe (§3.3.1).
+Embedding, output head, router, norms, attention core and `eh_proj` are never FP8 (§3.3.1).
 """
 
 from __future__ import annotations
@@ -30,16 +29,14 @@ from kernels.swiglu import gated_swiglu, swiglu
 
 @dataclass(frozen=True)
 class Precision:
-    """Which arithmetic the linears use.
-
-    `power_of_two_scales` rounds every FP8 scale up to a power of two (§3.3.3 states it for the inputs of o_proj and
-    of the expert up-projection; we use it everywhere: then 1x128 -> 128x1 re-quantisation is exact).
-    `cache_swiglu_input`: in FP8, keep SwiGLU's input as E4M3 for backward and make its output again (§3.3.3), instead
-    of keeping the input in BF16 and the output in E4M3. Forward is the same bits; gradients see one more rounding.
-    """
+    """Which arithmetic the linears use."""
 
     name: Literal["fp32", "bf16", "fp8"]
+    # Round every FP8 scale up to a power of two: 1x128 -> 128x1 re-quantisation is then exact. §3.3.3 states it for the
+    # inputs of o_proj and of the expert up-projection only.
     power_of_two_scales: bool = True
+    # FP8: keep SwiGLU's input as E4M3 for backward and make its output again (§3.3.3), instead of the input in BF16 and
+    # the output in E4M3. Forward is the same bits; gradients see one more rounding.
     cache_swiglu_input: bool = True
 
     @property

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from train.model.config import ModelConfig
-from train.model.transformer import Part
+from train.model.transformer import StageSpec
 
 FP32_BYTES, BF16_BYTES, E4M3_BYTES = 4, 2, 1
 
@@ -40,20 +40,20 @@ class Held:
     head: bool
 
 
-def held_by(config: ModelConfig, parts: Iterable[Part]) -> Held:
+def held_by(config: ModelConfig, stages: Iterable[StageSpec]) -> Held:
     """What the stages of one rank hold together; an embedding that two of them need is held once.
 
     Args:
         config: of the whole model.
-        parts: the stages of the rank.
+        stages: of the rank.
     Returns:
-        MTP layers are with the part that ends, and with them an embedding.
+        MTP layers are on the last stage, and with them an embedding.
     """
-    parts = tuple(parts)
-    begins, ends = any(part.begins for part in parts), any(part.ends for part in parts)
-    mtp_layer_ids = tuple(config.mtp_layer_ids) if ends else ()
-    layer_ids = sorted(layer_id for part in parts for layer_id in part.layer_ids)
-    return Held((*layer_ids, *mtp_layer_ids), embedding=begins or bool(mtp_layer_ids), head=ends)
+    stages = tuple(stages)
+    first, last = any(stage.is_first for stage in stages), any(stage.is_last for stage in stages)
+    mtp_layer_ids = tuple(config.mtp_layer_ids) if last else ()
+    layer_ids = sorted(layer_id for stage in stages for layer_id in stage.layer_ids)
+    return Held((*layer_ids, *mtp_layer_ids), embedding=first or bool(mtp_layer_ids), head=last)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """The main model, its MTP chain and what they return (arXiv:2412.19437 §2.1, §2.2).
 
 The model returns hidden states; losses are taken in `train/losses.py`. A pipeline stage is the same class with fewer
-parts: `layers` and `mtp` are ModuleDicts keyed by layer id, so every parameter has its name wherever it lives. The
-embedding is held by the stage that begins and, for MTP, also by the one that ends; norm, head and MTP by the one that
-ends.
+layers: `layers` and `mtp` are ModuleDicts keyed by layer id, so every parameter has its name on every stage. The first
+stage holds the embedding; the last one norm, head and MTP, and for MTP an embedding too.
 
-Shapes: hidden [sequences, tokens, hidden]. Not here: losses, parallelism, initial values (`init.py`).
+Shapes: hidden [sequences, tokens, hidden].
 """
 
 from __future__ import annotations
@@ -24,31 +23,26 @@ from train.model.precision import Precision
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one pipeline stage holds: consecutive layers, whether it begins with tokens, whether it ends with losses."""
+class StageSpec:
+    """What one pipeline stage holds: consecutive layers; tokens enter the first stage, losses arise on the last."""
 
     layer_ids: range
-    begins: bool
-    ends: bool
+    is_first: bool
+    is_last: bool
 
 
-def whole(config: ModelConfig) -> Part:
-    """The part that is everything."""
-    return Part(config.layer_ids, begins=True, ends=True)
+def whole(config: ModelConfig) -> StageSpec:
+    """The only stage of a model in one process."""
+    return StageSpec(config.layer_ids, is_first=True, is_last=True)
 
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """One micro-batch's forward.
+    """One micro-batch's forward."""
 
-    hidden [sequences, tokens, hidden], after the final norm on the part that ends; mtp_hidden[k-1]
-    [sequences, tokens - k, hidden] after the depth's own norm, empty elsewhere; routings: layer id -> Routing, MTP
-    layers included.
-    """
-
-    hidden: Tensor
-    mtp_hidden: tuple[Tensor, ...]
-    routings: dict[int, Routing]
+    hidden: Tensor  # [sequences, tokens, hidden], after the final norm on the last stage
+    mtp_hidden: tuple[Tensor, ...]  # [k-1]: [sequences, tokens - k, hidden] after the depth's norm; last stage only
+    routings: dict[int, Routing]  # by layer id, MTP layers included
 
 
 class Transformer(nn.Module):
@@ -59,19 +53,19 @@ class Transformer(nn.Module):
         config: ModelConfig,
         precision: Precision,
         dispatcher: TokenDispatcher | None = None,
-        part: Part | None = None,
+        spec: StageSpec | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.precision, self.part = config, precision, part or whole(config)
+        self.config, self.precision, self.spec = config, precision, spec or whole(config)
         dispatcher = dispatcher or LocalDispatcher(config.n_routed_experts)
         rope = RopeTables(config)
-        mtp_layer_ids = config.mtp_layer_ids if self.part.ends else range(0)
-        if self.part.begins or mtp_layer_ids:
+        mtp_layer_ids = config.mtp_layer_ids if self.spec.is_last else range(0)
+        if self.spec.is_first or mtp_layer_ids:
             self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, precision)
         self.layers = nn.ModuleDict(
-            {str(i): make_block(config, precision, rope, dispatcher, layer_id=i) for i in self.part.layer_ids}
+            {str(i): make_block(config, precision, rope, dispatcher, layer_id=i) for i in self.spec.layer_ids}
         )
-        if self.part.ends:
+        if self.spec.is_last:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
             self.lm_head = HighLinear(config.hidden_size, config.vocab_size, precision)
         self.mtp = nn.ModuleDict(
@@ -81,14 +75,12 @@ class Transformer(nn.Module):
     def forward(
         self, input_ids: Tensor, document_ids: Tensor | None = None, hidden: Tensor | None = None
     ) -> ModelOutput:
-        """One micro-batch through what this part holds.
+        """One micro-batch through the layers of this stage, and the MTP chain on the last one.
 
         Args:
             input_ids: [sequences, tokens] int64.
             document_ids: [sequences, tokens] int64 limits attention to a document, or None.
-            hidden: [sequences, tokens, hidden] from the stage before; None where the part begins.
-        Returns:
-            ModelOutput, with the MTP chain where the part ends.
+            hidden: [sequences, tokens, hidden] from the stage before; None on the first.
         """
         routings: dict[int, Routing] = {}
         hidden = self._main(self._start(input_ids, hidden), document_ids, routings)
@@ -106,33 +98,30 @@ class Transformer(nn.Module):
         return scores
 
     def _start(self, input_ids: Tensor, hidden: Tensor | None) -> Tensor:
-        """What enters the first layer of this part."""
-        start: Tensor | None = self.embed_tokens(input_ids) if self.part.begins else hidden
-        assert start is not None, "a part that does not begin needs the hidden state of the stage before"
+        start: Tensor | None = self.embed_tokens(input_ids) if self.spec.is_first else hidden
+        assert start is not None, "a stage after the first needs the hidden state of the one before"
         return start
 
     def _main(self, hidden: Tensor, document_ids: Tensor | None, routings: dict[int, Routing]) -> Tensor:
-        """Every layer and, where the part ends, the final norm; notes each layer's routing in `routings`."""
+        """Every layer and, on the last stage, the final norm; adds each layer's routing to `routings`."""
         for layer_id, block in self.layers.items():
             hidden, routing = block(hidden, document_ids)
             if routing is not None:
                 routings[int(layer_id)] = routing
-        return self.norm(hidden) if self.part.ends else hidden
+        return self.norm(hidden) if self.spec.is_last else hidden
 
     def _predict_further(
         self, hidden: Tensor, input_ids: Tensor, document_ids: Tensor | None, routings: dict[int, Routing]
     ) -> tuple[Tensor, ...]:
-        """The MTP chain (§2.2): depth k turns positions 1..T-k of depth k-1 and Emb(t_{i+k}) into its own hidden.
-
-        Each depth looks its embeddings up anew. Their gradients then meet in FP32, in the weight's gradient, and not in
-        the activation's dtype; and a pipeline, whose last stage cannot reach the first one's lookup, computes the same.
-        """
+        """The MTP chain (§2.2): depth k turns positions 1..T-k of depth k-1 and Emb(t_{i+k}) into its own hidden."""
         chain = []
         for depth, (layer_id, predictor) in enumerate(self.mtp.items(), start=1):
             num_tokens = input_ids.shape[1] - depth
             if num_tokens < 1:
                 break
             ids = None if document_ids is None else document_ids[:, :num_tokens]
+            # A lookup for each depth: the gradients meet in FP32, in the weight's, not in the activation's dtype; and a
+            # pipeline, whose last stage cannot reach the first one's lookup, computes the same.
             embeds = self.embed_tokens(input_ids[:, depth:])  # [sequences, tokens - depth, hidden]
             hidden, routing = predictor(hidden[:, :num_tokens], embeds, ids)
             chain.append(hidden)

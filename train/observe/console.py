@@ -1,9 +1,9 @@
-"""What a person sees while a run trains: a progress bar on a terminal, elsewhere a line every few steps.
+"""The console of a run that trains: a progress bar on a terminal, elsewhere a line every few steps.
 
     tiny_fp8  ━━━━━━━━━━━━╸━━━━━━━━━━  42 %  loss 3.214  mtp 3.876  MaxVio 0.31  12.3k tok/s  ETA 1:42
 
-ETA = tokens still to come over the tokens per second of this process so far. Quiet by intent: checkpoints
-are not announced, a resume, a skipped step, dead experts, a replay that differs and the end of the run are.
+ETA = tokens still to come over the tokens per second of this process so far. Quiet by intent: a resume, a skipped
+step, dead experts, a replay that differs and the end of the run are announced, checkpoints are not.
 """
 
 from __future__ import annotations
@@ -34,24 +34,10 @@ _ANNOUNCED = {
 
 
 class ConsoleSink:
-    """Progress bar or plain lines; needs nothing but the records.
-
-    Args:
-        progress: draw a bar if the console is a terminal.
-        every_steps: plain lines this often otherwise.
-        total_tokens: token budget of the run; None when unknown (then no ETA).
-        name: of the run.
-        console: where to draw; stdout by default.
-    """
+    """A bar if `progress` and the console is a terminal, else a line every `every_steps`; no ETA without a total."""
 
     def __init__(
-        self,
-        *,
-        progress: bool,
-        every_steps: int,
-        total_tokens: int | None,
-        name: str,
-        console: Console | None = None,
+        self, *, progress: bool, every_steps: int, total_tokens: int | None, name: str, console: Console | None = None
     ) -> None:
         self._console = console or Console(highlight=False)
         self._every_steps = every_steps
@@ -75,15 +61,15 @@ class ConsoleSink:
         if due:
             self._draw()
         if "eval/bits_per_byte" in record:
-            self._say(f"step {record['step']}: held-out {record['eval/bits_per_byte']:.4f} bits per byte")
+            self._print(f"step {record['step']}: held-out {record['eval/bits_per_byte']:.4f} bits per byte")
 
     def event(self, event: Record) -> None:
-        """Say what a person should know."""
+        """Announce what asks for attention."""
         if event["event"] in _ANNOUNCED:
             names = ", ".join(f"layer {layer} expert {expert}" for layer, expert in event.get("experts", ())[:_NAMED])
             if len(event.get("experts", ())) > _NAMED:
                 names += f" and {len(event['experts']) - _NAMED} more"
-            self._say(_ANNOUNCED[event["event"]].format(**event | {"names": names}))
+            self._print(_ANNOUNCED[event["event"]].format(**event | {"names": names}))
 
     def close(self) -> None:
         """Draw the last record and give the terminal back."""
@@ -114,13 +100,10 @@ class ConsoleSink:
             self._bar.update(self._task, completed=record["tokens_seen"], status=self._status(record))
             self._bar.refresh()
         else:
-            self._console.print(
-                f"{self._name}  step {record['step']:>5}  {self._status(record)}",
-                markup=False,
-                soft_wrap=True,
-            )
+            line = f"{self._name}  step {record['step']:>5}  {self._status(record)}"
+            self._console.print(line, markup=False, soft_wrap=True)
 
-    def _say(self, sentence: str) -> None:
+    def _print(self, sentence: str) -> None:
         if not self._bar:
             self._draw()
         self._console.print(f"{self._name}  {sentence}", markup=False, soft_wrap=True)

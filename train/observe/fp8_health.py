@@ -1,7 +1,7 @@
 """How well E4M3 fits the operands of the FP8 linears: five figures per layer and operand (arXiv:2412.19437 §3.3.2).
 
-Of one micro-batch on sampled steps, the linears show samples of their operands before and after quantisation
-(`kernels/probe.py`); here they become, per linear and operand,
+On sampled steps the linears show samples of their operands of one micro-batch before and after quantisation
+(`kernels/probe.py`). Here they become, per linear and operand,
 
     amax          max |v|                                        v: the value before quantisation
     scale spread  max scale / min scale                          of tiles that are not all zero
@@ -12,12 +12,11 @@ Of one micro-batch on sampled steps, the linears show samples of their operands 
 and per layer the worst over its linears; the experts of a stack are one linear. For x.wgrad, v is what the linear was
 given in forward, so that both roundings count. docs/health.md says how to read them.
 
-Sums and maxima stay on the device, per linear, until the step is over: reduced over ranks they are those of one process
-that had sampled the same rows, and a layer that lives elsewhere is neutral.
+Sums and maxima stay on the device, per linear, until the step is over. Reduced over ranks they are those of one
+process that had sampled the same rows; a layer of another rank is neutral.
 
 Shapes: layers = all of the model, MTP layers last; linears = matrices of a layer in order of their names' first use;
-operands as in `metrics.FP8_OPERANDS`. Not here: when a step is sampled (`ObserveConfig`), who opens the probe
-(`train/stage.py`).
+operands as in `metrics.FP8_OPERANDS`.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ from train.observe.metrics import FP8_OPERANDS
 
 # Blocks of 128 rows of an operand, and of 128 output features of a weight, that are looked at.
 SAMPLED_BLOCKS = 1
-# Room for the matrices of one layer; an MTP layer with a shared expert has ten.
+# Slots for the matrices of one layer; an MTP layer with a shared expert has ten.
 LINEARS = 12
 # E4M3 codes without their sign: zero, and 448.
 ZERO, TOP = 0x00, 0x7E
-# What is kept of each linear and operand.
+# Kept of each linear and operand.
 MAXIMA = ("amax", "max_scale", "minus_min_scale")
 SUMS = ("nonzero", "saturated", "underflowed", "signal", "noise")
 
@@ -62,43 +61,35 @@ class _Tiles:
 
 
 class Fp8Health:
-    """Collects the figures of one step on this rank; a `kernels.probe.Probe`.
-
-    Args:
-        config: of the whole model.
-        models: the parts on this rank.
-        device: of the run.
-    """
+    """The figures of one step on this rank; a `kernels.probe.Probe`. `models` are the stages that this rank holds."""
 
     def __init__(self, config: ModelConfig, models: Iterable[Transformer], device: torch.device) -> None:
         self.layer_ids = (*config.layer_ids, *config.mtp_layer_ids)
         shape = (len(self.layer_ids), LINEARS, len(FP8_OPERANDS))
         self.maxima = torch.full((*shape, len(MAXIMA)), -math.inf, device=device)
         self.sums = torch.zeros(*shape, len(SUMS), dtype=torch.float64, device=device)
-        self._place: dict[int, tuple[int, int]] = {}
+        # id of a matrix -> its layer and its slot in it.
+        self._slots: dict[int, tuple[int, int]] = {}
         for model in models:
             for layer_id, layer in (*model.layers.items(), *model.mtp.items()):
                 matrices = [parameter for parameter in layer.parameters() if parameter.ndim > 1]
                 assert len(matrices) <= LINEARS, len(matrices)
                 for slot, matrix in enumerate(matrices):
-                    self._place[id(matrix)] = (self.layer_ids.index(int(layer_id)), slot)
+                    self._slots[id(matrix)] = (self.layer_ids.index(int(layer_id)), slot)
 
     def watch(self, weight: Tensor) -> Watch | None:
-        """What looks at a linear of a layer; None for a weight of none."""
-        place = self._place.get(id(weight))
-        return None if place is None else _LinearWatch(self.maxima[place], self.sums[place])
+        """The watch of a linear; None for a weight outside the layers."""
+        slot = self._slots.get(id(weight))
+        return None if slot is None else _LinearWatch(self.maxima[slot], self.sums[slot])
 
     def reduce(self, world: Axis) -> None:
-        """Over all ranks: two small collectives."""
+        """Reduce over all ranks: two small collectives."""
         max_over(self.maxima, world)
         sum_over(self.sums, world)
 
     def tables(self) -> dict[str, list[list[float]]]:
-        """The metrics `fp8/*`, each [layers][operands]; reads the device.
-
-        Operands that nothing was sampled of, or only zeros, have amax 0, spread 1, no saturation, no underflow and an
-        infinite SNR, as one has that loses nothing.
-        """
+        """The metrics `fp8/*`, each [layers][operands]; reads the device."""
+        # An operand without samples, or of zeros only, reads as one that loses nothing: amax 0, spread 1, infinite SNR.
         amax, max_scale, minus_min_scale = self.maxima.double().unbind(-1)  # each [layers, linears, operands]
         nonzero, saturated, underflowed, signal, noise = self.sums.unbind(-1)
         some = nonzero.clamp(min=1)
@@ -111,7 +102,7 @@ class Fp8Health:
             "fp8/underflow_ratio": (underflowed / some).amax(dim=1),
             "fp8/snr_db": snr_db.amin(dim=1),
         }
-        # Six digits are more than a sample knows.
+        # Six digits are more than a sample holds.
         return {name: [[float(f"{x:.6g}") for x in row] for row in table.tolist()] for name, table in worst.items()}
 
 
@@ -135,24 +126,26 @@ class _LinearWatch:
 
     @torch.no_grad()
     def weight(self, operand: Operand, weight: Tensor, quantized: Quantized) -> None:
-        """The rows of blocks at even distances of a weight; both its orientations in the same places."""
+        """The rows of blocks at even distances of a weight; of both its orientations the same blocks."""
         payload, scale = quantized.payload, quantized.scale
         if operand == "w.dgrad":
             payload, scale = payload.mT, scale.mT
-        weight, payload, scale = _stacked(weight), _stacked(payload), _stacked(scale)
+        if weight.dim() == 2:
+            weight, payload, scale = weight.unsqueeze(0), payload.unsqueeze(0), scale.unsqueeze(0)
         blocks = max(weight.shape[1] // TILE, 1)
-        places = len(weight) * blocks
-        for nth in range(min(self.num_blocks, places)):
-            expert, block = divmod((2 * nth + 1) * places // (2 * min(self.num_blocks, places)), blocks)
+        all_blocks = len(weight) * blocks
+        sampled = min(self.num_blocks, all_blocks)
+        for nth in range(sampled):
+            expert, block = divmod((2 * nth + 1) * all_blocks // (2 * sampled), blocks)
             rows = slice(block * TILE, (block + 1) * TILE)
             q = Quantized(payload[expert, rows], scale[expert, block : block + 1])
             codes = _magnitude(q.payload)
-            decoded = dequantize_blocks(q)
-            self._add(operand, _Tiles(weight[expert, rows], decoded, codes, q.scale, _top_codes(codes, TILE)))
+            tiles = _Tiles(weight[expert, rows], dequantize_blocks(q), codes, q.scale, _top_codes(codes, TILE))
+            self._add(operand, tiles)
 
     @torch.no_grad()
     def _add(self, operand: Operand, tiles: _Tiles) -> None:
-        place = FP8_OPERANDS.index(operand)
+        column = FP8_OPERANDS.index(operand)
         values = tiles.values.float()
         filled = tiles.top_code != ZERO
         maxima = torch.stack(
@@ -166,18 +159,14 @@ class _LinearWatch:
         saturated = (tiles.codes == TOP).sum() - (tiles.top_code == TOP).sum()
         norms = (_energy(values), _energy(values - tiles.decoded))
         lost = (nonzero & (tiles.codes == ZERO)).sum()
-        self._maxima[place] = torch.maximum(self._maxima[place], maxima)
-        self._sums[place] += torch.stack((nonzero.sum().double(), saturated.double(), lost.double(), *norms))
+        self._maxima[column] = torch.maximum(self._maxima[column], maxima)
+        self._sums[column] += torch.stack((nonzero.sum().double(), saturated.double(), lost.double(), *norms))
 
 
 def _energy(x: Tensor) -> Tensor:
     """Sum of squares, FP64: squares of small gradients lie below FP32's range."""
     norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
     return norm.square()
-
-
-def _stacked(x: Tensor) -> Tensor:
-    return x if x.dim() == 3 else x.unsqueeze(0)
 
 
 def _take(payload: Tensor, dim: int, index: Tensor) -> Tensor:

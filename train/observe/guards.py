@@ -1,24 +1,18 @@
 """Guards of a training loop: against numbers that are not finite, experts that die, and being killed mid-step.
 
-The trainer skips and counts a step whose loss or gradient is not finite. After several in a row skipping no longer
-helps: `check_consecutive_skips` stops the run with `TrainingStopped`, so that a person looks at it.
+    check_consecutive_skips   several steps in a row not finite: skipping no longer helps, the run stops
+    DeadExpertGuard           experts without a token for many steps in a row (arXiv:2412.19437 §2.1.2: the routing
+                              bias keeps the balance, and an expert that it cannot bring back is lost)
+    TerminationGuard          SIGTERM (a scheduler's notice) or Ctrl-C: finish the step, save, exit 0
 
-DeadExpertGuard says which experts have had no token for many steps in a row (arXiv:2412.19437 §2.1.2: balance is kept
-by the routing bias, and an expert that it cannot bring back is lost). It counts the steps of this process: a resumed
-run begins at zero, so an expert that stays dead is told of again, once, that many steps after the resume.
-
-TerminationGuard turns SIGTERM (a scheduler's notice) and the first Ctrl-C into a flag that the loop reads
-between steps: the step in flight is finished, a checkpoint is saved, the process exits 0. A second Ctrl-C
-interrupts at once.
-
-No guard saves anything: the trainer does, on seeing the exception or the flag.
+The trainer saves a checkpoint when it sees the exception or the flag.
 """
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 
@@ -27,15 +21,7 @@ class TrainingStopped(RuntimeError):
 
 
 def check_consecutive_skips(skips: int, *, limit: int, step: int) -> None:
-    """Stop a run that no longer takes a step.
-
-    Args:
-        skips: steps skipped in a row up to now, this one included (`TrainState.consecutive_skips`).
-        limit: so many in a row are too many.
-        step: the last step, for the message.
-    Raises:
-        TrainingStopped: `skips` has reached `limit`.
-    """
+    """Raise TrainingStopped when `skips` steps in a row, up to `step`, have reached `limit`."""
     if skips >= limit:
         raise TrainingStopped(
             f"step {step}: loss or gradient was not finite {skips} steps in a row (limit {limit}). Look at the last "
@@ -45,33 +31,21 @@ def check_consecutive_skips(skips: int, *, limit: int, step: int) -> None:
 
 
 class DeadExpertGuard:
-    """Counts for each expert the steps in a row without a token.
-
-    Args:
-        limit: so many steps make an expert dead; 0 never does.
-    """
+    """Counts for each expert the steps in a row without a token; `limit` of them make it dead, 0 never does."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        # Of this process: an expert that stays dead is reported once more, `limit` steps after a resume.
         self._idle_steps: dict[tuple[int, int], int] = {}
 
     def note(self, idle: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Take one step's idle experts.
-
-        Args:
-            idle: (layer id, expert) of each expert without a token in this step.
-        Returns:
-            Those whose `limit`-th such step in a row this was; each is told once until it gets a token again.
-        """
+        """Take one step's idle (layer id, expert) pairs; returns those whose `limit`-th such step in a row this was."""
         self._idle_steps = {expert: self._idle_steps.get(expert, 0) + 1 for expert in idle}
         return sorted(expert for expert, steps in self._idle_steps.items() if steps == self.limit)
 
 
 class TerminationGuard:
-    """Context manager: `requested` becomes True on SIGTERM or the first SIGINT; old handlers return on exit.
-
-    Use it in the main thread only, as Python delivers signals there.
-    """
+    """Context manager, of the main thread: `requested` becomes True on SIGTERM or the first SIGINT."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -88,14 +62,13 @@ class TerminationGuard:
         self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            # None stands for a handler that was not installed from Python; it cannot be given back by name.
+            # None is a handler that was not installed from Python; it cannot be given back by name.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        # A second Ctrl-C interrupts at once.
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)

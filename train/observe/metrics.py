@@ -1,45 +1,44 @@
-"""The names a training record may carry, each declared once with its unit, reduction and meaning.
+"""The step metrics that a training record may carry: declared once, collected after a step, written as one line.
 
-A record is a flat dict of plain Python numbers, one per optimizer step. Its names are `area/name_unit`; the
-three that place a record in the run (`step`, `tokens_seen`, `time_unix_s`) have no area. `encode` writes a
-record as one line of JSON that reads back bit for bit: Python prints a float as the shortest decimal that
-parses to the same double. A number that is not finite is written as the literal `NaN` or `Infinity`, which
-Python's json module reads back.
+A record is a flat dict of plain Python numbers, one per optimizer step. Its names are `area/name_unit`; the three
+that place it in the run (`step`, `tokens_seen`, `time_unix_s`) have no area.
 
-Source: MaxVio is that of arXiv:2408.15664 section 4.1; arXiv:2412.19437 section 4.5.3 plots the expert load.
-
-This file measures nothing: the trainer collects the numbers, `train/observe/sinks.py` writes them.
+MaxVio is that of arXiv:2408.15664 section 4.1; arXiv:2412.19437 section 4.5.3 plots the expert load. MFU counts the
+main model's GEMMs and causal attention, without MTP and router (arXiv:2412.19437 §4.2, arXiv:2505.09343 table 4),
+over the *BF16* dense peak of the devices, although most of the GEMMs are FP8: DeepSeek's 38.9 % is counted so too.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from kernels.probe import Operand
+    # The dashboard reads names only: it needs no torch.
+    from torch import Tensor
 
-# A record, or an event, as it stands in metrics.jsonl.
+    from kernels.probe import Operand
+    from train.schedules import ScheduledValues
+    from train.state import TrainState
+
+# A record, or an event: one line of metrics.jsonl.
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What one name means.
-
-    unit: of the value; "1" for a ratio.
-    reduction: how one value is made from the step's micro-batches, layers and ranks.
-    description: for a reader of the dashboard.
-    kind: "table" is a list of lists of floats.
-    replayed: a resumed run must give the same bits.
-    """
+    """What one name means; `unit` "1" is a ratio."""
 
     unit: str
+    # How one value is made from the step's micro-batches, layers and ranks.
     reduction: Literal["none", "mean", "sum", "min", "max", "l2"]
     description: str
+    # A table is a list of lists of floats.
     kind: Literal["int", "float", "table"] = "float"
+    # A resumed run must give the same bits.
     replayed: bool = False
 
 
@@ -86,6 +85,84 @@ EVENTS: dict[str, str] = {
     "replay_differs": "a step repeated after a resume did not give the logged numbers",
 }
 
+# Dense BF16 peak of the SXM parts, FLOP/s, from their data sheets; PCIe and NVL parts of the same name have another.
+BF16_PEAKS = {"H100": 989.4e12, "H800": 989.4e12, "H200": 989.4e12}
+OTHER_PARTS = ("PCIe", "NVL")
+
+
+def dense_bf16_peak(device_name: str) -> float | None:
+    """FLOP/s of a device by the name that CUDA gives it; None for one that is not in the table."""
+    if any(part in device_name for part in OTHER_PARTS):
+        return None
+    return next((peak for name, peak in BF16_PEAKS.items() if name in device_name.split()), None)
+
+
+def step_record(
+    state: TrainState, now: ScheduledValues, losses: Mapping[str, Tensor], counts: Mapping[int, Tensor]
+) -> Record:
+    """The step metrics that every step has; reading them waits for the device.
+
+    Args:
+        state: after the step.
+        now: scheduled values of the step.
+        losses: metric -> 0-d tensor.
+        counts: layer id -> [experts] int64, tokens over the whole step; empty without MoE layers.
+    """
+    import torch
+
+    from train.optim.balance import max_violation
+
+    values = torch.stack(list(losses.values())).tolist()
+    record: Record = {
+        "step": state.step,
+        "tokens_seen": state.tokens_seen,
+        "time_unix_s": time.time(),
+        **dict(zip(losses, values, strict=True)),
+        "optim/lr": now.lr,
+        "schedule/batch_sequences": now.batch_sequences,
+        "schedule/bias_speed": now.bias_speed,
+        "schedule/mtp_weight": now.mtp_weight,
+        "guard/skipped_steps": state.skipped_steps,
+    }
+    if counts:
+        loads = torch.stack([counts[i] for i in sorted(counts)])  # [layers, experts]
+        record["moe/max_violation_ratio"] = float(max_violation(loads).max())
+        load = loads.double() / loads.double().mean(dim=-1, keepdim=True)
+        # Significant digits: a load rounded to zero would read as an expert without a token.
+        record["moe/expert_load"] = [[float(f"{x:.4g}") for x in layer] for layer in load.tolist()]
+        record["moe/dead_experts"] = int((loads == 0).sum())
+    return record
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Throughput, and its share of the devices' peak where that is known."""
+
+    flops_per_token: int
+    peak_flops: float | None  # of one device, FLOP/s
+    num_devices: int
+
+    def record(self, tokens_per_s: float) -> Record:
+        """The part of a step's record about speed."""
+        record: Record = {"speed/tokens_per_s": tokens_per_s}
+        if self.peak_flops is not None:
+            record["speed/mfu_ratio"] = tokens_per_s * self.flops_per_token / (self.peak_flops * self.num_devices)
+        return record
+
+
+def bias_table(biases: Tensor) -> Record:
+    """The routers' biases, [layers, experts], as a table; nothing without MoE layers."""
+    return {"moe/expert_bias": [[float(f"{x:.6g}") for x in layer] for layer in biases.tolist()]} if len(biases) else {}
+
+
+def dead_experts(counts: Mapping[int, Tensor]) -> list[tuple[int, int]]:
+    """(layer id, expert) of each expert without a token; `counts` as for `step_record`."""
+    import torch
+
+    layer_ids = sorted(counts)
+    idle = (torch.stack([counts[i] for i in layer_ids]) == 0).nonzero().tolist() if counts else []
+    return [(layer_ids[row], expert) for row, expert in idle]
+
 
 def check_record(record: Mapping[str, Any]) -> None:
     """Assert that `record` holds the required names and declared names only, each of its declared kind."""
@@ -97,8 +174,18 @@ def check_record(record: Mapping[str, Any]) -> None:
         assert _is_kind(value, kind), f"metric {name}: {value!r} is not a plain Python {kind}"
 
 
+def _is_kind(value: object, kind: str) -> bool:
+    # Exact types only: a bool is an int, and numpy's float64 a float, but json writes neither alike.
+    if kind == "int":
+        return type(value) is int
+    if kind == "float":
+        return type(value) in (int, float)
+    return type(value) is list and all(type(row) is list and all(_is_kind(x, "float") for x in row) for row in value)
+
+
 def encode(record: Mapping[str, Any]) -> str:
     """One line of JSON, without its newline, that `json.loads` turns back into the same bits."""
+    # Python prints a float as the shortest decimal that parses to the same double, else as NaN or Infinity.
     return json.dumps(record, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -107,14 +194,3 @@ def same_bits(left: object, right: object) -> bool:
     if isinstance(left, int | float) and isinstance(right, int | float):
         return repr(float(left)) == repr(float(right))
     return left == right
-
-
-def _is_kind(value: object, kind: str) -> bool:
-    """Exact types only: a bool is an int, and numpy's float64 a float, but json writes neither alike."""
-    if kind == "int":
-        return type(value) is int
-    if kind == "float":
-        return type(value) in (int, float)
-    return type(value) is list and all(
-        type(row) is list and all(type(cell) in (int, float) for cell in row) for row in value
-    )

@@ -1,18 +1,18 @@
-"""Where a run's records go: one JSONL file that is the truth, and mirrors of it for eyes and for wandb.
+"""Where a run's records go: one JSONL file that is the truth, mirrored to the console and to wandb.
 
     runs/<name>/metrics.jsonl    one line per optimizer step, and one per event (a line with the key "event")
-    runs/<name>/run_card.json    what the run is: name, precision, model, device (keys: `dashboard.py`)
+    runs/<name>/run_card.json    name, precision, model, device (keys: `train/studies/dashboard/run_card.py`)
 
 Promises of the file:
 - Append-only; a line goes out in one write. Killing the process (kill -9) loses at most the line being
   written, by cutting it short. The next process finishes a torn line with a newline; readers ignore it.
-- Steps strictly increase. A resumed run repeats the steps between its checkpoint and the last logged step:
-  their numbers are compared with the logged ones and not written again; a difference is told by an event.
-- Events reach the disk (fsync) before training goes on, step records when the kernel pleases. A power cut may
-  lose the steps after the last checkpoint event; the resumed run repeats and writes them. An fsync per step
+- Steps strictly increase. A resumed run repeats the steps between its checkpoint and the last logged step: their
+  numbers are compared with the logged ones and not written again; a difference is logged as an event.
+- Events reach the disk (fsync) before training goes on, step records when the kernel writes them back. A power cut
+  may lose the steps after the last checkpoint event; the resumed run repeats and writes them. An fsync per step
   could cost more than a small model's step.
 
-Only one process of a run (rank 0) opens sinks. This file does not draw: `dashboard.py` does.
+Rank 0 opens the sinks of a run.
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from train.observe.metrics import EVENTS, METRICS, Record, check_record, encode, same_bits
-from train.observe.wandb_sink import WandbSink
 
 METRICS_FILE = "metrics.jsonl"
 RUN_CARD_FILE = "run_card.json"
@@ -36,25 +34,20 @@ _REPLAYED = tuple(name for name, metric in METRICS.items() if metric.replayed)
 
 @dataclass(frozen=True)
 class ObserveConfig:
-    """How a run reports.
+    """How a run reports."""
 
-    progress: draw a progress bar when stdout is a terminal.
-    console_every_steps: where there is no bar, print a line this often.
-    wandb: whether to mirror to wandb; offline needs neither account nor network.
-    wandb_project: where wandb files the run.
-    fp8_health_every_steps: FP8 runs sample their operands on the first step and every so many after it; 0 never.
-    bias_every_steps: the same for the table of the experts' biases.
-    dead_expert_steps: steps in a row without a token after which an expert is told of as dead; 0 never.
-    peak_flops: of one device, FLOP/s, for the MFU; None takes the dense BF16 peak where the device is a known one.
-    """
-
+    # Draw a progress bar when stdout is a terminal; where there is none, print a line this often.
     progress: bool = True
     console_every_steps: int = 10
+    # Offline needs neither account nor network.
     wandb: Literal["off", "offline", "online"] = "offline"
     wandb_project: str = "v3fp8"
+    # On the first step and every so many after it, 0 never: FP8 runs sample their operands, all log the routing biases.
     fp8_health_every_steps: int = 50
     bias_every_steps: int = 50
+    # Steps in a row without a token after which an expert is reported as dead; 0 never.
     dead_expert_steps: int = 50
+    # Of one device, FLOP/s, for the MFU; None takes the dense BF16 peak where the device is a known one.
     peak_flops: float | None = None
 
     def __post_init__(self) -> None:
@@ -78,7 +71,7 @@ class ObserveConfig:
 
 
 class Sink(Protocol):
-    """A mirror of the JSONL file. Nothing it does may raise because of a terminal, a network or a server."""
+    """A mirror of the JSONL file; it never raises because of a terminal, a network or a server."""
 
     def write(self, record: Record) -> None:
         """Take one step record."""
@@ -91,13 +84,7 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """Appends to metrics.jsonl and proves that a resumed run repeats what is logged.
-
-    Attributes:
-        last_step: the last step in the file, -1 when there is none.
-        replays_equal: repeated steps that gave the logged bits.
-        replays_differing: repeated steps that did not, or that the file lacks.
-    """
+    """Appends to metrics.jsonl and proves that a resumed run repeats what is logged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -108,17 +95,13 @@ class JsonlSink:
             self._append(b"\n")
         self._logged = {record["step"]: _replayed_part(record) for record in read_lines(path) if "event" not in record}
         self.last_step: int = max(self._logged, default=-1)
-        self.replays_equal = 0
-        self.replays_differing = 0
+        # Repeated steps that gave the logged bits; that did not, or that the file lacks.
+        self.replays_equal, self.replays_differing = 0, 0
         self._previous_step = -1
 
     def write(self, record: Record) -> bool:
-        """Append one step record, or compare it with the logged one if this step is already in the file.
+        """Append one step record, or compare it with the logged one; returns whether it was appended.
 
-        Args:
-            record: declared metrics (`metrics.py`); `step` increases within a process.
-        Returns:
-            Whether the record was appended.
         Raises:
             ValueError: another process writes to the file.
             OSError: the disk does not take the line.
@@ -131,14 +114,14 @@ class JsonlSink:
             self._compare(step, _replayed_part(record))
             return False
         self._logged.clear()
-        self._append_line(record)
+        self._append(_line(record))
         self.last_step = step
         return True
 
     def event(self, event: Record) -> None:
         """Append one event and wait until it, and so every line before it, is on disk."""
         assert event["event"] in EVENTS, f"undeclared event {event['event']!r}: declare it in metrics.py"
-        self._append_line(event)
+        self._append(_line(event))
         os.fsync(self._file)
 
     def close(self) -> None:
@@ -157,9 +140,6 @@ class JsonlSink:
         self.replays_differing += 1
         self.event({"event": "replay_differs", "step": step, "logged": logged, "replayed": replayed})
 
-    def _append_line(self, line: Mapping[str, Any]) -> None:
-        self._append(encode(line).encode() + b"\n")
-
     def _append(self, data: bytes) -> None:
         grown = os.fstat(self._file).st_size - self._size
         if grown:
@@ -174,23 +154,16 @@ class JsonlSink:
 
 
 class Sinks:
-    """The file and its mirrors; use it as a context manager so that the terminal is given back.
-
-    Attributes:
-        jsonl: the truth.
-    """
+    """The file and its mirrors; a context manager, which gives the terminal back."""
 
     def __init__(self, jsonl: JsonlSink, *, console: Sink | None, wandb: Sink | None) -> None:
         self.jsonl = jsonl
         self._console = console
         self._wandb = wandb
+        self._mirrors = [mirror for mirror in (console, wandb) if mirror]
 
     def write(self, record: Record) -> bool:
-        """Write one step record everywhere; wandb never sees a step twice.
-
-        Returns:
-            Whether it was new; False for a step repeated after a resume.
-        """
+        """Write one step record; returns False for a step repeated after a resume, which wandb does not get again."""
         appended = self.jsonl.write(record)
         if self._console:
             self._console.write(record)
@@ -199,31 +172,27 @@ class Sinks:
         return appended
 
     def event(self, kind: str, *, step: int, **details: Any) -> None:
-        """Note that something happened after `step` steps; `kind` is one of `metrics.EVENTS`."""
+        """Log an event after `step` steps; `kind` is one of `metrics.EVENTS`."""
         event = {"event": kind, "step": step, "time_unix_s": time.time(), **details}
         self.jsonl.event(event)
-        for mirror in (self._console, self._wandb):
-            if mirror:
-                mirror.event(event)
+        for mirror in self._mirrors:
+            mirror.event(event)
 
     def close(self) -> None:
         """Close the file first, then the mirrors, each within a bounded time."""
         self.jsonl.close()
-        for mirror in (self._console, self._wandb):
-            if mirror:
-                mirror.close()
+        for mirror in self._mirrors:
+            mirror.close()
 
     def __enter__(self) -> Sinks:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 class NoSinks:
-    """What every rank but the first writes to: nothing."""
+    """The sinks of every rank but the first: they drop everything."""
 
     def write(self, record: Record) -> bool:
         """Drop a record."""
@@ -236,34 +205,29 @@ class NoSinks:
     def __enter__(self) -> NoSinks:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         return None
 
 
 def open_sinks(
-    config: ObserveConfig,
-    run_dir: Path,
-    run_card: Mapping[str, Any],
-    run_config: Mapping[str, Any] | None = None,
+    config: ObserveConfig, run_dir: Path, run_card: Mapping[str, Any], run_config: Mapping[str, Any] | None = None
 ) -> Sinks:
     """Write the run card and open the run's sinks; appends when the run directory already has records.
 
     Args:
         config: which mirrors to open.
         run_dir: runs/<name>, made if missing.
-        run_card: JSON-able; its keys are listed in `dashboard.py`; `tokens_total` gives the console its ETA.
+        run_card: JSON-able; `tokens_total` gives the console its ETA.
         run_config: the run's whole configuration, for wandb.
-    Returns:
-        Sinks, to be closed by the caller.
     """
-    jsonl = JsonlSink(run_dir / METRICS_FILE)
-    draft = run_dir / f"{RUN_CARD_FILE}.tmp"
-    draft.write_text(json.dumps(run_card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(run_dir / RUN_CARD_FILE)
     # Here, so that a configuration can be read where rich is missing.
     from train.observe.console import ConsoleSink
+    from train.observe.wandb_sink import WandbSink
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    # Before metrics.jsonl, by which a reader finds the run: it then finds its name too.
+    write_whole(run_dir / RUN_CARD_FILE, json.dumps(run_card, indent=2, ensure_ascii=False) + "\n")
+    jsonl = JsonlSink(run_dir / METRICS_FILE)
 
     console = ConsoleSink(
         progress=config.progress,
@@ -282,21 +246,20 @@ def open_sinks(
     return Sinks(jsonl, console=console, wandb=wandb)
 
 
-def read_run(run_dir: Path) -> list[Record]:
-    """The step records of a run, steps strictly increasing.
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file that a reader in another process sees whole or as it was before."""
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
 
-    Raises:
-        ValueError: the directory has no metrics.jsonl.
-    """
+
+def read_run(run_dir: Path) -> list[Record]:
+    """The step records of a run, steps strictly increasing; ValueError without a metrics.jsonl."""
     return [line for line in _lines_of_run(run_dir) if "event" not in line]
 
 
 def read_events(run_dir: Path) -> list[Record]:
-    """The events of a run, in the order they happened.
-
-    Raises:
-        ValueError: the directory has no metrics.jsonl.
-    """
+    """The events of a run, in the order they happened; ValueError without a metrics.jsonl."""
     return [line for line in _lines_of_run(run_dir) if "event" in line]
 
 
@@ -320,6 +283,10 @@ def _lines_of_run(run_dir: Path) -> Iterator[Record]:
             f"{run_dir} has no {METRICS_FILE}: give the directory of a run that has started, such as runs/tiny_bf16"
         )
     return read_lines(path)
+
+
+def _line(record: Record) -> bytes:
+    return encode(record).encode() + b"\n"
 
 
 def _replayed_part(record: Record) -> Record:

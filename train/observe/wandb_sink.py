@@ -1,18 +1,17 @@
 """Mirror of the run's records to wandb, under the same names; the only file that imports wandb.
 
-wandb talks to another process and perhaps to a server, so it may be slow, hang or raise. Training must not
-notice: a daemon thread owns wandb, training only puts small dicts into a bounded queue. On the first
-failure, or when the thread falls a whole queue behind, the mirror says so once and turns itself off;
-metrics.jsonl stays complete without it.
+wandb talks to another process and perhaps to a server, so it may be slow, hang or raise. Training must not notice:
+a daemon thread owns wandb, training only puts small dicts into a bounded queue. On the first failure, or when the
+thread falls a whole queue behind, the mirror logs one warning and turns itself off; metrics.jsonl stays complete.
 
     numbers           under their names; wandb groups `area/name` into a panel section a name's area
     tables            a histogram of the finite values under the table's name
     tables `fp8/*`    besides, per operand, the worst layer: `fp8/snr_db/x.fprop`
     events            in the run's summary: `event/<kind>` = last step of that kind
 
-Losses and scores are drawn over tokens_seen, all else over step. The run's config is the whole configuration and, under
-`run_card`, the run card. The wandb run belongs to the run directory: its id lies there in `wandb_id` and every process
-that resumes the run goes on with it. Online without credentials becomes offline: the files lie in
+Losses and scores are drawn over tokens_seen, all else over step. The run's config is the whole configuration and,
+under `run_card`, the run card. The wandb run belongs to the run directory: its id is stored there in `wandb_id`, and
+every process that resumes the run continues it. Online without credentials becomes offline: the files are in
 <run directory>/wandb, and `wandb sync` sends them later (docs/metrics.md).
 """
 
@@ -30,31 +29,30 @@ from typing import Any, Literal
 import numpy as np
 
 from train.observe.metrics import FP8_OPERANDS, METRICS, Record
+from train.observe.sinks import write_whole
 
 _log = logging.getLogger(__name__)
 
 # A step record with its tables as histograms is a few kilobytes, so a full queue holds some tens of megabytes.
 QUEUE_RECORDS = 4096
-# wandb's own limits; beyond finish_timeout the unsent rest stays on disk for `wandb sync`.
-INIT_TIMEOUT_S = 30.0
+# wandb's own limit; beyond it the unsent rest stays on disk for `wandb sync`.
 FINISH_TIMEOUT_S = 20.0
-CLOSE_TIMEOUT_S = 30.0
 ID_FILE = "wandb_id"
 HISTOGRAM_BINS = 64
-# Drawn over tokens, so that runs of different batch sizes lie on each other.
+# Drawn over tokens: runs of different batch sizes can be compared.
 OVER_TOKENS = ("loss/*", "eval/*")
 
 
 @dataclass(frozen=True)
 class _Histogram:
-    """Counts [bins] and edges [bins + 1] of a table's values."""
+    """Of a table's values: counts [bins] and edges [bins + 1]."""
 
     counts: Any
     edges: Any
 
 
-def mirrored(record: Record) -> Record:
-    """What goes to wandb of a step record: numbers as they are, tables as histograms and worst layers."""
+def _mirrored(record: Record) -> Record:
+    """A step record for wandb: numbers as they are, tables as histograms and worst layers."""
     values: Record = {}
     for name, value in record.items():
         if METRICS[name].kind != "table":
@@ -70,13 +68,11 @@ def mirrored(record: Record) -> Record:
     return values
 
 
-def run_id(run_dir: Path) -> str:
-    """The wandb id of a run directory: made once, kept there. A copy of the directory is the same wandb run."""
+def _run_id(run_dir: Path) -> str:
+    """The wandb id of a run directory: made once, stored there. A copy of the directory is the same wandb run."""
     path = run_dir / ID_FILE
     if not path.is_file():
-        draft = path.with_name(f"{ID_FILE}.tmp")
-        draft.write_text(f"{secrets.token_hex(8)}\n", encoding="utf-8")
-        draft.replace(path)
+        write_whole(path, f"{secrets.token_hex(8)}\n")
     return path.read_text(encoding="utf-8").strip()
 
 
@@ -84,9 +80,9 @@ class WandbSink:
     """Sends records to wandb from a thread of its own.
 
     Args:
-        mode: "offline" or "online".
-        project: wandb project.
-        run_dir: wandb keeps its files in its folder `wandb`; its name is the run's name.
+        mode: whether to send to a server.
+        project: wandb's.
+        run_dir: its name is the run's name, its folder `wandb` holds wandb's files.
         run_config: sent as the run's config.
         queue_records: capacity of the queue.
         init_timeout_s: how long wandb may take to reach its server.
@@ -101,8 +97,8 @@ class WandbSink:
         run_dir: Path,
         run_config: Mapping[str, Any],
         queue_records: int = QUEUE_RECORDS,
-        init_timeout_s: float = INIT_TIMEOUT_S,
-        close_timeout_s: float = CLOSE_TIMEOUT_S,
+        init_timeout_s: float = 30.0,
+        close_timeout_s: float = 30.0,
     ) -> None:
         self._mode: Literal["offline", "online"] = mode
         self._project = project
@@ -124,7 +120,7 @@ class WandbSink:
     def write(self, record: Record) -> None:
         """Hand over one step record; returns at once."""
         if self.active:
-            self._put(mirrored(record))
+            self._put(_mirrored(record))
 
     def event(self, event: Record) -> None:
         """Hand over one event; returns at once."""
@@ -153,7 +149,6 @@ class WandbSink:
                 self._off.set()
 
     def _mirror(self) -> None:
-        """Body of the thread."""
         try:
             self._send_all()
         except ModuleNotFoundError as error:
@@ -178,7 +173,7 @@ class WandbSink:
             name=self._run_dir.name,
             dir=self._run_dir,
             config=self._run_config,
-            id=run_id(self._run_dir),
+            id=_run_id(self._run_dir),
             resume="allow",
             settings=settings,
         )
@@ -189,11 +184,10 @@ class WandbSink:
             if "event" in item:
                 run.summary[f"event/{item['event']}"] = item["step"]
             else:
-                values = {
+                histograms = {
                     name: wandb.Histogram(np_histogram=(value.counts, value.edges))
-                    if isinstance(value, _Histogram)
-                    else value
                     for name, value in item.items()
+                    if isinstance(value, _Histogram)
                 }
-                run.log(values, step=item["step"])
+                run.log(item | histograms, step=item["step"])
         run.finish()

@@ -1,25 +1,18 @@
-"""The exponential moving average of the weights, in CPU memory, updated beside the training (arXiv:2412.19437 §3.2.3).
-
-After each optimizer step
+"""The exponential moving average of the weights, in CPU memory, updated during training (arXiv:2412.19437 §3.2.3).
 
     ema <- ema + (1 - decay) * (weights - ema)
 
-so that the model after the learning-rate decay can be judged early, at no cost in GPU memory or time. The average of
-the FP32 masters is kept, rank by rank for the pieces this rank owns, and starts as the weights at construction; the
-report gives neither decay nor start.
-
-One update is a copy and a fold. The copy goes from the device, on a stream of its own, into pinned memory; the fold
-runs in one worker thread. CPU memory holds two FP32 copies: the average and the staging buffer. The order in a step:
+after each optimizer step, of the FP32 masters that this rank updates; it starts as the weights at construction. The
+report gives neither decay nor start. One update is a copy, on a stream of its own, into pinned memory, and a fold, in
+one worker thread, so it costs no GPU memory or time. The order in a step:
 
     ema.before_write()    the device (not the host) waits until the last copy has read the weights
     optimizer.step()
     ema.update()          starts the next copy, returns at once
 
-On a CPU the copy is done when `update` returns. The result does not depend on when the worker runs: bit for bit it is
-that of the same updates one after the other. FP32 rounding: after any number of updates of weights within [-M, M] the
-average is within (1 / (1 - decay) + 6) * 2**-24 * M of the exact one, in first order.
-
-Shapes: those of the local pieces. Not done here: checkpoints (they read `state_pieces`), evaluation, sharding.
+The result does not depend on when the worker runs: bit for bit it is that of the same updates one after the other.
+After any number of updates of weights within [-M, M] the average is within (1 / (1 - decay) + 6) * 2**-24 * M of the
+exact one, in first order.
 """
 
 from __future__ import annotations
@@ -29,29 +22,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from parallel.pieces import Piece
+from parallel.shards import LocalShard
 
 
 class Ema:
-    """A moving average of named weights in CPU memory.
+    """A moving average in CPU memory of this rank's masters, which the optimizer changes in place; all on one device.
 
-    Args:
-        pieces: parameter name -> the part of its FP32 master that this rank owns; the live tensor, which the optimizer
-            changes in place. All on one device.
-        decay: share of the old average that each update keeps.
-    Raises:
-        ValueError: decay is outside [0, 1).
-    Source: arXiv:2412.19437 §3.2.3.
+    An error of the worker is raised by the next call of any method, and by every later one.
     """
 
-    def __init__(self, pieces: Mapping[str, Piece], decay: float) -> None:
+    def __init__(self, masters: Mapping[str, LocalShard], decay: float) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"the EMA's decay = {decay} must be in [0, 1); use a value such as 0.999")
-        assert all(piece.local.dtype == torch.float32 for piece in pieces.values()), "the EMA follows FP32 masters"
-        devices = {piece.local.device for piece in pieces.values()}
-        assert len(devices) <= 1, f"the weights lie on {sorted(map(str, devices))}; one device serves one stream"
+        assert all(master.tensor.dtype == torch.float32 for master in masters.values()), "the EMA follows FP32 masters"
+        devices = {master.tensor.device for master in masters.values()}
+        assert len(devices) <= 1, f"the weights are on {sorted(map(str, devices))}; one device serves one stream"
         self.decay = decay
-        self._weights = {name: piece.local.detach() for name, piece in pieces.items()}
+        self._weights = {name: master.tensor.detach() for name, master in masters.items()}
         device = next(iter(devices), torch.device("cpu"))
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copied: torch.cuda.Event | None = None
@@ -60,8 +47,7 @@ class Ema:
             for name, weight in self._weights.items()
         }
         self._state = {
-            name: Piece(weight.to("cpu", copy=True), pieces[name].global_shape, pieces[name].offset)
-            for name, weight in self._weights.items()
+            name: LocalShard(weight.to("cpu", copy=True), masters[name].shard) for name, weight in self._weights.items()
         }
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ema")
         self._pending: Future[None] | None = None
@@ -75,15 +61,10 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights as they are now (in stream order); returns before the average has moved.
-
-        Waits for the update before this one, which has had a whole step's time.
-
-        Raises:
-            Exception: whatever ended the worker during an earlier update; the average is lost from then on.
-        """
+        """Take in the weights as they are now (in stream order); returns before the average has moved."""
         # On a CPU nothing depends on it; but a trainer tested there must not race on a GPU.
         assert self._writer_has_waited, "call before_write() before the optimizer changes the weights"
+        # The update before this one has had a whole step's time.
         self.wait()
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
@@ -96,29 +77,17 @@ class Ema:
         self._pending = self._worker.submit(self._fold, self._copied)
 
     def wait(self) -> None:
-        """Wait until every update so far is in the average.
-
-        Raises:
-            Exception: as `update`.
-        """
+        """Wait until every update so far is in the average."""
         if self._pending is not None:
             self._pending.result()
 
-    def state_pieces(self) -> dict[str, Piece]:
-        """The average, for a checkpoint to write or to fill; waits for the last update.
-
-        Returns:
-            'ema.<parameter>' -> the live CPU FP32 tensor with its place in the whole.
-        """
+    def state_shards(self) -> dict[str, LocalShard]:
+        """The average, live, for a checkpoint to write or to fill, as 'ema.<parameter>'; waits for the last update."""
         self.wait()
-        return {f"ema.{name}": piece for name, piece in self._state.items()}
+        return {f"ema.{name}": average for name, average in self._state.items()}
 
     def close(self) -> None:
-        """Finish the last update and end the worker; safe to call twice.
-
-        Raises:
-            Exception: as `update`.
-        """
+        """Finish the last update and end the worker; idempotent."""
         self._worker.shutdown(wait=True)
         self.wait()
 
@@ -128,8 +97,8 @@ class Ema:
 
     @torch.no_grad()
     def _fold(self, copied: torch.cuda.Event | None) -> None:
-        """In the worker's thread, so that only it waits for the copy."""
+        """In the worker's thread: only it waits for the copy."""
         if copied is not None:
             copied.synchronize()
-        for name, piece in self._state.items():
-            piece.local.lerp_(self._staging[name], 1.0 - self.decay)
+        for name, average in self._state.items():
+            average.tensor.lerp_(self._staging[name], 1.0 - self.decay)

@@ -4,9 +4,8 @@
     gap_t = (ema_a(t) - ema_b(t)) / ema_b(t)                                    positive: a is worse than b
 
 Paper: arXiv:2412.19437 section 3.3 and appendix B.1: the relative loss error of FP8 against BF16 stays below
-0.25 %, both smoothed with decay 0.9.
-
-It compares losses at equal steps; it does not check that both runs read the same tokens.
+0.25 %, both smoothed with decay 0.9. The correction is Adam's, arXiv:1412.6980 section 3. Losses are compared at equal
+steps; whether both runs read the same tokens is not checked.
 """
 
 from __future__ import annotations
@@ -22,16 +21,9 @@ PAPER_GAP = 0.0025
 
 
 def ema(values: Sequence[float], decay: float) -> list[float]:
-    """Bias-corrected exponential moving average.
+    """Bias-corrected exponential moving average of one value per step, `decay` in [0, 1).
 
-    Args:
-        values: one per step, any unit. One that is not finite is left out: the average stays where it was.
-        decay: in [0, 1); 0 returns the values.
-    Returns:
-        As many floats as `values`; NaN before the first finite value.
-    Raises:
-        ValueError: decay outside [0, 1).
-    Source: the correction is Adam's, arXiv:1412.6980 section 3.
+    A value that is not finite leaves the average where it was; before the first finite one it is NaN.
     """
     if not 0.0 <= decay < 1.0:
         raise ValueError(f"decay is {decay}: it must be at least 0 and below 1")
@@ -51,12 +43,8 @@ def common_steps(run_a: Sequence[Record], run_b: Sequence[Record]) -> list[int]:
 
 
 def relative_gap(run_a: Sequence[Record], run_b: Sequence[Record], decay: float = 0.9) -> list[float]:
-    """Relative gap of the smoothed main losses.
+    """Relative gap of the smoothed main losses of `run_a` to the reference `run_b`.
 
-    Args:
-        run_a: step records of the run under test, as `read_run` returns them.
-        run_b: step records of the reference.
-        decay: of the moving average, per step.
     Returns:
         One ratio for each of `common_steps(run_a, run_b)`; 0.0025 is 0.25 %.
     """
@@ -68,11 +56,7 @@ def relative_gap(run_a: Sequence[Record], run_b: Sequence[Record], decay: float 
 
 
 def mean_smoothed_gap(run_a: Sequence[Record], run_b: Sequence[Record], decay: float = 0.9) -> float:
-    """Signed mean of `relative_gap` over the second half of the common steps.
-
-    Raises:
-        ValueError: the runs have no step in common.
-    """
+    """Signed mean of `relative_gap` over the second half of the common steps; ValueError if there are none."""
     gaps = relative_gap(run_a, run_b, decay)
     if not gaps:
         raise ValueError("the runs share no step with a finite loss/main: compare runs of one schedule")
@@ -81,7 +65,6 @@ def mean_smoothed_gap(run_a: Sequence[Record], run_b: Sequence[Record], decay: f
 
 
 def _losses(run: Sequence[Record]) -> dict[int, float]:
-    """Step -> finite main loss."""
     steps = [record["step"] for record in run]
     assert all(a < b for a, b in pairwise(steps)), "step records must be in strictly increasing order"
     return {r["step"]: r["loss/main"] for r in run if math.isfinite(r.get("loss/main", math.nan))}

@@ -1,4 +1,4 @@
-"""What finished runs on one text say: held-out bits per byte beside the baselines, and FP8's loss gap to BF16.
+"""The summary of the demo: held-out bits per byte of its runs and of the baselines, and FP8's loss gap to BF16.
 
 Reads the runs' logs and the stores; writes `summary.json` into each run directory, where the dashboard finds it.
 """
@@ -10,47 +10,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.data.ingest import Prepared
-from train.observe.sinks import read_run
+from train.observe.sinks import read_run, write_whole
 from train.studies.compare import mean_smoothed_gap
 from train.studies.dashboard.run_reader import SUMMARY_FILE
 from train.studies.ngram_baselines import measure_baselines
 
 
 @dataclass(frozen=True)
-class Report:
-    """scores and baselines: name -> bits per byte of the held-out text; gap: mean relative gap of smoothed losses."""
+class DemoSummary:
+    """Name -> bits per byte of the held-out text, and the mean relative gap of the smoothed losses."""
 
     scores: dict[str, float]
     baselines: dict[str, float]
     gap: float
 
 
-def report(runs: dict[str, Path], stores: Prepared) -> Report:
-    """Compare the runs `bf16` and `fp8`, both finished and scored.
+def summarise(runs: dict[str, Path], stores: Prepared) -> DemoSummary:
+    """Compare the run directories `bf16` (the reference) and `fp8`, trained and scored on `stores`.
 
-    Args:
-        runs: name -> run directory; `bf16` is the reference of the gap.
-        stores: what they were trained and scored on.
     Raises:
         ValueError: a run was never scored, so it did not reach its end.
     """
     assert stores.heldout is not None, "the recipe keeps a tenth of the documents out"
     measured = measure_baselines(stores.train, stores.heldout)
     baselines = {"bigram (interpolated Kneser-Ney)": measured.bigram, "unigram": measured.unigram, "xz": measured.xz}
-    scores = {name: last_score(run) for name, run in runs.items()}
+    scores: dict[str, float] = {}
+    for name, run in runs.items():
+        scored = [record["eval/bits_per_byte"] for record in read_run(run) if "eval/bits_per_byte" in record]
+        if not scored:
+            raise ValueError(f"{run} has no held-out score; let the run finish with data.heldout set")
+        scores[name] = float(scored[-1])
     for name, run in runs.items():
         summary = {"heldout_bits_per_byte": scores[name], "baselines_bits_per_byte": baselines}
-        (run / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return Report(scores, baselines, mean_smoothed_gap(read_run(runs["fp8"]), read_run(runs["bf16"])))
-
-
-def last_score(run: Path) -> float:
-    """The newest held-out score in the log of a run.
-
-    Raises:
-        ValueError: there is none.
-    """
-    scores = [record["eval/bits_per_byte"] for record in read_run(run) if "eval/bits_per_byte" in record]
-    if not scores:
-        raise ValueError(f"{run} has no held-out score; let the run finish with data.heldout set")
-    return float(scores[-1])
+        write_whole(run / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+    return DemoSummary(scores, baselines, mean_smoothed_gap(read_run(runs["fp8"]), read_run(runs["bf16"])))

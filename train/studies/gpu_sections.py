@@ -5,7 +5,7 @@
              training    50 steps of tiny in BF16 and FP8                     `train/studies/smoke_runs.py`
              resume      save, load, go on                                    `train/studies/smoke_runs.py`
              small       one step of small in BF16 and FP8                    `train/studies/smoke_runs.py`
-    speed    kernels     every kernel file's own bench                        `train/studies/bench/table.py`
+    speed    kernels     each kernel file's rows                              `train/studies/bench/rows.py`
              peers       V3's GEMMs and memory-bound kernels against peers    `train/studies/bench/peers.py`
              layer       MoE blocks at V3's width                             `train/studies/bench/layer.py`
 
@@ -17,7 +17,6 @@ returns a Section, figures as data for JSON and as Markdown. On a CPU the same p
 from __future__ import annotations
 
 import tempfile
-import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ import torch
 from train.studies import smoke_runs, step_parity
 from train.studies.bench import layer as bench_layer
 from train.studies.bench import table as bench_table
+from train.studies.bench.timing import Clock
 from train.studies.smoke_runs import PrecisionName, SmokeRun
 
 # "left out": cannot run here, and says why. "not measured": the budget was spent. "failed": ended with an error.
@@ -225,31 +225,29 @@ def small_step(options: Options, budget_s: float) -> Section:
 
 def kernel_benches(options: Options, budget_s: float) -> Section:
     """Each kernel file's own entries, until the budget is spent."""
-    deadline_s = time.monotonic() + budget_s
-    benches = bench_table.entries()
-    chosen = tuple(bench for bench in benches if bench.name in ("adamw", "quantize_tiles")) if options.tiny else benches
-    rows = []
-    for bench in chosen:
-        if time.monotonic() > deadline_s:
-            break
-        rows.append(bench_table.measure(bench, options.device, rounds=1 if options.tiny else 5))
-    late = [bench.name for bench in chosen[len(rows) :]]
-    red = [row.name for row in rows if not row.green]
+    from train.studies.bench import rows as bench_rows
+
+    chosen = [case for case in bench_rows.cases() if not options.tiny or case.name in ("adamw", "quantize_tiles")]
+    clock = bench_rows.clock_of(options.device, rounds=1 if options.tiny else 5)
+    rows = bench_table.run(chosen, options.device, clock=clock, budget_s=budget_s)
+    late = [row.case for row in rows if row.candidate == bench_table.OURS and row.status == "not measured"]
+    red = [row.case for row in bench_table.red(rows)]
+    found = bench_table.summaries(rows)
     cells = [
         (
-            row.name,
-            row.peer_name,
-            f"{row.parity_error:.1e}" if row.green else f"RED {row.parity_error:.1e}",
-            _shown(row.time_us),
-            _shown(row.speedup, ".2f"),
-            _shown(row.tflop_per_s),
-            _shown(row.gbyte_per_s),
+            row["name"],
+            row["peer_name"],
+            ("RED " if row["name"] in red else "") + _shown(row["parity_error"], ".1e"),
+            _shown(row["time_us"]),
+            _shown(row["speedup"], ".2f"),
+            _shown(row["tflop_per_s"]),
+            _shown(row["gbyte_per_s"]),
         )
-        for row in rows
+        for row in found
     ]
     markdown = table(("kernel", "peer", "parity", "us", "peer time / ours", "TFLOP/s", "GB/s"), cells)
     markdown += f"\n\nNot measured, the budget was spent: {', '.join(late)}." if late else ""
-    data = {"rows": [asdict(row) for row in rows], "not_measured": late}
+    data = {"rows": found, "not_measured": late}
     return Section(verdict(not red), f"parity is red: {', '.join(red)}" if red else "", data, markdown)
 
 
@@ -257,10 +255,11 @@ def peer_benches(options: Options, budget_s: float) -> Section:
     """V3's products and memory-bound kernels against what else this machine has."""
     from train.studies.bench import peers as bench_peers
 
-    rows = bench_peers.run(options.device, budget_s=budget_s, small=options.tiny)
-    red = [f"{row.case}: {row.reason}" for row in bench_peers.red(rows)]
-    data = {"rows": bench_peers.records(rows)}
-    return Section(verdict(not red), "; ".join(red), data, bench_peers.markdown(rows))
+    clock = bench_peers.SMALL_CLOCK if options.tiny else Clock()
+    rows = bench_table.run(bench_peers.cases(small=options.tiny), options.device, clock=clock, budget_s=budget_s)
+    red = [f"{row.case}: {row.reason}" for row in bench_table.red(rows)]
+    data = {"rows": bench_table.records(rows)}
+    return Section(verdict(not red), "; ".join(red), data, bench_table.markdown(rows))
 
 
 def layer_bench(options: Options, budget_s: float) -> Section:

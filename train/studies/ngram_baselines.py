@@ -13,9 +13,8 @@ rest; then all training documents are counted. Nothing is fitted to held-out tex
 
 xz:  8 * (size(xz(train + held-out)) - size(xz(train))) / bytes(held-out).  It pays nothing for document ends.
 
+The question is whether a network uses more than the token before, so there are no higher orders.
 Shapes: pairs = (context, target) positions of a store, vocab = ids, seen = different pairs of a store.
-
-No higher orders: the question is whether a network uses more than the token before.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from numpy.typing import NDArray
 from train.data.batch import IGNORE_INDEX, Batch
 from train.data.store import TokenStore
 from train.data.tokenizer import load_tokenizer
-from train.evaluate.score import bits_per_byte
+from train.evaluate.score import score_store
 
 Ids = NDArray[np.int64]
 Probabilities = NDArray[np.float64]
@@ -44,15 +43,10 @@ SEQUENCE_LENGTH, BATCH_SEQUENCES = 1024, 16
 
 @dataclass(frozen=True)
 class Unigram:
-    """Token frequencies with a little mass for the unseen.
+    """Token frequencies with a little mass for the unseen."""
 
-    Args:
-        counts: [vocab] c(w).
-        added_mass: a.
-    """
-
-    counts: Ids
-    added_mass: float
+    counts: Ids  # [vocab] c(w)
+    added_mass: float  # a
 
     def probabilities(self, contexts: Ids, targets: Ids) -> Probabilities:
         """[pairs] p(target); the context is ignored."""
@@ -63,32 +57,22 @@ class Unigram:
 
 @dataclass(frozen=True)
 class Bigram:
-    """Interpolated Kneser-Ney over pairs of tokens.
+    """Interpolated Kneser-Ney over pairs of tokens."""
 
-    Args:
-        pairs: [seen] sorted codes h * vocab + w of the pairs seen.
-        pair_counts: [seen] c(h, w).
-        context_counts: [vocab] c(h).
-        followers: [vocab] n(h).
-        precursors: [vocab] m(w).
-        discount: D.
-        added_mass: a.
-    """
-
-    pairs: Ids
-    pair_counts: Ids
-    context_counts: Ids
-    followers: Ids
-    precursors: Ids
-    discount: float
-    added_mass: float
+    pairs: Ids  # [seen] sorted codes h * vocab + w
+    pair_counts: Ids  # [seen] c(h, w)
+    context_counts: Ids  # [vocab] c(h)
+    followers: Ids  # [vocab] n(h)
+    precursors: Ids  # [vocab] m(w)
+    discount: float  # D
+    added_mass: float  # a
 
     def probabilities(self, contexts: Ids, targets: Ids) -> Probabilities:
         """[pairs] p(target | context); the continuation unigram where the context was never seen."""
         vocab_size = len(self.precursors)
         codes = contexts * vocab_size + targets
-        places = np.minimum(np.searchsorted(self.pairs, codes), len(self.pairs) - 1)
-        counts = np.where(self.pairs[places] == codes, self.pair_counts[places], 0)
+        nearest = np.minimum(np.searchsorted(self.pairs, codes), len(self.pairs) - 1)
+        counts = np.where(self.pairs[nearest] == codes, self.pair_counts[nearest], 0)
         total = self.context_counts[contexts]
         left_over = np.where(total > 0, self.discount * self.followers[contexts] / np.maximum(total, 1), 1.0)
         continuation = (self.precursors[targets] + self.added_mass) / (len(self.pairs) + self.added_mass * vocab_size)
@@ -123,7 +107,7 @@ def pairs_of(store: TokenStore, documents: range) -> tuple[Ids, Ids]:
 
 
 def _slices(store: TokenStore) -> tuple[range, range]:
-    """Training documents to count and to choose the parameters on."""
+    # Training documents to count, and to choose the parameters on.
     documents = len(store.lengths)
     if documents < 2:
         raise ValueError(
@@ -172,7 +156,8 @@ def ngram_bits_per_byte(model: Unigram | Bigram, store: TokenStore) -> float:
         nats = _nats(model, batch.input_ids.flatten().numpy()[is_target], labels[is_target])
         return nats, int(is_target.sum())
 
-    return bits_per_byte(loss_of_batch, store, sequence_length=SEQUENCE_LENGTH, batch_sequences=BATCH_SEQUENCES)
+    score = score_store(loss_of_batch, store, sequence_length=SEQUENCE_LENGTH, batch_sequences=BATCH_SEQUENCES)
+    return score.bits_per_byte
 
 
 def store_text(store: TokenStore) -> bytes:
@@ -185,14 +170,7 @@ def store_text(store: TokenStore) -> bytes:
 
 
 def xz_bits_per_byte(train: bytes, heldout: bytes) -> float:
-    """What xz needs for held-out text once it has seen the training text.
-
-    Args:
-        train: training text.
-        heldout: held-out text.
-    Returns:
-        Bits per byte of held-out text.
-    """
+    """Bits per byte that xz needs for held-out text once it has seen the training text."""
     # The dictionary must reach back over everything; xz takes 4 KiB at least.
     dictionary_bytes = max(4096, len(train) + len(heldout))
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": dictionary_bytes}]

@@ -24,16 +24,18 @@ import yaml
 from torch import Tensor
 
 from parallel.mesh import single
-from parallel.pieces import Piece
+from parallel.shards import LocalShard
 from train import config as run_config
-from train.assemble import assemble, build_engine, build_stages, checkpoint_tensors, set_determinism
-from train.checkpoint.dcp import CheckpointConfig, Saver, latest, load
+from train.assemble import assemble, build_engine, set_determinism
+from train.checkpoint.config import CheckpointConfig
+from train.checkpoint.dcp import Saver, latest, load
 from train.data.batch import Batch
 from train.model.config import ModelConfig
 from train.model.precision import Precision
-from train.optim.adamw import OptimConfig
-from train.schedules import Now
-from train.step import Engine, StepGradients, apply_update, compute_gradients
+from train.optim.config import OptimConfig
+from train.schedules import ScheduledValues
+from train.stage import build_stages
+from train.step import Engine, StepGradients, apply_update, checkpoint_tensors, compute_gradients
 from train.studies.compare import PAPER_GAP, mean_smoothed_gap
 
 PrecisionName = Literal["fp32", "bf16", "fp8"]
@@ -51,7 +53,7 @@ class SmokeRun:
 
     model: ModelConfig
     optim: OptimConfig
-    peak: Now
+    peak: ScheduledValues
     warmup_steps: int
     sequences: int
     tokens: int
@@ -60,7 +62,7 @@ class SmokeRun:
         """The tokens of a step; the same for every run."""
         return chain_batch(step, sequences=self.sequences, tokens=self.tokens, vocab_size=self.model.vocab_size)
 
-    def now(self, step: int) -> Now:
+    def now(self, step: int) -> ScheduledValues:
         """The scheduled values of a step, counted from 0; step 0 already moves the weights."""
         return replace(self.peak, lr=self.peak.lr * min(1.0, (step + 1) / self.warmup_steps))
 
@@ -76,14 +78,14 @@ def read_values(group: str, option: str) -> dict[str, Any]:
 
 def model_config(name: str) -> ModelConfig:
     """A model of `configs/model/`, without Hydra."""
-    config = run_config.build(ModelConfig, read_values("model", name), "model")
+    config = run_config.convert(ModelConfig, read_values("model", name), "model")
     assert isinstance(config, ModelConfig)
     return config
 
 
 def precision_config(name: PrecisionName) -> Precision:
     """A precision of `configs/precision/`, as training uses it."""
-    config = run_config.build(Precision, read_values("precision", name), "precision")
+    config = run_config.convert(Precision, read_values("precision", name), "precision")
     assert isinstance(config, Precision)
     return config
 
@@ -91,9 +93,9 @@ def precision_config(name: PrecisionName) -> Precision:
 def smoke_run(name: str, *, sequences: int, tokens: int, model: ModelConfig | None = None) -> SmokeRun:
     """The run of `configs/model/` and `configs/schedule/` NAME, with this batch; `model`: another shape, for tests."""
     schedule = read_values("schedule", name)
-    optim = run_config.build(OptimConfig, read_values("optim", "adamw"), "optim")
+    optim = run_config.convert(OptimConfig, read_values("optim", "adamw"), "optim")
     assert isinstance(optim, OptimConfig)
-    peak = Now(
+    peak = ScheduledValues(
         lr=float(schedule["lr_peak"]),
         batch_sequences=sequences,
         bias_speed=float(schedule["bias_speed"]),
@@ -232,7 +234,7 @@ def resume(run: SmokeRun, precision: PrecisionName, device: torch.device, *, ste
 def copies(engine: Engine) -> dict[str, Tensor]:
     """The tensors of a checkpoint of the engine, copied to the CPU."""
     tensors = checkpoint_tensors(engine)
-    plain = {name: value.local if isinstance(value, Piece) else value for name, value in tensors.items()}
+    plain = {name: value.tensor if isinstance(value, LocalShard) else value for name, value in tensors.items()}
     return {name: value.detach().to("cpu", copy=True) for name, value in plain.items()}
 
 

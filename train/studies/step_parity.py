@@ -21,7 +21,8 @@ from torch import Tensor
 
 from kernels.router import expert_counts, gate_weights
 from train.model.moe import Router, Routing
-from train.step import Engine, StepGradients, compute_gradients, routers
+from train.optim.balance import routers
+from train.step import Engine, StepGradients, compute_gradients
 from train.studies.smoke_runs import PrecisionName, SmokeRun, new_engine
 
 
@@ -155,8 +156,8 @@ def _hooked(engine: Engine, hook: Any) -> Iterator[None]:
 
 def gradients_of(engine: Engine) -> dict[str, Tensor]:
     """Parameter -> its gradient after `compute_gradients`, fp32 on the CPU."""
-    segments = [segment for bucket in engine.optimizer.buckets for segment in bucket.segments()]
-    return {segment.name: segment.grad.cpu() for segment in segments}
+    shards = [shard for bucket in engine.optimizer.buckets for shard in bucket.parameter_shards()]
+    return {shard.name: shard.grad.cpu() for shard in shards}
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

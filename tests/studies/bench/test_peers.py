@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -23,13 +23,14 @@ from kernels.gemm_grouped import grouped_gemm_tile_block, grouped_gemm_tile_tile
 from tests.kernels.gemm_inputs import decode_blocks, decode_tiles
 from train.studies.bench import cases as bench_cases
 from train.studies.bench import peers as bench_peers
+from train.studies.bench import table as bench_table
 from train.studies.bench import timing as bench_timing
 from train.studies.bench import traffic as bench_traffic
-from train.studies.bench.cases import Operands, Shape
-from train.studies.bench.peers import OURS, Candidate, Case, Row
+from train.studies.bench.cases import GemmOperands, Shape
+from train.studies.bench.peers import SMALL_CLOCK
+from train.studies.bench.table import OURS, Candidate, Case, Row
 
 CPU = torch.device("cpu")
-AMPLE_S = 600.0
 KINDS = ("fprop", "dgrad", "wgrad", "grouped fprop", "grouped dgrad", "grouped wgrad", "memory")
 
 
@@ -39,9 +40,12 @@ def few(*kinds: str) -> list[Case]:
     return [case for (kind, _), case in found.items() if kind in kinds]
 
 
+def run(cases: Sequence[Case], **budget: float) -> list[Row]:
+    return bench_table.run(cases, CPU, clock=SMALL_CLOCK, **budget)
+
+
 def measured(*kinds: str) -> dict[tuple[str, str], Row]:
-    rows = bench_peers.run(CPU, budget_s=AMPLE_S, small=True, chosen=few(*kinds))
-    return {(row.case, row.candidate): row for row in rows}
+    return {(row.case, row.candidate): row for row in run(few(*kinds))}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,7 @@ def rows() -> Iterator[list[Row]]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "deep_gemm", None)
-        yield bench_peers.run(CPU, budget_s=AMPLE_S, small=True)
+        yield run(bench_peers.cases(small=True))
 
 
 def test_every_candidate_of_every_case_has_one_row(rows: list[Row]) -> None:
@@ -70,7 +74,7 @@ def test_ours_is_green_and_timed_everywhere(rows: list[Row]) -> None:
             assert None not in (row.time_us, row.spread_ratio, row.host_us)
             assert row.ours_per_peer_ratio == 1.0
             assert (row.tflop_per_s is None) == (row.kind == "memory") != (row.gbyte_per_s is None)
-    assert not bench_peers.red(rows)
+    assert not bench_table.red(rows)
 
 
 def test_a_peer_that_cannot_run_is_absent_with_its_reason(rows: list[Row]) -> None:
@@ -124,7 +128,7 @@ def test_shapes_are_those_of_deepseek_v3() -> None:
 
 
 def test_operands_are_exact_in_bf16_and_their_scales_differ() -> None:
-    op = bench_cases.operands(Shape("fprop", 256, 300, 400), CPU, 3)
+    op = bench_cases.operands(Shape("fprop", 256, 300, 400), CPU)
     assert op.a.scale.unique().numel() == op.b.scale.unique().numel() == 4
     for values, by_hand in (
         (bench_cases.decode(op.a.payload, op.a.scale.t()), decode_tiles(op.a.payload, op.a.scale)),
@@ -135,11 +139,11 @@ def test_operands_are_exact_in_bf16_and_their_scales_differ() -> None:
 
 
 def test_bytes_of_memory_bound_cases_are_those_of_their_tensors() -> None:
-    for traffic in bench_traffic.traffics(small=True):
-        inputs = bench_traffic.traffic_inputs(traffic, CPU, 0)
-        moved = inputs.nbytes + sum(output.nbytes for output in traffic.run(*inputs.tensors))
+    for kernel in bench_traffic.memory_bound(small=True):
+        inputs = bench_traffic.memory_inputs(kernel, CPU)
+        moved = inputs.nbytes + sum(output.nbytes for output in kernel.run(*inputs.tensors))
         # Gates and their gradients, 8 bytes a row, and the scales of a short last tile are not counted.
-        assert moved == pytest.approx(traffic.bytes, rel=0.02), traffic.name
+        assert moved == pytest.approx(kernel.bytes, rel=0.02), kernel.name
 
 
 @pytest.mark.parametrize("spoil", [lambda x: x * 1.01, lambda x: x * math.nan, lambda x: x[:-1]])
@@ -148,7 +152,7 @@ def test_a_wrong_peer_is_red_and_has_no_time(
 ) -> None:
     right = bench_peers.bf16
 
-    def wrong(op: Operands) -> bench_timing.Call:
+    def wrong(op: GemmOperands) -> bench_timing.Call:
         call = right(op)
         return lambda: (spoil(call()[0]),)
 
@@ -161,14 +165,14 @@ def test_a_wrong_peer_is_red_and_has_no_time(
             assert (row.time_us, row.tflop_per_s, row.ours_per_peer_ratio) == (None, None, None)
         if candidate == OURS:
             assert row.status == "measured"
-    assert not bench_peers.red(list(found.values()))
+    assert not bench_table.red(list(found.values()))
 
 
 def test_a_wrong_operator_of_ours_is_red_and_fails_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_peers, "gemm_tile_block", lambda *a, **k: gemm_tile_block(*a, **k) * 1.01)
     monkeypatch.setattr(bench_peers, "gemm_tile_tile", lambda a, b, *, out, accumulate: gemm_tile_tile(a, b, out=out))
     found = list(measured("fprop", "wgrad").values())
-    red = bench_peers.red(found)
+    red = bench_table.red(found)
     # Of wgrad only the case that is to add: forgetting it leaves `=` right.
     assert [row.case[-2:] if row.kind == "wgrad" else row.kind for row in red] == ["fprop", "+="]
     assert all(row.time_us is None for row in red)
@@ -182,7 +186,7 @@ def test_an_operator_of_ours_that_fails_is_red_with_its_reason(monkeypatch: pyte
         raise RuntimeError("out of registers\nsecond line")
 
     monkeypatch.setattr(bench_peers, "gemm_tile_block", fail)
-    (red,) = bench_peers.red(list(measured("fprop").values()))
+    (red,) = bench_table.red(list(measured("fprop").values()))
     assert red.reason == "RuntimeError: out of registers"
 
 
@@ -195,7 +199,7 @@ def test_two_runs_of_ours_must_agree_in_every_bit(monkeypatch: pytest.MonkeyPatc
         return out
 
     monkeypatch.setattr(bench_peers, "gemm_tile_block", unsteady)
-    (red,) = bench_peers.red(list(measured("fprop").values()))
+    (red,) = bench_table.red(list(measured("fprop").values()))
     assert red.reason == "two runs differ in bits"
     assert red.parity_error is not None
     assert red.parity_error <= bench_peers.BF16_TOLERANCE
@@ -207,7 +211,7 @@ def test_a_group_that_gets_the_weight_of_another_is_red(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(bench_peers, "grouped_gemm_tile_block", shifted)
     found = measured("grouped fprop", "grouped dgrad")
-    assert len(bench_peers.red(list(found.values()))) == 2
+    assert len(bench_table.red(list(found.values()))) == 2
 
 
 def test_an_empty_group_that_is_not_written_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,17 +226,17 @@ def test_an_empty_group_that_is_not_written_is_red(monkeypatch: pytest.MonkeyPat
         return out
 
     monkeypatch.setattr(bench_peers, "grouped_gemm_tile_tile", skipping)
-    (red,) = bench_peers.red(list(measured("grouped wgrad").values()))
+    (red,) = bench_table.red(list(measured("grouped wgrad").values()))
     assert red.case.endswith(" =")
     assert math.isnan(red.parity_error or 0.0)
-    json.dumps(bench_peers.records([red]), allow_nan=False)
+    json.dumps(bench_table.records([red]), allow_nan=False)
 
 
 def test_a_memory_bound_kernel_with_one_wrong_bit_is_red() -> None:
     (case,) = few("memory")
     right = case.candidates[0]
 
-    def wrong(inputs: bench_traffic.TrafficInputs) -> bench_timing.Call:
+    def wrong(inputs: bench_traffic.MemoryInputs) -> bench_timing.Call:
         call = right.prepare(inputs)
 
         def run() -> tuple[Tensor, ...]:
@@ -242,43 +246,43 @@ def test_a_memory_bound_kernel_with_one_wrong_bit_is_red() -> None:
 
         return run
 
-    strict = Candidate(OURS, wrong, 0.0)
-    found = bench_peers.run(CPU, budget_s=AMPLE_S, small=True, chosen=[dataclasses.replace(case, candidates=(strict,))])
+    strict = Candidate(OURS, wrong, 0.0, repeats=True)
+    found = run([dataclasses.replace(case, candidates=(strict,))])
     assert [row.status for row in found] == ["red"]
 
 
 def test_without_a_budget_everything_is_listed_as_not_measured() -> None:
-    found = bench_peers.run(CPU, budget_s=0.0)
+    found = run(bench_peers.cases(), budget_s=0.0)
     assert [row.case for row in found] == [case.name for case in bench_peers.cases() for _ in case.candidates]
     assert {(row.status, row.reason) for row in found} == {("not measured", "the budget was spent")}
-    text = bench_peers.markdown(found)
+    text = bench_table.markdown(found)
     assert text.count("not measured: the budget was spent") == len(found)
 
 
 def test_a_budget_that_ends_early_has_measured_some_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
-    def note(case: Case, *_: object, **__: object) -> list[Row]:
+    def record(case: Case, *_: object, **__: object) -> list[Row]:
         seen.append(case.kind)
         return []
 
-    monkeypatch.setattr(bench_peers, "measure", note)
-    bench_peers.run(CPU, budget_s=AMPLE_S, small=True)
+    monkeypatch.setattr(bench_table, "measure", record)
+    run(bench_peers.cases(small=True))
     assert set(seen[: len(KINDS)]) == set(KINDS)
 
 
 def test_a_case_that_does_not_fit_in_memory_is_not_measured() -> None:
-    def make(*_: object) -> Operands:
+    def make(*_: object) -> GemmOperands:
         raise torch.OutOfMemoryError("tried to allocate 3 TiB")
 
     case = dataclasses.replace(few("fprop")[0], make=make)
-    found = bench_peers.run(CPU, budget_s=AMPLE_S, small=True, chosen=[case])
+    found = run([case])
     assert {row.status for row in found} == {"not measured"}
     assert all("3 TiB" in row.reason for row in found)
 
 
 def test_markdown_holds_every_row_and_the_medians(rows: list[Row]) -> None:
-    text = bench_peers.markdown(rows)
+    text = bench_table.markdown(rows)
     lines = text.splitlines()
     for row in rows:
         assert len([line for line in lines if line.startswith(f"| {row.case} | {row.candidate} |")]) == 1
@@ -286,11 +290,11 @@ def test_markdown_holds_every_row_and_the_medians(rows: list[Row]) -> None:
     assert [line[4:] for line in lines if line.startswith("###")] == list(dict.fromkeys(row.kind for row in rows))
     assert "- ours / torch.mm BF16: median" in text
     planted = Row("c", "fprop", "peer", "red", "a | b", parity_error=0.5, tolerance=0.1)
-    assert "| c | peer | 5.0e-01 | - | - | - | - | - | RED: a / b |" in bench_peers.markdown([planted])
+    assert "| c | peer | 5.0e-01 | - | - | - | - | - | RED: a / b |" in bench_table.markdown([planted])
 
 
 def test_records_survive_json(rows: list[Row]) -> None:
-    assert json.loads(json.dumps(bench_peers.records(rows), allow_nan=False)) == bench_peers.records(rows)
+    assert json.loads(json.dumps(bench_table.records(rows), allow_nan=False)) == bench_table.records(rows)
 
 
 def scaled_mm_stand_in(
@@ -320,7 +324,7 @@ def scaled_mm_stand_in(
 def test_scaled_mm_gets_the_layouts_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "scaled_mm", scaled_mm_stand_in)
     chosen = [case for case in bench_peers.cases(small=True) if case.kind in ("fprop", "dgrad", "wgrad")]
-    found = bench_peers.run(CPU, budget_s=AMPLE_S, small=True, chosen=chosen)
+    found = run(chosen)
     mine = [row for row in found if row.candidate.startswith("F.scaled_mm")]
     assert len(mine) == 32
     assert {(row.status, row.reason) for row in mine} == {("measured", "")}
@@ -408,7 +412,7 @@ def test_deep_gemm_gets_the_layouts_it_asks_for(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_swiglu_is_compared_gated_and_not() -> None:
-    names = [traffic.name for traffic in bench_traffic.traffics(small=False)]
+    names = [kernel.name for kernel in bench_traffic.memory_bound(small=False)]
     wanted = {
         *(name for name in vars(swiglu) if name in ("swiglu_backward_kept", "gated_swiglu_backward_kept")),
         *("quantize_tiles", "quantize_tiles_transposed", "quantize_tiles_both", "requantize_transposed"),
@@ -427,19 +431,17 @@ def test_candidates_take_turns_and_walk_through_all_sets() -> None:
 
         return run
 
-    protocol = bench_timing.Protocol(rounds=5, replay_s=0.0)
-    loops = {
-        name: bench_timing.build_loop([call(f"{name}{i}") for i in range(3)], CPU, protocol=protocol) for name in "ab"
-    }
+    clock = bench_timing.Clock(rounds=5, replay_s=0.0)
+    loops = {name: bench_timing.build_loop([call(f"{name}{i}") for i in range(3)], CPU, clock=clock) for name in "ab"}
     seen.clear()
-    timings = bench_timing.time_in_turns(loops, CPU, protocol=protocol, deadline_s=math.inf)
+    timings = bench_timing.time_in_turns(loops, CPU, clock=clock, deadline_s=math.inf)
     assert [(loop.launches, timings[name].rounds) for name, loop in loops.items()] == [(3, 5), (3, 5)]
     # An untimed and a timed pass over the three sets in every round, for both before either comes again.
     visits = ["".join(seen[i : i + 6]) for i in range(0, len(seen), 6)]
     assert set(visits) == {"a0a1a2" * 2, "b0b1b2" * 2}
     assert all(len(set(visits[i : i + 2])) == 2 for i in range(0, 10, 2))
     assert len({tuple(visits[i : i + 2]) for i in range(0, 10, 2)}) == 2
-    late = bench_timing.time_in_turns(loops, CPU, protocol=protocol, deadline_s=-math.inf)
+    late = bench_timing.time_in_turns(loops, CPU, clock=clock, deadline_s=-math.inf)
     assert {timing.rounds for timing in late.values()} == {bench_timing.FEWEST_ROUNDS}
 
 
@@ -461,7 +463,7 @@ def test_on_a_gpu_the_timed_launches_are_a_graph(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event())
     stream = SimpleNamespace(synchronize=lambda: done.append("wait"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
-    loop = bench_timing.build_loop([lambda: ()] * 2, torch.device("cuda"), protocol=bench_timing.Protocol())
+    loop = bench_timing.build_loop([lambda: ()] * 2, torch.device("cuda"), clock=bench_timing.Clock())
     # The trial's four passes take 2 ms, so eight fill 4 ms.
     assert loop.launches == 2 * 8
     done.clear()
@@ -470,8 +472,8 @@ def test_on_a_gpu_the_timed_launches_are_a_graph(monkeypatch: pytest.MonkeyPatch
 
 
 def test_input_sets_are_two_or_as_many_as_leave_the_cache_cold() -> None:
-    protocol = bench_timing.Protocol(cold_bytes=200e6)
-    assert [protocol.input_sets(size) for size in (1_000_000_000, 100_000_000, 61_000_000, 1)] == [2, 2, 4, 200_000_000]
+    clock = bench_timing.Clock(cold_bytes=200e6)
+    assert [clock.input_sets(size) for size in (1_000_000_000, 100_000_000, 61_000_000, 1)] == [2, 2, 4, 200_000_000]
 
 
 def test_power_monitor_takes_medians_and_lives_without_its_program() -> None:
@@ -486,7 +488,7 @@ def test_power_monitor_takes_medians_and_lives_without_its_program() -> None:
 
 
 def test_power_and_clock_reach_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_peers, "sampler_command", lambda _: [sys.executable, "-c", "print('500, 1700')"])
+    monkeypatch.setattr(bench_table, "sampler_command", lambda _: [sys.executable, "-c", "print('500, 1700')"])
     found = [row for row in measured("fprop").values() if row.time_us is not None]
     assert {(row.power_w, row.sm_clock_mhz) for row in found} == {(500.0, 1700.0)}
-    assert "500 W, 1700 MHz" in bench_peers.markdown(found)
+    assert "500 W, 1700 MHz" in bench_table.markdown(found)

@@ -1,13 +1,11 @@
 """Headless Chromium over the DevTools protocol, for tests: a small client of the pipe (file descriptors 3 and 4).
 
 Messages are JSON, each ended by a NUL byte; commands have an id, events have none. No port is opened and no library
-is needed. Console errors, uncaught exceptions and failed requests of a tab are collected; a tab that closes with any
-is the test's business (`Tab.problems`).
+is needed. `Tab.problems` collects console errors, uncaught exceptions and failed requests.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import select
@@ -18,24 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Longer than any pause of a noisy machine; only a hang reaches it.
+PATIENCE_S = 60.0
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-ARGUMENTS = (
-    "--headless=new",
-    "--remote-debugging-pipe",
-    "--no-sandbox",
-    "--no-first-run",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--disable-extensions",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-    "--force-color-profile=srgb",
-    "--mute-audio",
-    # Nothing but this machine exists, whatever a page asks for.
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-)
+FLAGS = """--headless=new --remote-debugging-pipe --no-sandbox --no-first-run --disable-gpu --disable-dev-shm-usage
+    --disable-extensions --disable-background-networking --disable-component-update --disable-sync --hide-scrollbars
+    --force-color-profile=srgb --mute-audio"""
+# Nothing but this machine exists, whatever a page asks for.
+ARGUMENTS = (*FLAGS.split(), "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
+# A page asks its server every two seconds; in a test the pause is shorter.
+HURRY = "const later = setTimeout; window.setTimeout = (f, ms, ...rest) => later(f, ms >= 1000 ? 100 : ms, ...rest);"
 
 
 def find_chromium() -> str | None:
@@ -46,14 +36,13 @@ def find_chromium() -> str | None:
 class Chromium:
     """One browser; use it as a context manager."""
 
-    def __init__(self, path: str, profile: Path, timeout_s: float = 60) -> None:
-        self.timeout_s = timeout_s
+    def __init__(self, path: str, profile: Path) -> None:
         self.events: list[dict[str, Any]] = []
         self._last_id = 0
         self._buffer = b""
         to_browser, self._out = os.pipe()
         self._in, from_browser = os.pipe()
-        # The browser expects its pipe at 3 and 4; dash knows no file descriptor above 9, but it knows files.
+        # The browser expects its pipe at 3 and 4; dash accepts no file descriptor above 9, but it opens files.
         shell = f'exec "$0" "$@" 3</dev/fd/{to_browser} 4>/dev/fd/{from_browser}'
         self.process = subprocess.Popen(
             ["/bin/sh", "-c", shell, path, *ARGUMENTS, f"--user-data-dir={profile}", "about:blank"],
@@ -68,25 +57,21 @@ class Chromium:
     def send(self, method: str, session: str = "", **parameters: Any) -> Any:
         """Send a command and wait for its answer; events that arrive meanwhile are kept."""
         self._last_id += 1
-        message: dict[str, Any] = {"id": self._last_id, "method": method, "params": parameters}
-        if session:
-            message["sessionId"] = session
-        data = json.dumps(message).encode() + b"\0"
+        message = {"id": self._last_id, "method": method, "params": parameters}
+        data = json.dumps(message | ({"sessionId": session} if session else {})).encode() + b"\0"
         while data:
             data = data[os.write(self._out, data) :]
-        deadline = time.monotonic() + self.timeout_s
-        while True:
-            answer = self._receive(deadline)
-            if answer.get("id") == self._last_id:
-                if "error" in answer:
-                    raise RuntimeError(f"{method}: {answer['error']}")
-                return answer["result"]
+        deadline = time.monotonic() + PATIENCE_S
+        while (answer := self._receive(deadline)).get("id") != self._last_id:
             self.events.append(answer)
+        if "error" in answer:
+            raise RuntimeError(f"{method}: {answer['error']}")
+        return answer["result"]
 
     def _receive(self, deadline: float) -> dict[str, Any]:
         while b"\0" not in self._buffer:
             if not select.select([self._in], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise TimeoutError(f"Chromium gave no answer within {self.timeout_s} s")
+                raise TimeoutError(f"Chromium gave no answer within {PATIENCE_S} s")
             data = os.read(self._in, 1 << 16)
             if not data:
                 raise RuntimeError("Chromium ended")
@@ -95,22 +80,25 @@ class Chromium:
         message: dict[str, Any] = json.loads(text)
         return message
 
-    def open(self, url: str, *, width: int = 1440, height: int = 1000, dark: bool = False) -> Tab:
+    def open(self, url: str, *, dark: bool = False) -> Tab:
         """A new tab that has loaded `url`."""
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         tab = Tab(self, target, session)
         for domain in ("Page", "Runtime", "Log", "Network"):
             tab.send(f"{domain}.enable")
-        tab.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        tab.send("Emulation.setDeviceMetricsOverride", width=1440, height=1000, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         tab.send("Emulation.setEmulatedMedia", features=[scheme])
+        tab.send("Page.addScriptToEvaluateOnNewDocument", source=HURRY)
         tab.send("Page.navigate", url=url)
         tab.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
         return tab
 
-    def close(self) -> None:
-        """End the browser."""
+    def __enter__(self) -> Chromium:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         os.close(self._out)
         try:
             self.process.wait(timeout=10)
@@ -118,12 +106,6 @@ class Chromium:
             self.process.kill()
             self.process.wait()
         os.close(self._in)
-
-    def __enter__(self) -> Chromium:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 @dataclass
@@ -147,13 +129,13 @@ class Tab:
             raise AssertionError(f"{expression}: {details.get('exception', details).get('description', details)}")
         return answer["result"].get("value")
 
-    def wait(self, condition: str, timeout_s: float = 20) -> None:
+    def wait(self, condition: str) -> None:
         """Until the expression is true."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + PATIENCE_S
         while not self.value(f"!!({condition})"):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"not true within {timeout_s} s: {condition}; problems: {self.problems()}")
-            time.sleep(0.05)
+                raise TimeoutError(f"not true within {PATIENCE_S} s: {condition}; problems: {self.problems()}")
+            time.sleep(0.02)
 
     def problems(self) -> list[str]:
         """Console errors, uncaught exceptions, log entries of level error, and failed requests so far."""
@@ -164,42 +146,31 @@ class Tab:
         self.browser.events = [e for e in self.browser.events if e.get("sessionId") != self.session]
         return self._seen
 
-    def mouse(self, kind: str, x: float, y: float, *, clicks: int = 1) -> None:
+    def mouse(self, kind: str, x: float, y: float) -> None:
         """One mouse event: pressed, moved or released, in CSS pixels of the window."""
-        buttons = 0 if kind == "released" else 1
-        button = "left" if kind != "moved" else "none"
-        self.send(
-            "Input.dispatchMouseEvent",
-            type=f"mouse{kind.capitalize()}",
-            x=x,
-            y=y,
-            button=button,
-            buttons=buttons,
-            clickCount=clicks,
-        )
+        buttons = {"button": "none" if kind == "moved" else "left", "buttons": 0 if kind == "released" else 1}
+        event = {"type": f"mouse{kind.capitalize()}", "x": x, "y": y, "clickCount": 1}
+        self.send("Input.dispatchMouseEvent", **event, **buttons)
 
     def click(self, selector: str) -> None:
         """A real click in the middle of the first element that matches."""
-        x, y = self.middle(selector)
-        self.mouse("pressed", x, y)
-        self.mouse("released", x, y)
-
-    def middle(self, selector: str) -> tuple[float, float]:
-        """Its middle, after scrolling it into view."""
         box = self.box(selector)
-        return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        for kind in ("pressed", "released"):
+            self.mouse(kind, box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
 
     def box(self, selector: str) -> dict[str, float]:
         """x, y, width and height in the window, after scrolling it into view."""
-        name = json.dumps(selector)
-        self.value(f"document.querySelector({name}).scrollIntoView({{block: 'center'}})")
-        found: dict[str, float] = self.value(f"document.querySelector({name}).getBoundingClientRect().toJSON()")
-        return found
+        found = f"document.querySelector({json.dumps(selector)})"
+        self.value(f"{found}.scrollIntoView({{block: 'center'}})")
+        box: dict[str, float] = self.value(f"{found}.getBoundingClientRect().toJSON()")
+        return box
 
-    def screenshot(self, clip: dict[str, float] | None = None, scale: float = 1) -> bytes:
-        """PNG of the window, or of a part of the page in its own coordinates."""
-        area = {"clip": {name: clip[name] for name in ("x", "y", "width", "height")} | {"scale": scale}} if clip else {}
-        return base64.b64decode(self.send("Page.captureScreenshot", format="png", **area)["data"])
+    def screenshot(self, selector: str) -> str:
+        """PNG of an element, in base64."""
+        box = self.box(selector)
+        clip = {name: box[name] for name in ("x", "y", "width", "height")} | {"scale": 1}
+        clip["y"] += self.value("scrollY")
+        return str(self.send("Page.captureScreenshot", format="png", clip=clip)["data"])
 
     def close(self) -> None:
         """Close the tab."""
@@ -214,6 +185,5 @@ def _problem(method: str, parameters: dict[str, Any]) -> str:
         return "console: " + " ".join(str(part.get("value", part.get("description"))) for part in parameters["args"])
     if method == "Log.entryAdded" and parameters["entry"]["level"] == "error":
         return f"log: {parameters['entry']['text']} {parameters['entry'].get('url', '')}"
-    if method == "Network.loadingFailed" and not parameters.get("canceled"):
-        return f"request failed: {parameters['errorText']}"
-    return ""
+    failed = method == "Network.loadingFailed" and not parameters.get("canceled")
+    return f"request failed: {parameters['errorText']}" if failed else ""

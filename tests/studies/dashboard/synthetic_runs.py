@@ -50,15 +50,16 @@ def with_tables(line: Record, *, dead: bool = False) -> Record:
     return line
 
 
-def lines_of(lines: Sequence[Record]) -> str:
-    """As they stand in metrics.jsonl."""
-    return "".join(encode(line) + "\n" for line in lines)
+def append(run_dir: Path, lines: Sequence[Record], torn: str = "") -> None:
+    """Log more lines; `torn` is the beginning of one that is still being written."""
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write("".join(encode(line) + "\n" for line in lines) + torn)
 
 
 def write_run(run_dir: Path, lines: Sequence[Record], **card: object) -> Path:
     """A run directory with these lines and, if any field is given, a run card."""
     run_dir.mkdir(parents=True)
-    (run_dir / "metrics.jsonl").write_text(lines_of(lines))
+    append(run_dir, lines)
     if card:
         (run_dir / "run_card.json").write_text(json.dumps(card))
     return run_dir

@@ -1,6 +1,6 @@
 """The dashboard's file holds every run's numbers, asks no network for anything, survives odd runs, stays bounded.
 
-What a person sees of it is tested in a browser (`test_dashboard_browser.py`).
+What the browser shows of it is tested in `test_browser.py`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ import hashlib
 import json
 import math
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -25,16 +23,8 @@ from launch.dashboard import main
 from tests.studies.dashboard.synthetic_runs import record, with_tables, write_run
 from train.observe.metrics import FP8_OPERANDS
 from train.observe.sinks import read_run
-from train.studies.dashboard.page import (
-    CURVE_BYTES,
-    TABLE_BYTES,
-    curve_limit,
-    names,
-    render,
-    runs_json,
-    table_limit,
-    tables_json,
-)
+from train.studies.dashboard import page as pages
+from train.studies.dashboard.page import CURVE_BYTES, TABLE_BYTES, names, render
 from train.studies.dashboard.run_reader import RunReader
 from train.studies.dashboard.series import MAX_COLUMNS
 
@@ -42,35 +32,30 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 LOADING_ATTRIBUTES = {"src", "href", "srcset", "action", "formaction", "data", "poster", "background", "ping"}
 
 
-@dataclass
 class Page(HTMLParser):
     """What a browser would find: elements with attributes, scripts, styles and visible text."""
 
-    elements: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
-    scripts: list[str] = field(default_factory=list)
-    styles: list[str] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
-        self._open = ""
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.styles: list[str] = []
+        self.text = [""]
+        self._open = self.text
+        self.feed(text)
+        self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-        self._open = tag
-        if tag in ("script", "style"):
-            (self.scripts if tag == "script" else self.styles).append("")
+        self._open = {"script": self.scripts, "style": self.styles}.get(tag, self.text)
+        self._open.append("")
 
     def handle_endtag(self, tag: str) -> None:
-        self._open = ""
+        self._open = self.text
+        self.text.append("")
 
     def handle_data(self, data: str) -> None:
-        if self._open == "script":
-            self.scripts[-1] += data
-        elif self._open == "style":
-            self.styles[-1] += data
-        elif data.strip():
-            self.text.append(data.strip())
+        self._open[-1] += data
 
     @property
     def data(self) -> Any:
@@ -82,32 +67,42 @@ class Page(HTMLParser):
         return np.frombuffer(base64.b64decode(packed[array]), "<u4" if array == "key" else "<f4").tolist()
 
 
-@pytest.fixture
-def two_runs(tmp_path: Path) -> list[Path]:
+def two_runs(folder: Path) -> list[Path]:
     events = [{"event": "checkpoint", "step": 20}, {"event": "skip", "step": 30}]
     bf16 = [record(step) for step in range(1, 41)]
     fp8 = [record(step, factor=1.001) for step in range(1, 41)]
     return [
-        write_run(tmp_path / "a", bf16, name="tiny_bf16", precision="bf16", parameters={"total": 12_345_678}),
-        write_run(tmp_path / "b", [*fp8, *events], name="tiny_fp8", precision="fp8", device="one H100"),
+        write_run(folder / "a", bf16, name="tiny_bf16", precision="bf16", parameters={"total": 12_345_678}),
+        write_run(folder / "b", [*fp8, *events], name="tiny_fp8", precision="fp8", device="one H100"),
     ]
+
+
+SCORES, BASELINES = (1.81, 1.82), {"unigram": 2.9, "bigram": 1.87, "xz -9": 1.95}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """Two runs with a configuration and summaries."""
+    folder = tmp_path_factory.mktemp("page")
+    runs = two_runs(folder)
+    (runs[0] / "config.yaml").write_text("optim:\n  lr: 0.5\n")
+    for run_dir, score in zip(runs, SCORES, strict=True):
+        summary = {"heldout_bits_per_byte": score, "baselines_bits_per_byte": BASELINES}
+        (run_dir / "summary.json").write_text(json.dumps(summary))
+    return drawn(runs, title="BF16 & FP8")
 
 
 def drawn(run_dirs: list[Path], title: str = "Training runs") -> Page:
     out = run_dirs[0].parent / "pages" / "page.html"
     render(run_dirs, out, title)
-    page = Page()
-    page.feed(out.read_text(encoding="utf-8"))
-    page.close()
-    return page
+    return Page(out.read_text(encoding="utf-8"))
 
 
-def test_the_curves_of_both_runs_are_in_the_page(two_runs: list[Path]):
-    page = drawn(two_runs)
+def test_the_curves_of_both_runs_are_in_the_page(page: Page):
     assert [run["name"] for run in page.data["runs"]] == ["tiny_bf16", "tiny_fp8"]
     drawn_metrics = {chart["metric"] for chart in page.data["charts"]}
-    for index, run_dir in enumerate(two_runs):
-        records = read_run(run_dir)
+    for index, run in enumerate(page.data["runs"]):
+        records = read_run(Path(run["directory"]))
         for name in ("loss/main", "loss/mtp", "grad/norm", "optim/lr", "speed/tokens_per_s", "moe/max_violation_ratio"):
             # The page keeps f32: 24 bits.
             assert page.curve(index, name) == pytest.approx([r[name] for r in records], rel=2**-24)
@@ -115,9 +110,8 @@ def test_the_curves_of_both_runs_are_in_the_page(two_runs: list[Path]):
             assert name in drawn_metrics
 
 
-def test_every_metric_that_is_logged_has_a_chart_or_a_picture(two_runs: list[Path]):
-    extra = write_run(two_runs[0].parent / "c", [record(1) | {"speed/bubble_ratio": 0.25, "no_area": 1.0}])
-    page = drawn([*two_runs, extra])
+def test_every_metric_that_is_logged_has_a_chart_or_a_picture(tmp_path: Path):
+    page = drawn([write_run(tmp_path / "c", [record(1) | {"speed/bubble_ratio": 0.25, "no_area": 1.0}])])
     charts = {chart["metric"]: chart["section"] for chart in page.data["charts"]}
     assert charts["speed/bubble_ratio"] == charts["no_area"] == "more"
     assert {"speed/mfu_ratio", "moe/dead_experts", "schedule/bias_speed", "schedule/mtp_weight"} <= charts.keys()
@@ -125,16 +119,8 @@ def test_every_metric_that_is_logged_has_a_chart_or_a_picture(two_runs: list[Pat
 
 
 def test_tables_of_experts_and_fp8_are_in_the_page(tmp_path: Path):
-    page = drawn(
-        [
-            write_run(
-                tmp_path / "run",
-                [with_tables(record(step)) for step in range(1, 9)],
-                layer_ids=[0, 1, 4],
-                first_k_dense_replace=1,
-            )
-        ]
-    )
+    lines = [with_tables(record(step)) for step in range(1, 9)]
+    page = drawn([write_run(tmp_path / "run", lines, layer_ids=[0, 1, 4], first_k_dense_replace=1)])
     run = page.data["runs"][0]
     assert run["table_names"] == sorted(run["tables"])
     assert run["tables"]["moe/expert_bias"]["reduction"] == "last"
@@ -160,25 +146,18 @@ def test_the_heat_map_averages_neighbouring_steps(tmp_path: Path):
     assert cells[:, 0] == pytest.approx(spans.sum(axis=1) / steps, rel=2**-8)
 
 
-def test_cards_name_the_runs_and_what_they_are(two_runs: list[Path]):
-    (two_runs[0] / "config.yaml").write_text("optim:\n  lr: 0.5\n")
-    page = drawn(two_runs, title="BF16 & FP8")
+def test_cards_name_the_runs_and_what_they_are(page: Page):
     first, second = page.data["runs"]
     assert page.text.count("BF16 & FP8") == 2
     assert ["Model", "12.3 M parameters"] in first["facts"]
     assert ["Device", "one H100"] in second["facts"]
     assert ["Tokens", "20.5 k"] in first["row"]
     assert (first["precision"], second["precision"]) == ("bf16", "fp8")
-    assert first["fields"] == {
-        "name": "tiny_bf16",
-        "precision": "bf16",
-        "parameters.total": "12345678",
-        "config.optim.lr": "0.5",
-    }
+    fields = {"name": "tiny_bf16", "precision": "bf16", "parameters.total": "12345678", "config.optim.lr": "0.5"}
+    assert first["fields"] == fields
 
 
-def test_nothing_is_loaded_from_anywhere(two_runs: list[Path]):
-    page = drawn(two_runs)
+def test_nothing_is_loaded_from_anywhere(page: Page):
     for tag, attributes in page.elements:
         for name in LOADING_ATTRIBUTES & attributes.keys():
             assert str(attributes[name]).startswith("data:"), (tag, attributes)
@@ -197,24 +176,19 @@ def test_nothing_is_loaded_from_anywhere(two_runs: list[Path]):
     assert directives == {"default-src": "'none'", "style-src": "'unsafe-inline'", "img-src": "data: blob:"}
 
 
-def test_events_are_in_the_page(two_runs: list[Path]):
-    events = drawn(two_runs).data["runs"][1]["events"]
+def test_events_are_in_the_page(page: Page):
+    events = page.data["runs"][1]["events"]
     assert events == {"checkpoint": {"total": 1, "steps": [20]}, "skip": {"total": 1, "steps": [30]}}
 
 
-def test_baselines_stand_beside_the_runs(two_runs: list[Path]):
-    baselines = {"unigram": 2.9, "bigram": 1.87, "xz -9": 1.95}
-    for run_dir, score in zip(two_runs, (1.81, 1.82), strict=True):
-        summary = {"heldout_bits_per_byte": score, "baselines_bits_per_byte": baselines}
-        (run_dir / "summary.json").write_text(json.dumps(summary))
-    for run, score in zip(drawn(two_runs).data["runs"], (1.81, 1.82), strict=True):
-        assert (run["bits_per_byte"], run["baselines"]) == (score, baselines)
+def test_baselines_stand_beside_the_runs(page: Page):
+    for run, score in zip(page.data["runs"], SCORES, strict=True):
+        assert (run["bits_per_byte"], run["baselines"]) == (score, BASELINES)
 
 
 def test_the_last_evaluation_is_the_score_of_a_run_without_summary(tmp_path: Path):
-    lines = [record(step) for step in range(1, 9)]
-    lines[3]["eval/bits_per_byte"] = 2.0
-    lines[7]["eval/bits_per_byte"] = 1.75
+    scores = {4: 2.0, 8: 1.75}
+    lines = [record(step) | ({"eval/bits_per_byte": scores[step]} if step in scores else {}) for step in range(1, 9)]
     page = drawn([write_run(tmp_path / "run", lines)])
     assert page.data["runs"][0]["bits_per_byte"] == 1.75
     assert page.curve(0, "eval/bits_per_byte") == [2.0, 1.75]
@@ -229,34 +203,30 @@ def test_a_run_with_nan_draws_a_gap_where_the_step_was_skipped(tmp_path: Path):
         assert [math.isnan(y) for y in page.curve(0, metric)] == [False, False, True, False, False]
 
 
-def test_odd_runs_do_not_break_the_page(two_runs: list[Path], tmp_path: Path):
-    nowhere = [record(step) | {"loss/main": math.nan} for step in (1, 2)]
+def test_odd_runs_do_not_break_the_page(tmp_path: Path):
     odd = [
         write_run(tmp_path / "empty", []),
         write_run(tmp_path / "only_events", [{"event": "start", "step": 0}, {"event": "stop", "step": 0}]),
         write_run(tmp_path / "one_step", [record(1)]),
-        write_run(tmp_path / "all_nan", nowhere),
+        write_run(tmp_path / "all_nan", [record(step) | {"loss/main": math.nan} for step in (1, 2)]),
         write_run(tmp_path / "bare", [{"step": 1, "tokens_seen": 2, "time_unix_s": 3.0}]),
     ]
     for run_dir in odd:
         assert [run["name"] for run in drawn([run_dir]).data["runs"]] == [run_dir.name]
-    assert len(drawn([*two_runs, *odd]).data["runs"]) == 7
+    assert len(drawn([*two_runs(tmp_path), *odd]).data["runs"]) == 7
 
 
 def test_the_page_of_many_runs_stays_within_its_budget(tmp_path: Path):
-    write_run(tmp_path / "00", [with_tables(record(step)) for step in range(1, 600)])
-    for name in range(1, 50):
-        shutil.copytree(tmp_path / "00", tmp_path / f"{name:02}")
-    readers = [RunReader(path) for path in sorted(tmp_path.iterdir())]
-    for reader in readers:
-        reader.poll()
-    curves = [run["series"] | run["axes"] for run in runs_json(readers, 0.0)]
-    tables = [tables_json(reader, table_limit(readers)) for reader in readers]
+    reader = RunReader(write_run(tmp_path / "run", [with_tables(record(step)) for step in range(1, 600)]))
+    reader.poll()
+    readers = [reader] * 50
+    curves = [run["series"] | run["axes"] for run in pages.runs_json(readers, 0.0)]
+    tables = [pages.tables_json(reader, pages.table_limit(readers)) for reader in readers]
     assert sum(len(json.dumps(run)) for run in curves) < CURVE_BYTES
     assert sum(len(json.dumps(run)) for run in tables) < TABLE_BYTES
-    assert curve_limit(readers, CURVE_BYTES) < 599, "the budget must bind in this test"
+    assert pages.curve_limit(readers, CURVE_BYTES) < 599, "the budget must bind in this test"
     highest = np.frombuffer(base64.b64decode(curves[7]["loss/main"]["high"]), "<f4").max()
-    assert highest == np.float32(max(r["loss/main"] for r in read_run(readers[7].directory)))
+    assert highest == np.float32(max(r["loss/main"] for r in read_run(tmp_path / "run")))
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path):
@@ -267,7 +237,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path):
 def test_a_hostile_name_stays_text(tmp_path: Path):
     name = "</script><script>alert(1)</script>{{data}}<b onclick=x>&amp;"
     page = drawn([write_run(tmp_path / "run", [record(1), record(2)], name=name, store=name)], title=name)
-    assert len(page.scripts) == 6
+    assert len(page.scripts) == 4
     assert page.data["runs"][0]["name"] == name
     assert page.text.count(name) == 2
     assert not any("onclick" in attributes for _, attributes in page.elements)
@@ -286,11 +256,9 @@ def test_a_bad_directory_or_card_is_refused_in_words(tmp_path: Path):
     assert not (tmp_path / "page.html").exists()
 
 
-def test_the_entrypoint_writes_the_page(
-    two_runs: list[Path], tmp_path: Path, run_command: Callable[..., subprocess.CompletedProcess[str]]
-):
+def test_the_entrypoint_writes_the_page(tmp_path: Path, run_command: Callable[..., subprocess.CompletedProcess[str]]):
     out = tmp_path / "new" / "compare.html"
-    done = run_command("launch/dashboard.py", *two_runs, "--out", out, PYTHONPATH=str(REPOSITORY))
+    done = run_command("launch/dashboard.py", *two_runs(tmp_path), "--out", out, PYTHONPATH=str(REPOSITORY))
     assert re.search(r"compare\.html \(\d\.\d MB\)", done.stdout)
     assert out.stat().st_size > 1e6
 

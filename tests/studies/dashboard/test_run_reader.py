@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.studies.dashboard.synthetic_runs import lines_of, record, with_tables, write_run
+from tests.studies.dashboard.synthetic_runs import append, record, with_tables, write_run
+from train.observe.metrics import Record, encode
 from train.observe.sinks import read_run
 from train.studies.compare import ema
 from train.studies.dashboard import run_reader
@@ -30,8 +31,8 @@ def losses(reader: RunReader) -> list[float]:
 
 def test_cut_at_any_byte_and_followed_it_gives_what_one_reading_gives(tmp_path: Path):
     lines = [record(1), {"event": "checkpoint", "step": 1}, record(2) | {"loss/main": math.nan}, record(3)]
-    text = lines_of(lines).encode()
     whole = reader_of(write_run(tmp_path / "whole", lines))
+    text = whole.path.read_bytes()
     path = write_run(tmp_path / "cut", []) / "metrics.jsonl"
     for cut in range(0, len(text), 7):
         path.write_bytes(b"")
@@ -52,28 +53,26 @@ def test_a_look_reads_only_what_was_appended(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(run_reader, "_parse_lines", lambda data: taken.append(len(data)) or parse(data))
     assert not reader.poll()
     assert sum(taken) == 0
-    line = lines_of([record(500)])
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write(line)
+    append(run_dir, [record(500)])
     assert reader.poll()
-    assert sum(taken) == len(line)
+    assert sum(taken) == len(encode(record(500))) + 1
     assert reader.last_step == 500
 
 
 def test_a_torn_line_in_the_middle_costs_that_line_only(tmp_path: Path):
-    run_dir = write_run(tmp_path / "run", [])
-    torn = lines_of([record(2)])[:-40]
-    (run_dir / "metrics.jsonl").write_text(lines_of([record(1)]) + torn + "\n" + lines_of([record(3), record(4)]))
+    run_dir = write_run(tmp_path / "run", [record(1)])
+    append(run_dir, [], torn=encode(record(2))[:-40] + "\n")
+    append(run_dir, [record(3), record(4)])
     reader = reader_of(run_dir)
     assert reader.series["loss/main"].buckets["key"].tolist() == [1, 3, 4]
     assert [r["step"] for r in read_run(run_dir)] == [1, 3, 4]
 
 
-def test_small_pieces_and_lines_longer_than_a_piece_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_small_chunks_and_lines_longer_than_a_chunk_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lines = [record(step) for step in range(1, 100)]
     whole = reader_of(write_run(tmp_path / "whole", lines))
     monkeypatch.setattr(run_reader, "_CHUNK_BYTES", 700)
-    reader = RunReader(write_run(tmp_path / "pieces", lines))
+    reader = RunReader(write_run(tmp_path / "chunks", lines))
     looks = 0
     while reader.poll(max_bytes=1000):
         looks += 1
@@ -84,15 +83,47 @@ def test_small_pieces_and_lines_longer_than_a_piece_are_read(tmp_path: Path, mon
 def test_a_replaced_or_shortened_file_is_read_from_its_start(tmp_path: Path):
     run_dir = write_run(tmp_path / "run", [record(step) for step in range(1, 30)])
     reader = reader_of(run_dir)
-    (run_dir / "metrics.jsonl").write_text(lines_of([record(1, factor=2.0)]))
+    (run_dir / "metrics.jsonl").write_text(encode(record(1, factor=2.0)) + "\n")
     assert reader.poll()
     assert losses(reader) == [record(1, factor=2.0)["loss/main"]]
-    other = run_dir / "new.jsonl"
-    other.write_text(lines_of([record(step, factor=3.0) for step in range(1, 50)]))
-    other.replace(run_dir / "metrics.jsonl")
+    other = write_run(tmp_path / "other", [record(step, factor=3.0) for step in range(1, 50)])
+    (other / "metrics.jsonl").replace(run_dir / "metrics.jsonl")
     reader.poll()
     assert losses(reader)[0] == record(1, factor=3.0)["loss/main"]
     assert reader.records == 49
+
+
+def test_a_run_with_records_has_the_card_that_was_written_before_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run_dir = write_run(tmp_path / "run", [])
+    read_cards = RunReader.read_cards
+
+    def and_then_the_run_starts(reader: RunReader) -> bool:
+        changed = read_cards(reader)
+        monkeypatch.undo()
+        (run_dir / "run_card.json").write_text('{"name": "tiny"}')
+        append(run_dir, [record(1)])
+        return changed
+
+    monkeypatch.setattr(RunReader, "read_cards", and_then_the_run_starts)
+    reader = reader_of(run_dir)
+    assert reader.card or not reader.records
+    reader.poll()
+    assert (reader.records, reader.card) == (1, {"name": "tiny"})
+
+
+def test_a_card_that_could_not_be_opened_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run_dir = write_run(tmp_path / "run", [record(1)], name="tiny")
+
+    def away(path: Path, encoding: str) -> str:
+        raise OSError("the disk is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", away)
+        reader = reader_of(run_dir)
+        assert reader.problems == {"run_card.json": "the disk is away"}
+        assert not reader.poll()
+    assert reader.poll()
+    assert (reader.problems, reader.card) == ({}, {"name": "tiny"})
 
 
 def test_odd_records_are_left_out(tmp_path: Path):
@@ -105,10 +136,7 @@ def test_odd_records_are_left_out(tmp_path: Path):
         record(1) | {"loss/main": 7.0},
         record(5) | {"loss/main": "low", "x": {"y": 1}, "moe/expert_load": "none"},
     ]
-    run_dir = write_run(tmp_path / "run", [record(1), record(2)])
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in odd))
-    reader = reader_of(run_dir)
+    reader = reader_of(write_run(tmp_path / "run", [record(1), record(2), *odd]))
     assert reader.series["loss/main"].buckets["key"].tolist() == [1, 2, 5]
     assert math.isnan(losses(reader)[2])
     assert losses(reader)[0] == record(1)["loss/main"], "a step that comes again is not taken again"
@@ -136,10 +164,8 @@ def test_numbers_beyond_every_type_cost_their_value_or_line_only(tmp_path: Path,
     reader = reader_of(run_dir)
     assert not reader.problems
     assert (reader.last_step, reader.records) in ((10, 3), (10, 4))
-    page = json.dumps(
-        [run_json(reader, key=0, name="odd", limit=64, now_unix_s=2000.0), tables_json(reader, 64)], allow_nan=False
-    )
-    assert "Infinity" not in page
+    run = run_json(reader, key=0, name="odd", limit=64, now_unix_s=2000.0)
+    assert "Infinity" not in json.dumps([run, tables_json(reader, 64)], allow_nan=False)
     means = dict(zip(reader.series["loss/main"].buckets["key"].tolist(), losses(reader), strict=True))
     assert [means[step] for step in (1, 2, 10)] == [one["loss/main"] for one in good]
 
@@ -171,22 +197,29 @@ def test_the_eta_is_the_tokens_left_over_the_recent_speed(tmp_path: Path):
     assert state["tokens_per_s"] == pytest.approx(256.0)
 
 
-def test_the_state_of_a_run_is_told(tmp_path: Path):
-    stop = {"event": "stop", "step": 3, "reason": "signal"}
-    lines = [record(step) for step in (1, 2, 3)]
-    run = reader_of(write_run(tmp_path / "run", lines, tokens_total=10_000))
-    stopped = reader_of(write_run(tmp_path / "stopped", [*lines, stop], tokens_total=10_000))
-    again = reader_of(write_run(tmp_path / "again", [*lines, stop, record(4)], tokens_total=10_000))
-    finished = reader_of(write_run(tmp_path / "finished", lines, tokens_total=512 * 3))
-    empty = reader_of(write_run(tmp_path / "empty", []))
-    last_s = lines[-1]["time_unix_s"]
-    assert status(run, last_s + 100)["state"] == "running"
-    assert status(run, last_s + 1000)["state"] == "silent"
-    assert status(stopped, last_s + 1000)["state"] == "stopped"
-    assert status(again, last_s + 10)["state"] == "running"
-    assert status(finished, last_s + 1000)["state"] == "finished"
-    assert status(empty, last_s)["state"] == "empty"
-    assert status(stopped, last_s)["eta_s"] is None
+STOP = {"event": "stop", "step": 3, "reason": "signal"}
+# Lines after three steps, token budget, seconds since the last record, state.
+STATES: list[tuple[list[Record], int, int, str]] = [
+    ([], 10_000, 100, "running"),
+    ([], 10_000, 1000, "silent"),
+    ([STOP], 10_000, 1000, "stopped"),
+    ([STOP, record(4)], 10_000, 13, "running"),
+    ([], 512 * 3, 1000, "finished"),
+]
+
+
+@pytest.mark.parametrize(("lines", "tokens_total", "age_s", "state"), STATES)
+def test_the_state_of_a_run_is_told(
+    tmp_path: Path, lines: list[Record], tokens_total: int, age_s: int, state: str
+) -> None:
+    lines = [*map(record, (1, 2, 3)), *lines]
+    found = status(reader_of(write_run(tmp_path / "run", lines, tokens_total=tokens_total)), 1009.0 + age_s)
+    assert found["state"] == state
+    assert (found["eta_s"] is None) == (state != "running")
+
+
+def test_a_run_without_a_record_is_empty(tmp_path: Path) -> None:
+    assert status(reader_of(write_run(tmp_path / "empty", [])), 1009.0)["state"] == "empty"
 
 
 def test_a_run_that_goes_on_is_not_stopped_any_more(tmp_path: Path):
@@ -194,31 +227,28 @@ def test_a_run_that_goes_on_is_not_stopped_any_more(tmp_path: Path):
     run_dir = write_run(tmp_path / "run", [record(1), record(2), stop])
     reader = reader_of(run_dir)
     assert status(reader, 1010.0)["state"] == "stopped"
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write(lines_of([{"event": "resume", "step": 2}]))
+    append(run_dir, [{"event": "resume", "step": 2}])
     reader.poll()
     # Before its first new record.
     assert status(reader, 1010.0)["state"] == "running"
     assert status(reader, 1010.0)["reason"] is None
 
 
-@pytest.mark.parametrize("piece", [3_000, 1 << 20])
-def test_an_expert_without_tokens_for_long_is_an_alarm_that_names_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
-):
-    monkeypatch.setattr(run_reader, "_CHUNK_BYTES", piece)
-    lines = [with_tables(record(step), dead=step > 20) for step in range(1, 81)]
-    reader = RunReader(write_run(tmp_path / "run", lines))
-    reader.poll()
-    verdict = dead_experts(reader)
+def alarm(run_dir: Path, **expected: object) -> bool:
+    """Whether the verdict on a run's dead experts is the expected one, in the keys that are named."""
+    verdict = dead_experts(reader_of(run_dir))
     assert verdict is not None
-    assert {name: verdict[name] for name in ("level", "count", "since", "streak", "pairs")} == {
-        "level": "alarm",
-        "count": 1,
-        "since": 21,
-        "streak": 60,
-        "pairs": [[1, 2]],
-    }
+    assert {name: verdict[name] for name in expected} == expected
+    return True
+
+
+@pytest.mark.parametrize("chunk_bytes", [3_000, 1 << 20])
+def test_an_expert_without_tokens_for_long_is_an_alarm_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+):
+    monkeypatch.setattr(run_reader, "_CHUNK_BYTES", chunk_bytes)
+    run_dir = write_run(tmp_path / "run", [with_tables(record(step), dead=step > 20) for step in range(1, 81)])
+    assert alarm(run_dir, level="alarm", count=1, since=21, streak=60, pairs=[[1, 2]])
 
 
 def test_experts_that_are_idle_in_turn_are_no_alarm(tmp_path: Path):
@@ -226,31 +256,23 @@ def test_experts_that_are_idle_in_turn_are_no_alarm(tmp_path: Path):
         return [[0.0 if expert == step % 4 else 4 / 3 for expert in range(4)]]
 
     lines = [record(step) | {"moe/expert_load": load(step), "moe/dead_experts": 1} for step in range(1, 101)]
-    verdict = dead_experts(reader_of(write_run(tmp_path / "run", lines)))
-    assert verdict is not None
-    assert (verdict["level"], verdict["streak"], verdict["pairs"]) == ("idle", 1, [[0, 0]])
+    assert alarm(write_run(tmp_path / "run", lines), level="idle", streak=1, pairs=[[0, 0]])
 
 
 def test_the_patience_is_the_trainers_and_its_event_is_remembered(tmp_path: Path):
     lines = [with_tables(record(step), dead=step > 20) for step in range(1, 31)]
     run_dir = write_run(tmp_path / "run", lines)
     (run_dir / "config.yaml").write_text("observe:\n  dead_expert_steps: 7\n")
-    verdict = dead_experts(reader_of(run_dir))
-    assert verdict is not None
-    assert (verdict["level"], verdict["steps"]) == ("alarm", 7)
+    assert alarm(run_dir, level="alarm", steps=7)
     back = [{"event": "dead_experts", "step": 27}, *(record(step) for step in range(31, 40))]
-    verdict = dead_experts(reader_of(write_run(tmp_path / "back", [*lines, *back])))
-    assert verdict is not None
-    assert (verdict["level"], verdict["last"]) == ("past", 30)
+    assert alarm(write_run(tmp_path / "back", [*lines, *back]), level="past", last=30)
     assert dead_experts(reader_of(write_run(tmp_path / "well", [record(1)]))) is None
 
 
 def test_a_patience_of_zero_is_never_an_alarm(tmp_path: Path):
     run_dir = write_run(tmp_path / "run", [with_tables(record(step), dead=True) for step in range(1, 200)])
     (run_dir / "config.yaml").write_text("observe:\n  dead_expert_steps: 0\n")
-    found = dead_experts(reader_of(run_dir))
-    assert found is not None
-    assert (found["level"], found["steps"], found["streak"]) == ("idle", 0, 199)
+    assert alarm(run_dir, level="idle", steps=0, streak=199)
 
 
 def test_runs_below_a_folder_are_found_in_order_and_once(tmp_path: Path):

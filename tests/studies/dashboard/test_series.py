@@ -118,4 +118,3 @@ def test_a_table_of_another_shape_begins_anew_and_no_table_is_left_out():
     spans, cells = series.limited(10)
     assert spans[:, 0].tolist() == [4, 5]
     assert cells.tolist() == [[3, 4, 5], [5, 6, 7]]
-    assert series.latest().tolist() == [5, 6, 7]

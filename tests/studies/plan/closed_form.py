@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from kernels.formats import TILE, ceil_div
-from parallel.mesh import Layout
+from parallel.layout import Layout
 from train.model.sizes import BF16_BYTES, E4M3_BYTES, FP32_BYTES, Weight
 from train.studies.plan.traffic import share
 

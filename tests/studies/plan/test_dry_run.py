@@ -25,13 +25,14 @@ from torch import Tensor
 from kernels import router
 from kernels.attention import causal_attention_reference
 from launch import pretrain
-from parallel.mesh import Layout, init_processes, make_mesh, single
+from parallel.layout import Layout
+from parallel.mesh import init_processes, make_mesh, single
 from tests.ranks import run_ranks
 from tests.studies.plan.closed_form import StateBytes, state_bytes
-from train.assemble import parts_of_stages
 from train.config import PretrainConfig, compose
 from train.model import attention
 from train.model.sizes import Held, held_by, weights
+from train.stage import stage_specs
 from train.studies.plan import dry_run as planner
 from train.studies.plan.dry_run import Memory, dry_run, measure
 
@@ -71,7 +72,7 @@ def plan(config: PretrainConfig, *, rank: int, num_micro_batches: int) -> tuple[
     init_processes(rank=rank, world=config.layout.world, backend="fake", store=None)
     try:
         mesh = make_mesh(config.layout, device=torch.device("cpu"), tied_embedding=True)
-        held = held_by(config.model, parts_of_stages(config.model, mesh).values())
+        held = held_by(config.model, stage_specs(config.model, mesh).values())
         table = weights(config.model, held, ep=config.layout.ep)
         closed = state_bytes(table, config.layout, precision=config.precision.name, dp_rank=mesh.dp.rank)
         return measure(config, mesh, num_micro_batches=num_micro_batches), closed
@@ -139,7 +140,7 @@ def ramp_lines(output: str) -> list[str]:
     return re.findall(r"^(?:first step|pipeline full from here|full batch)\s.*$", output, flags=re.MULTILINE)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("rank", "ends", "experts", "counts"),
     # Micro-batches: 3072 / 128, the threshold where there is one, 15360 / 128.
@@ -163,7 +164,7 @@ def test_a_rank_of_2048_is_planned_on_a_laptop(
     assert ramp_lines(output)[-1].split()[-1] == "32"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("cluster", "counts"), [("h100_8", [8, 32]), ("h100_256", [18])])
 def test_the_clusters_of_h100_are_planned(cluster: str, counts: list[int], plans: dict[tuple[str, int], str]) -> None:
     """No pipeline: one micro-batch in flight, so no threshold. The 16 B model fits (configs/cluster/h100_8.yaml)."""

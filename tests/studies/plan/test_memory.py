@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.operators import FLOP_FORMULAS
 from kernels.router import select_experts
-from parallel.mesh import Axis, Layout
-from parallel.schedules import num_stages, stage_ids
+from parallel.layout import Layout, num_stages, stage_ids
+from parallel.mesh import Axis
 from parallel.zero import ALIGNMENT, GradientBuckets
 from tests.studies.plan.closed_form import StateBytes, state_bytes
 from tests.tiny_model import TINY
@@ -25,8 +25,9 @@ from train.model.config import ModelConfig
 from train.model.moe import Experts, LocalDispatcher
 from train.model.precision import Precision
 from train.model.sizes import Held, flops_per_token, held_by, parameters, weights
-from train.model.transformer import Part, Transformer, whole
-from train.optim.adamw import AdamW, OptimConfig
+from train.model.transformer import StageSpec, Transformer, whole
+from train.optim.adamw import AdamW
+from train.optim.config import OptimConfig
 from train.studies.plan.traffic import (
     dispatch_bytes,
     ends_apart,
@@ -50,7 +51,9 @@ def held_by_rank(config: ModelConfig, layout: Layout, pp_rank: int) -> Held:
     stages = num_stages(layout.schedule, layout.pp)
     counts = [share(config.num_hidden_layers, ranks=stages, rank=stage) for stage in range(stages)]
     parts = [
-        Part(range(sum(counts[:stage]), sum(counts[: stage + 1])), begins=stage == 0, ends=stage == stages - 1)
+        StageSpec(
+            range(sum(counts[:stage]), sum(counts[: stage + 1])), is_first=stage == 0, is_last=stage == stages - 1
+        )
         for stage in stage_ids(layout.schedule, layout.pp, pp_rank)
     ]
     return held_by(config, parts)
@@ -117,7 +120,7 @@ def real_state(model: Transformer, layout: Layout, *, dp_rank: int) -> StateByte
         part = {name: p for name, p in named.items() if (name in experts) == (axis == "edp")}
         place = Axis(axis, size=size, rank=rank, group=cast(Any, group) if size > 1 else None)
         buckets.append(GradientBuckets(part.items(), axis=place, sharded=layout.zero))
-    pieces = AdamW(buckets, OptimConfig()).state_pieces()
+    pieces = AdamW(buckets, OptimConfig()).state_shards()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     model(torch.randint(model.config.vocab_size, (1, 5)))
@@ -126,8 +129,8 @@ def real_state(model: Transformer, layout: Layout, *, dp_rank: int) -> StateByte
         weights=sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
         fp8_copies=sum(q.payload.nbytes + q.scale.nbytes + q.payload_t.nbytes for _, q in copies),
         gradients=sum(p.main_grad.nbytes for p in model.parameters()),  # type: ignore[attr-defined]
-        masters=sum(piece.local.nbytes for name, piece in pieces.items() if name.startswith("master.")),
-        moments=sum(piece.local.nbytes for name, piece in pieces.items() if name.startswith("exp_avg")),
+        masters=sum(piece.tensor.nbytes for name, piece in pieces.items() if name.startswith("master.")),
+        moments=sum(piece.tensor.nbytes for name, piece in pieces.items() if name.startswith("exp_avg")),
     )
 
 

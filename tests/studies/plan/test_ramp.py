@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from parallel.mesh import Layout
+from parallel.layout import Layout
 from train.config import compose
 from train.schedules import ScheduleConfig
 from train.studies.plan.dry_run import ramp_points

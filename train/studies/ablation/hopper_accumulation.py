@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bench_entry import Bench
 from kernels.formats import TILE, Quantized, decode_e4m3
 
 # Products that one step of the tensor core adds, and the fraction bits it keeps of them.
@@ -140,29 +139,3 @@ def _add_group(register: Tensor, a: Factors, b: Factors, group: int, terms: Tens
     total = count.mul_(quantum)
     # Clearing low bits cuts towards zero; a quiet NaN keeps the bit that makes it one.
     return total.view(torch.int32).bitwise_and_(_FP22).view(torch.float32)
-
-
-def _bench_inputs(device: torch.device) -> tuple[Factors, Factors]:
-    generator = torch.Generator().manual_seed(0)
-    scale = torch.ones(8, 128)
-    a, b = (torch.randn(128, 1024, generator=generator).mul(100).to(torch.float8_e4m3fn) for _ in range(2))
-    first, second = factors(Quantized(a, scale)), factors(Quantized(b, scale))
-    return (
-        Factors(first.values.to(device), first.powers.to(device)),
-        Factors(second.values.to(device), second.powers.to(device)),
-    )
-
-
-BENCH = (
-    Bench(
-        name="hopper_accumulation",
-        make_inputs=_bench_inputs,
-        run=lambda a, b: hopper_matmul_reference(a, b, promotion_interval=128),
-        peer=lambda a, b: a.values @ b.values.t(),
-        peer_name="torch.matmul, FP32",
-        # Four groups of 32 per promotion, each cut by up to 33 x 2^-13 of its largest term; measured 7e-4.
-        tolerance=4e-3,
-        flops=2.0 * 128 * 128 * 1024,
-        bytes=4.0 * (2 * 128 * 1024 + 128 * 128),
-    ),
-)

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from kernels import deferred
-from kernels.bench_entry import Bench
 from kernels.formats import E4M3_MAX, TILE, Quantized, ceil_div
-from kernels.fp8_linear import fp8_linear, weight_fp8
+from kernels.fp8_linear import weight_fp8
 from kernels.gemm_fp8 import add_tile_tile
 from kernels.gemm_grouped import group_rows
 from kernels.quantize import (
@@ -215,24 +214,3 @@ class AblatedLinears:
     def _apply(self, *arguments: object) -> Tensor:
         y: Tensor = _AblatedLinear.apply(*arguments, self)  # type: ignore[no-untyped-call]
         return y
-
-
-def _bench_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x, w = (torch.randn(256, 512, generator=generator).to(device) for _ in range(2))
-    return x, w
-
-
-BENCH = (
-    Bench(
-        name="ablated_linear forward, nothing changed",
-        make_inputs=_bench_inputs,
-        run=lambda x, w: AblatedLinears(Ablation(), power_of_two=True).linear(x, w),
-        peer=lambda x, w: fp8_linear(x, w, power_of_two=True),
-        peer_name="fp8_linear",
-        # On a CPU the same bits; a GPU's kernel sums in another order, with some 14 bits inside a tile.
-        tolerance=1e-3,
-        flops=2.0 * 256 * 256 * 512,
-        bytes=4.0 * (2 * 256 * 512 + 256 * 256),
-    ),
-)

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 import yaml
 
-from train.assemble import build
+from train.assemble import build_alone
+from train.checkpoint.identity import changed_fields
 from train.config import PretrainConfig, compose
 from train.model.precision import Precision
 from train.observe.guards import TrainingStopped, check_consecutive_skips
@@ -40,7 +41,7 @@ from train.studies.ablation.linear import AblatedLinears, Ablation
 from train.studies.ablation.precision import AblatedPrecision
 from train.studies.compare import common_steps, mean_smoothed_gap
 from train.studies.smoke_runs import smoke_run
-from train.trainer import Trainer, changed_fields
+from train.trainer import Trainer
 
 # With two layers even Hopper's accumulation, some fifty times slower than FP32 sums, takes minutes only.
 SMALL_MODEL = [
@@ -169,7 +170,7 @@ def run(base: PretrainConfig, variant: Variant, seed: int) -> dict[str, Any]:
     config = run_config(base, variant, seed)
     # First, since a checkpoint of another model is refused for its tensors, and a killed run has no checkpoint.
     refuse_another(config)
-    trainer = Trainer(config, build(config))
+    trainer = Trainer(config, build_alone(config))
     trainer.resume()
     _refuse_changed(trainer.directory, trainer.changed)
     stopped = None
@@ -212,7 +213,7 @@ def refuse_another(config: PretrainConfig) -> None:
         return
     sections = [name for name, fields in asdict(config).items() if isinstance(fields, dict)]
     if isinstance(saved, dict) and all(isinstance(saved.get(name), dict) for name in sections):
-        _refuse_changed(directory, changed_fields(saved, config))
+        _refuse_changed(directory, changed_fields(saved, asdict(config)))
 
 
 def _refuse_changed(directory: Path, changed: Mapping[str, Sequence[object]]) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.data.strict_json import strict_json
+from train.data.store import strict_json
 from train.studies.compare import PAPER_GAP
 
 LINEAR_COLUMNS = {

@@ -10,15 +10,14 @@ GEMMs are those of one layer on 4,096 tokens (arXiv:2412.19437 §4.2), experts o
 powers of two that differ from tile to tile: then a BF16 copy of the operands is exact, and every candidate has the same
 result. Results are computed in FP64 on sampled rows, from payloads and scales and by none of the functions measured.
 
-`small` divides every dim by 32, so that a CPU can run all of them. Not here: memory-bound kernels
-(`train.studies.bench.traffic`), candidates and times (`train.studies.bench.peers`).
+`small` divides every dim by 32: a CPU can run all of them.
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -48,23 +47,6 @@ REDUCTION = 32
 PAYLOAD_STD = E4M3_MAX / 2.7
 SCALE_EXPONENTS = (-9, -5)
 SAMPLED_ROWS = 260
-
-
-class Inputs(Protocol):
-    """One set of inputs, and what a candidate must make of it."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors that are read, and of an output that is given."""
-
-    def reset(self) -> None:
-        """Put an output that is given back to what it was."""
-
-    def expected(self) -> list[Tensor]:
-        """The results that count, sampled."""
-
-    def sampled(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """The same samples of a candidate's results."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +129,7 @@ def shapes(*, small: bool) -> list[Shape]:
 
 
 @dataclass(frozen=True)
-class Operands:
+class GemmOperands:
     """Inputs of one product.
 
     Args:
@@ -182,8 +164,8 @@ class Operands:
             self.out.fill_(float("nan"))
 
     @property
-    def parts(self) -> list[slice]:
-        """Rows of each group; of wgrad, its part of the contraction."""
+    def slices(self) -> list[slice]:
+        """Rows of each group; of wgrad, its rows of the contraction."""
         return [slice(start, end) for start, end in itertools.pairwise([0, *self.shape.ends])]
 
     @property
@@ -194,7 +176,7 @@ class Operands:
         wanted = max(8, SAMPLED_ROWS // len(self.shape.ends)) if grouped_wgrad else SAMPLED_ROWS
         found = {round(i * last / (wanted - 1)) for i in range(wanted)}
         if not self.shape.is_wgrad:
-            found |= {row for part in self.parts if part.stop > part.start for row in (part.start, part.stop - 1)}
+            found |= {row for part in self.slices if part.stop > part.start for row in (part.start, part.stop - 1)}
         return sorted(found)
 
     def sampled(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -212,15 +194,15 @@ class Operands:
         if self.shape.is_wgrad:
             assert self.out is not None
             y = decode(self.b.payload, self.b.scale.t())  # [n, k]
-            product = torch.stack([x[:, part] @ y[:, part].t() for part in self.parts]) if self.parts else x @ y.t()
+            product = torch.stack([x[:, part] @ y[:, part].t() for part in self.slices]) if self.slices else x @ y.t()
             if self.shape.accumulate:
                 self.reset()
                 product += self.out[..., rows, :].double()
             return [product]
-        if not self.parts:
+        if not self.slices:
             return [x @ decode_blocks(self.b.payload, self.b.scale).t()]
         product = x.new_zeros(len(rows), self.shape.n)
-        for group, part in enumerate(self.parts):
+        for group, part in enumerate(self.slices):
             mine = [index for index, row in enumerate(rows) if part.start <= row < part.stop]
             if mine:
                 product[mine] = x[mine] @ decode_blocks(self.b.payload[group], self.b.scale[group]).t()
@@ -244,17 +226,9 @@ def _pick(payload: Tensor, rows: list[int]) -> Tensor:
     return payload.view(torch.uint8)[rows].view(torch.float8_e4m3fn)
 
 
-def operands(shape: Shape, device: torch.device, seed: int) -> Operands:
-    """Random operands of a product.
-
-    Args:
-        shape: what it is.
-        device: where they live.
-        seed: of payloads and scales.
-    Returns:
-        The operands; the output is reset.
-    """
-    generator = torch.Generator(device).manual_seed(seed)
+def operands(shape: Shape, device: torch.device) -> GemmOperands:
+    """Random operands of a product; the output is reset."""
+    generator = torch.Generator(device).manual_seed(0)
 
     def payload(*dims: int) -> Tensor:
         values = torch.randn(dims, generator=generator, device=device).mul_(PAYLOAD_STD)
@@ -269,10 +243,10 @@ def operands(shape: Shape, device: torch.device, seed: int) -> Operands:
     ends = torch.tensor(shape.ends, dtype=torch.int32, device=device) if shape.ends else None
     if shape.is_wgrad:
         out = torch.empty(*groups, m, n, device=device)
-        made = Operands(shape, a, Quantized(payload(n, k), scale(ceil_div(k, TILE), n)), ends, out)
+        made = GemmOperands(shape, a, Quantized(payload(n, k), scale(ceil_div(k, TILE), n)), ends, out)
         made.reset()
         return made
     blocks = scale(*groups, ceil_div(n, TILE), ceil_div(k, TILE))
     # dgrad multiplies the transposed copy of the weight, whose scales are a transposed view.
     blocks = blocks.mT.contiguous().mT if shape.kind in ("dgrad", "grouped dgrad") else blocks
-    return Operands(shape, a, Quantized(payload(*groups, n, k), blocks), ends, None)
+    return GemmOperands(shape, a, Quantized(payload(*groups, n, k), blocks), ends, None)

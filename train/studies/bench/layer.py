@@ -9,12 +9,9 @@ tokens times 8, over all its peers. With all 8 experts chosen by every token the
 and no choice can be unbalanced or flip between precisions.
 
 Parity comes first: outputs, input gradients and weight gradients of FP8 against BF16, from equal weights; where it is
-red no time is given. Then, per layer: time between CUDA events, host time to enqueue a forward and backward onto an
-idle GPU, kernels (by torch's profiler), peak memory. FLOPs are counted in closed form, the causal half of attention
-once and nothing that a backward computes again. Weights have FP32 `main_grad`; their FP8 copies exist already, as in
-all micro-batches of a step but the first.
-
-Not here: optimizer, embedding, head, communication. On a CPU it runs with small sizes, for tests.
+red no time is given. Its clock is its own, not `timing.py`'s: a step of milliseconds that begins on an idle GPU, for
+the host time to enqueue it is a figure too. Weights have FP32 `main_grad`; their FP8 copies exist already, as in all
+micro-batches of a step but the first. On a CPU it runs with small sizes, for tests.
 """
 
 from __future__ import annotations
@@ -48,19 +45,12 @@ TURN_LIMIT = ERROR_LIMIT**2 / 2
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured.
+    """What is measured."""
 
-    Args:
-        model: a shape whose layers are all MoE blocks; its vocabulary is not used.
-        tokens: of the one sequence.
-        warm_ups: runs before anything is timed.
-        repeats: timed runs; medians count.
-    """
-
-    model: ModelConfig
-    tokens: int
+    model: ModelConfig  # all layers are MoE blocks; its vocabulary is not used
+    tokens: int  # of the one sequence
     warm_ups: int = 3
-    repeats: int = 10
+    repeats: int = 10  # timed runs; medians count
 
 
 def v3_sizes() -> Sizes:
@@ -110,28 +100,17 @@ class Parity:
 
 @dataclass(frozen=True)
 class LayerTime:
-    """One precision, per layer; what a CPU cannot tell is None.
-
-    Args:
-        precision: of the linears.
-        time_ms: forward and backward, median.
-        host_ms: until both are enqueued, from an idle device, median.
-        tokens_per_s: tokens over time.
-        tflop_per_s: of the model, in closed form.
-        peak_bytes: largest memory of all layers together, weights and gradients included.
-        state_bytes: of that, what is there before a forward.
-        kernels: launches, copies and fills included.
-        slowest: the kernels that take most time: name, launches, microseconds.
-    """
+    """One precision, per layer unless it says otherwise; what a CPU cannot measure is None."""
 
     precision: PrecisionName
-    time_ms: float
-    host_ms: float
+    time_ms: float  # forward and backward, median
+    host_ms: float  # until both are enqueued, from an idle device, median
     tokens_per_s: float
     tflop_per_s: float
-    peak_bytes: int | None
-    state_bytes: int | None
-    kernels: float | None
+    peak_bytes: int | None  # of all layers together, weights and gradients included
+    state_bytes: int | None  # of that, what is there before a forward
+    kernels: float | None  # launches, copies and fills included
+    # The kernels that take most time: name, launches, microseconds.
     slowest: tuple[tuple[str, float, float], ...] = ()
 
 
@@ -174,7 +153,7 @@ class Layers(nn.Module):
 
 
 def flops_per_layer(config: ModelConfig, tokens: int) -> float:
-    """Model FLOPs of one layer's forward and backward: 6 for each weight that a token meets, and causal attention."""
+    """Closed form: 6 for each weight that a token meets, and causal attention once; no recomputation."""
     held = Held((0,), embedding=False, head=False)
     per_token = flops_per_token(config, weights(config, held, ep=1), held, sequence_length=tokens)
     return float(tokens * sum(per_token.values()))
@@ -194,7 +173,7 @@ def parity(layers: Mapping[PrecisionName, Layers]) -> Parity:
         each.buckets.zero()
         update = each.step() - each.x.detach()
         assert each.x.grad is not None
-        grads = {segment.name: segment.grad for segment in each.buckets.segments()}
+        grads = {shard.name: shard.grad for shard in each.buckets.parameter_shards()}
         found[precision] = {"output": update, "input gradient": each.x.grad - each.grad, **grads}
     pairs = {name: (found["fp8"][name], expected) for name, expected in found["bf16"].items()}
     return Parity(

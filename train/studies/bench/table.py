@@ -1,170 +1,354 @@
-"""The table of kernels against their peers: parity first, then time.
+"""The bench: a case's candidates on the same inputs, parity first, then times taken in turns, in one process.
 
-Every kernel file ends with `BENCH`; this module gathers those entries, checks each operation against its peer
-on the same inputs, and only where they agree times both, in turns, so that a slow moment of the machine hits
-both. A red parity prints no speed. Figures belong to the device and thread count named in the heading.
+    rows.py    each kernel file's operations, each against one peer         `python -m launch.bench`, `make gpu`
+    peers.py   V3's products and memory-bound kernels against libraries     `make gpu`
 
-It does not tune anything, and it keeps no history: write a CSV and compare.
+Parity is the relative Frobenius error of a candidate's results against `Inputs.expected`. One whose parity is red gets
+no time, a peer that cannot run is listed as absent with its reason, and what the budget did not reach is listed too.
+`timing.py` says how times are taken. Figures belong to the device and thread count that the heading names.
 """
 
 from __future__ import annotations
 
+import copy
 import csv
-import importlib
-import pkgutil
+import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-import kernels
-from kernels.bench_entry import Bench
+from train.studies.bench.timing import Call, Clock, Loop, PowerMonitor, build_loop, sampler_command, time_in_turns
 
-# Operations of the ablations that are measured too.
-ABLATED = ("train.studies.ablation.hopper_accumulation", "train.studies.ablation.linear")
+OURS = "ours"
+# What a missing or unwilling library raises. Anything else is a defect of ours and ends the bench.
+UNABLE = (ImportError, OSError, AttributeError, TypeError, ValueError, AssertionError, RuntimeError)
+LONGEST_REASON = 160
+# Columns of the CSV: ours and its one peer, times in microseconds, rates of ours.
+SUMMARY = (
+    *("name", "peer_name", "parity_error", "tolerance", "time_us", "peer_time_us"),
+    *("tflop_per_s", "gbyte_per_s", "speedup"),
+)
+
+# "red": wrong, or ours failed. "absent": a peer that cannot run.
+Status = Literal["measured", "red", "absent", "not measured"]
+
+
+class Inputs(Protocol):
+    """One set of inputs, and what a candidate must make of it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are read, and of an output that is given."""
+
+    def reset(self) -> None:
+        """Put an output that is given back to what it was."""
+
+    def expected(self) -> list[Tensor]:
+        """The results that count, sampled."""
+
+    def sampled(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """The same samples of a candidate's results."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute a case.
+
+    Args:
+        name: column title; "ours" is ours.
+        prepare: brings inputs into its layout and returns the call that is timed; raises where it cannot.
+        tolerance: relative error that still counts as parity; None: a yardstick, whose result is not compared.
+        repeats: a second run must agree in every bit.
+    """
+
+    name: str
+    prepare: Callable[[Any], Call]
+    tolerance: float | None = None
+    repeats: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem and its candidates.
+
+    Args:
+        name: unique.
+        kind: cases of a kind are in one table.
+        flops: of one call; 0 where the bound is memory.
+        bytes: read and written by one ideal call; 0 for GEMMs.
+        make: device -> inputs, seeded.
+        candidates: ours first.
+    """
+
+    name: str
+    kind: str
+    flops: float
+    bytes: float
+    make: Callable[[torch.device], Inputs]
+    candidates: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One candidate on one case; None where nothing was computed, compared or timed."""
 
-    Args:
-        name, peer_name: what was compared.
-        parity_error: relative Frobenius error of our result against the peer's.
-        tolerance: the largest error that counts as parity.
-        time_us, peer_time_us: median of one call, microseconds; None where parity is red.
-        tflop_per_s, gbyte_per_s: ideal work of our call over its time; None where parity is red.
-        speedup: peer time over our time; None where parity is red.
-    """
-
-    name: str
-    peer_name: str
-    parity_error: float
-    tolerance: float
+    case: str
+    kind: str
+    candidate: str
+    status: Status
+    reason: str = ""  # why there is no time
+    parity_error: float | None = None  # relative Frobenius error
+    tolerance: float | None = None
+    # As in Timing.
     time_us: float | None = None
-    peer_time_us: float | None = None
+    spread_ratio: float | None = None
+    host_us: float | None = None
+    rounds: int | None = None
+    # Ideal work over time; our speed over this candidate's.
     tflop_per_s: float | None = None
     gbyte_per_s: float | None = None
-    speedup: float | None = None
-
-    @property
-    def green(self) -> bool:
-        """Whether both sides agree; a NaN error never does."""
-        return self.parity_error <= self.tolerance
-
-
-def entries() -> tuple[Bench, ...]:
-    """Every BENCH entry of the modules in `kernels`, in order of module name.
-
-    Raises:
-        ValueError: two entries share a name.
-    """
-    found: list[Bench] = []
-    names = sorted(f"kernels.{module.name}" for module in pkgutil.iter_modules(kernels.__path__))
-    for name in (*names, *ABLATED):
-        found.extend(getattr(importlib.import_module(name), "BENCH", ()))
-    names = [bench.name for bench in found]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"BENCH names {repeated} appear twice; give each entry its own name")
-    return tuple(found)
+    ours_per_peer_ratio: float | None = None
+    # Medians while the candidates of the case took turns.
+    power_w: float | None = None
+    sm_clock_mhz: float | None = None
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Frobenius norm of the difference over that of `expected`, in fp64; NaN where shapes differ."""
     if actual.shape != expected.shape:
-        return float("nan")
+        return math.nan
     difference = torch.linalg.vector_norm(actual.double() - expected.double())
     scale = torch.linalg.vector_norm(expected.double())
     # Two zero results agree; a non-zero one against zero does not.
     return float(difference / scale) if float(scale) > 0 else float(difference)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def reason_of(error: BaseException) -> str:
+    """The first line of an error, short, after its type."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    text = f"{type(error).__name__}: {line}"
+    return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."
 
 
-def _seconds(function: Callable[..., Tensor], inputs: tuple[Any, ...], device: torch.device, calls: int) -> float:
-    """Wall time of one call, averaged over `calls`."""
-    _wait(device)
-    start = time.perf_counter()
-    for _ in range(calls):
-        function(*inputs)
-    _wait(device)
-    return (time.perf_counter() - start) / calls
+def _same_bits(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
+    pairs = zip(first, second, strict=True)
+    return all(torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) for a, b in pairs)
 
 
-def measure(bench: Bench, device: torch.device, *, rounds: int) -> Row:
-    """Check parity, then time both sides in turns.
+def check(row: Row, candidate: Candidate, inputs: Inputs, expected: Sequence[Tensor]) -> Row:
+    """Run a candidate on `inputs` and compare: the row with error and status; "measured" is green, without a time."""
+    if candidate.tolerance is None:
+        return row
+    call = candidate.prepare(inputs)
+    inputs.reset()
+    found = tuple(output.clone() for output in call())
+    errors = [relative_error(a, e) for a, e in zip(inputs.sampled(found), expected, strict=True)]
+    # max() would pass over a NaN.
+    error = math.nan if any(math.isnan(e) for e in errors) else max(errors)
+    row = replace(row, parity_error=error, tolerance=candidate.tolerance)
+    if not error <= candidate.tolerance:
+        return replace(row, status="red", reason=f"parity error {error:.1e}, allowed {candidate.tolerance:.1e}")
+    if candidate.repeats:
+        inputs.reset()
+        if not _same_bits(found, call()):
+            return replace(row, status="red", reason="two runs differ in bits")
+    return row
+
+
+def _attempt(
+    row: Row, candidate: Candidate, sets: Sequence[Inputs], expected: Sequence[Tensor], clock: Clock
+) -> tuple[Row, Loop | None]:
+    """Check a candidate and make its loop; whatever a library refuses becomes the row's reason."""
+    try:
+        row = check(row, candidate, sets[0], expected)
+        if row.status != "measured":
+            return row, None
+        return row, build_loop([candidate.prepare(inputs) for inputs in sets], expected[0].device, clock=clock)
+    except UNABLE as error:
+        status: Status = "red" if candidate.name == OURS else "absent"
+        return replace(row, status=status, reason=reason_of(error)), None
+
+
+def _not_measured(case: Case, reason: str) -> list[Row]:
+    return [Row(case.name, case.kind, candidate.name, "not measured", reason) for candidate in case.candidates]
+
+
+def measure(
+    case: Case, device: torch.device, *, clock: Clock, deadline_s: float = math.inf, sampler: Sequence[str] = ()
+) -> list[Row]:
+    """Check and time the candidates of a case.
 
     Args:
-        bench: the entry.
-        device: where inputs are made.
-        rounds: timings of each side; their median counts.
+        case: what.
+        device: where.
+        clock: how it is timed.
+        deadline_s: `time.monotonic()` after which nothing new begins.
+        sampler: a command that prints power and clock; empty: they stay unknown.
     Returns:
-        The Row; without times where parity is red.
+        One row per candidate, in their order.
     """
-    # Each side gets fresh inputs: an operation may work in place.
-    error = relative_error(bench.run(*bench.make_inputs(device)), bench.peer(*bench.make_inputs(device)))
-    row = Row(bench.name, bench.peer_name, error, bench.tolerance)
-    if not row.green:
-        return row
-    inputs = bench.make_inputs(device)
-    # About 5 ms a timing, so that the clock's resolution and a launch's latency do not count.
-    calls = max(1, int(5e-3 / max(_seconds(bench.run, inputs, device, 2), 1e-7)))
-    ours, peers = [], []
-    for _ in range(rounds):
-        ours.append(_seconds(bench.run, inputs, device, calls))
-        peers.append(_seconds(bench.peer, inputs, device, calls))
-    seconds, peer_seconds = statistics.median(ours), statistics.median(peers)
-    return Row(
-        name=bench.name,
-        peer_name=bench.peer_name,
-        parity_error=error,
-        tolerance=bench.tolerance,
-        time_us=seconds * 1e6,
-        peer_time_us=peer_seconds * 1e6,
-        tflop_per_s=bench.flops / seconds / 1e12,
-        gbyte_per_s=bench.bytes / seconds / 1e9,
-        speedup=peer_seconds / seconds,
-    )
+    rows = {row.candidate: row for row in _not_measured(case, "the budget was spent")}
+    if time.monotonic() >= deadline_s:
+        return list(rows.values())
+    first = case.make(device)
+    expected = first.expected()
+    # Other sets have the same numbers: only where they are stored counts.
+    sets = [first, *(copy.deepcopy(first) for _ in range(1, clock.input_sets(first.nbytes)))]
+    loops: dict[str, Loop] = {}
+    for candidate in case.candidates:
+        if time.monotonic() >= deadline_s:
+            break
+        row = replace(rows[candidate.name], status="measured", reason="")
+        rows[candidate.name], loop = _attempt(row, candidate, sets, expected, clock)
+        if loop is not None:
+            loops[candidate.name] = loop
+    with PowerMonitor(sampler if loops else ()) as monitor:
+        timings = time_in_turns(loops, device, clock=clock, deadline_s=deadline_s)
+    power = monitor.power
+    for name, timing in timings.items():
+        rows[name] = replace(
+            rows[name],
+            **asdict(timing),
+            tflop_per_s=case.flops / timing.time_us / 1e6 if case.flops else None,
+            gbyte_per_s=case.bytes / timing.time_us / 1e3 if case.bytes else None,
+            ours_per_peer_ratio=timing.time_us / timings[OURS].time_us if OURS in timings else None,
+            power_w=None if power is None else power.watts,
+            sm_clock_mhz=None if power is None else power.sm_clock_mhz,
+        )
+    return list(rows.values())
 
 
-def table(benches: Sequence[Bench], device: torch.device, *, rounds: int = 9) -> list[Row]:
-    """Measure every entry, in order."""
-    return [measure(bench, device, rounds=rounds) for bench in benches]
+def _by_turns(cases: Sequence[Case]) -> list[Case]:
+    """The first case of every kind, then the second: a budget that ends early has measured some of each."""
+    seen: Counter[str] = Counter()
+    ranks = []
+    for case in cases:
+        ranks.append(seen[case.kind])
+        seen[case.kind] += 1
+    return [case for _, case in sorted(zip(ranks, cases, strict=True), key=lambda pair: pair[0])]
 
 
-def _number(value: float | None, spec: str) -> str:
+def run(cases: Sequence[Case], device: torch.device, *, clock: Clock, budget_s: float = math.inf) -> list[Row]:
+    """Measure cases within a time.
+
+    Args:
+        cases: what to measure.
+        device: a GPU, or a CPU.
+        clock: how they are timed.
+        budget_s: no case and no candidate begins after that many seconds; the one at work is finished.
+    Returns:
+        One row for every candidate of every case, in the order of the cases.
+    """
+    deadline_s = time.monotonic() + budget_s
+    found: dict[str, list[Row]] = {}
+    sampler = sampler_command(device)
+    for case in _by_turns(cases):
+        try:
+            found[case.name] = measure(case, device, clock=clock, deadline_s=deadline_s, sampler=sampler)
+        except torch.OutOfMemoryError as error:
+            found[case.name] = _not_measured(case, reason_of(error))
+        if device.type == "cuda":
+            # Graphs keep memory pools of their own; the next case may need all of it.
+            torch.cuda.empty_cache()
+    return [row for case in cases for row in found[case.name]]
+
+
+def red(rows: Sequence[Row]) -> list[Row]:
+    """Rows of ours that are wrong: what a build must fail on. A peer's own errors are only listed."""
+    return [row for row in rows if row.candidate == OURS and row.status == "red"]
+
+
+def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows as dictionaries for JSON, which knows no NaN: such an error becomes None, its reason names it."""
+    found = [asdict(row) for row in rows]
+    return [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in found]
+
+
+def summaries(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One dictionary for each case of ours and one peer, with the keys of SUMMARY; no times where ours is red."""
+    found = []
+    for ours, peer in zip(rows[::2], rows[1::2], strict=True):
+        if ours.status == "not measured":
+            continue
+        green = ours.status == "measured"
+        rates = (ours.tflop_per_s or 0.0, ours.gbyte_per_s or 0.0) if green else (None, None)
+        peer_time = (peer.time_us, *rates, peer.ours_per_peer_ratio) if green else (None,) * 4
+        values = (ours.case, peer.candidate, ours.parity_error, ours.tolerance, ours.time_us, *peer_time)
+        found.append(dict(zip(SUMMARY, values, strict=True)))
+    return found
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """One line for each summary; a missing time is an empty cell."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=SUMMARY)
+        writer.writeheader()
+        writer.writerows(summaries(rows))
+
+
+def cell(value: float | None, spec: str = ".1f") -> str:
+    """A number, or a dash for none."""
     return "-" if value is None else format(value, spec)
 
 
 def render(rows: Sequence[Row], device: torch.device) -> str:
-    """The table as text, under a heading that names device and threads."""
+    """Summaries as text, under a heading that names device and threads."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     lines = [
         f"torch {torch.__version__}, {where}",
         f"{'kernel':<34} {'parity':>9} {'us':>10} {'TFLOP/s':>8} {'GB/s':>7} {'x peer':>7}  peer",
     ]
-    for row in rows:
-        parity = f"{row.parity_error:9.1e}" if row.green else f"RED {row.parity_error:.0e}"
+    wrong = {row.case for row in red(rows)}
+    for row in summaries(rows):
+        parity = f"RED {cell(row['parity_error'], '.0e')}" if row["name"] in wrong else f"{row['parity_error']:9.1e}"
         lines.append(
-            f"{row.name:<34} {parity:>9} {_number(row.time_us, '.1f'):>10} "
-            f"{_number(row.tflop_per_s, '.3f'):>8} {_number(row.gbyte_per_s, '.1f'):>7} "
-            f"{_number(row.speedup, '.2f'):>7}  {row.peer_name}"
+            f"{row['name']:<34} {parity:>9} {cell(row['time_us']):>10} {cell(row['tflop_per_s'], '.3f'):>8} "
+            f"{cell(row['gbyte_per_s']):>7} {cell(row['speedup'], '.2f'):>7}  {row['peer_name']}"
         )
     return "\n".join(lines)
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """One line a row under the field names of Row; a missing time is an empty cell."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[field.name for field in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+def _line(row: Row) -> str:
+    note = {"measured": "", "red": "RED: ", "absent": "absent: ", "not measured": "not measured: "}[row.status]
+    power = "" if row.power_w is None else f"{row.power_w:.0f} W, {row.sm_clock_mhz:.0f} MHz"
+    cells = [
+        row.case,
+        row.candidate,
+        cell(row.parity_error, ".1e"),
+        cell(row.time_us),
+        cell(row.spread_ratio, ".0%"),
+        cell(row.gbyte_per_s if row.kind == "memory" else row.tflop_per_s),
+        "-" if row.candidate == OURS else cell(row.ours_per_peer_ratio, ".2f"),
+        cell(row.host_us),
+        (note + row.reason) or power,
+    ]
+    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """One table for each kind of case, and what our speed is of each peer's, in the median of the kind's cases."""
+    lines = []
+    for kind in dict.fromkeys(row.kind for row in rows):
+        mine = [row for row in rows if row.kind == kind]
+        unit = "GB/s" if kind == "memory" else "TFLOP/s"
+        lines += [
+            f"### {kind}",
+            "",
+            f"| case | candidate | parity error | us | spread | {unit} | ours/peer | host us | note |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *(_line(row) for row in mine),
+            "",
+        ]
+        for peer in dict.fromkeys(row.candidate for row in mine if row.candidate != OURS):
+            ratios = [r.ours_per_peer_ratio for r in mine if r.candidate == peer and r.ours_per_peer_ratio is not None]
+            if ratios:
+                lines.append(f"- ours / {peer}: median {statistics.median(ratios):.2f} over {len(ratios)} cases")
+        lines.append("")
+    return "\n".join(lines).strip() + "\n"

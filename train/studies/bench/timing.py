@@ -1,15 +1,10 @@
-"""Clocks of the peer bench: candidates of one case timed in turns, out of the L2 cache, launches apart from work.
+"""The bench's clock: candidates of one case timed in turns, out of the L2 cache, launches apart from work.
 
 A GPU under its power cap runs at whatever clock the last milliseconds allow, so two kernels may only be compared when
 they take turns. Per candidate one CUDA graph holds about 4 ms of launches (the host cannot be the bound) that walk
 through the sets of inputs (at least two, 200 MB together: no set is found in the L2 cache, 50 MB on an H100). Each
 round visits every candidate once, in a new shuffled order, with one untimed replay before the timed one. The median
-over the rounds counts, (highest - lowest) / median is its spread.
-
-`PowerMonitor` lets `nvidia-smi` sample power and clock beside it; some boards report power as the mean of the last
-second. On a CPU the same code times plain calls.
-
-Not here: what is compared, and whether it is right (`train.studies.bench.peers`), or single-shot times of a cool chip.
+over the rounds counts, (highest - lowest) / median is its spread. On a CPU the same code times plain calls.
 """
 
 from __future__ import annotations
@@ -35,57 +30,48 @@ Call = Callable[[], tuple[Tensor, ...]]
 FEWEST_ROUNDS = 3
 # Passes over the input sets in the graph that finds out how long a pass takes.
 TRIAL_PASSES = 4
-# Between two samples of the power.
+# Between two samples of the power; some boards report its mean over the last second.
 PAUSE_S = 0.02
 
 
 @dataclass(frozen=True)
-class Protocol:
+class Clock:
     """How a case is timed.
 
     Args:
         rounds: timed replays of each candidate.
         replay_s: work of one replay, seconds.
         cold_bytes: input sets of a case hold at least this much together.
+        least_sets: fewest sets of inputs.
+        graph: launches are replayed as one CUDA graph on a GPU; else the host launches them.
         seed: of the order of candidates.
     """
 
     rounds: int = 10
     replay_s: float = 4e-3
     cold_bytes: float = 200e6
+    least_sets: int = 2
+    graph: bool = True
     seed: int = 0
 
     def input_sets(self, bytes_per_set: int) -> int:
         """How many sets of inputs the launches walk through."""
-        return max(2, math.ceil(self.cold_bytes / max(1, bytes_per_set)))
+        return max(self.least_sets, math.ceil(self.cold_bytes / max(1, bytes_per_set)))
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of one candidate.
+    """Times of one candidate."""
 
-    Args:
-        time_us: one launch on the device, median of the rounds.
-        spread_ratio: (highest - lowest) / median of the rounds.
-        host_us: one call on the host, outside any graph, until it returns.
-        rounds: how many there were.
-    """
-
-    time_us: float
-    spread_ratio: float
-    host_us: float
+    time_us: float  # one launch on the device, median of the rounds
+    spread_ratio: float  # (highest - lowest) / median of the rounds
+    host_us: float  # one call on the host, outside any graph, until it returns
     rounds: int
 
 
 @dataclass(frozen=True)
 class Loop:
-    """Launches to be timed together.
-
-    Args:
-        run: launches them all, without waiting.
-        launches: how many.
-        host_us: one call on the host, outside any graph.
-    """
+    """`run` makes so many `launches` without waiting; one call takes `host_us` on the host, outside any graph."""
 
     run: Callable[[], None]
     launches: int
@@ -125,12 +111,10 @@ def host_s(calls: Sequence[Call], device: torch.device) -> float:
     return shortest
 
 
-def _passes(calls: Sequence[Call], passes: int) -> Callable[[], None]:
-    """A function that makes all calls, `passes` times over.
-
-    Results of the last pass are kept, so that an operation that allocates its output writes to as many buffers as there
-    are sets, like one that is given its output.
-    """
+def _repeated(calls: Sequence[Call], passes: int, device: torch.device, clock: Clock) -> Callable[[], None]:
+    """The calls, `passes` times over, as one CUDA graph; on a CPU as they are."""
+    # Results of the last pass are kept: an operation that allocates its output then writes to as many buffers as there
+    # are sets, like one that is given its output.
     kept: list[tuple[Tensor, ...]] = [() for _ in calls]
 
     def run() -> None:
@@ -138,13 +122,7 @@ def _passes(calls: Sequence[Call], passes: int) -> Callable[[], None]:
             for index, call in enumerate(calls):
                 kept[index] = call()
 
-    return run
-
-
-def _repeated(calls: Sequence[Call], passes: int, device: torch.device) -> Callable[[], None]:
-    """The calls as one CUDA graph; on a CPU as they are."""
-    run = _passes(calls, passes)
-    if device.type != "cuda":
+    if device.type != "cuda" or not clock.graph:
         return run
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -152,42 +130,35 @@ def _repeated(calls: Sequence[Call], passes: int, device: torch.device) -> Calla
     return graph.replay
 
 
-def build_loop(calls: Sequence[Call], device: torch.device, *, protocol: Protocol) -> Loop:
-    """Launches of one candidate that take about `protocol.replay_s`.
+def build_loop(calls: Sequence[Call], device: torch.device, *, clock: Clock) -> Loop:
+    """Launches of one candidate that take about `clock.replay_s`.
 
     Args:
-        calls: one for each set of inputs; all have run before, so nothing is compiled any more.
+        calls: one for each set of inputs, all visited equally often; all have run before, so everything is compiled.
         device: where they run.
-        protocol: how long a replay is.
-    Returns:
-        The loop, whose launches visit every set equally often.
+        clock: how long a replay is.
     Raises:
         RuntimeError: a call cannot be captured.
     """
     per_call_s = host_s(calls, device)
-    trial = _repeated(calls, TRIAL_PASSES if protocol.replay_s else 1, device)
+    trial_passes = TRIAL_PASSES if clock.replay_s else 1
+    trial = _repeated(calls, trial_passes, device, clock)
     trial()
-    pass_s = elapsed_s(trial, device) / (TRIAL_PASSES if protocol.replay_s else 1)
-    passes = max(1, math.ceil(protocol.replay_s / max(pass_s, 1e-7)))
-    return Loop(_repeated(calls, passes, device), passes * len(calls), per_call_s * 1e6)
+    pass_s = elapsed_s(trial, device) / trial_passes
+    passes = max(1, math.ceil(clock.replay_s / max(pass_s, 1e-7)))
+    return Loop(_repeated(calls, passes, device, clock), passes * len(calls), per_call_s * 1e6)
 
 
 def time_in_turns(
-    loops: Mapping[str, Loop], device: torch.device, *, protocol: Protocol, deadline_s: float
+    loops: Mapping[str, Loop], device: torch.device, *, clock: Clock, deadline_s: float
 ) -> dict[str, Timing]:
-    """Time every loop in every round, in shuffled order.
+    """Time every loop, by candidate, in every round, in shuffled order.
 
-    Args:
-        loops: by candidate.
-        device: where they run.
-        protocol: rounds and seed.
-        deadline_s: `time.monotonic()` after which no round begins but the first three.
-    Returns:
-        Timing by candidate, in the order of `loops`.
+    After `deadline_s`, of `time.monotonic()`, no round begins but the first three.
     """
-    order = random.Random(protocol.seed)
+    order = random.Random(clock.seed)
     seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for done in range(protocol.rounds):
+    for done in range(clock.rounds):
         if done >= FEWEST_ROUNDS and time.monotonic() >= deadline_s:
             break
         names = list(loops)
@@ -205,12 +176,7 @@ def time_in_turns(
 
 @dataclass(frozen=True)
 class Power:
-    """Medians over some time.
-
-    Args:
-        watts: power drawn by the board.
-        sm_clock_mhz: clock of the multiprocessors.
-    """
+    """Medians over some time: power drawn by the board, clock of the multiprocessors."""
 
     watts: float
     sm_clock_mhz: float
@@ -264,7 +230,7 @@ class PowerMonitor:
             except (OSError, subprocess.TimeoutExpired):
                 return
             watts, _, clock = done.stdout.partition(",")
-            # A board that does not tell prints "[N/A]".
+            # A board without a sensor prints "[N/A]".
             if _is_number(watts) and _is_number(clock):
                 self._samples.append(Power(float(watts), float(clock)))
             if self._stop.wait(PAUSE_S):

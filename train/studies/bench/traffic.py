@@ -1,12 +1,10 @@
 """Memory-bound kernels of the peer bench: quantisers and SwiGLU at DeepSeek-V3's sizes (arXiv:2412.19437 §3.3, §4.2).
 
-The bound is traffic, so the yardstick is a plain copy that reads and writes as many bytes (`peers.py`). Each
-kernel treats 128 rows by themselves; its outputs are compared with those of its reference on four groups of 128 rows.
-What is quantised lies along rows or along columns, so every tensor says where its rows are (`Place`).
+Each kernel treats 128 rows by themselves; its outputs are compared with those of its reference on four groups of 128
+rows. Tiles run along rows or along columns, so every tensor says where its rows are (`Axis`).
 
 Sizes: activations and gradients [4096 or 32768, 7168]; the largest weight, [36864, 7168]; SwiGLU of a dense layer,
-[4096, 2 * 18432], and of experts, gated, [32768, 2 * 2048]. `small` divides every dim by 32. Not here: candidates and
-times.
+[4096, 2 * 18432], and of experts, gated, [32768, 2 * 2048]. `small` divides every dim by 32.
 """
 
 from __future__ import annotations
@@ -21,13 +19,13 @@ from kernels import quantize, swiglu
 from kernels.formats import TILE, Quantized
 from train.studies.bench.cases import EXPERT_ROWS, TOKENS, reduced
 
-# Where the rows of a tensor lie: (dim, rows for one index), 1 or 128.
-Place = tuple[int, int]
+# Where the rows of a tensor are: (dim, rows for one index), 1 or 128.
+Axis = tuple[int, int]
 ROWS, COLS, ROW_TILES, COL_TILES = (0, 1), (1, 1), (0, TILE), (1, TILE)
 
 
 @dataclass(frozen=True)
-class Traffic:
+class MemoryBound:
     """A memory-bound operation on rows that are independent in groups of 128.
 
     Args:
@@ -36,7 +34,7 @@ class Traffic:
         bytes_per_element: read and written by one ideal call, for each of rows * cols.
         make: (rows, cols, normal) -> inputs, where normal(*dims) gives random BF16 numbers.
         run, reference: the public function and its reference; both take the inputs and return all outputs.
-        inputs, outputs: where their rows lie.
+        inputs, outputs: where their rows are.
         tolerance: relative Frobenius error of each output against the reference's.
     """
 
@@ -47,8 +45,8 @@ class Traffic:
     make: Callable[[int, int, Callable[..., Tensor]], tuple[Tensor, ...]]
     run: Callable[..., tuple[Tensor, ...]]
     reference: Callable[..., tuple[Tensor, ...]]
-    inputs: tuple[Place, ...]
-    outputs: tuple[Place, ...]
+    inputs: tuple[Axis, ...]
+    outputs: tuple[Axis, ...]
     # Quantising and dequantising divide and round as the references do: the same bits.
     tolerance: float = 0.0
 
@@ -59,10 +57,10 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class TrafficInputs:
+class MemoryInputs:
     """Inputs of a memory-bound operation."""
 
-    traffic: Traffic
+    kernel: MemoryBound
     tensors: tuple[Tensor, ...]
 
     @property
@@ -76,17 +74,17 @@ class TrafficInputs:
 
     def expected(self) -> list[Tensor]:
         """The reference of four groups of 128 rows."""
-        return list(self.traffic.reference(*self._groups(self.tensors, self.traffic.inputs)))
+        return list(self.kernel.reference(*self._groups(self.tensors, self.kernel.inputs)))
 
     def sampled(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
         """The same groups of the outputs."""
-        return self._groups(outputs, self.traffic.outputs)
+        return self._groups(outputs, self.kernel.outputs)
 
-    def _groups(self, tensors: tuple[Tensor, ...], places: tuple[Place, ...]) -> list[Tensor]:
-        last = self.traffic.rows // TILE - 1
+    def _groups(self, tensors: tuple[Tensor, ...], axes: tuple[Axis, ...]) -> list[Tensor]:
+        last = self.kernel.rows // TILE - 1
         groups = sorted({0, last // 3, 2 * last // 3, last})
         found = []
-        for tensor, (dim, rows_per_index) in zip(tensors, places, strict=True):
+        for tensor, (dim, rows_per_index) in zip(tensors, axes, strict=True):
             each = TILE // rows_per_index
             index = [group * each + i for group in groups for i in range(each)]
             plain = tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
@@ -95,14 +93,14 @@ class TrafficInputs:
         return found
 
 
-def traffic_inputs(traffic: Traffic, device: torch.device, seed: int) -> TrafficInputs:
+def memory_inputs(kernel: MemoryBound, device: torch.device) -> MemoryInputs:
     """Random inputs of a memory-bound operation."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*dims: int) -> Tensor:
         return torch.randn(dims, generator=generator, device=device, dtype=torch.bfloat16)
 
-    return TrafficInputs(traffic, traffic.make(traffic.rows, traffic.cols, normal))
+    return MemoryInputs(kernel, kernel.make(kernel.rows, kernel.cols, normal))
 
 
 def flat(*found: Quantized) -> tuple[Tensor, ...]:
@@ -120,7 +118,7 @@ def _kept_gated(rows: int, inter: int, normal: Callable[..., Tensor]) -> tuple[T
     return payload, scale, normal(rows).float().sigmoid(), dh
 
 
-def _quantisers(rows: int, cols: int) -> list[Traffic]:
+def _quantisers(rows: int, cols: int) -> list[MemoryBound]:
     """The quantisers of activations and gradients; a scale adds 4 bytes to 128 elements."""
     tiles, transposed = (ROWS, COLS), (COLS, ROW_TILES)
 
@@ -131,27 +129,27 @@ def _quantisers(rows: int, cols: int) -> list[Traffic]:
         return flat(quantize.quantize_tiles(normal(rows, cols), power_of_two=True))
 
     return [
-        Traffic(
+        MemoryBound(
             "quantize_tiles", rows, cols, 3 + 1 / 32, one,
             lambda x: flat(quantize.quantize_tiles(x, power_of_two=True)),
             lambda x: quantize.quantize_tiles_reference(x, True), (ROWS,), tiles,
         ),
-        Traffic(
+        MemoryBound(
             "quantize_tiles_transposed", rows, cols, 3 + 1 / 32, one,
             lambda x: flat(quantize.quantize_tiles_transposed(x, power_of_two=True)),
             lambda x: quantize.quantize_tiles_transposed_reference(x, True), (ROWS,), transposed,
         ),
-        Traffic(
+        MemoryBound(
             "quantize_tiles_both", rows, cols, 4 + 2 / 32, one,
             lambda x: flat(*quantize.quantize_tiles_both(x, power_of_two=True)),
             lambda x: quantize.quantize_tiles_both_reference(x, True), (ROWS,), tiles + transposed,
         ),
-        Traffic(
+        MemoryBound(
             "requantize_transposed", rows, cols, 2 + 2 / 32, quantised,
             lambda p, s: flat(quantize.requantize_transposed(Quantized(p, s), power_of_two=True)),
             lambda p, s: quantize.requantize_transposed_reference(p, s, True), tiles, transposed,
         ),
-        Traffic(
+        MemoryBound(
             "dequantize_tiles", rows, cols, 3 + 1 / 32, quantised,
             lambda p, s: (quantize.dequantize_tiles(Quantized(p, s), out_dtype=torch.bfloat16),),
             lambda p, s: (quantize.dequantize_tiles_reference(p, s, torch.bfloat16),), tiles, (ROWS,),
@@ -159,7 +157,7 @@ def _quantisers(rows: int, cols: int) -> list[Traffic]:
     ]  # fmt: skip
 
 
-def _swiglus(rows: int, inter: int, *, gated: bool) -> list[Traffic]:
+def _swiglus(rows: int, inter: int, *, gated: bool) -> list[MemoryBound]:
     """SwiGLU with quantisation, and its backward from the kept input; of experts gated, of dense layers not."""
     tiles, gates = (ROWS, COLS), (ROWS,) if gated else ()
 
@@ -177,14 +175,14 @@ def _swiglus(rows: int, inter: int, *, gated: bool) -> list[Traffic]:
         return (swiglu.swiglu_backward_kept_reference(*tensors),)
 
     return [
-        Traffic(
+        MemoryBound(
             "swiglu_quantize" + (" gated" if gated else ""), rows, inter, 7 + 3 / 32, inputs,
             lambda x, g=None: flat(*swiglu.swiglu_quantize(x, g, power_of_two=True)),
             lambda x, g=None: swiglu.swiglu_quantize_reference(x, g, True), (ROWS, *gates), tiles + tiles,
             # A GPU's exponential moves 2.4e-4 of the numbers by one E4M3 step, 1/8: sqrt(2.4e-4) / 8 = 2e-3.
             tolerance=5e-3,
         ),
-        Traffic(
+        MemoryBound(
             ("gated_" if gated else "") + "swiglu_backward_kept", rows, inter, 8 + 2 / 32,
             _kept_gated if gated else _kept, gradients, gradients_reference, (*tiles, *gates, ROWS), (ROWS, *gates),
             # As above with BF16's step, 2^-7, and twice the share: sqrt(4.8e-4) / 128 = 2e-4.
@@ -193,13 +191,13 @@ def _swiglus(rows: int, inter: int, *, gated: bool) -> list[Traffic]:
     ]  # fmt: skip
 
 
-def traffics(*, small: bool) -> list[Traffic]:
+def memory_bound(*, small: bool) -> list[MemoryBound]:
     """Every memory-bound case of the bench, in the order of the table."""
     hidden = reduced(7168, small=small)
     tokens, rows = reduced(TOKENS, small=small), reduced(EXPERT_ROWS, small=small)
     found = [*_quantisers(tokens, hidden), *_quantisers(rows, hidden)]
     # A dense layer's gate_up, the largest weight.
-    found.append(Traffic(
+    found.append(MemoryBound(
         "quantize_blocks", reduced(36864, small=small), hidden, 4 + 4 / TILE**2,
         lambda rows, cols, normal: (normal(rows, cols),),
         lambda w: flat(quantize.quantize_blocks(w, power_of_two=True)),

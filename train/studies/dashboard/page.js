@@ -1,6 +1,6 @@
 "use strict";
 // The page: state, controls, notes, table, cards, and following a server. Every text of a run is set as text, never
-// as HTML. The data stands in the document (offline) or comes from /api (served); both have the same form.
+// as HTML. The data is in the document (offline) or comes from /api (served); both have the same form.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const SPANS = [1, 3, 10, 30, 100, 300, 1000, 3000, 10000];
@@ -197,7 +197,7 @@ function wantedFigures(section) {
 
 const BLANK = { fp8: "No FP8 statistics logged: runs with precision=fp8 log them every observe.fp8_health_every_steps steps (0: never).", experts: "No expert statistics logged: they come from models with MoE layers." };
 
-// Sections get the figures they lack, in order; what stands stays as it is.
+// Sections get the figures they lack, in order; a figure that is there stays as it is.
 function fillSections() {
   if (!data.runs.some(run => run.records)) { if (!figures.length) by("charts").replaceChildren(element("p", "blank", "No steps yet.")); return; }
   by("charts").querySelector(":scope > .blank")?.remove();
@@ -235,19 +235,15 @@ function fillAll() {
 
 // --- controls ---
 
-function press(id, pressed) { by(id).setAttribute("aria-pressed", pressed); }
-
 function fillControls() {
   document.querySelectorAll("#axis button").forEach(button => button.setAttribute("aria-pressed", button.dataset.axis === state.axis));
-  press("log-x", state.logX); press("log-y", state.logY); press("raw", state.raw);
+  for (const [id, on] of [["log-x", state.logX], ["log-y", state.logY], ["raw", state.raw]]) by(id).setAttribute("aria-pressed", on);
   by("smoothing").value = SPANS.indexOf(state.span);
   by("smoothing-text").textContent = state.span === 1 ? "off" : `${state.span.toLocaleString("en")} steps`;
   by("theme").textContent = root.dataset.theme === "dark" ? "Light" : "Dark";
 }
 
 function change(values) { Object.assign(state, values); fillControls(); redraw(); }
-
-function resetZoom() { state.range = null; state.zooms++; state.resets++; redraw(); }
 
 function listen() {
   document.querySelectorAll("#axis button").forEach(button => { button.onclick = () => change({ axis: button.dataset.axis, range: null }); });
@@ -256,7 +252,7 @@ function listen() {
   by("raw").onclick = () => change({ raw: !state.raw });
   by("smoothing").oninput = event => change({ span: SPANS[Number(event.target.value)] });
   by("theme").onclick = () => { root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark"; fillControls(); redraw(); };
-  by("reset").onclick = resetZoom;
+  by("reset").onclick = () => { state.range = null; state.zooms++; state.resets++; redraw(); };
   by("filter").oninput = fillChips;
   by("all").onclick = () => toggle(data.runs.map(run => run.key), false);
   by("none").onclick = () => toggle(data.runs.map(run => run.key), true);

@@ -1,15 +1,16 @@
-"""Runs as data for the page, and the page: one self-contained HTML file that opens offline.
+"""The dashboard's page: its charts, runs as data, and one self-contained HTML file that opens offline.
 
-The page is `page.html` with `page.css`, plotly.js of the installed plotly package, and the scripts
-`page_series.js` (arrays, smoothing, the relative gap), `page_charts.js` (curves), `page_tables.js` (heat maps) and
-`page.js` (controls, cards, following a server). The offline file holds all of them and the data; its content
-security policy forbids every request, and allows no script but these, by their hashes. The same page is served by
-`live.py`, which sends the same data in parts.
+    page.html, page.css       the frame
+    page_figures.js, page.js  every figure; controls, cards, and following a server
+    plotly.js                 of the installed plotly package
 
-Size: the bounded series of `series.py` are thinned further so that the curves of all runs take at most
-`CURVE_BYTES` and the tables `TABLE_BYTES`; every extreme and every kept event survives, and the page says how
-many points it draws of how many were logged. Two runs are also compared by the relative gap of their smoothed
-losses with the report's band of 0.25 % (arXiv:2412.19437 section 3.3). This file only reads runs.
+The offline file holds all of them and the data. Its content security policy forbids every request and allows only
+these scripts, by their hashes. `server.py` serves the same page and sends the same data in parts.
+
+Size: the bounded series of `series.py` are thinned further until the curves of all runs take at most `CURVE_BYTES`
+and the tables `TABLE_BYTES`. Every extreme and every kept event survives, and the page says how many points it draws
+of how many were logged. Paper: arXiv:2412.19437 section 4.2 names the schedules, 3.3 the loss gap with its band of
+0.25 %; arXiv:2408.15664 MaxVio.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from plotly.offline import get_plotlyjs
 
-from train.observe.metrics import FP8_OPERANDS
-from train.observe.sinks import METRICS_FILE
+from train.observe.metrics import FP8_OPERANDS, METRICS
+from train.observe.sinks import METRICS_FILE, write_whole
 from train.studies.compare import PAPER_GAP
 from train.studies.dashboard import run_card
-from train.studies.dashboard.charts import SECTIONS, charts_for
 from train.studies.dashboard.run_reader import KEPT_EVENTS, RunReader, find_runs
 from train.studies.dashboard.series import MAX_BUCKETS, MAX_COLUMNS, Json
 
@@ -39,25 +40,74 @@ TABLE_BYTES = 3_000_000
 # One bucket: mean, low and high as f32, their steps and the key as u32, in base64.
 _BUCKET_BYTES = 32
 _CELL_BYTES = 8 / 3
-SCRIPTS = ("page_series.js", "page_charts.js", "page_tables.js", "page.js")
-_HERE = Path(__file__).parent
+SCRIPTS = ("page_figures.js", "page.js")
+SECTIONS = {"loss": "Loss", "optimizer": "Optimiser and schedules", "speed": "Speed", "experts": "Experts"}
+SECTIONS |= {"fp8": "FP8 health", "more": "More"}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A metric drawn over the run."""
+
+    metric: str
+    section: str
+    title: str
+    hint: str = ""
+    # The page's smoothing applies.
+    smooth: bool = False
+    wide: bool = False
+    # The page's "log y" applies.
+    logarithmic: bool = False
+    from_zero: bool = False
+    # The value is a ratio, shown as %.
+    percent: bool = False
+    # d3 format of the numbers.
+    ticks: str = "~g"
+    # With fewer there is no curve.
+    least_values: int = 1
+    # Every event is marked on this curve.
+    marks: bool = False
+
+
+_EVENTS = "next token, nats; faint as logged; ○ checkpoint, ✕ skipped, ◆ replay differs"
+# In the order of the page. Tables (expert load and bias, FP8 statistics) have figures of their own in its script.
+CHARTS = (
+    Chart("loss/main", "loss", "Loss", _EVENTS, smooth=True, wide=True, logarithmic=True, marks=True),
+    Chart("loss/mtp", "loss", "MTP loss", "mean over depths, nats", smooth=True, logarithmic=True),
+    Chart("eval/bits_per_byte", "loss", "Bits per byte while training", "held-out text", least_values=2),
+    Chart("grad/norm", "optimizer", "Gradient norm", "global, before clipping", smooth=True, logarithmic=True),
+    Chart("optim/lr", "optimizer", "Learning rate", from_zero=True),
+    Chart("schedule/batch_sequences", "optimizer", "Batch", "sequences a step", from_zero=True),
+    Chart("schedule/bias_speed", "optimizer", "γ", "step of the routing bias", from_zero=True),
+    Chart("schedule/mtp_weight", "optimizer", "λ", "weight of the MTP loss", from_zero=True),
+    Chart("speed/tokens_per_s", "speed", "Tokens per second", smooth=True, from_zero=True, ticks="~s"),
+    Chart("speed/mfu_ratio", "speed", "MFU", "share of the peak FLOP/s", smooth=True, from_zero=True, percent=True),
+    Chart("moe/max_violation_ratio", "experts", "MaxVio", "(max load − mean) / mean, worst layer", smooth=True),
+    Chart("moe/dead_experts", "experts", "Experts without a token", "(layer, expert) pairs in a step", from_zero=True),
+    Chart("loss/balance", "experts", "Balance loss", "sequence-wise, without α", smooth=True),
+)
+# Axes, and sums of what is drawn. Every other metric gets a plain chart in "More", whatever a trainer logs.
+NOT_DRAWN = frozenset({"step", "tokens_seen", "time_unix_s", "loss/total", "guard/skipped_steps"})
+
+
+def charts_for(metrics: set[str]) -> list[Json]:
+    """The charts of the recorded metrics, in the page's order, with what METRICS says about each."""
+    others = sorted(metrics - {chart.metric for chart in CHARTS} - NOT_DRAWN)
+    charts = [chart for chart in CHARTS if chart.metric in metrics]
+    charts += [Chart(name, "more", name, METRICS[name].unit if name in METRICS else "") for name in others]
+    about = {name: f"{name}: {metric.description}" for name, metric in METRICS.items()}
+    return [asdict(chart) | {"about": about.get(chart.metric, chart.metric)} for chart in charts]
 
 
 def render(run_dirs: Sequence[Path], out: Path, title: str = "Training runs") -> None:
-    """Write the page.
+    """Write the page of runs, or of folders of runs, drawn in this order.
 
-    Args:
-        run_dirs: directories of runs, or folders of them, drawn in this order.
-        out: the HTML file to write; its folder is made if missing.
-        title: heading of the page.
     Raises:
         ValueError: no run, a directory without metrics.jsonl, or a run card that is not JSON.
     """
     page = offline_page(read_runs(run_dirs), title)
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f"{out.name}.tmp")
-    draft.write_text(page, encoding="utf-8")
-    draft.replace(out)
+    write_whole(out, page)
 
 
 def read_runs(run_dirs: Sequence[Path]) -> list[RunReader]:
@@ -68,10 +118,10 @@ def read_runs(run_dirs: Sequence[Path]) -> list[RunReader]:
     """
     if not run_dirs:
         raise ValueError("no run given: name at least one run directory, such as runs/tiny_bf16")
-    for place in run_dirs:
-        if not find_runs([place]):
+    for folder in run_dirs:
+        if not find_runs([folder]):
             raise ValueError(
-                f"{place} has no {METRICS_FILE}: give the directory of a run that has started, such as runs/tiny_bf16"
+                f"{folder} has no {METRICS_FILE}: give the directory of a run that has started, such as runs/tiny_bf16"
             )
     readers = [RunReader(directory) for directory in find_runs(run_dirs)]
     for reader in readers:
@@ -83,30 +133,36 @@ def read_runs(run_dirs: Sequence[Path]) -> list[RunReader]:
 
 def offline_page(readers: Sequence[RunReader], title: str) -> str:
     """The whole page as text."""
-    data = {"live": False, "title": title, **constants(readers), "runs": runs_json(readers, time.time())}
+    data = {"live": False, "title": title, **constants(), "runs": runs_json(readers, time.time())}
     for run, reader in zip(data["runs"], readers, strict=True):
         run["tables"] = tables_json(reader, table_limit(readers))
     data["charts"] = charts_for({name for reader in readers for name in reader.series})
     scripts = [get_plotlyjs(), *(source(name) for name in SCRIPTS)]
     hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
-    tags = [f"<script>{script}</script>" for script in scripts]
-    tags.insert(0, f'<script type="application/json" id="data">{script_json(data)}</script>')
     return filled_page(
-        title=title,
+        data,
         policy=f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:",
         style=f"<style>{source('page.css')}</style>",
-        scripts="\n".join(tags),
+        scripts=[f"<script>{script}</script>" for script in scripts],
     )
 
 
-def filled_page(*, title: str, policy: str, style: str, scripts: str) -> str:
-    """`page.html` with its four holes filled; `title` is text, the others are HTML."""
-    parts = {"title": html.escape(title), "policy": policy, "style": style, "scripts": scripts}
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], source("page.html"))
+def filled_page(data: Json, *, policy: str, style: str, scripts: Sequence[str]) -> str:
+    """`page.html` with its holes filled; `style` and `scripts` are HTML."""
+    # JSON that cannot end the script element that holds it, whatever a run is called.
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    holes = {
+        "title": html.escape(data["title"]),
+        "policy": policy,
+        "style": style,
+        "scripts": "\n".join([f'<script type="application/json" id="data">{text}</script>', *scripts]),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: holes[match[1]], source("page.html"))
 
 
-def constants(readers: Sequence[RunReader]) -> Json:
-    """What the page knows beside the runs."""
+def constants() -> Json:
+    """What the page knows besides the runs."""
     return {
         "sections": SECTIONS,
         "band_percent": 100 * PAPER_GAP,
@@ -117,9 +173,9 @@ def constants(readers: Sequence[RunReader]) -> Json:
     }
 
 
-def runs_json(readers: Sequence[RunReader], now_unix_s: float, *, limit: int | None = None) -> list[Json]:
+def runs_json(readers: Sequence[RunReader], now_unix_s: float) -> list[Json]:
     """Every run without its tables, each with a name of its own."""
-    limit = limit or curve_limit(readers, CURVE_BYTES)
+    limit = curve_limit(readers, CURVE_BYTES)
     return [
         run_json(reader, key=index, name=name, limit=limit, now_unix_s=now_unix_s)
         for index, (reader, name) in enumerate(zip(readers, names(readers), strict=True))
@@ -127,7 +183,7 @@ def runs_json(readers: Sequence[RunReader], now_unix_s: float, *, limit: int | N
 
 
 def names(readers: Sequence[RunReader]) -> list[str]:
-    """Of each run, told apart by its directory where two have the same."""
+    """The name of each run, with its directory where an earlier run has the same."""
     found: list[str] = []
     for reader in readers:
         name = str(reader.card.get("name", reader.directory.resolve().name))
@@ -163,33 +219,26 @@ def run_json(reader: RunReader, *, key: int, name: str, limit: int, now_unix_s: 
 
 def tables_json(reader: RunReader, limit: int) -> Json:
     """Every table of one run; `limit` bounds the cells of each."""
-    tables = {}
-    for metric, table in reader.tables.items():
-        tables[metric] = table.to_json(min(MAX_COLUMNS, max(4, limit // max(1, sum(table.shape)))))
-    return tables
+    return {
+        metric: table.to_json(min(MAX_COLUMNS, max(4, limit // max(1, sum(table.shape)))))
+        for metric, table in reader.tables.items()
+    }
 
 
 def curve_limit(readers: Sequence[RunReader], budget_bytes: float) -> int:
-    """Buckets of each curve, so that all curves together stay within the budget."""
+    """Buckets of each curve with which all curves together stay within the budget."""
     curves = sum(len(reader.series) for reader in readers)
     return int(max(64, min(2 * MAX_BUCKETS, budget_bytes / (_BUCKET_BYTES * max(1, curves)))))
 
 
 def table_limit(readers: Sequence[RunReader]) -> int:
-    """Cells of each table, so that all tables together stay within the budget."""
-    tables = sum(len(reader.tables) for reader in readers)
-    return int(TABLE_BYTES / (_CELL_BYTES * max(1, tables)))
-
-
-def script_json(value: Json) -> str:
-    """JSON that cannot end the script element it stands in, whatever a run is called."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    """Cells of each table with which all tables together stay within `TABLE_BYTES`."""
+    return int(TABLE_BYTES / (_CELL_BYTES * max(1, sum(len(reader.tables) for reader in readers))))
 
 
 def source(name: str) -> str:
-    """The text of a part of the page, such as page.css."""
-    return (_HERE / name).read_text(encoding="utf-8")
+    """The text of one of the page's files, such as page.css."""
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 def _sha256(text: str) -> str:

@@ -10,13 +10,13 @@ sequence_length, seed, device, torch or versions {package: version}, layer_ids (
 summary.json: heldout_bits_per_byte (else the last eval/bits_per_byte counts) and
 baselines_bits_per_byte {name: value}, of simpler models on the same held-out text.
 
-Only texts and numbers leave this file, no HTML: the page's script sets them as text.
+Texts and numbers only, no HTML: the page's script sets them as text.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -47,15 +47,7 @@ def baselines(run: RunReader) -> dict[str, float]:
 
 
 def status(run: RunReader, now_unix_s: float) -> Json:
-    """Where the run stands.
-
-    Args:
-        run: read up to now.
-        now_unix_s: the clock that the run's time stamps are compared with.
-    Returns:
-        state, step, tokens, tokens_total, progress (0 to 1 or None), tokens_per_s, eta_s (None when unknown or
-        not running), age_s (since the last record).
-    """
+    """State and progress; `eta_s` is None when unknown or not running, `age_s` is since the last record."""
     total = finite(run.card.get("tokens_total"))
     speed = _recent_speed(run)
     age_s = max(0.0, now_unix_s - run.last_time_s) if run.records else None
@@ -95,7 +87,7 @@ def _recent_speed(run: RunReader) -> float | None:
 
 
 def dead_experts(run: RunReader) -> Json | None:
-    """The alarm; None when no expert is without tokens, nor was said to be by an event.
+    """The alarm; None while every expert has tokens and no event has named one that had none.
 
     Returns:
         level ("alarm": some pair had no token for `steps` logged steps in a row; "idle": for fewer; "past": all have
@@ -103,13 +95,13 @@ def dead_experts(run: RunReader) -> Json | None:
         first: count, since (a step), streak (steps of the longest), pairs [[row of the load table, expert], ...].
     """
     dead, steps = run.dead, _patience(run)
-    told = run.events["dead_experts"].steps[-1] if "dead_experts" in run.events else -1
+    logged = run.events["dead_experts"].steps[-1] if "dead_experts" in run.events else -1
     if not dead.now:
-        return {"level": "past", "steps": steps, "now": 0, "last": max(dead.last, told)} if told >= 0 else None
+        return {"level": "past", "steps": steps, "now": 0, "last": max(dead.last, logged)} if logged >= 0 else None
     is_dead = steps > 0 and bool((dead.idle >= steps).any())
     idle = np.flatnonzero(dead.idle >= (steps if is_dead else 1))
     idle = idle[np.argsort(-dead.idle[idle], kind="stable")]
-    level = "alarm" if is_dead or told == run.last_step else "idle"
+    level = "alarm" if is_dead or logged == run.last_step else "idle"
     since, streak = (int(dead.since[idle[0]]), int(dead.idle[idle[0]])) if len(idle) else (dead.last, 1)
     verdict = {"level": level, "steps": steps, "now": dead.now, "last": dead.last}
     return verdict | {"count": len(idle) or dead.now, "since": since, "streak": streak, "pairs": _pairs(run, idle[:12])}
@@ -192,6 +184,11 @@ def row(run: RunReader) -> list[list[str]]:
         values = [value for value in ema(tail, SMOOTHING) if math.isfinite(value)]
         return f"{values[-1]:.{digits}f}" if values else "–"
 
+    def median(name: str, text: Callable[[float], str]) -> str:
+        means = run.series[name].means if name in run.series else np.zeros(0)
+        means = means[np.isfinite(means)]
+        return text(float(np.median(means))) if len(means) else "–"
+
     score = bits_per_byte(run)
     skipped = run.series.get("guard/skipped_steps")
     return [
@@ -200,32 +197,16 @@ def row(run: RunReader) -> list[list[str]]:
         ["Loss", last("loss/main", 4)],
         ["MTP loss", last("loss/mtp", 4)],
         ["Bits per byte", f"{score:.4f}" if score is not None else "–"],
-        ["Median tokens/s", _median(run, "speed/tokens_per_s")],
-        ["MFU", _percent(run, "speed/mfu_ratio")],
+        ["Median tokens/s", median("speed/tokens_per_s", amount)],
+        ["MFU", median("speed/mfu_ratio", lambda ratio: f"{100 * ratio:.1f} %")],
         ["MaxVio", last("moe/max_violation_ratio", 2)],
         ["Skipped", f"{skipped.tail[-1]:.0f}" if skipped and math.isfinite(skipped.tail[-1]) else "–"],
         ["Time", str(timedelta(seconds=round(run.last_time_s - run.first_time_s)))],
     ]
 
 
-def _medians(run: RunReader, name: str) -> float | None:
-    means = run.series[name].means if name in run.series else np.zeros(0)
-    means = means[np.isfinite(means)]
-    return float(np.median(means)) if len(means) else None
-
-
-def _median(run: RunReader, name: str) -> str:
-    median = _medians(run, name)
-    return amount(median) if median is not None else "–"
-
-
-def _percent(run: RunReader, name: str) -> str:
-    median = _medians(run, name)
-    return f"{100 * median:.1f} %" if median is not None else "–"
-
-
 def finite(value: Any) -> float | None:
-    """The value, or None where it is no number that float64 can hold."""
+    """The value, or None for what is no finite float64."""
     try:
         return value if isinstance(value, int | float) and math.isfinite(value) else None
     except OverflowError:

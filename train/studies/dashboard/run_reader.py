@@ -1,17 +1,17 @@
 """A run's metrics.jsonl read once, from the last byte on, into bounded series: for finished and running jobs.
 
     runs/<name>/metrics.jsonl   records and events                              required
-    runs/<name>/run_card.json   who it is and on what it ran                    optional, may come later
+    runs/<name>/run_card.json   its name, and on what it ran                    optional, may come later
     runs/<name>/config.yaml     every value it was started with                 optional
     runs/<name>/summary.json    held-out bits per byte and its baselines        optional, comes last
 
 `poll` takes what was appended since the last call. A line without its end is left for the next call, unless it
-is whole (its closing brace comes last, so a torn line never parses); a file that became shorter or was replaced is
+is whole (its closing brace comes last, so a torn line never parses). A file that became shorter or was replaced is
 read from its start. Memory does not grow with the run (`series.py`), nor with its events: of each kind the first
 and the last are kept, and all are counted.
 
-An expert is idle in a step when it got no token: a zero of `moe/expert_load`; where only `moe/dead_experts` is logged,
-that count stands alone. This file reads only, and judges nothing.
+An expert is idle in a step when it got no token: a zero of `moe/expert_load`, or a count in `moe/dead_experts` where
+only that is logged.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from train.studies.dashboard.series import Cells, Json, Reduction, Series, Steps
 
 SUMMARY_FILE = "summary.json"
 CONFIG_FILE = "config.yaml"
-# Tables that are drawn, and what one cell of the picture is when it stands for several steps.
+# Tables that are drawn, and how one cell of the picture is made of several steps.
 TABLES: dict[str, Reduction] = {
     "moe/expert_load": "mean",
     "moe/expert_bias": "last",
@@ -54,7 +54,7 @@ _LAST_SECOND = 1e11
 
 @dataclass
 class EventLog:
-    """Events of one kind: how many there were, and the steps of the first and of the last of them."""
+    """Events of one kind: their number, and the steps of the first and of the last of them."""
 
     total: int = 0
     first: list[int] = field(default_factory=list)
@@ -72,15 +72,12 @@ class EventLog:
 
 
 class DeadExperts:
-    """How many (layer, expert) pairs got no token in the last step, and for how long each of them.
-
-    Attributes:
-        now: pairs in the last step. last: the last step with one.
-        idle: [cells] logged steps in a row without a token, of each pair. since: [cells] first step of that streak.
-    """
+    """How many (layer, expert) pairs got no token in the last step, and for how long each of them."""
 
     def __init__(self) -> None:
+        # Pairs in the last step, and the last step with one.
         self.now, self.last = 0, 0
+        # [cells] logged steps in a row without a token, of each pair, and the first step of that streak.
         self.idle = np.zeros(0, np.int64)
         self.since = np.zeros(0, np.int64)
 
@@ -112,33 +109,23 @@ class DeadExperts:
 
 
 class RunReader:
-    """One run directory, followed.
-
-    Args:
-        directory: it need not have a metrics.jsonl yet.
-    Attributes:
-        series: metric -> Series; tables: metric -> TableSeries; events: kind -> EventLog; dead: DeadExperts.
-        records: step records taken. last_step, tokens_seen, first_time_s, last_time_s: of these.
-        recent: (time, tokens) of the newest records of this process, for the speed.
-        stopped: reason of the last stop event, None when a record, a start or a resume came after it.
-        problems: file name -> why it, or some lines of metrics.jsonl, could not be read.
-    """
+    """One run directory, followed; it need not have a metrics.jsonl yet."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.path = directory / METRICS_FILE
+        # File -> why it, or some lines of metrics.jsonl, could not be read.
         self.problems: dict[str, str] = {}
         self.card: Json = {}
         self.summary: Json = {}
         self.config: Json = {}
-        self._stamps: dict[str, tuple[int, int]] = {}
+        self._stamps: dict[str, tuple[int, int, int]] = {}
         self._inode = -1
         self._restart()
 
     def poll(self, max_bytes: int | None = None) -> bool:
         """Take what was appended, at most about `max_bytes`; returns whether anything changed."""
-        changed = self._read_cards()
-        read = 0
+        changed, read = False, 0
         if self.path.is_file():
             with self.path.open("rb") as file:
                 facts = os.fstat(file.fileno())
@@ -151,14 +138,17 @@ class RunReader:
                 while (max_bytes is None or read < max_bytes) and (taken := self._take(file.read(_CHUNK_BYTES))):
                     read += taken
                     file.seek(self.offset)
-        return bool(changed or read)
+        # After the records: a card that was written before them is then seen with them.
+        return bool(self.read_cards() or changed or read)
 
     def _restart(self) -> None:
         self.series: dict[str, Series] = {}
         self.tables: dict[str, TableSeries] = {}
         self.events: dict[str, EventLog] = {}
         self.dead = DeadExperts()
+        # (time, tokens) of the newest records of this process, for the speed.
         self.recent: deque[tuple[float, int]] = deque(maxlen=_RECENT_RECORDS)
+        # Reason of the last stop event, None when a record, a start or a resume came after it.
         self.stopped: str | None = None
         self.records, self.last_step, self.tokens_seen = 0, -1, 0
         self.first_time_s, self.last_time_s = 0.0, 0.0
@@ -177,7 +167,7 @@ class RunReader:
         try:
             self._take_lines([line for line in _parse_lines(data[:end]) if isinstance(line, dict)])
         except Exception as error:  # noqa: BLE001
-            # A file of somebody else's making: what follows is read, and the page says that something is missing.
+            # A file that the trainer did not write: what follows is read, and the page says that something is missing.
             self.problems[METRICS_FILE] = f"{self.path} has lines that cannot be read ({error})"
         return end
 
@@ -186,7 +176,7 @@ class RunReader:
         for line in lines:
             if "event" in line:
                 self._take_event(line, records)
-            elif _places(line) and line["step"] > self.last_step:
+            elif _is_step_record(line) and line["step"] > self.last_step:
                 records.append(line)
                 self.last_step, self.stopped = line["step"], None
         self._take_records(records)
@@ -235,43 +225,35 @@ class RunReader:
         if name == "moe/dead_experts":
             self.dead.add_counts(steps, numbers.tolist())
 
-    def _read_cards(self) -> bool:
-        """Read again the small files that changed."""
+    def read_cards(self) -> bool:
+        """Read the small files that came or changed since; returns whether the run looks different now."""
         changed = False
-        for name in (RUN_CARD_FILE, SUMMARY_FILE, CONFIG_FILE):
+        for name, (attribute, read) in _CARDS.items():
             path = self.directory / name
             try:
                 facts = path.stat()
             except OSError:
                 continue
-            stamp = (facts.st_mtime_ns, facts.st_size)
+            stamp = (facts.st_mtime_ns, facts.st_size, facts.st_ino)
             if self._stamps.get(name) == stamp:
+                continue
+            problem = self.problems.pop(name, None)
+            try:
+                setattr(self, attribute, read(path))
+            except ValueError as error:
+                self.problems[name] = str(error)
+            except OSError as error:
+                # The bytes were not seen: without a stamp they are read again at the next look.
+                self.problems[name] = str(error)
+                changed |= str(error) != problem
                 continue
             self._stamps[name] = stamp
             changed = True
-            self._read_card(name)
         return changed
-
-    def _read_card(self, name: str) -> None:
-        path = self.directory / name
-        self.problems.pop(name, None)
-        try:
-            if name == RUN_CARD_FILE:
-                self.card = read_object(path)
-            elif name == SUMMARY_FILE:
-                self.summary = read_object(path)
-            else:
-                self.config = _read_yaml(path)
-        except (ValueError, OSError) as error:
-            self.problems[name] = str(error)
 
 
 def read_object(path: Path) -> Json:
-    """The JSON object of a small file.
-
-    Raises:
-        ValueError: it holds something else.
-    """
+    """The JSON object of a small file; ValueError where it holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -282,7 +264,7 @@ def read_object(path: Path) -> Json:
 
 
 def _read_yaml(path: Path) -> Json:
-    # The trainer writes it; the page does without when a person broke it. An alias could hold itself.
+    # The page does without a file that was broken by hand. An alias could hold itself.
     import yaml
 
     try:
@@ -293,6 +275,14 @@ def _read_yaml(path: Path) -> Json:
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+# File -> the attribute of RunReader that holds it, and how it is read.
+_CARDS = {
+    RUN_CARD_FILE: ("card", read_object),
+    SUMMARY_FILE: ("summary", read_object),
+    CONFIG_FILE: ("config", _read_yaml),
+}
 
 
 def _parsed(text: bytes) -> Any:
@@ -312,8 +302,8 @@ def _parse_lines(data: bytes) -> list[Any]:
     return [_parsed(line) for line in whole]
 
 
-def _places(record: Record) -> bool:
-    """Whether the record says where in the run it stands."""
+def _is_step_record(record: Record) -> bool:
+    """Whether step, tokens and time are there and in range."""
     step, tokens, time_s = (record.get(name) for name in REQUIRED)
     if not _is_step(step) or type(tokens) is not int or not isinstance(time_s, int | float):
         return False
@@ -339,24 +329,24 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def find_runs(places: Sequence[Path], max_depth: int = 3) -> list[Path]:
-    """The run directories among `places`, and those below a place that is none itself; in order, each once."""
+def find_runs(folders: Sequence[Path], max_depth: int = 3) -> list[Path]:
+    """The run directories among `folders`, and those below a folder that is none itself; in order, each once."""
     found: dict[Path, Path] = {}
-    for place in places:
-        for directory in [place] if (place / METRICS_FILE).is_file() else _below(place, max_depth):
+    for folder in folders:
+        for directory in [folder] if (folder / METRICS_FILE).is_file() else _below(folder, max_depth):
             found.setdefault(directory.resolve(), directory)
     return list(found.values())
 
 
-def _below(place: Path, depth: int) -> list[Path]:
-    found: list[Path] = []
+def _below(folder: Path, depth: int) -> list[Path]:
     try:
-        folders = sorted(entry for entry in place.iterdir() if entry.is_dir() and not entry.is_symlink())
+        entries = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink())
     except OSError:
         return []
-    for folder in folders:
-        if (folder / METRICS_FILE).is_file():
-            found.append(folder)
-        elif depth > 1 and not folder.name.startswith("."):
-            found += _below(folder, depth - 1)
+    found: list[Path] = []
+    for entry in entries:
+        if (entry / METRICS_FILE).is_file():
+            found.append(entry)
+        elif depth > 1 and not entry.name.startswith("."):
+            found += _below(entry, depth - 1)
     return found

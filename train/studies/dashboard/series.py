@@ -6,12 +6,11 @@
 
 Widths are powers of two and buckets begin at multiples of their width, so that runs of different length can be
 compared by merging the finer one. A minimum or maximum moves from bucket to bucket with its own step and is
-never averaged away. Tables (layers x experts, layers x FP8 operands) are bucketed likewise, each cell reduced
-by the table's own rule. Both take numbers in chunks and cost O(1) a record.
+never averaged away (min/max decimation, as in the level-of-detail pyramid of audio editors). Tables (layers x
+experts, layers x FP8 operands) are bucketed likewise, each cell reduced by the table's own rule. Both take numbers
+in chunks and cost O(1) a record.
 
-Source: min/max decimation is the level-of-detail pyramid of audio editors; the encoding is ours.
 Shapes: [values] one per step given; [buckets] at most 2 * limit; [cells] experts (or operands) of all layers.
-This file knows no metric names and draws nothing: `run_reader.py` feeds it, `dashboard.py` puts it in a page.
 """
 
 from __future__ import annotations
@@ -44,31 +43,19 @@ _BUCKET = np.dtype(
 
 
 class Series:
-    """One scalar over the steps.
-
-    Args:
-        limit: buckets to keep; there are at most twice as many.
-    Attributes:
-        width: steps per bucket.
-        tail: the last values as logged, at most 256, for averages over recent steps.
-        logged: values taken, those that are not finite included.
-    """
+    """One scalar over the steps, in `limit` buckets, or up to twice as many before neighbours are merged."""
 
     def __init__(self, limit: int = MAX_BUCKETS) -> None:
         assert limit > 0
         self.limit = limit
+        # Steps per bucket.
         self.width = 1
         self.buckets = np.zeros(0, _BUCKET)
+        # The last values as logged, at most 256, for averages over recent steps.
         self.tail: list[float] = []
-        self.logged = 0
 
     def add(self, steps: Steps, values: Floats) -> None:
-        """Take more values.
-
-        Args:
-            steps: [values] int64, strictly increasing and beyond all earlier ones.
-            values: [values]; one that is not finite leaves a hole.
-        """
+        """Take more values: strictly increasing steps beyond all earlier ones; a value not finite leaves a hole."""
         known = np.isfinite(values)
         single = np.zeros(len(steps), _BUCKET)
         single["key"] = steps // self.width
@@ -83,7 +70,6 @@ class Series:
             self.width *= 2
             self.buckets = _halved(self.buckets)
         self.tail = (self.tail + values[-256:].tolist())[-256:]
-        self.logged += len(steps)
 
     @property
     def means(self) -> Floats:
@@ -92,23 +78,21 @@ class Series:
             means: Floats = self.buckets["total"] / self.buckets["count"]
         return np.where(self.buckets["count"] > 0, means, np.nan)
 
-    def coarse(self, limit: int) -> Series:
-        """The same series in at most `limit` buckets (itself if it has no more)."""
-        if len(self.buckets) <= limit:
-            return self
-        copy = Series(limit)
-        copy.width, copy.buckets, copy.tail, copy.logged = self.width, self.buckets, self.tail, self.logged
-        while len(copy.buckets) > limit:
-            copy.width *= 2
-            copy.buckets = _halved(copy.buckets)
-        return copy
+    def _coarse(self, limit: int) -> Series:
+        """The same series in at most `limit` buckets."""
+        coarse = Series(limit)
+        coarse.width, coarse.buckets = self.width, self.buckets
+        while len(coarse.buckets) > limit:
+            coarse.width *= 2
+            coarse.buckets = _halved(coarse.buckets)
+        return coarse
 
     def to_json(self, limit: int) -> Json:
         """Width, key and mean of each bucket; with width above 1 also both extremes and their steps.
 
         Numbers are little-endian arrays in base64: u32 for steps, f32 (seven digits) for values.
         """
-        series = self.coarse(limit)
+        series = self._coarse(limit)
         buckets = series.buckets
         packed = {"width": series.width, "key": _packed(buckets["key"], "<u4"), "mean": _packed(series.means, "<f4")}
         if series.width > 1:
@@ -119,7 +103,7 @@ class Series:
 
     def knots(self, limit: int) -> Json:
         """A quantity that grows with the steps, as (step, value) pairs to interpolate between; f64."""
-        buckets = self.coarse(limit).buckets
+        buckets = self._coarse(limit).buckets
         buckets = buckets[buckets["count"] > 0]
         steps = np.stack([buckets["at_low"], buckets["at_high"]], axis=1).ravel()
         values = np.stack([buckets["low"], buckets["high"]], axis=1).ravel()
@@ -133,10 +117,6 @@ class TableSeries:
 
     Args:
         reduction: of one cell over the steps of a column: its mean, its last value, or its worst.
-    Attributes:
-        shape: cells in each layer, of the newest table; a new shape begins anew.
-        cells: [columns, cells] float32; sums where the reduction is mean.
-        spans: [columns, 3] int64: first step, last step, number of tables.
     """
 
     def __init__(self, reduction: Reduction) -> None:
@@ -160,10 +140,6 @@ class TableSeries:
                 blocks.append((np.array([step for _, step, _ in entries], np.int64), block))
                 self._add_block(*blocks[-1])
         return blocks
-
-    def latest(self) -> Cells:
-        """[cells] the newest table as logged."""
-        return self._latest
 
     def limited(self, limit: int) -> tuple[Steps, Cells]:
         """([columns, 3] spans, [columns, cells] reduced values) in at most `limit` columns."""
@@ -190,21 +166,19 @@ class TableSeries:
         }
 
     def _restart(self, shape: tuple[int, ...]) -> None:
+        # Cells in each layer, of the newest table: another shape begins again.
         self.shape = shape
         self.width = 1
         size = sum(shape)
         self._limit = max(8, min(MAX_COLUMNS, MAX_CELLS // max(1, size)))
-        self.spans = np.zeros((0, 3), np.int64)
-        self.cells = np.zeros((0, size), np.float32)
-        self._latest = np.zeros(size, np.float32)
+        self.spans = np.zeros((0, 3), np.int64)  # [columns, 3] first step, last step, number of tables
+        self.cells = np.zeros((0, size), np.float32)  # [columns, cells], sums where the reduction is mean
 
     def _add_block(self, steps: Steps, cells: Cells) -> None:
         spans = np.stack([steps, steps, np.ones_like(steps)], axis=1)
-        self._latest = cells[-1].copy()
-        before = (self.spans[-1:], self.cells[-1:])
-        grown = self._merged(np.concatenate([before[0], spans]), np.concatenate([before[1], cells]), self.width)
-        self.spans = np.concatenate([self.spans[:-1], grown[0]])
-        self.cells = np.concatenate([self.cells[:-1], grown[1]])
+        spans, cells = np.concatenate([self.spans[-1:], spans]), np.concatenate([self.cells[-1:], cells])
+        spans, cells = self._merged(spans, cells, self.width)
+        self.spans, self.cells = np.concatenate([self.spans[:-1], spans]), np.concatenate([self.cells[:-1], cells])
         while len(self.spans) > 2 * self._limit:
             self.width *= 2
             self.spans, self.cells = self._merged(self.spans, self.cells, self.width)
@@ -260,7 +234,7 @@ def _merged(parts: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
     for name, reduce in (("low", np.minimum), ("high", np.maximum)):
         merged[name] = reduce.reduceat(parts[name], starts)
         reached = np.flatnonzero(parts[name] == merged[name][group])[::-1]
-        # Assigned from the back: the first place of each group is written last and stays.
+        # Assigned from the back: the first of each group is written last and stays.
         merged[f"at_{name}"][group[reached]] = parts[f"at_{name}"][reached]
     return merged
 

@@ -9,7 +9,7 @@ One thread looks for new runs and reads what was appended to each file since the
 asks every two seconds. Nothing is written. An EPOCH of another server process (`server` in the answer) counts as 0.
 
 Security: it listens on 127.0.0.1 only; knows the paths above and opens no file that a request names; answers GET
-only; refuses a Host that is not this address, so that a foreign site cannot reach it by DNS rebinding; its content
+only; refuses a Host that is not this address, since a foreign site could reach it by DNS rebinding; its content
 security policy allows scripts and requests from itself only. Any user of this machine can read it.
 """
 
@@ -25,21 +25,19 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from plotly.offline import get_plotlyjs
 
-from train.studies.dashboard.charts import charts_for
 from train.studies.dashboard.page import (
     SCRIPTS,
+    charts_for,
     constants,
     curve_limit,
     filled_page,
     names,
     run_json,
-    script_json,
     source,
     tables_json,
 )
@@ -49,14 +47,13 @@ from train.studies.dashboard.series import MAX_CELLS, Json
 
 ADDRESS = "127.0.0.1"
 DEFAULT_PORT = 8663
-# One look reads at most this much of each run, so that a page sees all runs grow while long files are read.
-_PIECE_BYTES = 8 << 20
+# One look reads at most this much of each run, so a page sees all runs grow while long files are read.
+_LOOK_BYTES = 8 << 20
 _CURVE_BYTES = 4_000_000
 _POLICY = (
     "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self' 'unsafe-inline'; "
     "img-src data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
-
 _HEADERS = {
     "Content-Security-Policy": _POLICY,
     "Cache-Control": "no-store",
@@ -69,43 +66,38 @@ _HEADERS = {
 
 @dataclass
 class _Followed:
-    """A run and the epoch of its last change."""
+    """A run, the name under which it was last sent, the epoch of its last change, and why it is not shown whole."""
 
     reader: RunReader
     changed: int = 0
-    problem: str = ""
-    untold: str = ""
-
-    def notes(self) -> list[str]:
-        """What could not be read, or not be drawn."""
-        return [*self.reader.problems.values(), *filter(None, (self.problem, self.untold))]
+    name: str = ""
+    unreadable: str = ""
+    undrawable: str = ""
 
 
 class Follower:
-    """Run directories read again and again.
+    """Run directories, or folders in which runs appear, read again and again."""
 
-    Args:
-        places: run directories, or folders in which runs appear.
-    """
-
-    def __init__(self, places: Sequence[Path]) -> None:
-        self._places = list(places)
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._folders = list(folders)
         self._runs: dict[Path, _Followed] = {}
         self._lock = threading.Lock()
         self._epoch = 0
-        # Tells a page that a restarted server counts from 0 again.
+        # A page sees by it that a restarted server counts from 0 again.
         self._server = secrets.token_hex(8)
 
     def look(self) -> bool:
         """Find new runs and read what was appended; returns whether anything changed."""
         changed = False
-        for directory in find_runs(self._places):
-            if directory not in self._runs:
-                with self._lock:
-                    # Sent even while its files are empty: a page numbers runs by their places among all.
-                    self._epoch += 1
-                    self._runs[directory] = _Followed(RunReader(directory), self._epoch)
-                changed = True
+        for directory in find_runs(self._folders):
+            # A run that two folders reach is one run, whichever of them saw its file first.
+            resolved = directory.resolve()
+            with self._lock:
+                if resolved not in self._runs:
+                    # Sent even while its files are empty: a page numbers runs by their order among all.
+                    self._runs[resolved] = _Followed(RunReader(directory))
+                    self._mark_changed(self._runs[resolved])
+                    changed = True
         for run in list(self._runs.values()):
             with self._lock:
                 changed |= self._read(run)
@@ -113,26 +105,41 @@ class Follower:
 
     def _read(self, run: _Followed) -> bool:
         try:
-            changed, problem = run.reader.poll(_PIECE_BYTES), ""
+            changed, problem = run.reader.poll(_LOOK_BYTES), ""
         except OSError as error:
-            # A folder that is being deleted, or a disk that is away: said on the page, tried again.
+            # A folder that is being deleted, or a disk that is away: shown on the page, tried again.
             changed, problem = False, str(error)
-        if changed or problem != run.problem:
-            self._epoch += 1
-            run.changed, run.problem = self._epoch, problem
+        if changed or problem != run.unreadable:
+            run.unreadable = problem
+            self._mark_changed(run)
         return changed
+
+    def _mark_changed(self, run: _Followed) -> None:
+        self._epoch += 1
+        run.changed = self._epoch
 
     def runs(self, since: int, server: str) -> Json:
         """What changed after epoch `since` of process `server`."""
         with self._lock:
-            readers = [run.reader for run in self._runs.values()]
+            runs = list(self._runs.values())
+            readers = [run.reader for run in runs]
+            for run in runs:
+                # A card that was written after the last look: no answer shows a run without the card that it has.
+                if run.reader.read_cards():
+                    self._mark_changed(run)
+            for run, name in zip(runs, names(readers), strict=True):
+                # The card of another run changes a name too, where both have the same.
+                if name != run.name:
+                    run.name = name
+                    self._mark_changed(run)
             since = since if server == self._server else 0
             now, limit = time.time(), curve_limit(readers, _CURVE_BYTES)
             changed = [
-                _told(run, key=key, name=name, limit=limit, now_unix_s=now)
-                for key, (run, name) in enumerate(zip(self._runs.values(), names(readers), strict=True))
+                _drawn(run, key=key, name=run.name, limit=limit, now_unix_s=now)
+                for key, run in enumerate(runs)
                 if run.changed > since
             ]
+            problems = [[*run.reader.problems.values(), run.unreadable, run.undrawable] for run in runs]
             return {
                 "server": self._server,
                 "epoch": self._epoch,
@@ -141,7 +148,7 @@ class Follower:
                 "charts": charts_for({name for reader in readers for name in reader.series}),
                 "bytes_read": sum(reader.offset for reader in readers),
                 "bytes": sum(reader.size for reader in readers),
-                "problems": [text for run in self._runs.values() for text in run.notes()],
+                "problems": [text for texts in problems for text in texts if text],
                 "now_unix_s": now,
             }
 
@@ -152,53 +159,50 @@ class Follower:
             return tables_json(readers[key], MAX_CELLS) if 0 <= key < len(readers) else None
 
 
-def _told(run: _Followed, **options: Any) -> Json:
-    """A run as the page draws it; of one that cannot be told, its place with nothing in it, and a note."""
+def _drawn(run: _Followed, **options: Any) -> Json:
+    """A run as the page draws it; one that cannot be drawn keeps its number, empty and with a note."""
     try:
-        told = run_json(run.reader, **options)
-        json.dumps(told, allow_nan=False)
+        drawn = run_json(run.reader, **options)
+        json.dumps(drawn, allow_nan=False)
     except Exception as error:  # noqa: BLE001
-        run.untold = f"{run.reader.directory} cannot be drawn ({error})"
+        run.undrawable = f"{run.reader.directory} cannot be drawn ({error})"
         return run_json(RunReader(run.reader.directory), **options)
-    run.untold = ""
-    return told
+    run.undrawable = ""
+    return drawn
 
 
 class Server:
     """Follows and serves in threads of its own until `close`; use it as a context manager.
 
     Args:
-        places: run directories, or folders of them.
+        folders: run directories, or folders of them.
         port: 0 takes a free one.
         title: heading of the page.
         period_s: between two looks at the files.
-    Attributes:
-        url: of the page.
     Raises:
-        ValueError: the port is taken, or a place is no directory.
+        ValueError: the port is taken, or a folder does not exist.
     """
 
     def __init__(
-        self, places: Sequence[Path], *, port: int = DEFAULT_PORT, title: str = "Training runs", period_s: float = 1.0
+        self, folders: Sequence[Path], *, port: int = DEFAULT_PORT, title: str = "Training runs", period_s: float = 1.0
     ) -> None:
-        for place in places:
-            if not place.is_dir():
-                raise ValueError(f"{place} is no directory: give a run directory, or a folder in which runs appear")
-        self.follower = Follower(places)
+        for folder in folders:
+            if not folder.is_dir():
+                raise ValueError(f"{folder} is no directory: give a run directory, or a folder in which runs appear")
+        self.follower = Follower(folders)
         self._period_s = period_s
         self._ended = threading.Event()
-        pages = {name: (kind, text.encode("utf-8")) for name, (kind, text) in _pages(title).items()}
         try:
-            self._http = _Http(port, pages, self.follower)
+            self._http = _Http(port, _pages(title), self.follower)
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise
             reason = f"port {port} of {ADDRESS} cannot be had ({error.strerror})"
             raise ValueError(f"{reason}: give another with --port, or 0 for a free one") from None
         self.url = f"http://{ADDRESS}:{self._http.port}/"
-        self._threads = [
-            threading.Thread(target=target, daemon=True) for target in (self._http.serve_forever, self._follow)
-        ]
+        # `close` waits for the socket's thread to look up, every 0.05 s.
+        serve = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
+        self._threads = [serve, threading.Thread(target=self._follow, daemon=True)]
         for thread in self._threads:
             thread.start()
 
@@ -223,27 +227,23 @@ class Server:
     def __enter__(self) -> Server:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def _pages(title: str) -> dict[str, tuple[str, str]]:
-    """Path -> (media type, text) of everything that does not change."""
-    data = {"live": True, "title": title, **constants([]), "runs": [], "charts": []}
-    tags = [f'<script type="application/json" id="data">{script_json(data)}</script>']
-    tags += [f'<script src="/{name}"></script>' for name in ("plotly.js", *SCRIPTS)]
+def _pages(title: str) -> dict[str, tuple[str, bytes]]:
+    """Path -> (media type, content) of everything that does not change."""
     page = filled_page(
-        title=title,
+        {"live": True, "title": title, **constants(), "runs": [], "charts": []},
         # `frame-ancestors` counts in the header only.
         policy=_POLICY.replace("frame-ancestors 'none'; ", ""),
         style='<link rel="stylesheet" href="/page.css">',
-        scripts="\n".join(tags),
+        scripts=[f'<script src="/{name}"></script>' for name in ("plotly.js", *SCRIPTS)],
     )
-    script = "text/javascript"
-    pages = {"/": ("text/html", page), "/page.css": ("text/css", source("page.css"))}
-    return pages | {f"/{name}": (script, source(name)) for name in SCRIPTS} | {"/plotly.js": (script, get_plotlyjs())}
+    texts = {"/": ("text/html", page), "/page.css": ("text/css", source("page.css"))}
+    texts |= {f"/{name}": ("text/javascript", source(name)) for name in SCRIPTS}
+    texts["/plotly.js"] = ("text/javascript", get_plotlyjs())
+    return {path: (kind, text.encode("utf-8")) for path, (kind, text) in texts.items()}
 
 
 class _Http(ThreadingHTTPServer):
@@ -273,22 +273,19 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.MISDIRECTED_REQUEST, "text/plain", b"this server answers to its own address only\n")
             return
         url = urlsplit(self.path)
+        query = {name: values[-1] for name, values in parse_qs(url.query).items()}
+        data: Json | None = None
+        if url.path == "/api/runs":
+            data = self.server.follower.runs(_number(query.get("since"), missing=0), query.get("server", ""))
+        elif url.path == "/api/tables":
+            data = self.server.follower.tables(_number(query.get("run"), missing=-1))
         if url.path in self.server.pages:
             self._answer(HTTPStatus.OK, *self.server.pages[url.path])
-            return
-        answer = self._data(url.path, {name: values[-1] for name, values in parse_qs(url.query).items()})
-        if answer is None:
+        elif data is None:
             self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"no such page\n")
         else:
-            text = json.dumps(answer, separators=(",", ":"), allow_nan=False)
+            text = json.dumps(data, separators=(",", ":"), allow_nan=False)
             self._answer(HTTPStatus.OK, "application/json", text.encode("utf-8"))
-
-    def _data(self, path: str, query: dict[str, str]) -> Json | None:
-        if path == "/api/runs":
-            return self.server.follower.runs(_number(query.get("since")), query.get("server", ""))
-        if path == "/api/tables":
-            return self.server.follower.tables(_number(query.get("run"), missing=-1))
-        return None
 
     def _answer(self, code: HTTPStatus, kind: str, body: bytes) -> None:
         self.send_response(code)
@@ -300,7 +297,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing: a page asks every two seconds."""
+        """Log nothing: a page asks every two seconds."""
         return
 
     def handle_one_request(self) -> None:
@@ -311,5 +308,5 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
-def _number(text: str | None, missing: int = 0) -> int:
+def _number(text: str | None, *, missing: int) -> int:
     return int(text) if text and text.isascii() and text.isdigit() and len(text) < 16 else missing

@@ -30,15 +30,16 @@ from kernels.formats import Quantized
 from parallel.collectives import Traffic
 from parallel.expert import ExpertParallelDispatcher
 from parallel.grads import reduce_and_clip
-from parallel.mesh import Layout, Mesh, init_processes, make_mesh
+from parallel.layout import Layout
+from parallel.mesh import Mesh, init_processes, make_mesh
 from parallel.pipeline import Pipeline
-from train.assemble import assemble, build_stages, parts_of_stages
+from train.assemble import assemble
 from train.config import PretrainConfig
 from train.losses import LossWeights
 from train.model.sizes import flops_per_token, held_by, parameters, weights
-from train.model.transformer import Part, recompute_up_projections
-from train.schedules import ScheduleConfig, at
-from train.stage import Tally
+from train.model.transformer import StageSpec, recompute_up_projections
+from train.schedules import ScheduleConfig, scheduled_values
+from train.stage import StepMetrics, build_stages, stage_specs
 from train.step import Engine
 from train.studies.plan.live_bytes import LiveBytes
 from train.studies.plan.traffic import expected_destinations, expert_bytes, pipeline_bytes, update_bytes
@@ -82,7 +83,7 @@ def dry_run(config: PretrainConfig) -> str:
     try:
         tied = config.model.num_nextn_predict_layers > 0
         mesh = make_mesh(layout, device=torch.device("cpu"), tied_embedding=tied)
-        parts = parts_of_stages(config.model, mesh)
+        parts = stage_specs(config.model, mesh)
         idle = Pipeline(
             {index: nn.Identity() for index in parts}, mesh=mesh, hidden_size=1, dtype=config.precision.dtype
         )
@@ -125,7 +126,7 @@ def ramp_points(
     """
 
     def point(what: str, tokens_seen: int) -> RampPoint:
-        batch = at(schedule, step=0, tokens_seen=tokens_seen).batch_sequences
+        batch = scheduled_values(schedule, step=0, tokens_seen=tokens_seen).batch_sequences
         count = batch // layout.dp // micro_batch_sequences
         return RampPoint(what, tokens_seen, batch, count, most_in_flight(count))
 
@@ -167,9 +168,9 @@ def measure(config: PretrainConfig, mesh: Mesh, *, num_micro_batches: int) -> Me
         engine = assemble(stages, replace(config.optim, ema_decay=None), mesh)
         state = live.now
         gradients = sum(bucket.grad_bytes for bucket in engine.optimizer.buckets)
-        optimizer = engine.optimizer.state_pieces()
-        masters = _storage_bytes(piece.local for name, piece in optimizer.items() if name.startswith("master."))
-        moments = _storage_bytes(piece.local for name, piece in optimizer.items() if name.startswith("exp_avg"))
+        optimizer = engine.optimizer.state_shards()
+        masters = _storage_bytes(piece.tensor for name, piece in optimizer.items() if name.startswith("master."))
+        moments = _storage_bytes(piece.tensor for name, piece in optimizer.items() if name.startswith("exp_avg"))
         live.peak = live.now
         held = _run_step(config, engine, live, num_micro_batches)
         copies = _storage_bytes(
@@ -192,9 +193,9 @@ def _run_step(config: PretrainConfig, engine: Engine, live: LiveBytes, num_micro
     """Run one step of the schedule; returns the bytes alive after the forward at which most is held."""
     shape = (num_micro_batches * config.run.micro_batch_sequences, config.data.sequence_length)
     inputs = {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
-    now = at(config.schedule, step=0, tokens_seen=0)
+    now = scheduled_values(config.schedule, step=0, tokens_seen=0)
     step = LossWeights(now.mtp_weight, now.balance_alpha, torch.ones((), dtype=torch.int64), num_sequences=1)
-    tally = Tally(config.model, engine.mesh.device)
+    metrics = StepMetrics(config.model, engine.mesh.device)
     most_held = 0
 
     def look(*_: object) -> None:
@@ -202,7 +203,7 @@ def _run_step(config: PretrainConfig, engine: Engine, live: LiveBytes, num_micro
         most_held = max(most_held, live.now)
 
     for stage in engine.stages.values():
-        stage.begin(step, tally)
+        stage.begin(step, metrics)
         stage.register_forward_hook(look)
     engine.optimizer.zero_grad()
     engine.pipeline.run(inputs, num_micro_batches=num_micro_batches)
@@ -229,7 +230,7 @@ def _storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def _position(config: PretrainConfig, mesh: Mesh, parts: dict[int, Part]) -> list[str]:
+def _position(config: PretrainConfig, mesh: Mesh, parts: dict[int, StageSpec]) -> list[str]:
     layout: Layout = mesh.layout
     held = held_by(config.model, parts.values())
     local = config.model.n_routed_experts // layout.ep
@@ -245,11 +246,11 @@ def _position(config: PretrainConfig, mesh: Mesh, parts: dict[int, Part]) -> lis
     ]
 
 
-def _layers(part: Part) -> str:
-    words = [f"layers {part.layer_ids.start}-{part.layer_ids.stop - 1}" if len(part.layer_ids) else "no layer"]
-    if part.begins:
+def _layers(spec: StageSpec) -> str:
+    words = [f"layers {spec.layer_ids.start}-{spec.layer_ids.stop - 1}" if len(spec.layer_ids) else "no layer"]
+    if spec.is_first:
         words.insert(0, "embedding")
-    if part.ends:
+    if spec.is_last:
         words.append("head and MTP")
     return ", ".join(words)
 
@@ -281,7 +282,7 @@ def _ramp_table(points: list[RampPoint]) -> list[str]:
     return [head, *rows]
 
 
-def _work_table(config: PretrainConfig, mesh: Mesh, parts: Iterable[Part], point: RampPoint) -> list[str]:
+def _work_table(config: PretrainConfig, mesh: Mesh, parts: Iterable[StageSpec], point: RampPoint) -> list[str]:
     model, layout, name = config.model, mesh.layout, config.precision.name
     held = held_by(model, parts)
     table = weights(model, held, ep=layout.ep)

@@ -24,8 +24,7 @@ from itertools import combinations
 from math import comb
 
 from kernels.formats import TILE, ceil_div
-from parallel.mesh import Layout
-from parallel.schedules import num_stages, rank_of_stage, stage_ids
+from parallel.layout import Layout, num_stages, rank_of_stage, stage_ids
 from train.model.config import ModelConfig
 from train.model.sizes import BF16_BYTES, E4M3_BYTES, FP32_BYTES, Held, Weight
 

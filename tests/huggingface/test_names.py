@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.huggingface.hf_folders import RAGGED
-from train.huggingface.plan import ExportPlan, export_plan
+from train.huggingface.names import ExportPlan, export_plan
 from train.model.config import ModelConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs/model"
@@ -68,14 +68,14 @@ def test_v3_has_exactly_the_names_dtypes_and_shapes_of_the_released_checkpoint(v
     for name, rows, cols in released_linears():
         expected[name] = ("F8_E4M3", (rows, cols))
         expected[f"{name}_scale_inv"] = ("F32", (math.ceil(rows / 128), math.ceil(cols / 128)))
-    planned = {entry.name: (entry.dtype, entry.shape) for shard in v3.shards for entry in shard.entries}
+    planned = {spec.name: (spec.dtype, spec.shape) for shard in v3.shards for spec in shard.tensors}
     assert planned == expected
 
 
 def test_the_index_names_every_tensor_once_and_sums_the_bytes(v3: ExportPlan) -> None:
     index = v3.index()
     assert index["metadata"]["total_size"] == 680_571_043_840 + 2 * 3_918_786_560 + 4 * 41_555_600
-    assert len(index["weight_map"]) == sum(len(shard.entries) for shard in v3.shards)
+    assert len(index["weight_map"]) == sum(len(shard.tensors) for shard in v3.shards)
     assert next(iter(v3.files)) == f"model-00001-of-{len(v3.files):05d}.safetensors"
 
 
@@ -84,7 +84,7 @@ def test_files_keep_to_their_size_and_a_weight_to_its_scales(v3: ExportPlan) -> 
     for name, file in weight_map.items():
         assert weight_map.get(f"{name}_scale_inv", file) == file
     for shard in v3.shards:
-        assert sum(item_bytes[entry.dtype] * math.prod(entry.shape) for entry in shard.entries) <= 5 * GB
+        assert sum(item_bytes[spec.dtype] * math.prod(spec.shape) for spec in shard.tensors) <= 5 * GB
 
 
 def test_blocks_that_training_cut_elsewhere_are_named(v3: ExportPlan) -> None:

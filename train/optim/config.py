@@ -1,0 +1,41 @@
+"""Hyperparameters of the optimizer, with their checks (arXiv:2412.19437 §4.2).
+
+A file of its own: the configuration of a run is read without the machinery of masters, moments and process groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# fp8 is an ablation: FP32 tensors that hold what E4M3 with a scale per 128 elements can hold. It saves no memory.
+MOMENT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float32}
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Hyperparameters of AdamW and of the clipping (arXiv:2412.19437 §4.2); field `optim` of the configuration."""
+
+    betas: tuple[float, float] = (0.9, 0.95)  # decay rates of the two moments
+    eps: float = 1e-8  # added to the root of the second moment; the report does not give it
+    weight_decay: float = 0.1  # decoupled decay per step, times the learning rate
+    clip_norm: float = 1.0  # the global gradient norm is clipped to this
+    moments_dtype: str = "bf16"  # storage of both moments (§3.3.3); a key of `MOMENT_DTYPES`, docs/numerics.md
+    ema_decay: float | None = None  # moving average of the weights in CPU memory (`train/optim/ema.py`); None for none
+
+    def __post_init__(self) -> None:
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"optim.betas = {self.betas} must be two numbers in [0, 1); the report uses (0.9, 0.95)")
+        if not self.eps > 0.0:
+            raise ValueError(f"optim.eps = {self.eps} must be above 0; use 1e-8")
+        if not self.weight_decay >= 0.0:
+            raise ValueError(f"optim.weight_decay = {self.weight_decay} must not be negative; give 0 for none")
+        if not self.clip_norm > 0.0:
+            raise ValueError(f"optim.clip_norm = {self.clip_norm} must be above 0; the report uses 1.0")
+        if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"optim.ema_decay = {self.ema_decay} must be in [0, 1); use 0.999, or null for none")
+        if self.moments_dtype not in MOMENT_DTYPES:
+            raise ValueError(
+                f"optim.moments_dtype = {self.moments_dtype!r} is unknown; use one of {sorted(MOMENT_DTYPES)}"
+            )

@@ -1,0 +1,549 @@
+"""The bench's rows: each kernel file's operations, and two of the ablations, each against one peer on the same inputs.
+
+`ROWS` maps the name of a file to its cases. Ours gets fresh inputs and so does the peer, whose result is what ours is
+compared with: an operation may work in place. Sizes are those of a small model, so that a CPU runs all of them in
+seconds; V3's sizes are in `peers.py`. FLOPs and bytes are of one ideal call. Beside each tolerance is its origin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
+
+from kernels.adamw import adamw_update
+from kernels.attention import causal_attention
+from kernels.cross_entropy import IGNORE, cross_entropy_sum
+from kernels.e5m6 import pack_e5m6, unpack_e5m6
+from kernels.embedding import embedding_reference
+from kernels.formats import E4M3_MAX, TILE, Quantized
+from kernels.fp8_linear import fp8_linear
+from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
+from kernels.gemm_grouped import grouped_gemm_tile_block
+from kernels.permute import combine_tokens, group_tokens, grouping
+from kernels.quantize import (
+    dequantize_blocks,
+    dequantize_tiles,
+    quantize_blocks,
+    quantize_tiles,
+    quantize_tiles_transposed,
+)
+from kernels.rmsnorm import rmsnorm
+from kernels.rope import apply_rope, apply_rope_reference, rope_tables
+from kernels.router import route
+from kernels.swiglu import (
+    gated_swiglu,
+    gated_swiglu_backward_kept,
+    swiglu,
+    swiglu_quantize,
+    swiglu_quantize_transposed,
+)
+from train.studies.ablation.hopper_accumulation import Factors, factors, hopper_matmul_reference
+from train.studies.ablation.linear import AblatedLinears, Ablation
+from train.studies.bench.table import OURS, Candidate, Case
+from train.studies.bench.timing import Call, Clock
+
+KIND = "kernels"
+BF16 = torch.bfloat16
+Make = Callable[[torch.device], tuple[Any, ...]]
+
+
+def clock_of(device: torch.device, *, rounds: int = 9) -> Clock:
+    """How rows are timed: out of a GPU's cache, from one set on a CPU.
+
+    The host launches them: autograd's and torch's own launches were never captured in a graph.
+    """
+    on_gpu = device.type == "cuda"
+    return Clock(rounds, 5e-3, cold_bytes=200e6 if on_gpu else 0.0, least_sets=2 if on_gpu else 1, graph=False)
+
+
+@dataclass(frozen=True)
+class PairInputs:
+    """Inputs of ours and of its peer, which are made again where a result is compared."""
+
+    make: Make
+    peer: Callable[..., Tensor]
+    device: torch.device
+    values: tuple[Any, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors, those within dataclasses included."""
+        fields = [[value] if isinstance(value, Tensor) else vars(value).values() for value in self.values]
+        return sum(tensor.nbytes for each in fields for tensor in each if isinstance(tensor, Tensor))
+
+    def reset(self) -> None:
+        """Every operation allocates its outputs, or is run on fresh inputs once."""
+        return
+
+    def expected(self) -> list[Tensor]:
+        """The peer's result."""
+        return [self.peer(*self.make(self.device))]
+
+    def sampled(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """All of ours."""
+        return list(outputs)
+
+
+def _launch(function: Callable[..., Tensor], inputs: PairInputs) -> Call:
+    return lambda: (function(*inputs.values),)
+
+
+def pair(
+    name: str,
+    make: Make,
+    run: Callable[..., Tensor],
+    peer: Callable[..., Tensor],
+    peer_name: str,
+    *,
+    tolerance: float,
+    bytes: float,
+    flops: float = 0.0,
+) -> Case:
+    """One operation and its peer.
+
+    Args:
+        name: unique.
+        make: device -> the positional inputs of `run` and `peer`, seeded.
+        run: ours; returns one tensor.
+        peer: returns a tensor of the same shape.
+        peer_name: what the peer is, e.g. "torch.nn.functional.rms_norm".
+        tolerance: relative Frobenius error of run against peer that still counts as parity.
+        bytes: read and written by one ideal call of `run`.
+        flops: of one call of `run`; 0 where the bound is memory.
+    """
+
+    def inputs(device: torch.device) -> PairInputs:
+        return PairInputs(make, peer, device, make(device))
+
+    ours = Candidate(OURS, partial(_launch, run), tolerance)
+    return Case(name, KIND, flops, bytes, inputs, (ours, Candidate(peer_name, partial(_launch, peer))))
+
+
+def seeded(device: torch.device | None = None, seed: int = 0) -> torch.Generator:
+    """A generator, on the CPU unless a device is given: then the same numbers on every device."""
+    return torch.Generator(device or "cpu").manual_seed(seed)
+
+
+def _matrix(device: torch.device) -> tuple[Tensor]:
+    return (torch.randn(2048, 512, generator=seeded(device), device=device),)
+
+
+def _input_gradient(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Forward and backward: the gradient of the first input, given that of the output as the last."""
+    return lambda x, *rest: torch.autograd.grad(function(x, *rest[:-1]), x, rest[-1])[0]
+
+
+def _adamw_inputs(device: torch.device) -> tuple[Tensor, ...]:
+    master, grad, exp_avg = torch.randn(3, 1 << 20, generator=seeded()).to(device)
+    return master, grad, exp_avg, exp_avg.square()
+
+
+def _adamw(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
+    adamw_update(master, grad, exp_avg, exp_avg_sq, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=2)
+    return master
+
+
+def _torch_adamw(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
+    torch_adamw(
+        [master], [grad], [exp_avg], [exp_avg_sq], [], [torch.tensor(1.0)], foreach=False, fused=True,
+        amsgrad=False, beta1=0.9, beta2=0.95, lr=1e-3, weight_decay=0.1, eps=1e-8, maximize=False,
+    )  # fmt: skip
+    return master
+
+
+def _attention_inputs(device: torch.device) -> tuple[Tensor, ...]:
+    q, k, v, grad = torch.randn(4, 8, 4, 256, 96, generator=seeded()).to(device, BF16).unbind()
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
+
+
+def _attention(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Tensor:
+    return torch.cat(torch.autograd.grad(attend(q, k, v), (q, k, v), grad))
+
+
+def _cross_entropy_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = seeded()
+    logits = torch.randn(2048, 2048, generator=generator).to(device, BF16)
+    return logits.requires_grad_(), torch.randint(2048, (2048,), generator=generator).to(device)
+
+
+def _torch_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
+    return torch.autograd.grad(loss, logits)[0]
+
+
+def _embedding_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = seeded()
+    ids = torch.randint(0, 2048, (2048,), generator=generator).to(device)
+    return ids, torch.randn(2048, 256, generator=generator).to(device)
+
+
+def _linear_inputs(device: torch.device) -> tuple[Tensor, ...]:
+    generator = seeded(device)
+    return tuple(torch.randn(rows, 512, generator=generator, device=device) for rows in (2048, 512, 2048))
+
+
+def _linear_gradients(layer: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor, dy: Tensor) -> Tensor:
+    """dx and dW of one forward and backward, stacked along rows."""
+    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+    layer(x, w).backward(dy)
+    assert x.grad is not None
+    assert w.grad is not None
+    return torch.cat([x.grad, w.grad])
+
+
+def _gemm_inputs(device: torch.device) -> tuple[Quantized, Quantized, Quantized, Tensor, Tensor]:
+    generator = seeded(device)
+    a = quantize_tiles(torch.randn(2048, 512, generator=generator, device=device), power_of_two=False)
+    w = torch.randn(512, 512, generator=generator, device=device)
+    blocks, tiles = quantize_blocks(w, power_of_two=False), quantize_tiles(w, power_of_two=False)
+    return a, blocks, tiles, dequantize_tiles(a), dequantize_blocks(blocks)
+
+
+def _grouped_gemm_inputs(device: torch.device) -> tuple[Quantized, Quantized, Tensor, Tensor, Tensor]:
+    generator = seeded(device)
+    a = quantize_tiles(torch.randn(8 * 512, 512, generator=generator, device=device), power_of_two=False)
+    b = quantize_blocks(torch.randn(8, 256, 512, generator=generator, device=device), power_of_two=False)
+    group_ends = torch.arange(512, 8 * 512 + 1, 512, dtype=torch.int32, device=device)
+    return a, b, group_ends, dequantize_tiles(a).view(8, 512, 512), dequantize_blocks(b)
+
+
+def _layout_inputs(device: torch.device) -> tuple[Tensor]:
+    return (torch.rand(2048, 64, generator=seeded()).topk(6, dim=-1).indices.to(device),)
+
+
+def _torch_layout(ids: Tensor) -> Tensor:
+    chosen = torch.zeros(len(ids), 64, dtype=torch.int64, device=ids.device).scatter_(1, ids, 1)
+    padded = (chosen.sum(0) + TILE - 1) // TILE * TILE
+    rows = (padded.cumsum(0) - padded) + chosen.cumsum(0) - 1  # [tokens, experts]
+    return rows.gather(1, ids.sort(dim=1).values)
+
+
+def _permute_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    generator = seeded()
+    x, grad = torch.randn(2, 2048, 256, generator=generator).to(device, BF16)
+    ids = torch.rand(2048, 8, generator=generator).topk(2, dim=-1).indices.to(device)
+    return x.requires_grad_(), ids, grad
+
+
+def _permute(x: Tensor, ids: Tensor) -> Tensor:
+    layout = grouping(ids, 8)
+    return combine_tokens(group_tokens(x, layout), layout)
+
+
+def _torch_permute(x: Tensor, ids: Tensor) -> Tensor:
+    tokens = ids.flatten().argsort(stable=True) // ids.shape[1]
+    rows = x.index_select(0, tokens)
+    return torch.zeros(x.shape, device=x.device).index_add(0, tokens, rows.float()).to(x.dtype)
+
+
+def _torch_tiles(x: Tensor) -> Tensor:
+    tiles = x.view(len(x), -1, TILE)
+    scaled = tiles / (tiles.abs().amax(-1, keepdim=True) / E4M3_MAX)
+    return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view_as(x)
+
+
+def _torch_blocks(w: Tensor) -> Tensor:
+    scale = F.max_pool2d(w.abs()[None], TILE)[0] / E4M3_MAX
+    scaled = w / scale.repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
+    return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def _rmsnorm_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    generator = seeded()
+    x, grad = torch.randn(2, 2048, 256, generator=generator).to(device, BF16)
+    weight = torch.randn(256, generator=generator).to(device, BF16)
+    return x.requires_grad_(), weight.requires_grad_(), grad
+
+
+def _rope_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    cos, sin = rope_tables(256, 32, 10000.0, yarn=None)
+    return torch.randn(8, 4, 256, 32, generator=seeded()).to(device, BF16), cos.to(device), sin.to(device)
+
+
+def _router_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    generator = seeded()
+    logits = torch.randn(2048, 64, generator=generator)
+    bias = 0.01 * torch.randn(64, generator=generator)
+    grad = torch.randn(2048, 6, generator=generator)
+    return logits.to(device).requires_grad_(), bias.to(device), grad.to(device)
+
+
+def _route(logits: Tensor, bias: Tensor) -> Tensor:
+    return route(logits, bias, n_group=8, topk_group=4, topk=6, scale=2.5, normalize=True).gates
+
+
+def _torch_route(logits: Tensor, bias: Tensor) -> Tensor:
+    scores = logits.sigmoid()
+    biased = (scores + bias).view(-1, 8, 8)
+    groups = biased.topk(2, dim=-1).values.sum(-1).topk(4, dim=-1).indices
+    mask = torch.zeros_like(biased[..., 0]).scatter_(1, groups, 1.0).bool()
+    ids = biased.masked_fill(~mask[..., None], float("-inf")).flatten(1).topk(6, dim=-1).indices
+    return F.normalize(scores.gather(1, ids), p=1.0, dim=-1) * 2.5
+
+
+def _swiglu_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = seeded()
+    gate_up = torch.randn(4096, 512, generator=generator).to(device, BF16)
+    return gate_up.requires_grad_(), torch.randn(4096, 256, generator=generator).to(device, BF16)
+
+
+def _gated_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    gate_up, grad = _swiglu_inputs(device)
+    return gate_up, torch.rand(4096, generator=seeded(seed=1)).to(device), grad
+
+
+def _kept_inputs(device: torch.device) -> tuple[Quantized, Tensor, Tensor]:
+    gate_up, gates, grad = _gated_inputs(device)
+    return quantize_tiles(gate_up, power_of_two=True), gates, grad
+
+
+def _torch_swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _torch_gated_swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (F.silu(gate) * up * gates[:, None]).to(gate_up.dtype)
+
+
+def _activation(kept: Quantized, gates: Tensor) -> Tensor:
+    return gated_swiglu(dequantize_tiles(kept, out_dtype=BF16), gates)
+
+
+def _activation_gradient(kept: Quantized, gates: Tensor, grad: Tensor) -> Tensor:
+    gate_up = dequantize_tiles(kept, out_dtype=grad.dtype).requires_grad_()
+    return _input_gradient(gated_swiglu)(gate_up, gates, grad)
+
+
+def _factors(device: torch.device) -> tuple[Factors, Factors]:
+    generator = seeded()
+    scale = torch.ones(8, 128)
+    payloads = [torch.randn(128, 1024, generator=generator).mul(100).to(torch.float8_e4m3fn) for _ in range(2)]
+    first, second = (factors(Quantized(payload, scale)) for payload in payloads)
+    return (
+        Factors(first.values.to(device), first.powers.to(device)),
+        Factors(second.values.to(device), second.powers.to(device)),
+    )
+
+
+def _ablated_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = seeded()
+    x, w = (torch.randn(256, 512, generator=generator).to(device) for _ in range(2))
+    return x, w
+
+
+# FP32 accumulation in another order: sqrt(512) roundings of 2^-24; measured 2.5e-7.
+ACCUMULATION = 22.7 * 2**-24
+ROWS: dict[str, tuple[Case, ...]] = {
+    "adamw": (
+        pair(
+            "adamw", _adamw_inputs, _adamw, _torch_adamw, "torch fused AdamW",
+            # About eight fp32 roundings (2^-24 each) of an update that is itself small beside the weight.
+            tolerance=2**-21, flops=14.0 * (1 << 20), bytes=7 * 4.0 * (1 << 20),
+        ),
+    ),
+    "attention": (
+        pair(
+            "attention forward+backward", _attention_inputs,
+            partial(_attention, partial(causal_attention, scale=96**-0.5, document_ids=None)),
+            partial(_attention, partial(F.scaled_dot_product_attention, is_causal=True, scale=96**-0.5)),
+            "F.scaled_dot_product_attention",
+            # Four bf16 roundings more than the peer (scores, probabilities, both gradients), each at most 2^-8
+            # and 2^-8 / sqrt(3) in the mean square: below 2^-7 in the Frobenius norm.
+            tolerance=2**-7,
+            # Causal: half of two forward and five backward GEMMs (the scores are made again).
+            flops=0.5 * 7 * 2 * 32 * 256 * 256 * 96, bytes=2.0 * 10 * 32 * 256 * 96,
+        ),
+    ),
+    "cross_entropy": (
+        pair(
+            "cross_entropy forward+backward", _cross_entropy_inputs,
+            lambda logits, labels: torch.autograd.grad(cross_entropy_sum(logits, labels), logits)[0],
+            _torch_cross_entropy, "F.cross_entropy on fp32 logits",
+            # Both round one fp32 gradient to bf16: at most one rounding (2^-8) apart.
+            tolerance=2**-8, flops=8.0 * 2048 * 2048, bytes=3 * 2.0 * 2048 * 2048,
+        ),
+    ),
+    "e5m6": (
+        pair(
+            "pack_e5m6, unpack_e5m6",
+            lambda device: (torch.randn(2048, 512, generator=seeded()).to(device, BF16),),
+            lambda x: unpack_e5m6(*pack_e5m6(x, power_of_two=True), out_dtype=BF16),
+            lambda x: x.half().bfloat16(), "through FP16, no scales: the shortest such path in torch",
+            # BF16 has one mantissa bit more, so half of the numbers are exact and half are on a tie: sqrt(3/2) times
+            # the error of evenly spread numbers, which is an eighth of E4M3's 0.0265.
+            tolerance=0.0042, bytes=7.0 * 2048 * 512,
+        ),
+    ),
+    "embedding": (
+        pair(
+            "embedding", _embedding_inputs, embedding_reference, F.embedding, "torch embedding",
+            # A gather copies bits.
+            tolerance=0.0, bytes=2 * 2048 * 256 * 4.0,
+        ),
+    ),
+    "fp8_linear": (
+        pair(
+            "fp8_linear forward+backward", _linear_inputs,
+            partial(_linear_gradients, partial(fp8_linear, power_of_two=False)),
+            partial(_linear_gradients, F.linear), "torch.nn.functional.linear, FP32",
+            # docs/numerics.md expects 0.037 for dx and 0.0445 for dW.
+            tolerance=0.0455, flops=6.0 * 2048 * 512 * 512, bytes=4.0 * (5 * 2048 * 512 + 2 * 512 * 512),
+        ),
+    ),
+    "gemm_fp8": (
+        pair(
+            "gemm_tile_block", _gemm_inputs,
+            lambda a, blocks, *_: gemm_tile_block(a, blocks, out_dtype=torch.float32),
+            lambda a, blocks, tiles, x, w: x @ w.t(), "torch.matmul, FP32, dequantised before",
+            tolerance=ACCUMULATION, flops=2.0 * 2048 * 512 * 512, bytes=2048 * 512 + 512 * 512 + 4.0 * 2048 * 512,
+        ),
+        pair(
+            "gemm_tile_tile", _gemm_inputs,
+            lambda a, blocks, tiles, *_: gemm_tile_tile(a, tiles),
+            lambda a, blocks, tiles, x, w: x @ dequantize_tiles(tiles).t(), "dequantise, torch.matmul, FP32",
+            tolerance=ACCUMULATION, flops=2.0 * 2048 * 512 * 512, bytes=2048 * 512 + 512 * 512 + 4.0 * 2048 * 512,
+        ),
+    ),
+    "gemm_grouped": (
+        pair(
+            "grouped_gemm_tile_block", _grouped_gemm_inputs,
+            lambda a, b, ends, *_: grouped_gemm_tile_block(a, b, ends, out_dtype=torch.float32),
+            lambda a, b, ends, x, w: torch.bmm(x, w.mT).flatten(0, 1), "torch.bmm, FP32, dequantised before",
+            tolerance=ACCUMULATION,
+            flops=2.0 * 8 * 512 * 256 * 512, bytes=8 * (512 * 512 + 256 * 512 + 4.0 * 512 * 256),
+        ),
+    ),
+    "permute": (
+        pair(
+            "grouping", _layout_inputs, lambda ids: grouping(ids, 64).rows_of_token,
+            _torch_layout, "cumsum of one-hot, one map only", tolerance=0.0, bytes=8.0 * 3 * 2048 * 6,
+        ),
+        pair(
+            "group+combine forward+backward", _permute_inputs, _input_gradient(_permute),
+            _input_gradient(_torch_permute), "index_select + index_add, no padding",
+            # The peer's index_select adds two bf16 gradients in bf16, ours in fp32: one bf16 rounding, at most 2^-8.
+            tolerance=2**-8, bytes=2.0 * 256 * (4 * 2048 + 6 * 4096),
+        ),
+    ),
+    # The peers round the same quotients, so payloads are bit-equal. Each reads FP32 and writes E4M3.
+    "quantize": (
+        pair(
+            "quantize_tiles", _matrix,
+            lambda x: quantize_tiles(x, power_of_two=False).payload,
+            _torch_tiles, "one view [rows, tiles, 128]", tolerance=0.0, bytes=5.0 * 2048 * 512,
+        ),
+        pair(
+            "quantize_tiles_transposed", _matrix,
+            lambda x: quantize_tiles_transposed(x, power_of_two=False).payload,
+            lambda x: quantize_tiles(x.t().contiguous(), power_of_two=False).payload,
+            "transpose in FP32, then quantize_tiles", tolerance=0.0, bytes=5.0 * 2048 * 512,
+        ),
+        pair(
+            "quantize_blocks", _matrix,
+            lambda w: quantize_blocks(w, power_of_two=False).payload,
+            _torch_blocks, "max_pool2d and repeated scales", tolerance=0.0, bytes=5.0 * 2048 * 512,
+        ),
+    ),
+    "rmsnorm": (
+        pair(
+            "rmsnorm forward+backward", _rmsnorm_inputs,
+            lambda x, weight, grad: torch.autograd.grad(rmsnorm(x, weight, 1e-6), (x, weight), grad)[0],
+            lambda x, w, grad: torch.autograd.grad(F.rms_norm(x, w.shape, w, 1e-6), (x, w), grad)[0], "F.rms_norm",
+            # One bf16 rounding (2^-8 at most): the peer may round an intermediate once more than we do.
+            tolerance=2**-8, flops=16.0 * 2048 * 256, bytes=5 * 2.0 * 2048 * 256,
+        ),
+    ),
+    "rope": (
+        pair(
+            "rope", _rope_inputs, apply_rope, apply_rope_reference, "torch, elementwise",
+            # One bf16 rounding (2^-8 at most): a fused multiply-add may move a result across a rounding edge.
+            tolerance=2**-8, flops=3.0 * 8 * 4 * 256 * 32, bytes=2.0 * 2 * 8 * 4 * 256 * 32,
+        ),
+    ),
+    "router": (
+        pair(
+            "route forward+backward", _router_inputs, _input_gradient(_route), _input_gradient(_torch_route),
+            "torch.topk, autograd",
+            # The same fp32 quotients, sums of six and differences in another order: a few fp32 epsilons (2^-23).
+            tolerance=4 * 2**-23, bytes=4.0 * 4 * 2048 * 64,
+        ),
+        pair(
+            "topk_counts", lambda device: (torch.randn(4, 512, 64, generator=seeded()).sigmoid().to(device),),
+            lambda scores: torch.ops.v3fp8.topk_counts(scores, 6),
+            lambda scores: torch.zeros_like(scores).scatter_(-1, scores.topk(6, dim=-1).indices, 1.0).sum(1),
+            "torch.topk, scatter", tolerance=0.0, bytes=4.0 * 2048 * 64,
+        ),
+    ),
+    "swiglu": (
+        pair(
+            "swiglu forward+backward", _swiglu_inputs, _input_gradient(swiglu),
+            _input_gradient(_torch_swiglu), "F.silu(gate) * up, autograd",
+            # The same bf16 operations in the same order; one bf16 rounding (2^-8) for another way to silu.
+            tolerance=2**-8, flops=12.0 * 4096 * 256, bytes=9 * 2.0 * 4096 * 256,
+        ),
+        pair(
+            "gated_swiglu forward+backward", _gated_inputs, _input_gradient(gated_swiglu),
+            _input_gradient(_torch_gated_swiglu), "(F.silu(gate) * up * gates) in fp32, autograd",
+            # Both compute in fp32 and round the gradient to bf16 once: equal but where fp32 is on a bf16 tie.
+            tolerance=2**-12, flops=14.0 * 4096 * 256, bytes=9 * 2.0 * 4096 * 256,
+        ),
+        # The next three round the same numbers in the same order, so both sides have the same bits.
+        pair(
+            "swiglu_quantize", _gated_inputs,
+            lambda gate_up, gates, _: swiglu_quantize(gate_up, gates, power_of_two=True)[1].payload,
+            lambda gate_up, gates, _: quantize_tiles(gated_swiglu(gate_up, gates), power_of_two=True).payload,
+            "gated_swiglu, then quantize_tiles (without the kept input)", tolerance=0.0, bytes=7.0 * 4096 * 256,
+        ),
+        pair(
+            "swiglu_quantize_transposed", _kept_inputs,
+            lambda kept, gates, _: swiglu_quantize_transposed(kept, gates, dtype=BF16, power_of_two=True).payload,
+            lambda kept, gates, _: quantize_tiles_transposed(_activation(kept, gates), power_of_two=True).payload,
+            "dequantize_tiles, gated_swiglu, quantize_tiles_transposed", tolerance=0.0, bytes=3.0 * 4096 * 256,
+        ),
+        pair(
+            "gated_swiglu_backward_kept", _kept_inputs,
+            lambda kept, gates, grad: gated_swiglu_backward_kept(kept, gates, grad)[0],
+            _activation_gradient, "dequantize_tiles, gated_swiglu, autograd",
+            tolerance=0.0, flops=14.0 * 4096 * 256, bytes=8.0 * 4096 * 256,
+        ),
+    ),
+    "hopper_accumulation": (
+        pair(
+            "hopper_accumulation", _factors, partial(hopper_matmul_reference, promotion_interval=128),
+            lambda a, b: a.values @ b.values.t(), "torch.matmul, FP32",
+            # Four groups of 32 per promotion, each cut by up to 33 x 2^-13 of its largest term; measured 7e-4.
+            tolerance=4e-3, flops=2.0 * 128 * 128 * 1024, bytes=4.0 * (2 * 128 * 1024 + 128 * 128),
+        ),
+    ),
+    "linear": (
+        pair(
+            "ablated_linear forward, nothing changed", _ablated_inputs,
+            AblatedLinears(Ablation(), power_of_two=True).linear, partial(fp8_linear, power_of_two=True), "fp8_linear",
+            # On a CPU the same bits; a GPU's kernel sums in another order, with some 14 bits inside a tile.
+            tolerance=1e-3, flops=2.0 * 256 * 256 * 512, bytes=4.0 * (2 * 256 * 512 + 256 * 256),
+        ),
+    ),
+}  # fmt: skip
+
+
+def cases() -> list[Case]:
+    """Every row, in order of file.
+
+    Raises:
+        ValueError: two rows share a name.
+    """
+    found = [case for each in ROWS.values() for case in each]
+    names = [case.name for case in found]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"bench rows {repeated} appear twice; give each its own name")
+    return found
