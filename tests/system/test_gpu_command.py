@@ -42,8 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out, site = tmp_path_factory.mktemp("gpu"), tmp_path_factory.mktemp("site")
     (site / "sitecustomize.py").write_text(f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))")
     command = [sys.executable, "-m", "launch.gpu", "--tiny", "--device", "cpu", "--budget", "600", "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(site)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    # pytest looks at the modules of its plugins, and hydra has one.
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(site), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout, done.stderr)
     return out
 

@@ -165,10 +165,8 @@ def train(run: SmokeRun, precision: PrecisionName, device: torch.device, *, step
 
 def training_gap(run: Training, reference: Training) -> float:
     """Mean relative gap of the smoothed losses over the second half; positive: `run` is worse."""
-    records = [
-        [{"step": step, "loss/main": loss} for step, loss in enumerate(one.losses, start=1)] for one in (run, reference)
-    ]
-    return mean_smoothed_gap(records[0], records[1])
+    ours, theirs = ([{"step": i, "loss/main": loss} for i, loss in enumerate(one.losses)] for one in (run, reference))
+    return mean_smoothed_gap(ours, theirs)
 
 
 # A resumed run on a GPU whose sums have no fixed order: its masters may differ from the unbroken run's by this share of

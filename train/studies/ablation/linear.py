@@ -126,16 +126,8 @@ def _wgrad(dy: Quantized, x: Quantized, group_ends: Tensor | None, ablation: Abl
     return torch.stack([product_reference(of(dy, group), of(x, group), ablation) for group in groups])
 
 
-@dataclass(frozen=True)
-class _Input:
-    """x as fprop multiplies it, and a way to make it again for wgrad."""
-
-    by_row: Quantized
-    by_channel: Callable[[], Quantized]
-
-
 class _AblatedLinear(torch.autograd.Function):
-    """x only carries the gradient: `quantized` is what is multiplied."""
+    """x only carries the gradient: fprop multiplies `by_row`, wgrad what `x_by_channel` makes."""
 
     @staticmethod
     def forward(
@@ -143,25 +135,23 @@ class _AblatedLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         group_ends: Tensor | None,
-        quantized: _Input,
-        ablation: Ablation,
-        power_of_two: bool,
+        by_row: Quantized,
+        x_by_channel: Callable[[], Quantized],
+        linears: AblatedLinears,
     ) -> Tensor:
-        ctx.weight, ctx.group_ends, ctx.quantized = weight, group_ends, quantized
-        ctx.ablation, ctx.power_of_two = ablation, power_of_two
-        blocks = weight_fp8(weight, power_of_two=power_of_two)
-        return _rows_times(quantized.by_row, blocks, group_ends, ablation).to(x.dtype)
+        ctx.weight, ctx.group_ends, ctx.x_by_channel = weight, group_ends, x_by_channel
+        ctx.ablation, ctx.power_of_two = linears.ablation, linears.power_of_two
+        blocks = weight_fp8(weight, power_of_two=linears.power_of_two)
+        return _rows_times(by_row, blocks, group_ends, linears.ablation).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        weight, group_ends, quantized, ablation = ctx.weight, ctx.group_ends, ctx.quantized, ctx.ablation
+        weight, group_ends, x_by_channel, ablation = ctx.weight, ctx.group_ends, ctx.x_by_channel, ctx.ablation
         blocks = weight_fp8(weight, power_of_two=ctx.power_of_two).transposed_blocks()
         by_row, by_channel = gradient_operands(dy, ablation, power_of_two=ctx.power_of_two)
         if weight.requires_grad:
             deferred.push(
-                lambda: deferred.accumulate_grad(
-                    weight, _wgrad(by_channel, quantized.by_channel(), group_ends, ablation)
-                )
+                lambda: deferred.accumulate_grad(weight, _wgrad(by_channel, x_by_channel(), group_ends, ablation))
             )
         return _rows_times(by_row, blocks, group_ends, ablation).to(dy.dtype), None, None, None, None, None
 
@@ -194,18 +184,18 @@ class AblatedLinears:
 
     def linear(self, x: Tensor, weight: Tensor, group_ends: Tensor | None = None) -> Tensor:
         """`fp8_linear`, or `grouped_fp8_linear` with group_ends: x is kept in FP8 and regrouped for wgrad."""
-        rows = x.flatten(0, -2)
-        xq = quantize_tiles(rows, power_of_two=self.power_of_two)
-        kept = _Input(xq, lambda: requantize_transposed(xq, power_of_two=self.power_of_two))
-        return self._apply(rows, weight, group_ends, kept).view(*x.shape[:-1], weight.shape[-2])
+        power_of_two, rows = self.power_of_two, x.flatten(0, -2)
+        xq = quantize_tiles(rows, power_of_two=power_of_two)
+        y = self._apply(rows, weight, group_ends, xq, lambda: requantize_transposed(xq, power_of_two=power_of_two))
+        return y.view(*x.shape[:-1], weight.shape[-2])
 
     def linear_of_kept(self, x: Tensor, weight: Tensor) -> Tensor:
         """`fp8_linear_of_kept`: x is quantised for wgrad from itself."""
-        rows = x.flatten(0, -2)
+        power_of_two, rows = self.power_of_two, x.flatten(0, -2)
         still = rows.detach()
-        xq = quantize_tiles(still, power_of_two=self.power_of_two)
-        kept = _Input(xq, lambda: quantize_tiles_transposed(still, power_of_two=self.power_of_two))
-        return self._apply(rows, weight, None, kept).view(*x.shape[:-1], weight.shape[0])
+        xq = quantize_tiles(still, power_of_two=power_of_two)
+        y = self._apply(rows, weight, None, xq, lambda: quantize_tiles_transposed(still, power_of_two=power_of_two))
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     def swiglu_linear(
         self, gate_up: Tensor, gates: Tensor | None, weight: Tensor, group_ends: Tensor | None = None
@@ -214,12 +204,13 @@ class AblatedLinears:
         rows, dtype, power_of_two = gate_up.flatten(0, -2), gate_up.dtype, self.power_of_two
         kept, hq = swiglu_quantize(rows, gates, power_of_two=power_of_two)
         still = None if gates is None else gates.detach()
-        again = _Input(hq, lambda: swiglu_quantize_transposed(kept, still, dtype=dtype, power_of_two=power_of_two))
         h: Tensor = _KeptSwiglu.apply(rows, gates, kept)  # type: ignore[no-untyped-call]
-        return self._apply(h, weight, group_ends, again).view(*gate_up.shape[:-1], weight.shape[-2])
 
-    def _apply(self, x: Tensor, weight: Tensor, group_ends: Tensor | None, quantized: _Input) -> Tensor:
-        y: Tensor = _AblatedLinear.apply(  # type: ignore[no-untyped-call]
-            x, weight, group_ends, quantized, self.ablation, self.power_of_two
-        )
+        def again() -> Quantized:
+            return swiglu_quantize_transposed(kept, still, dtype=dtype, power_of_two=power_of_two)
+
+        return self._apply(h, weight, group_ends, hq, again).view(*gate_up.shape[:-1], weight.shape[-2])
+
+    def _apply(self, *arguments: object) -> Tensor:
+        y: Tensor = _AblatedLinear.apply(*arguments, self)  # type: ignore[no-untyped-call]
         return y
