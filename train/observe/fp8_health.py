@@ -148,13 +148,8 @@ class _LinearWatch:
         column = FP8_OPERANDS.index(operand)
         values = tiles.values.float()
         filled = tiles.top_code != ZERO
-        maxima = torch.stack(
-            (
-                values.abs().amax(),
-                torch.where(filled, tiles.scale, -math.inf).amax(),
-                torch.where(filled, -tiles.scale, -math.inf).amax(),
-            )
-        )
+        scales = (torch.where(filled, scale, -math.inf).amax() for scale in (tiles.scale, -tiles.scale))
+        maxima = torch.stack((values.abs().amax(), *scales))
         nonzero = values != 0
         saturated = (tiles.codes == TOP).sum() - (tiles.top_code == TOP).sum()
         norms = (_energy(values), _energy(values - tiles.decoded))

@@ -240,13 +240,12 @@ class RunReader:
             problem = self.problems.pop(name, None)
             try:
                 setattr(self, attribute, read(path))
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 self.problems[name] = str(error)
-            except OSError as error:
-                # The bytes were not seen: without a stamp they are read again at the next look.
-                self.problems[name] = str(error)
-                changed |= str(error) != problem
-                continue
+                if isinstance(error, OSError):
+                    # The bytes were not seen: without a stamp they are read again at the next look.
+                    changed |= str(error) != problem
+                    continue
             self._stamps[name] = stamp
             changed = True
         return changed

@@ -34,12 +34,8 @@ MAX_BUCKETS = 1024
 MAX_COLUMNS = 160
 MAX_CELLS = 1_200_000
 
-_BUCKET = np.dtype(
-    [
-        *(("key", "i8"), ("count", "i8"), ("total", "f8")),
-        *(("low", "f8"), ("high", "f8"), ("at_low", "i8"), ("at_high", "i8")),
-    ]
-)
+_INTEGERS, _FLOATS = ("key", "count", "at_low", "at_high"), ("total", "low", "high")
+_BUCKET = np.dtype([(name, "i8") for name in _INTEGERS] + [(name, "f8") for name in _FLOATS])
 
 
 class Series:
