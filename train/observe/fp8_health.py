@@ -140,8 +140,8 @@ class _LinearWatch:
             rows = slice(block * TILE, (block + 1) * TILE)
             q = Quantized(payload[expert, rows], scale[expert, block : block + 1])
             codes = _magnitude(q.payload)
-            tiles = _Tiles(weight[expert, rows], dequantize_blocks(q), codes, q.scale, _top_codes(codes, TILE))
-            self._add(operand, tiles)
+            top = _top_codes(codes, TILE)
+            self._add(operand, _Tiles(weight[expert, rows], dequantize_blocks(q), codes, q.scale, top))
 
     @torch.no_grad()
     def _add(self, operand: Operand, tiles: _Tiles) -> None:
@@ -184,6 +184,5 @@ def _top_codes(codes: Tensor, tile_rows: int) -> Tensor:
 
 def _tiles(values: Tensor, payload: Tensor, scale: Tensor) -> _Tiles:
     """Of 1x128 tiles: values and payload [rows, cols], scale [col_tiles, rows]."""
-    codes = _magnitude(payload)
-    decoded = dequantize_tiles(Quantized(payload, scale))
+    codes, decoded = _magnitude(payload), dequantize_tiles(Quantized(payload, scale))
     return _Tiles(values, decoded, codes, scale.t(), _top_codes(codes, 1))

@@ -230,8 +230,7 @@ def peer_benches(options: Options, budget_s: float) -> Section:
     clock = bench_peers.SMALL_CLOCK if options.tiny else Clock()
     rows = bench_table.run(bench_peers.cases(small=options.tiny), options.device, clock=clock, budget_s=budget_s)
     red = [f"{row.case}: {row.reason}" for row in bench_table.red(rows)]
-    data = {"rows": bench_table.records(rows)}
-    return Section(verdict(not red), "; ".join(red), data, bench_table.markdown(rows))
+    return Section(verdict(not red), "; ".join(red), {"rows": bench_table.records(rows)}, bench_table.markdown(rows))
 
 
 def layer_bench(options: Options, budget_s: float) -> Section:

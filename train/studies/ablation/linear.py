@@ -21,26 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kernels import deferred
+from kernels import deferred, quantize, swiglu
 from kernels.formats import E4M3_MAX, TILE, Quantized, ceil_div
 from kernels.fp8_linear import weight_fp8
 from kernels.gemm_fp8 import add_tile_tile
 from kernels.gemm_grouped import group_rows
-from kernels.quantize import (
-    quantize_blocks,
-    quantize_tiles,
-    quantize_tiles_both,
-    quantize_tiles_transposed,
-    requantize_transposed,
-)
-from kernels.swiglu import (
-    gated_swiglu,
-    gated_swiglu_backward_kept,
-    swiglu,
-    swiglu_backward_kept,
-    swiglu_quantize,
-    swiglu_quantize_transposed,
-)
 from train.studies.ablation.hopper_accumulation import check_interval, decode, factors, hopper_matmul_reference
 
 E5M2_MAX = 57344.0
@@ -76,9 +61,9 @@ def gradient_operands(dy: Tensor, ablation: Ablation, *, power_of_two: bool) -> 
     # (and 1 for a tile below 2^-142, whose payload is zero).
     x = dy.float() * (E4M3_MAX / E5M2_MAX) if e5m2 else dy
     if ablation.gradient_tile == "1x128":
-        by_row, by_channel = quantize_tiles_both(x, power_of_two=power_of_two)
+        by_row, by_channel = quantize.quantize_tiles_both(x, power_of_two=power_of_two)
     else:
-        blocks = quantize_blocks(x, power_of_two=power_of_two)
+        blocks = quantize.quantize_blocks(x, power_of_two=power_of_two)
         by_row, by_channel = _as_tiles(blocks), _as_tiles(blocks.transposed_blocks())
     return (_to_e5m2(dy, by_row.scale), _to_e5m2(dy.t(), by_channel.scale)) if e5m2 else (by_row, by_channel)
 
@@ -99,8 +84,7 @@ def product_reference(a: Quantized, b: Quantized, ablation: Ablation) -> Tensor:
 
 def _as_tiles(blocks: Quantized) -> Quantized:
     """One 128x128-block matrix with its scales repeated for each row: [ceil(k/128), rows]."""
-    rows = blocks.payload.shape[0]
-    return Quantized(blocks.payload, blocks.scale.t().repeat_interleave(TILE, dim=1)[:, :rows])
+    return Quantized(blocks.payload, blocks.scale.t().repeat_interleave(TILE, dim=1)[:, : len(blocks.payload)])
 
 
 def _rows_times(rows: Quantized, blocks: Quantized, group_ends: Tensor | None, ablation: Ablation) -> Tensor:
@@ -139,31 +123,25 @@ class _AblatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        group_ends: Tensor | None,
-        quantized: _Input,
-        ablation: Ablation,
-        power_of_two: bool,
+        ctx: Any, x: Tensor, weight: Tensor, group_ends: Tensor | None, quantized: _Input, linears: AblatedLinears
     ) -> Tensor:
-        ctx.weight, ctx.group_ends, ctx.quantized = weight, group_ends, quantized
-        ctx.ablation, ctx.power_of_two = ablation, power_of_two
-        blocks = weight_fp8(weight, power_of_two=power_of_two)
-        return _rows_times(quantized.by_row, blocks, group_ends, ablation).to(x.dtype)
+        ctx.weight, ctx.group_ends, ctx.quantized, ctx.linears = weight, group_ends, quantized, linears
+        blocks = weight_fp8(weight, power_of_two=linears.power_of_two)
+        return _rows_times(quantized.by_row, blocks, group_ends, linears.ablation).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        weight, group_ends, quantized, ablation = ctx.weight, ctx.group_ends, ctx.quantized, ctx.ablation
-        blocks = weight_fp8(weight, power_of_two=ctx.power_of_two).transposed_blocks()
-        by_row, by_channel = gradient_operands(dy, ablation, power_of_two=ctx.power_of_two)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
+        weight, group_ends, quantized = ctx.weight, ctx.group_ends, ctx.quantized
+        ablation, power_of_two = ctx.linears.ablation, ctx.linears.power_of_two
+        blocks = weight_fp8(weight, power_of_two=power_of_two).transposed_blocks()
+        by_row, by_channel = gradient_operands(dy, ablation, power_of_two=power_of_two)
+
+        def add_wgrad() -> None:
+            deferred.accumulate_grad(weight, _wgrad(by_channel, quantized.by_channel(), group_ends, ablation))
+
         if weight.requires_grad:
-            deferred.push(
-                lambda: deferred.accumulate_grad(
-                    weight, _wgrad(by_channel, quantized.by_channel(), group_ends, ablation)
-                )
-            )
-        return _rows_times(by_row, blocks, group_ends, ablation).to(dy.dtype), None, None, None, None, None
+            deferred.push(add_wgrad)
+        return _rows_times(by_row, blocks, group_ends, ablation).to(dy.dtype), None, None, None, None
 
 
 class _KeptSwiglu(torch.autograd.Function):
@@ -172,13 +150,13 @@ class _KeptSwiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, gates: Tensor | None, kept: Quantized) -> Tensor:
         ctx.gates, ctx.kept = gates, kept
-        return swiglu(gate_up) if gates is None else gated_swiglu(gate_up, gates)
+        return swiglu.swiglu(gate_up) if gates is None else swiglu.gated_swiglu(gate_up, gates)
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor | None, None]:
         if ctx.gates is None:
-            return swiglu_backward_kept(ctx.kept, dh), None, None
-        return *gated_swiglu_backward_kept(ctx.kept, ctx.gates, dh), None
+            return swiglu.swiglu_backward_kept(ctx.kept, dh), None, None
+        return *swiglu.gated_swiglu_backward_kept(ctx.kept, ctx.gates, dh), None
 
 
 @dataclass(frozen=True)
@@ -195,31 +173,29 @@ class AblatedLinears:
     def linear(self, x: Tensor, weight: Tensor, group_ends: Tensor | None = None) -> Tensor:
         """`fp8_linear`, or `grouped_fp8_linear` with group_ends: x is kept in FP8 and regrouped for wgrad."""
         rows = x.flatten(0, -2)
-        xq = quantize_tiles(rows, power_of_two=self.power_of_two)
-        kept = _Input(xq, lambda: requantize_transposed(xq, power_of_two=self.power_of_two))
+        xq = quantize.quantize_tiles(rows, power_of_two=self.power_of_two)
+        kept = _Input(xq, lambda: quantize.requantize_transposed(xq, power_of_two=self.power_of_two))
         return self._apply(rows, weight, group_ends, kept).view(*x.shape[:-1], weight.shape[-2])
 
     def linear_of_kept(self, x: Tensor, weight: Tensor) -> Tensor:
         """`fp8_linear_of_kept`: x is quantised for wgrad from itself."""
         rows = x.flatten(0, -2)
         still = rows.detach()
-        xq = quantize_tiles(still, power_of_two=self.power_of_two)
-        kept = _Input(xq, lambda: quantize_tiles_transposed(still, power_of_two=self.power_of_two))
+        xq = quantize.quantize_tiles(still, power_of_two=self.power_of_two)
+        kept = _Input(xq, lambda: quantize.quantize_tiles_transposed(still, power_of_two=self.power_of_two))
         return self._apply(rows, weight, None, kept).view(*x.shape[:-1], weight.shape[0])
 
     def swiglu_linear(
         self, gate_up: Tensor, gates: Tensor | None, weight: Tensor, group_ends: Tensor | None = None
     ) -> Tensor:
         """`fp8_swiglu_linear`, or `grouped_fp8_swiglu_linear` with gates and group_ends; gate_up is kept in FP8."""
-        rows, dtype, power_of_two = gate_up.flatten(0, -2), gate_up.dtype, self.power_of_two
-        kept, hq = swiglu_quantize(rows, gates, power_of_two=power_of_two)
+        rows, dtype, power = gate_up.flatten(0, -2), gate_up.dtype, self.power_of_two
+        kept, hq = swiglu.swiglu_quantize(rows, gates, power_of_two=power)
         still = None if gates is None else gates.detach()
-        again = _Input(hq, lambda: swiglu_quantize_transposed(kept, still, dtype=dtype, power_of_two=power_of_two))
+        again = _Input(hq, lambda: swiglu.swiglu_quantize_transposed(kept, still, dtype=dtype, power_of_two=power))
         h: Tensor = _KeptSwiglu.apply(rows, gates, kept)  # type: ignore[no-untyped-call]
         return self._apply(h, weight, group_ends, again).view(*gate_up.shape[:-1], weight.shape[-2])
 
     def _apply(self, x: Tensor, weight: Tensor, group_ends: Tensor | None, quantized: _Input) -> Tensor:
-        y: Tensor = _AblatedLinear.apply(  # type: ignore[no-untyped-call]
-            x, weight, group_ends, quantized, self.ablation, self.power_of_two
-        )
+        y: Tensor = _AblatedLinear.apply(x, weight, group_ends, quantized, self)  # type: ignore[no-untyped-call]
         return y

@@ -15,8 +15,7 @@ const STATE_TEXT = { running: "running", finished: "finished", stopped: "stopped
 const MAX_CARDS = 6;
 const MAX_DIFFERENCES = 60;
 // Notes above the page; further ones are folded away.
-const MAX_ALARMS = 5;
-const MAX_NOTES = 2;
+const MAX_ALARMS = 5, MAX_NOTES = 2;
 
 const tinted = (made, run) => { made.style.setProperty("--run", `var(--run-${run.key % NUM_COLORS})`); return made; };
 const dot = run => tinted(element("i"), run);
@@ -183,9 +182,8 @@ function fillSections() {
 }
 
 function fillReference(figure) {
-  if (figure.controls.contains(document.activeElement)) return;
   const able = data.runs.filter(run => run.series["loss/main"]);
-  if (able.length > 1) figure.controls.replaceChildren(select("Reference", able.map(run => [run.key, run.name]), referenceRun().key, value => { state.reference = Number(value); document.activeElement.blur(); redraw([figure]); }));
+  if (able.length > 1 && !figure.controls.contains(document.activeElement)) figure.controls.replaceChildren(select("Reference", able.map(run => [run.key, run.name]), referenceRun().key, value => { state.reference = Number(value); document.activeElement.blur(); redraw([figure]); }));
 }
 
 function fillAll() {

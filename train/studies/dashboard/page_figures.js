@@ -184,15 +184,13 @@ function curveTraces(chart, run) {
 
 // Events are marked on the curve; checkpoints on the loss only, and only while there are few.
 function markerTraces(chart, run, steps, values) {
-  const kinds = Object.keys(run.events).filter(kind => kind !== "start" && kind in SYMBOL);
-  const marks = kinds.flatMap(kind => {
+  const marks = Object.keys(run.events).filter(kind => kind !== "start" && kind in SYMBOL).flatMap(kind => {
     const log = run.events[kind], routine = kind === "checkpoint" || kind === "stop";
     if (routine && (!chart.marks || log.total > MAX_CHECKPOINTS || data.runs.length > MANY_RUNS)) return [];
     return log.steps.map(step => [step, kind]);
   }).filter(([step]) => steps.length && step >= steps[0] && step <= steps[steps.length - 1]);
-  if (!marks.length) return [];
   const known = values.map((value, i) => [steps[i], value]).filter(([, value]) => Number.isFinite(value));
-  if (!known.length) return [];
+  if (!marks.length || !known.length) return [];
   const at = marks.map(([step]) => step);
   return [{
     type: "scatter", mode: "markers", name: escapeText(run.name), meta: run.key, visible: shown(run), x: along(run, state.axis, at),
@@ -372,11 +370,10 @@ const spanText = (table, column) => {
   return first === last ? `step ${first}` : `steps ${first} to ${last} (${JOINED[table.reduction]})`;
 };
 const rowStart = (table, layer) => table.shape.slice(0, layer).reduce((sum, cells) => sum + cells, 0);
-const cell = (table, column, index) => table.cells[column * table.size + index];
+const cell = (table, column, index) => { const value = table.cells[column * table.size + index]; return Number.isNaN(value) ? null : value; };
 // rows x columns of one layer over time, or of all layers at one column; missing cells are null.
-const known = value => Number.isNaN(value) ? null : value;
-const layerOverTime = (table, layer) => Array.from({ length: table.shape[layer] }, (_, i) => table.first.map((_, column) => known(cell(table, column, rowStart(table, layer) + i))));
-const layersAt = (table, column) => table.shape.map((cells, layer) => Array.from({ length: cells }, (_, i) => known(cell(table, column, rowStart(table, layer) + i))));
+const layerOverTime = (table, layer) => Array.from({ length: table.shape[layer] }, (_, i) => table.first.map((_, column) => cell(table, column, rowStart(table, layer) + i)));
+const layersAt = (table, column) => table.shape.map((cells, layer) => Array.from({ length: cells }, (_, i) => cell(table, column, rowStart(table, layer) + i)));
 // Of the expert figures, the layer of a dead expert until a person chooses another.
 function chosenLayer(table, name) {
   const dead = name === "layer" && runOf("moe/expert_load")?.dead?.pairs?.[0];
@@ -418,9 +415,9 @@ function drawLoadNow(figure) {
 function drawLoadTime() {
   const table = tableOf("moe/expert_load"), run = runOf("moe/expert_load");
   if (!table) return empty("");
-  const layer = chosenLayer(table, "layer"), x = columnTimes(run, table);
+  const layer = chosenLayer(table, "layer"), x = columnTimes(run, table), z = layerOverTime(table, layer);
   return [[{
-    type: "heatmap", x, z: layerOverTime(table, layer), ...loadScale(), hoverongaps: false, text: layerOverTime(table, layer).map(row => row.map((_, column) => spanText(table, column))),
+    type: "heatmap", x, z, ...loadScale(), hoverongaps: false, text: z.map(row => row.map((_, column) => spanText(table, column))),
     hovertemplate: "expert %{y}, %{text}<br><b>%{z:.2f}</b> × mean<extra></extra>",
     colorbar: { thickness: 9, outlinewidth: 0, xpad: 6, tickfont: { size: 11.5, color: css("soft") }, tickvals: [0, .5, 1, 1.5, 2], ticktext: ["0", "0.5", "1", "1.5", "≥2"] },
   }], panelLayout(`MoE layer ${moeLayerName(run, layer)} over time`, {

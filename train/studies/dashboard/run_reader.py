@@ -78,8 +78,7 @@ class DeadExperts:
         # Pairs in the last step, and the last step with one.
         self.now, self.last = 0, 0
         # [cells] logged steps in a row without a token, of each pair, and the first step of that streak.
-        self.idle = np.zeros(0, np.int64)
-        self.since = np.zeros(0, np.int64)
+        self.idle = self.since = np.zeros(0, np.int64)
 
     def add_counts(self, steps: Sequence[int], counts: Sequence[float]) -> None:
         """Take `moe/dead_experts` of more steps."""

@@ -62,9 +62,7 @@ class Series:
         single["at_low"] = single["at_high"] = steps
         grown = _merged(np.concatenate([self.buckets[-1:], single]))
         self.buckets = np.concatenate([self.buckets[:-1], grown])
-        while len(self.buckets) > 2 * self.limit:
-            self.width *= 2
-            self.buckets = _halved(self.buckets)
+        self._shrink(2 * self.limit)
         self.tail = (self.tail + values[-256:].tolist())[-256:]
 
     @property
@@ -74,13 +72,19 @@ class Series:
             means: Floats = self.buckets["total"] / self.buckets["count"]
         return np.where(self.buckets["count"] > 0, means, np.nan)
 
+    def _shrink(self, limit: int) -> None:
+        """Merge neighbours until there are at most `limit` buckets."""
+        while len(self.buckets) > limit:
+            self.width *= 2
+            wider = self.buckets.copy()
+            wider["key"] //= 2
+            self.buckets = _merged(wider)
+
     def _coarse(self, limit: int) -> Series:
         """The same series in at most `limit` buckets."""
         coarse = Series(limit)
         coarse.width, coarse.buckets = self.width, self.buckets
-        while len(coarse.buckets) > limit:
-            coarse.width *= 2
-            coarse.buckets = _halved(coarse.buckets)
+        coarse._shrink(limit)
         return coarse
 
     def to_json(self, limit: int) -> Json:
@@ -210,12 +214,6 @@ def _flat(tables: Sequence[list[list[float]]]) -> Cells | None:
 def _starts(keys: Steps) -> npt.NDArray[np.intp]:
     """Where each group of equal neighbours begins."""
     return np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-
-
-def _halved(buckets: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
-    wider = buckets.copy()
-    wider["key"] //= 2
-    return _merged(wider)
 
 
 def _merged(parts: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
