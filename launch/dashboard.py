@@ -47,8 +47,7 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError, OverflowError) as error:
         print(f"dashboard: {error}", file=sys.stderr)
         return 2
-    size_mb = options.out.stat().st_size / 1e6
-    print(f"{options.out} ({size_mb:.1f} MB): open it in a browser")
+    print(f"{options.out} ({options.out.stat().st_size / 1e6:.1f} MB): open it in a browser")
     return 0
 
 

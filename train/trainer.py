@@ -37,7 +37,7 @@ from train.model.sizes import model_flops_per_token
 from train.observe.fp8_health import Fp8Health
 from train.observe.guards import DeadExpertGuard, TerminationGuard, TrainingStopped, check_consecutive_skips
 from train.observe.metrics import Speed, bias_table, dead_experts, dense_bf16_peak, step_record
-from train.observe.sinks import NoSinks, Sinks, open_sinks
+from train.observe.sinks import NoSinks, Sinks, open_sinks, write_whole
 from train.optim.balance import expert_biases
 from train.schedules import scheduled_values
 from train.stage import Stage
@@ -98,7 +98,7 @@ class Trainer:
         if self.mesh.rank > 0:
             return NoSinks()
         self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        write_whole(self.directory / "config.yaml", to_yaml(self.config))
         card = run_card(self.config, self.components)
         return open_sinks(self.config.observe, self.directory, card, asdict(self.config))
 

@@ -18,11 +18,7 @@ _MAX_REDRAWS_PER_S = 8.0
 # Dead experts that are named; metrics.jsonl names all.
 _NAMED = 4
 
-_STATUS = {
-    "loss/main": "loss {:.3f}",
-    "loss/mtp": "mtp {:.3f}",
-    "moe/max_violation_ratio": "MaxVio {:.2f}",
-}
+_STATUS = {"loss/main": "loss {:.3f}", "loss/mtp": "mtp {:.3f}", "moe/max_violation_ratio": "MaxVio {:.2f}"}
 
 _ANNOUNCED = {
     "resume": "resumed at step {step}",
@@ -40,12 +36,10 @@ class ConsoleSink:
         self, *, progress: bool, every_steps: int, total_tokens: int | None, name: str, console: Console | None = None
     ) -> None:
         self._console = console or Console(highlight=False)
-        self._every_steps = every_steps
-        self._total_tokens = total_tokens
-        self._name = name
+        self._every_steps, self._total_tokens, self._name = every_steps, total_tokens, name
         self._first: Record | None = None
-        self._last_drawn_unix_s = 0.0
         self._pending: Record | None = None
+        self._last_drawn_unix_s = 0.0
         self._bar: Progress | None = None
         self._task = TaskID(0)
         if progress and self._console.is_terminal:
@@ -112,8 +106,7 @@ class ConsoleSink:
         parts = [text.format(record[name]) for name, text in _STATUS.items() if name in record]
         if "speed/tokens_per_s" in record:
             parts.append(f"{_short(record['speed/tokens_per_s'])} tok/s")
-        eta_s = self._eta_s(record)
-        if eta_s is not None:
+        if (eta_s := self._eta_s(record)) is not None:
             parts.append(f"ETA {_clock(eta_s)}")
         return "  ".join(parts)
 

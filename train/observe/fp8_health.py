@@ -140,21 +140,16 @@ class _LinearWatch:
             rows = slice(block * TILE, (block + 1) * TILE)
             q = Quantized(payload[expert, rows], scale[expert, block : block + 1])
             codes = _magnitude(q.payload)
-            tiles = _Tiles(weight[expert, rows], dequantize_blocks(q), codes, q.scale, _top_codes(codes, TILE))
-            self._add(operand, tiles)
+            top = _top_codes(codes, TILE)
+            self._add(operand, _Tiles(weight[expert, rows], dequantize_blocks(q), codes, q.scale, top))
 
     @torch.no_grad()
     def _add(self, operand: Operand, tiles: _Tiles) -> None:
         column = FP8_OPERANDS.index(operand)
         values = tiles.values.float()
         filled = tiles.top_code != ZERO
-        maxima = torch.stack(
-            (
-                values.abs().amax(),
-                torch.where(filled, tiles.scale, -math.inf).amax(),
-                torch.where(filled, -tiles.scale, -math.inf).amax(),
-            )
-        )
+        scales = (torch.where(filled, scale, -math.inf).amax() for scale in (tiles.scale, -tiles.scale))
+        maxima = torch.stack((values.abs().amax(), *scales))
         nonzero = values != 0
         saturated = (tiles.codes == TOP).sum() - (tiles.top_code == TOP).sum()
         norms = (_energy(values), _energy(values - tiles.decoded))
@@ -189,6 +184,5 @@ def _top_codes(codes: Tensor, tile_rows: int) -> Tensor:
 
 def _tiles(values: Tensor, payload: Tensor, scale: Tensor) -> _Tiles:
     """Of 1x128 tiles: values and payload [rows, cols], scale [col_tiles, rows]."""
-    codes = _magnitude(payload)
-    decoded = dequantize_tiles(Quantized(payload, scale))
+    codes, decoded = _magnitude(payload), dequantize_tiles(Quantized(payload, scale))
     return _Tiles(values, decoded, codes, scale.t(), _top_codes(codes, 1))

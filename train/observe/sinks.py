@@ -92,7 +92,7 @@ class JsonlSink:
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         self._size = os.fstat(self._file).st_size
         if self._size and os.pread(self._file, 1, self._size - 1) != b"\n":
-            self._append(b"\n")
+            self._append("")
         self._logged = {record["step"]: _replayed_part(record) for record in read_lines(path) if "event" not in record}
         self.last_step: int = max(self._logged, default=-1)
         # Repeated steps that gave the logged bits; that did not, or that the file lacks.
@@ -114,14 +114,14 @@ class JsonlSink:
             self._compare(step, _replayed_part(record))
             return False
         self._logged.clear()
-        self._append(_line(record))
+        self._append(encode(record))
         self.last_step = step
         return True
 
     def event(self, event: Record) -> None:
         """Append one event and wait until it, and so every line before it, is on disk."""
         assert event["event"] in EVENTS, f"undeclared event {event['event']!r}: declare it in metrics.py"
-        self._append(_line(event))
+        self._append(encode(event))
         os.fsync(self._file)
 
     def close(self) -> None:
@@ -140,7 +140,8 @@ class JsonlSink:
         self.replays_differing += 1
         self.event({"event": "replay_differs", "step": step, "logged": logged, "replayed": replayed})
 
-    def _append(self, data: bytes) -> None:
+    def _append(self, line: str) -> None:
+        data = line.encode() + b"\n"
         grown = os.fstat(self._file).st_size - self._size
         if grown:
             raise ValueError(
@@ -237,12 +238,8 @@ def open_sinks(
     )
     wandb = None
     if config.wandb != "off":
-        wandb = WandbSink(
-            config.wandb,
-            project=config.wandb_project,
-            run_dir=run_dir,
-            run_config={**(run_config or {}), "run_card": dict(run_card)},
-        )
+        described = {**(run_config or {}), "run_card": dict(run_card)}
+        wandb = WandbSink(config.wandb, project=config.wandb_project, run_dir=run_dir, run_config=described)
     return Sinks(jsonl, console=console, wandb=wandb)
 
 
@@ -277,16 +274,15 @@ def read_lines(path: Path) -> Iterator[Record]:
 
 
 def _lines_of_run(run_dir: Path) -> Iterator[Record]:
-    path = run_dir / METRICS_FILE
-    if not path.is_file():
-        raise ValueError(
-            f"{run_dir} has no {METRICS_FILE}: give the directory of a run that has started, such as runs/tiny_bf16"
-        )
-    return read_lines(path)
+    if not (run_dir / METRICS_FILE).is_file():
+        raise no_run(run_dir)
+    return read_lines(run_dir / METRICS_FILE)
 
 
-def _line(record: Record) -> bytes:
-    return encode(record).encode() + b"\n"
+def no_run(folder: Path) -> ValueError:
+    """What to raise where a folder holds no run."""
+    example = "give the directory of a run that has started, such as runs/tiny_bf16"
+    return ValueError(f"{folder} has no {METRICS_FILE}: {example}")
 
 
 def _replayed_part(record: Record) -> Record:

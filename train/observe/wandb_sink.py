@@ -22,7 +22,6 @@ import queue
 import secrets
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,16 +42,8 @@ HISTOGRAM_BINS = 64
 OVER_TOKENS = ("loss/*", "eval/*")
 
 
-@dataclass(frozen=True)
-class _Histogram:
-    """Of a table's values: counts [bins] and edges [bins + 1]."""
-
-    counts: Any
-    edges: Any
-
-
 def _mirrored(record: Record) -> Record:
-    """A step record for wandb: numbers as they are, tables as histograms and worst layers."""
+    """A step record for wandb: numbers as they are, tables as histograms (counts, edges) and worst layers."""
     values: Record = {}
     for name, value in record.items():
         if METRICS[name].kind != "table":
@@ -61,19 +52,11 @@ def _mirrored(record: Record) -> Record:
         table = np.asarray(value, dtype=np.float64)  # [layers, experts or operands]
         finite = table[np.isfinite(table)]
         if finite.size:
-            values[name] = _Histogram(*np.histogram(finite, bins=HISTOGRAM_BINS))
+            values[name] = np.histogram(finite, bins=HISTOGRAM_BINS)
         if name.startswith("fp8/"):
             worst = table.min(axis=0) if METRICS[name].reduction == "min" else table.max(axis=0)
             values |= {f"{name}/{operand}": float(x) for operand, x in zip(FP8_OPERANDS, worst, strict=True)}
     return values
-
-
-def _run_id(run_dir: Path) -> str:
-    """The wandb id of a run directory: made once, stored there. A copy of the directory is the same wandb run."""
-    path = run_dir / ID_FILE
-    if not path.is_file():
-        write_whole(path, f"{secrets.token_hex(8)}\n")
-    return path.read_text(encoding="utf-8").strip()
 
 
 class WandbSink:
@@ -101,11 +84,8 @@ class WandbSink:
         close_timeout_s: float = 30.0,
     ) -> None:
         self._mode: Literal["offline", "online"] = mode
-        self._project = project
-        self._run_dir = run_dir
-        self._run_config = dict(run_config)
-        self._init_timeout_s = init_timeout_s
-        self._close_timeout_s = close_timeout_s
+        self._project, self._run_dir, self._run_config = project, run_dir, dict(run_config)
+        self._init_timeout_s, self._close_timeout_s = init_timeout_s, close_timeout_s
         self._queue: queue.Queue[Record | None] = queue.Queue(maxsize=queue_records)
         self._off = threading.Event()
         self._one_warning = threading.Lock()
@@ -164,6 +144,10 @@ class WandbSink:
         if mode == "online" and not wandb.login(prompt=False):
             _log.warning("wandb has no API key: recording offline. `wandb login`, then `wandb sync` the folder.")
             mode = "offline"
+        # Made once: a copy of the directory is the same wandb run.
+        id_file = self._run_dir / ID_FILE
+        if not id_file.is_file():
+            write_whole(id_file, f"{secrets.token_hex(8)}\n")
         settings = wandb.Settings(
             silent=True, console="off", init_timeout=self._init_timeout_s, finish_timeout=FINISH_TIMEOUT_S
         )
@@ -173,7 +157,7 @@ class WandbSink:
             name=self._run_dir.name,
             dir=self._run_dir,
             config=self._run_config,
-            id=_run_id(self._run_dir),
+            id=id_file.read_text(encoding="utf-8").strip(),
             resume="allow",
             settings=settings,
         )
@@ -184,10 +168,7 @@ class WandbSink:
             if "event" in item:
                 run.summary[f"event/{item['event']}"] = item["step"]
             else:
-                histograms = {
-                    name: wandb.Histogram(np_histogram=(value.counts, value.edges))
-                    for name, value in item.items()
-                    if isinstance(value, _Histogram)
-                }
+                tables = {name: value for name, value in item.items() if isinstance(value, tuple)}
+                histograms = {name: wandb.Histogram(np_histogram=table) for name, table in tables.items()}
                 run.log(item | histograms, step=item["step"])
         run.finish()

@@ -48,10 +48,8 @@ def relative_gap(run_a: Sequence[Record], run_b: Sequence[Record], decay: float 
     Returns:
         One ratio for each of `common_steps(run_a, run_b)`; 0.0025 is 0.25 %.
     """
-    losses_a, losses_b = _losses(run_a), _losses(run_b)
     steps = common_steps(run_a, run_b)
-    smooth_a = ema([losses_a[step] for step in steps], decay)
-    smooth_b = ema([losses_b[step] for step in steps], decay)
+    smooth_a, smooth_b = (ema([losses[step] for step in steps], decay) for losses in (_losses(run_a), _losses(run_b)))
     return [(a - b) / b if b else math.nan for a, b in zip(smooth_a, smooth_b, strict=True)]
 
 

@@ -41,6 +41,8 @@ OPTIONAL = {
 VERSIONS = ("torch", "triton", "numpy", "pytest", "transformers")
 # A part is asked to finish this long before it is killed, which leaves it time to write its section.
 GRACE_S = 8.0
+# (part, seconds, JSON file) -> a command line that calls `run_part`.
+Command = Callable[[str, float, Path], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -70,17 +72,9 @@ def plain(value: Any) -> Any:
 
 
 def run_all(
-    command: Callable[[str, float, Path], Sequence[str]],
-    directory: Path,
-    *,
-    environment: Mapping[str, str],
-    total_s: float | None = None,
+    command: Command, directory: Path, *, environment: Mapping[str, str], total_s: float | None = None
 ) -> list[Finished]:
-    """Every part, one after the other; logs are written into the directory.
-
-    `command` makes of (part, seconds, JSON file) a command line that calls `run_part`. With `total_s` the shares are
-    stretched to this sum.
-    """
+    """Every part, one after the other, shares stretched to the sum `total_s`; logs are written into the directory."""
     directory.mkdir(parents=True, exist_ok=True)
     stretch = 1.0 if total_s is None else total_s / sum(plan.share_s for plan in PARTS.values())
     deadline_s, finished = time.monotonic(), []
@@ -95,11 +89,7 @@ def run_all(
 
 
 def _run_process(
-    name: str,
-    budget_s: float,
-    command: Callable[[str, float, Path], Sequence[str]],
-    directory: Path,
-    environment: Mapping[str, str],
+    name: str, budget_s: float, command: Command, directory: Path, environment: Mapping[str, str]
 ) -> Section:
     out, log = directory / f"{name}.json", directory / f"{name}.log"
     out.unlink(missing_ok=True)
@@ -176,24 +166,20 @@ def left_out() -> dict[str, str]:
 
 def is_green(finished: Sequence[Finished]) -> bool:
     """Every parity part that can run here is green, and no speed part is red or failed."""
-    parity = [each.section.status in ("green", "left out") for each in finished if PARTS[each.name].kind == "parity"]
-    speed = [each.section.status not in ("red", "failed") for each in finished if PARTS[each.name].kind == "speed"]
-    return all(parity) and all(speed)
+    speed = [each.section.status for each in finished if PARTS[each.name].kind == "speed"]
+    return _parity_is_green(finished) and not {"red", "failed"} & set(speed)
+
+
+def _parity_is_green(finished: Sequence[Finished]) -> bool:
+    return {each.section.status for each in finished if PARTS[each.name].kind == "parity"} <= {"green", "left out"}
 
 
 def write(finished: Sequence[Finished], device: torch.device, directory: Path) -> Path:
     """report.json and report.md; returns the path of the second."""
     where, absent = machine(device), left_out()
-    sections = {each.name: {"seconds": each.seconds, **vars(each.section)} for each in finished}
-    report = {
-        **where,
-        "green": is_green(finished),
-        "left_out": absent,
-        **{
-            kind: {name: section for name, section in sections.items() if PARTS[name].kind == kind}
-            for kind in ("parity", "speed")
-        },
-    }
+    report = {**where, "green": is_green(finished), "left_out": absent, "parity": {}, "speed": {}}
+    for each in finished:
+        report[PARTS[each.name].kind][each.name] = {"seconds": each.seconds, **vars(each.section)}
     text = json.dumps(plain(report), indent=1, allow_nan=False, ensure_ascii=False)
     (directory / "report.json").write_text(text + "\n", encoding="utf-8")
     page = directory / "report.md"
@@ -208,20 +194,19 @@ def markdown(finished: Sequence[Finished], where: Mapping[str, Any], absent: Map
     lines += [f"- {key.replace('_', ' ')}: {value}" for key, value in device.items()]
     lines += [f"- commit: {where['commit']}", "- " + ", ".join(f"{key} {value}" for key, value in versions.items()), ""]
     lines += ["| part | status | s | why |", "|---|---|---|---|"]
+    parts = [(PARTS[each.name], each.section, each.seconds) for each in finished]
     lines += [
-        f"| {PARTS[each.name].title} | {each.section.status} | {each.seconds:.0f} "
-        f"| {each.section.reason.replace('|', '/')} |"
-        for each in finished
+        f"| {plan.title} | {section.status} | {seconds:.0f} | {section.reason.replace('|', '/')} |"
+        for plan, section, seconds in parts
     ]
     for kind in ("parity", "speed"):
-        mine = [each for each in finished if PARTS[each.name].kind == kind]
         lines += ["", f"# {kind.capitalize()}"]
-        parity = [each.section.status for each in finished if PARTS[each.name].kind == "parity"]
-        if kind == "speed" and not set(parity) <= {"green", "left out"}:
+        if kind == "speed" and not _parity_is_green(finished):
             lines += ["", "**Parity above is not green: these times belong to a build that has not passed it.**"]
-        for each in mine:
-            body = each.section.markdown or f"{each.section.status}: {each.section.reason}"
-            lines += ["", f"## {PARTS[each.name].title}: {each.section.status}", "", body]
+        for plan, section, _ in parts:
+            if plan.kind == kind:
+                body = section.markdown or f"{section.status}: {section.reason}"
+                lines += ["", f"## {plan.title}: {section.status}", "", body]
     lines += ["", "# Left out", ""]
     missing = [each for each in finished if each.section.status in ("left out", "not measured", "failed")]
     lines += [f"- {PARTS[each.name].title}, {each.section.status}: {each.section.reason}" for each in missing]

@@ -103,8 +103,9 @@ def read_junit(path: Path) -> Section:
     cases = list(ElementTree.parse(path).getroot().iter("testcase"))
     failures, skips = [], Counter[str]()
     for case in cases:
+        name = f"{case.get('classname', '')}::{case.get('name', '')}"
         for kind in ("failure", "error"):
-            failures += [(_name_of(case), found.get("message", "")[:200]) for found in case.findall(kind)]
+            failures += [(name, found.get("message", "")[:200]) for found in case.findall(kind)]
         skips.update(found.get("message", "") for found in case.findall("skipped"))
     skipped = sum(skips.values())
     passed = len(cases) - skipped - len({name for name, _ in failures})
@@ -118,10 +119,6 @@ def read_junit(path: Path) -> Section:
     if not passed:
         return Section("left out", "; ".join(skips) or "no test was found", data, markdown)
     return Section("green", "", data, markdown)
-
-
-def _name_of(case: ElementTree.Element) -> str:
-    return f"{case.get('classname', '')}::{case.get('name', '')}"
 
 
 def tiny_run(options: Options) -> SmokeRun:
@@ -158,18 +155,10 @@ def step_against_cpu(options: Options, budget_s: float) -> Section:
     for each in found:
         bounds = step_parity.STEP_BOUNDS[each.precision]
         (error, where), (turned, whose) = each.worst_error, each.worst_turn
-        rows.append(
-            (
-                each.precision,
-                f"{each.loss_error:.1e} (bound {bounds.loss:.0e})",
-                f"{error:.1e} (bound {bounds.error:.0e})",
-                f"`{where}`",
-                f"{turned:.1e} (bound {bounds.turn:.0e})",
-                f"`{whose}`",
-                f"{each.flipped_tokens} of {each.routed_tokens}",
-                verdict(each.green),
-            )
-        )
+        measured = ((each.loss_error, bounds.loss), (error, bounds.error), (turned, bounds.turn))
+        loss, worst, most = (f"{value:.1e} (bound {bound:.0e})" for value, bound in measured)
+        forced = f"{each.flipped_tokens} of {each.routed_tokens}"
+        rows.append((each.precision, loss, worst, f"`{where}`", most, f"`{whose}`", forced, verdict(each.green)))
     green = all(each.green for each in found)
     reason = "" if green else "a loss or gradient is further from the CPU's than roundings explain"
     return Section(verdict(green), reason, {"steps": [asdict(each) for each in found]}, table(header, rows))
@@ -186,16 +175,11 @@ def resumed(options: Options, budget_s: float) -> Section:
             for name in names
         ]
     header = ("precision", "bit-equal", "tensors that differ", "masters, of what they moved", "verdict")
-    rows = [
-        (
-            each.precision,
-            "yes" if each.bit_equal else "no",
-            len(each.differing),
-            f"{each.difference:.1e} (bound {0 if each.on_cpu else smoke_runs.RESUME_BOUND})",
-            verdict(each.green),
-        )
-        for each in found
-    ]
+    rows = []
+    for each in found:
+        moved = f"{each.difference:.1e} (bound {0 if each.on_cpu else smoke_runs.RESUME_BOUND})"
+        equal = "yes" if each.bit_equal else "no"
+        rows.append((each.precision, equal, len(each.differing), moved, verdict(each.green)))
     green = all(each.green for each in found)
     reason = "" if green else "a resumed run is another run"
     return Section(verdict(green), reason, {"resumes": [asdict(each) for each in found]}, table(header, rows))
@@ -209,12 +193,7 @@ def small_step(options: Options, budget_s: float) -> Section:
     gap = found[1].loss / found[0].loss - 1
     green = abs(gap) <= smoke_runs.BIG_STEP_GAP
     rows = [
-        (
-            each.precision,
-            f"{each.loss:.4f}",
-            f"{each.grad_norm:.3f}",
-            "-" if each.peak_bytes is None else f"{each.peak_bytes / 1e9:.1f}",
-        )
+        (each.precision, f"{each.loss:.4f}", f"{each.grad_norm:.3f}", _shown(each.peak_bytes and each.peak_bytes / 1e9))
         for each in found
     ]
     markdown = table(("precision", "loss", "gradient norm", "peak memory GB"), rows)
@@ -233,18 +212,11 @@ def kernel_benches(options: Options, budget_s: float) -> Section:
     late = [row.case for row in rows if row.candidate == bench_table.OURS and row.status == "not measured"]
     red = [row.case for row in bench_table.red(rows)]
     found = bench_table.summaries(rows)
-    cells = [
-        (
-            row["name"],
-            row["peer_name"],
-            ("RED " if row["name"] in red else "") + _shown(row["parity_error"], ".1e"),
-            _shown(row["time_us"]),
-            _shown(row["speedup"], ".2f"),
-            _shown(row["tflop_per_s"]),
-            _shown(row["gbyte_per_s"]),
-        )
-        for row in found
-    ]
+    cells = []
+    for row in found:
+        parity = ("RED " if row["name"] in red else "") + _shown(row["parity_error"], ".1e")
+        rates = (_shown(row["speedup"], ".2f"), _shown(row["tflop_per_s"]), _shown(row["gbyte_per_s"]))
+        cells.append((row["name"], row["peer_name"], parity, _shown(row["time_us"]), *rates))
     markdown = table(("kernel", "peer", "parity", "us", "peer time / ours", "TFLOP/s", "GB/s"), cells)
     markdown += f"\n\nNot measured, the budget was spent: {', '.join(late)}." if late else ""
     data = {"rows": found, "not_measured": late}
@@ -258,8 +230,7 @@ def peer_benches(options: Options, budget_s: float) -> Section:
     clock = bench_peers.SMALL_CLOCK if options.tiny else Clock()
     rows = bench_table.run(bench_peers.cases(small=options.tiny), options.device, clock=clock, budget_s=budget_s)
     red = [f"{row.case}: {row.reason}" for row in bench_table.red(rows)]
-    data = {"rows": bench_table.records(rows)}
-    return Section(verdict(not red), "; ".join(red), data, bench_table.markdown(rows))
+    return Section(verdict(not red), "; ".join(red), {"rows": bench_table.records(rows)}, bench_table.markdown(rows))
 
 
 def layer_bench(options: Options, budget_s: float) -> Section:

@@ -17,7 +17,7 @@ import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
@@ -39,6 +39,7 @@ from train.step import Engine, StepGradients, apply_update, checkpoint_tensors, 
 from train.studies.compare import PAPER_GAP, mean_smoothed_gap
 
 PrecisionName = Literal["fp32", "bf16", "fp8"]
+Config = TypeVar("Config", ModelConfig, OptimConfig, Precision)
 SEED = 1234
 # The chain: states in use, and how many of them may follow each.
 STATES, SUCCESSORS = 64, 4
@@ -76,32 +77,28 @@ def read_values(group: str, option: str) -> dict[str, Any]:
     return values
 
 
-def model_config(name: str) -> ModelConfig:
-    """A model of `configs/model/`, without Hydra."""
-    config = run_config.convert(ModelConfig, read_values("model", name), "model")
-    assert isinstance(config, ModelConfig)
+def read_config(kind: type[Config], group: str, option: str) -> Config:
+    """A file of `configs/` as its dataclass, without Hydra."""
+    config = run_config.convert(kind, read_values(group, option), group)
+    assert isinstance(config, kind)
     return config
+
+
+def model_config(name: str) -> ModelConfig:
+    """A model of `configs/model/`."""
+    return read_config(ModelConfig, "model", name)
 
 
 def precision_config(name: PrecisionName) -> Precision:
     """A precision of `configs/precision/`, as training uses it."""
-    config = run_config.convert(Precision, read_values("precision", name), "precision")
-    assert isinstance(config, Precision)
-    return config
+    return read_config(Precision, "precision", name)
 
 
 def smoke_run(name: str, *, sequences: int, tokens: int, model: ModelConfig | None = None) -> SmokeRun:
     """The run of `configs/model/` and `configs/schedule/` NAME, with this batch; `model`: another shape, for tests."""
-    schedule = read_values("schedule", name)
-    optim = run_config.convert(OptimConfig, read_values("optim", "adamw"), "optim")
-    assert isinstance(optim, OptimConfig)
-    peak = ScheduledValues(
-        lr=float(schedule["lr_peak"]),
-        batch_sequences=sequences,
-        bias_speed=float(schedule["bias_speed"]),
-        mtp_weight=float(schedule["mtp_weight"]),
-        balance_alpha=float(schedule["balance_alpha"]),
-    )
+    schedule, optim = read_values("schedule", name), read_config(OptimConfig, "optim", "adamw")
+    constant = {key: float(schedule[key]) for key in ("bias_speed", "mtp_weight", "balance_alpha")}
+    peak = ScheduledValues(lr=float(schedule["lr_peak"]), batch_sequences=sequences, **constant)
     warmup_steps = min(int(schedule["warmup_steps"]), 10)
     return SmokeRun(model or model_config(name), optim, peak, warmup_steps, sequences, tokens)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ from train.studies.step_parity import gradients_of, relative_error, step_and_cho
 ROWS = 128
 # Spread of the gradients of tokens, one standard deviation in powers of two, where it is not what is varied.
 TOKEN_OCTAVES = 2.0
-BETAS, EPS = (0.9, 0.95), 1e-8
+ADAMW: dict[str, Any] = {"lr": 1.0, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,7 @@ def linear_case(rows: int, inputs: int, outputs: int, *, octaves: float = TOKEN_
 
 def _tile_values(q: Quantized) -> Tensor:
     """fp64 values of a tensor in 1x128 tiles of either format: [rows, cols]."""
-    cols = q.payload.shape[1]
-    return q.payload.double() * q.scale.double().repeat_interleave(128, dim=0)[:cols].t()
+    return q.payload.double() * q.scale.double().repeat_interleave(128, dim=0)[: q.payload.shape[1]].t()
 
 
 def operand_errors(linears: AblatedLinears, case: LinearCase) -> dict[str, float]:
@@ -84,12 +84,9 @@ def product_errors(linears: AblatedLinears, *, length: int) -> dict[str, float]:
         count as much as large ones; sum and sum_largest: the error of y against the exact product of the same
         quantised operands, as a relative norm, and its largest element over the root mean square of y.
     """
-    fprop, dgrad, wgrad = (
-        linear_case(*dims) for dims in ((ROWS, length, ROWS), (ROWS, ROWS, length), (length, ROWS, ROWS))
-    )
-    y = _run(linears, fprop)[0]
-    dx = _run(linears, dgrad)[1]
-    dw = _run(linears, wgrad)[2]
+    shapes = ((ROWS, length, ROWS), (ROWS, ROWS, length), (length, ROWS, ROWS))
+    fprop, dgrad, wgrad = (linear_case(*shape) for shape in shapes)
+    y, dx, dw = _run(linears, fprop)[0], _run(linears, dgrad)[1], _run(linears, wgrad)[2]
     xq = _tile_values(quantize_tiles(fprop.x, power_of_two=linears.power_of_two))
     wq = dequantize_blocks(weight_fp8(fprop.weight, power_of_two=linears.power_of_two)).double()
     of_quantized = xq @ wq.t()  # [ROWS, ROWS] fp64
@@ -142,13 +139,12 @@ def moment_errors(dtype: str, *, steps: int = 50, numel: int = 1 << 14) -> dict[
         # Each element has a spread 2^(2 z) of its own, and a tenth of it as its mean.
         grad = spread * (0.1 + torch.randn(numel, generator=generator))
         weights.zero_()
-        adamw_update(weights, grad, m, v, lr=1.0, betas=BETAS, eps=EPS, weight_decay=0.0, step=step)
+        adamw_update(weights, grad, m, v, **ADAMW, step=step)
         if dtype == "fp8":
             round_to_fp8(m)
             round_to_fp8(v)
-        exact, exact_m, exact_v = adamw_update_reference(
-            torch.zeros(numel), grad, exact_m, exact_v, lr=1.0, betas=BETAS, eps=EPS, weight_decay=0.0, step=step
-        )
+        start = torch.zeros(numel)
+        exact, exact_m, exact_v = adamw_update_reference(start, grad, exact_m, exact_v, **ADAMW, step=step)
     return {
         "exp_avg": relative_error(m, exact_m),
         "exp_avg_sq": relative_error(v, exact_v),

@@ -28,15 +28,7 @@ from train.config import PretrainConfig, compose
 from train.model.precision import Precision
 from train.observe.guards import TrainingStopped, check_consecutive_skips
 from train.observe.sinks import read_events, read_run
-from train.studies.ablation.errors import (
-    linear_case,
-    model_errors,
-    moment_errors,
-    operand_errors,
-    outlier_error,
-    product_errors,
-    reference_gradients,
-)
+from train.studies.ablation import errors
 from train.studies.ablation.linear import AblatedLinears, Ablation
 from train.studies.ablation.precision import AblatedPrecision
 from train.studies.compare import common_steps, mean_smoothed_gap
@@ -54,6 +46,8 @@ SMALL_MODEL = [
 # What may differ between the runs of a table: where they are stored (a checkpoint has the hash of its text) and what
 # they log.
 REPORTING = ("run.directory", "data.store", "observe.", "checkpoint.")
+# Of `product_errors`: the cost of the accumulation alone.
+SUMS = ("sum", "sum_largest")
 
 
 @dataclass(frozen=True)
@@ -195,12 +189,9 @@ def run(base: PretrainConfig, variant: Variant, seed: int) -> dict[str, Any]:
 def run_config(base: PretrainConfig, variant: Variant, seed: int) -> PretrainConfig:
     """The configuration of one run; its name is that of its folder."""
     micro = base.run.micro_batch_sequences // variant.micro_batches
-    return replace(
-        base,
-        precision=variant.precision,
-        optim=replace(base.optim, moments_dtype=variant.moments),
-        run=replace(base.run, name=f"{variant.name}-{seed}", seed=seed, micro_batch_sequences=micro),
-    )
+    optim = replace(base.optim, moments_dtype=variant.moments)
+    run = replace(base.run, name=f"{variant.name}-{seed}", seed=seed, micro_batch_sequences=micro)
+    return replace(base, precision=variant.precision, optim=optim, run=run)
 
 
 def refuse_another(config: PretrainConfig) -> None:
@@ -242,12 +233,11 @@ def measure_runs(
         last_losses by seed; stopped: why a run ended early, by seed; seconds of all seeds, in this call. A gap is NaN
         where a run diverged before it had a finite loss.
     """
-    rows = _runs_of(chosen)
     done: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in rows.values():
-        done[row.name] = {seed: run(base, row, seed) for seed in size.seeds}
-        log(f"{row.name}: {sum(one['seconds'] for one in done[row.name].values()):.0f} s")
-    return {name: _gaps(done, name) for name in rows}
+    for name, row in _runs_of(chosen).items():
+        done[name] = {seed: run(base, row, seed) for seed in size.seeds}
+        log(f"{name}: {sum(one['seconds'] for one in done[name].values()):.0f} s")
+    return {name: _gaps(done, name) for name in done}
 
 
 def _gaps(done: Mapping[str, Mapping[int, Mapping[str, Any]]], name: str) -> dict[str, Any]:
@@ -280,38 +270,26 @@ def measure_errors(chosen: Sequence[Variant], size: Size, base: PretrainConfig) 
         linears: variant -> operand, product and model errors; sums: variant of Hopper's -> length -> error of the sum
         alone; outliers: tile of gradients -> spread in octaves -> error of dx; moments: dtype -> errors.
     """
-    reference = reference_gradients(smoke_run("tiny", sequences=size.sequences, tokens=size.tokens, model=base.model))
-    # A row with other moments shares the recipe's linears.
-    measured = {row.name: row for row in chosen if row.moments == "bf16"}
-    linears = {name: row.linears for name, row in measured.items() if row.linears is not None}
-    case = linear_case(512, 512, 512)
-    table = {
-        name: {
-            **operand_errors(each, case),
-            **product_errors(each, length=size.length),
-            **model_errors(measured[name].precision, reference),
-        }
-        for name, each in linears.items()
-    }
-    table["bf16"] = model_errors(Precision("bf16"), reference)
-    return {
-        "linears": table,
-        "sums": {
-            name: {length: _sum_errors(each, length) for length in size.lengths}
-            for name, each in linears.items()
-            if name == "fp8" or name.startswith("hopper")
-        },
-        "outliers": {
-            name: {octaves: outlier_error(each, octaves=octaves) for octaves in size.octaves}
-            for name, each in linears.items()
-            if name in ("fp8", "gradients_128x128")
-        },
-        "moments": {dtype: moment_errors(dtype) for dtype in ("fp32", "bf16", "fp8")},
-    }
-
-
-def _sum_errors(linears: AblatedLinears, length: int) -> dict[str, float]:
-    return {name: error for name, error in product_errors(linears, length=length).items() if name.startswith("sum")}
+    smoke = smoke_run("tiny", sequences=size.sequences, tokens=size.tokens, model=base.model)
+    reference, case = errors.reference_gradients(smoke), errors.linear_case(512, 512, 512)
+    table: dict[str, dict[str, float]] = {}
+    sums: dict[str, dict[int, dict[str, float]]] = {}
+    outliers: dict[str, dict[float, float]] = {}
+    for row in chosen:
+        name, linears = row.name, row.linears
+        # A row with other moments shares the recipe's linears.
+        if linears is None or row.moments != "bf16":
+            continue
+        table[name] = errors.operand_errors(linears, case) | errors.product_errors(linears, length=size.length)
+        table[name] |= errors.model_errors(row.precision, reference)
+        if name == "fp8" or name.startswith("hopper"):
+            products = {length: errors.product_errors(linears, length=length) for length in size.lengths}
+            sums[name] = {length: {key: each[key] for key in SUMS} for length, each in products.items()}
+        if name in ("fp8", "gradients_128x128"):
+            outliers[name] = {octaves: errors.outlier_error(linears, octaves=octaves) for octaves in size.octaves}
+    table["bf16"] = errors.model_errors(Precision("bf16"), reference)
+    moments = {dtype: errors.moment_errors(dtype) for dtype in ("fp32", "bf16", "fp8")}
+    return {"linears": table, "sums": sums, "outliers": outliers, "moments": moments}
 
 
 def ablate(
@@ -333,7 +311,7 @@ def ablate(
     for row in _runs_of(chosen).values():
         for seed in size.seeds:
             refuse_another(run_config(base, row, seed))
-    errors = measure_errors(chosen, size, base)
+    measured = measure_errors(chosen, size, base)
     log("one-step errors: done")
     runs = measure_runs(base, chosen, size, log)
     return {
@@ -342,7 +320,7 @@ def ablate(
         "overrides": list(overrides),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "errors": errors,
+        "errors": measured,
         "runs": runs,
         "floor": floor(runs),
     }

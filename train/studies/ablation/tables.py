@@ -124,48 +124,36 @@ def _figure(title: str, x: str, y: str) -> Any:
 
 def _lines(figure: Any, curves: Mapping[str, Mapping[float, float]]) -> Any:
     for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
-        figure.add_scatter(
-            x=list(curve), y=list(curve.values()), name=name, mode="lines+markers", line={"color": colour}
-        )
+        line = {"color": colour}
+        figure.add_scatter(x=list(curve), y=list(curve.values()), name=name, mode="lines+markers", line=line)
     return figure
 
 
 def _sums(curves: Mapping[str, Mapping[float, Mapping[str, float]]], changes: dict[str, str]) -> Any:
-    figure = _figure(
-        "What the sum alone costs: largest error of y over its root mean square",
-        "terms of the contraction",
-        "largest error",
-    )
+    title = "What the sum alone costs: largest error of y over its root mean square"
+    figure = _figure(title, "terms of the contraction", "largest error")
     figure.update_yaxes(type="log", dtick=1, exponentformat="power")
     figure.update_layout(legend={"y": 0.47})
     lengths = sorted({int(k) for curve in curves.values() for k in curve})
     figure.update_xaxes(type="log", tickvals=lengths)
-    figure.add_scatter(
-        x=[lengths[0], lengths[-1]],
-        y=[0.02, 0.02],
-        name="the report: near 2 % at 4096, no promotion",
-        mode="lines",
-        line={"dash": "dot", "color": "black"},
-    )
+    ends, name = [lengths[0], lengths[-1]], "the report: near 2 % at 4096, no promotion"
+    figure.add_scatter(x=ends, y=[0.02, 0.02], name=name, mode="lines", line={"dash": "dot", "color": "black"})
     largest = {name: {k: errors["sum_largest"] for k, errors in curve.items()} for name, curve in curves.items()}
     return _lines(figure, {(changes | {"fp8": "FP32 sums"})[name]: curve for name, curve in largest.items()})
 
 
 def _outliers(curves: Mapping[str, Mapping[float, float]], changes: dict[str, str]) -> Any:
-    figure = _figure(
-        "Error of dx, token by token, where the gradients of tokens differ in size",
-        "spread of tokens: standard deviation in powers of two",
-        "relative error of a token's dx (rms)",
-    )
+    title = "Error of dx, token by token, where the gradients of tokens differ in size"
+    spread = "spread of tokens: standard deviation in powers of two"
+    figure = _figure(title, spread, "relative error of a token's dx (rms)")
     figure.update_yaxes(type="log", tickformat=".2~%")
     names = changes | {"fp8": "gradients in 1x128 (the recipe)"}
     return _lines(figure, {names[name]: curve for name, curve in curves.items()})
 
 
 def _runs(result: Mapping[str, Any]) -> Any:
-    figure = _figure(
-        "Loss gap to BF16 of the same seed; the band is the report's 0.25 %", "", "mean gap of smoothed losses"
-    )
+    title = "Loss gap to BF16 of the same seed; the band is the report's 0.25 %"
+    figure = _figure(title, "", "mean gap of smoothed losses")
     figure.update_yaxes(tickformat="+.2~%")
     figure.update_layout(legend={"x": 1.01, "y": 1.0})
     figure.add_hrect(y0=-PAPER_GAP, y1=PAPER_GAP, fillcolor="#1f5fa8", opacity=0.08, line_width=0)

@@ -15,23 +15,18 @@ const STATE_TEXT = { running: "running", finished: "finished", stopped: "stopped
 const MAX_CARDS = 6;
 const MAX_DIFFERENCES = 60;
 // Notes above the page; further ones are folded away.
-const MAX_ALARMS = 5;
-const MAX_NOTES = 2;
+const MAX_ALARMS = 5, MAX_NOTES = 2;
 
-const dot = run => { const made = element("i"); made.style.setProperty("--run", `var(--run-${run.key % NUM_COLORS})`); return made; };
-
-// --- header and notes ---
+const tinted = (made, run) => { made.style.setProperty("--run", `var(--run-${run.key % NUM_COLORS})`); return made; };
+const dot = run => tinted(element("i"), run);
 
 function fillSubtitle() {
   const count = data.runs.length, tokens = data.runs.reduce((sum, run) => sum + run.status.tokens, 0);
-  const when = new Date(1000 * data.drawn_unix_s).toLocaleString("sv").slice(0, 16);
-  const parts = [count === 1 ? "1 run" : `${count} runs`, `${amount(tokens)} tokens`, data.live ? "" : `drawn ${when}`].filter(Boolean);
+  const parts = [count === 1 ? "1 run" : `${count} runs`, `${amount(tokens)} tokens`];
+  if (!data.live) parts.push(`drawn ${new Date(1000 * data.drawn_unix_s).toLocaleString("sv").slice(0, 16)}`);
   by("subtitle").replaceChildren(parts.join(" · "));
-  if (data.live) {
-    const badge = element("span", "live " + state.live, { connecting: "connecting", live: "live", lost: "server gone: numbers stand still" }[state.live]);
-    by("subtitle").append(badge);
-    if (data.bytes && data.bytes_read < .999 * data.bytes) by("subtitle").append(element("span", "", ` reading ${Math.floor(100 * data.bytes_read / data.bytes)} % of ${amount(data.bytes)}B`));
-  }
+  if (data.live) by("subtitle").append(element("span", "live " + state.live, { connecting: "connecting", live: "live", lost: "server gone: numbers stand still" }[state.live]));
+  if (data.live && data.bytes && data.bytes_read < .999 * data.bytes) by("subtitle").append(element("span", "", ` reading ${Math.floor(100 * data.bytes_read / data.bytes)} % of ${amount(data.bytes)}B`));
 }
 
 function deadNote(run) {
@@ -54,19 +49,12 @@ function notesOf(run) {
 function fillNotes() {
   const notes = [...(data.problems || []).map(text => ["warn", text]), ...data.runs.flatMap(notesOf)];
   const alarms = notes.filter(note => note[0] === "alarm"), others = notes.filter(note => note[0] !== "alarm");
-  const line = ([level, text]) => { const note = element("p", "note " + level); note.append(element("b", "", level === "alarm" ? "Alarm" : "Note"), text); return note; };
+  const line = ([level, text]) => element("p", "note " + level, element("b", "", level === "alarm" ? "Alarm" : "Note"), text);
   const shownFirst = [...alarms.slice(0, MAX_ALARMS), ...others.slice(0, MAX_NOTES)], rest = [...alarms.slice(MAX_ALARMS), ...others.slice(MAX_NOTES)];
-  const made = shownFirst.map(line);
-  if (rest.length) {
-    const more = element("details", "more");
-    more.open = !!by("notes").querySelector("details")?.open;
-    more.append(element("summary", "", rest.length === 1 ? "1 more" : `${rest.length} more`), ...rest.map(line));
-    made.push(more);
-  }
-  by("notes").replaceChildren(...made);
+  const more = element("details", "more", element("summary", "", `${rest.length} more`), ...rest.map(line));
+  more.open = !!by("notes").querySelector("details")?.open;
+  by("notes").replaceChildren(...shownFirst.map(line), ...(rest.length ? [more] : []));
 }
-
-// --- runs: chips, table, cards ---
 
 function toggle(keys, hide) {
   for (const key of keys) if (hide === undefined ? !state.hidden.delete(key) : hide) state.hidden.add(key); else state.hidden.delete(key);
@@ -77,8 +65,7 @@ function toggle(keys, hide) {
 function fillChips() {
   const wanted = by("filter").value.toLowerCase();
   by("chips").replaceChildren(...data.runs.filter(run => run.name.toLowerCase().includes(wanted)).map(run => {
-    const chip = element("button", "chip");
-    chip.append(dot(run), run.name);
+    const chip = element("button", "chip", dot(run), run.name);
     chip.dataset.run = run.key;
     chip.title = "Click hides and shows, double-click shows this run alone";
     chip.setAttribute("aria-pressed", shown(run));
@@ -90,77 +77,51 @@ function fillChips() {
 }
 
 function progressCell(run) {
-  const cell = element("td", "progress"), status = run.status, label = STATE_TEXT[status.state];
-  const eta = status.eta_s !== null ? `ETA ${clock(status.eta_s)}` : label;
-  cell.title = [label, status.progress !== null ? `${(100 * status.progress).toFixed(1)} % of the tokens` : "", status.reason || "", status.tokens_per_s ? `${amount(status.tokens_per_s)} tokens/s lately` : ""].filter(Boolean).join(" · ");
-  const bar = element("span", "meter " + status.state), fill = element("span");
+  const status = run.status, label = STATE_TEXT[status.state], fill = element("span");
   fill.style.width = `${100 * (status.progress ?? (status.state === "empty" ? 0 : 1))}%`;
-  fill.style.setProperty("--run", `var(--run-${run.key % NUM_COLORS})`);
-  bar.append(fill);
-  cell.append(bar, element("span", "eta", eta));
+  const bar = element("span", "meter " + status.state, tinted(fill, run));
+  const cell = element("td", "progress", bar, element("span", "eta", status.eta_s !== null ? `ETA ${clock(status.eta_s)}` : label));
+  cell.title = [label, status.progress !== null ? `${(100 * status.progress).toFixed(1)} % of the tokens` : "", status.reason || "", status.tokens_per_s ? `${amount(status.tokens_per_s)} tokens/s lately` : ""].filter(Boolean).join(" · ");
   return cell;
 }
 
 function fillTable() {
-  if (!data.runs.length) {
-    by("table").replaceChildren(element("p", "blank", data.live ? "No run here yet. Start one, and it appears: torchrun launch/pretrain.py experiment=tiny run.name=mine" : "No runs."));
-    return;
-  }
+  if (!data.runs.length) return by("table").replaceChildren(element("p", "blank", data.live ? "No run here yet. Start one, and it appears: torchrun launch/pretrain.py experiment=tiny run.name=mine" : "No runs."));
   const labels = data.runs[0].row.map(pair => pair[0]), used = labels.filter((_, i) => data.runs.some(run => run.row[i][1] !== "–"));
   const scoresOf = data.runs.map(run => run.bits_per_byte).filter(score => score !== null), best = scoresOf.length > 1 ? Math.min(...scoresOf) : null;
-  const head = element("tr"), body = [];
-  head.append(...["Run", "Progress", ...used].map(label => element("th", "", label)));
-  for (const run of data.runs) {
-    const line = element("tr"), name = element("th");
+  const head = element("tr", "", ...["Run", "Progress", ...used].map(label => element("th", "", label)));
+  const lines = data.runs.map(run => {
+    const name = element("th", "", dot(run), run.name);
     name.scope = "row";
-    name.append(dot(run), run.name);
-    line.append(name, progressCell(run), ...run.row.filter(pair => used.includes(pair[0])).map(([label, text]) => element("td", label === "Bits per byte" && run.bits_per_byte !== null && run.bits_per_byte === best ? "best" : "", text)));
-    body.push(line);
-  }
-  for (const [label, value] of Object.entries(Object.assign({}, ...data.runs.map(run => run.baselines)))) {
-    const line = element("tr", "baseline");
-    line.append(element("th", "", label), element("td"), ...used.map(column => element("td", "", column === "Bits per byte" ? value.toFixed(4) : "")));
-    body.push(line);
-  }
-  const table = element("table"), thead = element("thead"), tbody = element("tbody");
-  thead.append(head);
-  tbody.append(...body);
-  table.append(thead, tbody);
-  by("table").replaceChildren(table);
+    return element("tr", "", name, progressCell(run), ...run.row.filter(pair => used.includes(pair[0])).map(([label, text]) => element("td", label === "Bits per byte" && run.bits_per_byte !== null && run.bits_per_byte === best ? "best" : "", text)));
+  });
+  const baselines = Object.entries(Object.assign({}, ...data.runs.map(run => run.baselines)));
+  lines.push(...baselines.map(([label, value]) => element("tr", "baseline", element("th", "", label), element("td"), ...used.map(column => element("td", "", column === "Bits per byte" ? value.toFixed(4) : "")))));
+  by("table").replaceChildren(element("table", "", element("thead", "", head), element("tbody", "", ...lines)));
 }
 
-function definitions(pairs) {
-  const list = element("dl");
-  for (const [label, text] of pairs) list.append(element("dt", "", label), element("dd", "", text));
-  return list;
-}
+const definitions = pairs => element("dl", "", ...pairs.flatMap(([label, text]) => [element("dt", "", label), element("dd", "", text)]));
 
 function cardOf(run) {
-  const card = element("article", "card"), head = element("header"), more = element("details");
-  card.style.setProperty("--run", `var(--run-${run.key % NUM_COLORS})`);
-  head.append(dot(run), element("h3", "", run.name), run.precision ? element("span", "precision", run.precision) : "");
-  more.append(element("summary", "", "Whole run card and configuration"), definitions(Object.entries(run.fields)));
-  card.append(head, definitions([...run.facts, ["Directory", run.directory]]), more);
-  return card;
+  const head = element("header", "", dot(run), element("h3", "", run.name), run.precision ? element("span", "precision", run.precision) : "");
+  const more = element("details", "", element("summary", "", "Whole run card and configuration"), definitions(Object.entries(run.fields)));
+  return tinted(element("article", "card", head, definitions([...run.facts, ["Directory", run.directory]]), more), run);
 }
 
 // Fields in which runs differ, one column a run.
 function differences() {
   const names = [...new Set(data.runs.flatMap(run => Object.keys(run.fields)))];
   const differing = names.filter(name => !/(^|\.)name$/.test(name) && new Set(data.runs.map(run => run.fields[name])).size > 1);
-  const wrap = element("div", "table differences"), table = element("table"), head = element("tr");
-  head.append(element("th", "", "Field"), ...data.runs.map(run => { const one = element("th"); one.append(dot(run), run.name); return one; }));
-  table.append(head, ...differing.slice(0, MAX_DIFFERENCES).map(name => { const line = element("tr"); line.append(element("th", "", name), ...data.runs.map(run => element("td", "", run.fields[name] ?? "–"))); return line; }));
-  wrap.append(differing.length ? table : element("p", "blank", "The runs have the same card and configuration, but for their names."));
+  const head = element("tr", "", element("th", "", "Field"), ...data.runs.map(run => element("th", "", dot(run), run.name)));
+  const lines = differing.slice(0, MAX_DIFFERENCES).map(name => element("tr", "", element("th", "", name), ...data.runs.map(run => element("td", "", run.fields[name] ?? "–"))));
+  const wrap = element("div", "table differences", differing.length ? element("table", "", head, ...lines) : element("p", "blank", "The runs have the same card and configuration, but for their names."));
   if (differing.length > MAX_DIFFERENCES) wrap.append(element("p", "blank", `${differing.length - MAX_DIFFERENCES} more fields differ.`));
   return wrap;
 }
 
 function fillCards() {
-  const open = [...by("cards").querySelectorAll("details")].map(one => one.open), parts = [element("h2", "", "Runs")];
-  const cards = element("div", "cards"), listed = data.runs.slice(0, MAX_CARDS);
-  cards.append(...listed.map(cardOf));
-  parts.push(cards);
+  const open = [...by("cards").querySelectorAll("details")].map(one => one.open);
+  const parts = [element("h2", "", "Runs"), element("div", "cards", ...data.runs.slice(0, MAX_CARDS).map(cardOf))];
   if (data.runs.length > MAX_CARDS) parts.push(element("p", "soft", `Cards of the first ${MAX_CARDS} of ${data.runs.length} runs; the differences of all stand below.`));
   if (data.runs.length > 1) parts.push(element("h3", "", "Where the runs differ"), differences());
   by("cards").replaceChildren(...(data.runs.length ? parts : []));
@@ -173,8 +134,6 @@ function fillFooter() {
   const thin = width === 1 ? "every logged step is drawn" : `long runs are thinned to buckets of up to ${width.toLocaleString("en")} steps that keep each bucket's lowest and highest value at its own step; smoothing goes over bucket means`;
   by("footer").textContent = `${drawn.toLocaleString("en")} points for ${logged.toLocaleString("en")} steps: ${thin}. Of each kind of event the first and last ${data.kept_events} are marked. Drag over a curve to zoom all curves, double-click to go back. Rest the pointer on a title for what the numbers are.`;
 }
-
-// --- figures and sections ---
 
 const TABLE_FIGURES = {
   experts: [
@@ -206,9 +165,8 @@ function fillSections() {
     if (!wanted.length && !BLANK[key]) continue;
     let section = by("section-" + key);
     if (!section) {
-      section = element("section", "section");
+      section = element("section", "section", element("h2", "", title), element("div", "figures"));
       section.id = "section-" + key;
-      section.append(element("h2", "", title), element("div", "figures"));
       by("charts").append(section);
     }
     const grid = section.querySelector(".figures");
@@ -224,16 +182,13 @@ function fillSections() {
 }
 
 function fillReference(figure) {
-  if (figure.controls.contains(document.activeElement)) return;
   const able = data.runs.filter(run => run.series["loss/main"]);
-  if (able.length > 1) figure.controls.replaceChildren(select("Reference", able.map(run => [run.key, run.name]), referenceRun().key, value => { state.reference = Number(value); document.activeElement.blur(); redraw([figure]); }));
+  if (able.length > 1 && !figure.controls.contains(document.activeElement)) figure.controls.replaceChildren(select("Reference", able.map(run => [run.key, run.name]), referenceRun().key, value => { state.reference = Number(value); document.activeElement.blur(); redraw([figure]); }));
 }
 
 function fillAll() {
   fillSubtitle(); fillNotes(); fillTable(); fillChips(); fillCards(); fillSections(); fillTableControls(); fillFooter(); redraw();
 }
-
-// --- controls ---
 
 function fillControls() {
   document.querySelectorAll("#axis button").forEach(button => button.setAttribute("aria-pressed", button.dataset.axis === state.axis));
@@ -264,8 +219,6 @@ function listen() {
   });
 }
 
-// --- following a server ---
-
 async function fetchTables(run) {
   if (run.fetching) return;
   run.fetching = true;
@@ -280,12 +233,10 @@ async function fetchTables(run) {
 function take(news) {
   if (news.server !== data.server) data.runs = [];
   for (const run of news.runs) {
-    const before = data.runs[run.key];
+    const tables = data.runs[run.key]?.tables;
     data.runs[run.key] = run;
     // Tables that are shown stay until the new ones are here.
-    if (before && before.tables) run.tables = before.tables;
-    if (before && before.tables && (run === inspected("moe/") || run === inspected("fp8/"))) fetchTables(run);
-    else delete run.tables;
+    if (tables && (run === inspected("moe/") || run === inspected("fp8/"))) { run.tables = tables; fetchTables(run); }
   }
   const states = news.states.map(status => status.state).join() !== data.runs.map(run => run.status.state).join();
   news.states.forEach((status, key) => { if (data.runs[key]) data.runs[key].status = status; });

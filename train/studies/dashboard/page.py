@@ -28,7 +28,7 @@ from pathlib import Path
 from plotly.offline import get_plotlyjs
 
 from train.observe.metrics import FP8_OPERANDS, METRICS
-from train.observe.sinks import METRICS_FILE, write_whole
+from train.observe.sinks import no_run, write_whole
 from train.studies.compare import PAPER_GAP
 from train.studies.dashboard import run_card
 from train.studies.dashboard.run_reader import KEPT_EVENTS, RunReader, find_runs
@@ -47,25 +47,23 @@ SECTIONS |= {"fp8": "FP8 health", "more": "More"}
 
 @dataclass(frozen=True)
 class Chart:
-    """A metric drawn over the run."""
+    """A metric drawn over the run.
+
+    smooth, logarithmic: the page's control applies. percent: a ratio, shown as %. ticks: d3 format. least_values: with
+    fewer there is no curve. marks: every event is marked on this curve.
+    """
 
     metric: str
     section: str
     title: str
     hint: str = ""
-    # The page's smoothing applies.
     smooth: bool = False
     wide: bool = False
-    # The page's "log y" applies.
     logarithmic: bool = False
     from_zero: bool = False
-    # The value is a ratio, shown as %.
     percent: bool = False
-    # d3 format of the numbers.
     ticks: str = "~g"
-    # With fewer there is no curve.
     least_values: int = 1
-    # Every event is marked on this curve.
     marks: bool = False
 
 
@@ -120,9 +118,7 @@ def read_runs(run_dirs: Sequence[Path]) -> list[RunReader]:
         raise ValueError("no run given: name at least one run directory, such as runs/tiny_bf16")
     for folder in run_dirs:
         if not find_runs([folder]):
-            raise ValueError(
-                f"{folder} has no {METRICS_FILE}: give the directory of a run that has started, such as runs/tiny_bf16"
-            )
+            raise no_run(folder)
     readers = [RunReader(directory) for directory in find_runs(run_dirs)]
     for reader in readers:
         reader.poll()
@@ -138,13 +134,11 @@ def offline_page(readers: Sequence[RunReader], title: str) -> str:
         run["tables"] = tables_json(reader, table_limit(readers))
     data["charts"] = charts_for({name for reader in readers for name in reader.series})
     scripts = [get_plotlyjs(), *(source(name) for name in SCRIPTS)]
-    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
-    return filled_page(
-        data,
-        policy=f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:",
-        style=f"<style>{source('page.css')}</style>",
-        scripts=[f"<script>{script}</script>" for script in scripts],
-    )
+    digests = (base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii") for script in scripts)
+    hashes = " ".join(f"'sha256-{digest}'" for digest in digests)
+    policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:"
+    elements = [f"<script>{script}</script>" for script in scripts]
+    return filled_page(data, policy=policy, style=f"<style>{source('page.css')}</style>", scripts=elements)
 
 
 def filled_page(data: Json, *, policy: str, style: str, scripts: Sequence[str]) -> str:
@@ -194,7 +188,6 @@ def names(readers: Sequence[RunReader]) -> list[str]:
 def run_json(reader: RunReader, *, key: int, name: str, limit: int, now_unix_s: float) -> Json:
     """One run as the page draws it; `limit` bounds the buckets of each curve."""
     axes = ("tokens_seen", "time_unix_s")
-    curves = {metric: series for metric, series in reader.series.items() if metric not in axes}
     return {
         "key": key,
         "name": name,
@@ -212,7 +205,7 @@ def run_json(reader: RunReader, *, key: int, name: str, limit: int, now_unix_s: 
         "records": reader.records,
         "events": {kind: {"total": log.total, "steps": log.steps} for kind, log in reader.events.items()},
         "axes": {metric: reader.series[metric].knots(limit) for metric in axes if metric in reader.series},
-        "series": {metric: series.to_json(limit) for metric, series in curves.items()},
+        "series": {metric: curve.to_json(limit) for metric, curve in reader.series.items() if metric not in axes},
         "table_names": sorted(reader.tables),
     }
 
@@ -239,7 +232,3 @@ def table_limit(readers: Sequence[RunReader]) -> int:
 def source(name: str) -> str:
     """The text of one of the page's files, such as page.css."""
     return (Path(__file__).parent / name).read_text(encoding="utf-8")
-
-
-def _sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")

@@ -3,7 +3,6 @@
 // Then curves, one chart a metric; the gap and the held-out scores. Last tables over time: expert load and bias
 // (layers x experts), FP8 statistics (layers x operands). What is drawn follows `state` and `data` (page.js).
 
-// --- arrays ---
 // A series is buckets of equal width in steps (series.py): key (bucket number), mean, and with width above 1
 // low and high with the steps at which they were reached. NaN is a hole.
 
@@ -13,9 +12,8 @@ const unpack = (text, kind) => new ARRAYS[kind](bytesOf(text).buffer);
 
 function unpackSeries(packed) {
   if (packed.mean instanceof Float32Array) return packed;
-  packed.key = unpack(packed.key, "u4");
-  for (const name of ["mean", "low", "high"]) if (packed[name]) packed[name] = unpack(packed[name], "f4");
-  for (const name of ["at_low", "at_high"]) if (packed[name]) packed[name] = unpack(packed[name], "u4");
+  for (const name of ["mean", "low", "high"]) if (name in packed) packed[name] = unpack(packed[name], "f4");
+  for (const name of ["key", "at_low", "at_high"]) if (name in packed) packed[name] = unpack(packed[name], "u4");
   return packed;
 }
 
@@ -142,37 +140,25 @@ const escapeText = text => text.replace(/[&<>]/g, c => ({ "&": "&amp;", "<": "&l
 const shown = run => !state.hidden.has(run.key);
 const AXIS_TITLE = { step: "step", tokens: "tokens", hours: "hours since the first step" };
 
-function axisLayout(extra) {
-  return {
-    automargin: true, gridcolor: css("grid"), linecolor: css("line"), zeroline: false, separatethousands: true,
-    tickfont: { size: 12, color: css("soft") }, ...extra,
-  };
-}
-
-function xAxis() {
-  const axis = axisLayout({
-    type: state.logX ? "log" : "linear", title: { text: AXIS_TITLE[state.axis], standoff: 6, font: { size: 12, color: css("soft") } },
-    nticks: 9, exponentformat: "SI",
-    // A range that another chart chose wins over what was zoomed here before.
-    uirevision: [state.axis, state.logX, state.zooms].join(),
-  });
-  if (state.range) { axis.range = state.range.slice(); axis.autorange = false; } else axis.autorange = true;
-  return axis;
-}
-
-function layoutOf(extra) {
-  return {
-    margin: { l: 56, r: 14, t: 12, b: 44 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
-    font: { family: getComputedStyle(document.body).fontFamily, size: 12.5, color: css("ink") }, dragmode: "zoom",
-    hovermode: data.runs.length > MANY_RUNS ? "closest" : "x unified",
-    hoverlabel: { bgcolor: css("card"), bordercolor: css("line"), font: { color: css("ink"), size: 12.5 } },
-    modebar: { bgcolor: "rgba(0,0,0,0)", color: css("soft"), activecolor: css("ink") },
-    // What a person zoomed stays while new points arrive, until the axis itself changes.
-    uirevision: [state.axis, state.logX, state.logY, state.resets].join(), xaxis: xAxis(), yaxis: axisLayout(), ...extra,
-  };
-}
-
-// --- curves ---
+const axisTitle = (text, standoff = 8) => ({ text, standoff, font: { size: 12, color: css("soft") } });
+const axisLayout = extra => ({
+  automargin: true, gridcolor: css("grid"), linecolor: css("line"), zeroline: false, separatethousands: true,
+  tickfont: { size: 12, color: css("soft") }, ...extra,
+});
+const xAxis = () => axisLayout({
+  type: state.logX ? "log" : "linear", title: axisTitle(AXIS_TITLE[state.axis], 6), nticks: 9, exponentformat: "SI",
+  // A range that another chart chose wins over what was zoomed here before.
+  uirevision: [state.axis, state.logX, state.zooms].join(), autorange: !state.range, ...(state.range && { range: state.range.slice() }),
+});
+const layoutOf = extra => ({
+  margin: { l: 56, r: 14, t: 12, b: 44 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
+  font: { family: getComputedStyle(document.body).fontFamily, size: 12.5, color: css("ink") }, dragmode: "zoom",
+  hovermode: data.runs.length > MANY_RUNS ? "closest" : "x unified",
+  hoverlabel: { bgcolor: css("card"), bordercolor: css("line"), font: { color: css("ink"), size: 12.5 } },
+  modebar: { bgcolor: "rgba(0,0,0,0)", color: css("soft"), activecolor: css("ink") },
+  // What a person zoomed stays while new points arrive, until the axis itself changes.
+  uirevision: [state.axis, state.logX, state.logY, state.resets].join(), xaxis: xAxis(), yaxis: axisLayout(), ...extra,
+});
 
 function curveTraces(chart, run) {
   const series = unpackSeries(run.series[chart.metric]), factor = chart.percent ? 100 : 1, last = run.status.step;
@@ -198,15 +184,13 @@ function curveTraces(chart, run) {
 
 // Events are marked on the curve; checkpoints on the loss only, and only while there are few.
 function markerTraces(chart, run, steps, values) {
-  const kinds = Object.keys(run.events).filter(kind => kind !== "start" && kind in SYMBOL);
-  const marks = kinds.flatMap(kind => {
+  const marks = Object.keys(run.events).filter(kind => kind !== "start" && kind in SYMBOL).flatMap(kind => {
     const log = run.events[kind], routine = kind === "checkpoint" || kind === "stop";
     if (routine && (!chart.marks || log.total > MAX_CHECKPOINTS || data.runs.length > MANY_RUNS)) return [];
     return log.steps.map(step => [step, kind]);
   }).filter(([step]) => steps.length && step >= steps[0] && step <= steps[steps.length - 1]);
-  if (!marks.length) return [];
   const known = values.map((value, i) => [steps[i], value]).filter(([, value]) => Number.isFinite(value));
-  if (!known.length) return [];
+  if (!marks.length || !known.length) return [];
   const at = marks.map(([step]) => step);
   return [{
     type: "scatter", mode: "markers", name: escapeText(run.name), meta: run.key, visible: shown(run), x: along(run, state.axis, at),
@@ -221,12 +205,9 @@ function markerTraces(chart, run, steps, values) {
 
 function drawCurves(chart) {
   const traces = data.runs.filter(run => run.series[chart.metric]).flatMap(run => curveTraces(chart, run));
-  const yaxis = axisLayout({ type: chart.logarithmic && state.logY ? "log" : "linear", tickformat: chart.ticks, ticksuffix: chart.percent ? " %" : "" });
-  if (chart.from_zero) yaxis.rangemode = "tozero";
-  return [traces, layoutOf({ yaxis })];
+  const range = chart.from_zero && { rangemode: "tozero" };
+  return [traces, layoutOf({ yaxis: axisLayout({ type: chart.logarithmic && state.logY ? "log" : "linear", tickformat: chart.ticks, ticksuffix: chart.percent ? " %" : "", ...range }) })];
 }
-
-// --- relative gap ---
 
 // The run that others are compared with: chosen, else the first that is not FP8 if any run is, else the first.
 function referenceRun() {
@@ -261,8 +242,7 @@ function drawGap(chart) {
   })];
 }
 
-// --- held-out scores beside simpler models ---
-
+// Held-out scores beside those of simpler models.
 function scores() {
   const bars = data.runs.filter(run => run.bits_per_byte !== null).map(run => ({ run, label: run.name, value: run.bits_per_byte }));
   const baselines = Object.assign({}, ...data.runs.map(run => run.baselines));
@@ -283,8 +263,6 @@ function drawScores() {
   })];
 }
 
-// --- figures ---
-
 const figures = [];
 const watcher = new IntersectionObserver(entries => {
   for (const entry of entries) {
@@ -294,31 +272,27 @@ const watcher = new IntersectionObserver(entries => {
   }
 }, { rootMargin: "300px" });
 
-function element(tag, className, text) {
+// Strings among the children become text, never HTML.
+function element(tag, className, ...children) {
   const made = document.createElement(tag);
   if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
+  made.append(...children);
   return made;
 }
 
 // A card with a title, a hint, room for controls, and one plot or more.
 function makeFigure({ id, title, hint, about, wide, shared = true, draws }) {
-  const place = element("figure", wide ? "wide" : ""), caption = element("figcaption"), text = element("p", "", hint || "");
-  const badges = element("span", "badges"), controls = element("span", "tools"), plots = element("div", "plots");
+  const text = element("p", "", hint || ""), badges = element("span", "badges"), controls = element("span", "tools");
+  const plots = draws.map(draw => ({ plot: element("div", "plot"), draw: () => draw(figure) }));
+  const caption = element("figcaption", "", element("h3", "", title), text, badges, controls);
+  const place = element("figure", wide ? "wide" : "", caption, element("div", "plots", ...plots.map(part => part.plot)));
   place.id = id;
   caption.title = about || "";
-  caption.append(element("h3", "", title), text, badges, controls);
-  place.append(caption, plots);
-  const figure = { id, place, controls, shared, dirty: true, inView: false, plots: [], hint: value => { text.textContent = value; } };
+  const figure = { id, place, controls, shared, dirty: true, inView: false, plots, hint: value => { text.textContent = value; } };
   figure.badges = (list, meaning) => {
     badges.replaceChildren(...list.map(badge => { const one = element("span", "badge " + (badge.good ? "good" : "bad"), badge.text); one.title = meaning; return one; }));
     if (list.length) badges.prepend(element("span", "soft", meaning));
   };
-  for (const draw of draws) {
-    const plot = element("div", "plot");
-    plots.append(plot);
-    figure.plots.push({ plot, draw: () => draw(figure) });
-  }
   figures.push(figure);
   watcher.observe(place);
   return figure;
@@ -351,7 +325,6 @@ function shareZoom(plot) {
   });
 }
 
-// --- tables ---
 // One run is inspected at a time: every layer at one moment on the left, one layer over time on the right. A click left
 // chooses the layer, a click right the moment. A column is several steps where a run is long, joined by `reduction`.
 
@@ -397,11 +370,10 @@ const spanText = (table, column) => {
   return first === last ? `step ${first}` : `steps ${first} to ${last} (${JOINED[table.reduction]})`;
 };
 const rowStart = (table, layer) => table.shape.slice(0, layer).reduce((sum, cells) => sum + cells, 0);
-const cell = (table, column, index) => table.cells[column * table.size + index];
+const cell = (table, column, index) => { const value = table.cells[column * table.size + index]; return Number.isNaN(value) ? null : value; };
 // rows x columns of one layer over time, or of all layers at one column; missing cells are null.
-const known = value => Number.isNaN(value) ? null : value;
-const layerOverTime = (table, layer) => Array.from({ length: table.shape[layer] }, (_, i) => table.first.map((_, column) => known(cell(table, column, rowStart(table, layer) + i))));
-const layersAt = (table, column) => table.shape.map((cells, layer) => Array.from({ length: cells }, (_, i) => known(cell(table, column, rowStart(table, layer) + i))));
+const layerOverTime = (table, layer) => Array.from({ length: table.shape[layer] }, (_, i) => table.first.map((_, column) => cell(table, column, rowStart(table, layer) + i)));
+const layersAt = (table, column) => table.shape.map((cells, layer) => Array.from({ length: cells }, (_, i) => cell(table, column, rowStart(table, layer) + i)));
 // Of the expert figures, the layer of a dead expert until a person chooses another.
 function chosenLayer(table, name) {
   const dead = name === "layer" && runOf("moe/expert_load")?.dead?.pairs?.[0];
@@ -410,23 +382,23 @@ function chosenLayer(table, name) {
 // Middle of each column on the chosen axis.
 const columnTimes = (run, table) => along(run, state.axis, table.first.map((first, i) => (first + table.last[i]) / 2));
 
-function empty(message) {
-  return [[], layoutOf({ xaxis: { visible: false }, yaxis: { visible: false }, dragmode: false, annotations: [{ text: message, showarrow: false, font: { size: 13.5, color: css("soft") } }] })];
-}
-
+const empty = message => [[], layoutOf({ xaxis: { visible: false }, yaxis: { visible: false }, dragmode: false, annotations: [{ text: message, showarrow: false, font: { size: 13.5, color: css("soft") } }] })];
 const nothing = run => run && !run.tables ? "Reading …" : "Not logged in this run: choose another one";
-const panelTitle = text => ({ text, font: { size: 12.5, color: css("soft") }, x: 0, xref: "paper", xanchor: "left", y: 1, yref: "container", yanchor: "top", pad: { t: 6 } });
-const colorbar = extra => ({ thickness: 9, outlinewidth: 0, xpad: 6, tickfont: { size: 11.5, color: css("soft") }, ...extra });
-const LOAD_BAR = { tickvals: [0, .5, 1, 1.5, 2], ticktext: ["0", "0.5", "1", "1.5", "≥2"] };
 const loadScale = () => ({ zmin: 0, zmid: 1, zmax: 2, colorscale: [[0, css("idle")], [.5, css("even")], [1, css("busy")]] });
-const markLayer = layer => ({ type: "rect", xref: "paper", x0: 0, x1: 1, y0: layer - .5, y1: layer + .5, line: { color: css("ink"), width: 1.5 } });
+const panelLayout = (title, extra) => layoutOf({
+  hovermode: "closest", margin: { l: 56, r: 14, t: 30, b: 44 },
+  title: { text: title, font: { size: 12.5, color: css("soft") }, x: 0, xref: "paper", xanchor: "left", y: 1, yref: "container", yanchor: "top", pad: { t: 6 } }, ...extra,
+});
+// A panel with a row for each layer; the chosen one is framed.
+const layersLayout = (layers, chosen, title, nameOf, xaxis) => panelLayout("All layers at this moment", {
+  shapes: [{ type: "rect", xref: "paper", x0: 0, x1: 1, y0: chosen - .5, y1: chosen + .5, line: { color: css("ink"), width: 1.5 } }], xaxis,
+  yaxis: axisLayout({ showgrid: false, range: [layers - .5, -.5], tickvals: tickRows(layers), ticktext: tickRows(layers).map(nameOf), title: axisTitle(title) }),
+});
 const markMoment = x => ({ type: "line", yref: "paper", y0: 0, y1: 1, x0: x, x1: x, line: { color: css("ink"), width: 1.5, dash: "dot" } });
 const tickRows = count => Array.from({ length: count }, (_, i) => i).filter(i => i % Math.ceil(count / 16) === 0);
 // A row of a moe table is a MoE layer; its number in the model is known to runs whose card says where these begin.
 const moeLayerName = (run, row) => String(run.moe_layer_ids[row] ?? row);
 const integerTicks = count => count <= 16 ? { tickvals: Array.from({ length: count }, (_, i) => i) } : { nticks: 12 };
-
-// --- expert load ---
 
 function drawLoadNow(figure) {
   const table = tableOf("moe/expert_load");
@@ -437,28 +409,24 @@ function drawLoadNow(figure) {
   return [[
     { type: "heatmap", z, ...loadScale(), xgap: experts > 64 ? 0 : 1, ygap: layers > 32 ? 0 : 1, hoverongaps: false, showscale: false, customdata: z.map((row, layer) => row.map(() => moeLayerName(run, layer))), hovertemplate: "MoE layer %{customdata}, expert %{x}<br><b>%{z:.2f}</b> × mean<extra></extra>", texttemplate: fitsText(layers, experts) ? "%{z:.2f}" : "", textfont: { size: 12 } },
     { type: "scatter", mode: "markers", x: dead.map(pair => pair[1]), y: dead.map(pair => pair[0]), marker: { symbol: "x-thin", size: 10, line: { width: 2, color: css("bad") } }, hovertemplate: "no token<extra></extra>" },
-  ], layoutOf({
-    hovermode: "closest", dragmode: "zoom", margin: { l: 56, r: 14, t: 30, b: 44 }, title: panelTitle("All layers at this moment"), shapes: [markLayer(chosenLayer(table, "layer"))],
-    xaxis: axisLayout({ title: { text: "expert", standoff: 6, font: { size: 12, color: css("soft") } }, showgrid: false, ...integerTicks(experts), range: [-.5, experts - .5] }),
-    yaxis: axisLayout({ showgrid: false, range: [layers - .5, -.5], tickvals: tickRows(layers), ticktext: tickRows(layers).map(row => moeLayerName(run, row)), title: { text: "MoE layer", standoff: 8, font: { size: 12, color: css("soft") } } }),
-  })];
+  ], layersLayout(layers, chosenLayer(table, "layer"), "MoE layer", row => moeLayerName(run, row), axisLayout({ title: axisTitle("expert", 6), showgrid: false, ...integerTicks(experts), range: [-.5, experts - .5] }))];
 }
 
 function drawLoadTime() {
   const table = tableOf("moe/expert_load"), run = runOf("moe/expert_load");
   if (!table) return empty("");
-  const layer = chosenLayer(table, "layer"), x = columnTimes(run, table);
+  const layer = chosenLayer(table, "layer"), x = columnTimes(run, table), z = layerOverTime(table, layer);
   return [[{
-    type: "heatmap", x, z: layerOverTime(table, layer), ...loadScale(), hoverongaps: false, text: layerOverTime(table, layer).map(row => row.map((_, column) => spanText(table, column))),
-    hovertemplate: "expert %{y}, %{text}<br><b>%{z:.2f}</b> × mean<extra></extra>", colorbar: colorbar(LOAD_BAR),
-  }], layoutOf({
-    hovermode: "closest", margin: { l: 56, r: 14, t: 30, b: 44 }, title: panelTitle(`MoE layer ${moeLayerName(run, layer)} over time`), shapes: [markMoment(x[columnAt(table)])],
-    yaxis: axisLayout({ showgrid: false, range: [table.shape[layer] - .5, -.5], ...integerTicks(table.shape[layer]), title: { text: "expert", standoff: 8, font: { size: 12, color: css("soft") } } }),
+    type: "heatmap", x, z, ...loadScale(), hoverongaps: false, text: z.map(row => row.map((_, column) => spanText(table, column))),
+    hovertemplate: "expert %{y}, %{text}<br><b>%{z:.2f}</b> × mean<extra></extra>",
+    colorbar: { thickness: 9, outlinewidth: 0, xpad: 6, tickfont: { size: 11.5, color: css("soft") }, tickvals: [0, .5, 1, 1.5, 2], ticktext: ["0", "0.5", "1", "1.5", "≥2"] },
+  }], panelLayout(`MoE layer ${moeLayerName(run, layer)} over time`, {
+    shapes: [markMoment(x[columnAt(table)])],
+    yaxis: axisLayout({ showgrid: false, range: [table.shape[layer] - .5, -.5], ...integerTicks(table.shape[layer]), title: axisTitle("expert") }),
   })];
 }
 
-// --- bias trajectories: the experts with the highest and the lowest bias at the end are named ---
-
+// Bias trajectories: the experts with the highest and the lowest bias at the end are named.
 function drawBias(figure) {
   const table = tableOf("moe/expert_bias"), run = runOf("moe/expert_bias");
   if (!table) return empty(nothing(run));
@@ -484,8 +452,6 @@ function spread(labels, rows) {
   return labels;
 }
 
-// --- FP8 health ---
-
 const layerName = (run, row) => run.layer_ids.length > row ? String(run.layer_ids[row]) : String(row);
 const shownValue = (statistic, value) => value === null ? "" : statistic.percent ? (100 * value).toPrecision(2) + " %" : Math.abs(value) >= 1e5 || (value !== 0 && Math.abs(value) < 1e-3) ? value.toExponential(1) : String(Number(value.toPrecision(3)));
 
@@ -498,11 +464,7 @@ function drawHealthNow(figure) {
   return [[{
     type: "heatmap", z, x: data.fp8_operands, y: values.map((_, i) => i), text: values.map(row => row.map(value => shownValue(statistic, value) + (statistic.unit || ""))), colorscale: ramp, reversescale: !!statistic.reversed, xgap: 2, ygap: values.length > 32 ? 0 : 2,
     showscale: false, hovertemplate: "layer %{customdata}, %{x}<br><b>%{text}</b><extra></extra>", customdata: values.map((row, i) => row.map(() => layerName(run, i))), texttemplate: fitsText(values.length, 6) ? "%{text}" : "", textfont: { size: 12, color: css("ink") },
-  }], layoutOf({
-    hovermode: "closest", margin: { l: 56, r: 14, t: 30, b: 44 }, title: panelTitle("All layers at this moment"), shapes: [markLayer(chosenLayer(table, "fp8Layer"))],
-    xaxis: axisLayout({ showgrid: false }),
-    yaxis: axisLayout({ showgrid: false, range: [values.length - .5, -.5], tickvals: tickRows(values.length), ticktext: tickRows(values.length).map(row => layerName(run, row)), title: { text: "layer", standoff: 8, font: { size: 12, color: css("soft") } } }),
-  })];
+  }], layersLayout(values.length, chosenLayer(table, "fp8Layer"), "layer", row => layerName(run, row), axisLayout({ showgrid: false }))];
 }
 
 function drawHealthTime() {
@@ -520,34 +482,31 @@ function drawHealthTime() {
         line: { color: color(Math.max(0, kinds.indexOf(kind))), width: again ? 1.6 : 5, dash: again ? "dash" : "solid" }, hovertemplate: `%{y:.4g}${unit}`,
       };
     }),
-    layoutOf({
-      hovermode: "x unified", margin: { l: 56, r: 14, t: 30, b: 44 }, title: panelTitle(`Layer ${layerName(run, layer)} over time`), shapes: [markMoment(x[columnAt(table)])], showlegend: true,
+    panelLayout(`Layer ${layerName(run, layer)} over time`, {
+      hovermode: "x unified", shapes: [markMoment(x[columnAt(table)])], showlegend: true,
       legend: { orientation: "h", y: -.24, yanchor: "top", x: 0, font: { size: 12, color: css("soft") } }, yaxis: axisLayout({ type: statistic.log ? "log" : "linear", dtick: statistic.log ? "D2" : undefined, tickformat: statistic.log ? "~g" : undefined, ticksuffix: unit }),
     }),
   ];
 }
 
-// --- controls: run, layer, statistic, moment ---
-
 function select(label, options, value, choose) {
-  const wrap = element("label", "select", label + " "), made = element("select");
-  for (const [key, text] of options) made.append(new Option(text, key, false, String(key) === String(value)));
+  const made = element("select", "", ...options.map(([key, text]) => new Option(text, key, false, String(key) === String(value))));
   made.onchange = () => choose(made.value);
-  wrap.append(made);
-  return wrap;
+  return element("label", "select", label + " ", made);
 }
 
-function momentSlider(table, figures) {
-  const wrap = element("label", "slider", "Moment "), slider = element("input"), text = element("output", "", spanText(table, columnAt(table)).replace(/ \(.*/, ""));
+// The newest column is no fixed moment: it moves on with the run.
+const chooseMoment = (table, column) => { state.moment = column === columnsOf(table) - 1 ? null : table.first[column]; };
+
+function momentSlider(table) {
+  const slider = element("input"), text = element("output", "", spanText(table, columnAt(table)).replace(/ \(.*/, ""));
   Object.assign(slider, { type: "range", min: 0, max: columnsOf(table) - 1, value: columnAt(table) });
   slider.oninput = () => {
-    const column = Number(slider.value);
-    state.moment = column === columnsOf(table) - 1 ? null : table.first[column];
-    text.textContent = spanText(table, column).replace(/ \(.*/, "");
-    redraw(figures);
+    chooseMoment(table, Number(slider.value));
+    text.textContent = spanText(table, Number(slider.value)).replace(/ \(.*/, "");
+    redraw(tableFigures());
   };
-  wrap.append(slider, text);
-  return wrap;
+  return element("label", "slider", "Moment ", slider, text);
 }
 
 const tableFigures = () => figures.filter(figure => ["expert-load", "expert-bias", "fp8-health"].includes(figure.id));
@@ -566,15 +525,12 @@ function fillTableControls() {
     if (table) {
       const key = isFp8 ? "fp8Layer" : "layer", run = inspected(prefix);
       parts.push(select("Layer", table.shape.map((_, row) => [row, (isFp8 ? layerName : moeLayerName)(run, row)]), chosenLayer(table, key), value => { state[key] = Number(value); again(); }));
-      if (figure.id !== "expert-bias" && columnsOf(table) > 1) parts.push(momentSlider(table, tableFigures()));
-      sizeRows(figure, isFp8 ? table.shape.length : Math.max(table.shape.length, table.shape[chosenLayer(table, key)]));
+      if (figure.id !== "expert-bias" && columnsOf(table) > 1) parts.push(momentSlider(table));
+      const rows = isFp8 ? table.shape.length : Math.max(table.shape.length, table.shape[chosenLayer(table, key)]);
+      if (figure.id !== "expert-bias") figure.place.style.setProperty("--plot-height", Math.min(560, Math.max(280, 96 + 20 * rows)) + "px");
     }
     figure.controls.replaceChildren(...parts);
   }
-}
-
-function sizeRows(figure, rows) {
-  if (figure.id !== "expert-bias") figure.place.style.setProperty("--plot-height", Math.min(560, Math.max(280, 96 + 20 * rows)) + "px");
 }
 
 // Clicks: a row left chooses the layer, a column right the moment.
@@ -584,9 +540,8 @@ function linkClicks(figure, key, name) {
   figure.linked = true;
   now.on("plotly_click", event => { state[key] = Math.round(Number(event.points[0].y)); redraw(tableFigures()); fillTableControls(); });
   time.on("plotly_click", event => {
-    const table = tableOf(name());
-    const column = event.points[0].pointIndex.length ? event.points[0].pointIndex[1] : event.points[0].pointIndex;
-    state.moment = column === columnsOf(table) - 1 ? null : table.first[column];
+    const index = event.points[0].pointIndex;
+    chooseMoment(tableOf(name()), index.length ? index[1] : index);
     redraw(tableFigures()); fillTableControls();
   });
 }

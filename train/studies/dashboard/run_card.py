@@ -52,9 +52,7 @@ def status(run: RunReader, now_unix_s: float) -> Json:
     speed = _recent_speed(run)
     age_s = max(0.0, now_unix_s - run.last_time_s) if run.records else None
     state = _state(run, total, age_s)
-    eta_s = None
-    if state == "running" and total and speed:
-        eta_s = max(0.0, total - run.tokens_seen) / speed
+    eta_s = max(0.0, total - run.tokens_seen) / speed if state == "running" and total and speed else None
     return {
         "state": state,
         "step": max(run.last_step, 0),
@@ -164,8 +162,7 @@ def moe_layer_ids(run: RunReader) -> list[int]:
 
 def fields(run: RunReader) -> dict[str, str]:
     """Every value of the run card and of the configuration, by dotted name."""
-    found = _flat(run.card) | _flat(run.config, "config.")
-    return {name: str(value) for name, value in found.items()}
+    return {name: str(value) for name, value in (_flat(run.card) | _flat(run.config, "config.")).items()}
 
 
 def _flat(card: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -78,8 +78,7 @@ class DeadExperts:
         # Pairs in the last step, and the last step with one.
         self.now, self.last = 0, 0
         # [cells] logged steps in a row without a token, of each pair, and the first step of that streak.
-        self.idle = np.zeros(0, np.int64)
-        self.since = np.zeros(0, np.int64)
+        self.idle = self.since = np.zeros(0, np.int64)
 
     def add_counts(self, steps: Sequence[int], counts: Sequence[float]) -> None:
         """Take `moe/dead_experts` of more steps."""
@@ -240,13 +239,12 @@ class RunReader:
             problem = self.problems.pop(name, None)
             try:
                 setattr(self, attribute, read(path))
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 self.problems[name] = str(error)
-            except OSError as error:
-                # The bytes were not seen: without a stamp they are read again at the next look.
-                self.problems[name] = str(error)
-                changed |= str(error) != problem
-                continue
+                if isinstance(error, OSError):
+                    # The bytes were not seen: without a stamp they are read again at the next look.
+                    changed |= str(error) != problem
+                    continue
             self._stamps[name] = stamp
             changed = True
         return changed

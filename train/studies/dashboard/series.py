@@ -34,12 +34,8 @@ MAX_BUCKETS = 1024
 MAX_COLUMNS = 160
 MAX_CELLS = 1_200_000
 
-_BUCKET = np.dtype(
-    [
-        *(("key", "i8"), ("count", "i8"), ("total", "f8")),
-        *(("low", "f8"), ("high", "f8"), ("at_low", "i8"), ("at_high", "i8")),
-    ]
-)
+_INTEGERS, _FLOATS = ("key", "count", "at_low", "at_high"), ("total", "low", "high")
+_BUCKET = np.dtype([(name, "i8") for name in _INTEGERS] + [(name, "f8") for name in _FLOATS])
 
 
 class Series:
@@ -66,9 +62,7 @@ class Series:
         single["at_low"] = single["at_high"] = steps
         grown = _merged(np.concatenate([self.buckets[-1:], single]))
         self.buckets = np.concatenate([self.buckets[:-1], grown])
-        while len(self.buckets) > 2 * self.limit:
-            self.width *= 2
-            self.buckets = _halved(self.buckets)
+        self._shrink(2 * self.limit)
         self.tail = (self.tail + values[-256:].tolist())[-256:]
 
     @property
@@ -78,13 +72,19 @@ class Series:
             means: Floats = self.buckets["total"] / self.buckets["count"]
         return np.where(self.buckets["count"] > 0, means, np.nan)
 
+    def _shrink(self, limit: int) -> None:
+        """Merge neighbours until there are at most `limit` buckets."""
+        while len(self.buckets) > limit:
+            self.width *= 2
+            wider = self.buckets.copy()
+            wider["key"] //= 2
+            self.buckets = _merged(wider)
+
     def _coarse(self, limit: int) -> Series:
         """The same series in at most `limit` buckets."""
         coarse = Series(limit)
         coarse.width, coarse.buckets = self.width, self.buckets
-        while len(coarse.buckets) > limit:
-            coarse.width *= 2
-            coarse.buckets = _halved(coarse.buckets)
+        coarse._shrink(limit)
         return coarse
 
     def to_json(self, limit: int) -> Json:
@@ -214,12 +214,6 @@ def _flat(tables: Sequence[list[list[float]]]) -> Cells | None:
 def _starts(keys: Steps) -> npt.NDArray[np.intp]:
     """Where each group of equal neighbours begins."""
     return np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-
-
-def _halved(buckets: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
-    wider = buckets.copy()
-    wider["key"] //= 2
-    return _merged(wider)
 
 
 def _merged(parts: npt.NDArray[np.void]) -> npt.NDArray[np.void]:

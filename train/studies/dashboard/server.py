@@ -30,17 +30,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from plotly.offline import get_plotlyjs
 
-from train.studies.dashboard.page import (
-    SCRIPTS,
-    charts_for,
-    constants,
-    curve_limit,
-    filled_page,
-    names,
-    run_json,
-    source,
-    tables_json,
-)
+from train.studies.dashboard import page
 from train.studies.dashboard.run_card import status
 from train.studies.dashboard.run_reader import RunReader, find_runs
 from train.studies.dashboard.series import MAX_CELLS, Json
@@ -127,13 +117,13 @@ class Follower:
                 # A card that was written after the last look: no answer shows a run without the card that it has.
                 if run.reader.read_cards():
                     self._mark_changed(run)
-            for run, name in zip(runs, names(readers), strict=True):
+            for run, name in zip(runs, page.names(readers), strict=True):
                 # The card of another run changes a name too, where both have the same.
                 if name != run.name:
                     run.name = name
                     self._mark_changed(run)
             since = since if server == self._server else 0
-            now, limit = time.time(), curve_limit(readers, _CURVE_BYTES)
+            now, limit = time.time(), page.curve_limit(readers, _CURVE_BYTES)
             changed = [
                 _drawn(run, key=key, name=run.name, limit=limit, now_unix_s=now)
                 for key, run in enumerate(runs)
@@ -145,7 +135,7 @@ class Follower:
                 "epoch": self._epoch,
                 "runs": changed,
                 "states": [status(reader, now) for reader in readers],
-                "charts": charts_for({name for reader in readers for name in reader.series}),
+                "charts": page.charts_for({name for reader in readers for name in reader.series}),
                 "bytes_read": sum(reader.offset for reader in readers),
                 "bytes": sum(reader.size for reader in readers),
                 "problems": [text for texts in problems for text in texts if text],
@@ -156,17 +146,17 @@ class Follower:
         """Tables of run `key`; None if there is no such run."""
         with self._lock:
             readers = [run.reader for run in self._runs.values()]
-            return tables_json(readers[key], MAX_CELLS) if 0 <= key < len(readers) else None
+            return page.tables_json(readers[key], MAX_CELLS) if 0 <= key < len(readers) else None
 
 
 def _drawn(run: _Followed, **options: Any) -> Json:
     """A run as the page draws it; one that cannot be drawn keeps its number, empty and with a note."""
     try:
-        drawn = run_json(run.reader, **options)
+        drawn = page.run_json(run.reader, **options)
         json.dumps(drawn, allow_nan=False)
     except Exception as error:  # noqa: BLE001
         run.undrawable = f"{run.reader.directory} cannot be drawn ({error})"
-        return run_json(RunReader(run.reader.directory), **options)
+        return page.run_json(RunReader(run.reader.directory), **options)
     run.undrawable = ""
     return drawn
 
@@ -233,15 +223,15 @@ class Server:
 
 def _pages(title: str) -> dict[str, tuple[str, bytes]]:
     """Path -> (media type, content) of everything that does not change."""
-    page = filled_page(
-        {"live": True, "title": title, **constants(), "runs": [], "charts": []},
+    html = page.filled_page(
+        {"live": True, "title": title, **page.constants(), "runs": [], "charts": []},
         # `frame-ancestors` counts in the header only.
         policy=_POLICY.replace("frame-ancestors 'none'; ", ""),
         style='<link rel="stylesheet" href="/page.css">',
-        scripts=[f'<script src="/{name}"></script>' for name in ("plotly.js", *SCRIPTS)],
+        scripts=[f'<script src="/{name}"></script>' for name in ("plotly.js", *page.SCRIPTS)],
     )
-    texts = {"/": ("text/html", page), "/page.css": ("text/css", source("page.css"))}
-    texts |= {f"/{name}": ("text/javascript", source(name)) for name in SCRIPTS}
+    texts = {"/": ("text/html", html), "/page.css": ("text/css", page.source("page.css"))}
+    texts |= {f"/{name}": ("text/javascript", page.source(name)) for name in page.SCRIPTS}
     texts["/plotly.js"] = ("text/javascript", get_plotlyjs())
     return {path: (kind, text.encode("utf-8")) for path, (kind, text) in texts.items()}
 

@@ -84,12 +84,10 @@ def dry_run(config: PretrainConfig) -> str:
         tied = config.model.num_nextn_predict_layers > 0
         mesh = make_mesh(layout, device=torch.device("cpu"), tied_embedding=tied)
         parts = stage_specs(config.model, mesh)
-        idle = Pipeline(
-            {index: nn.Identity() for index in parts}, mesh=mesh, hidden_size=1, dtype=config.precision.dtype
-        )
-        points = ramp_points(
-            config.schedule, layout, config.run.micro_batch_sequences, functools.cache(idle.most_in_flight)
-        )
+        stages = {index: nn.Identity() for index in parts}
+        idle = Pipeline(stages, mesh=mesh, hidden_size=1, dtype=config.precision.dtype)
+        in_flight = functools.cache(idle.most_in_flight)
+        points = ramp_points(config.schedule, layout, config.run.micro_batch_sequences, in_flight)
         # The full batch's peak: more micro-batches only repeat the same round. Fewer may have more in flight, but
         # weight gradients that wait for their slot hold more than the activations that they replace, and most of them
         # wait from 2 pp - 1 micro-batches on. One more lets a receive buffer meet them.
@@ -147,8 +145,7 @@ def ramp_points(
 
 def measure(config: PretrainConfig, mesh: Mesh, *, num_micro_batches: int) -> Memory:
     """Build this rank's stages of fake tensors, run one step, and count; `mesh` is of the fake process group."""
-    traffic = Traffic()
-    precision = config.precision
+    traffic, precision = Traffic(), config.precision
     dispatcher = None
     if mesh.ep.size > 1:
         dispatcher = ExpertParallelDispatcher(
@@ -207,27 +204,21 @@ def _run_step(config: PretrainConfig, engine: Engine, live: LiveBytes, num_micro
         stage.register_forward_hook(look)
     engine.optimizer.zero_grad()
     engine.pipeline.run(inputs, num_micro_batches=num_micro_batches)
-    reduce_and_clip(
-        engine.optimizer.buckets,
-        num_targets=step.num_targets,
-        max_norm=config.optim.clip_norm,
-        world=engine.mesh.world,
-    )
+    buckets, world = engine.optimizer.buckets, engine.mesh.world
+    reduce_and_clip(buckets, num_targets=step.num_targets, max_norm=config.optim.clip_norm, world=world)
     engine.optimizer.step(lr=now.lr, step=1)
     return most_held
 
 
 def _fp8_copy(parameter: Tensor) -> tuple[Tensor, ...]:
-    cached = getattr(parameter, "_fp8_copy", None)
-    if cached is None:
+    if (cached := getattr(parameter, "_fp8_copy", None)) is None:
         return ()
     copy: Quantized = cached[1]
     return tuple(tensor for tensor in (copy.payload, copy.scale, copy.payload_t) if tensor is not None)
 
 
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 def _position(config: PretrainConfig, mesh: Mesh, parts: dict[int, StageSpec]) -> list[str]:
