@@ -46,7 +46,10 @@ def assert_same(actual: list[dict[str, str]], expected: list[dict[str, str]]) ->
     pytest.skip(f"bits not compared: recorded on {GOLDEN['recorded_on']}, this is {here}; within {BOUND}; {first}")
 
 
-@pytest.mark.parametrize("name", runs.RUNS)
+# BF16 in `make test`, the others in `make test-long`.
+@pytest.mark.parametrize(
+    "name", [name if name == "bf16" else pytest.param(name, marks=pytest.mark.long) for name in runs.RUNS]
+)
 def test_every_logged_loss_and_norm_keeps_its_bits(tmp_path: Path, name: str) -> None:
     assert_same(runs.run_in(tmp_path, name), GOLDEN["runs"][name])
 

@@ -29,8 +29,9 @@ from train.observe.sinks import read_run
 from train.studies.compare import PAPER_GAP, mean_smoothed_gap
 from train.trainer import Trainer
 
+pytestmark = pytest.mark.long
 SEEDS = (0, 1, 2)
-STEPS = 60
+STEPS = 40
 SEQUENCES, TOKENS = 4, 128
 
 
