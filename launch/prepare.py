@@ -51,9 +51,8 @@ def main(arguments: list[str]) -> int:
     for store in filter(None, (prepared.train, prepared.heldout)):
         manifest = store.manifest
         print(
-            f"  {store.path.name}: {manifest.documents} documents, {manifest.tokens} tokens, "
-            f"{manifest.text_bytes} bytes of text ({manifest.text_bytes / manifest.tokens:.2f} a token), "
-            f"vocabulary {manifest.vocab_size}"
+            f"  {store.path.name}: {manifest.documents} documents, {manifest.tokens} tokens, {manifest.text_bytes} "
+            f"bytes of text ({manifest.text_bytes / manifest.tokens:.2f} a token), vocabulary {manifest.vocab_size}"
         )
     return 0
 

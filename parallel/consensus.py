@@ -53,12 +53,12 @@ class Ranks:
             ValueError: that of the first rank that raised one, or of `decide`; the same on every rank.
             RuntimeError: any other error of a rank, with its rank, the same on every rank; or a rank is gone.
         """
-        (report,), error = self._attempt(lambda: [act()])
+        (report,), error = self._attempt(lambda: [act()], 1)
         outcomes = [json.loads(each) for each in self._transport.gather(report)]
         failures = [json.dumps(outcome).encode() for outcome in outcomes if "failure" in outcome]
         replies = failures[:1] * self.size
         if self.rank == 0 and not failures:
-            replies, error = self._attempt(lambda: self._checked(decide([outcome["value"] for outcome in outcomes])))
+            replies, error = self._attempt(lambda: decide([outcome["value"] for outcome in outcomes]), self.size)
             replies = replies if error is None else replies * self.size
         reply = json.loads(self._transport.scatter(replies))
         if "failure" in reply:
@@ -66,14 +66,12 @@ class Ranks:
             raise kind(reply["failure"]) from error
         return reply["value"]
 
-    def _checked(self, replies: list[Any]) -> list[Any]:
-        assert len(replies) == self.size, f"{len(replies)} replies to {self.size} ranks"
-        return replies
-
-    def _attempt(self, work: Callable[[], list[Any]]) -> tuple[list[bytes], Exception | None]:
-        """One message for each value, or a single one with the failure; and the failure itself."""
+    def _attempt(self, work: Callable[[], list[Any]], count: int) -> tuple[list[bytes], Exception | None]:
+        """One message for each of `count` values, or a single one with the failure; and the failure itself."""
         try:
-            return [json.dumps({"value": value}).encode() for value in work()], None
+            values = work()
+            assert len(values) == count, f"{len(values)} replies to {count} ranks"
+            return [json.dumps({"value": value}).encode() for value in values], None
         # The other ranks wait for this one, whatever went wrong; all raise it afterwards.
         except Exception as error:  # noqa: BLE001
             is_value_error = isinstance(error, ValueError)

@@ -17,7 +17,6 @@ order of (source rank, token); rows as in `kernels.permute`. Gathers and ordered
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -25,15 +24,7 @@ import torch
 from torch import Tensor
 
 from kernels.formats import TILE, Quantized, ceil_div
-from kernels.permute import (
-    Dispatched,
-    Grouping,
-    combine_tokens,
-    group_gates,
-    group_tokens,
-    partial_grouping,
-    sum_rows,
-)
+from kernels.permute import Dispatched, Grouping, combine_tokens, group_gates, group_tokens, partial_grouping, sum_rows
 from kernels.quantize import dequantize_tiles, quantize_tiles
 from parallel.collectives import Traffic, all_to_all_rows
 from parallel.mesh import Axis
@@ -47,17 +38,14 @@ class ExpertChoice(Protocol):
     @property
     def topk_ids(self) -> Tensor:
         """[tokens, topk] int64, global ids, distinct within a token."""
-        ...
 
     @property
     def gates(self) -> Tensor:
         """[tokens, topk] FP32."""
-        ...
 
     @property
     def counts(self) -> Tensor:
         """[experts] int64, this rank's tokens of each expert."""
-        ...
 
 
 def pack_fp8(x: Tensor, *, power_of_two: bool) -> Tensor:
@@ -131,9 +119,7 @@ class _Dispatch(torch.autograd.Function):
     """Tokens and gates go out together, and their gradients come home together: one order on every rank."""
 
     @staticmethod
-    def forward(
-        ctx: Any, tokens: Tensor, gates: Tensor, ids: Tensor, plan: DispatchPlan
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, tokens: Tensor, gates: Tensor, ids: Tensor, plan: DispatchPlan) -> tuple[Tensor, ...]:
         ctx.plan = plan
         received = plan.to_experts(tokens)
         topk = gates.shape[1]
@@ -162,8 +148,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        plan: DispatchPlan = ctx.plan
-        return plan.to_experts(grads[0]), None
+        return ctx.plan.to_experts(grads[0]), None
 
 
 class ExpertParallelDispatcher:
@@ -211,9 +196,7 @@ class ExpertParallelDispatcher:
         """
         assert len(tokens) == len(routing.topk_ids), (tokens.shape, routing.topk_ids.shape)
         plan, ids, num_rows = self._plan(routing)
-        received, gates, local_ids = _Dispatch.apply(  # type: ignore[no-untyped-call]
-            tokens, routing.gates, ids, plan
-        )
+        received, gates, local_ids = _Dispatch.apply(tokens, routing.gates, ids, plan)  # type: ignore[no-untyped-call]
         grouping = partial_grouping(local_ids, len(self.experts), num_rows=num_rows)
         return Dispatched(
             rows=group_tokens(received, grouping),
@@ -243,7 +226,9 @@ class ExpertParallelDispatcher:
         ones = [1] * ep
         counts = all_to_all_rows(sent, ones, ones, self.axis, kind="counts", traffic=self.traffic)
         if self.assume_balanced:
-            send_splits, recv_splits, expert_tokens = _balanced(tokens, topk, ep, local)
+            # Copies and tokens are spread evenly, rounded up.
+            send_splits = recv_splits = [ceil_div(tokens * min(topk, ep), ep)] * ep
+            expert_tokens = [ceil_div(tokens * topk, local)] * local
         else:
             send_splits, recv_splits, expert_tokens = _read_counts(sent[:, 0], counts)
         copies = sum(send_splits)
@@ -275,9 +260,3 @@ def _read_counts(sent_copies: Tensor, received: Tensor) -> tuple[list[int], list
     numbers: list[int] = torch.cat((sent_copies, received.t().flatten())).tolist()
     columns = [numbers[start : start + ep] for start in range(0, len(numbers), ep)]
     return columns[0], columns[1], [sum(column) for column in columns[2:]]
-
-
-def _balanced(tokens: int, topk: int, ep: int, local: int) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
-    """As `_read_counts`, for routing that spreads copies and tokens evenly, rounded up."""
-    copies = [ceil_div(tokens * min(topk, ep), ep)] * ep
-    return copies, copies, [ceil_div(tokens * topk, local)] * local

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from kernels import deferred
+from parallel.collectives import sum_over
 from parallel.mesh import Axis
 from parallel.zero import ALIGNMENT, GradientBuckets
 
@@ -76,6 +76,4 @@ def _global_norm(buckets: Sequence[GradientBuckets], world: Axis) -> Tensor:
     for shard in (shard for bucket in buckets for shard in bucket.norm_shards()):
         row_norms = torch.linalg.vector_norm(shard.view(-1, ALIGNMENT), dim=-1)  # [rows]
         squares += row_norms.square().sum(dtype=torch.float64)
-    if world.size > 1:
-        dist.all_reduce(squares, group=world.group)
-    return squares.sqrt().to(torch.float32)
+    return sum_over(squares, world).sqrt().to(torch.float32)

@@ -77,9 +77,7 @@ def rank_of_stage(schedule: str, pp: int, stage: int) -> int:
     """The pipeline rank that owns a stage."""
     stages = num_stages(schedule, pp)
     assert 0 <= stage < stages, (stage, stages)
-    if schedule_facts(schedule).placement == "v":
-        return min(stage, stages - 1 - stage)
-    return stage % pp
+    return min(stage, stages - 1 - stage) if schedule_facts(schedule).placement == "v" else stage % pp
 
 
 @dataclass(frozen=True)
@@ -143,9 +141,9 @@ def multiples(of: int, near: int) -> list[int]:
 
 def nearest(value: int, candidates: Sequence[int]) -> list[int]:
     """The nearest candidates on either side of a value, ascending: at most two, the value itself left out."""
-    below = [candidate for candidate in candidates if candidate < value]
-    above = [candidate for candidate in candidates if candidate > value]
-    return [*([max(below)] if below else []), *([min(above)] if above else [])]
+    below = sorted(candidate for candidate in candidates if candidate < value)
+    above = sorted(candidate for candidate in candidates if candidate > value)
+    return below[-1:] + above[:1]
 
 
 def either(name: str, values: Sequence[int]) -> str:
@@ -183,8 +181,12 @@ def check_world(layout: Layout, world: int) -> None:
 
 def check_layout(layout: Layout, workload: Workload) -> None:
     """Raise a ValueError at the first thing that makes a layout unable to carry a workload."""
-    # ep divides the routed experts: expert e is on rank e // (experts / ep) of its expert-parallel group.
-    _check_experts(layout, workload)
+    # Expert e is on rank e // (experts / ep) of its expert-parallel group.
+    if workload.n_routed_experts % layout.ep:
+        raise ValueError(
+            f"layout.ep={layout.ep} does not divide model.n_routed_experts={workload.n_routed_experts}: "
+            f"on layout.dp={layout.dp} use {_either_ep(layout, workload)}"
+        )
     # Node-limited routing sends a token to a few groups of consecutive experts. That limits nodes only when the ranks
     # of a group are on one node; V3: 8 groups on 64 ranks, 8 a node, each group a node.
     _check_routing_groups(layout, workload)
@@ -196,8 +198,8 @@ def check_layout(layout: Layout, workload: Workload) -> None:
     _check_micro_batches(layout, workload)
 
 
-def _expert_choices(layout: Layout, workload: Workload) -> list[int]:
-    return [
+def _either_ep(layout: Layout, workload: Workload) -> str:
+    fits = [
         ep
         for ep in range(1, layout.dp + 1)
         if layout.dp % ep == 0
@@ -205,44 +207,29 @@ def _expert_choices(layout: Layout, workload: Workload) -> list[int]:
         and not _groups_across_nodes(replace(layout, ep=ep), workload)
         and not _straddles(replace(layout, ep=ep))
     ]
-
-
-def _check_experts(layout: Layout, workload: Workload) -> None:
-    if workload.n_routed_experts % layout.ep:
-        raise ValueError(
-            f"layout.ep={layout.ep} does not divide model.n_routed_experts={workload.n_routed_experts}: "
-            f"on layout.dp={layout.dp} use {_either_ep(layout, workload)}"
-        )
-
-
-def _either_ep(layout: Layout, workload: Workload) -> str:
-    return either("layout.ep", nearest(layout.ep, _expert_choices(layout, workload)))
+    return either("layout.ep", nearest(layout.ep, fits))
 
 
 def _groups_across_nodes(layout: Layout, workload: Workload) -> list[tuple[int, int, int]]:
     """(group, first rank, last rank) of each routing group that touches two nodes; ep divides the experts."""
-    groups = workload.n_group
+    groups, node = workload.n_group, layout.ranks_per_node
     if groups == 1:
         return []
     local_experts = workload.n_routed_experts // layout.ep
     experts_per_group = workload.n_routed_experts // groups
-    # An expert-parallel group starts at a multiple of ep; only its start within a node matters, so check each once.
-    starts: dict[int, int] = {}
-    for start in range(0, layout.world, layout.ep):
-        starts.setdefault(start % layout.ranks_per_node, start)
     found = []
-    for start in starts.values():
+    # An expert-parallel group starts at a multiple of ep; only its start within a node matters, so check each once.
+    for start in range(0, min(layout.world, math.lcm(layout.ep, node)), layout.ep):
         for group in range(groups):
             first = start + group * experts_per_group // local_experts
             last = start + ((group + 1) * experts_per_group - 1) // local_experts
-            if first // layout.ranks_per_node != last // layout.ranks_per_node:
+            if first // node != last // node:
                 found.append((group, first, last))
     return found
 
 
 def _check_routing_groups(layout: Layout, workload: Workload) -> None:
-    across = _groups_across_nodes(layout, workload)
-    if across:
+    if across := _groups_across_nodes(layout, workload):
         group, first, last = across[0]
         raise ValueError(
             f"layout.ep={layout.ep} spreads expert group {group} of model.n_group={workload.n_group} over ranks "
@@ -303,12 +290,9 @@ def _check_micro_batches(layout: Layout, workload: Workload) -> None:
     if count >= needed:
         return
     choices = [f"schedule.batch_start_sequences={needed * layout.dp * micro}", f"layout.pp={count}"]
-    dps = [
-        dp
-        for dp in range(layout.ep, layout.dp, layout.ep)
-        if start % (dp * micro) == 0 and start // (dp * micro) >= needed
-    ]
-    choices += [f"layout.dp={dp}" for dp in dps[-1:]]
+    dps = range(layout.ep, layout.dp, layout.ep)
+    fits = [dp for dp in dps if start % (dp * micro) == 0 and start // (dp * micro) >= needed]
+    choices += [f"layout.dp={dp}" for dp in fits[-1:]]
     choices += [f"layout.schedule={name}" for name, f in SCHEDULES.items() if f.min_micro_batches(layout.pp) <= count]
     raise ValueError(
         f"schedule.batch_start_sequences={start} gives each of layout.dp={layout.dp} pipelines {count} micro-batches "

@@ -27,8 +27,8 @@ from torch.distributed.distributed_c10d import Store
 
 from parallel.layout import Layout, num_stages, rank_of_stage
 
-# As torch's own for NCCL; gloo's would be half an hour.
-DEFAULT_TIMEOUT_S = 600
+# The default; as torch's own for NCCL, while gloo's would be half an hour.
+TIMEOUT_S = 600
 # Variables of the transports, and of torch's layer above NCCL; anything else is not the network's.
 _VARIABLE = re.compile(r"(NCCL|TORCH_NCCL|GLOO)_[A-Z0-9_]+")
 
@@ -38,7 +38,7 @@ class NetworkConfig:
     """Transport, time limits and settings of NCCL; field `network` of the configuration."""
 
     backend: Literal["auto", "gloo", "nccl"] = "auto"  # 'auto' takes nccl for a CUDA device and gloo for a CPU
-    timeout_s: int = DEFAULT_TIMEOUT_S  # a collective that takes longer is an error
+    timeout_s: int = TIMEOUT_S  # a collective that takes longer is an error
     # A rank that shows no sign of life for so long is dead, and named before an anonymous collective times out.
     peer_timeout_s: int = 60
     # Variable -> value, set before the first group exists: NCCL reads its variables when it starts.
@@ -118,19 +118,18 @@ def axis_ranks(layout: Layout, axis: str, rank: int) -> tuple[int, ...]:
     pp_i, dp_i = divmod(rank, layout.dp)
     edp_i, ep_i = divmod(dp_i, layout.ep)
     stage = pp_i * layout.dp
-    if axis == "pp":
-        return tuple(range(dp_i, layout.world, layout.dp))
-    if axis == "dp":
-        return tuple(range(stage, stage + layout.dp))
-    if axis == "edp":
-        return tuple(range(stage + ep_i, stage + layout.dp, layout.ep))
-    if axis == "ep":
-        return tuple(range(stage + edp_i * layout.ep, stage + (edp_i + 1) * layout.ep))
     if axis == "tied":
-        stages = num_stages(layout.schedule, layout.pp)
-        ends = sorted({0, rank_of_stage(layout.schedule, layout.pp, stages - 1)})
+        last_stage = num_stages(layout.schedule, layout.pp) - 1
+        ends = sorted({0, rank_of_stage(layout.schedule, layout.pp, last_stage)})
         return tuple(i * layout.dp + dp_i for i in ends) if pp_i in ends else (rank,)
-    return tuple(range(layout.world))
+    ranges = {
+        "world": range(layout.world),
+        "pp": range(dp_i, layout.world, layout.dp),
+        "dp": range(stage, stage + layout.dp),
+        "edp": range(stage + ep_i, stage + layout.dp, layout.ep),
+        "ep": range(stage + edp_i * layout.ep, stage + (edp_i + 1) * layout.ep),
+    }
+    return tuple(ranges[axis])
 
 
 def single(device: torch.device | str) -> Mesh:
@@ -139,9 +138,7 @@ def single(device: torch.device | str) -> Mesh:
     return Mesh(layout=Layout(), device=torch.device(device), rank=0, **alone)
 
 
-def make_mesh(
-    layout: Layout, *, device: torch.device, tied_embedding: bool, timeout_s: int = DEFAULT_TIMEOUT_S
-) -> Mesh:
+def make_mesh(layout: Layout, *, device: torch.device, tied_embedding: bool, timeout_s: int = TIMEOUT_S) -> Mesh:
     """Create the process groups of a layout; every rank calls it, with the same layout.
 
     Args:
@@ -153,44 +150,31 @@ def make_mesh(
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     assert world == layout.world, f"{world} ranks for {layout}: check_world refuses this before"
+    # None where this rank is not a member.
     groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(range(world)): dist.group.WORLD}
     axes: dict[str, Axis] = {}
     for name in AXES:
-        ranks = axis_ranks(layout, name, rank)
-        if name == "tied" and not tied_embedding:
-            ranks = (rank,)
-        else:
-            _make_groups(layout, name, groups, timeout_s)
+        is_used = name != "tied" or tied_embedding
+        # Every group of the axis, on all ranks in the same order, as `new_group` demands; not through a DeviceMesh, see
+        # docs/decisions/0007-parallel.md. The world's group exists already; listing it once a rank takes 1 s on 2,048.
+        for first in range(world) if is_used and name != "world" else ():
+            members = axis_ranks(layout, name, first)
+            if first == members[0] and len(members) > 1 and members not in groups:
+                made = dist.new_group(list(members), timeout=timedelta(seconds=timeout_s), group_desc=name)
+                groups[members] = made if rank in members else None
+        ranks = axis_ranks(layout, name, rank) if is_used else (rank,)
         group = groups[ranks] if len(ranks) > 1 else None
         axes[name] = Axis(name, size=len(ranks), rank=ranks.index(rank), group=group)
     if dist.get_backend() == "nccl":
-        _connect(axes, device)
+        # Communicators form at a group's first collective: run here, an unreachable peer shows before the first step.
+        # Those of two pipeline neighbours form at their first message.
+        for axis in axes.values():
+            if axis.group is not None:
+                dist.all_reduce(torch.zeros(1, device=device), group=axis.group)
     return Mesh(layout=layout, device=device, rank=rank, **axes)
 
 
-def _make_groups(
-    layout: Layout, axis: str, groups: dict[tuple[int, ...], dist.ProcessGroup | None], timeout_s: int
-) -> None:
-    """None where this rank is not a member."""
-    # Every group of the axis, on every rank in the same order, as `new_group` demands; not through a DeviceMesh, see
-    # docs/decisions/0007-parallel.md. The world's group exists already; listing it once per rank takes 1 s on 2,048.
-    for rank in range(layout.world) if axis != "world" else ():
-        ranks = axis_ranks(layout, axis, rank)
-        # Each group once: at its first rank.
-        if rank == ranks[0] and len(ranks) > 1 and ranks not in groups:
-            group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), group_desc=axis)
-            groups[ranks] = group if dist.get_rank() in ranks else None
-
-
-def _connect(axes: dict[str, Axis], device: torch.device) -> None:
-    # NCCL communicators form at a group's first collective: run here, an unreachable peer shows before the first step.
-    # Those of two pipeline neighbours form at their first message.
-    for axis in axes.values():
-        if axis.group is not None:
-            dist.all_reduce(torch.zeros(1, device=device), group=axis.group)
-
-
-def cpu_group(*, timeout_s: int = DEFAULT_TIMEOUT_S) -> dist.ProcessGroup | None:
+def cpu_group(*, timeout_s: int = TIMEOUT_S) -> dist.ProcessGroup | None:
     """A gloo group over all ranks, or None with one rank; every rank must call it.
 
     A background thread may use it (a checkpoint's planning) without mixing with what the main thread sends.
@@ -203,12 +187,7 @@ def cpu_group(*, timeout_s: int = DEFAULT_TIMEOUT_S) -> dist.ProcessGroup | None
 
 
 def init_processes(
-    *,
-    rank: int,
-    world: int,
-    backend: Literal["gloo", "nccl", "fake"],
-    store: Store | None,
-    timeout_s: int = DEFAULT_TIMEOUT_S,
+    *, rank: int, world: int, backend: Literal["gloo", "nccl", "fake"], store: Store | None, timeout_s: int = TIMEOUT_S
 ) -> None:
     """Join the default process group; the only caller of `init_process_group`.
 
@@ -220,10 +199,9 @@ def init_processes(
 
         store = FakeStore()
     assert store is not None, "a real backend needs a store"
-    timeout = timedelta(seconds=timeout_s)
     # No device is bound to the group: a bound one makes NCCL split the communicator of all ranks once for every group,
     # members or not, about 1,300 times on 2,048 ranks. The caller sets its CUDA device before.
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
 
 
 def shutdown() -> None:
@@ -232,8 +210,5 @@ def shutdown() -> None:
         return
     # A rank that fails must not come here: it would wait for ranks that wait for it.
     # Without this a thread of gloo or NCCL may outlive the interpreter and abort a process that has done its work.
-    if dist.get_backend() == "nccl":
-        dist.barrier(device_ids=[torch.cuda.current_device()])
-    else:
-        dist.barrier()
+    dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
     dist.destroy_process_group()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -39,9 +40,7 @@ def balanced_split(costs: Sequence[float], stages: int) -> tuple[int, ...]:
         layers of each stage, at least one each; of equally good cuts the one with the least sum of squared costs.
     """
     assert 1 <= stages <= len(costs), (stages, len(costs))
-    sums = [0.0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
+    sums = [*accumulate(costs, initial=0.0)]
 
     def best_cut(join: Callable[[float, float], float], limit: float) -> tuple[float, tuple[int, ...]]:
         # Dynamic programming: best[layers] = (joined costs, cut) of the first `layers` layers in the stages so far.
@@ -67,12 +66,32 @@ def balanced_v(costs: Sequence[float], ranks: int) -> tuple[int, ...]:
     Args as for `balanced_split`; of equally good cuts the one with the least sum of squared stages.
     """
     assert 1 <= ranks <= len(costs) // 2, (ranks, len(costs))
+    sums = [*accumulate(costs, initial=0.0)]
+
+    def best_cut(join: Callable[[float, float, float], float], limit: float) -> tuple[float, tuple[int, ...]]:
+        # Dynamic programming: best[front, back] = (joined costs, fronts, backs) with so many layers dealt at each end.
+        best: dict[tuple[int, int], tuple[float, tuple[int, ...], tuple[int, ...]]] = {(0, 0): (0.0, (), ())}
+        for rank in range(ranks):
+            found: dict[tuple[int, int], list[tuple[float, tuple[int, ...], tuple[int, ...]]]] = {}
+            for (front, back), (joined, fronts, backs) in best.items():
+                # Every rank further in needs two layers; the innermost takes all that is left.
+                most = len(costs) - front - back - 2 * (ranks - 1 - rank)
+                for ahead in range(1, most):
+                    for behind in range(most - ahead if rank == ranks - 1 else 1, most - ahead + 1):
+                        first = sums[front + ahead] - sums[front]
+                        last = sums[len(costs) - back] - sums[len(costs) - back - behind]
+                        if first + last <= limit:
+                            cut = (join(joined, first, last), (*fronts, ahead), (*backs, behind))
+                            found.setdefault((front + ahead, back + behind), []).append(cut)
+            best = {dealt: min(cuts) for dealt, cuts in found.items()}
+        joined, fronts, backs = min(best.values())
+        return joined, (*fronts, *reversed(backs))
+
     # Rank r owns stages r and 2 ranks - 1 - r: layers are dealt from both ends inwards, each rank taking one stage of
     # either. Balanced stages would give the first rank, which ends with head and MTP, a full first stage besides.
-    most_expensive, _ = _deal(costs, ranks, join=lambda joined, first, last: max(joined, first + last), limit=math.inf)
+    most_expensive, _ = best_cut(lambda joined, first, last: max(joined, first + last), math.inf)
     # As in `balanced_split`, evenness is sought in a second pass, among the cuts that the first one allows.
-    _, layers = _deal(costs, ranks, join=lambda joined, first, last: joined + first**2 + last**2, limit=most_expensive)
-    return layers
+    return best_cut(lambda joined, first, last: joined + first**2 + last**2, most_expensive)[1]
 
 
 def balanced_layers(costs: Sequence[float], schedule: str, pp: int) -> tuple[int, ...]:
@@ -80,33 +99,6 @@ def balanced_layers(costs: Sequence[float], schedule: str, pp: int) -> tuple[int
     if pp > 1 and schedule_facts(schedule).placement == "v":
         return balanced_v(costs, pp)
     return balanced_split(costs, num_stages(schedule, pp))
-
-
-def _deal(
-    costs: Sequence[float], ranks: int, *, join: Callable[[float, float, float], float], limit: float
-) -> tuple[float, tuple[int, ...]]:
-    """The cut into a V with the least joined cost, none of whose ranks costs more than `limit`."""
-    sums = [0.0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
-    # Dynamic programming: best[front, back] = (joined costs, fronts, backs) with so many layers dealt from either end.
-    best: dict[tuple[int, int], tuple[float, tuple[int, ...], tuple[int, ...]]] = {(0, 0): (0.0, (), ())}
-    for rank in range(ranks):
-        found: dict[tuple[int, int], list[tuple[float, tuple[int, ...], tuple[int, ...]]]] = {}
-        for (front, back), (joined, fronts, backs) in best.items():
-            left = len(costs) - front - back
-            # Every rank further in needs two layers; the innermost takes all that is left.
-            most = left - 2 * (ranks - 1 - rank)
-            for ahead in range(1, most):
-                for behind in range(most - ahead if rank == ranks - 1 else 1, most - ahead + 1):
-                    first = sums[front + ahead] - sums[front]
-                    last = sums[len(costs) - back] - sums[len(costs) - back - behind]
-                    if first + last <= limit:
-                        cut = (join(joined, first, last), (*fronts, ahead), (*backs, behind))
-                        found.setdefault((front + ahead, back + behind), []).append(cut)
-        best = {dealt: min(cuts) for dealt, cuts in found.items()}
-    joined, fronts, backs = min(best.values())
-    return joined, (*fronts, *reversed(backs))
 
 
 class _Waiting:
@@ -193,8 +185,7 @@ class _Stage(PipelineStage):
         if not self._sends_itself:
             return operations
         for sent in operations:
-            work = sent.op(sent.tensor, group=sent.group, tag=sent.tag, group_dst=sent.group_peer)
-            self._sends.append(work)
+            self._sends.append(sent.op(sent.tensor, group=sent.group, tag=sent.tag, group_dst=sent.group_peer))
         while self._sends and self._sends[0].is_completed():
             self._sends.popleft().wait()
         return []
@@ -311,50 +302,45 @@ class Pipeline:
             most = max(most, held)
         return most
 
-    def _empty_hidden(self, input_ids: Tensor, *, device: torch.device | None = None) -> Tensor:
-        shape = (*input_ids.shape, self.hidden_size)
-        return torch.empty(shape, dtype=self.dtype, device=device or input_ids.device)
+    def _empty_hidden(self, input_ids: Tensor) -> Tensor:
+        return torch.empty(*input_ids.shape, self.hidden_size, dtype=self.dtype, device=input_ids.device)
 
     def _schedule_for(self, input_ids: Tensor, num_micro_batches: int) -> Any:
         """The schedule for this many micro-batches of this shape; kept until either changes."""
         shape = (input_ids.shape[0] // num_micro_batches, *input_ids.shape[1:])
         wanted = (num_micro_batches, shape)
         if self._built_for != wanted:
-            sample = torch.empty(shape, dtype=input_ids.dtype, device="meta")
-            self._running = self._new_stages(sample)
+            self._running = self._new_stages(torch.empty(shape, dtype=input_ids.dtype, device="meta"))
             self._schedule = self._new_schedule(self._running, num_micro_batches)
             self._built_for = wanted
         return self._schedule
 
     def _new_stages(self, sample: Tensor) -> list[_Stage]:
-        """This rank's stages as torch wants them; `sample` has the shape of one micro-batch's token ids."""
-        return [self._torch_stage(index, module, sample) for index, module in sorted(self.stages.items())]
+        """This rank's stages as torch wants them; `sample` is the token ids of one micro-batch on the meta device."""
+        # Shapes are given: else torch runs the model once to infer them.
+        hidden = self._empty_hidden(sample).requires_grad_()
+        loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
+        return [
+            _Stage(
+                module,
+                index,
+                self.num_stages,
+                self.mesh.device,
+                input_args=sample if index == 0 else hidden,
+                output_args=loss if index == self.num_stages - 1 else hidden,
+                group=self.mesh.pp.group,
+                dw_builder=deferred.take,
+                waiting=self._waiting,
+                sends_itself=SCHEDULES[self.mesh.layout.schedule].stages_per_rank > 1,
+            )
+            for index, module in sorted(self.stages.items())
+        ]
 
     def _new_schedule(self, stages: list[_Stage], num_micro_batches: int) -> Any:
         facts = SCHEDULES[self.mesh.layout.schedule]
-        return get_schedule_class(facts.name)(
-            stages if facts.stages_per_rank > 1 else stages[0],
-            num_micro_batches,
-            loss_fn=_loss_of_output,
-            scale_grads=False,
-        )
-
-    def _torch_stage(self, index: int, module: nn.Module, sample: Tensor) -> _Stage:
-        """Shapes are given: else torch runs the model once to infer them."""
-        hidden = self._empty_hidden(sample, device=torch.device("meta")).requires_grad_()
-        loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
-        return _Stage(
-            module,
-            index,
-            self.num_stages,
-            self.mesh.device,
-            input_args=sample if index == 0 else hidden,
-            output_args=loss if index == self.num_stages - 1 else hidden,
-            group=self.mesh.pp.group,
-            dw_builder=deferred.take,
-            waiting=self._waiting,
-            sends_itself=SCHEDULES[self.mesh.layout.schedule].stages_per_rank > 1,
-        )
+        given = stages if facts.stages_per_rank > 1 else stages[0]
+        schedule = get_schedule_class(facts.name)
+        return schedule(given, num_micro_batches, loss_fn=lambda output, _: output, scale_grads=False)
 
 
 def split(inputs: Inputs, num_micro_batches: int) -> list[dict[str, Tensor]]:
@@ -362,7 +348,3 @@ def split(inputs: Inputs, num_micro_batches: int) -> list[dict[str, Tensor]]:
     chunks = {name: tensor.chunk(num_micro_batches) for name, tensor in inputs.items()}
     assert all(len(each) == num_micro_batches for each in chunks.values()), num_micro_batches
     return [{name: each[i] for name, each in chunks.items()} for i in range(num_micro_batches)]
-
-
-def _loss_of_output(output: Tensor, target: Tensor) -> Tensor:
-    return output

@@ -70,6 +70,10 @@ class LocalShard:
         return cls(tensor, Shard(global_shape, offsets, tuple(tensor.shape)))
 
 
+# Name -> what a rank holds of the tensor; a `Tensor` is whole.
+HeldTensors = Mapping[str, Tensor | LocalShard]
+
+
 class TypedShard(NamedTuple):
     """What a rank holds of one tensor, as ranks tell each other in JSON; dtype as `str(tensor.dtype)`."""
 
@@ -115,9 +119,8 @@ def global_tensors(reports: Sequence[Mapping[str, TypedShard]]) -> GlobalTensors
                     f"tensor {name} is {first.dtype} {list(first_shape)} on rank {first_rank}, but "
                     f"{held.dtype} {list(shape)} on rank {rank}; all ranks must give one shape and dtype"
                 )
-    return {
-        name: {"shape": list(held.shard.global_shape), "dtype": held.dtype} for name, (_, held) in sorted(seen.items())
-    }
+    in_order = ((name, seen[name][1]) for name in sorted(seen))
+    return {name: {"shape": list(held.shard.global_shape), "dtype": held.dtype} for name, held in in_order}
 
 
 def assign_writers(reports: Sequence[Mapping[str, TypedShard]]) -> list[list[str]]:
@@ -161,7 +164,8 @@ def _check_tiling(name: str, shape: tuple[int, ...], shards: Mapping[Shard, list
     for shard in sorted(shards):
         active = [it for it in active if not shape or it.offsets[0] + it.sizes[0] > shard.offsets[0]]
         for other in active:
-            if _overlap(shard, other):
+            spans = zip(shard.offsets, shard.sizes, other.offsets, other.sizes, strict=True)
+            if all(a < b + its_length and b < a + length for a, length, b, its_length in spans):
                 raise ValueError(
                     f"shards of tensor {name} {list(shape)} overlap: {list(other.sizes)} at {list(other.offsets)} of "
                     f"rank {shards[other][0]}, {list(shard.sizes)} at {list(shard.offsets)} of rank "
@@ -174,10 +178,3 @@ def _check_tiling(name: str, shape: tuple[int, ...], shards: Mapping[Shard, list
             f"shards of tensor {name} {list(shape)} hold {covered} of its {math.prod(shape)} elements; "
             "every element must be held by some rank"
         )
-
-
-def _overlap(one: Shard, other: Shard) -> bool:
-    return all(
-        a < b + other_length and b < a + length
-        for a, length, b, other_length in zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
-    )

@@ -29,7 +29,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from types import TracebackType
 from typing import Self
 
 import torch.distributed as dist
@@ -96,10 +95,8 @@ def is_communication_error(error: BaseException) -> bool:
     seen: set[int] = set()
     while link is not None and id(link) not in seen:
         seen.add(id(link))
-        text = str(link).lower()
-        if isinstance(link, dist.DistError):
-            return True
-        if isinstance(link, RuntimeError) and any(word in text for word in _COMMUNICATION_WORDS):
+        is_named = any(word in str(link).lower() for word in _COMMUNICATION_WORDS)
+        if isinstance(link, dist.DistError) or (isinstance(link, RuntimeError) and is_named):
             return True
         link = link.__cause__ or link.__context__
     return False
@@ -204,9 +201,7 @@ class Watchdog:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None:
             self.finish()
             return
@@ -296,8 +291,7 @@ class Watchdog:
                 if not self._counted_as_finished and not self._stopping.is_set():
                     self._death = self._store_lost(f"no answer for {self.peer_timeout_s:g} s")
                 break
-        death = self._death
-        if death is not None:
+        if (death := self._death) is not None:
             self._sentence = death.sentence(self.rank)
             self._death_known.set()
             # After its own report a rank gets time for its traceback and its own way out.

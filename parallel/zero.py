@@ -136,12 +136,10 @@ class GradientBuckets:
         counts_in_norm: bool = True,
     ) -> None:
         self.axis, self.sharded = axis, sharded
-        self._tied = tied
-        self._counts_in_norm = counts_in_norm
+        self._tied, self._counts_in_norm = tied, counts_in_norm
         self.parameters = _unique(named_params)
         sizes = [(name, parameter.numel(), parameter.dtype) for name, parameter in self.parameters.items()]
-        plans = plan_buckets(sizes, shards=axis.size, bucket_bytes=bucket_bytes)
-        self._buckets = [self._allocate(plan) for plan in plans]
+        self._buckets = [*map(self._allocate, plan_buckets(sizes, shards=axis.size, bucket_bytes=bucket_bytes))]
         self._shards = {shard.name: shard for bucket in self._buckets for shard in self._cut(bucket)}
         # Two roads lead into `main_grad`. Matrices (linears, router, embedding) are added in FP32 by the wgrad closures
         # (`kernels.deferred.accumulate_grad`). Norm gains come out of autograd as `.grad`; this hook moves it over as
@@ -199,19 +197,14 @@ class GradientBuckets:
         """Sum the gradients over the axis, and over the tied copies; once per step."""
         assert all(p.grad is None for p in self.parameters.values()), "a gradient was left in .grad, not in main_grad"
         # With ZeRO, `main_grad` outside this rank's shard still holds afterwards what this rank alone has summed.
-        if self.axis.size > 1:
+        group, several = self.axis.group, self.axis.size > 1
+        if several:
             # In place: the shard is the part of its bucket that this rank owns.
-            _wait_for(
-                _reduce_scatter(bucket.shard, bucket.grads, group=self.axis.group, async_op=True)
-                for bucket in self._buckets
-            )
+            _wait_for(_reduce_scatter(each.shard, each.grads, group=group, async_op=True) for each in self._buckets)
         if self._tied is not None and self._tied.size > 1:
-            _wait_for(dist.all_reduce(bucket.shard, group=self._tied.group, async_op=True) for bucket in self._buckets)
-        if self.axis.size > 1 and not self.sharded:
-            _wait_for(
-                _all_gather(bucket.grads, bucket.shard, group=self.axis.group, async_op=True)
-                for bucket in self._buckets
-            )
+            _wait_for(dist.all_reduce(each.shard, group=self._tied.group, async_op=True) for each in self._buckets)
+        if several and not self.sharded:
+            _wait_for(_all_gather(each.grads, each.shard, group=group, async_op=True) for each in self._buckets)
 
     @torch.no_grad()
     def scale(self, factor: Tensor) -> None:
@@ -281,11 +274,9 @@ def _unique(named_params: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Pa
 
 @torch.no_grad()
 def _move_into_main_grad(parameter: Tensor) -> None:
-    gradient = parameter.grad
-    if gradient is None:
-        return
-    parameter.main_grad.add_(gradient)  # type: ignore[attr-defined]
-    parameter.grad = None
+    if parameter.grad is not None:
+        parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+        parameter.grad = None
 
 
 def _round_up(number: int, multiple: int) -> int:

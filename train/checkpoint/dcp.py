@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +33,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from parallel.consensus import GroupTransport, Ranks
 from parallel.shards import (
     GlobalTensors,
-    LocalShard,
+    HeldTensors,
     TypedShard,
     assign_writers,
     global_tensors,
@@ -59,13 +58,7 @@ SHARD_BYTES = 2 * 1024**3
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def save(
-    path: Path,
-    *,
-    tensors: Mapping[str, Tensor | LocalShard],
-    state: dict[str, Any],
-    group: dist.ProcessGroup | None = None,
-) -> None:
+def save(path: Path, *, tensors: HeldTensors, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
     """Write one checkpoint and return when it is published; a collective call.
 
     Args:
@@ -93,21 +86,19 @@ class Saver:
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig, group: dist.ProcessGroup | None = None) -> None:
-        self._directory = directory
-        self._config = config
+        self._directory, self._config = directory, config
         self._ranks = Ranks(GroupTransport(group))
         self._plan = _Plan()
         self._in_flight: Future[None] | None = None
 
-    def save_async(self, step: int, tensors: Mapping[str, Tensor | LocalShard], state: dict[str, Any]) -> None:
+    def save_async(self, step: int, tensors: HeldTensors, state: dict[str, Any]) -> None:
         """Copy the tensors, then write them in the background; a save still under way is waited for.
 
         After the return the caller may change the tensors: the file holds their values of now. With
         `asynchronous=False` in the config it returns when the checkpoint is published. Arguments as for `save`.
         """
         self.wait()
-        path = self._directory / publish.step_name(step)
-        job = _Save(path, tensors, state=state, keep=self._config.keep)
+        job = _Save(self._directory / publish.step_name(step), tensors, state=state, keep=self._config.keep)
         self._in_flight = _start(job, self._ranks, self._plan)
         if not self._config.asynchronous:
             self.wait()
@@ -130,12 +121,10 @@ def latest(directory: Path, group: dist.ProcessGroup | None = None) -> Path | No
     files.
     """
     ranks = Ranks(GroupTransport(group))
-
-    def search(_: list[None]) -> list[list[str]]:
-        return [[path.name for path in publish.published(directory)]] * ranks.size
-
     # One rank looks: another node may see an older listing of a shared directory.
-    names: list[str] = ranks.agree(lambda: None, search)
+    names: list[str] = ranks.agree(
+        lambda: None, lambda _: [[path.name for path in publish.published(directory)]] * ranks.size
+    )
     for path in (directory / name for name in names):
         try:
             _verify(ranks, path)
@@ -146,9 +135,7 @@ def latest(directory: Path, group: dist.ProcessGroup | None = None) -> Path | No
     return None
 
 
-def load(
-    path: Path, tensors: Mapping[str, Tensor | LocalShard], group: dist.ProcessGroup | None = None
-) -> dict[str, Any]:
+def load(path: Path, tensors: HeldTensors, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
     """Fill tensors in place from a checkpoint of any layout, and return its state; a collective call.
 
     Names, shapes, dtypes and hashes are checked before the first tensor is touched. Each rank reads the headers of all
@@ -173,9 +160,8 @@ def load(
         state = publish.read_json(path / publish.STATE)
         if not isinstance(state, dict):
             raise ValueError(f"checkpoint {path} is damaged: {publish.STATE} holds no object")
-        _check_tensors(
-            path, saved=manifest["tensors"], wanted=global_tensors([read_report(report) for report in reports])
-        )
+        asked = global_tensors([read_report(report) for report in reports])
+        _check_tensors(path, saved=manifest["tensors"], wanted=asked)
         return [state] * ranks.size
 
     state: dict[str, Any] = ranks.agree(ask, compare)
@@ -217,9 +203,7 @@ class _Plan:
 class _Save:
     """One save as one rank sees it; the methods are its phases, in this order."""
 
-    def __init__(
-        self, path: Path, tensors: Mapping[str, Tensor | LocalShard], *, state: dict[str, Any], keep: int | None
-    ) -> None:
+    def __init__(self, path: Path, tensors: HeldTensors, *, state: dict[str, Any], keep: int | None) -> None:
         self.path = path
         self.shards: dict[str, TypedShard] = {}
         self._tensors, self._state, self._keep = tensors, state, keep
@@ -241,7 +225,9 @@ class _Save:
         """Each rank: copy to host memory what it will write."""
         mine = {name: local_tensor(self._tensors[name]) for name in names}
         self._tensors = {}
-        self._writer = _ShardWriter(self._hidden, shard=shard, files=_assign_files(mine))
+        groups = publish.group_into_files(sorted(mine), lambda name: mine[name].nbytes, file_bytes=SHARD_BYTES)
+        files = {name: number for number, group in enumerate(groups, start=1) for name in group}
+        self._writer = _ShardWriter(self._hidden, shard=shard, files=files)
         self._staged = self._writer.stage(mine)
 
     def prepare(self, reports: list[None]) -> list[None]:
@@ -299,11 +285,7 @@ def _start(job: _Save, ranks: Ranks, plan: _Plan) -> Future[None]:
 
 def _agree_on_plan(job: _Save, ranks: Ranks, plan: _Plan) -> None:
     """Take the plan of the save before, if every rank holds the same shards as then; else work it out."""
-
-    def compare(same: list[bool]) -> list[bool]:
-        return [all(same)] * len(same)
-
-    if ranks.agree(lambda: job.describe() == plan.shards, compare):
+    if ranks.agree(lambda: job.describe() == plan.shards, lambda same: [all(same)] * len(same)):
         return
     tensors: GlobalTensors = {}
 
@@ -320,19 +302,6 @@ def _agree_on_plan(job: _Save, ranks: Ranks, plan: _Plan) -> None:
 
 def _no_replies(reports: list[Any]) -> list[None]:
     return [None] * len(reports)
-
-
-def _assign_files(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Number of the file, from 1, for each tensor: in order of name, up to SHARD_BYTES each."""
-    files: dict[str, int] = {}
-    index, filled_bytes = 1, 0
-    for name in sorted(tensors):
-        num_bytes = tensors[name].nbytes
-        if filled_bytes and filled_bytes + num_bytes > SHARD_BYTES:
-            index, filled_bytes = index + 1, 0
-        files[name] = index
-        filled_bytes += num_bytes
-    return files
 
 
 def _verify(ranks: Ranks, path: Path) -> dict[str, Any]:
@@ -364,8 +333,7 @@ def _read(path: Path, targets: dict[str, Tensor], wanted: dict[str, TypedShard])
 
 def _cause(failure: CheckpointException) -> BaseException:
     """DCP wraps the error of each rank; run on one rank it has one."""
-    error, _ = next(iter(failure.failures.values()))
-    return error
+    return next(iter(failure.failures.values()))[0]
 
 
 def _check_tensors(path: Path, *, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -25,9 +25,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from train.data.store import file_sha256
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -36,6 +38,8 @@ SHARD_SUFFIX = ".safetensors"
 
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 _WRITING, _REPLACED, _PRUNED = ".writing-", ".replaced-", ".pruned-"
+
+Grouped = TypeVar("Grouped")
 
 
 def step_name(step: int) -> str:
@@ -48,17 +52,40 @@ def writing_path(target: Path) -> Path:
     return target.with_name(_WRITING + target.name)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON and wait until it is on the disk."""
+def write_text(path: Path, text: str) -> None:
+    """Write a small file and wait until it is on the disk."""
     with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of JSON."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False))
+
+
+def group_into_files(
+    items: Iterable[Grouped], num_bytes: Callable[[Grouped], int], *, file_bytes: int
+) -> list[tuple[Grouped, ...]]:
+    """Fill one file after the other, each up to `file_bytes`; a larger item gets a file of its own."""
+    if file_bytes < 1:
+        raise ValueError(f"shard size {file_bytes} must be at least 1 byte; 5GB is usual")
+    groups: list[list[Grouped]] = [[]]
+    filled_bytes = 0
+    for item in items:
+        size = num_bytes(item)
+        if groups[-1] and filled_bytes + size > file_bytes:
+            groups.append([])
+            filled_bytes = 0
+        groups[-1].append(item)
+        filled_bytes += size
+    return [tuple(group) for group in groups]
+
+
 def entry_of(file: Path) -> dict[str, Any]:
     """The manifest's entry of a finished file: {"bytes", "sha256"}."""
-    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
 
 def write_manifest(
@@ -132,7 +159,7 @@ def check_files(path: Path, entries: Mapping[str, dict[str, Any]]) -> None:
         num_bytes = file.stat().st_size
         if num_bytes != expected["bytes"]:
             raise _damage(file, f"has {num_bytes} bytes where the manifest says {expected['bytes']}")
-        if _sha256(file) != expected["sha256"]:
+        if file_sha256(file) != expected["sha256"]:
             raise _damage(file, "does not have the sha256 of the manifest")
 
 
@@ -197,11 +224,6 @@ def published(directory: Path) -> list[Path]:
 
 def _entries(directory: Path) -> list[Path]:
     return sorted(directory.iterdir()) if directory.is_dir() else []
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sha256_of_body(body: dict[str, Any]) -> str:

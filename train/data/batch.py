@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.cross_entropy import IGNORE
+from kernels.formats import ceil_div
 
 IGNORE_INDEX = IGNORE
 
@@ -45,15 +46,14 @@ class Batch:
 
     def share(self, index: int, shares: int) -> Batch:
         """The index-th of so many equal shares of the sequences, filled up with copies of the first without targets."""
-        missing = -len(self.labels) % shares
-        labels = torch.cat((self.labels, torch.full_like(self.labels[:1], IGNORE_INDEX).expand(missing, -1)))
-
-        def cut(tensor: Tensor) -> Tensor:
-            filled = torch.cat((tensor, tensor[:1].expand(missing, -1)))
-            return filled.chunk(shares)[index]
-
-        document_ids = None if self.document_ids is None else cut(self.document_ids)
-        return Batch(cut(self.input_ids), labels.chunk(shares)[index], document_ids)
+        sequences = ceil_div(len(self.labels), shares)
+        rows = torch.arange(index * sequences, (index + 1) * sequences)
+        is_copy = rows >= len(self.labels)
+        rows[is_copy] = 0
+        labels = self.labels[rows]
+        labels[is_copy] = IGNORE_INDEX
+        document_ids = None if self.document_ids is None else self.document_ids[rows]
+        return Batch(self.input_ids[rows], labels, document_ids)
 
 
 def batch_from_windows(windows: NDArray[np.int64], documents: NDArray[np.int64], *, mask_documents: bool) -> Batch:
@@ -66,8 +66,5 @@ def batch_from_windows(windows: NDArray[np.int64], documents: NDArray[np.int64],
     inputs = tokens[:, :-1].clamp(min=0)  # [sequences, tokens]
     labels = tokens[:, 1:].clone()  # [sequences, tokens]
     labels[labels < 0] = IGNORE_INDEX
-    document_ids = None
-    if mask_documents:
-        numbers = torch.from_numpy(documents)[:, :-1]  # [sequences, tokens]
-        document_ids = numbers - numbers[:, :1]
-    return Batch(input_ids=inputs, labels=labels, document_ids=document_ids)
+    numbers = torch.from_numpy(documents)[:, :-1]  # [sequences, tokens]
+    return Batch(inputs, labels, numbers - numbers[:, :1] if mask_documents else None)

@@ -69,12 +69,10 @@ def prepare(recipe: Recipe, out: Path, *, workers: int = 1) -> Prepared:
         return _reuse(recipe, out, hash_files(recipe.source, files))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.partial-", dir=out.parent) as scratch:
-        documents = open_documents(
-            recipe.source, split=recipe.split, text_field=recipe.text_field, cache=Path(scratch, "cache")
-        )
+        whole, cache = Path(scratch, "whole"), Path(scratch, "cache")
+        documents = open_documents(recipe.source, split=recipe.split, text_field=recipe.text_field, cache=cache)
         if (out / TRAIN).is_dir():
             return _reuse(recipe, out, documents.hashes)
-        whole = Path(scratch, "whole")
         _write_all(recipe, documents, whole, workers=workers)
         # A folder made by mkdtemp is private; a store is not.
         whole.chmod(0o755)
@@ -144,18 +142,12 @@ def _write_all(recipe: Recipe, documents: Documents, whole: Path, *, workers: in
         tables[HELDOUT] = table.select(range(rows - num_heldout, rows))
     for name, table in tables.items():
         store = replace(documents, table=table)
-        dtype = _write_store(recipe, made_from, store, tokenizer, whole / name, workers=workers)
+        dtype = _write_store(recipe.source, made_from, store, tokenizer, whole / name, workers=workers)
         _write_manifest(made_from, store, tokenizer, whole / name, dtype=dtype)
 
 
 def _write_store(
-    recipe: Recipe,
-    made_from: dict[str, Any],
-    documents: Documents,
-    tokenizer: TextTokenizer,
-    folder: Path,
-    *,
-    workers: int,
+    source: str, made_from: dict[str, Any], documents: Documents, tokenizer: TextTokenizer, folder: Path, workers: int
 ) -> str:
     """Tokenise documents into one store, those without text left out; returns the dtype of the ids."""
     dtype = "uint16" if tokenizer.vocab_size <= 1 + np.iinfo(np.uint16).max else "int32"
@@ -182,7 +174,7 @@ def _write_store(
     )
     if len(table) == 0:
         raise ValueError(
-            f"source: {recipe.source} is an empty corpus: its {folder.name} documents have no text in "
+            f"source: {source} is an empty corpus: its {folder.name} documents have no text in "
             f"'{documents.text_field}'; pass documents with text"
         )
     # The bare table, without what the library remembers of source and workers.
@@ -198,7 +190,7 @@ def _write_manifest(
     flat = [chunk.flatten().to_numpy() for chunk in column.chunks]
     special = tokenizer.special_ids
     texts = texts_of(documents.table, documents.text_field)
-    manifest = Manifest(
+    Manifest(
         documents=len(column),
         tokens=sum(len(ids) for ids in flat),
         text_bytes=sum(len(text.encode()) for text in filter(has_text, texts)),
@@ -216,5 +208,4 @@ def _write_manifest(
             "python": platform.python_version(),
             **{package: version(package) for package in ("datasets", "numpy", "pyarrow", "tokenizers")},
         },
-    )
-    manifest.write(folder)
+    ).write(folder)

@@ -33,8 +33,7 @@ def random_words(count: int, *, seed: int, purpose: int, epoch: int, document: i
 
 def permutation(count: int, *, seed: int, purpose: int, epoch: int) -> NDArray[np.int64]:
     """[count] int64: the numbers below `count` in an order fixed by (seed, purpose, epoch)."""
-    words = random_words(count, seed=seed, purpose=purpose, epoch=epoch)
-    return np.argsort(words, kind="stable")
+    return np.argsort(random_words(count, seed=seed, purpose=purpose, epoch=epoch), kind="stable")
 
 
 def fim_choice(num_documents: int, *, seed: int, epoch: int, rate: float) -> NDArray[np.bool_]:

@@ -144,7 +144,16 @@ class TokenStore:
                     f"data.store: {folder / name} {found} where the manifest records {record.num_bytes}; the "
                     "store is truncated or altered: remove the folder and run launch/prepare.py again"
                 )
-        lengths, chunks, chunk_ids, starts = _map_arrow(folder)
+        # Imported here: `datasets` takes most of a second, and only opening a store needs it.
+        from datasets import load_from_disk
+
+        arrow = load_from_disk(str(folder)).data.column("input_ids").chunks
+        # Zero-copy views: `offsets` honours a sliced chunk and indexes the unsliced `values`.
+        chunks = tuple(chunk.values.to_numpy(zero_copy_only=True) for chunk in arrow)
+        offsets = [chunk.offsets.to_numpy(zero_copy_only=True).astype(np.int64) for chunk in arrow]
+        lengths = np.concatenate([np.diff(each) for each in offsets])
+        starts = np.concatenate([each[:-1] for each in offsets])
+        chunk_ids = np.concatenate([np.full(len(chunk), i, dtype=np.int64) for i, chunk in enumerate(arrow)])
         if len(lengths) != manifest.documents or int(lengths.sum()) != manifest.tokens:
             raise ValueError(
                 f"data.store: {folder} holds {len(lengths)} documents and {int(lengths.sum())} tokens where "
@@ -193,30 +202,7 @@ def check_same_tokenizer(store: TokenStore, heldout: TokenStore) -> None:
         )
 
 
-def _map_arrow(
-    folder: Path,
-) -> tuple[NDArray[np.int64], tuple[NDArray[np.integer[Any]], ...], NDArray[np.int64], NDArray[np.int64]]:
-    """Zero-copy views of the `input_ids` column: `lengths`, `chunks`, `chunk_ids` and `starts` of a TokenStore."""
-    # Imported here: `datasets` takes most of a second, and only opening a store needs it.
-    from datasets import load_from_disk
-
-    column = load_from_disk(str(folder)).data.column("input_ids")
-    lengths: list[NDArray[np.int64]] = []
-    starts: list[NDArray[np.int64]] = []
-    chunk_ids: list[NDArray[np.int64]] = []
-    flat: list[NDArray[np.integer[Any]]] = []
-    for number, chunk in enumerate(column.chunks):
-        # `offsets` honours a sliced chunk and indexes the unsliced `values`.
-        offsets = chunk.offsets.to_numpy(zero_copy_only=True).astype(np.int64)
-        flat.append(chunk.values.to_numpy(zero_copy_only=True))
-        lengths.append(np.diff(offsets))
-        starts.append(offsets[:-1])
-        chunk_ids.append(np.full(len(chunk), number, dtype=np.int64))
-    return np.concatenate(lengths), tuple(flat), np.concatenate(chunk_ids), np.concatenate(starts)
-
-
 def store_hashes(store: TokenStore) -> dict[str, str]:
     """SHA-256 of the tokeniser and of each file of the store: what a run has read."""
-    manifest = store.manifest
-    files = {name: record.sha256 for name, record in sorted(manifest.files.items())}
-    return {"tokenizer": manifest.tokenizer_sha256, **files}
+    files = {name: record.sha256 for name, record in sorted(store.manifest.files.items())}
+    return {"tokenizer": store.manifest.tokenizer_sha256, **files}

@@ -14,8 +14,9 @@ Shapes: sequences = samples of a batch, tokens = sequence_length. In memory: 25 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,15 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.data.batch import Batch, batch_from_windows
-from train.data.packing import (
-    WINDOW_ORDER,
-    Packing,
-    epoch_tokens,
-    pack_epoch,
-    pack_in_order,
-    permutation,
-    read_packed,
-)
+from train.data.packing import WINDOW_ORDER, Packing, epoch_tokens, pack_epoch, pack_in_order, permutation, read_packed
 from train.data.store import TokenStore, check_same_tokenizer
 
 # A window can end in the next epoch, so two are in use at an epoch's end.
@@ -101,21 +94,12 @@ class TokenStream:
 
     def _window_at(self, position: int) -> int:
         """The sample (numbered along the stream) that is visited at `position`: shuffled within the epoch."""
-        epoch = self.epoch_of(position)
-        length = self.config.sequence_length
+        epoch, length = self.epoch_of(position), self.config.sequence_length
         # Samples of an epoch are those whose first target is in it: ceil(start / length) <= w < ceil(end / length).
         first = -(-self._epoch_starts[epoch] // length)
         after = -(-self._epoch_starts[epoch + 1] // length)
-        if epoch not in self._orders:
-            order = permutation(after - first, seed=self.seed, purpose=WINDOW_ORDER, epoch=epoch)
-            _remember(self._orders, epoch, order)
-        return first + int(self._orders[epoch][position - first])
-
-    def _packing(self, epoch: int) -> Packing:
-        if epoch not in self._packings:
-            packing = pack_epoch(self.store, seed=self.seed, epoch=epoch, fim_rate=self.config.fim_rate)
-            _remember(self._packings, epoch, packing)
-        return self._packings[epoch]
+        order = partial(permutation, after - first, seed=self.seed, purpose=WINDOW_ORDER, epoch=epoch)
+        return first + int(_cached(self._orders, epoch, order)[position - first])
 
     def _read_window(self, window: int, tokens: NDArray[np.int64], documents: NDArray[np.int64]) -> None:
         """Fill one row with a sample's context token and its targets."""
@@ -125,18 +109,21 @@ class TokenStream:
         while filled < len(tokens):
             epoch = self._epoch_at(offset + filled)
             start = offset + filled - self._epoch_starts[epoch]
-            count = read_packed(
-                self.store, self._packing(epoch), start, tokens=tokens[filled:], documents=documents[filled:]
-            )
+            pack = partial(pack_epoch, self.store, seed=self.seed, epoch=epoch, fim_rate=self.config.fim_rate)
+            packing = _cached(self._packings, epoch, pack)
+            count = read_packed(self.store, packing, start, tokens=tokens[filled:], documents=documents[filled:])
             documents[filled : filled + count] += epoch * len(self.store.lengths)
             filled += count
 
 
-def _remember(cache: dict[int, Value], epoch: int, value: Value) -> None:
-    """Keep the value of the few epochs used last."""
-    while len(cache) >= EPOCHS_KEPT:
-        del cache[next(iter(cache))]
-    cache[epoch] = value
+def _cached(cache: dict[int, Value], epoch: int, make: Callable[[], Value]) -> Value:
+    """The value of an epoch; those of the few epochs used last are kept."""
+    if epoch not in cache:
+        value = make()
+        while len(cache) >= EPOCHS_KEPT:
+            del cache[next(iter(cache))]
+        cache[epoch] = value
+    return cache[epoch]
 
 
 def iterate_windows(

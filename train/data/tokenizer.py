@@ -20,8 +20,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from train.data.store import SpecialIds
 
-# V3's spelling, in the order of their ids in a tokeniser trained here; V3 has bos 0, eos 1, pad 2, fim
-# 128800-128802.
+# V3's spelling, in the order of their ids in a tokeniser trained here; V3 has bos 0, eos 1, pad 2, fim 128800-128802.
 SPECIAL_TOKENS = {
     "bos": "<｜begin▁of▁sentence｜>",
     "eos": "<｜end▁of▁sentence｜>",
@@ -82,8 +81,7 @@ def tokenizer_from_json(json_text: str, *, origin: str) -> TextTokenizer:
         ) from None
     core.encode_special_tokens = True
     vocabulary = core.get_vocab(with_added_tokens=True)
-    missing = [spelling for spelling in SPECIAL_TOKENS.values() if spelling not in vocabulary]
-    if missing:
+    if missing := [spelling for spelling in SPECIAL_TOKENS.values() if spelling not in vocabulary]:
         raise ValueError(
             f"tokenizer: {origin} lacks the special tokens {', '.join(missing)}; "
             "use one trained by launch/prepare.py or DeepSeek-V3's (`--tokenizer deepseek`)"

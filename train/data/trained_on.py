@@ -32,11 +32,7 @@ class TrainedOn:
     def from_json(cls, values: Mapping[str, Any], *, origin: str) -> TrainedOn:
         """What the file `origin` has under `KEY` (nothing: a released model); a ValueError refuses what is not ours."""
         mark = values.get(KEY, {})
-        kinds: dict[str, tuple[type, ...]] = {
-            "sequence_length": (int, type(None)),
-            "mask_documents": (bool,),
-            "tokenizer_sha256": (str, type(None)),
-        }
+        kinds: dict[str, Any] = {"sequence_length": int | None, "mask_documents": bool, "tokenizer_sha256": str | None}
         if (
             not isinstance(mark, dict)
             or mark.get("first_token", "bos") not in get_args(FirstToken)
@@ -52,5 +48,4 @@ class TrainedOn:
 
     def first_id(self, ids: SpecialIds) -> int:
         """The token that begins a sequence."""
-        found: int = getattr(ids, self.first_token)
-        return found
+        return ids.bos if self.first_token == "bos" else ids.eos

@@ -22,12 +22,7 @@ from train.data.trained_on import TrainedOn
 from train.model.config import ModelConfig
 
 ARCHITECTURE, MODEL_TYPE = "DeepseekV3ForCausalLM", "deepseek_v3"
-QUANTIZATION = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [TILE, TILE],
-}
+QUANTIZATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [TILE, TILE]}
 # Fields that our model has one value of: field -> (that value, values that mean the same).
 _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
@@ -123,9 +118,8 @@ def _yarn(rope: Mapping[str, Any], max_position_embeddings: Any, origin: str) ->
         raise ValueError(f"{origin} scales RoPE by {kind!r}, but this model knows 'yarn' only")
     fields = {field.name for field in dataclasses.fields(YarnScaling)}
     unknown = sorted(rope.keys() - fields - _ROPE_WORDS)
-    changed = [
-        name for name, usual in (("attention_factor", None), ("truncate", True)) if rope.get(name, usual) != usual
-    ]
+    usual = {"attention_factor": None, "truncate": True}
+    changed = [name for name, value in usual.items() if rope.get(name, value) != value]
     if unknown or changed:
         raise ValueError(f"{origin} has the YaRN setting {(unknown + changed)[0]}, which this model does not have")
     if "factor" not in rope:

@@ -16,6 +16,7 @@ Shapes: rows [rows, in] of one released weight; blocks 128x128.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,19 +134,19 @@ def _rows_of(source: WeightSource, tensors: Iterable[ReleasedTensor]) -> Iterato
             expert, matrix = (tensor.source, tensor.expert), None  # before the read: two are never held
             if tensor.expert is not None:
                 matrix = source.read(tensor.source, range(tensor.expert, tensor.expert + 1))[0]
-        for start, stop in row_ranges((tensor.start, tensor.stop), tensor.shape[1:]):
-            rows = source.read(tensor.source, range(start, stop)) if matrix is None else matrix[start:stop]
+        for span in row_ranges(range(tensor.start, tensor.stop), tensor.shape[1:]):
+            rows = source.read(tensor.source, span) if matrix is None else matrix[span.start : span.stop]
             if not bool(rows.isfinite().all()):
                 raise ValueError(f"{source.path} holds NaN or infinity in {tensor.source}; export another checkpoint")
             yield tensor, rows
             del rows
 
 
-def row_ranges(rows: tuple[int, int], rest: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Cut rows (first, one after the last) of shape `rest` into ranges of about `ROWS_ELEMENTS` values.
+def row_ranges(rows: range, rest: tuple[int, ...]) -> Iterator[range]:
+    """Cut rows of shape `rest` into ranges of about `ROWS_ELEMENTS` values; a stack into its experts.
 
-    Ranges are consecutive multiples of 128 rows but the last.
+    Ranges of a matrix are consecutive multiples of 128 rows but the last.
     """
-    step = max(TILE, ROWS_ELEMENTS // max(1, rest[0] if rest else 1) // TILE * TILE)
-    for start in range(*rows, step):
-        yield start, min(start + step, rows[1])
+    step = 1 if len(rest) == 2 else max(TILE, ROWS_ELEMENTS // max(1, math.prod(rest)) // TILE * TILE)
+    for start in rows[::step]:
+        yield range(start, min(start + step, rows.stop))

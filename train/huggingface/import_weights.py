@@ -28,15 +28,7 @@ from train.checkpoint import publish
 from train.huggingface.export import row_ranges
 from train.huggingface.names import shapes_of
 from train.huggingface.reader import HfReader
-from train.huggingface.safetensors_files import (
-    DTYPES,
-    Journal,
-    ShardFile,
-    TensorSpec,
-    group_into_files,
-    write_files,
-    write_text,
-)
+from train.huggingface.safetensors_files import DTYPES, Journal, ShardFile, TensorSpec, write_files, write_text
 from train.huggingface.weights import tokenizer_of
 from train.model.precision import Precision
 
@@ -63,13 +55,10 @@ def import_hf(
         ValueError: a value is not finite, a stored copy of embedding or head differs (named), or `run` holds
             something else, or an export of ours has another tokeniser than its training had.
     """
-    if shard_bytes < 1:
-        raise ValueError(f"shard size {shard_bytes} must be at least 1 byte; 5GB is usual")
     precision = source.precision if dtype == "source" else Precision("fp32")
     shapes = shapes_of(source.config, precision)
-    groups = group_into_files(
-        _chunks(shapes, max_bytes=shard_bytes), lambda chunk: chunk.num_bytes, file_bytes=shard_bytes
-    )
+    chunks = _chunks(shapes, max_bytes=shard_bytes)
+    groups = publish.group_into_files(chunks, lambda chunk: chunk.num_bytes, file_bytes=shard_bytes)
     shards = [
         ShardFile(f"shard-00001-model-{i:05d}-of-{len(groups):05d}{publish.SHARD_SUFFIX}", group)
         for i, group in enumerate(groups, start=1)
@@ -94,7 +83,8 @@ def import_hf(
     def produce(shard: ShardFile) -> Iterator[tuple[str, Tensor]]:
         for chunk in shard.tensors:
             assert chunk.offsets is not None
-            for rows in _ranges(chunk.offsets[0], chunk.shape):
+            first = chunk.offsets[0]
+            for rows in row_ranges(range(first, first + chunk.shape[0]), chunk.shape[1:]):
                 yield chunk.name, source.read(chunk.name.removeprefix(_PREFIX), rows).to(DTYPES[chunk.dtype])
 
     written = write_files(hidden, shards, produce, journal)
@@ -120,11 +110,3 @@ def _chunks(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], *, max_bytes
         for start in range(0, shape[0], step):
             offsets = (start, *[0] * (len(shape) - 1))
             yield TensorSpec(_PREFIX + name, _DTYPE_NAMES[dtype], (min(step, shape[0] - start), *shape[1:]), offsets)
-
-
-def _ranges(first: int, shape: tuple[int, ...]) -> Iterator[range]:
-    """One expert at a time of a stack, a few rows of anything else."""
-    if len(shape) == 3:
-        yield from (range(row, row + 1) for row in range(first, first + shape[0]))
-    else:
-        yield from (range(start, stop) for start, stop in row_ranges((first, first + shape[0]), shape[1:]))

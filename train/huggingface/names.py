@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from kernels.formats import TILE, ceil_div
-from train.huggingface.safetensors_files import ShardFile, TensorSpec, group_into_files
+from train.checkpoint import publish
+from train.huggingface.safetensors_files import ShardFile, TensorSpec
 from train.model.config import ModelConfig
 from train.model.layers import HighLinear, Linear
 from train.model.moe import Experts
@@ -63,9 +64,8 @@ class ReleasedTensor(NamedTuple):
     def stored_as(self, dtype: str) -> tuple[TensorSpec, ...]:
         """The weight in a file, and its block scales where it is E4M3."""
         weight = TensorSpec(self.name, dtype, self.shape)
-        if dtype != "F8_E4M3":
-            return (weight,)
-        return weight, TensorSpec(self.name + SCALE_SUFFIX, "F32", scale_shape(self.shape))
+        scale = TensorSpec(self.name + SCALE_SUFFIX, "F32", scale_shape(self.shape))
+        return (weight, scale) if dtype == "F8_E4M3" else (weight,)
 
 
 def released_tensors(name: str, shape: tuple[int, ...], config: ModelConfig) -> Iterator[ReleasedTensor]:
@@ -77,11 +77,7 @@ def released_tensors(name: str, shape: tuple[int, ...], config: ModelConfig) -> 
 
 def shared_copies(config: ModelConfig) -> dict[str, str]:
     """Released names of the copies of embedding and head that each MTP layer stores -> our one tensor."""
-    return {
-        f"model.layers.{layer_id}.{copy}": source
-        for layer_id in config.mtp_layer_ids
-        for copy, source in _SHARED_COPIES.items()
-    }
+    return {f"model.layers.{i}.{copy}": source for i in config.mtp_layer_ids for copy, source in _SHARED_COPIES.items()}
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -153,9 +149,8 @@ class ExportPlan:
     def elements(self) -> dict[str, int]:
         """Stored elements by dtype, `{"F8_E4M3": 680571043840, ...}`."""
         count: Counter[str] = Counter()
-        for shard in self.shards:
-            for spec in shard.tensors:
-                count[spec.dtype] += math.prod(spec.shape)
+        for spec in (spec for shard in self.shards for spec in shard.tensors):
+            count[spec.dtype] += math.prod(spec.shape)
         return dict(count)
 
     def index(self) -> dict[str, Any]:
@@ -185,8 +180,6 @@ def export_plan(config: ModelConfig, *, format: Format, shard_bytes: int) -> Exp
     """
     if format not in get_args(Format):
         raise ValueError(f"format={format} is unknown: choose one of {', '.join(get_args(Format))}")
-    if shard_bytes < 1:
-        raise ValueError(f"shard size {shard_bytes} must be at least 1 byte; 5GB is usual")
     model = _meta_model(config, Precision("bf16"))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     fp8 = _fp8_weights(model) if format == "fp8" else frozenset()
@@ -205,7 +198,7 @@ def export_plan(config: ModelConfig, *, format: Format, shard_bytes: int) -> Exp
         if tensor.source in fp8
         and (tensor.start % TILE or (tensor.stop % TILE and tensor.stop != shapes[tensor.source][-2]))
     )
-    groups = group_into_files(
+    groups = publish.group_into_files(
         tensors, lambda t: sum(spec.num_bytes for spec in t.stored_as(dtypes[t.source])), file_bytes=shard_bytes
     )
     files = {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}

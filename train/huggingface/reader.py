@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,14 +65,15 @@ class HfReader:
         origin = str(path / CONFIG)
         announced, fp8 = model_config(values, origin=origin), is_fp8(values, origin=origin)
         self.trained_on: TrainedOn = TrainedOn.from_json(values, origin=origin)
-        self._files = OpenFiles(path, _not_whole)
+        self._files = OpenFiles(
+            path, lambda file, error: ValueError(f"{file} is no whole safetensors file ({error}); fetch it again")
+        )
         self.stored = self._scan()
         # From the tensors, not from config.json: `transformers` drops the MTP layers when it saves, and still says 1.
         depth, said = _mtp_depth(announced, self.stored), announced.num_nextn_predict_layers
         self.config: ModelConfig = replace(announced, num_nextn_predict_layers=depth)
-        self.notes: list[str] = []
-        if depth != said:
-            self.notes.append(f"{path} holds {depth} MTP layers, though its config.json says {said}")
+        note = f"{path} holds {depth} MTP layers, though its config.json says {said}"
+        self.notes: list[str] = [note] if depth != said else []
         self._shapes = {name: shape for name, (shape, _) in shapes_of(self.config, Precision("bf16")).items()}
         self._released = {name: [*released_tensors(name, shape, self.config)] for name, shape in self._shapes.items()}
         self._check_all(fp8=fp8)
@@ -103,8 +105,8 @@ class HfReader:
         tensors = self._released[name]
         if tensors[0].expert is not None:
             # Of a stack, rows are experts: each has the same number of released tensors.
-            count = len(tensors) // self.shape(name)[0]
-            for tensor in tensors[rows.start * count : rows.stop * count]:
+            per_expert = len(tensors) // self.shape(name)[0]
+            for tensor in tensors[rows.start * per_expert : rows.stop * per_expert]:
                 yield tensor.name, range(tensor.shape[0])
             return
         for tensor in tensors:
@@ -190,8 +192,7 @@ class HfReader:
         if not (self.path / INDEX).is_file():
             if (self.path / SINGLE).is_file():
                 return dict.fromkeys(self._files[SINGLE].keys(), SINGLE)
-            pickled = sorted(path.name for path in self.path.glob("*.bin"))
-            if pickled:
+            if pickled := sorted(path.name for path in self.path.glob("*.bin")):
                 raise ValueError(
                     f"{self.path} holds pickled weights ({pickled[0]}), and reading those runs what they contain: "
                     "convert them to safetensors where you trust them"
@@ -202,8 +203,7 @@ class HfReader:
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{self.path / INDEX} has no weight_map; fetch it again")
         for name, file in weight_map.items():
-            inside = isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
-            if not inside:
+            if not (isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")):
                 raise ValueError(
                     f"{self.path / INDEX} puts {name} into {json.dumps(file)}: only safetensors files of the folder "
                     "itself are read"
@@ -272,14 +272,7 @@ class HfReader:
         return values
 
 
-def _not_whole(file: Path, error: Exception) -> ValueError:
-    return ValueError(f"{file} is no whole safetensors file ({error}); fetch it again")
-
-
 def _mtp_depth(config: ModelConfig, stored: Iterable[str]) -> int:
     """How many MTP layers have any tensor, numbered on without a gap."""
     ids = {int(match[1]) for name in stored if (match := re.match(r"model\.layers\.(\d+)\.", name))}
-    depth = 0
-    while config.num_hidden_layers + depth in ids:
-        depth += 1
-    return depth
+    return next(depth for depth in count() if config.num_hidden_layers + depth not in ids)

@@ -18,7 +18,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,22 +33,14 @@ OPEN_FILES = 32
 READ_ERRORS = (SafetensorError, OSError)
 _HIDDEN = ".writing-"
 
-Grouped = TypeVar("Grouped")
-
 
 class TensorSpec(NamedTuple):
-    """A tensor of a file.
+    """A tensor of a file."""
 
-    Args:
-        name: key in the file.
-        dtype: a key of `DTYPES`.
-        shape: of what the file holds.
-        offsets: of its first element in the whole tensor, as DCP stores them; None: the file holds it whole.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
+    name: str  # key in the file
+    dtype: str  # a key of `DTYPES`
+    shape: tuple[int, ...]  # of what the file holds
+    # Of its first element in the whole tensor, as DCP stores them; None: the file holds it whole.
     offsets: tuple[int, ...] | None = None
 
     @property
@@ -99,22 +91,6 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path.parent} lacks {path.name}: it is incomplete; fetch it again") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); fetch it again") from None
-
-
-def group_into_files(
-    items: Iterable[Grouped], num_bytes: Callable[[Grouped], int], *, file_bytes: int
-) -> list[tuple[Grouped, ...]]:
-    """Fill one file after the other, each up to `file_bytes`; a larger item gets a file of its own."""
-    groups: list[list[Grouped]] = [[]]
-    filled_bytes = 0
-    for item in items:
-        size = num_bytes(item)
-        if groups[-1] and filled_bytes + size > file_bytes:
-            groups.append([])
-            filled_bytes = 0
-        groups[-1].append(item)
-        filled_bytes += size
-    return [tuple(group) for group in groups]
 
 
 def header_of(file: ShardFile) -> tuple[bytes, dict[str, tuple[int, int]]]:
@@ -168,7 +144,7 @@ class Journal:
         self.identity = json.loads(json.dumps(identity))
         self.files: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
-            self.files = self._read()
+            self._read()
             return
         # A conversion killed at its very first write leaves the journal's hidden file.
         if folder.exists() and (
@@ -178,7 +154,7 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self._write()
 
-    def _read(self) -> dict[str, dict[str, Any]]:
+    def _read(self) -> None:
         saved = read_json(self.path)
         if not isinstance(saved, dict) or not all(isinstance(saved.get(key), dict) for key in ("identity", "files")):
             raise ValueError(f"{self.path} is damaged; delete {self.path.parent} and convert again")
@@ -190,8 +166,7 @@ class Journal:
                     f"{self.path.parent} holds a conversion with another {key}{values}; "
                     "name another folder, or delete this one to start again"
                 )
-        files: dict[str, dict[str, Any]] = saved["files"]
-        return files
+        self.files = saved["files"]
 
     def _write(self) -> None:
         write_text(self.path, json.dumps({"identity": self.identity, "files": self.files}, indent=1))
@@ -203,10 +178,7 @@ class Journal:
 
     def holds(self, file: Path) -> bool:
         """Whether a finished file still has its size and hash."""
-        entry = self.files.get(file.name)
-        if entry is None or not file.is_file() or file.stat().st_size != entry["bytes"]:
-            return False
-        return publish.entry_of(file) == entry
+        return file.name in self.files and file.is_file() and publish.entry_of(file) == self.files[file.name]
 
 
 def write_files(folder: Path, files: Iterable[ShardFile], produce: Produce, journal: Journal) -> int:
@@ -228,10 +200,7 @@ def write_files(folder: Path, files: Iterable[ShardFile], produce: Produce, jour
 def write_text(path: Path, text: str) -> None:
     """Write a small file; whatever happens, its name shows the old content or the new one."""
     hidden = path.with_name(_HIDDEN + path.name)
-    with hidden.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    publish.write_text(hidden, text)
     _rename(hidden, path)
 
 

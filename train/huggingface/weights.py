@@ -3,7 +3,7 @@
     open_weights(path) -> WeightSource      a run's folder, one checkpoint, or a Hugging Face folder
     load_model(source) -> Transformer       the whole model in one process, for evaluation and generation
 
-A tensor, or a range of its rows, is joined from the chunks that the ranks saved (the shards' headers have their
+A tensor, or a range of its rows, is joined from the shards that the ranks saved (the files' headers have their
 offsets); memory is bounded by the largest read. Weights are of one of three kinds:
 
     model    the parameters as the forward pass uses them
@@ -19,11 +19,12 @@ import json
 import math
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from parallel.shards import Shard
 from train.checkpoint import publish
 from train.data.tokenizer import TextTokenizer, load_tokenizer
 from train.data.trained_on import TrainedOn
@@ -81,14 +82,6 @@ class WeightSource(Protocol):
         """What tells a source from a changed one, as JSON, without reading its weights."""
 
 
-class SavedChunk(NamedTuple):
-    """What one rank saved of a tensor: first element and size along each dim."""
-
-    file: str
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-
 class CheckpointReader:
     """A published checkpoint as a `WeightSource`.
 
@@ -101,19 +94,20 @@ class CheckpointReader:
 
     def __init__(self, path: Path, kind: Kind = "model") -> None:
         self.path, self.notes = path, list[str]()
-        manifest = publish.read_manifest(path)
-        _check_sizes(path, manifest["files"])
+        self._manifest = manifest = publish.read_manifest(path)
+        for name, entry in manifest["files"].items():
+            file = path / name
+            if not file.is_file() or file.stat().st_size != entry["bytes"]:
+                found = f"has {file.stat().st_size} bytes, not {entry['bytes']}" if file.is_file() else "is missing"
+                raise ValueError(f"checkpoint {path} is damaged: {name} {found}; take another step_* beside it")
         self.state: dict[str, Any] = publish.read_json(path / publish.STATE)
         self.config = ModelConfig.from_dict(self.state["config"]["model"])
         # A run of `launch/ablate.py` names more; its weights are computed with as the plain recipe says.
-        known = {field.name for field in fields(Precision)}
-        self.precision = Precision(
-            **{name: value for name, value in self.state["config"]["precision"].items() if name in known}
-        )
-        self._manifest = manifest
+        saved = self.state["config"]["precision"]
+        self.precision = Precision(**{each.name: saved[each.name] for each in fields(Precision) if each.name in saved})
         self._tensors: dict[str, dict[str, Any]] = manifest["tensors"]
         self._files = OpenFiles(path, _damaged)
-        self._chunks = self._scan()
+        self._shards = self._scan()
         prefix = _KEY_PREFIXES[kind]
         self._keys = {
             name: prefix + name if prefix + name in self._tensors else f"model.{name}"
@@ -125,14 +119,11 @@ class CheckpointReader:
     @property
     def tokenizer(self) -> Path | None:
         """The checkpoint's own (imports bring one), or that of the run's store, relative to the working directory."""
-        own = self.path / "tokenizer.json"
-        if own.is_file() or "data" not in self.state["config"]:
-            return own if own.is_file() else None
-        store = Path(self.state["config"]["data"]["store"])
-        manifest = store / "manifest.json"
-        if not manifest.is_file():
-            return None
-        found: Path = store / json.loads(manifest.read_text(encoding="utf-8"))["tokenizer_file"]
+        found = self.path / "tokenizer.json"
+        if not found.is_file() and "data" in self.state["config"]:
+            store = Path(self.state["config"]["data"]["store"])
+            if (manifest := store / "manifest.json").is_file():
+                found = store / json.loads(manifest.read_text(encoding="utf-8"))["tokenizer_file"]
         return found if found.is_file() else None
 
     @property
@@ -156,11 +147,9 @@ class CheckpointReader:
         """See `WeightSource.read`."""
         shape, key = self.shape(name), self._keys[name]
         rows = range(shape[0]) if rows is None else rows
-        per_row = math.prod(shape[1:])
-        if tuple(self._tensors[key]["shape"]) == shape:
-            return self._read(key, rows.start, rows.stop)
-        flat = self._read(key, rows.start * per_row, rows.stop * per_row)
-        return flat.view(len(rows), *shape[1:])
+        is_flat = tuple(self._tensors[key]["shape"]) != shape
+        per_row = math.prod(shape[1:]) if is_flat else 1
+        return self._read(key, rows.start * per_row, rows.stop * per_row).view(len(rows), *shape[1:])
 
     def fingerprint(self) -> dict[str, Any]:
         """The manifest's hash: it has the hashes of all files."""
@@ -170,38 +159,35 @@ class CheckpointReader:
         """Compare the hash of every file with the manifest, which reads them all; a ValueError names a damaged one."""
         publish.verify(self.path)
 
-    def _scan(self) -> dict[str, list[SavedChunk]]:
-        """The chunks of each saved tensor, from the headers of all shards."""
-        chunks: dict[str, list[SavedChunk]] = {}
-        for file in self._manifest["files"]:
-            if not file.endswith(publish.SHARD_SUFFIX):
-                continue
-            shard = self._files[file]
-            saved = json.loads((shard.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
-            for key in shard.keys():  # noqa: SIM118  (no mapping, only a `keys` method)
-                sizes = tuple(shard.get_slice(key).get_shape())
+    def _scan(self) -> dict[str, list[tuple[str, Shard]]]:
+        """File and shard of all that the ranks saved of each tensor, from the headers."""
+        shards: dict[str, list[tuple[str, Shard]]] = {key: [] for key in self._tensors}
+        for name in (name for name in self._manifest["files"] if name.endswith(publish.SHARD_SUFFIX)):
+            file = self._files[name]
+            saved = json.loads((file.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+            for key in shards.keys() & set(file.keys()):
+                sizes = tuple(file.get_slice(key).get_shape())
                 offsets = tuple(saved.get(key, {}).get("saved_offsets", [0] * len(sizes)))
-                chunks.setdefault(key, []).append(SavedChunk(file, offsets, sizes))
-        return chunks
+                shards[key].append((name, Shard(tuple(self._tensors[key]["shape"]), offsets, sizes)))
+        return shards
 
     def _read(self, key: str, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of a saved tensor, from every chunk that meets them."""
+        """Rows `start` to `stop` of a saved tensor, from every shard that meets them."""
         entry = self._tensors[key]
         dtype = getattr(torch, entry["dtype"].removeprefix("torch."))
         out = torch.empty((stop - start, *entry["shape"][1:]), dtype=dtype)
         found = 0
-        for chunk in self._chunks.get(key, ()):
-            chunk_start = chunk.offsets[0]
-            first, last = max(start, chunk_start), min(stop, chunk_start + chunk.sizes[0])
+        for file, (_, offsets, sizes) in self._shards[key]:
+            first, last = max(start, offsets[0]), min(stop, offsets[0] + sizes[0])
             if first >= last:
                 continue
             view = out[first - start : last - start]
             for dim in range(1, out.dim()):
-                view = view.narrow(dim, chunk.offsets[dim], chunk.sizes[dim])
+                view = view.narrow(dim, offsets[dim], sizes[dim])
             try:
-                view.copy_(self._files[chunk.file].get_slice(key)[first - chunk_start : last - chunk_start])
+                view.copy_(self._files[file].get_slice(key)[first - offsets[0] : last - offsets[0]])
             except READ_ERRORS as error:
-                raise _damaged(self.path / chunk.file, error) from None
+                raise _damaged(self.path / file, error) from None
             found += view.numel()
         if found != out.numel():
             raise ValueError(f"{self.path} holds {found} of {out.numel()} elements asked of {key}: it is incomplete")
@@ -271,14 +257,6 @@ def load_model(source: WeightSource, *, precision: Precision | None = None, devi
             raise ValueError(f"{source.path} holds {name} as {list(source.shape(name))}, not {list(target.shape)}")
         target.copy_(source.read(name))
     return model.requires_grad_(requires_grad=False).eval()
-
-
-def _check_sizes(path: Path, files: dict[str, dict[str, Any]]) -> None:
-    for name, entry in files.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"]:
-            found = f"has {file.stat().st_size} bytes, not {entry['bytes']}" if file.is_file() else "is missing"
-            raise ValueError(f"checkpoint {path} is damaged: {name} {found}; take another step_* beside it")
 
 
 def _damaged(file: Path, error: Exception) -> ValueError:

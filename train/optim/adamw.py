@@ -13,9 +13,10 @@ ranks had cut it. Shapes: all companions are [elements], as long as their shard.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -65,49 +66,31 @@ class AdamW:
     """
 
     def __init__(
-        self,
-        buckets: Sequence[GradientBuckets],
-        config: OptimConfig,
-        flat_shards: Mapping[str, Shard] = MappingProxyType({}),
+        self, buckets: Sequence[GradientBuckets], config: OptimConfig, flat_shards: Mapping[str, Shard] | None = None
     ) -> None:
-        self.buckets, self.config = tuple(buckets), config
-        self._flat_shards = flat_shards
-        self._states: dict[str, _State] = {}
-        names: set[str] = set()
-        for bucket in self.buckets:
-            for name in bucket.parameters:
-                if name in names:
-                    raise ValueError(f"parameter name {name!r} appears twice; give each parameter its own name")
-                names.add(name)
-            for held in bucket.parameter_shards():
-                self._states[held.name] = self._adopt(held)
+        self.buckets, self.config, self._flat_shards = tuple(buckets), config, flat_shards or {}
+        names = Counter(name for bucket in self.buckets for name in bucket.parameters)
+        if name := next((name for name, count in names.items() if count > 1), None):
+            raise ValueError(f"parameter name {name!r} appears twice; give each parameter its own name")
+        self._states = {held.name: self._adopt(held) for bucket in self.buckets for held in bucket.parameter_shards()}
 
     def _adopt(self, held: ParameterShard) -> _State:
         start = held.shard.offsets[0]
         weights = held.parameter.detach().view(-1)[start : start + held.shard.numel]
         master = weights if weights.dtype == torch.float32 else weights.to(torch.float32)
-        moments_dtype = MOMENT_DTYPES[self.config.moments_dtype]
-        exp_avg, exp_avg_sq = (torch.zeros_like(master, dtype=moments_dtype) for _ in range(2))
-        return _State(held, master, exp_avg, exp_avg_sq)
+        dtype = MOMENT_DTYPES[self.config.moments_dtype]
+        return _State(held, master, torch.zeros_like(master, dtype=dtype), torch.zeros_like(master, dtype=dtype))
 
     @torch.no_grad()
     def step(self, *, lr: float, step: int) -> None:
         """Update this rank's masters, then give the new weights to all ranks; `step` counts from 1."""
         assert step >= 1, f"updates are counted from 1, got step {step}"
+        update = partial(adamw_update, lr=lr, betas=self.config.betas, eps=self.config.eps, step=step)
         for bucket in self.buckets:
             states = {held.name: self._states[held.name] for held in bucket.parameter_shards()}
             for name, state in states.items():
-                adamw_update(
-                    state.master,
-                    state.held.grad,
-                    state.exp_avg,
-                    state.exp_avg_sq,
-                    lr=lr,
-                    betas=self.config.betas,
-                    eps=self.config.eps,
-                    weight_decay=self.config.weight_decay if decays(name, state.held.parameter) else 0.0,
-                    step=step,
-                )
+                weight_decay = self.config.weight_decay if decays(name, state.held.parameter) else 0.0
+                update(state.master, state.held.grad, state.exp_avg, state.exp_avg_sq, weight_decay=weight_decay)
                 if self.config.moments_dtype == "fp8":
                     round_to_fp8(state.exp_avg)
                     round_to_fp8(state.exp_avg_sq)

@@ -32,9 +32,8 @@ def update_bias(bias: Tensor, counts: Tensor, speed: float) -> None:
     assert bias.shape == counts.shape, f"bias {tuple(bias.shape)} and counts {tuple(counts.shape)} differ"
     if speed == 0:
         return
-    experts = counts.shape[-1]
     # sign(mean - count) without a division: integers decide a tie exactly.
-    direction = torch.sign(counts.sum(dim=-1, keepdim=True) - counts * experts)  # [..., experts] int64
+    direction = torch.sign(counts.sum(dim=-1, keepdim=True) - counts * counts.shape[-1])  # [..., experts] int64
     # Not recentred: a common offset changes no choice, and the report doesn't mention it.
     bias.add_(direction.to(bias.dtype), alpha=speed)
 
