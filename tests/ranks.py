@@ -100,12 +100,7 @@ def _collect(connections: list[Connection], timeout_s: float) -> list[tuple[str 
 
 
 def _rank_main(
-    rank: int,
-    world: int,
-    folder: str,
-    sender: Connection,
-    function: Callable[..., Any],
-    arguments: tuple[object, ...],
+    rank: int, world: int, folder: str, sender: Connection, function: Callable[..., Any], arguments: tuple[object, ...]
 ) -> None:
     """One rank: settings as in conftest, a gloo group through a file, the function, its result."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -51,29 +51,17 @@ MISTAKES = {
         "model.hiden_size is not a configuration key: did you mean model.hidden_size?",
     ),
     "unknown section": (["schedul.lr_peak=1"], "did you mean schedule.lr_peak?"),
-    "forgotten section": (
-        ["lr_peak=1e-3"],
-        "lr_peak is not a configuration key: did you mean schedule.lr_peak?",
-    ),
+    "forgotten section": (["lr_peak=1e-3"], "lr_peak is not a configuration key: did you mean schedule.lr_peak?"),
     "unknown added key": (["+run.sed=3"], "run.sed is not a configuration key: did you mean run.seed?"),
-    "unknown forced key": (
-        ["++optim.epsilon=3"],
-        "optim.epsilon is not a configuration key: did you mean optim.eps?",
-    ),
+    "unknown forced key": (["++optim.epsilon=3"], "optim.epsilon is not a configuration key: did you mean optim.eps?"),
     "unknown nested key": (["model.rope_scaling={factr: 4.0}"], "did you mean model.rope_scaling.factor?"),
-    "incomplete nested section": (
-        ["model.rope_scaling={factor: 4.0}"],
-        "original_max_position_embeddings is missing",
-    ),
+    "incomplete nested section": (["model.rope_scaling={factor: 4.0}"], "original_max_position_embeddings is missing"),
     "Hydra's own key": (["hydra.run.dir=x"], "hydra.run.dir is not a configuration key"),
     "text for a number": (["schedule.lr_peak=abc"], "schedule.lr_peak=abc must be a number, not str"),
     "fraction for a whole number": (["run.seed=1.5"], "run.seed=1.5 must be a whole number, not float"),
     "truth for a number": (["run.seed=true"], "run.seed=True must be a whole number, not bool"),
     "number for a truth": (["run.resume=1"], "run.resume=1 must be true or false, not int"),
-    "number for a text": (
-        ["run.name=7"],
-        "run.name=7 must be text, not int; to mean the text, write 'run.name=\"7\"'",
-    ),
+    "number for a text": (["run.name=7"], "run.name=7 must be text, not int; to mean the text, write 'run.name=\"7\"'"),
     "null for a number": (["run.seed=null"], "run.seed=None must be a whole number"),
     "not a number": (["schedule.lr_peak=nan"], "schedule.lr_peak=nan must be a finite number"),
     "too short a list": (["optim.betas=[0.9]"], "optim.betas=[0.9] must be a list of 2 values"),
@@ -84,10 +72,7 @@ MISTAKES = {
     ),
     "unknown precision": (["precision.name=fp9"], "did you mean precision.name=fp8?"),
     "a section as a value": (["run=foo"], "run is a section: set its fields one by one, such as run.name"),
-    "given twice": (
-        ["run.seed=1", "run.seed=2"],
-        "run.seed is given twice, as 'run.seed=1' and 'run.seed=2'",
-    ),
+    "given twice": (["run.seed=1", "run.seed=2"], "run.seed is given twice, as 'run.seed=1' and 'run.seed=2'"),
     "not an override": (["lr"], "'lr' is not an override: write key=value"),
     "an option of another program": (["--help"], "'--help' is not an override"),
     "empty key": (["=3"], "'=3' is not an override"),
@@ -101,10 +86,7 @@ MISTAKES = {
     "name of no folder": (["run.name=../x"], "run.name='../x' names a folder"),
     "no folder": (["run.directory=''"], "run.directory is empty"),
     "negative seed": (["run.seed=-1"], "run.seed=-1 is out of range"),
-    "no micro-batch": (
-        ["run.micro_batch_sequences=0"],
-        "run.micro_batch_sequences=0 is too small: use 1 or more",
-    ),
+    "no micro-batch": (["run.micro_batch_sequences=0"], "run.micro_batch_sequences=0 is too small: use 1 or more"),
     "no threads": (["run.threads=0"], "run.threads=0 is too small: use 1 or more"),
 }
 
@@ -155,10 +137,7 @@ CONTRADICTIONS = {
         "run.eval_every_steps=5 asks for scores but data.heldout is null",
     ),
     "groups that do not divide the experts": (["model.n_group=3"], "model.n_routed_experts=8"),
-    "more experts than the chosen groups hold": (
-        ["model.num_experts_per_tok=5"],
-        "model.num_experts_per_tok=5",
-    ),
+    "more experts than the chosen groups hold": (["model.num_experts_per_tok=5"], "model.num_experts_per_tok=5"),
     "odd rotary part": (["model.qk_rope_head_dim=31"], "model.qk_rope_head_dim=31 must be even"),
     "break points out of order": (
         ["schedule.decay_until_tokens=1000", "schedule.constant_until_tokens=2000"],
@@ -189,26 +168,11 @@ def test_a_contradiction_is_one_sentence(overrides: list[str], sentence: str) ->
 FILE_MISTAKES = {
     "unknown field": ("model/tiny.yaml", "hidden_size:", "hiden_size:", "did you mean model.hidden_size?"),
     "missing field": ("model/tiny.yaml", "vocab_size: 1024", "", "model.vocab_size is missing"),
-    "wrong type": (
-        "optim/adamw.yaml",
-        "clip_norm: 1.0",
-        "clip_norm: one",
-        "optim.clip_norm=one must be a number",
-    ),
+    "wrong type": ("optim/adamw.yaml", "clip_norm: 1.0", "clip_norm: one", "optim.clip_norm=one must be a number"),
     "unknown field of run": ("pretrain.yaml", "  seed: 1234", "  sead: 1234", "did you mean run.seed?"),
-    "unknown field of an experiment": (
-        "experiment/tiny.yaml",
-        "  name: tiny",
-        "  nam: tiny",
-        "did you mean run.name?",
-    ),
+    "unknown field of an experiment": ("experiment/tiny.yaml", "  name: tiny", "  nam: tiny", "did you mean run.name?"),
     "unknown option of an experiment": ("experiment/tiny.yaml", "/model: tiny", "/model: tinny", "tinny"),
-    "field given twice": (
-        "optim/adamw.yaml",
-        "clip_norm: 1.0",
-        "clip_norm: 1.0\nclip_norm: 2.0",
-        "clip_norm",
-    ),
+    "field given twice": ("optim/adamw.yaml", "clip_norm: 1.0", "clip_norm: 1.0\nclip_norm: 2.0", "clip_norm"),
     "not YAML": ("optim/adamw.yaml", "clip_norm: 1.0", "clip_norm: [1.0", "adamw.yaml"),
     "a list for a section": ("pretrain.yaml", "\nrun:", "\noptimizer: [1]\nrun:", "did you mean optim?"),
 }

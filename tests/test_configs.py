@@ -185,19 +185,9 @@ def test_the_model_built_on_meta_has_the_closed_form_size(name: str) -> None:
 def test_what_the_sizes_of_v3_do_not_pin() -> None:
     """The numbers of §2.1.2 and §4.2 that no parameter count shows."""
     m = model_config("v3_671b")
-    assert (m.num_attention_heads, m.qk_nope_head_dim, m.qk_rope_head_dim, m.v_head_dim) == (
-        128,
-        128,
-        64,
-        128,
-    )
+    assert (m.num_attention_heads, m.qk_nope_head_dim, m.qk_rope_head_dim, m.v_head_dim) == (128, 128, 64, 128)
     assert (m.n_group, m.topk_group, m.num_experts_per_tok, m.norm_topk_prob) == (8, 4, 8, True)
-    assert (m.routed_scaling_factor, m.initializer_range, m.rms_norm_eps, m.rope_theta) == (
-        2.5,
-        0.006,
-        1e-6,
-        1e4,
-    )
+    assert (m.routed_scaling_factor, m.initializer_range, m.rms_norm_eps, m.rope_theta) == (2.5, 0.006, 1e-6, 1e4)
     # Plain RoPE at 4096 tokens: YaRN comes with context extension (§4.3).
     assert (m.rope_scaling, m.max_position_embeddings) == (None, 4096)
 

@@ -443,11 +443,7 @@ def test_uninitialised_memory_is_poisoned_and_algorithms_are_deterministic() -> 
 OFFENCES = [
     (test_a_long_file_says_why_it_is_one_idea, "train/a.py", '"""Two ideas."""\n' + "x = 1\n" * 600),
     (test_no_function_is_longer_than_the_limit, "train/a.py", "def f():\n" + "    x = 1\n" * 80),
-    (
-        test_no_function_has_more_parameters_than_the_limit,
-        "train/a.py",
-        "def f(a, b, c, d, e, *, f, g, h, i): 1",
-    ),
+    (test_no_function_has_more_parameters_than_the_limit, "train/a.py", "def f(a, b, c, d, e, *, f, g, h, i): 1"),
     (test_init_files_hold_a_docstring_only, "train/__init__.py", '"""Room."""\n__version__ = "1"\n'),
     (test_tests_are_no_packages, "tests/__init__.py", ""),
     (test_every_folder_of_code_is_a_package, "train/data/a.py", ""),

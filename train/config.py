@@ -76,12 +76,7 @@ class RunConfig:
             raise ConfigError("run.directory is empty: name a folder, such as runs")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"run.seed={self.seed} is out of range: choose one between 0 and 2**63 - 1")
-        lowest = {
-            "threads": 1,
-            "micro_batch_sequences": 1,
-            "max_consecutive_nonfinite": 1,
-            "eval_every_steps": 0,
-        }
+        lowest = {"threads": 1, "micro_batch_sequences": 1, "max_consecutive_nonfinite": 1, "eval_every_steps": 0}
         for field, low in lowest.items():
             value = getattr(self, field)
             if value is not None and value < low:

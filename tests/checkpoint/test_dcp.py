@@ -19,12 +19,7 @@ from train.checkpoint import dcp, publish
 from train.checkpoint.config import CheckpointConfig
 from train.checkpoint.dcp import Saver, latest, load, save
 
-STATE = {
-    "train_state": {"step": 10, "tokens_seen": 14_800_000_000_000},
-    "store": "sha",
-    "rate": 0.1,
-    "none": None,
-}
+STATE = {"train_state": {"step": 10, "tokens_seen": 14_800_000_000_000}, "store": "sha", "rate": 0.1, "none": None}
 
 
 def make_tensors(seed: int = 0) -> dict[str, Tensor]:
@@ -275,18 +270,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped byte in a shard": (lambda path: flip_byte(shard(path)), "shard-.*sha256"),
     "truncated shard": (lambda path: truncate(shard(path)), "shard-.*bytes where the manifest says"),
     "missing shard": (lambda path: shard(path).unlink(), "shard-.*is missing"),
-    "stray shard": (
-        lambda path: (path / "shard-9.safetensors").write_bytes(b""),
-        "shard-9.safetensors is not in",
-    ),
+    "stray shard": (lambda path: (path / "shard-9.safetensors").write_bytes(b""), "shard-9.safetensors is not in"),
     "flipped byte in the state": (lambda path: flip_byte(path / "state.json"), "state.json"),
     "missing state": (lambda path: (path / "state.json").unlink(), "state.json is missing"),
     "flipped byte in the manifest": (lambda path: flip_byte(path / "manifest.json"), "manifest.json"),
     "truncated manifest": (lambda path: truncate(path / "manifest.json"), "manifest.json is not JSON"),
-    "empty manifest": (
-        lambda path: (path / "manifest.json").write_text("{}"),
-        "manifest.json is not a manifest",
-    ),
+    "empty manifest": (lambda path: (path / "manifest.json").write_text("{}"), "manifest.json is not a manifest"),
     "missing manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
 }
 
@@ -333,18 +322,9 @@ def test_every_flipped_byte_of_the_small_files_is_noticed(tmp_path: Path) -> Non
     [
         (lambda t: t.update(new=torch.zeros(1)), "lacks new"),
         (lambda t: t.pop("counts"), "holds counts"),
-        (
-            lambda t: t.update(counts=torch.zeros(18, dtype=torch.int64)),
-            r"counts \(saved torch.int64 \[17\], wanted",
-        ),
-        (
-            lambda t: t.update(counts=torch.zeros(17)),
-            r"counts \(saved torch.int64 \[17\], wanted torch.float32",
-        ),
-        (
-            lambda t: t.update(step=torch.zeros(1, dtype=torch.int64)),
-            r"step \(saved torch.int64 \[\], wanted",
-        ),
+        (lambda t: t.update(counts=torch.zeros(18, dtype=torch.int64)), r"counts \(saved torch.int64 \[17\], wanted"),
+        (lambda t: t.update(counts=torch.zeros(17)), r"counts \(saved torch.int64 \[17\], wanted torch.float32"),
+        (lambda t: t.update(step=torch.zeros(1, dtype=torch.int64)), r"step \(saved torch.int64 \[\], wanted"),
     ],
     ids=["missing", "unexpected", "shape", "dtype", "0-d against 1-d"],
 )

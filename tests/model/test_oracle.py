@@ -47,12 +47,7 @@ BASE: dict[str, Any] = {
     "num_nextn_predict_layers": 1,
 }
 YARN = YarnScaling(
-    factor=40.0,
-    original_max_position_embeddings=64,
-    beta_fast=32.0,
-    beta_slow=1.0,
-    mscale=1.0,
-    mscale_all_dim=1.0,
+    factor=40.0, original_max_position_embeddings=64, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0
 )
 CASES: dict[str, dict[str, Any]] = {
     "groups 4, top 2": {},

@@ -172,10 +172,7 @@ LINEARS: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]] =
     "kept": ((130, 256), lambda x, w: fp8.fp8_linear_of_kept(x, w, power_of_two=True)),
     "swiglu": ((130, 128), lambda x, w: fp8.fp8_swiglu_linear(x, w, power_of_two=True)),
     "grouped": ((3, 130, 256), lambda x, w: grouped_fp8_linear(x, w, ENDS, power_of_two=True)),
-    "grouped swiglu": (
-        (3, 130, 128),
-        lambda x, w: fp8.grouped_fp8_swiglu_linear(x, GATES, w, ENDS, power_of_two=True),
-    ),
+    "grouped swiglu": ((3, 130, 128), lambda x, w: fp8.grouped_fp8_swiglu_linear(x, GATES, w, ENDS, power_of_two=True)),
 }
 
 

@@ -53,10 +53,7 @@ def fill_main_grads(parameters: dict[str, nn.Parameter], *, seed: int) -> None:
 def torch_adamw(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
     spared = [p for name, p in parameters.items() if "norm" in name]
     decayed = [p for name, p in parameters.items() if "norm" not in name]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
 
 

@@ -53,13 +53,7 @@ def rank_main(rank: int, world: int, folder: Path, timeout_s: float, host_rank: 
     scoped = dist.PrefixStore("attempt_0", store)
     ending = functools.partial(end_process, exit_code=EXIT_CODE)
     with Watchdog(
-        scoped,
-        rank,
-        world,
-        peer_timeout_s=timeout_s,
-        describe=f"dp {rank}",
-        store_rank=host_rank,
-        on_death=ending,
+        scoped, rank, world, peer_timeout_s=timeout_s, describe=f"dp {rank}", store_rank=host_rank, on_death=ending
     ) as watchdog:
         while not watchdog.watching:
             time.sleep(0.01)
@@ -398,11 +392,7 @@ def test_the_first_death_is_the_one_that_is_reported() -> None:
     for dog in dogs:
         dog.finish()
     who = f"rank 1 (ep 1, host {socket.gethostname()}, pid {os.getpid()}) is dead: out of memory"
-    assert told == [
-        f"rank 0 ends because {who}",
-        f"rank 1 ends because {who}",
-        f"rank 2 ends because {who}",
-    ]
+    assert told == [f"rank 0 ends because {who}", f"rank 1 ends because {who}", f"rank 2 ends because {who}"]
     # Its own announcement gives rank 1 the timeout to end in its own way; it did not, so it is ended too.
     assert heard == {rank: [told[rank]] for rank in range(3)}
 

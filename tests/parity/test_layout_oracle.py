@@ -34,10 +34,7 @@ GRADIENT_BOUND, LOSS_BOUND = 1e-4, 1e-5
 # Five layers, so that two stages a rank are uneven; one of them dense.
 CONFIG = ModelConfig(**{**BASE, "num_hidden_layers": 5, "num_nextn_predict_layers": 0})
 SEQUENCES, LENGTH = 8, 37
-LAYOUTS = {
-    "1F1B": Layout(pp=2, dp=2, ep=2),
-    "ZBVZeroBubble": Layout(pp=2, dp=2, ep=2, schedule="ZBVZeroBubble"),
-}
+LAYOUTS = {"1F1B": Layout(pp=2, dp=2, ep=2), "ZBVZeroBubble": Layout(pp=2, dp=2, ep=2, schedule="ZBVZeroBubble")}
 
 
 class Truth(NamedTuple):

@@ -176,8 +176,7 @@ def test_too_few_ranks_are_refused_in_one_sentence(start: Start, two_ranks: list
     batch = ["schedule.batch_start_sequences=4", "schedule.batch_full_sequences=4"]
     launch = start(*changed, *batch, "layout.dp=4", PYTHONPATH=str(tmp_path))
     assert_refused(
-        launch,
-        "pretrain: 2 processes were started, but layout.pp=1 x layout.dp=4 needs 4: start 4, or set layout.dp=2",
+        launch, "pretrain: 2 processes were started, but layout.pp=1 x layout.dp=4 needs 4: start 4, or set layout.dp=2"
     )
     assert not (tmp_path / "run").exists(), "refused before anything is made"
 

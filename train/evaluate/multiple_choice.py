@@ -160,10 +160,7 @@ def score_multiple_choice(
 
 
 def _score_one_way(
-    way: str,
-    model: LanguageModel,
-    questions: Sequence[MultipleChoiceQuestion],
-    requests: Sequence[LikelihoodRequest],
+    way: str, model: LanguageModel, questions: Sequence[MultipleChoiceQuestion], requests: Sequence[LikelihoodRequest]
 ) -> dict[str, object]:
     answers = iter(model.scorer.score(requests))
     # (category, metric -> whether it picks the right option) of each question.

@@ -64,10 +64,7 @@ def score_store(
     """Score a model on a whole store, in batches of `batch_sequences` samples with or without document ids."""
     nats, targets = 0.0, 0
     batches = iterate_windows(
-        store,
-        sequence_length=sequence_length,
-        batch_sequences=batch_sequences,
-        mask_documents=mask_documents,
+        store, sequence_length=sequence_length, batch_sequences=batch_sequences, mask_documents=mask_documents
     )
     for batch in batches:
         batch_nats, batch_targets = loss_of_batch(batch)

@@ -181,12 +181,7 @@ class Decoder:
         weight = self.model.embed_tokens.weight
         assert isinstance(weight, Tensor)
         return LatentCache(
-            self.config,
-            sequences=sequences,
-            slots=slots,
-            dtype=weight.dtype,
-            device=weight.device,
-            drafting=drafting,
+            self.config, sequences=sequences, slots=slots, dtype=weight.dtype, device=weight.device, drafting=drafting
         )
 
     # Not inference mode: `weight_fp8` keeps its copy on the weight, where training must be able to use it.

@@ -199,12 +199,7 @@ def measure(
     def timed(batch: Sequence[GenerationRequest], *, drafting: bool) -> tuple[float, list[Completion]]:
         started = time.perf_counter()
         done = generate(
-            decoder,
-            batch,
-            batch_tokens=settings.batch_tokens,
-            sampling=settings.sampling,
-            eos=None,
-            drafting=drafting,
+            decoder, batch, batch_tokens=settings.batch_tokens, sampling=settings.sampling, eos=None, drafting=drafting
         )
         return sum(len(completion.ids) for completion in done) / (time.perf_counter() - started), done
 

@@ -43,10 +43,7 @@ class RopeTables:
         key = (num_tokens, device)
         if key not in self._tables:
             cos, sin = rope_tables(
-                num_tokens,
-                self._config.qk_rope_head_dim,
-                self._config.rope_theta,
-                yarn=self._config.rope_scaling,
+                num_tokens, self._config.qk_rope_head_dim, self._config.rope_theta, yarn=self._config.rope_scaling
             )
             self._tables[key] = (cos.to(device), sin.to(device))
         return self._tables[key]
@@ -87,12 +84,7 @@ class MultiHeadLatentAttention(nn.Module):
         latents = self.q_kv_a_proj(x)
         if self.recompute and torch.is_grad_enabled():
             o: Tensor = checkpoint(
-                self.attend,
-                latents,
-                document_ids,
-                use_reentrant=False,
-                preserve_rng_state=False,
-                context_fn=_keep_core,
+                self.attend, latents, document_ids, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_core
             )
         else:
             o = self.attend(latents, document_ids)

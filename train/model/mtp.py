@@ -26,13 +26,7 @@ class MultiTokenPredictor(nn.Module):
     """Depth k as layer `num_hidden_layers + k - 1` of the checkpoint: enorm, hnorm, eh_proj, a block, a norm."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        precision: Precision,
-        rope: RopeTables,
-        dispatcher: TokenDispatcher,
-        *,
-        layer_id: int,
+        self, config: ModelConfig, precision: Precision, rope: RopeTables, dispatcher: TokenDispatcher, *, layer_id: int
     ) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps

@@ -265,10 +265,7 @@ def test_bytes_of_an_update() -> None:
     dense, expert = 187_105_280 + 2_048 + 14_336 + 44_040_192, 4 * 44_040_192
     router = 1_835_008
     assert update_bytes(V3, H800, table, precision="fp8") == {
-        "dp": {
-            "gradients": 4 * (dense + router) * 127 / 128,
-            "weights": (2 * dense + 4 * router) * 127 / 128,
-        },
+        "dp": {"gradients": 4 * (dense + router) * 127 / 128, "weights": (2 * dense + 4 * router) * 127 / 128},
         "edp": {"gradients": 4 * expert / 2, "weights": 2 * expert / 2},
     }
     whole_states = Layout(pp=16, dp=128, ep=128, schedule="ZBVZeroBubble", zero=False)
