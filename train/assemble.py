@@ -40,7 +40,7 @@ from train.step import Engine
 if TYPE_CHECKING:
     from train.huggingface.weights import WeightSource
 
-# Ranks that have written wait for the slowest one of a save.
+# Of a save: a rank that has written waits for the slowest one.
 SAVE_TIMEOUT_S = 3600
 
 
@@ -167,7 +167,7 @@ def fill(model: Transformer, source: WeightSource) -> None:
         if name not in held:
             raise ValueError(f"{source.path} lacks {name}: it is incomplete; fetch or export it again")
         first = shards[name].shard.offsets[0] if name in shards else 0
-        # In place, so that the weight's version rises and its FP8 copy is made anew.
+        # In place, so that the weight's version rises and its FP8 copy is made again.
         target.copy_(source.read(name, range(first, first + len(target))))
 
 

@@ -66,7 +66,7 @@ class _Followed:
 
 
 class Follower:
-    """Run directories, or folders in which runs appear, read again and again."""
+    """Run directories, or folders in which runs appear, polled."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self._folders = list(folders)
