@@ -4,12 +4,14 @@
     dgrad:  dx = dy @ W           dy in 1x128 tiles (one token, 128 channels),   the same blocks, transposed
     wgrad:  dW = dy.T @ x         dy and x in 128x1 tiles (128 tokens, one channel), FP32 result
 
-The FP8 linears keep only x's E4M3 payload and scales for backward, and regroup them for wgrad. Backward computes dgrad
-and hands wgrad to `kernels.deferred`; the weight gradient reaches `weight.main_grad` there, and autograd sees None.
+The FP8 linears keep x's E4M3 payload and scales for backward, if not said otherwise, and regroup them for wgrad.
+Backward computes dgrad and hands wgrad to `kernels.deferred`; the weight gradient reaches `weight.main_grad` there, and
+autograd sees None.
 
 Shapes: x [..., in], weight [out, in]; grouped: x [rows, in] sorted by expert with zeros in padding rows, weight
 [groups, out, in], group_ends [groups] int32, exclusive end rows, multiples of 128; results are zero from the last end
-on. Inputs and weights are fp32 or bf16, results have the input's dtype. Shapes that do not fit are a ValueError.
+on. Inputs and weights are fp32 or bf16; results have the input's dtype unless said otherwise. Wrong shapes are a
+ValueError; so are bad group_ends on a CPU, while a GPU kernel reads them unchecked.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
     scale = amax / 448, at least 2^-126, optionally with its mantissa rounded up and away; 1 for zeros
     y     = x / scale; for a power of two x * (1/scale), which is the same number
 
-All kernels here are bound by memory. Each program loads a tile once, in 16-byte accesses (counted by `tests/kernels/
-test_hopper_codegen.py`), and writes every layout from registers: per element from BF16 `quantize_tiles` and
-`quantize_tiles_transposed` move 3 bytes, `quantize_tiles_both` and `quantize_blocks` 4, `requantize_transposed` 2,
+All kernels here are bound by memory. Each program loads a tile once, in 16-byte accesses (counted by
+`tests/kernels/test_hopper_codegen.py`), and writes every layout from registers: per element from BF16 `quantize_tiles`
+and `quantize_tiles_transposed` move 3 bytes, `quantize_tiles_both` and `quantize_blocks` 4, `requantize_transposed` 2,
 `dequantize_tiles` 3. Offsets are int64. Source: arXiv:2412.19437 §3.3.2, §3.5.2.
 """
 
