@@ -193,6 +193,8 @@ def build_engine(
             fill(stage.model, source)
         if recompute:
             recompute_up_projections(stage.model)
+    if source is not None:
+        source.close()
     return assemble(stages, optim, mesh)
 
 

@@ -111,12 +111,12 @@ def compute_gradients(
     for stage in engine.stages.values():
         stage.begin(weights, metrics, health)
     engine.pipeline.run(batch.inputs(mesh.device), num_micro_batches=num_micro_batches)
-    metrics.reduce(mesh.world)
-    if health is not None:
-        health.reduce(mesh.world)
     norm = reduce_and_clip(
         optimizer.buckets, num_targets=num_targets, max_norm=optimizer.config.clip_norm, world=mesh.world
     )
+    metrics.reduce(mesh.world)
+    if health is not None:
+        health.reduce(mesh.world)
     main, *further = (metrics.losses / num_targets.clamp(min=1)).unbind()
     mtp = torch.stack(further).mean() if further else torch.zeros_like(main)
     balance = metrics.balance.sum() / now.batch_sequences

@@ -197,9 +197,9 @@ class Trainer:
 
     def save(self, sinks: Sinks | NoSinks) -> None:
         """Stage a checkpoint of this step, after the one before it is published; writing goes on behind."""
-        tensors, state = self.tensors(), {"identity": self.identity(), "config": asdict(self.config)}
         self.wait_for_save(sinks)
-        self.saver.save_async(self.state.step, tensors, state | {"train_state": self.state.to_json()})
+        state = {"identity": self.identity(), "config": asdict(self.config), "train_state": self.state.to_json()}
+        self.saver.save_async(self.state.step, self.tensors(), state)
         self.saved_step = self.announce_step = self.state.step
 
     def wait_for_save(self, sinks: Sinks | NoSinks) -> None:

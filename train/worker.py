@@ -92,6 +92,8 @@ def open_here(config: PretrainConfig, info: WorkerInfo) -> Opened:
         ValueError: one of them is missing here.
     """
     device = choose_device(config.run.device)
+    resources = open_resources(config)
+    # The first touch of a GPU comes after what may be refused without one.
     if device.type == "cuda" and info.store is not None:
         if info.local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -100,7 +102,6 @@ def open_here(config: PretrainConfig, info: WorkerInfo) -> Opened:
             )
         device = torch.device("cuda", info.local_rank)
         torch.cuda.set_device(device)
-    resources = open_resources(config)
     return Opened(device, config.network.backend_for(device.type), resources)
 
 

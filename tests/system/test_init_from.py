@@ -18,7 +18,7 @@ from tests.tiny_model import TINY
 from train.assemble import build_alone, build_engine, first_weights
 from train.checkpoint.dcp import save
 from train.config import PretrainConfig, compose
-from train.huggingface.weights import WeightSource, open_weights
+from train.huggingface.weights import CheckpointReader, WeightSource, open_weights
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
@@ -76,17 +76,20 @@ def test_the_first_weights_and_masters_are_the_old_runs(config: PretrainConfig, 
 
 def test_a_run_opens_its_first_weights_once(config: PretrainConfig, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of many shards is read by its headers each time it is opened, on every rank."""
-    opened: list[Path] = []
+    sources: list[WeightSource] = []
 
     def counted(path: Path) -> WeightSource:
-        opened.append(path)
-        return open_weights(path)
+        sources.append(open_weights(path))
+        return sources[-1]
 
     monkeypatch.setattr(train.huggingface.weights, "open_weights", counted)
     # The run is built and resumed as ever; its steps read no weights.
     monkeypatch.setattr(Trainer, "fit", lambda trainer: trainer.state)
     pretrain(config, WorkerInfo())
-    assert opened == [old]
+    (source,) = sources
+    assert isinstance(source, CheckpointReader)
+    assert source.path.parent.parent == old
+    assert len(source._files) == 0, "no file stays open for the length of the run"
 
 
 def test_a_resume_takes_the_runs_own_checkpoint_and_needs_the_old_one_no_more(

@@ -144,6 +144,10 @@ class HfReader:
             raise ValueError(f"{self.path} holds a negative scale in {scale_name}: it is damaged; fetch it again")
         return Quantized(self._slice(released, range(first, last)), scale), slice(rows.start - first, rows.stop - first)
 
+    def close(self) -> None:
+        """Let go of open files."""
+        self._files.close()
+
     def fingerprint(self) -> dict[str, Any]:
         """Size and time of every file: what tells this folder from a changed one without reading its weights."""
         files = sorted({stored.file for stored in self.stored.values()})

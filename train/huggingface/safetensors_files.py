@@ -70,6 +70,10 @@ class OpenFiles:
     def __len__(self) -> int:
         return len(self._open)
 
+    def close(self) -> None:
+        """Let go of every file; the next access opens it again."""
+        self._open.clear()
+
     def __getitem__(self, name: str) -> Any:
         if name not in self._open:
             if len(self._open) >= OPEN_FILES:

@@ -74,6 +74,9 @@ class WeightSource(Protocol):
             ValueError: the files do not hold it; named.
         """
 
+    def close(self) -> None:
+        """Let go of open files; a later `read` opens them again."""
+
     @property
     def notes(self) -> list[str]:
         """What a user should know of what was found, one sentence each."""
@@ -150,6 +153,10 @@ class CheckpointReader:
         is_flat = tuple(self._tensors[key]["shape"]) != shape
         per_row = math.prod(shape[1:]) if is_flat else 1
         return self._read(key, rows.start * per_row, rows.stop * per_row).view(len(rows), *shape[1:])
+
+    def close(self) -> None:
+        """Let go of open files."""
+        self._files.close()
 
     def fingerprint(self) -> dict[str, Any]:
         """The manifest's hash: it has the hashes of all files."""
