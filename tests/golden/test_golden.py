@@ -43,7 +43,10 @@ def assert_same(actual: list[dict[str, str]], expected: list[dict[str, str]]) ->
     assert here != GOLDEN["recorded_on"], first
     outside = [item for item in different if abs(item[2] - item[3]) > BOUND * abs(item[3])]
     assert not outside, f"beyond {BOUND}: {outside[0]}"
-    pytest.skip(f"bits not compared: recorded on {GOLDEN['recorded_on']}, this is {here}; within {BOUND}; {first}")
+    pytest.skip(
+        f"bits not compared: recorded on {GOLDEN['recorded_on']}, this is {here}; within {BOUND}; {first}. A machine "
+        "like the first compares them; at a commit known to be right, `python -m tests.golden.runs` records this one's"
+    )
 
 
 # BF16 in `make test`, the others in `make test-long`.
