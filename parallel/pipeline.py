@@ -12,20 +12,21 @@ A stage is any module called as `stage(inbound, **inputs)`: every rank gets the 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import get_schedule_class
 
 from kernels import deferred
 from parallel.layout import SCHEDULES, num_stages, rank_of_stage, schedule_facts
 from parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from parallel.pipeline_stage import ScheduledStage
 
 Inputs = Mapping[str, Tensor]
 
@@ -94,129 +95,12 @@ def balanced_v(costs: Sequence[float], ranks: int) -> tuple[int, ...]:
     return best_cut(lambda joined, first, last: joined + first**2 + last**2, most_expensive)[1]
 
 
-def balanced_layers(costs: Sequence[float], schedule: str, pp: int) -> tuple[int, ...]:
+@cache  # a second or two for V3 on 16 ranks, asked for by the plan and by the model
+def balanced_layers(costs: tuple[float, ...], schedule: str, pp: int) -> tuple[int, ...]:
     """Layers of each stage that minimise the cost of the most expensive pipeline rank."""
     if pp > 1 and schedule_facts(schedule).placement == "v":
         return balanced_v(costs, pp)
     return balanced_split(costs, num_stages(schedule, pp))
-
-
-class _Waiting:
-    """Weight gradients of one rank's stages between the I slot that made them and their W slot, at most `limit`."""
-
-    # A zero-bubble schedule lets them pile up in its cool-down: on V3's last rank 31 stages' worth, each holding the
-    # operands of its GEMMs. Beyond the limit the oldest runs at once, and its slot is then empty. The order stays the
-    # same, so no bit changes.
-    def __init__(self, limit: int | None) -> None:
-        self.limit = limit
-        self._runners: deque[Callable[[], None]] = deque()
-
-    def add(self, runner: Callable[..., None]) -> Callable[[], None]:
-        """Let a runner wait; returns what the W slot calls, which runs it unless it has run."""
-
-        def run() -> None:
-            if run in self._runners:
-                self._runners.remove(run)
-                runner()
-
-        self._runners.append(run)
-        while self.limit is not None and len(self._runners) > self.limit:
-            self._runners[0]()
-        return run
-
-
-class _Stage(PipelineStage):
-    """A stage whose receive buffers live from the receive to the end of that micro-batch's backward."""
-
-    # torch keeps one pair per micro-batch for the whole run: at V3's size, 120 micro-batches of 59 MB, twice.
-    # sends_itself: for a schedule that sends in batches of one direction and waits for them at the step's end only;
-    # 1F1B mixes directions, and waits by itself.
-    def __init__(self, *args: Any, waiting: _Waiting, sends_itself: bool, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._receives: dict[tuple[str, int], list[dist.P2POp]] = {}
-        self._sends: deque[Any] = deque()
-        self._waiting, self._sends_itself = waiting, sends_itself
-
-    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
-        return self._without_memory(super()._prepare_forward_infra, *args, **kwargs)
-
-    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
-        return self._without_memory(super()._prepare_backward_infra, *args, **kwargs)
-
-    def _warmup_forward_vote(self, has_backward: bool, received_acc: Tensor | None = None) -> Tensor:
-        """Every stage states its shapes, so there is nothing to vote on, and no message to send."""
-        return torch.tensor([1], dtype=torch.int32)
-
-    def _warmup_backward_result(self, received_result: Tensor | None = None) -> Tensor:
-        return torch.tensor([1], dtype=torch.int32)
-
-    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
-        """No first messages either: before torch 2.13 a V's turning point would send one to itself."""
-        return []
-
-    def _without_memory(self, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Let torch allocate its buffers on the meta device: shapes without memory."""
-        device, self.device = self.device, torch.device("meta")
-        try:
-            return prepare(*args, **kwargs)
-        finally:
-            self.device = device
-
-    def _move_buffers(self, infos: Sequence[Any], device: torch.device | str) -> None:
-        """Give each receive buffer memory, or take it away again; other entries of `infos` have none."""
-        for info in infos:
-            buffer: Tensor | None = getattr(info, "buffer", None)
-            if buffer is not None:
-                info.buffer = torch.empty_like(buffer, device=device, requires_grad=buffer.requires_grad)
-
-    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        self._move_buffers(self.args_recv_info[fwd_chunk_id], self.device)
-        operations = self._receives["forward", fwd_chunk_id] = super().get_fwd_recv_ops(fwd_chunk_id)
-        return operations
-
-    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._send(super().get_fwd_send_ops(fwd_chunk_id))
-
-    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._send(super().get_bwd_send_ops(bwd_chunk_id))
-
-    def _send(self, operations: list[dist.P2POp]) -> list[dist.P2POp]:
-        """Send now and release what has arrived, where the runtime would hold every send until the step's end."""
-        if not self._sends_itself:
-            return operations
-        for sent in operations:
-            self._sends.append(sent.op(sent.tensor, group=sent.group, tag=sent.tag, group_dst=sent.group_peer))
-        while self._sends and self._sends[0].is_completed():
-            self._sends.popleft().wait()
-        return []
-
-    def finish_sends(self) -> None:
-        """Wait for the sends under way."""
-        while self._sends:
-            self._sends.popleft().wait()
-
-    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        if self.has_backward and not self.is_last:
-            self._move_buffers(self.grad_recv_info[bwd_chunk_id], self.device)
-        operations = self._receives["backward", bwd_chunk_id] = super().get_bwd_recv_ops(bwd_chunk_id)
-        return operations
-
-    def _release(self, direction: str, chunk_id: int, infos: Sequence[Any]) -> None:
-        """Drop a received buffer; torch's 1F1B holds the list of receives, and with it the buffer, until the next."""
-        self._receives.pop((direction, chunk_id), []).clear()
-        self._move_buffers(infos, "meta")
-
-    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-        # What backward needs of it is held in fwd_cache until backward takes it out.
-        self._release("forward", fwd_chunk_id, self.args_recv_info[fwd_chunk_id])
-        return output
-
-    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
-        if bwd_chunk_id in self.dw_runner:
-            self.dw_runner[bwd_chunk_id] = self._waiting.add(self.dw_runner[bwd_chunk_id])
-        self._release("backward", bwd_chunk_id, self.grad_recv_info[bwd_chunk_id])
 
 
 class Pipeline:
@@ -234,8 +118,7 @@ class Pipeline:
         self.num_stages = num_stages(mesh.layout.schedule, mesh.pp.size)
         self._built_for: tuple[object, ...] | None = None
         self._schedule: Any = None
-        self._running: list[_Stage] = []
-        self._waiting = _Waiting(mesh.layout.max_waiting_wgrads)
+        self._running: list[ScheduledStage] = []
 
     def run(self, inputs: Inputs, *, num_micro_batches: int) -> None:
         """Forward and backward of every micro-batch; gradients go to `main_grad`, losses to the stages' step metrics.
@@ -315,13 +198,16 @@ class Pipeline:
             self._built_for = wanted
         return self._schedule
 
-    def _new_stages(self, sample: Tensor) -> list[_Stage]:
+    def _new_stages(self, sample: Tensor) -> list[ScheduledStage]:
         """This rank's stages as torch wants them; `sample` is the token ids of one micro-batch on the meta device."""
+        from parallel.pipeline_stage import ScheduledStage, WaitingWgrads
+
         # Shapes are given: else torch runs the model once to infer them.
         hidden = self._empty_hidden(sample).requires_grad_()
         loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
+        waiting = WaitingWgrads(self.mesh.layout.max_waiting_wgrads)
         return [
-            _Stage(
+            ScheduledStage(
                 module,
                 index,
                 self.num_stages,
@@ -330,13 +216,15 @@ class Pipeline:
                 output_args=loss if index == self.num_stages - 1 else hidden,
                 group=self.mesh.pp.group,
                 dw_builder=deferred.take,
-                waiting=self._waiting,
+                waiting=waiting,
                 sends_itself=SCHEDULES[self.mesh.layout.schedule].stages_per_rank > 1,
             )
             for index, module in sorted(self.stages.items())
         ]
 
-    def _new_schedule(self, stages: list[_Stage], num_micro_batches: int) -> Any:
+    def _new_schedule(self, stages: list[ScheduledStage], num_micro_batches: int) -> Any:
+        from torch.distributed.pipelining.schedules import get_schedule_class
+
         facts = SCHEDULES[self.mesh.layout.schedule]
         given = stages if facts.stages_per_rank > 1 else stages[0]
         schedule = get_schedule_class(facts.name)

@@ -19,12 +19,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-import parallel.pipeline
+import parallel.pipeline_stage
 from kernels import deferred
 from kernels.cross_entropy import cross_entropy_sum
 from parallel.layout import SCHEDULES, Layout, stage_ids
 from parallel.mesh import init_processes, make_mesh
-from parallel.pipeline import Pipeline, _Waiting
+from parallel.pipeline import Pipeline
+from parallel.pipeline_stage import WaitingWgrads
 from tests.operator_calls import OperatorCalls
 from tests.parity.layout_theorem import NOW, batch_of, engine_on, gradient_pieces
 from train.data.batch import Batch
@@ -90,7 +91,7 @@ def has_memory(info: Any) -> bool:
     return buffer is not None and not buffer.is_meta
 
 
-class WatchedStage(parallel.pipeline._Stage):
+class WatchedStage(parallel.pipeline_stage.ScheduledStage):
     """The stage of the product, telling WATCH what it does."""
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
@@ -235,7 +236,7 @@ class Walker:
     """The engine of this rank and one of the whole model, through CASES."""
 
     def __init__(self, layout: Layout) -> None:
-        parallel.pipeline._Stage = WatchedStage  # type: ignore[misc]
+        parallel.pipeline_stage.ScheduledStage = WatchedStage  # type: ignore[misc]
         self.engine, self.alone = engine_on(layout, "fp32"), engine_on(None, "fp32")
         self.weights = weights_of(self.engine)
         self.schedules: list[Any] = []
@@ -411,9 +412,9 @@ def let_wait(rank: int, world: int, limits: list[int | None]) -> list[tuple[int,
 def _let_wait(limit: int | None) -> tuple[int, dict[str, str]]:
     layout = Layout(pp=2, schedule="ZBVZeroBubble", stage_layers=(2, 1, 1, 1), max_waiting_wgrads=limit)
     most = 0
-    add = _Waiting.add
+    add = WaitingWgrads.add
 
-    def counting(self: _Waiting, runner: Callable[..., None]) -> Callable[[], None]:
+    def counting(self: WaitingWgrads, runner: Callable[..., None]) -> Callable[[], None]:
         nonlocal most
         run = add(self, runner)
         most = max(most, len(self._runners))
@@ -421,7 +422,7 @@ def _let_wait(limit: int | None) -> tuple[int, dict[str, str]]:
 
     engine = engine_on(layout, "bf16")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Waiting, "add", counting)
+        patch.setattr(WaitingWgrads, "add", counting)
         gradients_of(engine, 8, 2)
     assert deferred.pending() == 0
     grads = copied_gradients(engine)

@@ -16,7 +16,8 @@ import pytest
 from torch.distributed.pipelining import PipelineStage
 
 from parallel.layout import SCHEDULES, Layout
-from parallel.pipeline import _Stage, _Waiting, balanced_layers, balanced_split, balanced_v
+from parallel.pipeline import balanced_layers, balanced_split, balanced_v
+from parallel.pipeline_stage import ScheduledStage, WaitingWgrads
 from tests.parallel.pipeline_ranks import CASES, COUNTED, Walks, announced, let_wait, walk
 from tests.parity.layout_theorem import MODEL
 from tests.ranks import run_ranks
@@ -282,7 +283,7 @@ def test_a_send_is_let_go_as_soon_as_the_backend_reports_it_done(monkeypatch: py
     torchs = Sending(messages)
     monkeypatch.setattr(PipelineStage, "__init__", lambda self: None)
     monkeypatch.setattr(PipelineStage, "get_fwd_send_ops", lambda self, i: torchs.get_fwd_send_ops(i))
-    stage = _Stage(waiting=_Waiting(None), sends_itself=True)
+    stage = ScheduledStage(waiting=WaitingWgrads(None), sends_itself=True)
     assert stage.get_fwd_send_ops(0) == stage.get_fwd_send_ops(1) == [], "nothing is left for the runtime to hold"
     messages[0].arrived = True
     stage.get_fwd_send_ops(2)
@@ -294,5 +295,5 @@ def test_a_send_is_let_go_as_soon_as_the_backend_reports_it_done(monkeypatch: py
     stage.finish_sends()
     assert all(message.waited for message in messages)
     assert not stage._sends
-    mixed = _Stage(waiting=_Waiting(None), sends_itself=False)
+    mixed = ScheduledStage(waiting=WaitingWgrads(None), sends_itself=False)
     assert mixed.get_fwd_send_ops(1) == [torchs.operations[1]], "1F1B batches and waits by itself"

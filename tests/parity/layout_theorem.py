@@ -237,12 +237,14 @@ class Reference:
     closest_tie: float
 
 
-def write_reference(rank: int, world: int, folder: Path, precision: str, expert_ranks: int = 1) -> Reference:
+def write_reference(
+    rank: int, world: int, folder: Path, precision: str, expert_ranks: int = 1, steps: int = STEPS
+) -> Reference:
     """The free-running trajectory of one process, written to a folder step by step."""
     engine, losses = engine_on(None, precision, expert_ranks=expert_ranks), []
     book = RouterBook(first_micro_batch=0)
     book.watch(engine)
-    for step in range(STEPS):
+    for step in range(steps):
         state = {name: _local(value).clone() for name, value in state_of(engine).items()}
         save_file(state, folder / f"state_{step}.safetensors")
         book.begin({})

@@ -199,7 +199,7 @@ def flops_per_token(
     return dict(flops)
 
 
-def layer_costs(config: ModelConfig) -> list[float]:
+def layer_costs(config: ModelConfig) -> tuple[float, ...]:
     """Work of each layer on one token, in weights it multiplies with; MTP and heads are counted into the last.
 
     Enough to balance a pipeline: attention's own products are the same in every layer and left out.
@@ -210,7 +210,7 @@ def layer_costs(config: ModelConfig) -> list[float]:
         return float(sum(weight.uses * weight.rows * weight.cols for weight in table))
 
     *others, last = config.layer_ids
-    return [*(cost(layer_id) for layer_id in others), cost(last, *config.mtp_layer_ids, head=True)]
+    return (*(cost(layer_id) for layer_id in others), cost(last, *config.mtp_layer_ids, head=True))
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
