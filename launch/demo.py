@@ -21,6 +21,7 @@ from train.assemble import build_alone
 from train.config import compose
 from train.data.ingest import Recipe, prepare
 from train.observe.guards import TrainingStopped
+from train.run_directory import locked, run_directory
 from train.studies.compare import PAPER_GAP
 from train.studies.dashboard.page import render
 from train.studies.demo_summary import DemoSummary, summarise
@@ -33,10 +34,11 @@ COMMON = ["experiment=tiny", "run.directory=runs/demo"]
 def train(precision: str, overrides: list[str], console: Console) -> Path:
     """One run from scratch or from where it stopped; returns its directory."""
     config = compose([*COMMON, f"precision={precision}", f"run.name={precision}", *overrides])
-    trainer = Trainer(config, build_alone(config))
-    trainer.resume()
-    console.print(f"{precision}: {config.schedule.total_tokens:,} tokens on {trainer.mesh.device.type}")
-    trainer.fit()
+    with locked(run_directory(config.run)):
+        trainer = Trainer(config, build_alone(config))
+        trainer.resume()
+        console.print(f"{precision}: {config.schedule.total_tokens:,} tokens on {trainer.mesh.device.type}")
+        trainer.fit()
     if not trainer.budget_is_spent():
         raise ValueError(f"stopped in the {precision} run at step {trainer.state.step}; the same command goes on")
     return trainer.directory

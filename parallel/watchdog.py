@@ -10,8 +10,9 @@ So each rank runs two daemon threads that need no collective:
 The main thread may be stuck in a collective at that time, so the process ends by `os._exit`: no exit handler runs.
 When watched and watcher die together, the dead watcher is missed by its own watcher, and that ends all.
 
-Deaths: no beat for `peer_timeout_s`; `report_failure`, by a rank that fails and can still say why; the end of the
-interpreter without `finish`; the loss of the store, which is attributed to the rank or the launcher that hosts it.
+Deaths: no beat for `peer_timeout_s`; a process of the same machine that is gone; `report_failure`, by a rank that fails
+and can still say why; the end of the interpreter without `finish`; the loss of the store, which is attributed to the
+rank or the launcher that hosts it.
 No deaths: a slow step; SIGSTOP of a rank for less than the timeout; suspension of the whole job for any time; a rank
 that waits in `finish` for the others. Torch's kernels, collectives and file reads release the GIL; a C call that holds
 it for longer than `peer_timeout_s` stops the beat and is a death. Beats are watched only after every rank has started.
@@ -29,6 +30,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Self
 
 import torch.distributed as dist
@@ -140,7 +142,7 @@ class Watchdog:
         # A connection of our own.
         self._store: Store = store.clone()  # type: ignore[attr-defined]
         self._store_rank, self._on_death = store_rank, on_death
-        self._identity = {"host": socket.gethostname(), "pid": os.getpid(), "label": describe}
+        self._identity = {"host": socket.gethostname(), "pid": os.getpid(), "pids": _pid_namespace(), "label": describe}
         self._store_host: dict[str, object] = {}
         self._beats = 0
         self._counted_as_finished = False
@@ -191,6 +193,7 @@ class Watchdog:
 
         For a main thread that got a communication error; `notice_s` is enough for a death.
         """
+        self._wake.set()
         if not self._death_known.wait(timeout_s):
             return None
         # If the caller went on before the monitor has ended the process, the exit code would be the caller's.
@@ -242,9 +245,11 @@ class Watchdog:
                 # counts for two intervals at most.
                 silence_s = 0.0 if beat != last_beat else silence_s + min(now - last_look, 2 * self.interval_s)
                 last_beat, last_look = beat, now
+                if self._has_ended(identity := json.loads(beat)):
+                    return self._publish(self._death_of(neighbour, identity, "its process has ended"))
                 if silence_s > self.peer_timeout_s:
                     reason = f"no heartbeat for {self.peer_timeout_s:g} s"
-                    return self._publish(self._death_of(neighbour, json.loads(beat), reason))
+                    return self._publish(self._death_of(neighbour, identity, reason))
             self._wake.wait(_FINISHING_INTERVAL_S if self._finishing.is_set() else self.interval_s)
             self._wake.clear()
         return None
@@ -259,6 +264,20 @@ class Watchdog:
                 self._store_host = json.loads(self._store.get(_beat_key(self._store_rank)))
             self.watching = True
         return self.watching
+
+    def _has_ended(self, identity: dict[str, object]) -> bool:
+        """Whether a process was on this machine and is gone, not in order: known at once, without the timeout.
+
+        torchrun kills the others 30 s after the first has died; by then they have named it.
+        """
+        if not identity["pids"] or identity["pids"] != self._identity["pids"]:
+            return False
+        with contextlib.suppress(PermissionError):
+            try:
+                os.kill(int(str(identity["pid"])), 0)
+            except ProcessLookupError:
+                return self._store.add(_FINISHED, 0) < self.world
+        return False
 
     def _all_finished(self) -> bool:
         finished = self._store.add(_FINISHED, 0 if self._counted_as_finished else 1)
@@ -330,6 +349,14 @@ class Watchdog:
 
 def _beat_key(rank: int) -> str:
     return f"watchdog/beat/{rank}"
+
+
+def _pid_namespace() -> str:
+    """What two processes share that see each other's pids: a boot and a namespace; '' where that is not known."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _address(store: Store) -> str:

@@ -34,6 +34,7 @@ from train.model.transformer import Transformer, recompute_up_projections
 from train.optim.adamw import AdamW
 from train.optim.config import OptimConfig
 from train.optim.ema import Ema
+from train.run_directory import CHECKPOINTS, run_directory
 from train.stage import Stage, build_stages, expert_shards
 from train.step import Engine
 
@@ -93,7 +94,7 @@ def first_weights(config: PretrainConfig) -> WeightSource | None:
         ValueError: nothing to read there, or the weights of another model; names the first field that differs.
     """
     run = config.run
-    if run.init_from is None or published(Path(run.directory) / run.name / "checkpoints"):
+    if run.init_from is None or published(run_directory(run) / CHECKPOINTS):
         return None
     # Here, so that a machine without `tokenizers` can train: a folder of weights may bring a tokeniser.
     from train.huggingface.weights import open_weights

@@ -5,7 +5,8 @@ Every schedule is a pure function of (step, tokens seen), the data order one of 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class TrainState:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, int]) -> TrainState:
-        """Inverse of `to_json`."""
+    def from_json(cls, values: Any) -> TrainState:
+        """Inverse of `to_json`; a ValueError names a field that is missing, unknown or no count."""
+        names = [field.name for field in fields(cls)]
+        if not isinstance(values, dict) or sorted(values) != sorted(names):
+            raise ValueError(f"lacks 'train_state' with the fields {', '.join(names)}")
+        if wrong := [name for name in names if type(values[name]) is not int or values[name] < 0]:
+            raise ValueError(f"has train_state.{wrong[0]} = {values[wrong[0]]!r}, which is no count")
         return cls(**values)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +26,7 @@ from parallel.consensus import refuse_together
 from parallel.shards import LocalShard
 from train.assemble import Components, device_name, run_card
 from train.checkpoint.dcp import Saver, latest, load
-from train.checkpoint.identity import changed_fields, check_same_identity, without_defaults
-from train.checkpoint.publish import published
+from train.checkpoint.identity import changed_fields, check_same_identity, read_state, without_defaults
 from train.config import PretrainConfig, to_yaml
 from train.data.batch import Batch
 from train.data.store import store_hashes
@@ -39,6 +37,7 @@ from train.observe.guards import DeadExpertGuard, TerminationGuard, TrainingStop
 from train.observe.metrics import Speed, bias_table, dead_experts, dense_bf16_peak, step_record
 from train.observe.sinks import NoSinks, Sinks, open_sinks, write_whole
 from train.optim.balance import expert_biases
+from train.run_directory import CHECKPOINTS, LOCK, run_directory
 from train.schedules import scheduled_values
 from train.stage import Stage
 from train.state import TrainState
@@ -54,11 +53,11 @@ class Trainer:
     def __init__(self, config: PretrainConfig, components: Components) -> None:
         self.config, self.components, self.engine = config, components, components.engine
         self.mesh = components.engine.mesh
-        self.directory = Path(config.run.directory) / config.run.name
+        self.directory = run_directory(config.run)
         self.state = TrainState()
         self.dead_experts = DeadExpertGuard(config.observe.dead_expert_steps)
         peak = config.observe.peak_flops or dense_bf16_peak(device_name(self.mesh.device))
-        self.saver = Saver(self.directory / "checkpoints", config.checkpoint, group=components.checkpoint_group)
+        self.saver = Saver(self.directory / CHECKPOINTS, config.checkpoint, group=components.checkpoint_group)
         flops = model_flops_per_token(config.model, sequence_length=config.data.sequence_length)
         self.speed = Speed(flops, peak, self.mesh.world.size)
         self.saved_step: int | None = None
@@ -76,6 +75,9 @@ class Trainer:
             changed = {"changed": self.changed} if self.changed else {}
             sinks.event("resume" if self.state.step else "start", step=self.state.step, **changed)
             try:
+                # The process that took the step may have died before it was scored.
+                if self.evaluation_is_due() and self.evaluation_is_missing(sinks):
+                    self.log_evaluation(sinks)
                 with TerminationGuard() as termination:
                     try:
                         while not (self.budget_is_spent() or self.stop_agreed):
@@ -141,8 +143,6 @@ class Trainer:
             record |= health.tables()
         if observe.due(self.state.step, observe.bias_every_steps):
             record |= bias_table(expert_biases(self.engine.models, self.mesh))
-        if self.components.heldout is not None and self.evaluation_is_due():
-            record["eval/bits_per_byte"] = self.evaluate()
         is_new = sinks.write(record)
         dead = self.dead_experts.note(dead_experts(gradients.counts))
         # A step that is repeated after a resume has logged them before.
@@ -151,8 +151,13 @@ class Trainer:
         if skips := self.state.consecutive_skips:
             sinks.event("skip", step=self.state.step)
             check_consecutive_skips(skips, limit=config.run.max_consecutive_nonfinite, step=self.state.step)
-        if self.state.step % config.checkpoint.every_steps == 0:
+        if self.state.step % config.checkpoint.every_steps == 0 or self.budget_is_spent():
             self.save(sinks)
+        if self.evaluation_is_due():
+            # Nothing slow stands between the last update and the disk.
+            if self.budget_is_spent():
+                self.wait_for_save(sinks)
+            self.log_evaluation(sinks)
 
     def budget_is_spent(self) -> bool:
         """Whether the run has seen all its tokens."""
@@ -161,7 +166,18 @@ class Trainer:
     def evaluation_is_due(self) -> bool:
         """At the end of the budget, and every `eval_every_steps` when that is set."""
         every = self.config.run.eval_every_steps
-        return self.budget_is_spent() or (every > 0 and self.state.step % every == 0)
+        due = self.budget_is_spent() or (every > 0 and self.state.step % every == 0)
+        return due and self.state.step > 0 and self.components.heldout is not None
+
+    def evaluation_is_missing(self, sinks: Sinks | NoSinks) -> bool:
+        """Whether the log, which only rank 0 has, lacks the evaluation of this step; a collective call."""
+        missing = torch.tensor(int(sinks.lacks_evaluation(self.state.step)), device=self.mesh.device)
+        return bool(sum_over(missing, self.mesh.world))
+
+    def log_evaluation(self, sinks: Sinks | NoSinks) -> None:
+        """Score the held-out store with the weights of now."""
+        scores = {"eval/bits_per_byte": self.evaluate()}
+        sinks.event("evaluation", step=self.state.step, tokens_seen=self.state.tokens_seen, **scores)
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -236,29 +252,23 @@ class Trainer:
         with the `resume` event.
 
         Raises:
-            ValueError: the checkpoint belongs to another model, precision, store, seed or data order, or
-                `run.resume` is off and the directory already holds a run.
+            ValueError: the checkpoint belongs to another model, precision, store, seed or data order; every checkpoint
+                is damaged; or `run.resume` is off and the directory already holds a run.
         """
-        run, group, checkpoints = self.config.run, self.components.checkpoint_group, self.directory / "checkpoints"
-        if not run.resume:
+        group = self.components.checkpoint_group
+        if not self.config.run.resume:
             in_use = f"{self.directory} already holds a run; choose another run.name or move it away"
-            refuse_together(group, lambda: f"run.resume=false, but {in_use}" if any(self.directory.glob("*")) else None)
+            others = (path for path in self.directory.glob("*") if path.name != LOCK)
+            refuse_together(group, lambda: f"run.resume=false, but {in_use}" if any(others) else None)
         tensors = self.tensors()
-        path = latest(checkpoints, group=group)
+        path = latest(self.directory / CHECKPOINTS, group=group)
         if path is None:
-            if run.init_from is not None:
-                # Weights were not read, because there are checkpoints, but none of them is whole.
-                damaged = (
-                    f"every checkpoint in {checkpoints} is damaged; move them away to begin again with the weights of "
-                    f"run.init_from={run.init_from}"
-                )
-                refuse_together(group, lambda: damaged if published(checkpoints) else None)
             return
-        saved = load(path, tensors, group=group)
-        check_same_identity(path, saved["identity"], self.identity())
-        self.changed = changed_fields(saved["config"], asdict(self.config))
+        saved = read_state(path, load(path, tensors, group=group))
+        check_same_identity(path, saved.identity, self.identity())
+        self.changed = changed_fields(saved.config, asdict(self.config))
         generator_state = tensors["rng.cpu"]
         assert isinstance(generator_state, Tensor)
         torch.set_rng_state(generator_state)
-        self.state = TrainState.from_json(saved["train_state"])
+        self.state = saved.train_state
         self.saved_step = self.state.step

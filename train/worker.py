@@ -1,6 +1,7 @@
 """One rank from start to end: meet the others, build, resume, train, leave.
 
-    stores and first weights opened    before ranks meet: a missing store is one sentence, not 2,048 dead ranks
+    stores and first weights opened, the run's directory locked     before ranks meet: a missing store or a second
+                                       trainer is one sentence, not 2,048 dead ranks
     heartbeat, process groups, mesh    `parallel/watchdog.py`, `parallel/mesh.py`
     components -> Trainer -> resume -> fit  `train/assemble.py`, `train/trainer.py`
     leave together                     groups destroyed in order: no thread outlives the interpreter
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -25,7 +26,8 @@ from parallel.mesh import Mesh, init_processes, make_mesh, shutdown, single
 from parallel.watchdog import Watchdog
 from train.assemble import Resources, build, choose_device, open_resources
 from train.config import PretrainConfig
-from train.observe.guards import TrainingStopped
+from train.observe.guards import TerminationGuard, TrainingStopped
+from train.run_directory import locked, run_directory
 from train.trainer import Trainer
 
 
@@ -44,7 +46,8 @@ def pretrain(config: PretrainConfig, info: WorkerInfo) -> None:
     """Train from the first or the last saved step to the end of the budget, or until asked to stop.
 
     Raises:
-        ValueError: a store, the device or a checkpoint does not fit the configuration; nothing was trained.
+        ValueError: a store, the device or a checkpoint does not fit the configuration, or another process trains in
+            the run's directory; nothing was trained.
         TrainingStopped: too many non-finite steps in a row; a checkpoint was saved.
     """
     if config.rank:
@@ -52,9 +55,10 @@ def pretrain(config: PretrainConfig, info: WorkerInfo) -> None:
     if info.rank > 0:
         # What is worth a warning, a damaged checkpoint, is the same for all: rank 0 logs it.
         logging.getLogger("train").setLevel(logging.ERROR)
-    opened = open_on_every_rank(config, info)
-    with joined(config, info, opened) as mesh:
-        agreed = resume_and_fit(config, mesh, opened.resources)
+    with ExitStack() as held:
+        opened = open_on_every_rank(config, info, held)
+        with joined(config, info, opened) as mesh:
+            agreed = resume_and_fit(config, mesh, opened.resources)
     if agreed is not None:
         raise agreed
 
@@ -85,14 +89,16 @@ class Opened(NamedTuple):
     resources: Resources
 
 
-def open_here(config: PretrainConfig, info: WorkerInfo) -> Opened:
-    """Device, transport, stores and first weights of this rank.
+def open_here(config: PretrainConfig, info: WorkerInfo, held: ExitStack) -> Opened:
+    """Device, transport, stores and first weights of this rank; rank 0 locks the run's directory, for `held` to free.
 
     Raises:
-        ValueError: one of them is missing here.
+        ValueError: one of them is missing here, or the directory is in use or cannot be written.
     """
     device = choose_device(config.run.device)
     resources = open_resources(config)
+    if info.rank == 0:
+        held.enter_context(locked(run_directory(config.run)))
     # The first touch of a GPU comes after what may be refused without one.
     if device.type == "cuda" and info.store is not None:
         if info.local_rank >= torch.cuda.device_count():
@@ -105,19 +111,19 @@ def open_here(config: PretrainConfig, info: WorkerInfo) -> Opened:
     return Opened(device, config.network.backend_for(device.type), resources)
 
 
-def open_on_every_rank(config: PretrainConfig, info: WorkerInfo) -> Opened:
+def open_on_every_rank(config: PretrainConfig, info: WorkerInfo, held: ExitStack) -> Opened:
     """`open_here` on every rank; what one of them raises is raised by all.
 
     Raises:
         ValueError: what a rank raised, with its number where it is not the first; or some processes did not come.
     """
     if info.store is None:
-        return open_here(config, info)
+        return open_here(config, info, held)
     opened: list[Opened] = []
 
     def open_mine() -> None:
         try:
-            opened.append(open_here(config, info))
+            opened.append(open_here(config, info, held))
         except ValueError as error:
             # A node may lack what others have, so the sentence names the rank.
             raise ValueError(f"rank {info.rank}: {error}" if info.rank else str(error)) from error
@@ -139,13 +145,17 @@ def joined(config: PretrainConfig, info: WorkerInfo, opened: Opened) -> Iterator
     if info.store is None:
         yield single(opened.device)
         return
-    with Watchdog(
-        PrefixStore("watchdog", info.store),
-        info.rank,
-        info.world,
-        peer_timeout_s=config.network.peer_timeout_s,
-        describe="pipeline rank {}, data rank {}".format(*divmod(info.rank, config.layout.dp)),
-        store_rank=info.store_rank,
+    # When a rank dies, torchrun sends SIGTERM to the others, who have yet to find out and say which one it was.
+    with (
+        TerminationGuard(),
+        Watchdog(
+            PrefixStore("watchdog", info.store),
+            info.rank,
+            info.world,
+            peer_timeout_s=config.network.peer_timeout_s,
+            describe="pipeline rank {}, data rank {}".format(*divmod(info.rank, config.layout.dp)),
+            store_rank=info.store_rank,
+        ),
     ):
         init_processes(
             rank=info.rank,

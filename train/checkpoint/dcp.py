@@ -115,23 +115,33 @@ class Saver:
 
 
 def latest(directory: Path, group: dist.ProcessGroup | None = None) -> Path | None:
-    """The newest checkpoint whose manifest and files verify, the same on every rank, or None; a collective call.
+    """The newest checkpoint whose manifest and files verify, the same on every rank; a collective call.
 
     Damaged ones are passed over with a logged warning; nothing on the disk is changed. Each rank hashes a share of the
-    files.
+    files. None: there is no checkpoint.
+
+    Raises:
+        ValueError: there are checkpoints, and every one is damaged; says what is wrong with each.
     """
     ranks = Ranks(GroupTransport(group))
     # One rank looks: another node may see an older listing of a shared directory.
     names: list[str] = ranks.agree(
         lambda: None, lambda _: [[path.name for path in publish.published(directory)]] * ranks.size
     )
+    damaged = []
     for path in (directory / name for name in names):
         try:
             _verify(ranks, path)
         except ValueError as damage:
             logger.warning("passed over: %s", damage)
+            damaged.append(str(damage))
         else:
             return path
+    if damaged:
+        raise ValueError(
+            f"no checkpoint in {directory} is whole, so the run cannot go on. {'. '.join(damaged)}. To begin the run "
+            "again, move them away"
+        )
     return None
 
 

@@ -9,14 +9,38 @@ from __future__ import annotations
 import json
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from train.data.stream import DataConfig
 from train.model.config import ModelConfig
 from train.model.precision import Precision
+from train.state import TrainState
 
 # Sections of a checkpoint's identity that are dataclasses of the configuration.
 IDENTITY_SECTIONS: dict[str, Any] = {"model": ModelConfig, "precision": Precision, "data": DataConfig}
+
+
+class SavedState(NamedTuple):
+    """What `state.json` of a run's checkpoint holds."""
+
+    identity: dict[str, Any]
+    config: dict[str, Any]
+    train_state: TrainState
+
+
+def read_state(path: Path, state: dict[str, Any]) -> SavedState:
+    """Check the state of the checkpoint `path`.
+
+    Raises:
+        ValueError: a part is missing or is not what a run writes; named.
+    """
+    try:
+        for name in ("identity", "config"):
+            if not isinstance(state.get(name), dict):
+                raise ValueError(f"lacks {name!r}")
+        return SavedState(state["identity"], state["config"], TrainState.from_json(state.get("train_state")))
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} is damaged: state.json {error}; take another one, or restore it") from None
 
 
 def _non_default(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -36,10 +60,8 @@ def _non_default(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
 def without_defaults(identity: dict[str, Any]) -> dict[str, Any]:
     """An identity as JSON gives it back, without the fields at their defaults."""
     plain: dict[str, Any] = json.loads(json.dumps(identity))
-    return {
-        key: _non_default(IDENTITY_SECTIONS[key], value) if key in IDENTITY_SECTIONS else value
-        for key, value in plain.items()
-    }
+    sections = {key: IDENTITY_SECTIONS.get(key) for key, value in plain.items() if isinstance(value, dict)}
+    return {key: _non_default(kind, value) if (kind := sections.get(key)) else value for key, value in plain.items()}
 
 
 def check_same_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -72,9 +94,9 @@ def changed_fields(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[o
     # As it comes back from a file: tuples become lists.
     new = json.loads(json.dumps(new))
     pairs = {
-        f"{section}.{name}": [(old.get(section) or {}).get(name), value]
+        f"{section}.{name}": [before.get(name), value]
         for section, values in new.items()
-        if isinstance(values, dict)
+        if isinstance(values, dict) and isinstance(before := old.get(section) or {}, dict)
         for name, value in values.items()
     }
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

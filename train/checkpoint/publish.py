@@ -122,7 +122,7 @@ def publish(target: Path) -> None:
     os.rename(writing_path(target), target)
     fsync_directory(target.parent)
     if replaced.exists():
-        shutil.rmtree(replaced)
+        _remove(replaced)
 
 
 def sweep(directory: Path) -> None:
@@ -130,7 +130,15 @@ def sweep(directory: Path) -> None:
     for path in _entries(directory):
         was_replaced = path.name.startswith(_REPLACED) and path.with_name(path.name.removeprefix(_REPLACED)).exists()
         if was_replaced or path.name.startswith((_WRITING, _PRUNED)):
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Delete a directory with all that is in it; of a link, the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def prune(directory: Path, *, keep: int, newest: Path) -> None:
@@ -140,7 +148,7 @@ def prune(directory: Path, *, keep: int, newest: Path) -> None:
         # A directory loses its published name before its first file is deleted.
         doomed = path.with_name(_PRUNED + path.name)
         os.rename(path, doomed)
-        shutil.rmtree(doomed)
+        _remove(doomed)
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -154,6 +162,8 @@ def check_files(path: Path, entries: Mapping[str, dict[str, Any]]) -> None:
     """Compare files with their entries of the manifest; a ValueError names the first that is missing or damaged."""
     for name, expected in entries.items():
         file = path / name
+        if file.is_symlink():
+            raise _damage(file, "is a link, and may be another's file")
         if not file.is_file():
             raise _damage(file, "is missing")
         num_bytes = file.stat().st_size
@@ -165,10 +175,14 @@ def check_files(path: Path, entries: Mapping[str, dict[str, Any]]) -> None:
 
 def read_json(path: Path) -> Any:
     """The value of a JSON file; a ValueError if it is missing or no JSON."""
+    if path.is_symlink():
+        raise _damage(path, "is a link, and may be another's file")
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise _damage(path, "is missing") from None
+    except OSError as error:
+        raise _damage(path, f"cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise _damage(path, f"is not JSON ({error})") from None
 
@@ -206,18 +220,20 @@ def _are_entries(entries: Any, keys: set[str]) -> bool:
 
 
 def _damage(file: Path, what: str) -> ValueError:
-    return ValueError(
-        f"checkpoint {file.parent} is damaged: {file.name} {what}; "
-        "delete this checkpoint to continue from the one before it"
-    )
+    return ValueError(f"checkpoint {file.parent} is damaged: {file.name} {what}; take another one, or restore it")
 
 
 def published(directory: Path) -> list[Path]:
-    """Checkpoints from the highest step down, with those whose replacement never became visible."""
+    """Checkpoints from the highest step down, with those whose replacement never became visible.
+
+    A link is none of them, wherever it leads: a run neither reads, replaces nor deletes files outside its directory.
+    """
     by_step: dict[int, Path] = {}
     for path in _entries(directory):
         match = _STEP_NAME.fullmatch(path.name.removeprefix(_REPLACED))
-        if match and path.is_dir() and (path.name == match[0] or int(match[1]) not in by_step):
+        if match is None or path.is_symlink() or not path.is_dir():
+            continue
+        if path.name == match[0] or int(match[1]) not in by_step:
             by_step[int(match[1])] = path
     return [by_step[step] for step in sorted(by_step, reverse=True)]
 

@@ -25,6 +25,7 @@ _ANNOUNCED = {
     "skip": "step {step} skipped: loss or gradient not finite",
     "dead_experts": "step {step}: no token for {steps} steps: {names}",
     "stop": "stopped after step {step}",
+    "evaluation": "step {step}: held-out {eval/bits_per_byte:.4f} bits per byte",
     "replay_differs": "step {step} repeated after the resume does not give the logged numbers",
 }
 
@@ -54,8 +55,6 @@ class ConsoleSink:
             due = record["time_unix_s"] - self._last_drawn_unix_s >= 1.0 / _MAX_REDRAWS_PER_S
         if due:
             self._draw()
-        if "eval/bits_per_byte" in record:
-            self._print(f"step {record['step']}: held-out {record['eval/bits_per_byte']:.4f} bits per byte")
 
     def event(self, event: Record) -> None:
         """Announce what asks for attention."""

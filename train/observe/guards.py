@@ -45,7 +45,10 @@ class DeadExpertGuard:
 
 
 class TerminationGuard:
-    """Context manager, of the main thread: `requested` becomes True on SIGTERM or the first SIGINT."""
+    """Context manager, of the main thread: `requested` becomes True on SIGTERM or the first SIGINT.
+
+    Inside another one it knows what that one has received.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -60,6 +63,9 @@ class TerminationGuard:
 
     def __enter__(self) -> TerminationGuard:
         self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        outer = getattr(self._previous[signal.SIGTERM], "__self__", None)
+        if isinstance(outer, TerminationGuard):
+            self.received = outer.received
         return self
 
     def __exit__(self, *_: object) -> None:

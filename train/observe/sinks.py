@@ -29,6 +29,7 @@ from train.observe.metrics import EVENTS, METRICS, Record, check_record, encode,
 
 METRICS_FILE = "metrics.jsonl"
 RUN_CARD_FILE = "run_card.json"
+SCORE = "eval/bits_per_byte"
 _REPLAYED = tuple(name for name, metric in METRICS.items() if metric.replayed)
 
 
@@ -93,7 +94,9 @@ class JsonlSink:
         self._size = os.fstat(self._file).st_size
         if self._size and os.pread(self._file, 1, self._size - 1) != b"\n":
             self._append("")
-        self._logged = {record["step"]: _replayed_part(record) for record in read_lines(path) if "event" not in record}
+        lines = list(read_lines(path))
+        self._logged = {line["step"]: _replayed_part(line) for line in lines if "event" not in line}
+        self.evaluated = {line["step"]: line[SCORE] for line in lines if line.get("event") == "evaluation"}
         self.last_step: int = max(self._logged, default=-1)
         # Repeated steps that gave the logged bits; that did not, or that the file lacks.
         self.replays_equal, self.replays_differing = 0, 0
@@ -175,9 +178,19 @@ class Sinks:
     def event(self, kind: str, *, step: int, **details: Any) -> None:
         """Log an event after `step` steps; `kind` is one of `metrics.EVENTS`."""
         event = {"event": kind, "step": step, "time_unix_s": time.time(), **details}
+        if kind == "evaluation" and not self.lacks_evaluation(step):
+            # Scored again after a resume.
+            logged, again = self.jsonl.evaluated[step], event[SCORE]
+            if same_bits(logged, again):
+                return
+            event |= {"event": "replay_differs", "logged": {SCORE: logged}, "replayed": {SCORE: again}}
         self.jsonl.event(event)
         for mirror in self._mirrors:
             mirror.event(event)
+
+    def lacks_evaluation(self, step: int) -> bool:
+        """Whether the held-out score after a step is still to be logged."""
+        return step not in self.jsonl.evaluated
 
     def close(self) -> None:
         """Close the file first, then the mirrors, each within a bounded time."""
@@ -202,6 +215,10 @@ class NoSinks:
     def event(self, kind: str, *, step: int, **details: Any) -> None:
         """Drop an event."""
         assert kind in EVENTS, kind
+
+    def lacks_evaluation(self, step: int) -> bool:
+        """Leave the answer to rank 0."""
+        return False
 
     def __enter__(self) -> NoSinks:
         return self
@@ -251,8 +268,14 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_run(run_dir: Path) -> list[Record]:
-    """The step records of a run, steps strictly increasing; ValueError without a metrics.jsonl."""
-    return [line for line in _lines_of_run(run_dir) if "event" not in line]
+    """The step records of a run, steps strictly increasing, each with its evaluation if it had one.
+
+    Raises:
+        ValueError: there is no metrics.jsonl.
+    """
+    lines = list(_lines_of_run(run_dir))
+    scores = {line["step"]: {SCORE: line[SCORE]} for line in lines if line.get("event") == "evaluation"}
+    return [line | scores.get(line["step"], {}) for line in lines if "event" not in line]
 
 
 def read_events(run_dir: Path) -> list[Record]:

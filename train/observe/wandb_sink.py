@@ -104,7 +104,8 @@ class WandbSink:
 
     def event(self, event: Record) -> None:
         """Hand over one event; returns at once."""
-        self._put({"event": event["event"], "step": event["step"]})
+        names = METRICS if event["event"] == "evaluation" else ("step",)
+        self._put({"event": event["event"]} | {name: event[name] for name in names if name in event})
 
     def close(self) -> None:
         """Let the thread finish, for at most `close_timeout_s`."""
@@ -166,7 +167,10 @@ class WandbSink:
             run.define_metric(names, step_metric="tokens_seen")
         while self.active and (item := self._queue.get()) is not None:
             if "event" in item:
-                run.summary[f"event/{item['event']}"] = item["step"]
+                run.summary[f"event/{item.pop('event')}"] = item["step"]
+                if len(item) > 1:
+                    # Without `step=`: into the row of the step just logged, or after a resume into a row of its own.
+                    run.log(item)
             else:
                 tables = {name: value for name, value in item.items() if isinstance(value, tuple)}
                 histograms = {name: wandb.Histogram(np_histogram=table) for name, table in tables.items()}

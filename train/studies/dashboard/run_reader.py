@@ -149,7 +149,7 @@ class RunReader:
         self.recent: deque[tuple[float, int]] = deque(maxlen=_RECENT_RECORDS)
         # Reason of the last stop event, None when a record, a start or a resume came after it.
         self.stopped: str | None = None
-        self.records, self.last_step, self.tokens_seen = 0, -1, 0
+        self.records, self.last_step, self.tokens_seen, self.evaluated_step = 0, -1, 0, -1
         self.first_time_s, self.last_time_s = 0.0, 0.0
         self.offset, self.size = 0, 0
         self.problems.pop(METRICS_FILE, None)
@@ -185,6 +185,9 @@ class RunReader:
         if not _is_step(step) or (kind not in self.events and len(self.events) >= _MAX_METRICS):
             return
         self.events.setdefault(kind, EventLog()).add(step)
+        if kind == "evaluation" and step > self.evaluated_step:
+            self.evaluated_step = step
+            self._take_column("eval/bits_per_byte", [step], [event.get("eval/bits_per_byte")])
         if kind == "stop":
             self.stopped = str(event.get("reason", "stopped"))
         if kind in ("start", "resume"):
