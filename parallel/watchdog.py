@@ -270,14 +270,14 @@ class Watchdog:
 
         torchrun kills the others 30 s after the first has died; by then they have named it.
         """
-        if not identity["pids"] or identity["pids"] != self._identity["pids"]:
+        if not identity.get("pids") or identity["pids"] != self._identity["pids"]:
             return False
-        with contextlib.suppress(PermissionError):
-            try:
-                os.kill(int(str(identity["pid"])), 0)
-            except ProcessLookupError:
-                return self._store.add(_FINISHED, 0) < self.world
-        return False
+        try:
+            state = Path(f"/proc/{identity['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            state = "X"
+        # A zombie has ended too: its parent has not asked yet.
+        return state in "ZX" and self._store.add(_FINISHED, 0) < self.world
 
     def _all_finished(self) -> bool:
         finished = self._store.add(_FINISHED, 0 if self._counted_as_finished else 1)

@@ -56,6 +56,7 @@ def test_a_record_without_optional_numbers_is_shown():
     screen = io.StringIO()
     console = Console(file=screen, width=80)
     sink = ConsoleSink(progress=True, every_steps=1, total_tokens=None, name="x", console=console)
-    sink.write({"step": 1, "tokens_seen": 10, "time_unix_s": 0.0, "eval/bits_per_byte": 1.81})
+    sink.write({"step": 1, "tokens_seen": 10, "time_unix_s": 0.0})
+    sink.event({"event": "evaluation", "step": 1, "time_unix_s": 0.0, "eval/bits_per_byte": 1.81})
     sink.close()
     assert screen.getvalue().splitlines()[1] == "x  step 1: held-out 1.8100 bits per byte"
