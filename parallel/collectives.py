@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel.mesh import Axis
+
+TEXT_BYTES = 1024
 
 
 class Traffic:
@@ -72,6 +75,16 @@ def sum_over(x: Tensor, axis: Axis) -> Tensor:
     if axis.group is not None:
         dist.all_reduce(x, op=dist.ReduceOp.SUM, group=axis.group)
     return x
+
+
+def texts_of(text: str, axis: Axis, *, device: torch.device) -> list[str]:
+    """Every rank's text, cut to TEXT_BYTES of UTF-8, in order of rank; a collective call that waits."""
+    # Texts are summed: one kind of collective on any backend, for what happens once in a long while.
+    sent = torch.zeros(axis.size, TEXT_BYTES, dtype=torch.uint8, device=device)
+    data = text.encode()[:TEXT_BYTES]
+    sent[axis.rank, : len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else 0
+    rows = sum_over(sent, axis).cpu().numpy()
+    return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
 def max_over(x: Tensor, axis: Axis) -> Tensor:

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from kernels import deferred
-from parallel.collectives import sum_over
+from parallel.collectives import sum_over, texts_of
 from parallel.mesh import Axis
 from parallel.zero import ALIGNMENT, GradientBuckets
 
 # As torch.nn.utils.clip_grad_norm_ guards its division, so that both clip alike.
 _CLIP_EPS = 1e-6
+# Parameters that a rank names when their gradients are not finite.
+NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,15 @@ class GradNorm:
 
     norm: Tensor
     finite: Tensor
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """A parameter whose gradient has `elements` that are not finite on `rank`, which made them; None: some rank did."""
+
+    rank: int | None
+    tensor: str
+    elements: int
 
 
 @torch.no_grad()
@@ -63,6 +74,35 @@ def reduce_and_clip(
     for bucket in buckets:
         bucket.scale(factor)
     return GradNorm(norm=norm, finite=finite)
+
+
+def nonfinite_gradients(buckets: Sequence[GradientBuckets], world: Axis, *, device: torch.device) -> list[NonFinite]:
+    """After `reduce_and_clip` found a norm that is not finite: which gradients are not, and whose; waits.
+
+    A NaN spreads by the sum over ranks. Under ZeRO the ranks' own sums are still there but for the shard that each
+    owns, so a rank is named that has one of its own; its owner where no other rank does. Costs one pass over the
+    gradients and one collective, on such a step only.
+
+    Returns:
+        The same on every rank: at most NAMED for each rank, those of the lowest ranks first.
+    """
+    found = [entry for bucket in buckets for entry in bucket.nonfinite()]
+    known = {name: bucket.axis.size == 1 or bucket.sharded for bucket in buckets for name in bucket.parameters}
+    lines = [f"{name} {here} {summed} {int(known[name])}" for name, here, summed in found]
+    texts = texts_of("\n".join(lines[:NAMED]), world, device=device)
+    reports = []
+    for rank, text in enumerate(texts):
+        for line in text.splitlines():
+            fields = line.split()
+            # The last line may be cut.
+            if len(fields) == 4:
+                reports.append((rank, fields[0], int(fields[1]), int(fields[2]), fields[3] == "1"))
+    with_own = {name for _, name, here, _, _ in reports if here}
+    return [
+        NonFinite(rank if is_known else None, name, here + summed)
+        for rank, name, here, summed, is_known in reports
+        if here or name not in with_own
+    ]
 
 
 def _global_norm(buckets: Sequence[GradientBuckets], world: Axis) -> Tensor:

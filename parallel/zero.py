@@ -207,6 +207,28 @@ class GradientBuckets:
             _wait_for(_all_gather(each.grads, each.shard, group=group, async_op=True) for each in self._buckets)
 
     @torch.no_grad()
+    def nonfinite(self) -> list[tuple[str, int, int]]:
+        """After `reduce`: (name, elements, summed) of each parameter with gradients that are not finite; waits.
+
+        elements: of this rank alone, known outside its shard; summed: in its shard, where all ranks are in the sum.
+        Without ZeRO every element is a sum.
+        """
+        counts, names = list[Tensor](), list[str]()
+        for bucket in self._buckets:
+            first, end = 0, bucket.plan.numel
+            if self.axis.size > 1 and self.sharded:
+                first, end = bucket.shard_start, bucket.shard_start + bucket.shard.numel()
+            wrong = ~torch.isfinite(bucket.grads)
+            for each in bucket.plan.ranges:
+                start, stop = each.start, each.start + each.numel
+                here = wrong[start:stop].sum()
+                summed = wrong[max(first, start) : max(first, start, min(end, stop))].sum()
+                counts += [here - summed, summed]
+                names.append(each.name)
+        pairs = torch.stack(counts).view(-1, 2).tolist() if counts else []
+        return [(name, here, summed) for name, (here, summed) in zip(names, pairs, strict=True) if here or summed]
+
+    @torch.no_grad()
     def scale(self, factor: Tensor) -> None:
         """Multiply the gradients of `parameter_shards()` by a 0-d fp32 tensor, in place."""
         owned = [bucket.shard if self.sharded else bucket.grads for bucket in self._buckets]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from kernels.cross_entropy import cross_entropy_sum
 from parallel.collectives import sum_over
 from parallel.consensus import refuse_together
+from parallel.grads import nonfinite_gradients
 from parallel.shards import LocalShard
 from train.assemble import Components, device_name, run_card
 from train.checkpoint.dcp import Saver, latest, load
@@ -149,7 +150,8 @@ class Trainer:
         if dead and is_new:
             sinks.event("dead_experts", step=self.state.step, steps=observe.dead_expert_steps, experts=dead)
         if skips := self.state.consecutive_skips:
-            sinks.event("skip", step=self.state.step)
+            found = nonfinite_gradients(self.engine.optimizer.buckets, self.mesh.world, device=self.mesh.device)
+            sinks.event("skip", step=self.state.step, nonfinite=[asdict(each) for each in found])
             check_consecutive_skips(skips, limit=config.run.max_consecutive_nonfinite, step=self.state.step)
         if self.state.step % config.checkpoint.every_steps == 0 or self.budget_is_spent():
             self.save(sinks)

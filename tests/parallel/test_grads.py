@@ -6,13 +6,15 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels import deferred
-from parallel.grads import GradNorm
+from parallel.grads import NAMED, GradNorm, NonFinite, nonfinite_gradients
 from parallel.grads import reduce_and_clip as reduce_and_clip_buckets
 from parallel.mesh import Axis
 from parallel.zero import GradientBuckets
+from tests.ranks import run_ranks
 
 SHAPES = ((1,), (63,), (5, 129), (3, 7, 11), (0, 4))
 ALONE = Axis(name="world", size=1, rank=0, group=None)
@@ -130,3 +132,41 @@ def test_waiting_weight_gradients_are_an_error() -> None:
             reduce_and_clip(buckets, num_targets=1, max_norm=1.0)
         deferred.take()()
     reduce_and_clip(buckets, num_targets=1, max_norm=1.0)
+
+
+def nan_of_one_rank(rank: int, world: int, victim: int, position: int, sharded: bool) -> list[NonFinite]:
+    """Two parameters of 100 and 300 elements over two ranks; one element of one rank is NaN."""
+    axis = Axis(name="dp", size=world, rank=rank, group=dist.group.WORLD)
+    named = [(name, nn.Parameter(torch.zeros(size))) for name, size in (("first", 100), ("second", 300))]
+    buckets = GradientBuckets(named, axis=axis, sharded=sharded)
+    if rank == victim:
+        main_grad(buckets.parameters["second"])[position] = torch.nan
+    result = reduce_and_clip_buckets([buckets], num_targets=1, max_norm=1.0, world=axis)
+    assert not result.finite
+    return nonfinite_gradients([buckets], axis, device=torch.device("cpu"))
+
+
+# The second parameter begins at element 128 of a bucket of 512, so its element 128 is the first of rank 1's shard.
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("position", [0, 127, 128, 299])
+def test_the_rank_and_tensor_of_a_nan_are_named_whoever_owns_the_sum(victim: int, position: int) -> None:
+    named = NonFinite(victim, "second", 1)
+    assert run_ranks(2, nan_of_one_rank, victim, position, True) == [[named], [named]]
+
+
+def test_without_zero_the_tensor_is_named_and_the_rank_is_not() -> None:
+    found = run_ranks(2, nan_of_one_rank, 1, 5, False)
+    assert found[0] == found[1] == [NonFinite(None, "second", 1)] * 2
+
+
+def test_one_process_names_all_its_tensors_up_to_a_limit() -> None:
+    buckets = make_buckets(scale=1.0)
+    for parameter in buckets.parameters.values():
+        main_grad(parameter).fill_(torch.inf)
+    assert not reduce_and_clip(buckets, num_targets=1, max_norm=1.0).finite
+    found = nonfinite_gradients([buckets], ALONE, device=torch.device("cpu"))
+    assert [(each.tensor, each.elements) for each in found] == [("0", 1), ("1", 63), ("2", 645), ("3", 231)]
+    many = bucket_of(nn.Parameter(torch.zeros(1)) for _ in range(3 * NAMED))
+    for parameter in many.parameters.values():
+        main_grad(parameter).fill_(torch.nan)
+    assert len(nonfinite_gradients([many], ALONE, device=torch.device("cpu"))) == NAMED

@@ -22,7 +22,7 @@ _STATUS = {"loss/main": "loss {:.3f}", "loss/mtp": "mtp {:.3f}", "moe/max_violat
 
 _ANNOUNCED = {
     "resume": "resumed at step {step}",
-    "skip": "step {step} skipped: loss or gradient not finite",
+    "skip": "step {step} skipped: loss or gradient not finite{where}",
     "dead_experts": "step {step}: no token for {steps} steps: {names}",
     "stop": "stopped after step {step}",
     "evaluation": "step {step}: held-out {eval/bits_per_byte:.4f} bits per byte",
@@ -62,7 +62,9 @@ class ConsoleSink:
             names = ", ".join(f"layer {layer} expert {expert}" for layer, expert in event.get("experts", ())[:_NAMED])
             if len(event.get("experts", ())) > _NAMED:
                 names += f" and {len(event['experts']) - _NAMED} more"
-            self._print(_ANNOUNCED[event["event"]].format(**event | {"names": names}))
+            first = next(iter(event.get("nonfinite", ())), None)
+            where = f": rank {first['rank']}, {first['tensor']}" if first else ""
+            self._print(_ANNOUNCED[event["event"]].format(**event | {"names": names, "where": where}))
 
     def close(self) -> None:
         """Draw the last record and give the terminal back."""

@@ -80,7 +80,7 @@ EVENTS: dict[str, str] = {
     "resume": "a new process continued from a checkpoint",
     "checkpoint": "a checkpoint was published",
     "evaluation": "the held-out store was scored after this step; holds `eval/bits_per_byte`",
-    "skip": "a step was skipped: its loss or gradient was not finite",
+    "skip": "a step was skipped: loss or gradient not finite; names ranks and tensors of such gradients",
     "dead_experts": "experts got no token for observe.dead_expert_steps steps in a row; names layers and experts",
     "stop": "the process ended its training loop",
     "replay_differs": "a step repeated after a resume did not give the logged numbers",
