@@ -9,14 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import fp8_linear as fp8
 from kernels.formats import TILE, Quantized, ceil_div
-from kernels.fp8_linear import (
-    fp8_linear,
-    fp8_linear_of_kept,
-    fp8_swiglu_linear,
-    grouped_fp8_linear,
-    grouped_fp8_swiglu_linear,
-)
 from kernels.quantize import quantize_blocks, quantize_tiles, quantize_tiles_transposed
 from train.studies.ablation.linear import AblatedLinears, Ablation, gradient_operands, product_reference
 
@@ -36,20 +30,20 @@ def results(call: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:
 W, GROUPED_W = (OUTER, INNER), (3, OUTER, INNER)
 # Name -> shipped linear, ablated linear, shapes of the leaves.
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[tuple[int, ...]]]] = {
-    "linear": (fp8_linear, lambda linears, x, w: linears.linear(x, w), [(ROWS, INNER), W]),
-    "kept": (fp8_linear_of_kept, lambda linears, x, w: linears.linear_of_kept(x, w), [(ROWS, INNER), W]),
+    "linear": (fp8.fp8_linear, lambda linears, x, w: linears.linear(x, w), [(ROWS, INNER), W]),
+    "kept": (fp8.fp8_linear_of_kept, lambda linears, x, w: linears.linear_of_kept(x, w), [(ROWS, INNER), W]),
     "grouped": (
-        lambda x, w, power_of_two: grouped_fp8_linear(x, w, ENDS, power_of_two=power_of_two),
+        lambda x, w, **options: fp8.grouped_fp8_linear(x, w, ENDS, **options),
         lambda linears, x, w: linears.linear(x, w, ENDS),
         [(512, INNER), GROUPED_W],
     ),
     "swiglu": (
-        fp8_swiglu_linear,
+        fp8.fp8_swiglu_linear,
         lambda linears, g, w: linears.swiglu_linear(g, None, w),
         [(2, ROWS // 2, 2 * INNER), W],
     ),
     "grouped swiglu": (
-        lambda g, gates, w, power_of_two: grouped_fp8_swiglu_linear(g, gates, w, ENDS, power_of_two=power_of_two),
+        lambda g, gates, w, **options: fp8.grouped_fp8_swiglu_linear(g, gates, w, ENDS, **options),
         lambda linears, g, gates, w: linears.swiglu_linear(g, gates, w, ENDS),
         [(512, 2 * INNER), (512,), GROUPED_W],
     ),
@@ -102,11 +96,9 @@ def test_gradients_of_the_recipe_are_those_of_the_shipped_quantisers(power_of_tw
     dy = (torch.randn(ROWS, OUTER) * torch.exp2(6 * torch.randn(ROWS, 1))).index_fill_(1, torch.arange(128), 0.0)
     # A scale that is a power of two already is not rounded up to the next one.
     dy[:2, 128] = torch.tensor([448.0, 448.0 * 2**-30])
-    for ours, theirs in zip(
-        gradient_operands(dy, Ablation(), power_of_two=power_of_two),
-        (quantize(dy, power_of_two=power_of_two) for quantize in (quantize_tiles, quantize_tiles_transposed)),
-        strict=True,
-    ):
+    found = gradient_operands(dy, Ablation(), power_of_two=power_of_two)
+    for ours, quantize in zip(found, (quantize_tiles, quantize_tiles_transposed), strict=True):
+        theirs = quantize(dy, power_of_two=power_of_two)
         assert torch.equal(ours.payload.view(torch.uint8), theirs.payload.view(torch.uint8))
         assert torch.equal(ours.scale, theirs.scale)
 

@@ -203,9 +203,8 @@ def test_a_killed_run_goes_on_as_it_was_begun_or_not_at_all(
     with pytest.raises(ValueError, match=REFUSED):
         run(with_weight_decay(config), BF16, 0)
     # Bit for bit, as the log's own promise is.
-    assert [each["loss/main"] for each in run(config, BF16, 0)["records"]] == [
-        each["loss/main"] for each in bf16_run["records"]
-    ]
+    losses = [[each["loss/main"] for each in result["records"]] for result in (run(config, BF16, 0), bf16_run)]
+    assert losses[0] == losses[1]
 
 
 def test_a_killed_run_whose_log_is_of_another_text_is_no_result(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
