@@ -3,12 +3,12 @@
     join -> build -> Trainer -> resume -> [look] -> fit -> [or look here]
 
 A *look* is every tensor of the run's state as this rank holds it, its counters and, where asked for, the held-out bits
-per byte. The test puts the looks of all ranks together and compares runs bit by bit, without reading a checkpoint file:
-what it believes does not pass through the code under test.
+per byte. The test puts the looks of all ranks together and compares runs bit by bit, without a checkpoint file: the
+comparison does not pass through the code under test.
 
-A life may be told to end early: one rank sends itself SIGTERM, as a scheduler would, and the others learn of it.
+A life may end early: one rank sends itself SIGTERM, as a scheduler would, and the ranks agree to stop.
 
-Shapes: bits of a piece have the piece's shape, as integers of the same width (numpy has no BF16).
+Shapes: bits of a shard have the shard's shape, as integers of the same width (numpy has no BF16).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Held(NamedTuple):
-    """One rank's part of one tensor: bits, dtype, shape of the whole and offset in it."""
+    """One rank's shard of one tensor: bits, dtype, shape of the whole and offset in it."""
 
     bits: NDArray[Any]
     dtype: str
@@ -121,14 +121,20 @@ def _terminate(trainer: Trainer, *, during_step: int) -> None:
     trainer.take_step = interrupted  # type: ignore[method-assign]
 
 
+def copied_state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Copies of the run's tensors, as far as this rank holds them."""
+    state = trainer.tensors()
+    return {name: (t.tensor if isinstance(t, LocalShard) else t).detach().clone() for name, t in state.items()}
+
+
 def look(trainer: Trainer, *, score: bool) -> Look:
     """The state of now; copied, since the tensors are live."""
     tensors = {}
     for name, value in trainer.tensors().items():
-        piece = value if isinstance(value, LocalShard) else LocalShard.at(value, tuple(value.shape), (0,) * value.dim())
-        local = piece.tensor.detach().contiguous()
+        held = value if isinstance(value, LocalShard) else LocalShard.at(value, tuple(value.shape), (0,) * value.dim())
+        local = held.tensor.detach().contiguous()
         bits = local.view(_BITS[local.element_size()]).numpy().copy()
-        tensors[name] = Held(bits, str(local.dtype), piece.shard.global_shape, piece.shard.offsets)
+        tensors[name] = Held(bits, str(local.dtype), held.shard.global_shape, held.shard.offsets)
     return Look(trainer.state.to_json(), tensors, trainer.evaluate() if score else None)
 
 
@@ -146,5 +152,5 @@ def whole(looks: list[Look]) -> dict[str, tuple[str, NDArray[Any]]]:
             bits[place] = held.bits
             there[place] = True
     holes = [name for name, there in known.items() if not there.all()]
-    assert not holes, f"nobody holds all of {holes}"
+    assert not holes, f"no rank holds all of {holes}"
     return tensors

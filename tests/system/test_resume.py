@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from tests.huggingface.hf_folders import tensors_of
 from train.checkpoint.dcp import latest
 from train.observe.sinks import read_events, read_run
 
@@ -54,18 +54,14 @@ def losses(run: Path) -> dict[int, tuple[float, float, float]]:
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:
-    checkpoint = latest(run / "checkpoints")
-    assert checkpoint is not None
-    assert checkpoint.name == f"step_{STEPS:08d}"
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in checkpoint.glob("*.safetensors"):
-        tensors |= load_file(shard)
-    return tensors
+    checkpoint = run / "checkpoints" / f"step_{STEPS:08d}"
+    assert latest(checkpoint.parent) == checkpoint
+    return tensors_of(checkpoint)
 
 
 @pytest.fixture(scope="module", params=["bf16", "fp8"])
-def overrides(request: pytest.FixtureRequest, small_run: list[str]) -> list[str]:
-    return [*small_run, f"precision={request.param}"]
+def overrides(request: pytest.FixtureRequest, small_run: Callable[..., list[str]]) -> list[str]:
+    return small_run(f"precision={request.param}")
 
 
 @pytest.fixture(scope="module")
@@ -116,16 +112,13 @@ def test_sigterm_finishes_the_step_saves_and_exits_0(overrides: list[str], unbro
     finish(process)
     stopped = read_run(run)[-1]["step"]
     assert stopped < STEPS
-    saved = latest(run / "checkpoints")
-    assert saved is not None
-    assert saved.name == f"step_{stopped:08d}", "nothing done is lost"
+    assert latest(run / "checkpoints") == run / "checkpoints" / f"step_{stopped:08d}", "nothing done is lost"
     finish(start(overrides, tmp_path))
     assert_same_run(run, unbroken)
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_the_field(overrides: list[str], unbroken: Path) -> None:
-    changed = [*overrides, "model.routed_scaling_factor=3.5"]
-    process = start(changed, unbroken.parent)
+    process = start([*overrides, "model.routed_scaling_factor=3.5"], unbroken.parent)
     output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 2
     assert "saved with another model: routed_scaling_factor was 1.25, now 3.5" in output
