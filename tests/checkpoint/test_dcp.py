@@ -96,7 +96,7 @@ def test_two_names_of_one_tensor_are_both_saved(tmp_path: Path) -> None:
 
 
 def test_loading_raises_the_version_of_a_parameter(tmp_path: Path) -> None:
-    """By its version a cached FP8 copy of a weight is found stale."""
+    """The version of a weight invalidates its cached FP8 copies."""
     parameter = torch.nn.Parameter(torch.ones(4))
     save(tmp_path / "step_00000001", tensors={"w": torch.zeros(4)}, state={})
     version = parameter._version

@@ -148,8 +148,8 @@ class StepFacts:
 
     same_losses: bit for bit those of one process. error: the worst parameter's relative gradient error, and its name.
     repeats: whether the gradients have the bits of the first step (None: other tokens or partition). schedule: number
-    of the schedule object. forwards: calls of each stage. held: most micro-batches in flight, and as
-    announced.
+    of the schedule object. forwards: calls of each stage. held, announced: most micro-batches in flight, as counted and
+    as `most_in_flight` has it.
     """
 
     same_losses: bool
@@ -279,13 +279,12 @@ class Walker:
             deferred.take()()
         return waited and ran == [1] and deferred.pending() == 0
 
-    def relayed(self, forward: Callable[[dict[str, Tensor], nn.Module, Tensor | None], Tensor]) -> bool | None:
+    def relayed(self, forward: Callable[[dict[str, Tensor], Stage, Tensor | None], Tensor]) -> bool | None:
         """Whether an evaluation of 3 sequences has the bits of one process; None where nothing comes out."""
         whole = batch_of(1)
         inputs = Batch(whole.input_ids[:3], whole.labels[:3]).inputs(torch.device("cpu"))
         truth = self.alone.pipeline.relay(inputs, partial(forward, inputs))
         found = self.engine.pipeline.relay(inputs, partial(forward, inputs))
-        assert truth is not None
         return None if found is None else torch.equal(found, truth)
 
     def updates(self, count: int) -> list[str]:
@@ -320,13 +319,11 @@ def buffers_in(schedule: Any) -> int:
     return sum(has_memory(info) for info in infos)
 
 
-def hidden_of(inputs: dict[str, Tensor], stage: nn.Module, inbound: Tensor | None) -> Tensor:
-    assert isinstance(stage, Stage)
+def hidden_of(inputs: dict[str, Tensor], stage: Stage, inbound: Tensor | None) -> Tensor:
     return stage.model.next_token_hidden(inputs["input_ids"], None, inbound)
 
 
-def score_of(inputs: dict[str, Tensor], stage: nn.Module, inbound: Tensor | None) -> Tensor:
-    assert isinstance(stage, Stage)
+def score_of(inputs: dict[str, Tensor], stage: Stage, inbound: Tensor | None) -> Tensor:
     hidden = hidden_of(inputs, stage, inbound)
     if not stage.model.spec.is_last:
         return hidden

@@ -250,8 +250,6 @@ def test_one_rank_of_2048_is_planned_with_fake_tensors(rank_130_of_2048: Axis) -
         y = dispatcher.combine(dispatched.rows * dispatched.gates[:, None].bfloat16(), dispatched)
         assert (y.shape, y.dtype) == (x.shape, x.dtype)
         y.sum().backward()
-        assert x.grad is not None
-        assert gates.grad is not None
         assert (x.grad.shape, gates.grad.shape) == (x.shape, gates.shape)
     copies = 4096 * 8
     assert traffic.sent["dispatch"] == 2 * copies * 7392

@@ -93,21 +93,16 @@ class Group:
 
     def signal(self, number: signal.Signals, *ranks: int) -> None:
         for rank in ranks:
-            os.kill(self.pid(rank), number)
+            os.kill(self.processes[rank].pid, number)
 
-    def set(self, key: str) -> None:
-        """In the ranks' store."""
+    def put(self, key: str) -> None:
+        """Set a key in the ranks' store."""
         port = int((self.folder / "port").read_text())
         dist.PrefixStore("attempt_0", dist.TCPStore("127.0.0.1", port, wait_for_workers=False)).set(key, "")
 
-    def pid(self, rank: int) -> int:
-        pid = self.processes[rank].pid
-        assert pid is not None
-        return pid
-
     def who(self, rank: int) -> str:
         """As a sentence names a rank."""
-        return f"rank {rank} (dp {rank}, host {socket.gethostname()}, pid {self.pid(rank)})"
+        return f"rank {rank} (dp {rank}, host {socket.gethostname()}, pid {self.processes[rank].pid})"
 
     def said(self) -> list[str]:
         files = [self.folder / f"{rank}.stderr" for rank in range(self.world)]
@@ -273,7 +268,7 @@ def test_a_stopped_rank_and_a_suspended_job_survive(tmp_path: Path) -> None:
             for rank in ranks:
                 group.signal(signal.SIGCONT, rank)
                 time.sleep(0.3 if rank == 0 else 0)
-        group.set("over")
+        group.put("over")
         assert group.exit_codes(*range(WORLD)) == [0] * WORLD, group.said()
 
 
@@ -299,7 +294,7 @@ def test_a_call_that_holds_the_gil_beyond_the_timeout_is_a_death(tmp_path: Path)
     """As the module says; the rank itself ends too when the call returns, since the others are gone."""
     with started(tmp_path, second_holds_the_gil, timeout_s=1, world=2) as group:
         group.wait_until_all_are_in()
-        group.set("watched")
+        group.put("watched")
         assert group.exit_codes(0, 1) == [EXIT_CODE, EXIT_CODE]
         assert "because rank 1 " in group.sentences(0)[0]
         assert group.sentences(1)[0].endswith("is dead: no heartbeat for 1 s (seen by rank 0)")

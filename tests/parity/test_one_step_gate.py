@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -107,9 +108,7 @@ def backward(net: Transformer) -> list[Tensor]:
     tokens = torch.randint(0, vocab, (2, TOKENS // 2 + 1), generator=torch.Generator().manual_seed(1))
     weights = LossWeights(mtp_weight=0.3, balance_alpha=1e-3, num_targets=torch.tensor(TOKENS), num_sequences=2)
     output = net(tokens[:, :-1])
-    balance = balance_sum(output, weights)
-    assert balance is not None
-    (loss_sums(net, output, tokens[:, 1:], weights).total + balance).backward()
+    (loss_sums(net, output, tokens[:, 1:], weights).total + balance_sum(output, weights)).backward()
     return [output.hidden.detach(), *(hidden.detach() for hidden in output.mtp_hidden)]
 
 
@@ -129,24 +128,21 @@ def local_errors(call: Call) -> dict[str, float]:
     x, weight = call.x.clone().requires_grad_(), call.weight.clone().requires_grad_()
     x64, dy64, w64 = call.x.double(), call.dy.double(), call.weight.double()
     if call.ends is None:
-        y = precision.linear(x, weight)
-        exact = {"fprop": x64 @ w64.T, "dgrad": dy64 @ w64, "wgrad": dy64.T @ x64}
+        y, groups = precision.linear(x, weight), [(slice(None), ...)]
     else:
         y = precision.grouped_linear(x, weight, call.ends)
-        exact = {
-            name: torch.zeros_like(t, dtype=torch.float64)
-            for name, t in zip(("fprop", "dgrad", "wgrad"), (y, x, weight), strict=True)
-        }
-        start = 0
-        for expert, end in enumerate(call.ends.tolist()):
-            rows = slice(start, end)
-            exact["fprop"][rows] = x64[rows] @ w64[expert].T
-            exact["dgrad"][rows] = dy64[rows] @ w64[expert]
-            exact["wgrad"][expert] = dy64[rows].T @ x64[rows]
-            start = end
+        groups = [(slice(*edges), expert) for expert, edges in enumerate(pairwise([0, *call.ends.tolist()]))]
+    fprop, dgrad, wgrad = (torch.zeros_like(t, dtype=torch.float64) for t in (y, x, weight))
+    for rows, expert in groups:
+        fprop[rows] = x64[rows] @ w64[expert].T
+        dgrad[rows] = dy64[rows] @ w64[expert]
+        wgrad[expert] = dy64[rows].T @ x64[rows]
     y.backward(call.dy)
-    actual = {"fprop": y.detach(), "dgrad": x.grad, "wgrad": weight.grad}
-    return {operand: relative(actual[operand], exact[operand]) for operand in exact}
+    return {
+        "fprop": relative(y.detach(), fprop),
+        "dgrad": relative(x.grad, dgrad),
+        "wgrad": relative(weight.grad, wgrad),
+    }
 
 
 def worst_local(calls: list[Call]) -> tuple[float, str]:
@@ -203,7 +199,6 @@ def router_errors(recorded_inputs: list[tuple[str, Tensor]]) -> float:
     worst = 0.0
     for name, x in recorded_inputs:
         router = net.get_submodule(name)
-        assert isinstance(router, Router)
         routing = router(x)
         scores = (x.flatten(0, 1).double() @ router.weight.double().T).sigmoid()  # [tokens, experts]
         chosen = scores.gather(1, routing.topk_ids)
