@@ -1,4 +1,4 @@
-"""One life of a run on some ranks, in process: what a launched worker does, with an eye on it.
+"""One life of a run on some ranks, in process, and what tests read of any run: its log and its state.
 
     join -> build -> Trainer -> resume -> [look] -> fit -> [or look here]
 
@@ -15,6 +15,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +30,7 @@ from parallel.mesh import make_mesh
 from parallel.shards import LocalShard
 from train.assemble import build, build_alone, open_resources
 from train.config import PretrainConfig
+from train.observe.sinks import read_run
 from train.trainer import Trainer
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -125,6 +129,28 @@ def copied_state(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Copies of the run's tensors, as far as this rank holds them."""
     state = trainer.tensors()
     return {name: (t.tensor if isinstance(t, LocalShard) else t).detach().clone() for name, t in state.items()}
+
+
+def wait_for_step(
+    process: subprocess.Popen[str], run: Path, reached: Callable[[int], bool], output: Callable[[], str] | None = None
+) -> None:
+    """Until the log shows a step that is `reached`; a process that ended before fails with its output."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists():
+            records = read_run(run)
+            if records and reached(records[-1]["step"]):
+                return
+        assert process.poll() is None, output() if output else process.communicate()[0]
+        time.sleep(0.005)
+    raise AssertionError("the run made no progress")
+
+
+def losses(run: Path) -> list[tuple[float, ...]]:
+    """Of each logged step: total, main, MTP and the gradient norm; the log holds each step once, in order."""
+    records = read_run(run)
+    assert [r["step"] for r in records] == list(range(1, len(records) + 1)), "every step once, in order"
+    return [(r["loss/total"], r["loss/main"], r["loss/mtp"], r["grad/norm"]) for r in records]
 
 
 def look(trainer: Trainer, *, score: bool) -> Look:

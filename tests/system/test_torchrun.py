@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from parallel.watchdog import DEATH_EXIT_CODE
+from tests.system.lives import wait_for_step
 from train.checkpoint.dcp import latest
 from train.observe.sinks import read_events, read_run
 
@@ -130,19 +130,6 @@ def start(small_run: Callable[..., list[str]], tmp_path: Path) -> Iterator[Start
         launch.end()
 
 
-def wait_for_step(launch: Launch, run: Path, step: int) -> None:
-    """Until the log shows a step; the launch must still be at work."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline:
-        if (run / "metrics.jsonl").exists():
-            records = read_run(run)
-            if records and records[-1]["step"] >= step:
-                return
-        assert launch.torchrun.poll() is None, launch.said()
-        time.sleep(0.01)
-    raise AssertionError("the run made no progress")
-
-
 def assert_refused(launch: Launch, sentence: str) -> None:
     """One worker says one sentence and exits 2, torchrun ends the others and exits 1, and nothing is left."""
     assert launch.wait() == 1
@@ -199,7 +186,7 @@ def test_runs_end_in_order_every_time_with_one_log(start: Start, tmp_path: Path)
 def test_a_killed_rank_of_a_node_is_named_and_nothing_is_left(start: Start, tmp_path: Path) -> None:
     """On one node torchrun sees it first, names it, and ends the others before their heartbeat would."""
     launch = start("schedule.total_tokens=1000000")
-    wait_for_step(launch, tmp_path / "run", 2)
+    wait_for_step(launch.torchrun, tmp_path / "run", lambda step: step >= 2, output=launch.said)
     workers = launch.workers()
     assert sorted(workers) == [0, 1]
     os.kill(workers[1], signal.SIGKILL)
@@ -222,7 +209,7 @@ def test_a_killed_node_is_named_by_the_ranks_of_the_others(start: Start, tmp_pat
         port = probe.getsockname()[1]
     meeting = f"--nnodes 2 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port {port} --node-rank"
     nodes = [start("schedule.total_tokens=1000000", options=(*meeting.split(), rank)) for rank in "01"]
-    wait_for_step(nodes[0], tmp_path / "run", 2)
+    wait_for_step(nodes[0].torchrun, tmp_path / "run", lambda step: step >= 2, output=nodes[0].said)
     ((rank, victim),) = nodes[1].workers().items()
     assert rank == 1
     # The launcher first, else it would end its worker itself and report it.
@@ -240,7 +227,7 @@ def test_a_killed_node_is_named_by_the_ranks_of_the_others(start: Start, tmp_pat
 def test_sigterm_to_the_workers_saves_and_the_same_command_finishes(start: Start, tmp_path: Path) -> None:
     run = tmp_path / "run"
     launch = start()
-    wait_for_step(launch, run, 3)
+    wait_for_step(launch.torchrun, run, lambda step: step >= 3, output=launch.said)
     for pid in launch.workers().values():
         os.kill(pid, signal.SIGTERM)
     assert launch.wait() == 0, launch.said()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import train.assemble
 import train.trainer
 from kernels.deferred import deferred, take
-from tests.system.lives import copied_state
+from tests.system.lives import copied_state, losses
 from train.assemble import Components, build_alone, choose_device
 from train.checkpoint.dcp import Saver, latest
 from train.config import PretrainConfig, compose
@@ -104,7 +104,6 @@ def test_the_learning_rate_and_gamma_of_the_step_are_applied(config: PretrainCon
 def test_every_update_moves_the_average_of_the_weights(config: PretrainConfig) -> None:
     parts = build_alone(replace(config, optim=replace(config.optim, ema_decay=0.75)))
     ema = parts.engine.ema
-    assert ema is not None
     master = parts.engine.optimizer.masters()["lm_head.weight"].tensor
     expected = master.clone()
     for step in range(3):
@@ -180,10 +179,8 @@ def test_evaluation_leaves_no_trace_and_scores_what_fp64_scores(config: Pretrain
     plain.fit()
     looked = trainer_of(replace(config, run=replace(config.run, name="looked", eval_every_steps=1)))
     looked.fit()
-    losses = [[(r["loss/main"], r["grad/norm"]) for r in read_run(t.directory)] for t in (plain, looked)]
-    assert losses[0] == losses[1]
+    assert losses(plain.directory) == losses(looked.directory)
     heldout, model = plain.components.heldout, plain.engine.models[0]
-    assert heldout is not None
     nats = 0.0
     with torch.no_grad():
         for batch in iterate_windows(heldout, sequence_length=32, batch_sequences=1):
@@ -296,9 +293,7 @@ def test_every_weight_gradient_of_the_model_waits_in_the_queue(precision: str, c
 
     def backward() -> None:
         output = model(tokens[:, :-1])
-        balance = balance_sum(output, step)
-        assert balance is not None
-        (loss_sums(model, output, tokens[:, 1:], step).total + balance).backward()
+        (loss_sums(model, output, tokens[:, 1:], step).total + balance_sum(output, step)).backward()
 
     backward()
     at_once = {name: p.main_grad.clone() for name, p in matrices.items()}
