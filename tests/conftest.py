@@ -81,21 +81,21 @@ def fixed_seed() -> None:
     logging.getLogger("train").setLevel(logging.NOTSET)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_command() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `python ARGUMENTS` from the repository's root, offline, in one thread.
+    """Run `python ARGUMENTS` offline, in one thread, from the repository's root unless `cwd` says otherwise.
 
     Returns:
-        A function (*arguments, timeout_s=300, check=True, **environment) -> CompletedProcess with text
-        output; with `check`, a non-zero exit fails the test and shows both streams.
+        A function (*arguments, timeout_s=300, check=True, cwd=root, **environment) -> CompletedProcess with
+        text output; with `check`, a non-zero exit fails the test and shows both streams.
     """
 
     def run(
-        *arguments: str | Path, timeout_s: float = 300, check: bool = True, **environment: str
+        *arguments: str | Path, timeout_s: float = 300, check: bool = True, cwd: Path = REPOSITORY, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [sys.executable, *map(str, arguments)],
-            cwd=REPOSITORY,
+            cwd=cwd,
             env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
