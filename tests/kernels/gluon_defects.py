@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from tests.kernels.gluon_interpreter import BarrierMisuse, Deadlock, KernelError, Misuse, OutOfRange, Race
+from tests.kernels.gluon_values import BarrierMisuse, Deadlock, KernelError, Misuse, OutOfRange, Race
 
 Edit = tuple[str, str]
 
@@ -230,7 +230,7 @@ MEMORY_DEFECTS = (
     ),
     defect(
         "pointer before the start", OutOfRange, r"global offset -1\.\.-1 outside 0\.\.3, at consume:",
-        ("gl.load(weights + k)", "gl.load(weights + k - 1)")
+        ("gl.load(weights + k)", "gl.load(weights + (k - 1))")
     ),
     defect(
         "store without its mask", OutOfRange, "global offset .* outside .* at store_rows:",

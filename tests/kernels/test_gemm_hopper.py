@@ -24,7 +24,8 @@ from kernels.gpu.gemm_hopper import Config
 from tests.kernels import gemm_inputs
 from tests.kernels.gemm_inputs import BF16_TOLERANCE, FP32_TOLERANCE, Problem, relative_error
 from tests.kernels.gluon_defects import Edit, edited
-from tests.kernels.gluon_interpreter import ADVERSARIAL, KernelError, interpret
+from tests.kernels.gluon_interpreter import ADVERSARIAL, interpret
+from tests.kernels.gluon_values import KernelError
 
 ORDERS: dict[str, dict[str, Any]] = {
     "plain": {"races": False},
