@@ -81,7 +81,7 @@ def fixed_seed() -> None:
     logging.getLogger("train").setLevel(logging.NOTSET)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_command() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `python ARGUMENTS` from the repository's root, offline, in one thread.
 
