@@ -1,4 +1,4 @@
-"""Inputs and independent results of the FP8 GEMMs: one place for the tests of every implementation.
+"""Inputs and independent results of the FP8 GEMMs, one place for every implementation; how any kernel is compared.
 
 Payloads are random E4M3 numbers, scales spread over a factor of three; expected results are FP64 products of decoded
 operands. Padding rows hold numbers, not zeros, so that a kernel that stores them where it must not is seen.
@@ -6,7 +6,9 @@ operands. Padding rows hold numbers, not zeros, so that a kernel that stores the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -56,6 +58,11 @@ def decode_blocks(values: Tensor, scale: Tensor) -> Tensor:
     return values.double() * scale.double().repeat_interleave(TILE, -2).repeat_interleave(TILE, -1)[..., :rows, :cols]
 
 
+def slices(ends: Sequence[int]) -> list[slice]:
+    """The rows of each group."""
+    return [slice(*edges) for edges in pairwise([0, *ends])]
+
+
 def tile_block(m: int, n: int, k: int, ends: list[int] | None = None) -> Problem:
     """fprop or dgrad; `ends` are the groups' ends, rows behind the last one expect zeros."""
     groups = [len(ends)] if ends else []
@@ -65,8 +72,8 @@ def tile_block(m: int, n: int, k: int, ends: list[int] | None = None) -> Problem
     if ends is None:
         return Problem(a, a_scale, b, b_scale, x @ decode_blocks(b, b_scale).T)
     expected = torch.zeros(m, n, dtype=torch.float64)
-    for group, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-        expected[start:end] = x[start:end] @ decode_blocks(b[group], b_scale[group]).T
+    for rows, weight in zip(slices(ends), decode_blocks(b, b_scale), strict=True):
+        expected[rows] = x[rows] @ weight.T
     return Problem(a, a_scale, b, b_scale, expected, torch.tensor(ends, dtype=torch.int32))
 
 
@@ -77,8 +84,7 @@ def tile_tile(m: int, n: int, k: int, ends: list[int] | None = None) -> Problem:
     x, y = decode_tiles(a, a_scale), decode_tiles(b, b_scale)
     if ends is None:
         return Problem(a, a_scale, b, b_scale, x @ y.T)
-    parts = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    expected = torch.stack([x[:, part] @ y[:, part].T for part in parts])
+    expected = torch.stack([x[:, part] @ y[:, part].T for part in slices(ends)])
     return Problem(a, a_scale, b, b_scale, expected, torch.tensor(ends, dtype=torch.int32))
 
 
@@ -91,6 +97,13 @@ def assert_same_bits(actual: Tensor | tuple[Tensor, ...], expected: Tensor | tup
         assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
         assert got.is_contiguous()
         assert torch.equal(got.view(torch.uint8), wanted.contiguous().view(torch.uint8))
+
+
+def assert_same_values(actual: Tensor, expected: Tensor) -> None:
+    """Equal to the bit, signs of zero included, but NaN equals NaN whatever its payload."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    number = ~expected.isnan()
+    assert torch.equal(actual.float().signbit()[number], expected.float().signbit()[number])
 
 
 def assert_exact_up_to_accumulation(actual: Tensor, a: Tensor, b: Tensor) -> None:
@@ -130,4 +143,17 @@ def exact_blocks(q: Quantized) -> Tensor:
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Frobenius norm of the difference over that of `expected`; NaN where something was not written."""
-    return float((actual.double() - expected).norm() / expected.norm())
+    return float((actual.double() - expected).detach().norm() / expected.detach().norm())
+
+
+def kept_for_backward(run: Callable[[], object]) -> list[Tensor]:
+    """The tensors that autograd keeps of `run`."""
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return kept
