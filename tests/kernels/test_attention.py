@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import causal_attention, causal_attention_reference
-from tests.kernels.gemm_inputs import relative_error
+from tests.kernels.gemm_inputs import beside_reference, relative_error
 
 
 def inputs(tokens: int, qk_dim: int, v_dim: int, dtype: torch.dtype) -> list[Tensor]:
@@ -39,27 +38,14 @@ def documents(tokens: int) -> Tensor:
     return torch.stack((first, torch.zeros_like(first)))
 
 
-def beside_fp64(
-    oracle: Callable[..., Tensor], leaves: list[Tensor], *, scale: float, masked: bool
-) -> list[tuple[Tensor, Tensor]]:
-    """Output and gradients of q, k, v, each with the oracle's."""
-    document_ids = documents(leaves[0].shape[2]) if masked else None
-    o = causal_attention(*leaves, scale=scale, document_ids=document_ids)
-    exact = [x.detach().double().requires_grad_() for x in leaves]
-    expected = oracle(*exact, scale=scale, document_ids=document_ids)
-    grad = torch.randn_like(o)
-    got = torch.autograd.grad(o, leaves, grad)
-    want = torch.autograd.grad(expected, exact, grad.double())
-    return list(zip((o, *got), (expected, *want), strict=True))
-
-
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("tokens", "qk_dim", "v_dim"), [(1, 8, 4), (17, 12, 20), (33, 24, 16)])
 def test_fp32_output_and_gradients_equal_the_written_out_softmax(
     tokens: int, qk_dim: int, v_dim: int, masked: bool
 ) -> None:
     leaves = inputs(tokens, qk_dim, v_dim, torch.float32)
-    for a, b in beside_fp64(naive, leaves, scale=0.3, masked=masked):
+    how = {"scale": 0.3, "document_ids": documents(tokens) if masked else None}
+    for a, b in beside_reference(partial(causal_attention, **how), partial(naive, **how), *leaves):
         # Sums of at most 33 terms in fp32: 33 * 2^-24 = 2e-6 relative, a few such in a row.
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
@@ -68,7 +54,8 @@ def test_fp32_output_and_gradients_equal_the_written_out_softmax(
 @pytest.mark.parametrize("tokens", [63, 129])
 def test_bf16_output_and_gradients_stay_within_their_roundings(tokens: int, masked: bool) -> None:
     leaves = inputs(tokens, 96, 64, torch.bfloat16)
-    for a, b in beside_fp64(causal_attention_reference, leaves, scale=96**-0.5, masked=masked):
+    how = {"scale": 96**-0.5, "document_ids": documents(tokens) if masked else None}
+    for a, b in beside_reference(partial(causal_attention, **how), partial(causal_attention_reference, **how), *leaves):
         assert a.dtype == torch.bfloat16
         # Scores, probabilities, their gradient and the result are each rounded to bf16 once, at most 2^-8 and
         # 2^-8 / sqrt(3) in the mean square: sqrt(4 / 3) * 2^-8 < 2^-7.

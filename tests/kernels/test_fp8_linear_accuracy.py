@@ -14,7 +14,7 @@ from kernels.formats import TILE, Quantized, ceil_div
 from kernels.fp8_linear import fp8_linear as fp8
 from kernels.fp8_linear import grouped_fp8_linear, grouped_linear, linear
 from kernels.quantize import quantize_tiles, requantize_transposed
-from tests.kernels.gemm_inputs import relative_error, slices
+from tests.kernels.gemm_inputs import relative_error, rolled, slices
 
 
 class Run(NamedTuple):
@@ -147,12 +147,8 @@ def spoiled(spoil: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Calla
     return lambda original: lambda *args, **kwargs: spoil(original(*args, **kwargs))
 
 
-def rolled(q: Quantized) -> Quantized:
-    return Quantized(q.payload, q.scale.roll(1, dims=0))
-
-
-neighbours_scale = spoiled(rolled)
-neighbours_scale_by_column = spoiled(lambda pair: (pair[0], rolled(pair[1])))
+neighbours_scale = spoiled(lambda q: rolled(q, 0))
+neighbours_scale_by_column = spoiled(lambda pair: (pair[0], rolled(pair[1], 0)))
 e5m2_payload = spoiled(
     lambda q: Quantized(q.payload.float().to(torch.float8_e5m2).float().to(torch.float8_e4m3fn), q.scale)
 )

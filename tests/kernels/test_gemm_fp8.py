@@ -15,6 +15,7 @@ from tests.kernels.gemm_inputs import (
     exact_tiles,
     random_blocks,
     random_tiles,
+    rolled,
     slices,
 )
 
@@ -24,11 +25,6 @@ SHAPES = [(1, 1, 1), (63, 129, 576), (129, 200, 2112), (128, 256, 512), (1, 300,
 
 def first_tiles(q: Quantized, count: int) -> Quantized:
     return Quantized(q.payload[:, : count * TILE], q.scale[:count])
-
-
-def rolled(q: Quantized, dim: int) -> Quantized:
-    """A neighbour's scale for each tile or block."""
-    return Quantized(q.payload, q.scale.roll(1, dims=dim))
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)

@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from torch import Tensor
 
 from kernels.formats import TILE, ceil_div
 from kernels.permute import (
@@ -19,6 +20,7 @@ from kernels.permute import (
     partial_grouping,
 )
 from tests.kernels.expert_layouts import EXPERTS, KINDS, LOCAL, choices, layout_of
+from tests.kernels.gemm_inputs import beside_reference
 
 CASES = list(product(KINDS, (1, 63, 129), (1, 2, 3)))
 
@@ -130,16 +132,16 @@ def test_outputs_and_gradients_equal_dense_one_hot_products_in_fp64(
     x = torch.randn(tokens, 24, requires_grad=True)
     gates = torch.rand(tokens, topk, requires_grad=True)
     scale = torch.randn(layout.num_rows, 1)
-    y = combine_tokens(group_tokens(x, layout) * scale * group_gates(gates, layout)[:, None], layout)
-    exact_x, exact_gates = (t.detach().double().requires_grad_() for t in (x, gates))
-    rows = group_tokens_reference(exact_x, layout) * scale.double()
-    expected = combine_tokens_reference(rows * group_gates_reference(exact_gates, layout)[:, None], layout)
-    grad = torch.randn_like(y)
-    got = torch.autograd.grad(y, (x, gates), grad)
-    want = torch.autograd.grad(expected, (exact_x, exact_gates), grad.double())
-    # At most 3 products per element of y and x, 24 per gate: 24 * 2^-24 = 1.4e-6.
-    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
-    for a, b in zip(got, want, strict=True):
+
+    def ours(x: Tensor, gates: Tensor) -> Tensor:
+        return combine_tokens(group_tokens(x, layout) * scale * group_gates(gates, layout)[:, None], layout)
+
+    def reference(x: Tensor, gates: Tensor) -> Tensor:
+        rows = group_tokens_reference(x, layout) * scale.double()
+        return combine_tokens_reference(rows * group_gates_reference(gates, layout)[:, None], layout)
+
+    for a, b in beside_reference(ours, reference, x, gates):
+        # At most 3 products per element of y and x, 24 per gate: 24 * 2^-24 = 1.4e-6.
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 

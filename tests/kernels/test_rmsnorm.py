@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from torch.func import functional_call
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
 from kernels.rmsnorm import rmsnorm, rmsnorm_reference
-from tests.kernels.gemm_inputs import kept_for_backward, relative_error
+from tests.kernels.gemm_inputs import beside_reference, kept_for_backward, relative_error
 
 EPS = 1e-6
 
@@ -16,20 +19,15 @@ EPS = 1e-6
 @pytest.mark.parametrize("dim", [96, 576])
 def test_fp32_output_and_gradients_are_those_of_transformers(rows: int, dim: int) -> None:
     norm = DeepseekV3RMSNorm(dim, eps=EPS)
-    with torch.no_grad():
-        norm.weight.normal_()
-    theirs = torch.randn(2, rows, dim, requires_grad=True)
-    x = theirs.detach().clone().requires_grad_()
-    weight = norm.weight.detach().clone().requires_grad_()
-    expected, y = norm(theirs), rmsnorm(x, weight, EPS)
-    grad = torch.randn_like(y)
-    expected.backward(grad)
-    y.backward(grad)
+    x, weight = torch.randn(2, rows, dim, requires_grad=True), torch.randn(dim, requires_grad=True)
+    output, of_x, of_weight = beside_reference(
+        partial(rmsnorm, eps=EPS), lambda x, w: functional_call(norm, {"weight": w}, x), x, weight, dtype=torch.float32
+    )
     # A mean of `dim` squares and a few products, 2^-24 each: 1e-6 relative to values up to about 5.
-    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(x.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*output, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(*of_x, rtol=1e-5, atol=1e-5)
     # A sum over up to 258 rows of products of size 1-10: 258 * 2^-24 * 10 = 1.5e-4 at worst, 1e-5 typical.
-    torch.testing.assert_close(weight.grad, norm.weight.grad, rtol=1e-5, atol=5e-5)
+    torch.testing.assert_close(*of_weight, rtol=1e-5, atol=5e-5)
 
 
 def test_bf16_output_is_bit_equal_to_transformers_and_gradients_are_within_a_rounding() -> None:
@@ -38,15 +36,10 @@ def test_bf16_output_is_bit_equal_to_transformers_and_gradients_are_within_a_rou
         norm.weight.normal_()
     x = torch.randn(129, 256).bfloat16().requires_grad_()
     weight = norm.weight.detach().clone().requires_grad_()
-    y = rmsnorm(x, weight, EPS)
     # The rounding order is Hugging Face's, so nothing may differ.
-    assert torch.equal(y, norm(x))
-    grad = torch.randn_like(y)
-    y.backward(grad)
-    exact_x = x.detach().double().requires_grad_()
-    exact_weight = weight.detach().double().requires_grad_()
-    rmsnorm_reference(exact_x, exact_weight, EPS).backward(grad.double())
-    for got, want in ((x.grad, exact_x.grad), (weight.grad, exact_weight.grad)):
+    assert torch.equal(rmsnorm(x, weight, EPS), norm(x))
+    _, *gradients = beside_reference(partial(rmsnorm, eps=EPS), partial(rmsnorm_reference, eps=EPS), x, weight)
+    for got, want in gradients:
         assert got.dtype == torch.bfloat16
         # fp32 inside and one rounding to bf16, 2^-8 relative at most.
         assert relative_error(got, want) < 2**-8
