@@ -8,19 +8,18 @@ the next one (layouts, paddings, group ends, scales) is checked between the real
 from __future__ import annotations
 
 import importlib
-from collections import Counter
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.gpu import gemm_fp8
 from kernels.operators import LAUNCHERS, NAMESPACE
 from tests.kernels.gemm_inputs import relative_error
 from tests.kernels.gluon_interpreter import interpret
+from tests.operator_calls import OperatorCalls
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
@@ -49,22 +48,18 @@ CONFIG = ModelConfig(
 TOKENS = 160
 
 
-class OnDeviceCode(TorchDispatchMode):
+class OnDeviceCode(OperatorCalls):
     """Sends every operator that has a launcher to it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != NAMESPACE or func._opname not in LAUNCHERS:
             return func(*args, **(kwargs or {}))
-        self.calls[func._opname] += 1
+        self.counts[func._opname] += 1
         launcher = getattr(importlib.import_module(LAUNCHERS[func._opname]), func._opname)
         return launcher(*args, **(kwargs or {}))
 
 
-def run(precision: str, *, device_code: bool) -> tuple[dict[str, Tensor], Counter[str]]:
+def run(precision: str, *, device_code: bool) -> tuple[dict[str, Tensor], set[str]]:
     """Hidden states and the gradient of every weight; what was called."""
     torch.manual_seed(3)
     model = Transformer(CONFIG, Precision(precision))  # type: ignore[arg-type]
@@ -77,7 +72,7 @@ def run(precision: str, *, device_code: bool) -> tuple[dict[str, Tensor], Counte
         hidden = model(tokens).hidden
         hidden.backward(torch.randn(hidden.shape).bfloat16())
     gradients = {name: weight.main_grad for name, weight in model.named_parameters() if weight.grad is None}
-    return {"hidden": hidden.detach(), **gradients}, mode.calls
+    return {"hidden": hidden.detach(), **gradients}, set(mode.counts)
 
 
 # Launchers that training does not call: dequantising alone, and E5M6.
@@ -94,5 +89,5 @@ def test_device_code_and_references_train_alike(monkeypatch: pytest.MonkeyPatch)
         assert actual.keys() == expected.keys()
         errors = {name: relative_error(actual[name], wanted.double()) for name, wanted in expected.items()}
         assert max(errors.values()) < 2**-7, (precision, errors)
-        called |= set(calls)
+        called |= calls
     assert set(LAUNCHERS) - called <= NOT_IN_TRAINING
