@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.tiny_model import DISTINCT
 from train.checkpoint.dcp import save
 from train.huggingface.export import Exported, ExportOptions, export
 from train.huggingface.names import Format
@@ -29,26 +30,8 @@ from train.model.transformer import Transformer
 CPU = torch.device("cpu")
 FP32, BF16, FP8 = Precision("fp32"), Precision("bf16"), Precision("fp8", power_of_two_scales=True)
 FP8_ANY_SCALE = Precision("fp8", power_of_two_scales=False)
-RAGGED = ModelConfig(
-    vocab_size=300,
-    hidden_size=136,
-    intermediate_size=144,
-    moe_intermediate_size=136,
-    num_hidden_layers=3,
-    first_k_dense_replace=1,
-    num_attention_heads=3,
-    q_lora_rank=128,
-    kv_lora_rank=12,
-    qk_nope_head_dim=10,
-    qk_rope_head_dim=6,
-    v_head_dim=14,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    n_group=2,
-    topk_group=1,
-    routed_scaling_factor=2.5,
-    max_position_embeddings=64,
-    num_nextn_predict_layers=1,
+RAGGED = replace(
+    DISTINCT, vocab_size=300, hidden_size=136, intermediate_size=144, moe_intermediate_size=136, q_lora_rank=128
 )
 # Small enough for several files.
 SHARD_BYTES = 400_000
