@@ -72,7 +72,7 @@ def test_total_is_the_reports_objective_times_the_number_of_targets() -> None:
 
 def test_gradients_do_not_depend_on_the_cut_into_micro_batches() -> None:
     whole, whole_grads = gradients(1)
-    # The third piece has no target at all; it still carries balance loss.
+    # The third micro-batch has no target at all; it still carries balance loss.
     cut, cut_grads = gradients(4)
     for name, expected in whole_grads.items():
         error = float((cut_grads[name] - expected).norm() / expected.norm().clamp(min=1e-12))

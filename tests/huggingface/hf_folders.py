@@ -37,17 +37,13 @@ RAGGED = replace(
 SHARD_BYTES = 400_000
 
 
-@torch.no_grad()
 def lively(config: ModelConfig, precision: Precision) -> Transformer:
-    """A model with random weights."""
-    model = Transformer(config, precision)
+    """A model with random weights, without gradients."""
+    model = Transformer(config, precision).requires_grad_(requires_grad=False)
     generator = torch.Generator().manual_seed(11)
     for name, tensor in model.state_dict().items():
         random = torch.randn(tensor.shape, generator=generator)
-        if "norm" in name:
-            tensor.copy_(1.0 + 0.3 * random.tanh())
-        else:
-            tensor.copy_(0.15 * random)
+        tensor.copy_(1.0 + 0.3 * random.tanh() if "norm" in name else 0.15 * random)
     return model
 
 
@@ -59,6 +55,11 @@ def save_checkpoint(
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     save(path, tensors=tensors, state={"config": config, "identity": {"store": {"tokenizer": tokenizer_sha256}}})
     return path
+
+
+def saved(model: Transformer, root: Path) -> CheckpointReader:
+    """A checkpoint of a model, opened."""
+    return CheckpointReader(save_checkpoint(root / "checkpoints/step_00000003", model))
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -89,10 +90,9 @@ def changed(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], No
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors", INDEX, "conversion.json"))
     tensors = tensors_of(folder)
     change(tensors)
-    write_index(target, dict.fromkeys(tensors, "model-00001-of-00001.safetensors"))
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, target / "model-00001-of-00001.safetensors"
-    )
+    file = target / "model-00001-of-00001.safetensors"
+    write_index(target, dict.fromkeys(tensors, file.name))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
     return target
 
 
@@ -110,12 +110,8 @@ class Made:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.model = cache(lambda precision: lively(RAGGED, precision))
-        self.checkpoint = cache(self._checkpoint)
+        self.checkpoint = cache(lambda precision: saved(self.model(precision), root / name_of(precision)))
         self.exported = cache(self._exported)
-
-    def _checkpoint(self, precision: Precision) -> CheckpointReader:
-        path = self.root / name_of(precision) / "checkpoints/step_00000003"
-        return CheckpointReader(save_checkpoint(path, self.model(precision)))
 
     def _exported(self, precision: Precision, format: Format) -> tuple[Path, Exported]:
         out = self.root / name_of(precision) / format

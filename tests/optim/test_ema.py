@@ -18,7 +18,7 @@ SHAPES = {"norm.weight": (129,), "layers.0.mlp.experts.down_proj": (3, 5, 7), "l
 
 
 def make_masters(seed: int = 0) -> dict[str, LocalShard]:
-    """Pieces as a second rank holds them: the second half of each tensor along its first dim."""
+    """Shards as a second rank holds them: the second half of each tensor along its first dim."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: LocalShard.at(
