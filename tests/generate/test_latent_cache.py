@@ -130,7 +130,7 @@ def test_greedy_tokens_are_those_of_transformers(case: dict[str, Any]) -> None:
     theirs = oracle.generate(prompt, attention_mask=torch.ones_like(prompt), **length, **both)
     decoder = Decoder(ours)
     cache = decoder.new_cache(sequences=1, slots=40, drafting=False)
-    ids, start, compared = [int(token) for token in prompt[0]], 0, 0
+    ids, start, compared = prompt[0].tolist(), 0, 0
     for step, logits in enumerate(theirs.logits):
         hidden = decoder.advance(ids[start:], [Span(0, start, len(ids) - start)], cache)
         mine = ours.logits(hidden[-1:])[0]

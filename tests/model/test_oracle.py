@@ -28,9 +28,7 @@ from train.model.transformer import Transformer
 BASE: dict[str, Any] = vars(
     replace(DISTINCT, n_routed_experts=8, n_group=4, topk_group=2, max_position_embeddings=4096)
 )
-YARN = YarnScaling(
-    factor=40.0, original_max_position_embeddings=64, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0
-)
+YARN = YarnScaling(40.0, 64, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)
 CASES: dict[str, dict[str, Any]] = {
     "groups 4, top 2": {},
     "no query latent": {"q_lora_rank": None},
