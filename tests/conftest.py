@@ -71,7 +71,12 @@ def fixed_seed() -> None:
 
 @pytest.fixture
 def run_command() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `python ARGUMENTS` from the repository's root; with `check`, a non-zero exit fails the test."""
+    """Run `python ARGUMENTS` from the repository's root, offline, in one thread.
+
+    Returns:
+        A function (*arguments, timeout_s=300, check=True, **environment) -> CompletedProcess with text
+        output; with `check`, a non-zero exit fails the test and shows both streams.
+    """
 
     def run(
         *arguments: str | Path, timeout_s: float = 300, check: bool = True, **environment: str
