@@ -81,11 +81,16 @@ class Recording(Precision):
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+    return finite((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 def cosine(actual: Tensor, expected: Tensor) -> float:
-    return float(torch.cosine_similarity(actual.double().flatten(), expected.double().flatten(), dim=0))
+    return finite(torch.cosine_similarity(actual.double().flatten(), expected.double().flatten(), dim=0))
+
+
+def finite(error: Tensor) -> float:
+    assert error.isfinite(), "`max` would pass over a NaN"
+    return float(error)
 
 
 def prepared(precision: Precision) -> Transformer:
