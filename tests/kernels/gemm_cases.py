@@ -23,7 +23,6 @@ PROGRAMS = 132
 # Rows of this rank's experts, and how many experts it has.
 ROWS, GROUPS = 32768, 8
 
-
 bf16 = partial(torch.empty, dtype=torch.bfloat16)
 fp8 = partial(torch.empty, dtype=torch.float8_e4m3fn)
 

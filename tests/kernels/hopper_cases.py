@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from kernels.gpu import e5m6, permute, quantize, router, swiglu
-from tests.kernels.gemm_cases import TOKENS, empty, tiles
+from tests.kernels.gemm_cases import TOKENS, bf16, tiles
 
 HIDDEN = 7168
 # Widths of SwiGLU's output: of an expert, and of the dense FFN.
@@ -23,7 +23,7 @@ ATTENTION = 16384
 EXPERTS, TOPK = 256, 8
 ROWS = TOPK * TOKENS
 
-fp32, bf16, int64 = empty, partial(empty, dtype=torch.bfloat16), partial(empty, dtype=torch.int64)
+fp32, int64 = torch.empty, partial(torch.empty, dtype=torch.int64)
 CASES: dict[str, Callable[[], object]] = {
     "quantize_tiles": partial(quantize.quantize_tiles, bf16(TOKENS, HIDDEN), True),
     "quantize_tiles, FP32 scales": partial(quantize.quantize_tiles, bf16(TOKENS, HIDDEN), False),
@@ -57,7 +57,7 @@ CASES: dict[str, Callable[[], object]] = {
     "pack_e5m6": partial(e5m6.pack_e5m6, bf16(TOKENS, ATTENTION), True),
     "pack_e5m6, FP32 scales": partial(e5m6.pack_e5m6, bf16(TOKENS, ATTENTION), False),
     "unpack_e5m6": partial(
-        e5m6.unpack_e5m6, empty(TOKENS, ATTENTION * 3 // 2, dtype=torch.uint8), fp32(ATTENTION // 128, TOKENS),
+        e5m6.unpack_e5m6, torch.empty(TOKENS, ATTENTION * 3 // 2, dtype=torch.uint8), fp32(ATTENTION // 128, TOKENS),
         torch.bfloat16,
     ),
     "route": partial(router.route, fp32(TOKENS, EXPERTS), fp32(EXPERTS), 8, 4, TOPK, 2.5, True),
@@ -67,7 +67,7 @@ CASES: dict[str, Callable[[], object]] = {
     ),
     "topk_counts": partial(router.topk_counts, fp32(1, TOKENS, EXPERTS), TOPK),
     "lay_out, all experts": partial(permute.lay_out, int64(TOKENS, TOPK), EXPERTS, ROWS),
-    "lay_out, 4 experts": partial(permute.lay_out, empty(ROWS, TOPK, dtype=torch.int32), 4, ROWS),
+    "lay_out, 4 experts": partial(permute.lay_out, torch.empty(ROWS, TOPK, dtype=torch.int32), 4, ROWS),
     "copy_tokens": partial(permute.copy_tokens, bf16(TOKENS, HIDDEN), int64(ROWS), TOPK),
     "copy_tokens, gates": partial(permute.copy_tokens, fp32(ROWS), int64(ROWS), 1),
     "sum_rows": partial(permute.sum_rows, bf16(ROWS, HIDDEN), int64(TOKENS, TOPK), False, torch.bfloat16),

@@ -36,7 +36,8 @@ def compile_all(run_command: Command, beside: Path | None, cache: Path, *argumen
     return report
 
 
-@pytest.fixture(scope="module", params=list(TRITONS))
+# The older Triton in `make test-long`: a minute and a half, for the same kernels.
+@pytest.fixture(scope="module", params=["3.7", pytest.param("3.6", marks=pytest.mark.long)])
 def compiled(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, run_command: Command
 ) -> list[dict[str, Any]]:
