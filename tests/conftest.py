@@ -1,14 +1,4 @@
-"""What every test stands on: one seed, deterministic algorithms, poisoned memory, no network.
-
-- `torch.empty` returns NaN: torch fills uninitialised memory while deterministic algorithms are on, so that
-  an output that a kernel forgot to write shows at once.
-- Every test starts from the same seed, whichever tests ran before it in the same worker; hypothesis draws the
-  same examples every time and has no deadline (machines are noisy).
-- Hugging Face libraries and wandb are told that there is no network, before anything imports them.
-- `run_command` runs an entrypoint or a command of the README in a fresh process, from the repository's root.
-- Ctrl-C reaches the processes that tests start, also where a shell runs the tests in the background and ignores it.
-- Files that take minutes start first, so that no worker is left alone with one of them at the end.
-"""
+"""What every test has: one seed, deterministic algorithms, NaN in uninitialised memory, no network, no GPU."""
 
 from __future__ import annotations
 
@@ -22,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+# Set before anything imports the libraries that read it.
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -42,23 +33,23 @@ if os.environ.setdefault("TRITON_INTERPRET", "1") != "0":
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
-SEED = 20241227
-# Handed out in this order by `--dist loadfile --no-loadscope-reorder`; everything else follows.
+from tests.ranks import SEED, make_deterministic  # noqa: E402
+
+# Handed out first by `--dist loadfile --no-loadscope-reorder`: no worker is left alone with minutes of work at the end.
 LONG_FIRST = ("tests/parity/", "tests/system/", "tests/studies/plan/test_dry_run.py")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+# Ctrl-C reaches the processes that tests start, also where a shell runs the tests in the background and ignores it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-torch.use_deterministic_algorithms(True)
-torch.utils.deterministic.fill_uninitialized_memory = True
-# One thread a worker: pytest-xdist runs one worker per core, and bit-equality promises name the thread count.
-torch.set_num_threads(1)
+# Fixtures of a module come before `fixed_seed`.
+make_deterministic()
 # The tests that `make gpu` runs need pytest and torch only.
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import settings
 
+    # No deadline: machines are noisy.
     settings.register_profile("deterministic", derandomize=True, deadline=None)
     settings.load_profile("deterministic")
 
@@ -73,29 +64,26 @@ def fixed_seed() -> None:
     """Give every test the same random state, and switch back on what another test left off."""
     random.seed(SEED)
     np.random.seed(SEED)  # noqa: NPY002  (libraries read the global state)
-    torch.manual_seed(SEED)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.set_num_threads(1)
+    make_deterministic()
     # A rank other than the first keeps quiet, in whichever process it is played.
     logging.getLogger("train").setLevel(logging.NOTSET)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_command() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `python ARGUMENTS` from the repository's root, offline, in one thread.
+    """Run `python ARGUMENTS` offline, in one thread, from the repository's root unless `cwd` says otherwise.
 
     Returns:
-        A function (*arguments, timeout_s=300, check=True, **environment) -> CompletedProcess with text
-        output; with `check`, a non-zero exit fails the test and shows both streams.
+        A function (*arguments, timeout_s=300, check=True, cwd=root, **environment) -> CompletedProcess with
+        text output; with `check`, a non-zero exit fails the test and shows both streams.
     """
 
     def run(
-        *arguments: str | Path, timeout_s: float = 300, check: bool = True, **environment: str
+        *arguments: str | Path, timeout_s: float = 300, check: bool = True, cwd: Path = REPOSITORY, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [sys.executable, *map(str, arguments)],
-            cwd=REPOSITORY,
+            cwd=cwd,
             env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -1,7 +1,7 @@
 """Several ranks on this machine: run one function on each of them, over gloo, and hand back what they return.
 
 The ranks are forked from a clean server process that has imported torch and our rooms once, so eight of them start in
-about a second. They run as tests do: one thread, deterministic algorithms, poisoned memory, one seed.
+about a second.
 
     def on_each_rank(rank: int, world: int, scale: float) -> float: ...      # at the top level of a test module
     results = run_ranks(4, on_each_rank, 0.5)                                # results[rank]
@@ -99,15 +99,22 @@ def _collect(connections: list[Connection], timeout_s: float) -> list[tuple[str 
     return [outcomes[rank] for rank in range(len(connections))]
 
 
+def make_deterministic() -> None:
+    """One seed, deterministic algorithms, NaN in what `torch.empty` returns, one thread."""
+    torch.manual_seed(SEED)
+    torch.use_deterministic_algorithms(True)
+    # An output that a kernel forgot to write shows at once.
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    # pytest-xdist runs one worker per core, and bit-equality promises name the thread count.
+    torch.set_num_threads(1)
+
+
 def _rank_main(
     rank: int, world: int, folder: str, sender: Connection, function: Callable[..., Any], arguments: tuple[object, ...]
 ) -> None:
-    """One rank: settings as in conftest, a gloo group through a file, the function, its result."""
+    """One rank: settings of every test, a gloo group through a file, the function, its result."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    torch.manual_seed(SEED)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    make_deterministic()
     try:
         dist.init_process_group("gloo", init_method=f"file://{Path(folder) / 'store'}", rank=rank, world_size=world)
         result = function(rank, world, *arguments)

@@ -6,9 +6,9 @@ import dataclasses
 import math
 import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import yaml
@@ -17,8 +17,6 @@ from hypothesis import strategies as st
 
 import train.config
 from train.config import CONFIGS, ConfigError, PretrainConfig, compose, convert, to_yaml
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # Overrides -> what the sentence must say: the key as given and the nearest valid name, or the cure.
 MISTAKES = {
@@ -147,21 +145,22 @@ CONTRADICTIONS = {
 }
 
 
+def refused(overrides: list[str], sentence: str) -> None:
+    """One sentence says so."""
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("overrides", "sentence"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_on_the_command_line_is_one_sentence(overrides: list[str], sentence: str) -> None:
-    with pytest.raises(ConfigError) as refused:
-        compose(["experiment=tiny", *overrides])
-    message = str(refused.value)
-    assert sentence in message
-    assert "\n" not in message
+    refused(["experiment=tiny", *overrides], sentence)
 
 
 @pytest.mark.parametrize(("overrides", "sentence"), CONTRADICTIONS.values(), ids=CONTRADICTIONS.keys())
 def test_a_contradiction_is_one_sentence(overrides: list[str], sentence: str) -> None:
-    with pytest.raises(ConfigError) as refused:
-        compose(overrides)
-    assert sentence in str(refused.value)
-    assert "\n" not in str(refused.value)
+    refused(overrides, sentence)
 
 
 # File below configs/, text to replace, replacement, what the sentence must say.
@@ -182,32 +181,19 @@ FILE_MISTAKES = {
 def test_a_mistake_in_a_file_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, old: str, new: str, sentence: str
 ) -> None:
-    copy = tmp_path / "configs"
-    shutil.copytree(CONFIGS, copy)
+    copy = Path(shutil.copytree(CONFIGS, tmp_path / "configs"))
     text = (copy / file).read_text()
     assert text.count(old) == 1
     (copy / file).write_text(text.replace(old, new))
     monkeypatch.setattr(train.config, "CONFIGS", copy)
-    with pytest.raises(ConfigError) as refused:
-        compose(["experiment=tiny"])
-    assert sentence in str(refused.value)
-    assert "\n" not in str(refused.value)
+    refused(["experiment=tiny"], sentence)
 
 
 def test_overrides_reach_the_dataclasses_with_their_types() -> None:
-    config = compose(
-        [
-            "experiment=tiny",
-            "precision=fp8",
-            "schedule.total_tokens=3e5",
-            "optim.betas=[0.8,1e-1]",
-            "optim.eps=1",
-            "data.heldout=null",
-            'run.name="7"',
-            "run.threads=2",
-            "++run.seed=5",
-        ]
-    )
+    optim = ["optim.betas=[0.8,1e-1]", "optim.eps=1"]
+    run = ['run.name="7"', "run.threads=2", "++run.seed=5"]
+    others = ["experiment=tiny", "precision=fp8", "schedule.total_tokens=3e5", "data.heldout=null"]
+    config = compose([*others, *optim, *run])
     assert (config.precision.name, config.optim.betas, config.data.heldout) == ("fp8", (0.8, 0.1), None)
     assert (config.run.name, config.run.threads, config.run.seed) == ("7", 2, 5)
     assert type(config.schedule.total_tokens) is int
@@ -234,8 +220,7 @@ def test_a_list_of_any_length_and_a_new_variable_arrive() -> None:
 @pytest.mark.parametrize(("dp", "micro"), [("1", "1"), ("2", "1"), ("1", "2"), ("2.0", "2")])
 def test_the_batch_moves_in_micro_batches_of_every_data_rank(dp: str, micro: str) -> None:
     """4 sequences from the start on, so that any of these divides them."""
-    fixed = ["schedule.batch_start_sequences=4"]
-    config = compose([*fixed, f"layout.dp={dp}", f"run.micro_batch_sequences={micro}"])
+    config = compose(["schedule.batch_start_sequences=4", f"layout.dp={dp}", f"run.micro_batch_sequences={micro}"])
     assert config.schedule.batch_multiple_sequences == int(float(dp)) * int(micro)
 
 
@@ -280,9 +265,8 @@ def test_a_scalar_keeps_its_value_or_is_refused(kind: type, value: object) -> No
             convert(kind, value, "a.b")
 
 
-def test_reading_a_configuration_loads_no_machinery() -> None:
+def test_reading_a_configuration_loads_no_machinery(run_command: Callable[..., CompletedProcess[str]]) -> None:
     """Their imports cost as much as torch's own; a fresh process, for tests have loaded both."""
     heavy = ("torch.distributed.checkpoint", "torch.distributed.pipelining")
     program = f"import sys, train.config; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout == "[]\n"
+    assert run_command("-c", program).stdout == "[]\n"

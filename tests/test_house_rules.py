@@ -1,8 +1,6 @@
-"""The house rules, each as a test: what people agree on in calm is kept in haste.
+"""The house rules that import contracts (`lint-imports`), ruff and mypy cannot express, each as a test.
 
-Import floors are contracts in pyproject.toml (`lint-imports`), style is ruff's, types are mypy's; here stands
-what those tools cannot say. A failure names every offender and the cure; the last test plants an offence
-against each rule and sees it turn red.
+A failure names every offender and the cure; the last test plants an offence against each rule and sees it turn red.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import re
 import subprocess
 import tokenize
 import tomllib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -80,11 +79,6 @@ def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
                 yield node
 
 
-def dotted(node: ast.AST) -> str:
-    """`os.environ` for the expression os.environ; '' for anything that is no dotted name."""
-    return ast.unparse(node) if isinstance(node, ast.Attribute | ast.Name) else ""
-
-
 def imported(path: Path) -> Iterator[tuple[ast.AST, str]]:
     """(node, dotted name) of everything a file imports: `import a.b` and `from a import b` both give a.b."""
     for node in ast.walk(tree(path)):
@@ -92,6 +86,14 @@ def imported(path: Path) -> Iterator[tuple[ast.AST, str]]:
             yield from ((node, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from ((node, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def mentioned(path: Path) -> Iterator[tuple[ast.AST, str]]:
+    """(node, dotted name) of everything a file imports, and of every expression such as os.environ."""
+    yield from imported(path)
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Attribute | ast.Name):
+            yield node, ast.unparse(node)
 
 
 def test_a_long_file_says_why_it_is_one_idea() -> None:
@@ -118,20 +120,18 @@ def test_no_function_has_more_parameters_than_the_limit() -> None:
     offenders = []
     for path in sources(*ROOMS):
         for node in functions(path):
-            names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-            names = [name for name in names if name not in ("self", "cls", "ctx")]
-            if len(names) > MAX_PARAMETERS:
+            names = {a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
+            if len(names := names - {"self", "cls", "ctx"}) > MAX_PARAMETERS:
                 offenders.append(f"{place(path, node)}: {node.name} takes {len(names)}")
     none_of(offenders, "group them in a frozen dataclass")
 
 
 def test_init_files_hold_a_docstring_only() -> None:
-    offenders = []
-    for path in sources(*ROOMS):
-        if path.name == "__init__.py":
-            body = tree(path).body
-            if len(body) != 1 or ast.get_docstring(tree(path)) is None:
-                offenders.append(f"{place(path)}: {len(body)} statements, expected one docstring")
+    offenders = [
+        f"{place(path)}: {len(tree(path).body)} statements, expected one docstring"
+        for path in sources(*ROOMS)
+        if path.name == "__init__.py" and (len(tree(path).body) != 1 or not ast.get_docstring(tree(path)))
+    ]
     none_of(offenders, "move the code to a module of its own")
 
 
@@ -199,30 +199,25 @@ def test_docstrings_stay_short() -> None:
 
 
 def test_no_class_name_is_used_twice() -> None:
-    places: dict[str, list[str]] = {}
+    places: dict[str, list[str]] = defaultdict(list)
     for path in sources(*ROOMS):
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.ClassDef):
-                places.setdefault(node.name, []).append(place(path, node))
-    none_of(
-        [f"{name}: {', '.join(at)}" for name, at in places.items() if len(at) > 1], "one name, one idea: rename one"
-    )
+                places[node.name].append(place(path, node))
+    repeated = [f"{name}: {', '.join(at)}" for name, at in places.items() if len(at) > 1]
+    none_of(repeated, "one name, one idea: rename one")
 
 
 def test_nothing_is_a_stub() -> None:
     """A function does what it says: no NotImplementedError, no empty body outside a Protocol."""
     offenders = []
     for path in sources(*ROOMS):
-        protocols = [
-            node
-            for node in ast.walk(tree(path))
-            if isinstance(node, ast.ClassDef) and any("Protocol" in ast.unparse(base) for base in node.bases)
-        ]
-        promised = {(n.lineno, n.name) for p in protocols for n in p.body if isinstance(n, ast.FunctionDef)}
+        classes = [node for node in ast.walk(tree(path)) if isinstance(node, ast.ClassDef)]
+        protocols = [node for node in classes if any("Protocol" in ast.unparse(base) for base in node.bases)]
+        promised = [statement for protocol in protocols for statement in protocol.body]
         for node in functions(path):
             body = [s for s in node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
-            empty = all(isinstance(statement, ast.Pass) for statement in body)
-            if empty and (node.lineno, node.name) not in promised:
+            if all(isinstance(statement, ast.Pass) for statement in body) and node not in promised:
                 offenders.append(f"{place(path, node)}: {node.name} is empty")
         if "NotImplementedError" in path.read_text():
             offenders.append(f"{place(path)}: NotImplementedError")
@@ -270,11 +265,9 @@ def test_the_rooms_are_ours() -> None:
     """PyPI has a package called `kernels`; if it is installed, one of the two hides the other."""
     offenders = []
     for room in ROOMS:
-        if (ROOT / room).is_dir():
-            spec = importlib.util.find_spec(room)
-            origin = spec.origin if spec else None
-            if origin is None or not Path(origin).is_relative_to(ROOT):
-                offenders.append(f"{room} resolves to {origin}: reinstall with `pip install --no-deps --editable .`")
+        spec = importlib.util.find_spec(room)
+        if spec is None or spec.origin is None or not Path(spec.origin).is_relative_to(ROOT):
+            offenders.append(f"{room} resolves to {spec}")
     none_of(offenders, "reinstall: pip install --no-deps --editable .")
     installed = {(distribution.name or "").lower() for distribution in importlib.metadata.distributions()}
     assert "kernels" not in installed, "a foreign package hides ours: run `pip uninstall kernels`"
@@ -296,24 +289,22 @@ def test_entrypoints_are_short() -> None:
 
 
 def test_the_environment_is_read_at_the_door() -> None:
-    offenders = []
-    for path in sources(*ROOMS):
-        if place(path).startswith(ENVIRONMENT_HOMES):
-            continue
-        uses = [(node, dotted(node)) for node in ast.walk(tree(path))]
-        for node, name in [*uses, *imported(path)]:
-            if name in ("os.environ", "os.getenv", "os.putenv"):
-                offenders.append(f"{place(path, node)}: {name}")
+    offenders = [
+        f"{place(path, node)}: {name}"
+        for path in sources(*ROOMS)
+        if not place(path).startswith(ENVIRONMENT_HOMES)
+        for node, name in mentioned(path)
+        if name in ("os.environ", "os.getenv", "os.putenv")
+    ]
     none_of(offenders, "pass a field of the configuration")
 
 
 def test_nothing_unpickles() -> None:
-    forbidden = ("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "torch.load", "torch.save")
+    forbidden = ("pickle.", "cloudpickle.", "dill.", "joblib.", "shelve.", "marshal.", "torch.load.", "torch.save.")
     offenders = []
     for path in sources(*ROOMS):
-        uses = [(node, dotted(node)) for node in ast.walk(tree(path))]
-        for node, name in [*uses, *imported(path)]:
-            if any(name == word or name.startswith(f"{word}.") for word in forbidden):
+        for node, name in mentioned(path):
+            if f"{name}.".startswith(forbidden):
                 offenders.append(f"{place(path, node)}: {name}")
         if "allow_pickle=True" in path.read_text():
             offenders.append(f"{place(path)}: allow_pickle=True")
@@ -338,8 +329,7 @@ def test_the_step_never_waits_for_the_device() -> None:
 @pytest.mark.parametrize("key", sorted(HOST_READS))
 def test_each_exception_is_still_needed(key: str) -> None:
     file, _, name = key.partition(":")
-    if (ROOT / file).exists():
-        assert name in [node.name for node in functions(ROOT / file)]
+    assert name in [node.name for node in functions(ROOT / file)]
 
 
 def text_files() -> list[Path]:

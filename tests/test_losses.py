@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from parallel.mesh import single
-from tests.tiny_model import TINY
+from tests.tiny_model import FP32, TINY
 from train.assemble import build_engine
 from train.data.batch import IGNORE_INDEX, Batch
 from train.losses import LossWeights, attach_loss, balance_sum, loss_sums
-from train.model.precision import Precision
 from train.optim.config import OptimConfig
 from train.schedules import ScheduledValues
 from train.step import Engine, StepGradients, compute_gradients
@@ -22,8 +20,7 @@ NOW = ScheduledValues(lr=1e-3, batch_sequences=4, bias_speed=1e-3, mtp_weight=0.
 
 
 def engine(**optim: float) -> Engine:
-    mesh = single("cpu")
-    return build_engine(TINY, Precision("fp32"), replace(OptimConfig(), **optim), mesh, seed=0)  # type: ignore[arg-type]
+    return build_engine(TINY, FP32, OptimConfig(**optim), single("cpu"), seed=0)  # type: ignore[arg-type]
 
 
 def batch() -> Batch:
@@ -72,7 +69,7 @@ def test_total_is_the_reports_objective_times_the_number_of_targets() -> None:
 
 def test_gradients_do_not_depend_on_the_cut_into_micro_batches() -> None:
     whole, whole_grads = gradients(1)
-    # The third piece has no target at all; it still carries balance loss.
+    # The third micro-batch has no target at all; it still carries balance loss.
     cut, cut_grads = gradients(4)
     for name, expected in whole_grads.items():
         error = float((cut_grads[name] - expected).norm() / expected.norm().clamp(min=1e-12))

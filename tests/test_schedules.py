@@ -82,11 +82,6 @@ def test_learning_rate_by_tokens(tokens_seen: int, expected: float) -> None:
     assert lr(tokens_seen=tokens_seen) == pytest.approx(expected, rel=1e-12, abs=0.0)
 
 
-def test_final_phases_last_333B_and_167B_tokens() -> None:
-    assert V3.final_from_tokens - V3.decay_until_tokens == 333 * B
-    assert V3.total_tokens - V3.final_from_tokens == 167 * B
-
-
 def test_cosine_joins_its_neighbours_without_a_step_or_a_kink() -> None:
     one_step_tokens = 15360 * SEQUENCE_TOKENS
     # Largest slope of the half cosine: pi/2 * fall / length.
@@ -166,7 +161,9 @@ def test_gamma_and_lambda_switch_at_their_tokens_and_alpha_never_does(
     assert (now.bias_speed, now.mtp_weight, now.balance_alpha) == (gamma, mtp_weight, 0.0001)
 
 
-def test_gamma_is_zero_for_the_last_500B_tokens() -> None:
+def test_the_last_rates_hold_for_333B_and_167B_tokens_and_gamma_zero_for_500B() -> None:
+    assert V3.final_from_tokens - V3.decay_until_tokens == 333 * B
+    assert V3.total_tokens - V3.final_from_tokens == 167 * B
     assert V3.total_tokens - V3.bias_speed_until_tokens == 500 * B
 
 

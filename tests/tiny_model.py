@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from train.model.config import ModelConfig
+from dataclasses import replace
 
+from train.model.config import ModelConfig
+from train.model.init import initialize
+from train.model.precision import Precision
+from train.model.transformer import Transformer
+
+FP32 = Precision("fp32")
 TINY = ModelConfig(
     vocab_size=61,
     hidden_size=32,
@@ -26,3 +32,26 @@ TINY = ModelConfig(
     num_nextn_predict_layers=2,
     initializer_range=0.1,
 )
+# No two widths alike: a dim that is taken for another one shows.
+DISTINCT = replace(
+    TINY,
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=80,
+    moe_intermediate_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    q_lora_rank=20,
+    kv_lora_rank=12,
+    qk_nope_head_dim=10,
+    qk_rope_head_dim=6,
+    v_head_dim=14,
+    num_nextn_predict_layers=1,
+)
+
+
+def frozen(config: ModelConfig = TINY, *, seed: int = 1, std: float = 0.3, precision: Precision = FP32) -> Transformer:
+    """An initialised model that is only read: no gradients."""
+    net = Transformer(config, precision)
+    initialize(net, seed=seed, std=std)
+    return net.requires_grad_(requires_grad=False).eval()

@@ -10,6 +10,7 @@ Forking after the import of torch makes a child cost milliseconds instead of sec
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -19,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -36,7 +37,7 @@ Scenario = Callable[[Path], None]
 
 
 def tensors_of(step: int) -> dict[str, Tensor]:
-    """Tensors that say which save they belong to."""
+    """Tensors whose values show which save they belong to."""
     return {"w": torch.full((50, 7), float(step)), "step": torch.tensor(step)}
 
 
@@ -98,7 +99,7 @@ def scenario(fatal: Callable[[], None], **options: int) -> Scenario:
     return lambda directory: second_save(directory, fatal=fatal, **options)
 
 
-# The names tell what must be found afterwards: the first checkpoint ("old") or the second ("new").
+# The names begin with what must be found afterwards: the first checkpoint ("old") or the second ("new").
 PHASES: dict[str, Scenario] = {
     "old: before staging": scenario(lambda: die_at_call(dcp._ShardWriter, "stage")),
     "old: after staging": scenario(lambda: die_at_call(dcp._ShardWriter, "stage", after=True)),
@@ -121,12 +122,10 @@ PHASES: dict[str, Scenario] = {
 }
 
 
-def save_for_ever(directory: Path) -> NoReturn:
-    """Save one step after the other until somebody ends it."""
+def save_for_ever(directory: Path) -> None:
+    """Save one step after the other until the process is killed."""
     saver = Saver(directory, CheckpointConfig(every_steps=1, keep=2))
-    step = 0
-    while True:
-        step += 1
+    for step in itertools.count(1):
         saver.save_async(step, tensors_of(step), {"value": step})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,6 @@ import torch
 from tests.checkpoint.killed_saves import ENDED, KILLED_AT_RANDOM, PHASES, tensors_of
 from train.checkpoint.config import CheckpointConfig
 from train.checkpoint.dcp import Saver, latest, load
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Outcome:
 
 
 def value_of(path: Path) -> int:
-    """Load a checkpoint; its tensors and its state must tell of the same save."""
+    """Load a checkpoint; its tensors and its state must come from the same save."""
     tensors = {name: torch.zeros_like(tensor) for name, tensor in tensors_of(0).items()}
     value = int(load(path, tensors)["value"])
     assert all(torch.equal(tensors[name], tensor) for name, tensor in tensors_of(value).items())
@@ -39,10 +37,11 @@ def value_of(path: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def killed(
+    tmp_path_factory: pytest.TempPathFactory, run_command: Callable[..., subprocess.CompletedProcess[str]]
+) -> Outcome:
     root = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, "-m", "tests.checkpoint.killed_saves", str(root)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = run_command("-m", "tests.checkpoint.killed_saves", root, check=False)
     assert done.stdout, done.stderr
     return Outcome(root, done.returncode, done.stderr, **json.loads(done.stdout))
 

@@ -8,7 +8,6 @@ import pickle
 import random
 import shutil
 import signal
-import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from parallel.shards import LocalShard
+from tests.checkpoint.test_dcp import bits, flip_byte, full_disk, hold_writes
 from tests.ranks import run_ranks
 from train.checkpoint import dcp, publish
 from train.checkpoint.config import CheckpointConfig
@@ -54,13 +54,13 @@ def truth(seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def bounds(num_elements: int, parts: int, cut: str) -> list[int]:
-    """Ends of consecutive parts; with cuts other than even some parts are tiny or empty."""
+def bounds(num_elements: int, chunks: int, cut: str) -> list[int]:
+    """Ends of consecutive chunks; with cuts other than even some are tiny or empty."""
     if cut == "even":
-        return [num_elements * index // parts for index in range(parts + 1)]
+        return [num_elements * index // chunks for index in range(chunks + 1)]
     # A string seed is the same in every process.
-    inner = random.Random(f"{cut} {num_elements} {parts}")
-    return [0, *sorted(inner.randint(0, num_elements) for _ in range(parts - 1)), num_elements]
+    inner = random.Random(f"{cut} {num_elements} {chunks}")
+    return [0, *sorted(inner.randint(0, num_elements) for _ in range(chunks - 1)), num_elements]
 
 
 def narrowed(tensor: Tensor, dim: int, ends: list[int], index: int) -> LocalShard:
@@ -72,25 +72,21 @@ def narrowed(tensor: Tensor, dim: int, ends: list[int], index: int) -> LocalShar
 
 def held(tensors: dict[str, Tensor], rank: int, world: int, cut: str) -> Shards:
     """What one rank holds: flat slices, experts on neighbours with replicas, columns, names of its stage, copies."""
-    parts: Shards = {name: tensors[name] for name in ("model.norm.weight", "rng.cpu", "step", "empty")}
+    shards: Shards = {name: tensors[name] for name in ("model.norm.weight", "rng.cpu", "step", "empty")}
     for name, tensor in tensors.items():
         if name.endswith(".flat"):
-            parts[name] = narrowed(tensor, 0, bounds(len(tensor), world, cut), rank)
+            shards[name] = narrowed(tensor, 0, bounds(len(tensor), world, cut), rank)
     # ep = 2 of 4 ranks: ranks 0 and 2, 1 and 3 hold the same experts; their masters are cut further.
     ep = min(2, world)
     experts = tensors["model.experts.gate_up_proj"]
-    parts["model.experts.gate_up_proj"] = narrowed(experts, 0, bounds(8, ep, cut), rank % ep)
-    parts["optim.experts.master"] = narrowed(tensors["optim.experts.master"], 0, bounds(8, world, cut), rank)
-    parts["counts"] = narrowed(tensors["counts"], 1, bounds(7, world, cut), rank)
+    shards["model.experts.gate_up_proj"] = narrowed(experts, 0, bounds(8, ep, cut), rank % ep)
+    shards["optim.experts.master"] = narrowed(tensors["optim.experts.master"], 0, bounds(8, world, cut), rank)
+    shards["counts"] = narrowed(tensors["counts"], 1, bounds(7, world, cut), rank)
     if rank == 0:
-        parts["model.layers.0.weight"] = tensors["model.layers.0.weight"]
+        shards["model.layers.0.weight"] = tensors["model.layers.0.weight"]
     if rank == world - 1:
-        parts["model.layers.1.weight"] = tensors["model.layers.1.weight"]
-    return parts
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+        shards["model.layers.1.weight"] = tensors["model.layers.1.weight"]
+    return shards
 
 
 def local(value: Tensor | LocalShard) -> Tensor:
@@ -107,11 +103,10 @@ def group_of(world: int) -> dist.ProcessGroup | None:
 
 
 def differing(rank: int, world: int, path: Path, cut: str, seed: int = 0) -> list[str]:
-    """Load this rank's shards; names whose bits are wrong inside the part, or were touched outside of it."""
+    """Load this rank's shards; names whose bits are wrong inside the shard, or were touched outside of it."""
     target, expected = blank(truth()), blank(truth())
     for name, value in held(truth(seed), rank, world, cut).items():
-        place = held(expected, rank, world, cut)[name]
-        local(place).copy_(local(value))
+        local(held(expected, rank, world, cut)[name]).copy_(local(value))
     assert load(path, held(target, rank, world, cut), group_of(world)) == STATE
     return [name for name in target if not torch.equal(bits(target[name]), bits(expected[name]))]
 
@@ -164,7 +159,7 @@ def test_every_element_is_written_once_and_the_ranks_share_the_work(saved: Path,
 
 
 def sentence(act: Callable[[], Any]) -> str:
-    """What an act raises, with its type."""
+    """What a call raises, with its type."""
     try:
         act()
     except (ValueError, RuntimeError) as error:
@@ -177,46 +172,26 @@ def refused_loads(rank: int, world: int, saved: Path, root: Path) -> dict[str, s
     path, damaged = saved / "2_even", root / "damaged"
     if rank == 0:
         shutil.copytree(path, damaged)
-        file = max(damaged.glob("shard-00002-*"))
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
+        flip_byte(max(damaged.glob("shard-00002-*")))
     dist.barrier()
     changes: dict[str, tuple[Path, int, Callable[[Shards], object]]] = {
-        "extra": (path, 1, lambda parts: parts.update(surplus=torch.zeros(1))),
-        "missing": (path, 1, lambda parts: parts.pop("model.layers.1.weight")),
-        "shape": (path, 0, lambda parts: parts.update(step=torch.zeros(1, dtype=torch.int64))),
-        "dtype": (path, 1, lambda parts: parts.update({"model.layers.1.weight": torch.zeros(7, 3).bfloat16()})),
-        "no tensor": (path, 1, lambda parts: parts.update(step=3)),  # type: ignore[call-overload]
-        "damaged": (damaged, 0, lambda parts: None),
-        "no checkpoint": (root / "step_00000009", 0, lambda parts: None),
+        "extra": (path, 1, lambda shards: shards.update(surplus=torch.zeros(1))),
+        "missing": (path, 1, lambda shards: shards.pop("model.layers.1.weight")),
+        "shape": (path, 0, lambda shards: shards.update(step=torch.zeros(1, dtype=torch.int64))),
+        "dtype": (path, 1, lambda shards: shards.update({"model.layers.1.weight": torch.zeros(7, 3).bfloat16()})),
+        "no tensor": (path, 1, lambda shards: shards.update(step=3)),  # type: ignore[call-overload]
+        "damaged": (damaged, 0, lambda shards: None),
+        "no checkpoint": (root / "step_00000009", 0, lambda shards: None),
     }
     raised = {}
     for name, (where, who, change) in changes.items():
         target = blank(truth())
-        parts = held(target, rank, world, "even")
+        shards = held(target, rank, world, "even")
         if rank == who:
-            change(parts)
-        raised[name] = sentence(lambda where=where, parts=parts: load(where, parts, group))
+            change(shards)
+        raised[name] = sentence(lambda where=where, shards=shards: load(where, shards, group))
         assert all((bits(tensor) == 0x55).all() for tensor in target.values()), "a refused load changes nothing"
     return raised
-
-
-def test_a_load_refused_on_one_rank_is_refused_on_all_with_one_sentence(two: Two) -> None:
-    first, second = two.results["refused_loads"]
-    assert first == second
-    expected = {
-        "extra": "does not fit: it lacks surplus.",
-        "missing": "holds model.layers.1.weight, which no rank asked for",
-        "shape": "tensor step is torch.int64 [1] on rank 0, but torch.int64 [] on rank 1",
-        "dtype": "model.layers.1.weight (saved torch.float32 [7, 3], wanted torch.bfloat16 [7, 3])",
-        "no tensor": "tensors['step'] is a int, not a tensor",
-        "damaged": "is damaged: shard-00002-model-00001-of-00001.safetensors does not have the sha256",
-        "no checkpoint": "there is no checkpoint",
-    }
-    for name, words in expected.items():
-        assert first[name].startswith("ValueError: "), first[name]
-        assert words in first[name], first[name]
 
 
 def refused_saves(rank: int, world: int, root: Path) -> dict[str, str]:
@@ -236,10 +211,18 @@ def refused_saves(rank: int, world: int, root: Path) -> dict[str, str]:
     return raised
 
 
-def test_a_save_refused_on_one_rank_is_refused_on_all_with_one_sentence(two: Two) -> None:
-    first, second = two.results["refused_saves"]
-    assert first == second
-    expected = {
+# What two ranks do -> case -> words of the refusal.
+REFUSALS = {
+    "refused_loads": {
+        "extra": "does not fit: it lacks surplus.",
+        "missing": "holds model.layers.1.weight, which no rank asked for",
+        "shape": "tensor step is torch.int64 [1] on rank 0, but torch.int64 [] on rank 1",
+        "dtype": "model.layers.1.weight (saved torch.float32 [7, 3], wanted torch.bfloat16 [7, 3])",
+        "no tensor": "tensors['step'] is a int, not a tensor",
+        "damaged": "is damaged: shard-00002-model-00001-of-00001.safetensors does not have the sha256",
+        "no checkpoint": "there is no checkpoint",
+    },
+    "refused_saves": {
         "overlap": "shards of tensor w [10] overlap: [6] at [0] of rank 0, [5] at [5] of rank 1",
         "hole": "shards of tensor w [10] hold 9 of its 10 elements",
         "same start": "shards of tensor w [10] overlap",
@@ -247,8 +230,15 @@ def test_a_save_refused_on_one_rank_is_refused_on_all_with_one_sentence(two: Two
         "no tensor": "tensors['w'] is a int, not a tensor",
         "state": "state is not JSON",
         "nothing": "nothing to save",
-    }
-    for name, words in expected.items():
+    },
+}
+
+
+@pytest.mark.parametrize("act", REFUSALS)
+def test_what_is_refused_on_one_rank_is_refused_on_all_with_one_sentence(two: Two, act: str) -> None:
+    first, second = two.results[act]
+    assert first == second
+    for name, words in REFUSALS[act].items():
         assert first[name].startswith("ValueError: "), first[name]
         assert words in first[name], first[name]
     assert list((two.root / "refused_saves").iterdir()) == []
@@ -256,17 +246,10 @@ def test_a_save_refused_on_one_rank_is_refused_on_all_with_one_sentence(two: Two
 
 def save_while_training(rank: int, world: int, root: Path) -> tuple[list[str], list[float]]:
     """Writing is held back until the tensors have changed and a few collectives of training have run."""
-    released = threading.Event()
-    write_data = dcp._ShardWriter.write_data
-
-    def held_back(self: Any, *arguments: Any) -> Any:
-        assert released.wait(timeout=30)
-        return write_data(self, *arguments)
-
     saver = Saver(root, CheckpointConfig(every_steps=1), dist.new_group(backend="gloo"))
     tensors, state, sums = truth(), dict(STATE), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dcp._ShardWriter, "write_data", held_back)
+        released = hold_writes(patch)
         saver.save_async(1, held(tensors, rank, world, "uneven"), state)
         for tensor in tensors.values():
             tensor.view(torch.uint8).zero_() if tensor.dim() else tensor.zero_()
@@ -285,10 +268,6 @@ def test_async_saves_hold_the_old_values_and_keep_out_of_the_way_of_training(two
     for wrong, sums in two.results["save_while_training"]:
         assert wrong == []
         assert sums == [2.0 * step + 1 for step in range(20)]
-
-
-def full_disk(*_: object, **__: object) -> None:
-    raise OSError(28, "No space left on device")
 
 
 # Where a save fails, on which of three ranks.
@@ -401,8 +380,8 @@ def changing_layouts(rank: int, world: int, root: Path) -> tuple[list[list[str]]
     wrong = []
     for step, cut in enumerate(("even", "even", "other", "even")):
         if step == 3:
-            parts = held(truth(), rank, world, "even") | ({"step": torch.zeros(2)} if rank == 1 else {})
-            refused = sentence(lambda parts=parts: saver.save_async(3, parts, STATE))
+            shards = held(truth(), rank, world, "even") | ({"step": torch.zeros(2)} if rank == 1 else {})
+            refused = sentence(lambda shards=shards: saver.save_async(3, shards, STATE))
         saver.save_async(step, held(truth(step), rank, world, cut), STATE)
         saver.wait()
         wrong.append(differing(rank, world, root / publish.step_name(step), "uneven", seed=step))
@@ -451,8 +430,8 @@ class Two(NamedTuple):
 @pytest.fixture(scope="module")
 def two(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Two:
     root = tmp_path_factory.mktemp("two")
-    for name in ("refused_saves", "refused_loads"):
-        (root / name).mkdir()
+    for act in REFUSALS:
+        (root / act).mkdir()
     ranks = run_ranks(2, on_two_ranks, saved, root)
     return Two(root, {name: [rank[name] for rank in ranks] for name in ranks[0]})
 

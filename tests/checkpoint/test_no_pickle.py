@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from train.checkpoint import publish
 from train.checkpoint.dcp import latest, load, save
@@ -37,15 +38,16 @@ class Malicious:
         return Path.touch, (self.marker,)
 
 
-def payloads(marker: Path) -> dict[str, bytes]:
-    zipped = io.BytesIO()
-    torch.save(Malicious(marker), zipped)
-    return {"pickle": pickle.dumps(Malicious(marker)), "torch.save": zipped.getvalue()}
-
-
 @pytest.fixture
 def marker(tmp_path: Path) -> Path:
     return tmp_path / "executed"
+
+
+@pytest.fixture(params=["pickle", "torch.save"])
+def payload(request: pytest.FixtureRequest, marker: Path) -> bytes:
+    zipped = io.BytesIO()
+    torch.save(Malicious(marker), zipped)
+    return pickle.dumps(Malicious(marker)) if request.param == "pickle" else zipped.getvalue()
 
 
 @pytest.fixture
@@ -57,28 +59,30 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def forge_manifest(path: Path) -> None:
     """What an author of malicious checkpoints would do: make every hash fit."""
-    tensors = {"w": {"shape": [6], "dtype": "torch.float32"}}
-    publish.write_manifest(path, tensors)
+    publish.write_manifest(path, {"w": {"shape": [6], "dtype": "torch.float32"}})
 
 
-@pytest.mark.parametrize("kind", ["pickle", "torch.save"])
-def test_the_planted_payloads_do_execute_when_unpickled(marker: Path, kind: str) -> None:
-    payload = payloads(marker)[kind]
-    if kind == "pickle":
-        pickle.loads(payload)
-    else:
+def assert_loads(checkpoint: Path) -> None:
+    tensors = {"w": torch.zeros(6)}
+    assert load(checkpoint, tensors) == {"step": 1}
+    assert torch.equal(tensors["w"], torch.arange(6.0))
+
+
+def test_the_planted_payloads_do_execute_when_unpickled(marker: Path, payload: bytes) -> None:
+    if payload.startswith(b"PK"):
         torch.load(io.BytesIO(payload), weights_only=False)
+    else:
+        pickle.loads(payload)
     assert marker.exists()
 
 
-@pytest.mark.parametrize("kind", ["pickle", "torch.save"])
 @pytest.mark.parametrize("forged", [False, True], ids=["as it is", "hashes forged"])
 @pytest.mark.parametrize("file", [*FILES, "every file"])
 def test_pickle_in_place_of_a_file_is_refused(
-    checkpoint: Path, marker: Path, file: str, forged: bool, kind: str
+    checkpoint: Path, marker: Path, file: str, forged: bool, payload: bytes
 ) -> None:
     for name in FILES if file == "every file" else (file,):
-        (checkpoint / name).write_bytes(payloads(marker)[kind])
+        (checkpoint / name).write_bytes(payload)
     if forged and file != "manifest.json":
         forge_manifest(checkpoint)
     # The first file that cannot be what it should be; with forged hashes the manifest is whole again.
@@ -93,24 +97,25 @@ def test_pickle_in_place_of_a_file_is_refused(
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("kind", ["pickle", "torch.save"])
 @pytest.mark.parametrize("forged", [False, True], ids=["as it is", "hashes forged"])
-def test_pickles_beside_the_files_are_never_opened(checkpoint: Path, marker: Path, forged: bool, kind: str) -> None:
+def test_pickles_beside_the_files_are_never_opened(
+    checkpoint: Path, marker: Path, forged: bool, payload: bytes
+) -> None:
     for name in BESIDE:
-        (checkpoint / name).write_bytes(payloads(marker)[kind])
-        (checkpoint.parent / name).write_bytes(payloads(marker)[kind])
+        (checkpoint / name).write_bytes(payload)
+        (checkpoint.parent / name).write_bytes(payload)
     if forged:
         forge_manifest(checkpoint)
-    tensors = {"w": torch.zeros(6)}
     assert latest(checkpoint.parent) == checkpoint
-    assert load(checkpoint, tensors) == {"step": 1}
-    assert torch.equal(tensors["w"], torch.arange(6.0))
+    assert_loads(checkpoint)
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("forged", [False, True], ids=["as it is", "hashes forged"])
-def test_pickle_named_like_one_more_shard_is_refused(checkpoint: Path, marker: Path, forged: bool) -> None:
-    (checkpoint / "shard-00002.safetensors").write_bytes(payloads(marker)["pickle"])
+def test_pickle_named_like_one_more_shard_is_refused(
+    checkpoint: Path, marker: Path, forged: bool, payload: bytes
+) -> None:
+    (checkpoint / "shard-00002.safetensors").write_bytes(payload)
     if forged:
         forge_manifest(checkpoint)
     with pytest.raises(ValueError, match=r"shard-00002\.safetensors"):
@@ -120,26 +125,17 @@ def test_pickle_named_like_one_more_shard_is_refused(checkpoint: Path, marker: P
 
 def test_pickle_inside_the_safetensors_metadata_stays_text(checkpoint: Path, marker: Path) -> None:
     """A well-formed shard whose free-text metadata carries a payload loads without reading it."""
-    from safetensors.torch import save_file
-
     sharding = json.dumps({"w": {"saved_offsets": [0]}})
-    poison = payloads(marker)["pickle"].decode("latin1")
+    poison = pickle.dumps(Malicious(marker)).decode("latin1")
     save_file({"w": torch.arange(6.0)}, checkpoint / FILES[0], metadata={"DCP_SHARDING_INFO": sharding, "x": poison})
     forge_manifest(checkpoint)
-    tensors = {"w": torch.zeros(6)}
-    assert load(checkpoint, tensors) == {"step": 1}
-    assert torch.equal(tensors["w"], torch.arange(6.0))
+    assert_loads(checkpoint)
     assert not marker.exists()
 
 
 def test_loading_calls_no_unpickler(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("an unpickler was called")
-
-    for name in ("load", "loads", "Unpickler", "_load", "_loads", "_Unpickler"):
-        monkeypatch.setattr(pickle, name, refuse)
-    monkeypatch.setattr(torch, "load", refuse)
-    tensors = {"w": torch.zeros(6)}
+    names = ("load", "loads", "Unpickler", "_load", "_loads", "_Unpickler")
+    for owner, name in ((torch, "load"), *((pickle, name) for name in names)):
+        monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("an unpickler was called"))
     assert latest(checkpoint.parent) == checkpoint
-    assert load(checkpoint, tensors) == {"step": 1}
-    assert torch.equal(tensors["w"], torch.arange(6.0))
+    assert_loads(checkpoint)

@@ -22,7 +22,6 @@ from train.data.packing import (
     fim_cuts,
     fim_document,
     pack_epoch,
-    pack_in_order,
     packed_document,
     permutation,
     random_words,
@@ -175,12 +174,6 @@ def test_any_span_is_a_slice_of_the_packed_epoch(unique_store: TokenStore, epoch
     assert tokens[:filled].tolist() == whole[start : start + length].tolist()
     assert ordinals[:filled].tolist() == owner[start : start + length].tolist()
     assert np.all(tokens[filled:] == -7)
-
-
-def test_pack_in_order_is_the_store_end_to_end(unique_store: TokenStore) -> None:
-    tokens, ordinals = np.empty(121, dtype=np.int64), np.empty(121, dtype=np.int64)
-    read_packed(unique_store, pack_in_order(unique_store), 0, tokens=tokens, documents=ordinals)
-    assert tokens.tolist() == list(range(10, 131))
 
 
 def config(sequence_length: int = 7, *, fim_rate: float = 0.5, mask_documents: bool = True) -> DataConfig:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from train.data.store import SpecialIds
 from train.data.tokenizer import (
     SMALLEST_VOCAB_SIZE,
     SPECIAL_TOKENS,
@@ -55,15 +56,12 @@ def test_any_text_round_trips_through_deepseeks(v3: TextTokenizer, text: str) ->
 
 
 def test_special_tokens_have_v3s_spelling_and_the_first_ids(tokenizer: TextTokenizer) -> None:
-    ids = tokenizer.special_ids
-    assert (ids.bos, ids.eos, ids.pad, ids.fim_hole, ids.fim_begin, ids.fim_end) == (0, 1, 2, 3, 4, 5)
+    assert tokenizer.special_ids == SpecialIds(bos=0, eos=1, pad=2, fim_hole=3, fim_begin=4, fim_end=5)
     assert tokenizer.decode([0, 1]) == "<｜begin▁of▁sentence｜><｜end▁of▁sentence｜>"
 
 
 def test_deepseeks_special_ids_and_vocabulary(v3: TextTokenizer) -> None:
-    ids = v3.special_ids
-    assert (ids.bos, ids.eos, ids.pad) == (0, 1, 2)
-    assert (ids.fim_hole, ids.fim_begin, ids.fim_end) == (128800, 128801, 128802)
+    assert v3.special_ids == SpecialIds(bos=0, eos=1, pad=2, fim_hole=128800, fim_begin=128801, fim_end=128802)
     # V3's embedding has 129,280 rows: the vocabulary, padded.
     assert v3.vocab_size == 128815
 

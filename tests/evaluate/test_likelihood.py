@@ -11,11 +11,9 @@ import torch
 
 from tests.evaluate.planted import KNOWN, UNKNOWN, PlantedModel, small_tokenizer
 from tests.model.test_oracle import pair
-from tests.tiny_model import TINY
+from tests.tiny_model import TINY, frozen
 from train.evaluate.likelihood import Likelihood, LogitsOf, Scorer, encode_pair, logits_of
 from train.evaluate.likelihood import LikelihoodRequest as Request
-from train.model.init import initialize
-from train.model.precision import Precision
 from train.model.transformer import Transformer
 
 CPU = torch.device("cpu")
@@ -25,9 +23,7 @@ FP32_SUMS = 1e-4
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    model = Transformer(TINY, Precision("fp32"))
-    initialize(model, seed=3, std=0.3)
-    return model.requires_grad_(requires_grad=False).eval()
+    return frozen(seed=3)
 
 
 def some_requests() -> list[Request]:

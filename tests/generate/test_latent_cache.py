@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from kernels.rope import YarnScaling
-from tests.model.test_oracle import pair
-from tests.tiny_model import TINY
+from tests.model.test_oracle import pair, relative
+from tests.tiny_model import FP32, TINY, frozen
 from train.config import compose
 from train.generate import latent_cache
 from train.generate.latent_cache import Decoder, LatentCache, Span, latent_attention
 from train.model.config import ModelConfig
-from train.model.init import initialize
 from train.model.moe import Router
 from train.model.precision import Precision
 from train.model.transformer import Transformer
@@ -35,16 +34,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def model(config: ModelConfig, precision: Precision | None = None) -> Transformer:
-    net = Transformer(config, precision or Precision("fp32"))
-    initialize(net, seed=0, std=0.1)
-    with torch.no_grad():
-        for name, tensor in net.state_dict().items():
-            if "norm" in name:
-                tensor.uniform_(0.5, 1.5)
-            elif "e_score" in name:
-                tensor.uniform_(-0.2, 0.2)
-    return net.requires_grad_(requires_grad=False).eval()
+def model(config: ModelConfig, precision: Precision = FP32) -> Transformer:
+    net = frozen(config, seed=0, std=0.1, precision=precision)
+    for name, tensor in net.state_dict().items():
+        if "norm" in name:
+            tensor.uniform_(0.5, 1.5)
+        elif "e_score" in name:
+            tensor.uniform_(-0.2, 0.2)
+    return net
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +66,6 @@ def in_passes(
             done[span.row] += span.num_tokens
         wanted = [min(tokens, len(row) - n) for row, n in zip(rows, done, strict=True)]
     return [torch.cat(part) for part in parts]
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).detach().norm() / expected.detach().norm())
 
 
 def assert_logits_of_the_full_forward(net: Transformer, rows: Sequence[Tensor], hidden: Sequence[Tensor]) -> None:
@@ -137,7 +130,7 @@ def test_greedy_tokens_are_those_of_transformers(case: dict[str, Any]) -> None:
     theirs = oracle.generate(prompt, attention_mask=torch.ones_like(prompt), **length, **both)
     decoder = Decoder(ours)
     cache = decoder.new_cache(sequences=1, slots=40, drafting=False)
-    ids, start, compared = [int(token) for token in prompt[0]], 0, 0
+    ids, start, compared = prompt[0].tolist(), 0, 0
     for step, logits in enumerate(theirs.logits):
         hidden = decoder.advance(ids[start:], [Span(0, start, len(ids) - start)], cache)
         mine = ours.logits(hidden[-1:])[0]

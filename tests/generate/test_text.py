@@ -7,16 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_model import TINY
+from tests.tiny_model import TINY, frozen
 from train.data.tokenizer import TextTokenizer, train_byte_level_bpe
 from train.generate import text
 from train.generate.latent_cache import Decoder
 from train.generate.sampling import Sampling
 from train.generate.speculative import Completion, GenerationRequest, generate
 from train.generate.text import GenerationSettings, TextStream, continue_texts, prompt_ids
-from train.model.init import initialize
-from train.model.precision import Precision
-from train.model.transformer import Transformer
 
 EOS = 1  # of every tokeniser trained here
 TEXT = "naïve café 日本語 👩‍🚀 \ufffd end"
@@ -30,9 +27,7 @@ def tokenizer() -> TextTokenizer:
 
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
-    net = Transformer(replace(TINY, vocab_size=280), Precision("fp32"))
-    initialize(net, seed=1, std=0.3)
-    return Decoder(net.requires_grad_(requires_grad=False).eval())
+    return Decoder(frozen(replace(TINY, vocab_size=280)))
 
 
 def continued(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import kernels
 from kernels.formats import TILE, ceil_div
+from tests.kernels.gemm_inputs import decode_tiles
 
 # Imports every kernel file, and with it registers every operator.
 for module in pkgutil.iter_modules(kernels.__path__):
@@ -120,19 +121,10 @@ def other(width: int) -> int:
     return WIDTHS[1] if width == WIDTHS[0] else WIDTHS[0]
 
 
-def dequantized(payload: Tensor, scale: Tensor) -> Tensor:
-    values = payload.float()
-    return values * scale.t().repeat_interleave(TILE, 1)[:, : values.shape[1]]
-
-
-def kept(rows: int, width: int) -> tuple[Tensor, Tensor]:
-    return tiles(rows, 2 * width)
-
-
 def _after_swiglu(_: Sequence[Any], returned: Any) -> Results:
     """The kept input as it is, the activation as numbers: a scale may double where a rounding tips."""
     *kept_input, payload, scale = returned
-    return *kept_input, dequantized(payload, scale)
+    return *kept_input, decode_tiles(payload, scale)
 
 
 def _accumulated(arguments: Sequence[Any], _: Any) -> Results:
@@ -187,11 +179,11 @@ CASES: dict[str, Case] = {
         lambda rows, width: (normal(rows, 2 * width), torch.rand(rows), True), TIPPED_E4M3, _after_swiglu
     ),
     "swiglu_quantize_transposed": Case(
-        lambda rows, width: (*kept(rows, width), None, torch.bfloat16, True), TIPPED_E4M3, _after_swiglu
+        lambda rows, width: (*tiles(rows, 2 * width), None, torch.bfloat16, True), TIPPED_E4M3, _after_swiglu
     ),
-    "swiglu_backward_kept": Case(lambda rows, width: (*kept(rows, width), normal(rows, width)), TIPPED),
+    "swiglu_backward_kept": Case(lambda rows, width: (*tiles(rows, 2 * width), normal(rows, width)), TIPPED),
     "gated_swiglu_backward_kept": Case(
-        lambda rows, width: (*kept(rows, width), torch.rand(rows), normal(rows, width)), TIPPED
+        lambda rows, width: (*tiles(rows, 2 * width), torch.rand(rows), normal(rows, width)), TIPPED
     ),
     "gemm_tile_block": Case(
         lambda rows, width: (*tiles(rows, width), *blocks(other(width), width), torch.bfloat16), FP8_SUM_BF16

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.tiny_model import DISTINCT
 from train.checkpoint.dcp import save
 from train.huggingface.export import Exported, ExportOptions, export
 from train.huggingface.names import Format
@@ -29,42 +30,20 @@ from train.model.transformer import Transformer
 CPU = torch.device("cpu")
 FP32, BF16, FP8 = Precision("fp32"), Precision("bf16"), Precision("fp8", power_of_two_scales=True)
 FP8_ANY_SCALE = Precision("fp8", power_of_two_scales=False)
-RAGGED = ModelConfig(
-    vocab_size=300,
-    hidden_size=136,
-    intermediate_size=144,
-    moe_intermediate_size=136,
-    num_hidden_layers=3,
-    first_k_dense_replace=1,
-    num_attention_heads=3,
-    q_lora_rank=128,
-    kv_lora_rank=12,
-    qk_nope_head_dim=10,
-    qk_rope_head_dim=6,
-    v_head_dim=14,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    n_group=2,
-    topk_group=1,
-    routed_scaling_factor=2.5,
-    max_position_embeddings=64,
-    num_nextn_predict_layers=1,
+RAGGED = replace(
+    DISTINCT, vocab_size=300, hidden_size=136, intermediate_size=144, moe_intermediate_size=136, q_lora_rank=128
 )
 # Small enough for several files.
 SHARD_BYTES = 400_000
 
 
-@torch.no_grad()
 def lively(config: ModelConfig, precision: Precision) -> Transformer:
-    """A model with random weights."""
-    model = Transformer(config, precision)
+    """A model with random weights, without gradients."""
+    model = Transformer(config, precision).requires_grad_(requires_grad=False)
     generator = torch.Generator().manual_seed(11)
     for name, tensor in model.state_dict().items():
         random = torch.randn(tensor.shape, generator=generator)
-        if "norm" in name:
-            tensor.copy_(1.0 + 0.3 * random.tanh())
-        else:
-            tensor.copy_(0.15 * random)
+        tensor.copy_(1.0 + 0.3 * random.tanh() if "norm" in name else 0.15 * random)
     return model
 
 
@@ -76,6 +55,11 @@ def save_checkpoint(
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     save(path, tensors=tensors, state={"config": config, "identity": {"store": {"tokenizer": tokenizer_sha256}}})
     return path
+
+
+def saved(model: Transformer, root: Path) -> CheckpointReader:
+    """A checkpoint of a model, opened."""
+    return CheckpointReader(save_checkpoint(root / "checkpoints/step_00000003", model))
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -106,10 +90,9 @@ def changed(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], No
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors", INDEX, "conversion.json"))
     tensors = tensors_of(folder)
     change(tensors)
-    write_index(target, dict.fromkeys(tensors, "model-00001-of-00001.safetensors"))
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, target / "model-00001-of-00001.safetensors"
-    )
+    file = target / "model-00001-of-00001.safetensors"
+    write_index(target, dict.fromkeys(tensors, file.name))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
     return target
 
 
@@ -127,12 +110,8 @@ class Made:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.model = cache(lambda precision: lively(RAGGED, precision))
-        self.checkpoint = cache(self._checkpoint)
+        self.checkpoint = cache(lambda precision: saved(self.model(precision), root / name_of(precision)))
         self.exported = cache(self._exported)
-
-    def _checkpoint(self, precision: Precision) -> CheckpointReader:
-        path = self.root / name_of(precision) / "checkpoints/step_00000003"
-        return CheckpointReader(save_checkpoint(path, self.model(precision)))
 
     def _exported(self, precision: Precision, format: Format) -> tuple[Path, Exported]:
         out = self.root / name_of(precision) / format

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.huggingface.hf_folders import BF16, RAGGED, SHARD_BYTES, Made, bytes_of, flip_a_bit, lively, save_checkpoint
+from tests.huggingface.hf_folders import BF16, RAGGED, SHARD_BYTES, Made, bytes_of, flip_a_bit, lively, saved
 from train.checkpoint import publish
 from train.huggingface import safetensors_files
 from train.huggingface.export import ExportOptions, export
@@ -204,9 +204,8 @@ def test_another_source_plan_or_choice_of_weights_is_refused(
 ) -> None:
     before = bytes_of(unbroken)
     model = lively(RAGGED, BF16)
-    with torch.no_grad():
-        model.norm.weight[0] += 1.0
-    other = CheckpointReader(save_checkpoint(tmp_path / "checkpoints/step_00000001", model))
+    model.norm.weight[0] += 1.0
+    other = saved(model, tmp_path)
     for message, reader, options in (
         ("another source", other, OPTIONS),
         ("another plan", source, ExportOptions(format="bf16", shard_bytes=SHARD_BYTES)),
@@ -284,9 +283,8 @@ def test_wrong_values_are_named_whatever_the_hashes_say(
 
 def test_a_zero_is_compared_with_the_smallest_step(tmp_path: Path) -> None:
     model = lively(RAGGED, BF16)
-    with torch.no_grad():
-        model.get_parameter("layers.0.mlp.gate_up_proj.weight")[ROWS.start, 0] = 0
-    source = CheckpointReader(save_checkpoint(tmp_path / "checkpoints/step_00000001", model))
+    model.get_parameter("layers.0.mlp.gate_up_proj.weight")[ROWS.start, 0] = 0
+    source = saved(model, tmp_path)
     plan = export(source, tmp_path / "out", ExportOptions("fp8", shard_bytes=SHARD_BYTES)).plan
 
     def one_above_zero(tensors: dict[str, Tensor]) -> None:
@@ -316,11 +314,9 @@ def test_a_right_import_passes_and_a_wrong_one_is_named(made: Made, tmp_path: Pa
     path = import_hf(hf, tmp_path / "run").path
     assert verify_import(hf, path).tensors == len(hf.names())
     forged = lively(RAGGED, BF16)
-    with torch.no_grad():
-        forged.get_parameter("layers.2.mlp.experts.down_proj").mul_(-1)
-    other = save_checkpoint(tmp_path / "other/step_00000001", forged)
+    forged.get_parameter("layers.2.mlp.experts.down_proj").mul_(-1)
     with pytest.raises(ValueError, match=r"other values"):
-        verify_import(hf, other)
+        verify_import(hf, saved(forged, tmp_path / "other").path)
 
 
 def test_logits_of_another_model_are_refused(made: Made, source: CheckpointReader) -> None:

@@ -29,7 +29,7 @@ from tests.huggingface.hf_folders import (
     Made,
     lively,
     name_of,
-    save_checkpoint,
+    saved,
     tensors_of,
 )
 from train.checkpoint.dcp import load
@@ -54,8 +54,7 @@ def logits_gap(model: Transformer, oracle: Any) -> float:
 
 
 def exported(model: Transformer, root: Path, **options: Any) -> Path:
-    source = CheckpointReader(save_checkpoint(root / "checkpoints/step_00000001", model))
-    export(source, root / "hf", ExportOptions(**{"shard_bytes": SHARD_BYTES, **options}))
+    export(saved(model, root), root / "hf", ExportOptions(**{"shard_bytes": SHARD_BYTES, **options}))
     return root / "hf"
 
 
@@ -123,10 +122,8 @@ def test_bf16_rounds_everything_once_but_the_router_bias(made: Made) -> None:
         assert torch.equal(back[name], expected), name
 
 
-def finite_e4m3() -> Tensor:
-    """[254] FP64, every value of the format, ascending."""
-    values = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).double()
-    return values[values.isfinite()].sort().values
+E4M3 = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).double()
+FINITE_E4M3 = E4M3[E4M3.isfinite()].sort().values  # [254]
 
 
 def distance_to_grid(values: Tensor, grid: Tensor) -> Tensor:
@@ -160,7 +157,7 @@ def test_fp8_values_are_the_nearest_of_their_block(made: Made, precision: Precis
                 else:
                     assert abs(s / least - 1) <= 2.0**-24, name
                 stored = payload[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128] * s
-                nearest = distance_to_grid(block, finite_e4m3() * s)
+                nearest = distance_to_grid(block, FINITE_E4M3 * s)
                 # Quotients are rounded to FP32 before they are rounded to E4M3: 2^-24 of the value on a tie.
                 assert ((stored - block).abs() <= nearest + 2.0**-23 * block.abs()).all(), name
     assert HfReader(out).precision == Precision("fp8", power_of_two_scales=power_of_two)
@@ -208,8 +205,7 @@ def test_an_fp8_model_multiplies_the_same_weights_after_the_round_trip(made: Mad
 
 def test_a_value_that_is_not_finite_is_named(tmp_path: Path) -> None:
     model = lively(RAGGED, BF16)
-    with torch.no_grad():
-        model.get_parameter("layers.1.mlp.experts.down_proj")[2, 135, 1] = torch.nan
+    model.get_parameter("layers.1.mlp.experts.down_proj")[2, 135, 1] = torch.nan
     with pytest.raises(ValueError, match=r"NaN or infinity in layers\.1\.mlp\.experts\.down_proj"):
         exported(model, tmp_path)
     assert not (tmp_path / "hf/config.json").exists()

@@ -23,22 +23,21 @@ PROGRAMS = 132
 # Rows of this rank's experts, and how many experts it has.
 ROWS, GROUPS = 32768, 8
 
-
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype)
+bf16 = partial(torch.empty, dtype=torch.bfloat16)
+fp8 = partial(torch.empty, dtype=torch.float8_e4m3fn)
 
 
 def tiles(rows: int, cols: int) -> tuple[Tensor, Tensor]:
-    return empty(rows, cols, dtype=torch.float8_e4m3fn), empty(ceil_div(cols, TILE), rows)
+    return fp8(rows, cols), torch.empty(ceil_div(cols, TILE), rows)
 
 
 def blocks(*shape: int) -> tuple[Tensor, Tensor]:
     *groups, rows, cols = shape
-    return empty(*shape, dtype=torch.float8_e4m3fn), empty(*groups, ceil_div(rows, TILE), ceil_div(cols, TILE))
+    return fp8(shape), torch.empty(*groups, ceil_div(rows, TILE), ceil_div(cols, TILE))
 
 
-def ends(groups: int) -> Tensor:
-    return empty(groups, dtype=torch.int32)
+def ends(groups: int) -> Tensor | None:
+    return torch.empty(groups, dtype=torch.int32) if groups else None
 
 
 def describe(config: Config) -> str:
@@ -53,8 +52,8 @@ def product(
     config = config or tile_block_config(m, n, programs=PROGRAMS, groups=groups)
     weight = blocks(groups, n, k) if groups else blocks(n, k)
     call = partial(
-        gemm_hopper.gemm, Quantized(*tiles(m, k)), Quantized(*weight), empty(m, n, dtype=torch.bfloat16), config=config,
-        programs=PROGRAMS, group_ends=ends(groups) if groups else None,
+        gemm_hopper.gemm, Quantized(*tiles(m, k)), Quantized(*weight), bf16(m, n), config=config, programs=PROGRAMS,
+        group_ends=ends(groups),
     )  # fmt: skip
     by_group = f", {groups} groups of rows" if groups else ""
     return f"{m} x {n} x {k}{by_group}: {describe(config)}", call
@@ -65,10 +64,10 @@ def gradient(
 ) -> tuple[str, Callable[[], object]]:
     """wgrad on Hopper."""
     config = config or tile_tile_config()
+    out = torch.empty(groups, m, n) if groups else torch.empty(m, n)
     call = partial(
-        gemm_hopper.gemm, Quantized(*tiles(m, k)), Quantized(*tiles(n, k)),
-        empty(groups, m, n) if groups else empty(m, n), config=config, programs=PROGRAMS,
-        group_ends=ends(groups) if groups else None, accumulate=accumulate,
+        gemm_hopper.gemm, Quantized(*tiles(m, k)), Quantized(*tiles(n, k)), out, config=config, programs=PROGRAMS,
+        group_ends=ends(groups), accumulate=accumulate,
     )  # fmt: skip
     by_group = f", {groups} groups" if groups else ""
     return f"wgrad {'+=' if accumulate else '='} {m} x {n} x {k}{by_group}: {describe(config)}", call
@@ -77,7 +76,7 @@ def gradient(
 def split_product(m: int, n: int, k: int, splits: int) -> tuple[str, Callable[[], object]]:
     """fprop or dgrad in parts of the contraction."""
     call = partial(
-        gemm_split_k.gemm, Quantized(*tiles(m, k)), Quantized(*blocks(n, k)), empty(m, n, dtype=torch.bfloat16),
+        gemm_split_k.gemm, Quantized(*tiles(m, k)), Quantized(*blocks(n, k)), bf16(m, n),
         ends=gemm_split_k.split_ends(k, splits), programs=PROGRAMS,
     )  # fmt: skip
     return f"{m} x {n} x {k}: split-K in {splits}, two_waves 256x128, {gemm_split_k.STAGES} x {TILE}", call
@@ -85,35 +84,28 @@ def split_product(m: int, n: int, k: int, splits: int) -> tuple[str, Callable[[]
 
 def _portable() -> dict[str, Callable[[], object]]:
     x, expert, dense = tiles(TOKENS, 7168), blocks(GROUPS, 4096, 7168), blocks(4096, 7168)
-    bf16, group_ends = torch.bfloat16, ends(GROUPS)
-    return {
-        "portable fprop": partial(gemm_fp8.gemm_tile_block, *x, *dense, bf16),
-        "portable fprop, groups": partial(gemm_fp8.grouped_gemm_tile_block, *x, *expert, group_ends, bf16),
-        "portable wgrad": partial(
-            gemm_fp8.gemm_tile_tile, *tiles(7168, TOKENS), *tiles(2048, TOKENS), empty(7168, 2048), True
+    weights, group_ends = (GROUPS, 4096, 7168), ends(GROUPS)
+    calls = {
+        "portable fprop": (gemm_fp8.gemm_tile_block, *x, *dense, torch.bfloat16),
+        "portable fprop, groups": (gemm_fp8.grouped_gemm_tile_block, *x, *expert, group_ends, torch.bfloat16),
+        "portable wgrad": (
+            gemm_fp8.gemm_tile_tile, *tiles(7168, TOKENS), *tiles(2048, TOKENS), torch.empty(7168, 2048), True,
         ),
-        "portable wgrad, groups": partial(
+        "portable wgrad, groups": (
             gemm_fp8.grouped_gemm_tile_tile, *tiles(4096, TOKENS), *tiles(7168, TOKENS), group_ends,
-            empty(GROUPS, 4096, 7168), True,
+            torch.empty(weights), True,
         ),
-        "BF16 fprop, groups": partial(
-            gemm_portable.grouped_matmul, empty(TOKENS, 7168, dtype=bf16), empty(GROUPS, 4096, 7168, dtype=bf16).mT,
-            group_ends,
+        "BF16 fprop, groups": (gemm_portable.grouped_matmul, bf16(TOKENS, 7168), bf16(weights).mT, group_ends),
+        "BF16 dgrad, groups": (gemm_portable.grouped_matmul, bf16(TOKENS, 4096), bf16(weights), group_ends),
+        "BF16 wgrad, groups": (gemm_portable.grouped_wgrad, bf16(TOKENS, 4096), bf16(TOKENS, 7168), group_ends),
+        "FP32 fprop, groups": (
+            gemm_portable.grouped_matmul, torch.empty(TOKENS, 7168), torch.empty(weights).mT, group_ends,
         ),
-        "BF16 dgrad, groups": partial(
-            gemm_portable.grouped_matmul, empty(TOKENS, 4096, dtype=bf16), empty(GROUPS, 4096, 7168, dtype=bf16),
-            group_ends,
-        ),
-        "BF16 wgrad, groups": partial(
-            gemm_portable.grouped_wgrad, empty(TOKENS, 4096, dtype=bf16), empty(TOKENS, 7168, dtype=bf16), group_ends
-        ),
-        "FP32 fprop, groups": partial(
-            gemm_portable.grouped_matmul, empty(TOKENS, 7168), empty(GROUPS, 4096, 7168).mT, group_ends
-        ),
-        "FP32 wgrad, groups": partial(
-            gemm_portable.grouped_wgrad, empty(TOKENS, 4096), empty(TOKENS, 7168), group_ends
+        "FP32 wgrad, groups": (
+            gemm_portable.grouped_wgrad, torch.empty(TOKENS, 4096), torch.empty(TOKENS, 7168), group_ends,
         ),
     }  # fmt: skip
+    return {name: partial(*call) for name, call in calls.items()}
 
 
 PORTABLE_CASES = _portable()

@@ -1,4 +1,4 @@
-"""Inputs and independent results of the FP8 GEMMs: one place for the tests of every implementation.
+"""Inputs and independent results of the FP8 GEMMs, one place for every implementation; how any kernel is compared.
 
 Payloads are random E4M3 numbers, scales spread over a factor of three; expected results are FP64 products of decoded
 operands. Padding rows hold numbers, not zeros, so that a kernel that stores them where it must not is seen.
@@ -6,7 +6,9 @@ operands. Padding rows hold numbers, not zeros, so that a kernel that stores the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,22 +23,16 @@ FP32_TOLERANCE = 1e-6
 
 @dataclass
 class Problem:
-    """Operands as the launchers take them, and the FP64 result."""
+    """Operands, and the FP64 result."""
 
-    a: Tensor
-    a_scale: Tensor
-    b: Tensor
-    b_scale: Tensor
+    quantized: tuple[Quantized, Quantized]
     expected: Tensor
     group_ends: Tensor | None = None
 
     @property
-    def quantized(self) -> tuple[Quantized, Quantized]:
-        return Quantized(self.a, self.a_scale), Quantized(self.b, self.b_scale)
-
-    @property
-    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.a, self.a_scale, self.b, self.b_scale
+    def operands(self) -> list[Tensor]:
+        """Payload and scale of each operand, as the portable launchers take them."""
+        return [tensor for q in self.quantized for tensor in (q.payload, q.scale)]
 
 
 def payload(*shape: int) -> Tensor:
@@ -56,30 +52,33 @@ def decode_blocks(values: Tensor, scale: Tensor) -> Tensor:
     return values.double() * scale.double().repeat_interleave(TILE, -2).repeat_interleave(TILE, -1)[..., :rows, :cols]
 
 
+def slices(ends: Sequence[int]) -> list[slice]:
+    """The rows of each group."""
+    return [slice(*edges) for edges in pairwise([0, *ends])]
+
+
 def tile_block(m: int, n: int, k: int, ends: list[int] | None = None) -> Problem:
     """fprop or dgrad; `ends` are the groups' ends, rows behind the last one expect zeros."""
     groups = [len(ends)] if ends else []
-    a, a_scale = payload(m, k), scales(ceil_div(k, TILE), m)
-    b, b_scale = payload(*groups, n, k), scales(*groups, ceil_div(n, TILE), ceil_div(k, TILE))
-    x = decode_tiles(a, a_scale)
+    a = Quantized(payload(m, k), scales(ceil_div(k, TILE), m))
+    b = Quantized(payload(*groups, n, k), scales(*groups, ceil_div(n, TILE), ceil_div(k, TILE)))
+    x, weights = exact_tiles(a), exact_blocks(b)
     if ends is None:
-        return Problem(a, a_scale, b, b_scale, x @ decode_blocks(b, b_scale).T)
+        return Problem((a, b), x @ weights.T)
     expected = torch.zeros(m, n, dtype=torch.float64)
-    for group, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-        expected[start:end] = x[start:end] @ decode_blocks(b[group], b_scale[group]).T
-    return Problem(a, a_scale, b, b_scale, expected, torch.tensor(ends, dtype=torch.int32))
+    for rows, weight in zip(slices(ends), weights, strict=True):
+        expected[rows] = x[rows] @ weight.T
+    return Problem((a, b), expected, torch.tensor(ends, dtype=torch.int32))
 
 
 def tile_tile(m: int, n: int, k: int, ends: list[int] | None = None) -> Problem:
     """wgrad; `ends` cut the contraction, one matrix for each group."""
-    a, a_scale = payload(m, k), scales(ceil_div(k, TILE), m)
-    b, b_scale = payload(n, k), scales(ceil_div(k, TILE), n)
-    x, y = decode_tiles(a, a_scale), decode_tiles(b, b_scale)
+    a, b = (Quantized(payload(rows, k), scales(ceil_div(k, TILE), rows)) for rows in (m, n))
+    x, y = exact_tiles(a), exact_tiles(b)
     if ends is None:
-        return Problem(a, a_scale, b, b_scale, x @ y.T)
-    parts = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    expected = torch.stack([x[:, part] @ y[:, part].T for part in parts])
-    return Problem(a, a_scale, b, b_scale, expected, torch.tensor(ends, dtype=torch.int32))
+        return Problem((a, b), x @ y.T)
+    expected = torch.stack([x[:, part] @ y[:, part].T for part in slices(ends)])
+    return Problem((a, b), expected, torch.tensor(ends, dtype=torch.int32))
 
 
 def assert_same_bits(actual: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]) -> None:
@@ -91,6 +90,13 @@ def assert_same_bits(actual: Tensor | tuple[Tensor, ...], expected: Tensor | tup
         assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
         assert got.is_contiguous()
         assert torch.equal(got.view(torch.uint8), wanted.contiguous().view(torch.uint8))
+
+
+def assert_same_values(actual: Tensor, expected: Tensor) -> None:
+    """Equal to the bit, signs of zero included, but NaN equals NaN whatever its payload."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    number = ~expected.isnan()
+    assert torch.equal(actual.float().signbit()[number], expected.float().signbit()[number])
 
 
 def assert_exact_up_to_accumulation(actual: Tensor, a: Tensor, b: Tensor) -> None:
@@ -128,6 +134,38 @@ def exact_blocks(q: Quantized) -> Tensor:
     return decode_blocks(q.payload, q.scale)
 
 
+def rolled(q: Quantized, dim: int) -> Quantized:
+    """A neighbour's scale for each tile or block."""
+    return Quantized(q.payload, q.scale.roll(1, dims=dim))
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Frobenius norm of the difference over that of `expected`; NaN where something was not written."""
-    return float((actual.double() - expected).norm() / expected.norm())
+    return float((actual.double() - expected).detach().norm() / expected.detach().norm())
+
+
+def beside_reference(
+    function: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    *inputs: Tensor,
+    dtype: torch.dtype = torch.float64,
+) -> list[tuple[Tensor, Tensor]]:
+    """Output and the gradients of the inputs for a random one of the output; each with the reference's in `dtype`."""
+    theirs = [x.detach().to(dtype, copy=True).requires_grad_() for x in inputs]
+    y, expected = function(*inputs), reference(*theirs)
+    grad = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, inputs, grad), torch.autograd.grad(expected, theirs, grad.to(dtype))
+    return [(y, expected), *zip(*gradients, strict=True)]
+
+
+def kept_for_backward(run: Callable[[], object]) -> list[Tensor]:
+    """The tensors that autograd keeps of `run`."""
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return kept

@@ -7,19 +7,17 @@ cannot see (layouts, registers, speed) has no defect here.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from tests.kernels.gluon_interpreter import BarrierMisuse, Deadlock, KernelError, Misuse, OutOfRange, Race
+from tests.kernels.gluon_values import BarrierMisuse, Deadlock, KernelError, Misuse, OutOfRange, Race
 
 Edit = tuple[str, str]
 
 
-@dataclasses.dataclass(frozen=True)
 class Defect:
     """One thing wrong, and what must be said about it.
 
@@ -32,23 +30,12 @@ class Defect:
         stages: of its ring; None takes the launcher's own.
     """
 
-    name: str
-    error: type[KernelError]
-    message: str
-    edits: tuple[Edit, ...] = ()
-    kernel: str = "ring_gemm"
-    stages: int | None = None
-
-
-def defect(
-    name: str,
-    error: type[KernelError],
-    message: str,
-    *edits: Edit,
-    kernel: str = "ring_gemm",
-    stages: int | None = None,
-) -> Defect:
-    return Defect(name, error, message, edits, kernel, stages)
+    def __init__(
+        self, name: str, error: type[KernelError], message: str, *edits: Edit, kernel: str = "ring_gemm",
+        stages: int | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.error, self.message, self.edits = name, error, message, edits
+        self.kernel, self.stages = kernel, stages
 
 
 def edited(source: Path, edits: Sequence[Edit], folder: Path) -> ModuleType:
@@ -87,202 +74,202 @@ ONE_MORE_MMA = (
 PRODUCER_PARITY = "    parity = 1\n"
 CONSUMER_PARITY = "    parity = 0\n"
 
-RELEASED_BEFORE_WGMMA_ENDS = defect(
+RELEASED_BEFORE_WGMMA_ENDS = Defect(
     "stage released before its wgmma is finished", Race,
     "a_ring.*TMA load at produce:.* is not ordered after wgmma at consume:", (ARRIVE, ""),
     (WAIT_MMA, ARRIVE + WAIT_MMA)
 )  # fmt: skip
-STORE_BUFFER_REUSED = defect(
+STORE_BUFFER_REUSED = Defect(
     "store buffer reused at once", Race,
     r"out.*: store at consume:.* is not ordered after TMA store at consume:.*still outstanding",
     (WAIT_STORE + STORE, STORE)
 )  # fmt: skip
-TOO_FEW_BYTES = defect(
+TOO_FEW_BYTES = Defect(
     "too few bytes expected", BarrierMisuse, r"full\[0\] phase 0: 256 more bytes copied than expected",
     (" * BLOCK_K + BLOCK_M * 4)", " * BLOCK_K)")
 )  # fmt: skip
-LOAD_LEFT = defect(
+LOAD_LEFT = Defect(
     "TMA load left at the end", Misuse,
     r"program \(0, 0, 0\) ends without having waited for a TMA load announced by landed\[\d\]",
     ("        if step + 1 < steps:\n", "        if step < steps:\n"), kernel="ahead_gemm"
 )  # fmt: skip
-RING_TOO_SHORT = defect(
+RING_TOO_SHORT = Defect(
     "ring too short for the wgmma in flight", Race,
     "TMA load at issue:.* is not ordered after wgmma at ahead_gemm:.*still outstanding", kernel="ahead_gemm",
     stages=2
 )  # fmt: skip
 
 BARRIER_DEFECTS = (
-    defect(
+    Defect(
         "stage never released", Deadlock,
         r"(?s)no partition can run.*produce\[1\] waits for phase 0 of empty\[0\].*missing 1 arrivals and 0 bytes",
         (ARRIVE, "")
     ),
-    defect(
+    Defect(
         "producer starts with the other parity", Deadlock, r"(?s)produce\[1\] waits for phase 0 of empty\[0\]",
         (PRODUCER_PARITY, CONSUMER_PARITY)
     ),
-    defect(
+    Defect(
         "consumer starts with the other parity", Race,
         "scale_ring: load at consume:.* of unwritten shared memory", (CONSUMER_PARITY, PRODUCER_PARITY)
     ),
-    defect(
+    Defect(
         "parity never flips", BarrierMisuse, "it waited for this parity last time as well",
         ("                parity ^= 1\n", "                parity ^= 0\n")
     ),
-    defect(
+    Defect(
         "no wait for a full stage", Race, "scale_ring: load at consume:.* of unwritten shared memory",
         (WAIT_FULL, "")
     ),
-    defect(
+    Defect(
         "no wait for an empty stage", Race,
         "a_ring.*TMA load at produce:.* is not ordered after TMA load at produce:", (WAIT_EMPTY, "")
     ),
     RELEASED_BEFORE_WGMMA_ENDS,
     RING_TOO_SHORT,
-    defect(
+    Defect(
         "stage released twice", BarrierMisuse, r"waits for phase 0 of empty\[0\].*1 further phases completed unseen",
         (ARRIVE, ARRIVE + ARRIVE)
     ),
-    defect(
+    Defect(
         "two arrivals where one is counted", BarrierMisuse, r"empty\[0\] phase 0: more than 1 arrivals, at consume:",
         ("mbarrier.arrive(empty.index(stage), count=1)", "mbarrier.arrive(empty.index(stage), count=2)")
     ),
-    defect(
+    Defect(
         "barrier never initialised", BarrierMisuse, r"empty\[0\] used before mbarrier.init, at produce:",
         ("        mbarrier.init(empty.index(i), count=1)\n", "")
     ),
     TOO_FEW_BYTES,
-    defect(
+    Defect(
         "too many bytes expected", Deadlock,
         r"(?s)consume\[0\] waits for phase 0 of full\[0\].*missing 0 arrivals and 16 bytes",
         (" * BLOCK_K + BLOCK_M * 4)", " * BLOCK_K + BLOCK_M * 4 + 16)")
     ),
-    defect(
+    Defect(
         "no fence after mbarrier.init", Race,
         r"full\[0\]: no fence_async_shared between mbarrier.init and the TMA load at produce:",
         ("    fence_async_shared()\n    ring = ", "    ring = ")
     ),
     LOAD_LEFT,
-    defect(
+    Defect(
         "parity of two", BarrierMisuse, r"produce\[1\] waits for phase .* of empty\[0\] at produce:\d+: parity 2",
         ("mbarrier.wait(empty.index(stage), parity)", "mbarrier.wait(empty.index(stage), parity + 1)")
     ),
-    defect(
+    Defect(
         "barriers of two words", Misuse, r"full: a barrier is one int64, this is \[2\], at ring_gemm:",
         ("full = gl.allocate_shared_memory(gl.int64, [STAGES, 1]",
          "full = gl.allocate_shared_memory(gl.int64, [STAGES, 2]")
     ),
-    defect(
+    Defect(
         "one worker, two warp counts", Misuse, "warp_specialize: 2 warp counts for 1 workers, at ring_gemm:",
         ("        [1],\n", "        [1, 1],\n")
     ),
 )  # fmt: skip
 STORE_DEFECTS = (
     STORE_BUFFER_REUSED,
-    defect(
+    Defect(
         "no fence before the TMA store", Race,
         "out.*TMA store at consume:.* is not separated by fence_async_shared where it comes after store at consume:",
         (FENCE + COPY_OUT, COPY_OUT)
     ),
-    defect(
+    Defect(
         "no fence before the second TMA store", Race,
         "out.*TMA store at consume:.* is not separated by fence_async_shared where it comes after store at consume:",
         (FENCE + COPY_OUT, "        if tile == gl.program_id(0):\n    " + FENCE + COPY_OUT)
     ),
-    defect(
+    Defect(
         "no store_wait at the end", Misuse, r"consume\[0\] ends with 1 TMA store not waited for",
         ("out)\n    tma.store_wait(0)\n", "out)\n")
     ),
-    defect(
+    Defect(
         "store of another shape", Misuse,
         r"shared store of torch.bfloat16\[64, 64\] into torch.bfloat16\[64, 128\], at consume:",
         ("[BLOCK_M, BLOCK_N], d_desc", "[BLOCK_M, 2 * BLOCK_N], d_desc")
     ),
 )  # fmt: skip
 WGMMA_DEFECTS = (
-    defect("no wgmma wait", Misuse, "accumulator of an unfinished wgmma used, at consume:", (WAIT_MMA, "")),
-    defect(
+    Defect("no wgmma wait", Misuse, "accumulator of an unfinished wgmma used, at consume:", (WAIT_MMA, "")),
+    Defect(
         "last wgmma left in flight", Misuse, "accumulator of an unfinished wgmma used, at store_rows:",
         ("warpgroup_mma_wait(0, deps=(upper", "warpgroup_mma_wait(1, deps=(upper"), kernel="ahead_gemm"
     ),
-    defect(
+    Defect(
         "wgmma left at the end", Misuse, r"program \(0, 0, 0\) ends with 1 wgmma not waited for",
         (LAST_STORE_ROWS, LAST_STORE_ROWS + ONE_MORE_MMA), kernel="ahead_gemm"
     ),
-    defect(
+    Defect(
         "wgmma wait without its deps", Misuse, "warpgroup_mma_wait needs deps, at consume:",
         (WAIT_MMA, "            warpgroup_mma_wait(0)\n")
     ),
-    defect(
+    Defect(
         "operand not transposed", Misuse, r"wgmma of \[64, 128\] and \[64, 128\], at consume:",
         ("b_ring.index(stage).permute((1, 0))", "b_ring.index(stage)")
     ),
-    defect(
+    Defect(
         "half the rows of a wgmma", Misuse, r"wgmma of \[32, 64\] and \[64, 64\], at ahead_gemm:",
         (".slice(0, BLOCK_M), b, upper", ".slice(0, 32), b, upper"), kernel="ahead_gemm"
     ),
 )  # fmt: skip
 MEMORY_DEFECTS = (
-    defect(
+    Defect(
         "pointer past the end", OutOfRange, r"global offset 4\.\.4 outside 0\.\.3, at consume:",
         ("gl.load(weights + k)", "gl.load(weights + k + 1)")
     ),
-    defect(
+    Defect(
         "pointer before the start", OutOfRange, r"global offset -1\.\.-1 outside 0\.\.3, at consume:",
-        ("gl.load(weights + k)", "gl.load(weights + k - 1)")
+        ("gl.load(weights + k)", "gl.load(weights + (k - 1))")
     ),
-    defect(
+    Defect(
         "store without its mask", OutOfRange, "global offset .* outside .* at store_rows:",
         (", values, mask=mask)", ", values)"), kernel="ahead_gemm"
     ),
-    defect(
+    Defect(
         "index outside the ring", OutOfRange, r"empty: \[2, 3\) of 2, at produce:",
         ("mbarrier.wait(empty.index(stage)", "mbarrier.wait(empty.index(stage + STAGES)")
     ),
-    defect(
+    Defect(
         "slice past the end", OutOfRange, r"a_ring: \[96, 160\) of 128, at ahead_gemm:",
         (".slice(BLOCK_M, BLOCK_M)", ".slice(96, BLOCK_M)"), kernel="ahead_gemm"
     ),
-    defect(
+    Defect(
         "box of another shape", Misuse,
         r"TMA of a torch.float8_e4m3fn\[64, 128\] box, shared memory is torch.float8_e4m3fn\[64, 256\]",
         ("BLOCK_M, BLOCK_K], a_desc.layout", "BLOCK_M, 2 * BLOCK_K], a_desc.layout")
     ),
-    defect(
+    Defect(
         "box of another type", Misuse, r"TMA of a torch.float32\[64\] box, shared memory is torch.int32\[64\]",
         ("gl.allocate_shared_memory(gl.float32", "gl.allocate_shared_memory(gl.int32")
     ),
-    defect(
+    Defect(
         "another swizzle", Misuse, "or the layouts differ, at consume:",
         ("BLOCK_N], d_desc.layout)", "BLOCK_N], gl.NVMMASharedLayout(32, 16, 2))")
     ),
-    defect(
+    Defect(
         "one coordinate too many", Misuse, "2 TMA coordinates for 1 dims, at produce:",
         ("[k * padded_rows + row]", "[k, row]")
     ),
-    defect(
+    Defect(
         "coordinate off 16 bytes", Misuse, "TMA innermost coordinate 8 is not a multiple of 16 bytes, at produce:",
         ("a_desc, [row, k * BLOCK_K]", "a_desc, [row, k * 8]")
     ),
-    defect("too much shared memory", Misuse, "bytes of shared memory, 232448 exist, at ring_gemm:", stages=14),
-    defect(
+    Defect("too much shared memory", Misuse, "bytes of shared memory, 232448 exist, at ring_gemm:", stages=14),
+    Defect(
         "integer overflow", OutOfRange, "scalar 2147483648 does not fit in int32, at consume:",
         ("gl.load(weights + k)", "gl.load(weights + (k << 30 >> 30))")
     ),
-    defect(
+    Defect(
         "branch on a tensor", Misuse, r"a tensor of shape \[64\] is no branch condition, at consume:",
         (PROMOTE, "            if scale > 0:\n    " + PROMOTE)
     ),
-    defect(
+    Defect(
         "element of a register tensor", Misuse, "only None and : can index a register tensor, at consume:",
         ("(scale * weight)[:, None]", "(scale * weight)[0]")
     ),
-    defect(
+    Defect(
         "assertion of the kernel", Misuse, "assertion 'one stage' at ring_gemm:",
         ("    ring = (a_ring", "    gl.static_assert(STAGES == 1, 'one stage')\n    ring = (a_ring")
     ),
-    defect(
+    Defect(
         "run-time bound of an unrolled loop", Misuse, "static_range of a run-time value, at consume:",
         ("        for k in range(blocks):\n", "        for k in gl.static_range(blocks):\n")
     ),

@@ -12,10 +12,10 @@ shared memory: bad numbers, since whatever may be overwritten is NaN by then, an
 need the bad schedule to occur. What went wrong is one of the errors named below, with the kernel's function and line.
 
 Not emulated: what the compiler does with the source. Layouts, swizzling, registers and warp counts are not checked,
-and Python accepts what the compiler refuses: compile the kernel as well. Precision is that of fp32 sums. Clusters,
-multicast, atomics, inline assembly, aggregates, Blackwell and AMD operations raise NotImplementedError when called. A
-kernel that passes here is right in its logic; how fast it is, and what the hardware does beyond the rules, only a GPU
-can tell.
+and Python accepts what the compiler refuses: compile the kernel as well. Precision is that of fp32 sums. Only what
+kernels of ours call is emulated; another operation raises NotImplementedError when called, another argument TypeError.
+A kernel that passes here is right in its logic; how fast it is, and what the hardware does beyond the rules, only a
+GPU can tell.
 
 The kernel's tensors are CPU tensors and its descriptors `TensorDescriptor`s of them. The interpreter patches the
 launch of every Gluon kernel in the process, so two threads must not interpret at once.
@@ -24,9 +24,10 @@ launch of every Gluon kernel in the process, so two threads must not interpret a
 from __future__ import annotations
 
 import contextlib
-import math
+import functools
+import itertools
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,36 +40,20 @@ from triton.runtime.jit import KernelInterface
 from tests.kernels.gluon_hopper import HOPPER_OPERATIONS, MBARRIER_OPERATIONS, TMA_OPERATIONS
 from tests.kernels.gluon_machine import Machine, Options, Program
 from tests.kernels.gluon_operations import OPERATIONS, kernel_range
-from tests.kernels.gluon_values import (
-    GLUON_DTYPES,
-    KERNEL_MARK,
-    BarrierMisuse,
-    Deadlock,
-    Int,
-    KernelError,
-    Misuse,
-    OutOfRange,
-    Pointer,
-    Race,
-    Tensor,
-)
-
-__all__ = ["ADVERSARIAL", "BarrierMisuse", "Deadlock", "KernelError", "Misuse", "OutOfRange", "Race", "interpret"]
+from tests.kernels.gluon_values import KERNEL_MARK, Int, Pointer, width
 
 # Everything as late as the rules allow, in an order that the seed decides.
 ADVERSARIAL: dict[str, Any] = {"tma": "late", "mma": "late", "lazy_loads": "wgmma", "switch": 0.3}
-EMULATED: dict[types.ModuleType, Mapping[str, Any]] = {
-    gl: OPERATIONS,
-    hopper: HOPPER_OPERATIONS,
-    tma: TMA_OPERATIONS,
-    mbarrier: MBARRIER_OPERATIONS,
-}
 # A Gluon function, however it was imported -> its emulation.
 STAND_INS = {
     id(getattr(module, name)): operation
-    for module, operations in EMULATED.items()
+    for module, operations in (
+        (gl, OPERATIONS),
+        (hopper, HOPPER_OPERATIONS),
+        (tma, TMA_OPERATIONS),
+        (mbarrier, MBARRIER_OPERATIONS),
+    )
     for name, operation in operations.items()
-    if hasattr(module, name)
 }
 
 
@@ -78,15 +63,13 @@ def interpret(**options: Any) -> Iterator[None]:
 
     Args:
         **options: fields of `Options` in `tests/kernels/gluon_machine.py`, which explains them: seed, tma, mma,
-            lazy_loads, switch, races, strict_phase, programs, concurrent.
+            lazy_loads, switch, races, programs.
     """
     chosen = Options(**options)
     compile_and_launch = GluonJITFunction.run
 
-    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> Any:
-        if warmup:
-            return compile_and_launch(kernel, *args, grid=grid, warmup=warmup, **named)
-        return _launch(kernel, grid, arguments=_arguments(kernel, args, named), options=chosen)
+    def run(kernel: Any, *args: Any, grid: tuple[int, ...], **named: Any) -> None:
+        _launch(kernel, grid, arguments=_arguments(kernel, args, named), options=chosen)
 
     GluonJITFunction.run = run
     try:
@@ -95,75 +78,48 @@ def interpret(**options: Any) -> Iterator[None]:
         GluonJITFunction.run = compile_and_launch
 
 
-def _launch(kernel: Any, grid: Any, *, arguments: dict[str, Any], options: Options) -> None:
-    extents = grid(arguments) if callable(grid) else grid
-    width, height, depth = (*extents, 1, 1)[:3]
-    body = _Names().function(kernel.fn)
-    programs = [
-        Program((x, y, z), grid=(width, height, depth), body=lambda: body(**arguments))
-        for z in range(depth)
-        for y in range(height)
-        for x in range(width)
-    ]
-    chosen = range(len(programs)) if options.programs is None else options.programs
-    Machine(options).run([programs[position] for position in chosen])
+def _launch(kernel: Any, grid: tuple[int, ...], *, arguments: dict[str, Any], options: Options) -> None:
+    body = functools.partial(_Names().function(kernel.fn), **arguments)
+    extents = (*grid, 1, 1)[:3]
+    # x varies fastest.
+    places = [place[::-1] for place in itertools.product(*map(range, extents[::-1]))]
+    chosen = range(len(places)) if options.programs is None else options.programs
+    Machine(options).run([Program(places[position], grid=extents, body=body) for position in chosen])
 
 
 def _arguments(kernel: Any, args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
     """Each parameter's value as the kernel sees it; options of the launch (`num_warps`) are dropped."""
-    given = dict(zip(kernel.arg_names, args, strict=False)) | named
-    arguments = {}
-    for parameter in kernel.params:
-        if parameter.name in given:
-            arguments[parameter.name] = _argument(given[parameter.name], is_constexpr=parameter.is_constexpr)
-        elif parameter.has_default:
-            arguments[parameter.name] = _argument(parameter.default, is_constexpr=parameter.is_constexpr)
-        else:
-            raise TypeError(f"{kernel.fn.__name__}() misses its argument {parameter.name!r}")
-    return arguments
+    own = {name: value for name, value in named.items() if name in kernel.arg_names}
+    bound = kernel.signature.bind(*args, **own)
+    bound.apply_defaults()
+    return {
+        parameter.name: _argument(bound.arguments[parameter.name], is_constexpr=parameter.is_constexpr)
+        for parameter in kernel.params
+    }
 
 
 def _argument(value: Any, *, is_constexpr: bool) -> Any:
-    if isinstance(value, gl.constexpr):
-        return value.value
+    if is_constexpr:
+        return value
     if isinstance(value, torch.Tensor):
         return Pointer.to_first_element(value)
     if hasattr(value, "block_shape"):
-        return _descriptor(value)
-    if is_constexpr:
+        if value.padding != "zero":
+            raise NotImplementedError(f"TMA padding {value.padding!r} is not emulated")
         return value
-    if type(value) is tuple:
-        return tuple(_argument(element, is_constexpr=False) for element in value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return Int(value, 32 if -(1 << 31) <= value < 1 << 31 else 64)
-    if isinstance(value, float):
-        return Tensor(torch.tensor(value, dtype=torch.float32))
-    return value
-
-
-def _descriptor(value: Any) -> types.SimpleNamespace:
-    """A host TensorDescriptor with the names that a kernel may ask it for."""
-    if value.padding != "zero":
-        raise NotImplementedError(f"TMA padding {value.padding!r} is not emulated")
-    nbytes = math.prod(value.block_shape) * value.base.element_size()
-    return types.SimpleNamespace(
-        **vars(value),
-        dtype=GLUON_DTYPES[value.base.dtype],
-        nbytes_per_cta=nbytes,
-        block_type=types.SimpleNamespace(nbytes=nbytes, shape=value.block_shape),
-    )
+    if isinstance(value, int):
+        return Int(value, width(value))
+    raise NotImplementedError(f"an argument {value!r} is not emulated")
 
 
 class _Module:
-    """A module as a kernel sees it: the operations emulated here, and everything else it holds, translated."""
+    """A module as a kernel sees it, everything that it holds translated."""
 
     def __init__(self, module: types.ModuleType, names: _Names) -> None:
         self._module, self._names = module, names
 
     def __getattr__(self, name: str) -> Any:
-        operations = EMULATED.get(self._module, {})
-        # Older and newer versions of Triton lack some of the names.
-        return operations[name] if name in operations else self._names.translated(getattr(self._module, name))
+        return self._names.translated(getattr(self._module, name))
 
 
 class _Names:
@@ -172,21 +128,10 @@ class _Names:
     def __init__(self) -> None:
         self._globals: dict[int, dict[str, Any]] = {}
 
-    def function(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def function(self, function: types.FunctionType) -> types.FunctionType:
         """The Python function behind a `@gluon.jit` function, over the emulated globals of its own module."""
-        assert isinstance(function, types.FunctionType)
-        closure = function.__closure__ and tuple(
-            types.CellType(self.translated(cell.cell_contents)) for cell in function.__closure__
-        )
-        twin = types.FunctionType(
-            function.__code__,
-            self._translated_globals(function.__globals__),
-            function.__name__,
-            tuple(self.translated(value) for value in function.__defaults__ or ()),
-            closure,
-        )
-        twin.__kwdefaults__ = {name: self.translated(value) for name, value in (function.__kwdefaults__ or {}).items()}
-        return twin
+        emulated = self._translated_globals(function.__globals__)
+        return types.FunctionType(function.__code__, emulated, function.__name__, function.__defaults__)
 
     def _translated_globals(self, originals: dict[str, Any]) -> dict[str, Any]:
         if id(originals) not in self._globals:
@@ -195,7 +140,7 @@ class _Names:
         return self._globals[id(originals)]
 
     def translated(self, value: Any) -> Any:
-        """What a kernel sees for a global, a default, or a value it closes over."""
+        """What a kernel sees for a global."""
         if isinstance(value, gl.constexpr):
             return value.value
         if isinstance(value, types.ModuleType):

@@ -18,11 +18,14 @@ import dataclasses
 import random
 import threading
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from tests.kernels.gluon_values import BarrierMisuse, Deadlock, Misuse, Tensor, where
+
+if TYPE_CHECKING:
+    from tests.kernels.gluon_hopper import TmaLoad, TmaStore
 
 Clock = dict[object, int]
 
@@ -39,9 +42,7 @@ class Options:
             "wgmma" is issued; or at its first "use" alone, which is stricter than any kernel measured right.
         switch: chance of changing partition at each emulated operation.
         races: check happens-before, unwritten memory and proxy fences.
-        strict_phase: refuse a partition that waits for the same parity of one barrier twice running.
-        programs: positions in the grid (x fastest) of the programs to run; None runs all.
-        concurrent: all programs are resident at once, instead of one after another.
+        programs: positions in the grid (x fastest) of the programs to run, one after another; None runs all.
     """
 
     seed: int = 0
@@ -50,27 +51,13 @@ class Options:
     lazy_loads: str = ""
     switch: float = 0.0
     races: bool = True
-    strict_phase: bool = True
     programs: Sequence[int] | None = None
-    concurrent: bool = False
 
     def __post_init__(self) -> None:
         known = {"tma": ("early", "late", "random"), "mma": ("early", "late"), "lazy_loads": ("", "wgmma", "use")}
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {values}")
-
-
-class Copying(Protocol):
-    """An asynchronous copy whose effect may be still to come."""
-
-    landed: bool
-
-    def land(self) -> None:
-        """Make it happen."""
-
-    def retire(self, time: int) -> None:
-        """Its partition has waited for it."""
 
 
 @dataclasses.dataclass
@@ -148,11 +135,11 @@ class Partition:
         self.fences = 0
         self.untaken_loads: list[Tensor] = []
         self.unfinished_mmas: list[Callable[[], None]] = []
-        self.unfinished_stores: list[Copying] = []
+        self.unfinished_stores: list[TmaStore] = []
         self.seen_phase: dict[Barrier, int] = {}
         self.done = False
         self.ready: Callable[[], bool] | None = None
-        self.reason: Callable[[], str] = _running
+        self.reason: Callable[[], str]
         self.go = threading.Semaphore(0)
         self.thread = threading.Thread(target=self._main, args=(body,), daemon=True)
         self.thread.start()
@@ -177,9 +164,9 @@ class Partition:
             if left:
                 raise Misuse(f"{self.name} ends with {len(left)} {what} not waited for")
 
-    def pause(self, ready: Callable[[], bool] | None = None, reason: Callable[[], str] | None = None) -> None:
+    def pause(self, ready: Callable[[], bool] | None = None, reason: Callable[[], str] = str) -> None:
         """Give the baton back until `ready()`; `reason()` is for the report of a deadlock."""
-        self.ready, self.reason = ready, reason or _running
+        self.ready, self.reason = ready, reason
         self.machine.baton_back.release()
         self.go.acquire()
         if self.machine.stopping:
@@ -212,9 +199,7 @@ class Partition:
         if parity not in (0, 1):
             raise BarrierMisuse(f"{text}: parity {parity}")
         if last is not None and meant == last + 2:
-            if self.machine.options.strict_phase:
-                raise BarrierMisuse(f"{text}: it waited for this parity last time as well, and would pass at once")
-            meant = last
+            raise BarrierMisuse(f"{text}: it waited for this parity last time as well, and would pass at once")
         if barrier.phase <= meant:
             self.pause(
                 lambda: barrier.phase > meant,
@@ -242,15 +227,14 @@ class Machine:
         self.stopping = False
         self.partitions: list[Partition] = []
         self.running: Partition
-        self.loads_in_flight: list[Copying] = []
+        self.loads_in_flight: list[TmaLoad] = []
 
     def run(self, programs: Sequence[Program]) -> None:
-        """Run the programs, one after another or all at once, to their ends."""
+        """Run the programs, one after another, to their ends."""
         Machine.current = self
-        groups = [programs] if self.options.concurrent else [[program] for program in programs]
         try:
-            for group in groups:
-                self._run_together(group)
+            for program in programs:
+                self._run(program)
         finally:
             self.stopping = True
             for partition in self.partitions:
@@ -259,20 +243,17 @@ class Machine:
                 partition.thread.join()
             del Machine.current
 
-    def _run_together(self, programs: Sequence[Program]) -> None:
-        self.partitions = [
-            Partition(self, f"program {program.index}", program=program, body=program.body, clock={})
-            for program in programs
-        ]
+    def _run(self, program: Program) -> None:
+        whole = Partition(self, f"program {program.index}", program=program, body=program.body, clock={})
+        self.partitions = [whole]
         while unfinished := [partition for partition in self.partitions if not partition.done]:
             self._advance(unfinished)
         if self.loads_in_flight:
             raise Misuse(f"the kernel ends with {len(self.loads_in_flight)} TMA loads in flight")
-        # The first partitions are the programs themselves; by now their clocks hold those of their parts.
-        for whole in self.partitions[: len(programs)] if self.options.races else ():
-            for barrier, time in whole.program.loads.items():
-                if whole.clock.get(barrier, 0) < time:
-                    raise Misuse(f"{whole.name} ends without having waited for a TMA load announced by {barrier}")
+        # By now its clock holds those of its parts.
+        for barrier, time in program.loads.items() if self.options.races else ():
+            if whole.clock.get(barrier, 0) < time:
+                raise Misuse(f"{whole.name} ends without having waited for a TMA load announced by {barrier}")
 
     def _advance(self, unfinished: list[Partition]) -> None:
         """Land one copy, or let one partition run until it gives the baton back."""
@@ -302,17 +283,9 @@ class Machine:
         if self.options.switch:
             self.random.shuffle(partitions)
         self.partitions += partitions
-        parent.pause(lambda: all(partition.done for partition in partitions), _waits_for_partitions)
+        parent.pause(lambda: all(partition.done for partition in partitions), lambda: "waits for its partitions")
         for partition in partitions:
             join(parent.clock, partition.clock)
-
-
-def _running() -> str:
-    return "running"
-
-
-def _waits_for_partitions() -> str:
-    return "waits for its partitions"
 
 
 def now() -> Partition:

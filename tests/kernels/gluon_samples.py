@@ -10,8 +10,6 @@ Shapes: m and n in rows of A and B, k in blocks of BLOCK_K. Not for use: no tile
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -23,7 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.gpu.gemm_hopper import _matrix, _vector
 
 BLOCK_M = gl.constexpr(64)
 BLOCK_N = gl.constexpr(64)
@@ -116,7 +115,7 @@ def ring_gemm(
 @gluon.jit
 def issue(a_desc, b_desc, a_ring, b_ring, landed, step, token, STAGES: gl.constexpr):
     stage = step % STAGES
-    mbarrier.expect(landed.index(stage), a_desc.block_type.nbytes + b_desc.block_type.nbytes)
+    mbarrier.expect(landed.index(stage), (2 * BLOCK_M + BLOCK_N) * AHEAD_K * 2)
     tma.async_copy_global_to_shared(a_desc, [0, token], landed.index(stage), a_ring.index(stage))
     tma.async_copy_global_to_shared(b_desc, [0, token], landed.index(stage), b_ring.index(stage))
 
@@ -162,43 +161,24 @@ def ahead_gemm(a_desc, b_desc, d, group_starts, rows, columns, STAGES: gl.conste
     store_rows(first, lower, BLOCK_M, rows, columns, layout)
 
 
-def descriptor(tensor: Tensor, block: list[int], dtype: gl.dtype) -> TensorDescriptor:
-    """A TMA descriptor of a whole tensor, with the widest swizzle that its box can have."""
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
-
-
 def launch_ring_gemm(
-    a: Tensor,
-    b: Tensor,
-    *,
-    row_scales: Tensor,
-    weights: Tensor,
-    programs: int = 2,
-    stages: int = 2,
-    kernel: Any = ring_gemm,
+    a: Tensor, b: Tensor, *, row_scales: Tensor, weights: Tensor, programs: int = 2, stages: int = 2
 ) -> Tensor:
     """D of `ring_gemm`: a [m, k * 128], b [n, k * 128], n a multiple of 8, row_scales [k, padded m], weights [k]."""
     rows, columns = a.shape[0], b.shape[0]
     d = a.new_empty(rows, columns, dtype=torch.bfloat16)
-    flat_scales = row_scales.view(-1)
-    kernel[(programs,)](
-        descriptor(a, [64, 128], gl.float8e4nv), descriptor(b, [64, 128], gl.float8e4nv),
-        TensorDescriptor(flat_scales, list(flat_scales.shape), [1], [64], gl.NVMMASharedLayout(0, 32, 1)),
-        descriptor(d, [64, 64], gl.bfloat16), weights, rows, columns, weights.numel(), row_scales.shape[1],
-        STAGES=stages, num_warps=4,
+    ring_gemm[(programs,)](
+        _matrix(a, 64), _matrix(b, 64), _vector(row_scales.view(-1), 64), _matrix(d, 64, cols=64), weights, rows,
+        columns, weights.numel(), row_scales.shape[1], STAGES=stages, num_warps=4,
     )  # fmt: skip
     return d
 
 
-def launch_ahead_gemm(
-    a: Tensor, b: Tensor, *, group_starts: Tensor, stages: int = 3, kernel: Any = ahead_gemm
-) -> Tensor:
+def launch_ahead_gemm(a: Tensor, b: Tensor, *, group_starts: Tensor, stages: int = 3) -> Tensor:
     """D of `ahead_gemm`: a [m <= 128, tokens], b [n <= 64, tokens] bfloat16, group_starts [groups + 1] int32."""
     groups, rows, columns = group_starts.numel() - 1, a.shape[0], b.shape[0]
     d = a.new_empty(groups, rows, columns, dtype=torch.float32)
-    kernel[(groups,)](
-        descriptor(a, [128, 64], gl.bfloat16), descriptor(b, [64, 64], gl.bfloat16), d, group_starts, rows, columns,
-        STAGES=stages, num_warps=4,
-    )  # fmt: skip
+    ahead_gemm[(groups,)](
+        _matrix(a, 128, cols=64), _matrix(b, 64, cols=64), d, group_starts, rows, columns, STAGES=stages, num_warps=4
+    )
     return d

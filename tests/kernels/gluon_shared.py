@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from tests.kernels.gluon_machine import Barrier, Clock, Partition, now
-from tests.kernels.gluon_values import GLUON_DTYPES, BarrierMisuse, Misuse, OutOfRange, Race, Tensor, raw, where
+from tests.kernels.gluon_values import BarrierMisuse, Misuse, OutOfRange, Race, Tensor, raw, where
 
 POISON = 0xFF
 # (first, one past the last) in each dim of the allocation.
@@ -129,14 +129,6 @@ class Shared:
     @property
     def shape(self) -> list[int]:
         return list(self.data.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return GLUON_DTYPES[self.data.dtype]
-
-    @property
-    def layout(self) -> Any:
-        return self.allocation.layout
 
     @property
     def size_bytes(self) -> int:

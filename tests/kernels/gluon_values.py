@@ -7,11 +7,13 @@ scalar, around a torch tensor of the same type. `Pointer` is one address, or a t
 tensor, checked against its bounds at each access.
 
 Not emulated: layouts (every tensor is one torch tensor, whatever threads hold it), rounding that differs between torch
-and the hardware (no FMA contraction, exact exp and rsqrt), `~` of a comparison of scalars (Python's own: write `not`).
+and the hardware (no FMA contraction), `~` of a comparison of scalars (Python's own: write `not`), types and methods
+that no kernel of ours needs (an error when used).
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
 import types
@@ -21,19 +23,14 @@ from typing import Any
 import torch
 from triton.experimental.gluon import language as gl
 
+from kernels.formats import E4M3_MAX
+
 # The globals of an emulated kernel carry this name, so that a report finds the kernel's line in the stack.
 KERNEL_MARK = "__emulated_gluon_kernel__"
 TORCH_DTYPES = {
     gl.float8e4nv: torch.float8_e4m3fn,
-    gl.float8e5: torch.float8_e5m2,
-    gl.int1: torch.bool,
-    **{
-        getattr(gl, name): getattr(torch, name)
-        for name in ("bfloat16", "float16", "float32", "float64", "int8", "uint8", "int16", "int32", "int64")
-    },
+    **{getattr(gl, name): getattr(torch, name) for name in ("bfloat16", "float32", "int32", "int64")},
 }
-GLUON_DTYPES = {value: key for key, value in TORCH_DTYPES.items()}
-FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class KernelError(Exception):
@@ -80,23 +77,15 @@ class Int(int):
         self.bits = bits
         return self
 
-    @property
-    def dtype(self) -> Any:
-        return {8: gl.int8, 16: gl.int16, 32: gl.int32, 64: gl.int64}[self.bits]
-
-    def to(self, dtype: Any) -> Int | Tensor:
-        if dtype.is_int():
-            return Int(self, dtype.primitive_bitwidth)
-        return Tensor(torch.tensor(int(self)).to(TORCH_DTYPES[dtype]))
+    def to(self, dtype: Any) -> Int:
+        assert dtype.is_int(), dtype
+        return Int(self, dtype.primitive_bitwidth)
 
     def __neg__(self) -> Int:
         return Int(-int(self), self.bits)
 
     def __invert__(self) -> Int:
         return Int(~int(self), self.bits)
-
-    def __abs__(self) -> Int:
-        return Int(abs(int(self)), self.bits)
 
 
 class Tensor:
@@ -120,11 +109,7 @@ class Tensor:
     def shape(self) -> list[int]:
         return list(self.value.shape)
 
-    @property
-    def dtype(self) -> Any:
-        return GLUON_DTYPES[self.value.dtype]
-
-    def to(self, dtype: Any, **_: Any) -> Int | Tensor:
+    def to(self, dtype: Any) -> Int | Tensor:
         """The value in another Gluon type; FP8 saturates, as on the hardware."""
         return from_torch(cast_to(self.value, TORCH_DTYPES[dtype]))
 
@@ -137,35 +122,15 @@ class Tensor:
     def split(self) -> tuple[Tensor, Tensor]:
         return Tensor(self.value[..., 0]), Tensor(self.value[..., 1])
 
-    def expand_dims(self, axis: int) -> Tensor:
-        return Tensor(self.value.unsqueeze(axis))
-
-    def sum(self, axis: int | None = None, *, keep_dims: bool = False, **_: Any) -> Int | Tensor:
-        """The sum over one axis, or over all; narrow integers are added as int32."""
-        value = self.value
-        if not value.is_floating_point() and value.element_size() < 4:
-            value = value.to(torch.int32)
-        return from_torch(torch.sum(value, axis, keepdim=keep_dims, dtype=value.dtype))
-
-    def max(self, axis: int | None = None, *, keep_dims: bool = False, **_: Any) -> Int | Tensor:
-        return from_torch(torch.amax(self.value, () if axis is None else axis, keepdim=keep_dims))
-
-    def min(self, axis: int | None = None, *, keep_dims: bool = False, **_: Any) -> Int | Tensor:
-        return from_torch(torch.amin(self.value, () if axis is None else axis, keepdim=keep_dims))
-
     def __getitem__(self, key: Any) -> Tensor:
-        return Tensor(self.value[_new_dims(key)])
+        if any(part not in (None, slice(None)) for part in (key if isinstance(key, tuple) else (key,))):
+            raise Misuse(f"only None and : can index a register tensor, at {where()}")
+        return Tensor(self.value[key])
 
     def __bool__(self) -> bool:
         if self.value.numel() != 1:
             raise Misuse(f"a tensor of shape {self.shape} is no branch condition, at {where()}")
         return bool(self.value)
-
-    def __neg__(self) -> Tensor:
-        return Tensor(-self.value)
-
-    def __invert__(self) -> Tensor:
-        return Tensor(~self.value)
 
 
 class Pointer:
@@ -180,22 +145,9 @@ class Pointer:
         storage = tensor.new_empty(0).set_(tensor.untyped_storage())
         return cls(storage, int(tensor.storage_offset()))
 
-    @property
-    def dtype(self) -> Any:
-        """The Gluon pointer type; its `element_ty` is the type of an element."""
-        return gl.pointer_type(GLUON_DTYPES[self.storage.dtype])
-
     def __add__(self, other: Any) -> Pointer:
         step = other.value.long() if isinstance(other, Tensor) else int(other)
         return Pointer(self.storage, self.offset + step)
-
-    __radd__ = __add__
-
-    def __sub__(self, other: Any) -> Pointer:
-        return self.__add__(-other)
-
-    def __getitem__(self, key: Any) -> Pointer:
-        return Pointer(self.storage, torch.as_tensor(self.offset)[_new_dims(key)])
 
     def select(self, mask: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The offsets, and which of them are on (None: all), after the bounds check."""
@@ -203,18 +155,10 @@ class Pointer:
         if mask is not None:
             offset, is_on = torch.broadcast_tensors(offset, torch.as_tensor(raw(mask)))
             offset = torch.where(is_on, offset, 0)
-        if offset.numel():
-            low, high, size = int(offset.min()), int(offset.max()), self.storage.numel()
-            if low < 0 or high >= size:
-                raise OutOfRange(f"global offset {low}..{high} outside 0..{size - 1}, at {where()}")
+        low, high, size = int(offset.min()), int(offset.max()), self.storage.numel()
+        if low < 0 or high >= size:
+            raise OutOfRange(f"global offset {low}..{high} outside 0..{size - 1}, at {where()}")
         return offset, is_on
-
-
-def _new_dims(key: Any) -> Any:
-    for part in key if isinstance(key, tuple) else (key,):
-        if part is not None and part != slice(None):
-            raise Misuse(f"only None and : can index a register tensor, at {where()}")
-    return key
 
 
 def raw(value: Any) -> Any:
@@ -226,16 +170,16 @@ def from_torch(value: torch.Tensor) -> Int | Tensor:
     """A torch value as the kernel sees it: an integer without dims must work as loop bound and coordinate."""
     if value.ndim or value.is_floating_point() or value.dtype == torch.bool:
         return Tensor(value)
-    # uint8 needs a ninth bit.
-    return Int(int(value), 16 if value.dtype == torch.uint8 else 8 * value.element_size())
+    return Int(int(value), 8 * value.element_size())
 
 
 def cast_to(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The value in another torch type. The hardware's conversion to FP8 saturates, torch's gives NaN."""
-    if dtype in FLOAT8_DTYPES:
-        top = torch.finfo(dtype).max
-        return value.float().clamp(-top, top).to(dtype)
-    return value.to(dtype)
+    return (value.float().clamp(-E4M3_MAX, E4M3_MAX) if dtype == torch.float8_e4m3fn else value).to(dtype)
+
+
+def by_name(*functions: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    return {function.__name__: function for function in functions}
 
 
 def _operand(value: Any, other: Any) -> torch.Tensor:
@@ -243,15 +187,14 @@ def _operand(value: Any, other: Any) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value
     if isinstance(value, Int):
-        return torch.tensor(int(value), dtype=TORCH_DTYPES[value.dtype])
-    if isinstance(other, torch.Tensor):
-        fits = other.is_floating_point() or (isinstance(value, int) and other.dtype != torch.bool)
-        if fits:
-            return torch.tensor(value, dtype=other.dtype)
+        return torch.tensor(int(value), dtype=getattr(torch, f"int{value.bits}"))
+    has_type = isinstance(other, torch.Tensor) and other.dtype != torch.bool
+    if has_type and (other.is_floating_point() or isinstance(value, int)):
+        return torch.tensor(value, dtype=other.dtype)
     return torch.tensor(value, dtype={float: torch.float32, bool: torch.bool, int: torch.int32}[type(value)])
 
 
-def operands(left: Any, right: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _operands(left: Any, right: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Both operands in their common type, which torch would not find for a tensor without dims."""
     left, right = raw(left), raw(right)
     left, right = _operand(left, right), _operand(right, left)
@@ -259,26 +202,14 @@ def operands(left: Any, right: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return left.to(dtype), right.to(dtype)
 
 
-def elementwise(function: Callable[..., torch.Tensor]) -> Callable[..., Int | Tensor]:
+def _elementwise(function: Callable[..., torch.Tensor]) -> Callable[[Any, Any], Int | Tensor]:
     """A torch function of two tensors as an operation on kernel values."""
-
-    def apply(left: Any, right: Any, **_: Any) -> Int | Tensor:
-        return from_torch(function(*operands(left, right)))
-
-    return apply
+    return lambda left, right: from_torch(function(*_operands(left, right)))
 
 
 def truncating_division(left: int, right: int) -> int:
     quotient = abs(left) // abs(right)
     return quotient if (left < 0) == (right < 0) else -quotient
-
-
-def _remainder(left: int, right: int) -> int:
-    return left - right * truncating_division(left, right)
-
-
-def _tensor_truncating_division(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return torch.div(left, right, rounding_mode="trunc")
 
 
 # Method name without underscores -> the operation; `_install_operators` adds the reflected one.
@@ -287,62 +218,48 @@ INT_OPERATORS: dict[str, Callable[[int, int], int]] = {
         name: getattr(operator, f"__{name}__") for name in ("add", "sub", "mul", "and", "or", "xor", "lshift", "rshift")
     },
     "floordiv": truncating_division,
-    "mod": _remainder,
+    "mod": lambda left, right: left - right * truncating_division(left, right),
 }
 TENSOR_OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
     **{name: getattr(torch, name) for name in ("add", "sub", "mul")},
-    "truediv": torch.true_divide,
-    "floordiv": _tensor_truncating_division,
-    "mod": torch.fmod,
     **{name: getattr(torch, f"bitwise_{name}") for name in ("and", "or", "xor")},
+    "truediv": torch.true_divide,
+    "floordiv": functools.partial(torch.div, rounding_mode="trunc"),
+    "mod": torch.fmod,
     "lshift": torch.bitwise_left_shift,
     "rshift": torch.bitwise_right_shift,
 }
-COMPARISONS: dict[str, Callable[..., torch.Tensor]] = {
-    name: getattr(torch, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")
-}
+COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 
 
-def _bits(value: int) -> int:
-    """The width of a kernel integer, or the one that Triton gives a literal."""
+def width(value: int) -> int:
+    """The bits of a kernel integer, or those that Triton gives a literal."""
     return value.bits if isinstance(value, Int) else 32 if -(1 << 31) <= value < 1 << 31 else 64
 
 
-def _int_method(name: str, *, reflected: bool) -> Callable[[Int, Any], Any]:
-    """`Int.__name__`: with an integer it is an integer of the wider type, with a Python float a float scalar."""
-    on_floats = elementwise(TENSOR_OPERATORS[name])
+def _int_method(name: str) -> Callable[[Any, Any], Int | Tensor]:
+    """The operation of an `Int`: with an integer it is an integer of the wider type, else one on tensors."""
+    on_tensors = _elementwise(TENSOR_OPERATORS[name])
 
-    def method(self: Int, other: Any) -> Any:
-        left, right = (other, self) if reflected else (self, other)
-        if isinstance(other, float) or (isinstance(other, int) and name == "truediv"):
-            return on_floats(left, right)
-        if not isinstance(other, int):
-            return NotImplemented
-        return Int(INT_OPERATORS[name](int(left), int(right)), max(self.bits, _bits(other)))
+    def method(left: Any, right: Any) -> Int | Tensor:
+        if name in INT_OPERATORS and isinstance(left, int) and isinstance(right, int):
+            return Int(INT_OPERATORS[name](int(left), int(right)), max(width(left), width(right)))
+        return on_tensors(left, right)
 
     return method
 
 
-def _tensor_method(function: Callable[..., torch.Tensor], *, reflected: bool) -> Callable[[Tensor, Any], Any]:
-    apply = elementwise(function)
-
-    def method(self: Tensor, other: Any) -> Any:
-        if isinstance(other, Pointer):
-            return NotImplemented
-        return apply(other, self) if reflected else apply(self, other)
-
-    return method
+def _reflected(method: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda right, left: method(left, right)
 
 
 def _install_operators() -> None:
-    for name in (*INT_OPERATORS, "truediv"):
-        setattr(Int, f"__{name}__", _int_method(name, reflected=False))
-        setattr(Int, f"__r{name}__", _int_method(name, reflected=True))
     for name, function in TENSOR_OPERATORS.items():
-        setattr(Tensor, f"__{name}__", _tensor_method(function, reflected=False))
-        setattr(Tensor, f"__r{name}__", _tensor_method(function, reflected=True))
-    for name, function in COMPARISONS.items():
-        setattr(Tensor, f"__{name}__", _tensor_method(function, reflected=False))
+        for kind, method in ((Int, _int_method(name)), (Tensor, _elementwise(function))):
+            setattr(kind, f"__{name}__", method)
+            setattr(kind, f"__r{name}__", _reflected(method))
+    for name in COMPARISONS:
+        setattr(Tensor, f"__{name}__", _elementwise(getattr(torch, name)))
 
 
 _install_operators()

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from kernels.gpu import e5m6, permute, quantize, router, swiglu
+from tests.kernels.gemm_cases import TOKENS, bf16, tiles
 
-TOKENS, HIDDEN = 4096, 7168
+HIDDEN = 7168
 # Widths of SwiGLU's output: of an expert, and of the dense FFN.
 EXPERT, DENSE = 2048, 18432
 # Width of the input of the linear after attention.
@@ -22,30 +22,8 @@ ATTENTION = 16384
 # Routed experts, experts of a token, and rows of this rank's experts.
 EXPERTS, TOPK = 256, 8
 ROWS = TOPK * TOKENS
-E4M3 = torch.float8_e4m3fn
 
-
-def bf16(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16)
-
-
-def e4m3(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=E4M3)
-
-
-def fp32(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32)
-
-
-def int64(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.int64)
-
-
-def tiles(rows: int, cols: int) -> tuple[Tensor, Tensor]:
-    """Payload and scale of a matrix in 1x128 tiles."""
-    return e4m3(rows, cols), fp32(-(-cols // 128), rows)
-
-
+fp32, int64 = torch.empty, partial(torch.empty, dtype=torch.int64)
 CASES: dict[str, Callable[[], object]] = {
     "quantize_tiles": partial(quantize.quantize_tiles, bf16(TOKENS, HIDDEN), True),
     "quantize_tiles, FP32 scales": partial(quantize.quantize_tiles, bf16(TOKENS, HIDDEN), False),

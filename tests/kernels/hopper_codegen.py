@@ -17,7 +17,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def _tensor_core(code: list[str]) -> int:
     return sum(item.startswith(("QGMMA", "QMMA")) for item in code)
 
 
-def figures(case: str, launch: stand_in_driver.Launch, *, shipped: bool = True) -> Figures:
+def figures(case: str, launch: stand_in_driver.Launch) -> Figures:
     """Count one launch's kernel."""
     kernel: Any = launch.kernel
     lines, usage = disassemble(kernel.asm["cubin"])
@@ -120,7 +120,7 @@ def figures(case: str, launch: stand_in_driver.Launch, *, shipped: bool = True) 
     assert registers is not None, usage
     return Figures(
         case=case,
-        shipped=shipped,
+        shipped=case not in TRIED_CASES,
         kernel=kernel.metadata.name,
         grid=launch.grid,
         registers=int(registers[1]),
@@ -134,30 +134,22 @@ def figures(case: str, launch: stand_in_driver.Launch, *, shipped: bool = True) 
     )
 
 
-def measure() -> list[Figures]:
+def measure(cases: Mapping[str, Callable[[], object]], driver: stand_in_driver.StandInDriver) -> list[Figures]:
     """Call every case; one entry per kernel that it launches."""
-    driver = stand_in_driver.install()
     found = []
-    shipped = GEMM_CASES | CASES
-    for name, call in (shipped | TRIED_CASES).items():
+    for name, call in cases.items():
         driver.launches.clear()
         call()
         assert driver.launches, f"{name} launches nothing"
-        found += [figures(name, launch, shipped=name in shipped) for launch in driver.launches]
+        found += [figures(name, launch) for launch in driver.launches]
     return found
 
 
 def measure_portable(capability: int, shared_bytes: int) -> list[Figures]:
     """The portable products on a GPU of another compute capability (times ten) and shared memory."""
-    driver = stand_in_driver.install(capability, shared_bytes)
     # CPU tensors stand for ones on that GPU.
     gemm_portable.shared_memory_bytes = lambda _: shared_bytes
-    found = []
-    for name, call in PORTABLE_CASES.items():
-        driver.launches.clear()
-        call()
-        found += [figures(name, launch) for launch in driver.launches]
-    return found
+    return measure(PORTABLE_CASES, stand_in_driver.install(capability, shared_bytes))
 
 
 def render(rows: list[Figures]) -> str:
@@ -184,11 +176,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--portable", nargs=2, type=int, metavar=("CAPABILITY", "SHARED_BYTES"))
     arguments = parser.parse_args()
-    as_json: bool = arguments.json
-    rows = measure_portable(*arguments.portable) if arguments.portable else measure()
+    if arguments.portable:
+        rows = measure_portable(*arguments.portable)
+    else:
+        rows = measure(GEMM_CASES | CASES | TRIED_CASES, stand_in_driver.install())
     table = render(rows)
     report = {"triton": triton.__version__, "rows": [asdict(row) for row in rows], "table": table}
-    print(json.dumps(report) if as_json else table)
+    print(json.dumps(report) if arguments.json else table)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -53,9 +52,6 @@ class StandInDriver:
     def get_current_stream(self, device: int = 0) -> int:
         return 0
 
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": self.shared_bytes, "multiprocessor_count": MULTIPROCESSORS}
 
@@ -67,11 +63,10 @@ class StandInDriver:
         """What Triton calls in place of cuLaunchKernelEx."""
 
         def launch(grid_x: int, grid_y: int, grid_z: int, *rest: Any) -> None:
-            _check_grid(grid_x, grid_y, grid_z)
+            for axis, extent, end in (("x", grid_x, 2**31), ("y", grid_y, 2**16), ("z", grid_z, 2**16)):
+                assert 1 <= extent < end, f"grid {axis} is {extent}; the hardware takes {end - 1}"
             descriptors = [argument for argument in rest if hasattr(argument, "block_shape")]
-            boxes = getattr(metadata, "tensordesc_meta", None) or [None] * len(descriptors)
-            assert len(boxes) == len(descriptors), (len(boxes), len(descriptors))
-            for descriptor, box in zip(descriptors, boxes, strict=True):
+            for descriptor, box in zip(descriptors, getattr(metadata, "tensordesc_meta", None) or (), strict=True):
                 check_descriptor(descriptor, box)
             self.launches.append(Launch(None, (grid_x, grid_y, grid_z)))
 
@@ -85,23 +80,15 @@ def install(capability: int = 90, shared_bytes: int = SHARED_BYTES_MAX) -> Stand
     original = triton.runtime.jit.JITFunction.run
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        count = len(stand_in.launches)
         kernel = original(self, *args, **kwargs)
-        for launch in stand_in.launches[count:]:
-            launch.kernel = kernel
+        stand_in.launches[-1].kernel = kernel
         return kernel
 
     triton.runtime.jit.JITFunction.run = run
     return stand_in
 
 
-def _check_grid(x: int, y: int, z: int) -> None:
-    assert 1 <= x < 2**31, f"grid x is {x}"
-    assert 1 <= y < 2**16, f"grid y is {y}; the hardware takes 65,535"
-    assert 1 <= z < 2**16, f"grid z is {z}; the hardware takes 65,535"
-
-
-def check_descriptor(descriptor: Any, box: dict[str, Any] | None) -> None:
+def check_descriptor(descriptor: Any, box: dict[str, Any]) -> None:
     """What cuTensorMapEncodeTiled refuses.
 
     Args:
@@ -121,8 +108,6 @@ def check_descriptor(descriptor: Any, box: dict[str, Any] | None) -> None:
     extent = 1 + sum((dim - 1) * stride for dim, stride in zip(descriptor.shape, descriptor.strides, strict=True))
     held = descriptor.base.untyped_storage().nbytes() // size - descriptor.base.storage_offset()
     assert extent <= held, f"the descriptor reaches {extent} elements, the tensor holds {held}"
-    if box is None:
-        return
     block = list(box["block_size"])
     assert all(0 < dim <= BOX_DIM_MAX for dim in block), f"box {block}"
     inner = block[-1] * size

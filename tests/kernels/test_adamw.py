@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels.adamw import AdamWHyper, adamw_update, adamw_update_reference
+from tests.kernels.gemm_inputs import relative_error
 
 
 def hyper(step: int, weight_decay: float = 0.1) -> AdamWHyper:
@@ -67,12 +68,11 @@ def test_error_of_bf16_moments_stays_bounded_over_many_steps() -> None:
     high = [torch.zeros(size) for _ in range(2)]
     for step in range(1, steps + 1):
         grad = torch.randn(size)
-        adamw_update(ours, grad, low[0], low[1], **hyper(step, 0.0))
-        adamw_update(exact, grad, high[0], high[1], **hyper(step, 0.0))
+        adamw_update(ours, grad, *low, **hyper(step, 0.0))
+        adamw_update(exact, grad, *high, **hyper(step, 0.0))
     # Each store errs by at most 2^-8 and the errors of older stores decay with 0.95: geometric sum 20 * 2^-8,
     # in the mean square 2^-8 / sqrt(3) * sqrt(1 / (1 - 0.95^2)) = 0.7 %.
-    relative = (low[1].float() - high[1]).norm() / high[1].norm()
-    assert float(relative) < 0.01
+    assert relative_error(low[1], high[1]) < 0.01
     travelled = (exact - start).norm()
     # A step errs by the first moment's error, 2^-8 / sqrt(3) / sqrt(1 - 0.9^2) = 0.5 %, and half the other's.
     assert float((ours - exact).norm() / travelled) < 0.01
@@ -80,6 +80,5 @@ def test_error_of_bf16_moments_stays_bounded_over_many_steps() -> None:
 
 
 def test_step_zero_is_refused() -> None:
-    tensors = [torch.zeros(1) for _ in range(4)]
     with pytest.raises(AssertionError, match="0"):
-        adamw_update(tensors[0], tensors[1], tensors[2], tensors[3], **hyper(0))
+        adamw_update(*torch.zeros(4, 1), **hyper(0))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from kernels.attention import causal_attention, causal_attention_reference
+from tests.kernels.gemm_inputs import beside_reference, relative_error
 
 
 def inputs(tokens: int, qk_dim: int, v_dim: int, dtype: torch.dtype) -> list[Tensor]:
@@ -41,16 +44,9 @@ def test_fp32_output_and_gradients_equal_the_written_out_softmax(
     tokens: int, qk_dim: int, v_dim: int, masked: bool
 ) -> None:
     leaves = inputs(tokens, qk_dim, v_dim, torch.float32)
-    document_ids = documents(tokens) if masked else None
-    o = causal_attention(*leaves, scale=0.3, document_ids=document_ids)
-    exact = [x.detach().double().requires_grad_() for x in leaves]
-    expected = naive(exact[0], exact[1], exact[2], 0.3, document_ids)
-    grad = torch.randn_like(o)
-    got = torch.autograd.grad(o, leaves, grad)
-    want = torch.autograd.grad(expected, exact, grad.double())
-    # Sums of at most 33 terms in fp32: 33 * 2^-24 = 2e-6 relative, a few such in a row.
-    torch.testing.assert_close(o.double(), expected, rtol=1e-5, atol=1e-5)
-    for a, b in zip(got, want, strict=True):
+    how = {"scale": 0.3, "document_ids": documents(tokens) if masked else None}
+    for a, b in beside_reference(partial(causal_attention, **how), partial(naive, **how), *leaves):
+        # Sums of at most 33 terms in fp32: 33 * 2^-24 = 2e-6 relative, a few such in a row.
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
@@ -58,27 +54,18 @@ def test_fp32_output_and_gradients_equal_the_written_out_softmax(
 @pytest.mark.parametrize("tokens", [63, 129])
 def test_bf16_output_and_gradients_stay_within_their_roundings(tokens: int, masked: bool) -> None:
     leaves = inputs(tokens, 96, 64, torch.bfloat16)
-    document_ids = documents(tokens) if masked else None
-    o = causal_attention(*leaves, scale=96**-0.5, document_ids=document_ids)
-    exact = [x.detach().double().requires_grad_() for x in leaves]
-    expected = causal_attention_reference(exact[0], exact[1], exact[2], scale=96**-0.5, document_ids=document_ids)
-    grad = torch.randn_like(o)
-    got = torch.autograd.grad(o, leaves, grad)
-    want = torch.autograd.grad(expected, exact, grad.double())
-    for a, b in zip((o, *got), (expected, *want), strict=True):
+    how = {"scale": 96**-0.5, "document_ids": documents(tokens) if masked else None}
+    for a, b in beside_reference(partial(causal_attention, **how), partial(causal_attention_reference, **how), *leaves):
         assert a.dtype == torch.bfloat16
         # Scores, probabilities, their gradient and the result are each rounded to bf16 once, at most 2^-8 and
         # 2^-8 / sqrt(3) in the mean square: sqrt(4 / 3) * 2^-8 < 2^-7.
-        assert float((a.double() - b).detach().norm() / b.detach().norm()) < 2**-7
+        assert relative_error(a, b) < 2**-7
 
 
 def test_gradients_in_fp64() -> None:
-    leaves = [x.detach().double().requires_grad_() for x in inputs(4, 3, 2, torch.float64)]
-    document_ids = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
-    assert torch.autograd.gradcheck(
-        lambda q, k, v: causal_attention(q, k, v, scale=0.7, document_ids=document_ids), leaves
-    )
-    assert torch.autograd.gradcheck(lambda q, k, v: causal_attention(q, k, v, scale=0.7, document_ids=None), leaves)
+    leaves = inputs(4, 3, 2, torch.float64)
+    for document_ids in (torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]]), None):
+        assert torch.autograd.gradcheck(partial(causal_attention, scale=0.7, document_ids=document_ids), leaves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -100,12 +87,9 @@ def test_later_tokens_and_other_documents_change_no_bit(dtype: torch.dtype) -> N
 
 def test_backward_repeats_to_the_bit() -> None:
     leaves = inputs(129, 24, 16, torch.bfloat16)
-    grads = []
-    for _ in range(3):
-        o = causal_attention(*leaves, scale=0.2, document_ids=None)
-        grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(o.sum(), leaves)]))
-    assert torch.equal(grads[0], grads[1])
-    assert torch.equal(grads[0], grads[2])
+    runs = [causal_attention(*leaves, scale=0.2, document_ids=None) for _ in range(3)]
+    first, *others = (torch.cat([g.flatten() for g in torch.autograd.grad(o.sum(), leaves)]) for o in runs)
+    assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

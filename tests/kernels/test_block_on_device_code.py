@@ -8,39 +8,35 @@ the next one (layouts, paddings, group ends, scales) is checked between the real
 from __future__ import annotations
 
 import importlib
-from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.gpu import gemm_fp8
 from kernels.operators import LAUNCHERS, NAMESPACE
 from tests.kernels.gemm_inputs import relative_error
 from tests.kernels.gluon_interpreter import interpret
-from train.model.config import ModelConfig
+from tests.operator_calls import OperatorCalls
+from tests.tiny_model import TINY
 from train.model.precision import Precision
 from train.model.transformer import Transformer
 
 # Ragged where DeepSeek-V3 is: q_kv_a_proj has 64 + 64 + 16 rows; 160 tokens are no multiple of 128.
-CONFIG = ModelConfig(
-    vocab_size=64,
+CONFIG = replace(
+    TINY,
     hidden_size=256,
     intermediate_size=256,
     moe_intermediate_size=128,
-    num_hidden_layers=2,
-    first_k_dense_replace=1,
-    num_attention_heads=2,
     q_lora_rank=64,
     kv_lora_rank=64,
     qk_nope_head_dim=32,
     qk_rope_head_dim=16,
     v_head_dim=32,
     n_routed_experts=8,
-    num_experts_per_tok=2,
     n_group=4,
     topk_group=2,
     max_position_embeddings=256,
@@ -49,22 +45,18 @@ CONFIG = ModelConfig(
 TOKENS = 160
 
 
-class OnDeviceCode(TorchDispatchMode):
+class OnDeviceCode(OperatorCalls):
     """Sends every operator that has a launcher to it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != NAMESPACE or func._opname not in LAUNCHERS:
             return func(*args, **(kwargs or {}))
-        self.calls[func._opname] += 1
+        self.counts[func._opname] += 1
         launcher = getattr(importlib.import_module(LAUNCHERS[func._opname]), func._opname)
         return launcher(*args, **(kwargs or {}))
 
 
-def run(precision: str, *, device_code: bool) -> tuple[dict[str, Tensor], Counter[str]]:
+def run(precision: str, *, device_code: bool) -> tuple[dict[str, Tensor], set[str]]:
     """Hidden states and the gradient of every weight; what was called."""
     torch.manual_seed(3)
     model = Transformer(CONFIG, Precision(precision))  # type: ignore[arg-type]
@@ -76,8 +68,11 @@ def run(precision: str, *, device_code: bool) -> tuple[dict[str, Tensor], Counte
     with interpret(), mode if device_code else nullcontext():
         hidden = model(tokens).hidden
         hidden.backward(torch.randn(hidden.shape).bfloat16())
-    gradients = {name: weight.main_grad for name, weight in model.named_parameters() if weight.grad is None}
-    return {"hidden": hidden.detach(), **gradients}, mode.calls
+    # Linears add to `main_grad`, autograd to `grad`.
+    gradients = {name: w.main_grad if w.grad is None else w.grad for name, w in model.named_parameters()}
+    # The head has not run.
+    del gradients["lm_head.weight"]
+    return {"hidden": hidden.detach(), **gradients}, set(mode.counts)
 
 
 # Launchers that training does not call: dequantising alone, and E5M6.
@@ -85,7 +80,7 @@ NOT_IN_TRAINING = {"dequantize_tiles", "pack_e5m6", "unpack_e5m6"}
 
 
 def test_device_code_and_references_train_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within two BF16 roundings; measured 2.2e-7 in FP8, where sums round alike, and 3.6e-3 in BF16."""
+    """Within two BF16 roundings; measured 1.5e-7 in FP8, where sums round alike, and 4.1e-3 in BF16."""
     monkeypatch.setattr(gemm_fp8, "is_hopper", lambda _: True)
     called: set[str] = set()
     for precision in ("fp8", "bf16"):
@@ -93,6 +88,6 @@ def test_device_code_and_references_train_alike(monkeypatch: pytest.MonkeyPatch)
         actual, calls = run(precision, device_code=True)
         assert actual.keys() == expected.keys()
         errors = {name: relative_error(actual[name], wanted.double()) for name, wanted in expected.items()}
-        assert max(errors.values()) < 2**-7, (precision, errors)
-        called |= set(calls)
+        assert {name: error for name, error in errors.items() if not error < 2**-7} == {}, precision
+        called |= calls
     assert set(LAUNCHERS) - called <= NOT_IN_TRAINING

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from kernels import deferred
-
-
-@pytest.fixture(autouse=True)
-def drained() -> Iterator[None]:
-    """The queue is global: every test starts and ends with nothing pending."""
-    deferred.check_drained()
-    yield
-    deferred.check_drained()
 
 
 def test_a_pushed_closure_runs_at_once_outside_a_deferred_block() -> None:
@@ -100,6 +90,5 @@ def test_without_main_grad_the_gradient_adds_up_in_the_weights_dtype() -> None:
     weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
     deferred.accumulate_grad(weight, torch.tensor([1.0, -2.0]))
     deferred.accumulate_grad(weight, torch.tensor([0.5, 4.0]))
-    assert weight.grad is not None
     assert weight.grad.dtype == torch.bfloat16
     assert weight.grad.tolist() == [1.5, 2.0]

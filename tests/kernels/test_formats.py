@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.formats import E4M3_MAX, TILE, Quantized, ceil_div, decode_e4m3
 from kernels.quantize import dequantize_blocks, quantize_blocks
+from tests.kernels.gemm_inputs import assert_same_values
 
 
 def value_of_code(code: int) -> float:
@@ -27,16 +28,9 @@ def all_codes() -> Tensor:
     return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
 
 
-def assert_identical(actual: Tensor, expected: Tensor) -> None:
-    """Bit-equal, signs of zero included; NaN equals NaN."""
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
-    number = ~expected.isnan()
-    assert torch.equal(actual.signbit()[number], expected.signbit()[number])
-
-
 def test_every_code_decodes_to_its_definition() -> None:
     expected = torch.tensor([value_of_code(code) for code in range(256)])
-    assert_identical(decode_e4m3(all_codes()), expected)
+    assert_same_values(decode_e4m3(all_codes()), expected)
     assert decode_e4m3(all_codes()).isnan().nonzero().flatten().tolist() == [0x7F, 0xFF]
 
 
@@ -57,12 +51,12 @@ def test_subnormals_survive_flush_to_zero_mode() -> None:
 @pytest.mark.parametrize("shape", [(0, 5), (1, 1), (63, 129), (2, 3, 7)])
 def test_decoding_agrees_with_torch_on_any_shape(shape: tuple[int, ...]) -> None:
     payload = torch.randint(0, 256, shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    assert_identical(decode_e4m3(payload), payload.float())
+    assert_same_values(decode_e4m3(payload), payload.float())
 
 
 def test_decoding_a_transposed_view_is_the_transposed_decoding() -> None:
     payload = torch.randint(0, 256, (63, 129), dtype=torch.uint8).view(torch.float8_e4m3fn)
-    assert_identical(decode_e4m3(payload.t()), decode_e4m3(payload).t())
+    assert_same_values(decode_e4m3(payload.t()), decode_e4m3(payload).t())
 
 
 @pytest.mark.parametrize("shape", [(200, 576), (3, 130, 129)])
@@ -74,7 +68,7 @@ def test_transposed_blocks_hold_the_transposed_values(shape: tuple[int, ...]) ->
     assert transposed.payload.is_contiguous()
     view = Quantized(blocks.payload, blocks.scale).transposed_blocks()
     assert view.payload.data_ptr() == blocks.payload.data_ptr()
-    assert_identical(decode_e4m3(view.payload), decode_e4m3(transposed.payload))
+    assert_same_values(decode_e4m3(view.payload), decode_e4m3(transposed.payload))
     assert transposed.transposed_blocks().payload is blocks.payload
 
 

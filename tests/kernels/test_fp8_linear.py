@@ -10,8 +10,9 @@ rounded once again from there; the limit leaves a sixth above.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import deferred, fp8_linear
+from kernels import deferred
 from kernels.fp8_linear import fp8_linear as fp8
 from kernels.fp8_linear import (
     fp8_linear_of_kept,
@@ -31,6 +32,8 @@ from kernels.fp8_linear import (
     weight_fp8,
 )
 from kernels.swiglu import gated_swiglu, swiglu
+from tests.kernels.gemm_inputs import kept_for_backward, relative_error
+from tests.operator_calls import FP8_GEMMS, OperatorCalls
 
 LIMIT = 0.06
 ENDS = torch.tensor([128, 128, 512], dtype=torch.int32)
@@ -47,28 +50,10 @@ def main_grad(weight: nn.Parameter) -> Tensor:
     return gradient
 
 
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected).norm() / expected.norm())
-
-
 def kept_bytes(run: Callable[[], Tensor]) -> int:
     """Bytes of the tensors that autograd keeps, each storage once."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(storages.values())
-
-
-@pytest.fixture(autouse=True)
-def drained() -> Iterator[None]:
-    """No test leaves weight gradients behind."""
-    yield
-    deferred.check_drained()
+    storages = [tensor.untyped_storage() for tensor in kept_for_backward(run)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def test_a_bf16_weight_serves_an_fp32_input_in_fp32() -> None:
@@ -93,39 +78,22 @@ def test_autograd_gets_no_weight_gradient_and_micro_batches_add_up() -> None:
     for rows in (slice(0, 128), slice(128, 256)):
         alone = nn.Parameter(weight.detach().clone())
         fp8(x[rows], alone, power_of_two=False).backward(dy[rows])
-        assert alone.grad is not None
         parts.append(alone.grad)
         fp8(x[rows], weight, power_of_two=False).backward(dy[rows])
     assert weight.grad is None
     assert torch.equal(main_grad(weight), parts[0] + parts[1])
 
 
-class Calls:
-    """Counts calls of functions of kernels.fp8_linear."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-        self.order: list[str] = []
-        for name in names:
-            monkeypatch.setattr(fp8_linear, name, self._counted(name, getattr(fp8_linear, name)))
-
-    def _counted(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.order.append(name)
-            return original(*args, **kwargs)
-
-        return counted
-
-
-def test_a_weight_is_quantised_once_per_optimizer_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = Calls(monkeypatch, "quantize_blocks")
+def test_a_weight_is_quantised_once_per_optimizer_step() -> None:
     weight = nn.Parameter(torch.randn(64, 128))
     x = torch.randn(5, 128, requires_grad=True)
     outputs = []
-    for step in range(1, 4):
-        for _ in range(3):
-            y = fp8(x, weight, power_of_two=False)
-            y.sum().backward()
-        assert len(calls.order) == step
+    for _ in range(3):
+        with OperatorCalls() as calls:
+            for _ in range(3):
+                y = fp8(x, weight, power_of_two=False)
+                y.sum().backward()
+        assert calls.of("quantize_blocks") == {"quantize_blocks": 1}
         outputs.append(y.detach())
         with torch.no_grad():
             weight.copy_(2 * weight)
@@ -166,24 +134,21 @@ def test_the_input_itself_is_freed_after_forward() -> None:
     y.sum().backward()
 
 
-GEMMS = ("gemm_tile_block", "gemm_tile_tile", "grouped_gemm_tile_block", "grouped_gemm_tile_tile")
-
-
 @pytest.mark.parametrize("grouped", [False, True])
-def test_under_deferred_each_gemm_runs_once_and_wgrad_waits(grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = Calls(monkeypatch, *GEMMS)
+def test_under_deferred_each_gemm_runs_once_and_wgrad_waits(grouped: bool) -> None:
     ends = torch.tensor([128, 256], dtype=torch.int32)
     weight = nn.Parameter(torch.randn(2, 64, 128) if grouped else torch.randn(64, 128))
     x = torch.randn(256, 128, requires_grad=True)
-    with deferred.deferred():
+    tile_block, tile_tile = FP8_GEMMS[2:] if grouped else FP8_GEMMS[:2]
+    expected = dict.fromkeys(FP8_GEMMS, 0) | {tile_block: 2}
+    with OperatorCalls() as calls, deferred.deferred():
         y = grouped_fp8_linear(x, weight, ends, power_of_two=False) if grouped else fp8(x, weight, power_of_two=False)
         y.sum().backward()
-    tile_block, tile_tile = GEMMS[2:] if grouped else GEMMS[:2]
-    assert calls.order == [tile_block, tile_block]
-    assert x.grad is not None
-    assert weight.grad is None
-    deferred.take()()
-    assert calls.order == [tile_block, tile_block, tile_tile]
+        assert calls.of(*FP8_GEMMS) == expected
+        assert x.grad is not None
+        assert weight.grad is None
+        deferred.take()()
+    assert calls.of(*FP8_GEMMS) == expected | {tile_tile: 1}
     assert weight.grad is not None
 
 
@@ -195,46 +160,36 @@ def test_deferred_weight_gradients_equal_immediate_ones_bit_for_bit(layer: Calla
     for defer in (False, True):
         w1, w2 = nn.Parameter(first.clone()), nn.Parameter(second.clone())
         leaf = x.clone().requires_grad_()
-        if defer:
-            with deferred.deferred():
-                layer(layer(leaf, w1), w2).square().sum().backward()
-            assert deferred.pending() == 2
-            deferred.take()()
-        else:
+        with deferred.deferred() if defer else nullcontext():
             layer(layer(leaf, w1), w2).square().sum().backward()
+        assert deferred.pending() == (2 if defer else 0)
+        deferred.take()()
         grads.append((w1.grad, w2.grad, leaf.grad))
-    for immediate, late in zip(*grads, strict=True):
-        assert immediate is not None
-        assert late is not None
-        assert torch.equal(immediate, late)
+    assert all(map(torch.equal, *grads))
 
 
-def test_a_frozen_weight_gets_no_wgrad(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = Calls(monkeypatch, *GEMMS)
+def test_a_frozen_weight_gets_no_wgrad() -> None:
     x = torch.randn(128, 128, requires_grad=True)
     ends = torch.tensor([128], dtype=torch.int32)
-    with deferred.deferred():
+    with OperatorCalls() as calls, deferred.deferred():
         fp8(x, torch.randn(64, 128), power_of_two=False).sum().backward()
         linear(x, torch.randn(64, 128)).sum().backward()
         grouped_fp8_linear(x, torch.randn(1, 64, 128), ends, power_of_two=False).sum().backward()
         grouped_linear(x, torch.randn(1, 64, 128), ends).sum().backward()
         assert deferred.pending() == 0
-    assert calls.order == ["gemm_tile_block"] * 2 + ["grouped_gemm_tile_block"] * 2
+    fprop_and_dgrad = {"gemm_tile_block": 2, "grouped_gemm_tile_block": 2}
+    assert calls.of(*FP8_GEMMS) == dict.fromkeys(FP8_GEMMS, 0) | fprop_and_dgrad
 
 
 def test_an_activation_checkpoint_changes_nothing() -> None:
-    x, start = torch.randn(129, 128), torch.randn(128, 128)
+    x = torch.randn(129, 128)
     results = []
     for recompute in (False, True):
-        leaf, weight = x.clone().requires_grad_(), nn.Parameter(start.clone())
-        weight.main_grad = torch.zeros(128, 128)  # type: ignore[attr-defined]
-
-        def layer(x: Tensor, weight: Tensor = weight) -> Tensor:
-            return fp8(x, weight, power_of_two=False)
-
+        leaf, weight = x.clone().requires_grad_(), weight_of(128, 128)
+        layer = partial(fp8, weight=weight, power_of_two=False)
         y = checkpoint(layer, leaf, use_reentrant=False) if recompute else layer(leaf)
         y.square().sum().backward()
-        results.append((leaf.grad, weight.main_grad))  # type: ignore[attr-defined]
+        results.append((leaf.grad, main_grad(weight)))
     for plain, recomputed in zip(*results, strict=True):
         assert int(plain.count_nonzero()) > 0
         assert torch.equal(plain, recomputed)
@@ -258,8 +213,6 @@ def test_a_non_finite_number_reaches_every_gradient_it_enters(poison: float, pow
     dy = torch.randn(5, 64)
     dy[2, 3] = poison
     fp8(x, weight, power_of_two=power_of_two).backward(dy)
-    assert x.grad is not None
-    assert weight.grad is not None
     assert x.grad.isfinite().all(1).tolist() == [True, True, False, True, True]
     assert (~weight.grad.isfinite()).any(1).nonzero().flatten().tolist() == [3]
     with torch.no_grad():
@@ -293,11 +246,8 @@ def test_a_dense_ffn_gives_the_same_bits_and_gradients_of_fp8_accuracy(rows: int
     exact, exact_weight = gate_up.double().requires_grad_(), weight.detach().double().requires_grad_()
     gate, up = exact.chunk(2, -1)
     ((F.silu(gate) * up) @ exact_weight.t()).backward(dy.double())
-    assert exact.grad is not None
-    assert exact_weight.grad is not None
-    assert leaf.grad is not None
-    assert 0.02 < relative(leaf.grad, exact.grad) < LIMIT
-    assert 0.02 < relative(main_grad(weight), exact_weight.grad) < LIMIT
+    assert 0.02 < relative_error(leaf.grad, exact.grad) < LIMIT
+    assert 0.02 < relative_error(main_grad(weight), exact_weight.grad) < LIMIT
 
 
 def test_experts_give_the_same_bits_and_gradients_of_fp8_accuracy_an_empty_one_included() -> None:
@@ -316,13 +266,9 @@ def test_experts_give_the_same_bits_and_gradients_of_fp8_accuracy_an_empty_one_i
     gate, up = exact.chunk(2, -1)
     h = F.silu(gate) * up * exact_gates[:, None]
     torch.cat((h[:128] @ exact_weight[0].t(), h[128:512] @ exact_weight[2].t())).backward(dy[:512].double())
-    pairs = ((leaf, exact), (own_gates, exact_gates))
-    for ours, theirs in pairs:
-        assert ours.grad is not None
-        assert theirs.grad is not None
-        assert 0.02 < relative(ours.grad, theirs.grad) < LIMIT
-    assert exact_weight.grad is not None
-    assert 0.02 < relative(main_grad(weight), exact_weight.grad) < LIMIT
+    assert 0.02 < relative_error(leaf.grad, exact.grad) < LIMIT
+    assert 0.02 < relative_error(own_gates.grad, exact_gates.grad) < LIMIT
+    assert 0.02 < relative_error(main_grad(weight), exact_weight.grad) < LIMIT
     assert not main_grad(weight)[1].any(), "an expert without tokens"
 
 
@@ -348,25 +294,20 @@ def test_an_input_that_is_kept_anyway_is_not_kept_twice() -> None:
     assert torch.equal(y, plain)
     y.backward(dy)
     plain.backward(dy)
-    assert leaf.grad is not None
-    assert twin.grad is not None
     assert torch.equal(leaf.grad, twin.grad)
     exact = dy.double().t() @ x.double()
     # Power-of-two scales: rounding once or twice is the same outside underflow.
-    assert relative(main_grad(weight), exact) == pytest.approx(relative(main_grad(other), exact), rel=1e-3)
+    error, expected = (relative_error(main_grad(each), exact) for each in (weight, other))
+    assert error == pytest.approx(expected, rel=1e-3)
 
 
 def test_weight_gradients_wait_in_the_queue_and_are_the_same_bits() -> None:
-    gate_up, gates, dy = torch.randn(512, 512), torch.rand(512), torch.randn(512, 96)
+    gate_up, gates = torch.randn(512, 512, requires_grad=True), torch.rand(512, requires_grad=True)
+    dy = torch.randn(512, 96)
     runs: list[tuple[nn.Parameter, Callable[[nn.Parameter], Tensor]]] = [
-        (weight_of(96, 256), lambda w: fp8_swiglu_linear(gate_up.clone().requires_grad_(), w, power_of_two=True)),
-        (
-            weight_of(3, 96, 256),
-            lambda w: grouped_fp8_swiglu_linear(
-                gate_up.clone().requires_grad_(), gates.clone().requires_grad_(), w, ENDS, power_of_two=True
-            ),
-        ),
-        (weight_of(96, 512), lambda w: fp8_linear_of_kept(gate_up.clone().requires_grad_(), w, power_of_two=True)),
+        (weight_of(96, 256), lambda w: fp8_swiglu_linear(gate_up, w, power_of_two=True)),
+        (weight_of(3, 96, 256), lambda w: grouped_fp8_swiglu_linear(gate_up, gates, w, ENDS, power_of_two=True)),
+        (weight_of(96, 512), lambda w: fp8_linear_of_kept(gate_up, w, power_of_two=True)),
     ]
     for weight, run in runs:
         run(weight).backward(dy)

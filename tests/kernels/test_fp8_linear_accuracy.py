@@ -14,6 +14,7 @@ from kernels.formats import TILE, Quantized, ceil_div
 from kernels.fp8_linear import fp8_linear as fp8
 from kernels.fp8_linear import grouped_fp8_linear, grouped_linear, linear
 from kernels.quantize import quantize_tiles, requantize_transposed
+from tests.kernels.gemm_inputs import relative_error, rolled, slices
 
 
 class Run(NamedTuple):
@@ -47,9 +48,8 @@ def run(x: Tensor, weight: Tensor, dy: Tensor, power_of_two: bool, ends: list[in
     else:
         group_ends = torch.tensor(ends, dtype=torch.int32)
         y = grouped_fp8_linear(leaf, parameter, group_ends, power_of_two=power_of_two)
-        groups = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        groups = slices(ends)
     y.backward(dy)
-    assert leaf.grad is not None
     inputs, outputs = x.shape[1], dy.shape[1]
     return Run(x, weight.view(-1, outputs, inputs), dy, y.detach(), leaf.grad, dw.view(-1, outputs, inputs), groups)
 
@@ -106,10 +106,6 @@ def assert_within_bounds(run: Run, power_of_two: bool) -> None:
         assert_product(run.dw[g], dy.t(), edy_t, x.t(), ex_t, "dW")
 
 
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected).norm() / expected.norm())
-
-
 def assert_expected_errors(run: Run, power_of_two: bool) -> None:
     """Relative Frobenius errors of one dense run on normal data, as docs/numerics.md predicts them.
 
@@ -119,9 +115,9 @@ def assert_expected_errors(run: Run, power_of_two: bool) -> None:
     """
     x, w, dy = run.x.double(), run.weight[0].double(), run.dy.double()
     product = 0.0375 if power_of_two else 0.0369
-    assert relative(run.y, x @ w.t()) == pytest.approx(product, abs=0.001), "y"
-    assert relative(run.dx, dy @ w) == pytest.approx(product, abs=0.001), "dx"
-    assert relative(run.dw[0], dy.t() @ x) == pytest.approx(0.0375 if power_of_two else 0.0445, abs=0.001), "dW"
+    assert relative_error(run.y, x @ w.t()) == pytest.approx(product, abs=0.001), "y"
+    assert relative_error(run.dx, dy @ w) == pytest.approx(product, abs=0.001), "dx"
+    assert relative_error(run.dw[0], dy.t() @ x) == pytest.approx(0.0375 if power_of_two else 0.0445, abs=0.001), "dW"
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
@@ -151,12 +147,8 @@ def spoiled(spoil: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Calla
     return lambda original: lambda *args, **kwargs: spoil(original(*args, **kwargs))
 
 
-def rolled(q: Quantized) -> Quantized:
-    return Quantized(q.payload, q.scale.roll(1, dims=0))
-
-
-neighbours_scale = spoiled(rolled)
-neighbours_scale_by_column = spoiled(lambda pair: (pair[0], rolled(pair[1])))
+neighbours_scale = spoiled(lambda q: rolled(q, 0))
+neighbours_scale_by_column = spoiled(lambda pair: (pair[0], rolled(pair[1], 0)))
 e5m2_payload = spoiled(
     lambda q: Quantized(q.payload.float().to(torch.float8_e5m2).float().to(torch.float8_e4m3fn), q.scale)
 )
@@ -227,14 +219,9 @@ def test_plain_linears_match_fp64(dtype: torch.dtype, epsilon: float) -> None:
         grouped = weight.dim() == 3
         y = grouped_linear(leaf, parameter, ends) if grouped else linear(leaf, parameter)
         y.backward(dy)
-        assert leaf.grad is not None
-        parts = [slice(0, 128), slice(0, 0), slice(128, 384)] if grouped else [slice(0, 400)]
-        for rows, w, dw in zip(
-            parts,
-            weight.double().view(-1, 65, 129),
-            parameter.main_grad.view(-1, 65, 129),  # type: ignore[attr-defined]
-            strict=True,
-        ):
+        parts = slices(ends.tolist()) if grouped else [slice(0, 400)]
+        weights, gradients = (each.view(-1, 65, 129) for each in (weight.double(), parameter.main_grad))
+        for rows, w, dw in zip(parts, weights, gradients, strict=True):
             xs, dys = x[rows].double(), dy[rows].double()
             pairs = [
                 (y[rows], xs, w.t(), epsilon),
@@ -256,5 +243,4 @@ def test_two_runs_are_bit_equal(grouped: bool) -> None:
         torch.manual_seed(7)
         found = run_grouped([128, 128, 384], (576, 200), True) if grouped else run_dense(129, (576, 200), False)
         results.append((found.y, found.dx, found.dw))
-    for first, second in zip(*results, strict=True):
-        assert torch.equal(first, second)
+    assert all(map(torch.equal, *results))

@@ -15,10 +15,16 @@ from tests.kernels.gemm_inputs import (
     exact_tiles,
     random_blocks,
     random_tiles,
+    rolled,
+    slices,
 )
 
 # (m, n, k): single elements, every dim ragged, DeepSeek-V3's 576 and 2112, whole tiles.
 SHAPES = [(1, 1, 1), (63, 129, 576), (129, 200, 2112), (128, 256, 512), (1, 300, 127)]
+
+
+def first_tiles(q: Quantized, count: int) -> Quantized:
+    return Quantized(q.payload[:, : count * TILE], q.scale[:count])
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
@@ -43,21 +49,15 @@ def test_tile_tile_product_is_exact_up_to_fp32_accumulation(m: int, n: int, k: i
 
 def test_the_accumulation_check_sees_a_neighbours_scale_and_a_dropped_tile() -> None:
     a, blocks, tiles = random_tiles(63, 576), random_blocks(300, 576), random_tiles(300, 576)
-    wrong_column = Quantized(blocks.payload, blocks.scale.roll(1, dims=1))
-    wrong_row = Quantized(blocks.payload, blocks.scale.roll(1, dims=0))
-    wrong_tile = Quantized(tiles.payload, tiles.scale.roll(1, dims=0))
-    dropped = Quantized(a.payload[:, :512], a.scale[:4])
-    short = Quantized(tiles.payload[:, :512], tiles.scale[:4])
-    exact_a = exact_tiles(a)
     wrong = [
-        (gemm_tile_block(a, wrong_column, out_dtype=torch.float32), exact_blocks(blocks)),
-        (gemm_tile_block(a, wrong_row, out_dtype=torch.float32), exact_blocks(blocks)),
-        (gemm_tile_tile(a, wrong_tile), exact_tiles(tiles)),
-        (gemm_tile_tile(dropped, short), exact_tiles(tiles)),
+        (gemm_tile_block(a, rolled(blocks, 1), out_dtype=torch.float32), exact_blocks(blocks)),
+        (gemm_tile_block(a, rolled(blocks, 0), out_dtype=torch.float32), exact_blocks(blocks)),
+        (gemm_tile_tile(a, rolled(tiles, 0)), exact_tiles(tiles)),
+        (gemm_tile_tile(first_tiles(a, 4), first_tiles(tiles, 4)), exact_tiles(tiles)),
     ]
     for out, exact_b in wrong:
         with pytest.raises(AssertionError, match="times the bound"):
-            assert_exact_up_to_accumulation(out, exact_a, exact_b)
+            assert_exact_up_to_accumulation(out, exact_tiles(a), exact_b)
 
 
 def test_scales_multiply_the_partial_sum_of_128_products() -> None:
@@ -65,17 +65,13 @@ def test_scales_multiply_the_partial_sum_of_128_products() -> None:
     a = Quantized(torch.randint(-8, 9, (5, 256)).to(torch.float8_e4m3fn), torch.rand(2, 5) + 0.5)
     b = Quantized(torch.randint(-8, 9, (3, 256)).to(torch.float8_e4m3fn), torch.rand(2, 3) + 0.5)
     expected = torch.zeros(5, 3)
-    for t in range(2):
-        tile = slice(t * TILE, (t + 1) * TILE)
+    for t, tile in enumerate(slices([TILE, 2 * TILE])):
         partial = (a.payload[:, tile].double() @ b.payload[:, tile].double().t()).float()
         scale = a.scale[t][:, None] * b.scale[t]
         # One FP32 rounding or two, depending on whether the processor fuses multiply and add.
         fused = (expected.double() + partial.double() * scale.double()).float()
         separate = expected + partial * scale
-        expected = gemm_tile_tile(
-            Quantized(a.payload[:, : tile.stop], a.scale[: t + 1]),
-            Quantized(b.payload[:, : tile.stop], b.scale[: t + 1]),
-        )
+        expected = gemm_tile_tile(first_tiles(a, t + 1), first_tiles(b, t + 1))
         assert bool(((expected == fused) | (expected == separate)).all())
 
 

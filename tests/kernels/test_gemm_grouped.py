@@ -17,15 +17,12 @@ from tests.kernels.gemm_inputs import (
     exact_tiles,
     random_blocks,
     random_tiles,
+    slices,
 )
 
 # Ends of four groups within 640 rows: an empty expert and spare rows; one expert takes all; none has any.
 ENDS = [[128, 128, 384, 512], [0, 0, 640, 640], [0, 0, 0, 0], [128, 256, 384, 640]]
 ROWS = 640
-
-
-def slices(ends: list[int]) -> list[slice]:
-    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 @pytest.mark.parametrize("ends", ENDS)
@@ -87,12 +84,9 @@ def test_spare_rows_stay_zero_even_if_they_hold_nan() -> None:
     assert int(out[256:].count_nonzero()) == 0
 
 
-@pytest.mark.parametrize(
-    ("ends", "groups"),
-    [([100, 256], 2), ([256, 128], 2), ([128, 768], 2), ([-128, 128], 2), ([128, 256, 384], 2), ([128], 2)],
-)
-def test_bad_group_ends_are_refused_with_their_values(ends: list[int], groups: int) -> None:
-    a, b = random_tiles(ROWS, 128), random_blocks(groups, 64, 128)
+@pytest.mark.parametrize("ends", [[100, 256], [256, 128], [128, 768], [-128, 128], [128, 256, 384], [128]])
+def test_bad_group_ends_are_refused_with_their_values(ends: list[int]) -> None:
+    a, b = random_tiles(ROWS, 128), random_blocks(2, 64, 128)
     with pytest.raises(ValueError, match=re.escape(f"multiples of 128 up to 640 rows, got {ends}")):
         grouped_gemm_tile_block(a, b, torch.tensor(ends, dtype=torch.int32), out_dtype=torch.float32)
 

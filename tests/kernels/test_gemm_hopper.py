@@ -24,11 +24,12 @@ from kernels.gpu.gemm_hopper import Config
 from tests.kernels import gemm_inputs
 from tests.kernels.gemm_inputs import BF16_TOLERANCE, FP32_TOLERANCE, Problem, relative_error
 from tests.kernels.gluon_defects import Edit, edited
-from tests.kernels.gluon_interpreter import ADVERSARIAL, KernelError, interpret
+from tests.kernels.gluon_interpreter import ADVERSARIAL, interpret
+from tests.kernels.gluon_values import KernelError
 
 ORDERS: dict[str, dict[str, Any]] = {
     "plain": {"races": False},
-    "checked": {"races": True, "lazy_loads": "use", "mma": "late"},
+    "checked": {"lazy_loads": "use", "mma": "late"},
     "adversarial": {**ADVERSARIAL, "lazy_loads": "use", "seed": 1},
 }
 # Groups with no row, a ragged last tile of 256 rows, and padding rows behind the last one.
@@ -38,19 +39,16 @@ ONE_BLOCK = Config("two_blocks", stages=4)
 TWO_WAVES_OF_TWO_BLOCKS = Config("two_waves", stages=2, blocks=2)
 
 
-def run_tile_block(problem: Problem, config: Config, module: ModuleType = gemm_hopper, programs: int = 3) -> Tensor:
-    out = torch.full(problem.expected.shape, float("nan"), dtype=torch.bfloat16)
-    module.gemm(*problem.quantized, out, config=config, programs=programs, group_ends=problem.group_ends)
-    return out
-
-
-def run_tile_tile(
-    problem: Problem, config: Config, module: ModuleType = gemm_hopper, *, before: Tensor | None = None
-) -> Tensor:
-    out = torch.full(problem.expected.shape, float("nan")) if before is None else before.clone()
+def run(
+    problem: Problem, config: Config, module: ModuleType = gemm_hopper, *, dtype: torch.dtype = torch.bfloat16,
+    before: Tensor | None = None, programs: int = 3,
+) -> Tensor:  # fmt: skip
+    """D in bf16 (fprop, dgrad) or fp32 (wgrad), NaN where it is not written; added to `before` if there is one."""
+    out = torch.full(problem.expected.shape, float("nan"), dtype=dtype) if before is None else before.clone()
     module.gemm(
-        *problem.quantized, out, config=config, programs=3, group_ends=problem.group_ends, accumulate=before is not None
-    )
+        *problem.quantized, out, config=config, programs=programs, group_ends=problem.group_ends,
+        accumulate=before is not None,
+    )  # fmt: skip
     return out
 
 
@@ -75,7 +73,7 @@ def run_tile_tile(
 def test_fprop_and_dgrad(config: Config, m: int, n: int, k: int, order: str) -> None:
     problem = gemm_inputs.tile_block(m, n, k)
     with interpret(**ORDERS[order]):
-        out = run_tile_block(problem, config)
+        out = run(problem, config)
     assert relative_error(out, problem.expected) < BF16_TOLERANCE
 
 
@@ -87,7 +85,7 @@ def test_fprop_and_dgrad(config: Config, m: int, n: int, k: int, order: str) -> 
 def test_groups_of_rows(config: Config, ends: list[int], order: str) -> None:
     problem = gemm_inputs.tile_block(ROWS, 320, 384, ends)
     with interpret(**ORDERS[order]):
-        out = run_tile_block(problem, config)
+        out = run(problem, config)
     if ends[-1]:
         assert relative_error(out, problem.expected) < BF16_TOLERANCE
     assert out[ends[-1] :].count_nonzero() == 0
@@ -114,7 +112,7 @@ def test_wgrad(config: Config, m: int, n: int, k: int, ends: list[int] | None, a
     problem = gemm_inputs.tile_tile(m, n, k, ends)
     before = torch.randn(problem.expected.shape) if accumulate else None
     with interpret(**ORDERS[order]):
-        out = run_tile_tile(problem, config, before=before)
+        out = run(problem, config, dtype=torch.float32, before=before)
     expected = problem.expected + (0 if before is None else before.double())
     assert relative_error(out, expected) < FP32_TOLERANCE
 
@@ -128,7 +126,7 @@ def test_programs_may_run_in_any_order(config: Config) -> None:
     for programs in (range(tiles), reversed(range(tiles))):
         count = min(tiles, _tiles_of(problem, config))
         with interpret(programs=[p for p in programs if p < count], races=False):
-            results.append(run_tile_block(problem, config, programs=tiles))
+            results.append(run(problem, config, programs=tiles))
     assert torch.equal(*results)
     assert relative_error(results[0], problem.expected) < BF16_TOLERANCE
 
@@ -188,79 +186,72 @@ GROUPS_PLACE = "out_ptr + gl.cast(group, gl.int64) * M * N"
 Case = Callable[[ModuleType], tuple[Tensor, Tensor, float]]
 
 
-def dense(config: Config) -> Case:
+def fprop(config: Config = TWO_WAVES, *, ends: list[int] | None = None) -> Case:
     def case(module: ModuleType) -> tuple[Tensor, Tensor, float]:
-        problem = gemm_inputs.tile_block(640, 384, 1024)
-        return run_tile_block(problem, config, module), problem.expected, BF16_TOLERANCE
+        problem = gemm_inputs.tile_block(*((ROWS, 192, 256, ends) if ends else (640, 384, 1024)))
+        return run(problem, config, module), problem.expected, BF16_TOLERANCE
 
     return case
-
-
-def rows(module: ModuleType) -> tuple[Tensor, Tensor, float]:
-    problem = gemm_inputs.tile_block(ROWS, 192, 256, ENDS)
-    return run_tile_block(problem, TWO_WAVES, module), problem.expected, BF16_TOLERANCE
 
 
 def wgrad(config: Config = TWO_WAVES, *, ends: list[int] | None = None) -> Case:
     def case(module: ModuleType) -> tuple[Tensor, Tensor, float]:
         problem = gemm_inputs.tile_tile(320, 192, ROWS, ends)
         before = torch.randn(problem.expected.shape)
-        out = run_tile_tile(problem, config, module, before=before)
+        out = run(problem, config, module, before=before)
         return out, problem.expected + before.double(), FP32_TOLERANCE
 
     return case
 
 
 DEFECTS: dict[str, tuple[Case, list[Edit]]] = {
-    "a consumer does not wait for its stage": (dense(TWO_WAVES), [(WAIT_FULL, "")]),
-    "the producer does not wait for an empty stage": (dense(TWO_WAVES), [(WAIT_EMPTY, "")]),
-    "the producer starts in the other phase": (dense(TWO_WAVES), [("    phase = 1\n", "    phase = 0\n")]),
-    "the consumers start in the other phase": (dense(TWO_WAVES), [("    phase = 0\n", "    phase = 1\n")]),
-    "a stage is handed back as soon as it is full": (dense(TWO_WAVES), [(ARRIVE, ""), (WAIT_FULL, WAIT_FULL + ARRIVE)]),
-    "a stage of two blocks is handed back after the first": (dense(TWO_BLOCKS), [
+    "a consumer does not wait for its stage": (fprop(), [(WAIT_FULL, "")]),
+    "the producer does not wait for an empty stage": (fprop(), [(WAIT_EMPTY, "")]),
+    "the producer starts in the other phase": (fprop(), [("    phase = 1\n", "    phase = 0\n")]),
+    "the consumers start in the other phase": (fprop(), [("    phase = 0\n", "    phase = 1\n")]),
+    "a stage is handed back as soon as it is full": (fprop(), [(ARRIVE, ""), (WAIT_FULL, WAIT_FULL + ARRIVE)]),
+    "a stage of two blocks is handed back after the first": (fprop(TWO_BLOCKS), [
         (ARRIVE, ""), (SECOND_BLOCK, "        " + ARRIVE + SECOND_BLOCK),
     ]),
-    "a stage of two waves of two blocks is handed back after the first": (dense(TWO_WAVES_OF_TWO_BLOCKS), [
+    "a stage of two waves of two blocks is handed back after the first": (fprop(TWO_WAVES_OF_TWO_BLOCKS), [
         (ARRIVE, ""), (SECOND_WAVES, "                    if j == 1:\n            " + ARRIVE + SECOND_WAVES),
     ]),
-    "one consumer never hands back": (dense(TWO_WAVES), [(ARRIVE, "            if HALF == 0:\n    " + ARRIVE)]),
-    "a stage is handed back twice": (dense(TWO_WAVES), [(ARRIVE, ARRIVE.replace("count=1", "count=2"))]),
-    "the scales' bytes are not expected": (dense(TWO_WAVES), [(" + BM * 4 + ", " + ")]),
+    "one consumer never hands back": (fprop(), [(ARRIVE, "            if HALF == 0:\n    " + ARRIVE)]),
+    "a stage is handed back twice": (fprop(), [(ARRIVE, ARRIVE.replace("count=1", "count=2"))]),
+    "the scales' bytes are not expected": (fprop(), [(" + BM * 4 + ", " + ")]),
     # Column scales loaded after the product is issued, the stage handed back before they are used.
     "the order of the measured wgrad error": (wgrad(ONE_BLOCK), [
         (LOAD_COLUMNS + FIRST_PRODUCT, FIRST_PRODUCT + LOAD_COLUMNS),
         (ONE_BLOCK_END, ONE_BLOCK_END.replace(")\n", ")\n        " + ARRIVE, 1)),
         (ARRIVE + "            stage += 1", "            stage += 1"),
     ]),
-    "an output buffer is reused while it is copied": (dense(TWO_WAVES), [("    tma.store_wait(1)\n", "")]),
-    "no fence before the output is copied": (dense(WIDE), [(TO_BUFFER + FENCE, TO_BUFFER)]),
-    "no fence after the barriers are made": (dense(TWO_WAVES), [(FENCE + START, START)]),
-    "copies are not awaited at the end": (dense(TWO_WAVES), [
-        (LAST_WAIT, LAST_WAIT.replace("tma.store_wait(0)", "pass")),
-    ]),
-    "the second half takes the first one's scales": (dense(TWO_WAVES), [
+    "an output buffer is reused while it is copied": (fprop(), [("    tma.store_wait(1)\n", "")]),
+    "no fence before the output is copied": (fprop(WIDE), [(TO_BUFFER + FENCE, TO_BUFFER)]),
+    "no fence after the barriers are made": (fprop(), [(FENCE + START, START)]),
+    "copies are not awaited at the end": (fprop(), [(LAST_WAIT, LAST_WAIT.replace("tma.store_wait(0)", "pass"))]),
+    "the second half takes the first one's scales": (fprop(), [
         ("slice(FIRST + 64, 64).load(BY_ROW)", "slice(FIRST, 64).load(BY_ROW)"),
     ]),
-    "a partial sum goes on from the last": (dense(TWO_WAVES), [(SECOND_PRODUCT + "False", SECOND_PRODUCT + "True")]),
-    "the scale of the next block": (dense(TWO_WAVES), [
+    "a partial sum goes on from the last": (fprop(), [(SECOND_PRODUCT + "False", SECOND_PRODUCT + "True")]),
+    "the scale of the next block": (fprop(), [
         ("ahead = gl.minimum((step + 1) * BLOCKS,", "ahead = gl.minimum((step + 2) * BLOCKS,"),
     ]),
-    "64 columns take the scale of the 128": (dense(WIDE), [("gl.minimum(n2 // 128", "gl.minimum(n0 // 128")]),
-    "wide tiles always begin with 128": (dense(WIDE), [("odd = pn % 2", "odd = 0")]),
-    "the second block takes the first one's scale": (dense(TWO_BLOCKS), [
+    "64 columns take the scale of the 128": (fprop(WIDE), [("gl.minimum(n2 // 128", "gl.minimum(n0 // 128")]),
+    "wide tiles always begin with 128": (fprop(WIDE), [("odd = pn % 2", "odd = 0")]),
+    "the second block takes the first one's scale": (fprop(TWO_BLOCKS), [
         ("(step + 1) * BLOCKS + 1", "(step + 1) * BLOCKS"),
     ]),
-    "the second block of two waves takes the first one's": (dense(TWO_WAVES_OF_TWO_BLOCKS), [
+    "the second block of two waves takes the first one's": (fprop(TWO_WAVES_OF_TWO_BLOCKS), [
         ("elif j == 1:\n                        col_scale = col_scale2", "elif j == 1:\n                        pass"),
     ]),
-    "half a width is stored over the other half": (dense(TWO_WAVES_OF_TWO_BLOCKS), [
+    "half a width is stored over the other half": (fprop(TWO_WAVES_OF_TWO_BLOCKS), [
         ("    tma.store_wait(0)\n    buffer.store(right)", "    buffer.store(right)"),
     ]),
-    "all groups multiply the first one's weight": (rows, [("b_row = group * N", "b_row = 0")]),
-    "all groups take the first one's scales": (rows, [("gl.minimum(group, groups - 1) * blocks_n", "0")]),
-    "padding rows are not written": (rows, [("while (group < groups) &", "while (group < groups - 1) &")]),
-    "a tile begins where its group does not": (rows, [("start + pm * BM)", "pm * BM)")]),
-    "ends are read behind the last": (rows, [(NEXT_END, "gl.load(ends_ptr + group + 1)")]),
+    "all groups multiply the first one's weight": (fprop(ends=ENDS), [("b_row = group * N", "b_row = 0")]),
+    "all groups take the first one's scales": (fprop(ends=ENDS), [("gl.minimum(group, groups - 1) * blocks_n", "0")]),
+    "padding rows are not written": (fprop(ends=ENDS), [("while (group < groups) &", "while (group < groups - 1) &")]),
+    "a tile begins where its group does not": (fprop(ends=ENDS), [("start + pm * BM)", "pm * BM)")]),
+    "ends are read behind the last": (fprop(ends=ENDS), [(NEXT_END, "gl.load(ends_ptr + group + 1)")]),
     "all groups are contracted from the first row": (wgrad(ends=ENDS), [("pn, start // 128, ", "pn, 0, ")]),
     "all groups are written to the first one's place": (wgrad(ends=ENDS), [(GROUPS_PLACE, "out_ptr")]),
     "adding forgets what was there": (wgrad(), [("total += gl.load(places, mask=inside, other=0.0)", "total += 0.0")]),
@@ -268,10 +259,10 @@ DEFECTS: dict[str, tuple[Case, list[Edit]]] = {
 }  # fmt: skip
 
 
-def is_caught(case: Case, module: ModuleType, options: dict[str, Any]) -> bool:
+def is_caught(case: Case, module: ModuleType) -> bool:
     torch.manual_seed(5)
     try:
-        with interpret(**options):
+        with interpret(**ORDERS["checked"]):
             out, expected, tolerance = case(module)
     except KernelError:
         return True
@@ -281,5 +272,5 @@ def is_caught(case: Case, module: ModuleType, options: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_planted_defect_turns_red(defect: str, tmp_path: Path) -> None:
     case, edits = DEFECTS[defect]
-    assert not is_caught(case, gemm_hopper, ORDERS["checked"]), "the kernel itself is red"
-    assert is_caught(case, edited(Path(gemm_hopper.__file__), edits, tmp_path), ORDERS["checked"])
+    assert not is_caught(case, gemm_hopper), "the kernel itself is red"
+    assert is_caught(case, edited(Path(gemm_hopper.__file__), edits, tmp_path))

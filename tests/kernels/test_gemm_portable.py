@@ -7,7 +7,7 @@ import torch
 
 from kernels.gpu import gemm_fp8, gemm_portable
 from tests.kernels import gemm_inputs
-from tests.kernels.gemm_inputs import BF16_TOLERANCE, FP32_TOLERANCE, relative_error
+from tests.kernels.gemm_inputs import BF16_TOLERANCE, FP32_TOLERANCE, relative_error, slices
 
 ENDS, ROWS = [128, 128, 384], 512
 
@@ -25,7 +25,6 @@ def test_fprop_and_dgrad(m: int, n: int, k: int, out_dtype: torch.dtype) -> None
 @pytest.mark.parametrize("ends", [ENDS, [0, 512], [0, 0, 0]])
 def test_groups_of_rows(ends: list[int]) -> None:
     problem = gemm_inputs.tile_block(ROWS, 192, 320, ends)
-    assert problem.group_ends is not None
     out = gemm_fp8.grouped_gemm_tile_block(*problem.operands, problem.group_ends, torch.float32)
     if ends[-1]:
         assert relative_error(out, problem.expected) < FP32_TOLERANCE
@@ -53,8 +52,8 @@ def test_grouped_products_of_bf16_and_fp32(transposed: bool, dtype: torch.dtype,
     weight = torch.randn(3, 136, 72).to(dtype).mT if transposed else torch.randn(3, 72, 136).to(dtype)
     out = gemm_portable.grouped_matmul(x, weight, torch.tensor(ENDS, dtype=torch.int32))
     expected = torch.zeros(ROWS, 136, dtype=torch.float64)
-    for group, (start, end) in enumerate(zip([0, *ENDS[:-1]], ENDS, strict=True)):
-        expected[start:end] = x[start:end].double() @ weight[group].double()
+    for rows, expert in zip(slices(ENDS), weight.double(), strict=True):
+        expected[rows] = x[rows].double() @ expert
     assert relative_error(out, expected) < tolerance
     assert out[ENDS[-1] :].count_nonzero() == 0
 
@@ -63,6 +62,5 @@ def test_grouped_weight_gradients_of_bf16_are_fp32() -> None:
     dy, x = torch.randn(ROWS, 136).bfloat16(), torch.randn(ROWS, 72).bfloat16()
     dw = gemm_portable.grouped_wgrad(dy, x, torch.tensor(ENDS, dtype=torch.int32))
     assert dw.dtype == torch.float32
-    parts = [slice(start, end) for start, end in zip([0, *ENDS[:-1]], ENDS, strict=True)]
-    expected = torch.stack([dy[part].double().T @ x[part].double() for part in parts])
+    expected = torch.stack([dy[part].double().T @ x[part].double() for part in slices(ENDS)])
     assert relative_error(dw, expected) < FP32_TOLERANCE

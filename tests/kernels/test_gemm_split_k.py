@@ -16,7 +16,7 @@ from tests.kernels.test_gemm_hopper import ORDERS
 
 def run(problem: Problem, splits: int, *, count: int, **options: Any) -> Tensor:
     out = torch.full(problem.expected.shape, float("nan"), dtype=torch.bfloat16)
-    ends = gemm_split_k.split_ends(problem.a.shape[1], splits)
+    ends = gemm_split_k.split_ends(problem.quantized[0].payload.shape[1], splits)
     with interpret(**options):
         gemm_split_k.gemm(*problem.quantized, out, ends=ends, programs=count)
     return out

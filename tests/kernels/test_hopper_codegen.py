@@ -10,53 +10,51 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.kernels.stand_in_driver import SHARED_BYTES_MAX
+
 ROOT = Path(__file__).resolve().parents[2]
 TRITONS = {"3.7": None, "3.6": ROOT / ".venv" / "triton-3.6"}
-SHARED_BYTES_MAX = 232448
 KNOWN_TO_SPILL = "wgrad += 7168 x 2048 x 4096: two_blocks 128x128"
+Command = Callable[..., subprocess.CompletedProcess[str]]
 TABLE_BEGIN, TABLE_END = "<!-- table: begin -->\n", "\n<!-- table: end -->"
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists on Linux only; CI runs this file")
 
-
-def compile_all(beside: Path | None, cache: Path, *arguments: str) -> dict[str, Any]:
+def compile_all(run_command: Command, beside: Path | None, cache: Path, *arguments: str) -> dict[str, Any]:
     """The report of hopper_codegen.py under one Triton."""
     paths = [str(path) for path in (beside, ROOT) if path is not None]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(cache)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "tests.kernels.hopper_codegen", "--json", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_command(
+        "-m", "tests.kernels.hopper_codegen", "--json", *arguments, timeout_s=3600,
+        PYTHONPATH=os.pathsep.join(paths), TRITON_CACHE_DIR=str(cache), TRITON_INTERPRET="0",
+    )  # fmt: skip
     report: dict[str, Any] = json.loads(done.stdout)
     return report
 
 
-@pytest.fixture(scope="module", params=list(TRITONS))
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+# The older Triton in `make test-long`: a minute and a half, for the same kernels.
+@pytest.fixture(scope="module", params=["3.7", pytest.param("3.6", marks=pytest.mark.long)])
+def compiled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, run_command: Command
+) -> list[dict[str, Any]]:
     """Figures of all cases under one Triton."""
     beside = TRITONS[request.param]
     if beside is not None and not beside.is_dir():
         pytest.skip(f"no Triton {request.param} in {beside.relative_to(ROOT)}: run `make test`, which puts it there")
-    report = compile_all(beside, tmp_path_factory.mktemp("triton"))
+    report = compile_all(run_command, beside, tmp_path_factory.mktemp("triton"))
     assert report["triton"].startswith(request.param)
     rows: list[dict[str, Any]] = report["rows"]
     if beside is None:
-        assert report["table"] == table_of_the_document(), (
+        document = (ROOT / "docs" / "kernels.md").read_text()
+        assert report["table"] == document.partition(TABLE_BEGIN)[2].partition(TABLE_END)[0], (
             "docs/kernels.md shows other code than the compiler makes: "
             "put the output of `python -m tests.kernels.hopper_codegen` there"
         )
     return rows
-
-
-def table_of_the_document() -> str:
-    text = (ROOT / "docs" / "kernels.md").read_text()
-    return text.partition(TABLE_BEGIN)[2].partition(TABLE_END)[0]
 
 
 def shipped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -105,8 +103,10 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(compiled: list[dict[str, 
 
 # Compute capability and shared memory of a program: Ada (L40S, RTX 4090), consumer Blackwell.
 @pytest.mark.parametrize(("capability", "shared_bytes"), [(89, 101376), (120, 101376)])
-def test_portable_products_compile_for_other_gpus(capability: int, shared_bytes: int, tmp_path: Path) -> None:
-    report = compile_all(None, tmp_path, "--portable", str(capability), str(shared_bytes))
+def test_portable_products_compile_for_other_gpus(
+    capability: int, shared_bytes: int, tmp_path: Path, run_command: Command
+) -> None:
+    report = compile_all(run_command, None, tmp_path, "--portable", str(capability), str(shared_bytes))
     assert len(report["rows"]) == 9
     for row in report["rows"]:
         assert row["spills"] == 0, row["case"]

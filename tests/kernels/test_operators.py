@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import pkgutil
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -19,33 +18,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-import kernels
 from kernels import deferred
 from kernels.attention import causal_attention
 from kernels.e5m6 import pack_e5m6
 from kernels.fp8_linear import fp8_linear, grouped_fp8_linear, grouped_linear, linear, weight_fp8
 from kernels.operators import FLOP_FORMULAS, LAUNCHERS, NAMESPACE, operator
-from kernels.quantize import quantize_blocks, quantize_tiles, quantize_tiles_transposed
+from kernels.quantize import quantize_blocks
+from tests.gpu import launcher_cases  # registers every operator
+from tests.gpu.launcher_cases import normal, tiles
 from tests.operator_calls import FP8_GEMMS, OperatorCalls
 from tests.tiny_model import TINY
 from train.model.precision import Precision
 from train.model.transformer import Transformer
 
 BF16, FP32 = torch.bfloat16, torch.float32
-
-# Imports every kernel file, so that every operator is known.
-for module in pkgutil.iter_modules(kernels.__path__):
-    importlib.import_module(f"kernels.{module.name}")
-
-
-def tiles(rows: int, cols: int) -> tuple[Tensor, Tensor]:
-    q = quantize_tiles(torch.randn(rows, cols), power_of_two=True)
-    return q.payload, q.scale
-
-
-def columns(rows: int, cols: int) -> tuple[Tensor, Tensor]:
-    q = quantize_tiles_transposed(torch.randn(rows, cols), power_of_two=True)
-    return q.payload, q.scale
 
 
 def blocks(*shape: int, transposed: bool = False) -> tuple[Tensor, Tensor]:
@@ -65,32 +51,26 @@ def ends(*values: int) -> Tensor:
 # Operator -> its arguments at odd sizes: 1, 63, 129, 300, an empty group, padding rows.
 CALLS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("quantize_tiles", lambda: (torch.randn(63, 300), True)),
-    ("quantize_tiles", lambda: (torch.randn(129, 1, dtype=BF16).t(), False)),
-    ("quantize_tiles_transposed", lambda: (torch.randn(129, 63, dtype=BF16), True)),
+    ("quantize_tiles", lambda: (normal(129, 1).t(), False)),
+    ("quantize_tiles_transposed", lambda: (normal(129, 63), True)),
     ("quantize_tiles_transposed", lambda: (torch.randn(1, 300), True)),
-    ("quantize_tiles_both", lambda: (torch.randn(129, 300, dtype=BF16), True)),
+    ("quantize_tiles_both", lambda: (normal(129, 300), True)),
     ("requantize_transposed", lambda: (*tiles(129, 300), True)),
-    ("quantize_blocks", lambda: (torch.randn(3, 129, 63, dtype=BF16), True)),
+    ("quantize_blocks", lambda: (normal(3, 129, 63), True)),
     ("quantize_blocks", lambda: (torch.randn(1, 300), False)),
     ("dequantize_tiles", lambda: (*tiles(63, 300), BF16)),
     ("gemm_tile_block", lambda: (*tiles(63, 300), *blocks(129, 300), BF16)),
     ("gemm_tile_block", lambda: (*tiles(63, 129), *blocks(129, 300, transposed=True), FP32)),
-    ("gemm_tile_tile", lambda: (*columns(129, 63), *columns(129, 300), torch.zeros(63, 300), True)),
+    ("gemm_tile_tile", lambda: (*tiles(63, 129), *tiles(300, 129), torch.zeros(63, 300), True)),
     ("grouped_gemm_tile_block", lambda: (*tiles(512, 300), *blocks(3, 129, 300), ends(128, 128, 384), BF16)),
     (
         "grouped_gemm_tile_tile",
-        lambda: (*columns(512, 63), *columns(512, 300), ends(128, 128, 384), torch.zeros(3, 63, 300), False),
+        lambda: (*tiles(63, 512), *tiles(300, 512), ends(128, 128, 384), torch.zeros(3, 63, 300), False),
     ),
-    ("wgrad", lambda: (torch.randn(63, 129, dtype=BF16), torch.randn(63, 1, dtype=BF16))),
-    (
-        "grouped_matmul",
-        lambda: (torch.randn(512, 63, dtype=BF16), torch.randn(3, 129, 63, dtype=BF16).mT, ends(0, 256, 384)),
-    ),
-    ("cross_entropy", lambda: (torch.randn(63, 129, dtype=BF16), torch.randint(129, (63,)))),
-    (
-        "cross_entropy_backward",
-        lambda: (torch.ones(()), torch.randn(63, 129, dtype=BF16), torch.randint(129, (63,)), torch.randn(63)),
-    ),
+    ("wgrad", lambda: (normal(63, 129), normal(63, 1))),
+    ("grouped_matmul", lambda: (normal(512, 63), normal(3, 129, 63).mT, ends(0, 256, 384))),
+    ("cross_entropy", lambda: (normal(63, 129), torch.randint(129, (63,)))),
+    ("cross_entropy_backward", lambda: (torch.ones(()), normal(63, 129), torch.randint(129, (63,)), torch.randn(63))),
     ("route", lambda: (torch.randn(63, 15), torch.randn(15), 3, 2, 4, 2.5, True)),
     ("route", lambda: (torch.randn(1, 8), torch.randn(8), 1, 1, 1, 1.0, False)),
     ("route_backward", lambda: (torch.rand(63, 15), distinct(63, 15, 4), None, torch.randn(63, 4), 2.5, True)),
@@ -98,26 +78,23 @@ CALLS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("topk_counts", lambda: (torch.rand(3, 63, 15), 4)),
     ("lay_out", lambda: (distinct(129, 5, 3), 5, 896)),
     ("lay_out", lambda: (torch.tensor([[1, -1, 0], [-1, -1, -1]], dtype=torch.int32), 2, 256)),
-    ("copy_tokens", lambda: (torch.randn(63, 129, dtype=BF16), torch.randint(-1, 126, (256,)), 2)),
+    ("copy_tokens", lambda: (normal(63, 129), torch.randint(-1, 126, (256,)), 2)),
     ("copy_tokens", lambda: (torch.randn(63), torch.randint(-1, 63, (129,)), 1)),
-    ("sum_rows", lambda: (torch.randn(256, 63, dtype=BF16), torch.randint(257, (129, 3)), True, FP32)),
-    ("sum_rows", lambda: (torch.randn(256, 63, dtype=BF16), torch.randint(256, (1, 3)), False, BF16)),
+    ("sum_rows", lambda: (normal(256, 63), torch.randint(257, (129, 3)), True, FP32)),
+    ("sum_rows", lambda: (normal(256, 63), torch.randint(256, (1, 3)), False, BF16)),
     ("scatter_gates", lambda: (torch.randn(256), torch.arange(-130, 126).clamp_min(-1), 63, 2)),
     ("grouped_wgrad", lambda: (torch.randn(512, 63), torch.randn(512, 129), ends(0, 256, 384))),
-    ("swiglu", lambda: (torch.randn(3, 21, 126, dtype=BF16),)),
+    ("swiglu", lambda: (normal(3, 21, 126),)),
     ("swiglu_backward", lambda: (torch.randn(63, 126), torch.randn(63, 63).t())),
-    ("gated_swiglu", lambda: (torch.randn(126, 129, dtype=BF16).t(), torch.rand(129))),
-    (
-        "gated_swiglu_backward",
-        lambda: (torch.randn(129, 126, dtype=BF16), torch.rand(129), torch.randn(129, 63, dtype=BF16)),
-    ),
-    ("swiglu_quantize", lambda: (torch.randn(129, 126, dtype=BF16), None, True)),
+    ("gated_swiglu", lambda: (normal(126, 129).t(), torch.rand(129))),
+    ("gated_swiglu_backward", lambda: (normal(129, 126), torch.rand(129), normal(129, 63))),
+    ("swiglu_quantize", lambda: (normal(129, 126), None, True)),
     ("swiglu_quantize", lambda: (torch.randn(1, 600), torch.rand(1), False)),
     ("swiglu_quantize_transposed", lambda: (*tiles(129, 126), None, BF16, True)),
     ("swiglu_quantize_transposed", lambda: (*tiles(63, 600), torch.rand(63), FP32, False)),
-    ("swiglu_backward_kept", lambda: (*tiles(129, 126), torch.randn(129, 63, dtype=BF16))),
-    ("gated_swiglu_backward_kept", lambda: (*tiles(63, 600), torch.rand(63), torch.randn(63, 300, dtype=BF16))),
-    ("pack_e5m6", lambda: (torch.randn(63, 300, dtype=BF16), True)),
+    ("swiglu_backward_kept", lambda: (*tiles(129, 126), normal(129, 63))),
+    ("gated_swiglu_backward_kept", lambda: (*tiles(63, 600), torch.rand(63), normal(63, 300))),
+    ("pack_e5m6", lambda: (normal(63, 300), True)),
     ("unpack_e5m6", lambda: (*pack_e5m6(torch.randn(129, 126), power_of_two=False), BF16)),
 ]
 # These differ on purpose (kernels/attention.py), see the test of attention below.
@@ -125,7 +102,7 @@ FUSED_ON_GPU = {"attention", "attention_backward"}
 
 
 def call(name: str, arguments: tuple[Any, ...]) -> list[Tensor]:
-    results = tree_leaves(getattr(getattr(torch.ops, NAMESPACE), name).default(*arguments))
+    results = tree_leaves(launcher_cases.operator(name)(*arguments))
     return [result for result in results if result is not None]
 
 
@@ -143,7 +120,7 @@ def test_the_fake_version_allocates_what_the_real_one_returns(name: str, make: C
 def test_a_launcher_takes_what_its_operator_takes(name: str) -> None:
     """Under the same names in the same order: `kernels.operators` passes arguments on as they come."""
     pytest.importorskip("triton", reason="Triton exists on Linux only; CI runs this test")
-    schema = getattr(getattr(torch.ops, NAMESPACE), name).default._schema
+    schema = launcher_cases.operator(name)._schema
     launcher = getattr(importlib.import_module(LAUNCHERS[name]), name)
     assert list(inspect.signature(launcher).parameters) == [argument.name for argument in schema.arguments]
 
@@ -170,7 +147,7 @@ def test_on_a_gpu_fp64_is_computed_by_the_reference(
     kernel = defaultdict(lambda: lambda *_, **__: launched.append(name))  # type: ignore[var-annotated]
     monkeypatch.setattr(f"{LAUNCHERS[name]}._{name}_kernel", kernel)
     monkeypatch.setattr("kernels.operators.use_triton", lambda _: True)
-    found = getattr(getattr(torch.ops, NAMESPACE), name).default
+    found = launcher_cases.operator(name)
     on_gpu = partial(found._op_dk, torch._C.DispatchKey.CUDA)
     arguments = make(torch.float64)
     actual, expected = (tree_leaves(function(*arguments)) for function in (on_gpu, found))

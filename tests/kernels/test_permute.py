@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
 
+from kernels.formats import TILE, ceil_div
 from kernels.permute import (
-    Grouping,
     combine_tokens,
     combine_tokens_reference,
     group_gates,
@@ -17,53 +19,16 @@ from kernels.permute import (
     grouping,
     partial_grouping,
 )
+from tests.kernels.expert_layouts import EXPERTS, KINDS, LOCAL, choices, layout_of
+from tests.kernels.gemm_inputs import beside_reference
 
-EXPERTS = 5
-LOCAL = 3
-
-
-def route(kind: str, tokens: int, topk: int) -> Tensor:
-    """Ids [tokens, topk], distinct within a row."""
-    if kind == "random":
-        return torch.rand(tokens, EXPERTS).argsort(-1)[:, :topk]
-    if kind == "an empty expert":
-        # Expert 2 is never chosen.
-        return torch.tensor([0, 1, 3, 4])[torch.rand(tokens, 4).argsort(-1)[:, :topk]]
-    assert kind == "all to the same"
-    return torch.arange(3, 3 - topk, -1).expand(tokens, topk)
-
-
-def local_part(ids: Tensor) -> Tensor:
-    """Experts 0 to 2 live here; the others are somewhere else."""
-    return torch.where(ids < LOCAL, ids, -1)
-
-
-def exact_rows(ids: Tensor) -> int:
-    counts = [int((ids == expert).sum()) for expert in range(LOCAL)]
-    return sum((count + 127) // 128 * 128 for count in counts)
-
-
-def layouts(ids: Tensor) -> dict[str, tuple[Tensor, Grouping]]:
-    """The whole layout, and the one of a process that holds some of the experts."""
-    part = local_part(ids)
-    return {
-        "whole": (ids, grouping(ids, EXPERTS)),
-        "partial": (part, partial_grouping(part.int(), LOCAL, num_rows=exact_rows(part))),
-    }
-
-
-CASES = [
-    (kind, tokens, topk)
-    for kind in ("random", "an empty expert", "all to the same")
-    for tokens in (1, 63, 129)
-    for topk in (1, 2, 3)
-]
+CASES = list(product(KINDS, (1, 63, 129), (1, 2, 3)))
 
 
 @pytest.mark.parametrize("which", ["whole", "partial"])
 @pytest.mark.parametrize(("kind", "tokens", "topk"), CASES)
 def test_layout_is_stable_padded_to_128_and_inside_its_bound(kind: str, tokens: int, topk: int, which: str) -> None:
-    ids, layout = layouts(route(kind, tokens, topk))[which]
+    ids, layout = layout_of(choices(kind, tokens, topk), which)
     expected, ends = [-1] * layout.num_rows, []
     rows_of_token: dict[int, list[int]] = {token: [] for token in range(tokens)}
     end = 0
@@ -72,7 +37,7 @@ def test_layout_is_stable_padded_to_128_and_inside_its_bound(kind: str, tokens: 
         for n, slot in enumerate(slots):
             expected[end + n] = slot
             rows_of_token[slot // topk].append(end + n)
-        end += (len(slots) + 127) // 128 * 128
+        end += ceil_div(len(slots), TILE) * TILE
         ends.append(end)
     assert layout.slot_of_row.tolist() == expected
     padded = [(rows + [layout.num_rows] * topk)[:topk] for rows in rows_of_token.values()]
@@ -85,12 +50,12 @@ def test_layout_is_stable_padded_to_128_and_inside_its_bound(kind: str, tokens: 
 
 
 def test_bound_of_rows_is_reached_by_the_worst_routing() -> None:
-    # One token to each of five experts: five segments of 128 rows.
+    # One token to each expert: as many segments of 128 rows.
     layout = grouping(torch.arange(EXPERTS)[:, None], EXPERTS)
     assert layout.group_ends[-1] == layout.num_rows == EXPERTS * 128
     # 129 tokens to expert 0 and one to each of the others.
-    layout = grouping(torch.tensor([0] * 129 + [1, 2, 3, 4])[:, None], EXPERTS)
-    assert layout.group_ends[-1] == layout.num_rows == 256 + 4 * 128
+    layout = grouping(torch.tensor([0] * 129 + list(range(1, EXPERTS)))[:, None], EXPERTS)
+    assert layout.group_ends[-1] == layout.num_rows == 256 + (EXPERTS - 1) * 128
 
 
 def test_a_token_has_no_more_columns_than_there_are_experts() -> None:
@@ -113,8 +78,7 @@ def test_no_token_or_no_local_slot_gives_empty_rows_and_zero_sums(experts_here: 
         assert torch.equal(y, torch.zeros(tokens, 4))
         # A process without tokens still takes part in backward: the graph reaches the inputs.
         grads = torch.autograd.grad(y.sum(), (x, gates))
-        assert torch.equal(grads[0], torch.zeros(tokens, 4))
-        assert torch.equal(grads[1], torch.zeros(tokens, 2))
+        assert all(map(torch.equal, grads, (torch.zeros(tokens, 4), torch.zeros(tokens, 2))))
     whole = grouping(torch.zeros(0, 2, dtype=torch.int64), EXPERTS)
     assert combine_tokens(group_tokens(torch.ones(0, 4), whole), whole).shape == (0, 4)
 
@@ -123,7 +87,7 @@ def test_no_token_or_no_local_slot_gives_empty_rows_and_zero_sums(experts_here: 
 @pytest.mark.parametrize(("kind", "tokens", "topk"), CASES)
 def test_group_then_combine_is_identity_for_unit_gates(kind: str, tokens: int, topk: int, dtype: torch.dtype) -> None:
     x = torch.randn(tokens, 24).to(dtype)
-    layout = grouping(route(kind, tokens, topk), EXPERTS)
+    layout = grouping(choices(kind, tokens, topk), EXPERTS)
     rows = group_tokens(x, layout)
     # The gate of one choice is 1, of the others 0: any of a token's rows gives the token back, to the bit.
     for choice in range(topk):
@@ -137,9 +101,8 @@ def test_group_then_combine_is_identity_for_unit_gates(kind: str, tokens: int, t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_padding_rows_are_zero_even_where_memory_was_poisoned(dtype: torch.dtype, which: str) -> None:
     assert bool(torch.empty(4096, 24, dtype=dtype).isnan().all()), "torch.empty must be poisoned by conftest"
-    ids, layout = layouts(route("an empty expert", 63, 2))[which]
-    used = torch.zeros(layout.num_rows, dtype=torch.bool)
-    used[layout.slot_of_row >= 0] = True
+    ids, layout = layout_of(choices("empty experts", 63, 2), which)
+    used = layout.slot_of_row >= 0
     assert int(used.sum()) == int((ids >= 0).sum()) > 0
     zeros = torch.zeros(layout.num_rows - int(used.sum()), 24, dtype=dtype)
     assert len(zeros) > 0
@@ -147,13 +110,12 @@ def test_padding_rows_are_zero_even_where_memory_was_poisoned(dtype: torch.dtype
     assert torch.equal(group_gates(torch.ones(63, 2), layout), used.float())
     leaf = torch.randn(layout.num_rows, 24).to(dtype).requires_grad_()
     combine_tokens(leaf, layout).sum().backward()
-    assert leaf.grad is not None
     assert torch.equal(leaf.grad[~used], zeros)
     assert torch.equal(leaf.grad[used], torch.ones(int(used.sum()), 24, dtype=dtype))
 
 
 def test_a_nan_in_padding_or_in_a_foreign_row_reaches_no_token() -> None:
-    ids, layout = layouts(route("random", 63, 2))["partial"]
+    ids, layout = layout_of(choices("random", 63, 2), "partial")
     lonely = int((ids[:, 0] < 0).nonzero()[0])
     rows = torch.ones(layout.num_rows, 4)
     rows[layout.slot_of_row < 0] = float("nan")
@@ -166,26 +128,26 @@ def test_a_nan_in_padding_or_in_a_foreign_row_reaches_no_token() -> None:
 def test_outputs_and_gradients_equal_dense_one_hot_products_in_fp64(
     kind: str, tokens: int, topk: int, which: str
 ) -> None:
-    _, layout = layouts(route(kind, tokens, topk))[which]
+    _, layout = layout_of(choices(kind, tokens, topk), which)
     x = torch.randn(tokens, 24, requires_grad=True)
     gates = torch.rand(tokens, topk, requires_grad=True)
     scale = torch.randn(layout.num_rows, 1)
-    y = combine_tokens(group_tokens(x, layout) * scale * group_gates(gates, layout)[:, None], layout)
-    exact_x, exact_gates = (t.detach().double().requires_grad_() for t in (x, gates))
-    rows = group_tokens_reference(exact_x, layout) * scale.double()
-    expected = combine_tokens_reference(rows * group_gates_reference(exact_gates, layout)[:, None], layout)
-    grad = torch.randn_like(y)
-    got = torch.autograd.grad(y, (x, gates), grad)
-    want = torch.autograd.grad(expected, (exact_x, exact_gates), grad.double())
-    # At most 3 products per element of y and x, 24 per gate: 24 * 2^-24 = 1.4e-6.
-    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
-    for a, b in zip(got, want, strict=True):
+
+    def ours(x: Tensor, gates: Tensor) -> Tensor:
+        return combine_tokens(group_tokens(x, layout) * scale * group_gates(gates, layout)[:, None], layout)
+
+    def reference(x: Tensor, gates: Tensor) -> Tensor:
+        rows = group_tokens_reference(x, layout) * scale.double()
+        return combine_tokens_reference(rows * group_gates_reference(gates, layout)[:, None], layout)
+
+    for a, b in beside_reference(ours, reference, x, gates):
+        # At most 3 products per element of y and x, 24 per gate: 24 * 2^-24 = 1.4e-6.
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("which", ["whole", "partial"])
 def test_gradients_in_fp64(which: str) -> None:
-    _, layout = layouts(route("random", 4, 2))[which]
+    _, layout = layout_of(choices("random", 4, 2), which)
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     rows = torch.randn(layout.num_rows, 3, dtype=torch.float64, requires_grad=True)
     gates = torch.rand(4, 2, dtype=torch.float64, requires_grad=True)
@@ -203,21 +165,19 @@ def test_bf16_rows_are_summed_in_fp32_and_rounded_once() -> None:
     assert float(combine_tokens(rows, layout)) == 1 + 2**-7
     x = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
     group_tokens(x, layout).backward(rows)
-    assert x.grad is not None
     assert float(x.grad) == 1 + 2**-7
 
 
 @pytest.mark.parametrize("which", ["whole", "partial"])
 def test_everything_repeats_to_the_bit(which: str) -> None:
-    ids = route("random", 129, 3)
+    ids = choices("random", 129, 3)
     x = torch.randn(129, 64).bfloat16().requires_grad_()
     gates = torch.rand(129, 3, requires_grad=True)
     results = []
     for _ in range(3):
-        _, layout = layouts(ids)[which]
+        _, layout = layout_of(ids, which)
         gated = group_tokens(x, layout) * group_gates(gates, layout)[:, None]
         y = combine_tokens(gated.to(x.dtype), layout)
         grads = torch.autograd.grad(y.float().square().sum(), (x, gates))
         results.append(torch.cat([t.float().flatten() for t in (y, *grads)]))
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    assert all(torch.equal(results[0], again) for again in results[1:])

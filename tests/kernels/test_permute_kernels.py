@@ -12,40 +12,12 @@ from torch import Tensor
 
 from kernels import permute
 from kernels.gpu import permute as gpu
-from kernels.permute import Grouping, combine_tokens, group_gates, group_tokens, grouping, partial_grouping
+from kernels.permute import combine_tokens, group_gates, group_tokens, grouping
+from tests.kernels.expert_layouts import EXPERTS, KINDS, LOCAL, choices, here, layout_of, padded_rows
 from tests.kernels.gemm_inputs import assert_same_bits
 
 BF16, FP32 = torch.bfloat16, torch.float32
-EXPERTS, LOCAL = 8, 3
 TOKENS = (0, 1, 63, 128, 129, 4097)
-KINDS = ("random", "empty experts", "all to one")
-
-
-def choices(kind: str, tokens: int, topk: int) -> Tensor:
-    """Ids [tokens, topk], distinct within a token."""
-    if kind == "random":
-        return torch.rand(tokens, EXPERTS).argsort(-1)[:, :topk].contiguous()
-    if kind == "empty experts":
-        # The first, the last and two between are never chosen.
-        return torch.tensor([1, 2, 4, 6])[torch.rand(tokens, 4).argsort(-1)[:, :topk]]
-    assert kind == "all to one"
-    return torch.arange(5, 5 - topk, -1).expand(tokens, topk).contiguous()
-
-
-def here(ids: Tensor) -> Tensor:
-    """The view of a process that holds experts 1 to 3: local ids, int32, -1 for the others."""
-    return torch.where((ids >= 1) & (ids <= LOCAL), ids - 1, -1).int()
-
-
-def padded_rows(ids: Tensor, experts: int) -> int:
-    return sum((int((ids == expert).sum()) + 127) // 128 * 128 for expert in range(experts))
-
-
-def layout_of(kind: str, tokens: int, topk: int, which: str) -> Grouping:
-    ids = choices(kind, tokens, topk)
-    if which == "whole":
-        return grouping(ids, EXPERTS)
-    return partial_grouping(here(ids), LOCAL, num_rows=padded_rows(here(ids), LOCAL))
 
 
 def assert_same_layout(ids: Tensor, experts: int, num_rows: int) -> None:
@@ -93,7 +65,7 @@ WIDTHS = [(63, 1100), (129, 24), (4097, 16)]
 def test_copies_and_sums_are_those_of_the_reference_and_of_each_others_gradients(
     tokens: int, hidden: int, dtype: torch.dtype, which: str
 ) -> None:
-    layout = layout_of("random", tokens, 3, which)
+    _, layout = layout_of(choices("random", tokens, 3), which)
     x = torch.randn(tokens, hidden).to(dtype).requires_grad_()
     # Padding rows are poisoned: no token may read one.
     rows = torch.randn(layout.num_rows, hidden).to(dtype)
@@ -114,7 +86,7 @@ def test_copies_and_sums_are_those_of_the_reference_and_of_each_others_gradients
 @pytest.mark.parametrize("which", ["whole", "partial"])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_gates_travel_to_rows_and_their_gradients_back(tokens: int, which: str) -> None:
-    layout = layout_of("random", tokens, 3, which)
+    _, layout = layout_of(choices("random", tokens, 3), which)
     gates, grad = torch.rand(tokens, 3, requires_grad=True), torch.randn(layout.num_rows)
     by_row = group_gates(gates, layout)
     assert_same_bits(gpu.copy_tokens(gates.detach().flatten(), layout.slot_of_row, 1), by_row.detach())
@@ -124,13 +96,13 @@ def test_gates_travel_to_rows_and_their_gradients_back(tokens: int, which: str) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_without_rows_sums_to_zero_and_foreign_rows_stay_foreign(kind: str) -> None:
-    layout = layout_of(kind, 63, 2, "partial")
+    _, layout = layout_of(choices(kind, 63, 2), "partial")
     lonely = (layout.rows_of_token == layout.num_rows).all(-1)
     rows = torch.full((layout.num_rows, 24), float("nan"))
     summed = gpu.sum_rows(rows, layout.rows_of_token, True, FP32)
     assert torch.equal(summed[lonely], torch.zeros(int(lonely.sum()), 24))
     assert bool(summed[~lonely].isnan().all())
-    assert int(lonely.sum()) > 0 or kind == "all to one"
+    assert int(lonely.sum()) > 0 or kind == "all to the same"
 
 
 @pytest.mark.parametrize(("dtype", "out_dtype"), [(BF16, FP32), (FP32, BF16)])

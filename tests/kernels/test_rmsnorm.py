@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from torch.func import functional_call
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
 from kernels.rmsnorm import rmsnorm, rmsnorm_reference
+from tests.kernels.gemm_inputs import beside_reference, kept_for_backward, relative_error
 
 EPS = 1e-6
 
@@ -15,20 +19,15 @@ EPS = 1e-6
 @pytest.mark.parametrize("dim", [96, 576])
 def test_fp32_output_and_gradients_are_those_of_transformers(rows: int, dim: int) -> None:
     norm = DeepseekV3RMSNorm(dim, eps=EPS)
-    with torch.no_grad():
-        norm.weight.normal_()
-    theirs = torch.randn(2, rows, dim, requires_grad=True)
-    x = theirs.detach().clone().requires_grad_()
-    weight = norm.weight.detach().clone().requires_grad_()
-    expected, y = norm(theirs), rmsnorm(x, weight, EPS)
-    grad = torch.randn_like(y)
-    expected.backward(grad)
-    y.backward(grad)
+    x, weight = torch.randn(2, rows, dim, requires_grad=True), torch.randn(dim, requires_grad=True)
+    output, of_x, of_weight = beside_reference(
+        partial(rmsnorm, eps=EPS), lambda x, w: functional_call(norm, {"weight": w}, x), x, weight, dtype=torch.float32
+    )
     # A mean of `dim` squares and a few products, 2^-24 each: 1e-6 relative to values up to about 5.
-    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(x.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*output, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(*of_x, rtol=1e-5, atol=1e-5)
     # A sum over up to 258 rows of products of size 1-10: 258 * 2^-24 * 10 = 1.5e-4 at worst, 1e-5 typical.
-    torch.testing.assert_close(weight.grad, norm.weight.grad, rtol=1e-5, atol=5e-5)
+    torch.testing.assert_close(*of_weight, rtol=1e-5, atol=5e-5)
 
 
 def test_bf16_output_is_bit_equal_to_transformers_and_gradients_are_within_a_rounding() -> None:
@@ -37,20 +36,13 @@ def test_bf16_output_is_bit_equal_to_transformers_and_gradients_are_within_a_rou
         norm.weight.normal_()
     x = torch.randn(129, 256).bfloat16().requires_grad_()
     weight = norm.weight.detach().clone().requires_grad_()
-    y = rmsnorm(x, weight, EPS)
     # The rounding order is Hugging Face's, so nothing may differ.
-    assert torch.equal(y, norm(x))
-    grad = torch.randn_like(y)
-    y.backward(grad)
-    exact_x = x.detach().double().requires_grad_()
-    exact_weight = weight.detach().double().requires_grad_()
-    rmsnorm_reference(exact_x, exact_weight, EPS).backward(grad.double())
-    for got, want in ((x.grad, exact_x.grad), (weight.grad, exact_weight.grad)):
-        assert got is not None
-        assert want is not None
+    assert torch.equal(rmsnorm(x, weight, EPS), norm(x))
+    _, *gradients = beside_reference(partial(rmsnorm, eps=EPS), partial(rmsnorm_reference, eps=EPS), x, weight)
+    for got, want in gradients:
         assert got.dtype == torch.bfloat16
         # fp32 inside and one rounding to bf16, 2^-8 relative at most.
-        assert float((got.double() - want).norm() / want.norm()) < 2**-8
+        assert relative_error(got, want) < 2**-8
 
 
 def test_gradients_in_fp64() -> None:
@@ -64,19 +56,11 @@ def test_a_zero_row_gives_zero_and_a_finite_gradient() -> None:
     y = rmsnorm(x, torch.ones(8), EPS)
     y.backward(torch.ones(1, 8))
     assert torch.equal(y, torch.zeros(1, 8))
-    assert x.grad is not None
     # 1/sqrt(eps) = 1000 exactly enough: one fp32 root and division.
     torch.testing.assert_close(x.grad, torch.full((1, 8), 1000.0), rtol=1e-5, atol=0)
 
 
 def test_only_x_the_gain_and_one_number_per_row_are_kept_for_backward() -> None:
-    kept: list[torch.Size] = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor.shape)
-        return tensor
-
-    x = torch.randn(129, 64, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        rmsnorm(x, torch.ones(64, requires_grad=True), EPS)
-    assert sorted(map(tuple, kept)) == [(64,), (129, 1), (129, 64)]
+    x, weight = torch.randn(129, 64, requires_grad=True), torch.ones(64, requires_grad=True)
+    kept = kept_for_backward(lambda: rmsnorm(x, weight, EPS))
+    assert sorted(tuple(tensor.shape) for tensor in kept) == [(64,), (129, 1), (129, 64)]

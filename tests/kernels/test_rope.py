@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -19,18 +20,8 @@ V3_YARN = YarnScaling(40.0, 4096, 32.0, 1.0, 1.0, 1.0)
 
 
 def transformers_config(dim: int, theta: float, yarn: YarnScaling | None) -> DeepseekV3Config:
-    parameters: dict[str, float | int | str] = {"rope_type": "default", "rope_theta": theta}
-    if yarn is not None:
-        parameters = {
-            "rope_type": "yarn",
-            "rope_theta": theta,
-            "factor": yarn.factor,
-            "original_max_position_embeddings": yarn.original_max_position_embeddings,
-            "beta_fast": yarn.beta_fast,
-            "beta_slow": yarn.beta_slow,
-            "mscale": yarn.mscale,
-            "mscale_all_dim": yarn.mscale_all_dim,
-        }
+    parameters = {"rope_type": "default"} if yarn is None else {"rope_type": "yarn", **asdict(yarn)}
+    parameters["rope_theta"] = theta
     return DeepseekV3Config(qk_rope_head_dim=dim, max_position_embeddings=8192, rope_parameters=parameters)
 
 

@@ -47,8 +47,7 @@ def test_excluded_groups_are_masked_by_minus_infinity_not_zero() -> None:
 
 
 def test_bias_changes_the_choice_never_the_gates() -> None:
-    scores = torch.rand(129, 16)
-    bias = 3 * torch.randn(16)
+    scores, bias = torch.rand(129, 16), 3 * torch.randn(16)
     plain = select_experts(scores, torch.zeros(16), n_group=4, topk_group=2, topk=3)
     biased = select_experts(scores, bias, n_group=4, topk_group=2, topk=3)
     assert not torch.equal(plain.sort(-1).values, biased.sort(-1).values)
@@ -180,10 +179,9 @@ def test_gradient_of_route_in_fp64(normalize: bool) -> None:
 @pytest.mark.parametrize("tokens", [0, 1, 63, 129])
 def test_counts_are_those_of_a_loop(tokens: int) -> None:
     ids = torch.rand(tokens, 8)[:, :7].argsort(-1)[:, :2]
-    expected = [sum(i in row for row in ids.tolist()) for i in range(8)]
     counts = expert_counts(ids, 8)
     assert counts.dtype == torch.int64
-    assert counts.tolist() == expected
+    assert counts.tolist() == [sum(i in row for row in ids.tolist()) for i in range(8)]
     # Expert 7 is never among the seven columns sorted above.
     assert counts[7] == 0
 
@@ -232,6 +230,5 @@ def test_gradients_repeat_to_the_bit() -> None:
     grads = []
     for _ in range(3):
         gates = gate_weights(scores.flatten(0, 1), ids, scale=2.5, normalize=True)
-        grads.append(torch.autograd.grad(gates.square().sum() + sequence_balance(scores, 4), scores)[0])
-    assert torch.equal(grads[0], grads[1])
-    assert torch.equal(grads[0], grads[2])
+        grads += torch.autograd.grad(gates.square().sum() + sequence_balance(scores, 4), scores)
+    assert all(torch.equal(grads[0], again) for again in grads[1:])

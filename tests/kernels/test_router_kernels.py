@@ -33,8 +33,9 @@ class Size(NamedTuple):
         return self.n_group * self.group_size
 
     @property
-    def how(self) -> dict[str, int]:
-        return {"n_group": self.n_group, "topk_group": self.topk_group, "topk": self.topk}
+    def how(self) -> tuple[int, int, int, float]:
+        """The routing's arguments behind the bias, `normalize` aside."""
+        return self.n_group, self.topk_group, self.topk, 2.5
 
 
 SIZES = [
@@ -68,11 +69,11 @@ def spread(size: Size) -> tuple[Tensor, Tensor]:
 
 
 def routed(logits: Tensor, bias: Tensor, size: Size, *, normalize: bool = True) -> tuple[Tensor, ...]:
-    return gpu.route(logits, bias, size.n_group, size.topk_group, size.topk, 2.5, normalize)
+    return gpu.route(logits, bias, *size.how, normalize)
 
 
 def reference(logits: Tensor, bias: Tensor, size: Size, *, normalize: bool = True) -> tuple[Tensor, ...]:
-    return router.route_reference(logits, bias, size.n_group, size.topk_group, size.topk, 2.5, normalize)
+    return router.route_reference(logits, bias, *size.how, normalize)
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MLP
 
 from kernels.swiglu import gated_swiglu, gated_swiglu_reference, swiglu, swiglu_reference
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.double() - expected).detach().norm() / expected.detach().norm())
+from tests.kernels.gemm_inputs import beside_reference, kept_for_backward, relative_error
 
 
 @pytest.mark.parametrize("rows", [1, 63, 129])
@@ -19,59 +18,43 @@ def test_fp32_output_and_gradient_are_those_of_transformers_mlp(rows: int) -> No
     mlp = DeepseekV3MLP(DeepseekV3Config(hidden_size=48, intermediate_size=96))
     # With an identity for down_proj the MLP returns the activation itself.
     mlp.down_proj = torch.nn.Identity()
+    gate_up = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
     x = torch.randn(rows, 48, requires_grad=True)
-    ours = x.detach().clone().requires_grad_()
-    expected = mlp(x)
-    y = swiglu(ours @ torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)).T)
-    grad = torch.randn_like(y)
-    expected.backward(grad)
-    y.backward(grad)
-    # GEMMs over 48 and 192 terms in another order: about 200 * 2^-24 = 1.2e-5 at worst.
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours.grad, x.grad, rtol=1e-5, atol=1e-6)
+    for found, expected in beside_reference(lambda x: swiglu(x @ gate_up.T), mlp, x, dtype=torch.float32):
+        # GEMMs over 48 and 192 terms in another order: about 200 * 2^-24 = 1.2e-5 at worst.
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 63, 129])
 def test_bf16_stays_within_its_roundings_of_fp64(rows: int) -> None:
     gate_up = torch.randn(rows, 192).bfloat16().requires_grad_()
-    y = swiglu(gate_up)
-    grad = torch.randn_like(y)
-    y.backward(grad)
-    exact = gate_up.detach().double().requires_grad_()
-    expected = swiglu_reference(exact)
-    expected.backward(grad.double())
-    assert gate_up.grad is not None
-    assert exact.grad is not None
-    # Two bf16 roundings (silu or product, then result), each at most 2^-8: 2^-7.
-    assert relative_error(y, expected) < 2**-7
-    assert relative_error(gate_up.grad, exact.grad) < 2**-7
+    for found, exact in beside_reference(swiglu, swiglu_reference, gate_up):
+        # Two bf16 roundings (silu or product, then result), each at most 2^-8: 2^-7.
+        assert relative_error(found, exact) < 2**-7
 
 
-def test_gradient_in_fp64() -> None:
-    gate_up = torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(swiglu, gate_up)
+# Each with the shape of its inputs behind the rows.
+BOTH = pytest.mark.parametrize(
+    ("activation", "shapes"), [(swiglu, [(64,)]), (gated_swiglu, [(64,), ()])], ids=["plain", "gated"]
+)
 
 
-def test_zero_rows_stay_zero_both_ways() -> None:
-    gate_up = torch.zeros(128, 64, requires_grad=True)
-    y = swiglu(gate_up)
+@BOTH
+def test_gradients_in_fp64(activation: Callable[..., torch.Tensor], shapes: list[tuple[int, ...]]) -> None:
+    inputs = tuple(torch.randn(3, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    assert torch.autograd.gradcheck(activation, inputs)
+
+
+@BOTH
+def test_zero_rows_stay_zero_both_ways_and_only_inputs_are_kept(
+    activation: Callable[..., torch.Tensor], shapes: list[tuple[int, ...]]
+) -> None:
+    inputs = [torch.zeros(128, *shape, requires_grad=True) for shape in shapes]
+    assert [tuple(kept.shape) for kept in kept_for_backward(lambda: activation(*inputs))] == [(128, *s) for s in shapes]
+    y = activation(*inputs)
     y.backward(torch.zeros_like(y))
     assert torch.equal(y, torch.zeros(128, 32))
-    assert gate_up.grad is not None
-    assert torch.equal(gate_up.grad, torch.zeros(128, 64))
-
-
-def test_only_the_input_is_kept_for_backward() -> None:
-    kept: list[tuple[int, ...]] = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tuple(tensor.shape))
-        return tensor
-
-    gate_up = torch.randn(7, 64, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        swiglu(gate_up)
-    assert kept == [(7, 64)]
+    assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in inputs)
 
 
 @pytest.mark.parametrize("rows", [1, 63, 129])
@@ -96,45 +79,10 @@ def test_a_gate_before_down_proj_equals_a_gate_after_it(rows: int) -> None:
 def test_gated_bf16_is_rounded_once_and_its_gates_have_fp32_gradients(rows: int) -> None:
     gate_up = torch.randn(rows, 192).bfloat16().requires_grad_()
     gates = torch.rand(rows, requires_grad=True)
-    y = gated_swiglu(gate_up, gates)
-    grad = torch.randn_like(y)
-    y.backward(grad)
-    exact, exact_gates = gate_up.detach().double().requires_grad_(), gates.detach().double().requires_grad_()
-    expected = gated_swiglu_reference(exact, exact_gates)
-    expected.backward(grad.double())
-    assert gate_up.grad is not None
-    assert gates.grad is not None
-    assert exact.grad is not None
-    assert exact_gates.grad is not None
+    *rounded, (of_gates, exact_of_gates) = beside_reference(gated_swiglu, gated_swiglu_reference, gate_up, gates)
     # One bf16 rounding: at most 2^-8 of each element. (Two of them would exceed it somewhere.)
-    for a, b in ((y, expected.detach()), (gate_up.grad, exact.grad)):
-        assert bool(((a.double() - b).abs() <= 1.001 * 2**-8 * b.abs() + 1e-30).all())
-    assert gates.grad.dtype == torch.float32
+    for found, exact in rounded:
+        assert bool(((found.double() - exact).abs() <= 1.001 * 2**-8 * exact.abs() + 1e-30).all())
+    assert of_gates.dtype == torch.float32
     # 96 products and their sum in FP32: sqrt(96) * 2^-24 = 6e-7; the sum may cancel, hence the norm over all rows.
-    assert relative_error(gates.grad, exact_gates.grad) < 5e-6
-
-
-def test_gated_gradients_in_fp64() -> None:
-    gate_up = torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
-    gates = torch.rand(3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(gated_swiglu, (gate_up, gates))
-
-
-def test_gated_zero_rows_stay_zero_both_ways_and_only_inputs_are_kept() -> None:
-    kept: list[tuple[int, ...]] = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tuple(tensor.shape))
-        return tensor
-
-    gate_up = torch.zeros(128, 64, requires_grad=True)
-    gates = torch.zeros(128, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = gated_swiglu(gate_up, gates)
-    assert kept == [(128, 64), (128,)]
-    y.backward(torch.zeros_like(y))
-    assert torch.equal(y, torch.zeros(128, 32))
-    assert gate_up.grad is not None
-    assert gates.grad is not None
-    assert torch.equal(gate_up.grad, torch.zeros(128, 64))
-    assert torch.equal(gates.grad, torch.zeros(128))
+    assert relative_error(of_gates, exact_of_gates) < 5e-6

@@ -21,7 +21,7 @@ from kernels.gpu import quantize as gpu_quantize
 from kernels.gpu import swiglu as gpu
 from tests.kernels.gemm_inputs import assert_same_bits
 
-BF16, FP32, E4M3 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
+BF16, FP32 = torch.bfloat16, torch.float32
 SHAPES = [(1, 256), (63, 192), (128, 256), (129, 192), (129, 256), (4097, 128)]
 # Of the elements of a BF16 activation: what the docstring derives, for plain SwiGLU twice, which rounds twice.
 MOVED_SHARE = 2 * 1.2e-4
@@ -41,7 +41,9 @@ def few_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(gpu_quantize, "TILES", 1)
 
 
-def example(rows: int, inter: int, *, dtype: torch.dtype = BF16) -> tuple[Tensor, Tensor, Tensor]:
+def example(
+    rows: int, inter: int, *, gated: bool = True, dtype: torch.dtype = BF16
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """gate_up with rows of different size, one of zeros and one past the exponential's range; gates; a gradient."""
     gate_up = torch.randn(rows, 2 * inter) * torch.randn(rows, 1).exp()
     if rows > 2:
@@ -49,19 +51,23 @@ def example(rows: int, inter: int, *, dtype: torch.dtype = BF16) -> tuple[Tensor
         gate_up[2, :5] = torch.tensor([-1e4, -100.0, -87.0, 100.0, 1e4])
     gates = torch.rand(rows)
     gates[rows // 2 :: 3] = 0
-    return gate_up.to(dtype), gates, torch.randn(rows, inter).to(dtype)
+    return gate_up.to(dtype), gates if gated else None, torch.randn(rows, inter).to(dtype)
 
 
-def activation(module: object, gate_up: Tensor, gates: Tensor | None) -> Tensor:
-    """SwiGLU by the launchers of `gpu`, or by the references."""
-    end = "" if module is gpu else "_reference"
-    h: Tensor
-    h = (
-        getattr(module, f"swiglu{end}")(gate_up)
-        if gates is None
-        else getattr(module, f"gated_swiglu{end}")(gate_up, gates)
-    )
-    return h
+def activation(gate_up: Tensor, gates: Tensor | None) -> Tensor:
+    return gpu.swiglu(gate_up) if gates is None else gpu.gated_swiglu(gate_up, gates)
+
+
+def backward(gate_up: Tensor, gates: Tensor | None, dh: Tensor) -> tuple[Tensor, ...]:
+    """The gradient of gate_up, and of the gates where there are any."""
+    return (gpu.swiglu_backward(gate_up, dh),) if gates is None else gpu.gated_swiglu_backward(gate_up, gates, dh)
+
+
+def backward_kept(payload: Tensor, scale: Tensor, gates: Tensor | None, dh: Tensor) -> tuple[Tensor, ...]:
+    """The same at an input that is kept in FP8."""
+    if gates is None:
+        return (gpu.swiglu_backward_kept(payload, scale, dh),)
+    return gpu.gated_swiglu_backward_kept(payload, scale, gates, dh)
 
 
 @gated
@@ -70,9 +76,9 @@ def test_an_activation_is_the_references_but_for_the_last_place_of_the_exponenti
     rows: int, inter: int, gated: bool
 ) -> None:
     dtype = FP32 if rows == 63 else BF16
-    gate_up, gates, _ = example(rows, inter, dtype=dtype)
-    chosen = gates if gated else None
-    h, expected = activation(gpu, gate_up, chosen), activation(swiglu, gate_up, chosen)
+    gate_up, gates, _ = example(rows, inter, gated=gated, dtype=dtype)
+    h = activation(gate_up, gates)
+    expected = swiglu.swiglu_reference(gate_up) if gates is None else swiglu.gated_swiglu_reference(gate_up, gates)
     assert (h.shape, h.dtype) == (expected.shape, dtype)
     # FP32: exp within two units, the sum, the quotient and two products; BF16: one place of 2^-7, for each rounding.
     step = 2**-20 if dtype == FP32 else 2**-7
@@ -87,12 +93,10 @@ def test_an_activation_is_the_references_but_for_the_last_place_of_the_exponenti
 def test_one_read_of_the_input_gives_what_separate_kernels_give(
     rows: int, inter: int, gated: bool, power_of_two: bool
 ) -> None:
-    gate_up, gates, _ = example(rows, inter, dtype=FP32 if rows == 128 else BF16)
-    chosen = gates if gated else None
-    found = gpu.swiglu_quantize(gate_up, chosen, power_of_two)
+    gate_up, gates, _ = example(rows, inter, gated=gated, dtype=FP32 if rows == 128 else BF16)
+    found = gpu.swiglu_quantize(gate_up, gates, power_of_two)
     assert_same_bits(found[:2], quantize.quantize_tiles_reference(gate_up, power_of_two))
-    h = activation(gpu, gate_up, chosen)
-    assert_same_bits(found[2:], quantize.quantize_tiles_reference(h, power_of_two))
+    assert_same_bits(found[2:], quantize.quantize_tiles_reference(activation(gate_up, gates), power_of_two))
 
 
 @gated
@@ -101,31 +105,24 @@ def test_one_read_of_the_input_gives_what_separate_kernels_give(
 def test_the_operand_of_wgrad_is_what_separate_kernels_give(
     rows: int, inter: int, gated: bool, power_of_two: bool
 ) -> None:
-    gate_up, gates, _ = example(rows, inter)
-    chosen, dtype = gates if gated else None, FP32 if rows == 128 else BF16
+    gate_up, gates, _ = example(rows, inter, gated=gated)
+    dtype = FP32 if rows == 128 else BF16
     kept = quantize.quantize_tiles_reference(gate_up, power_of_two)
-    found = gpu.swiglu_quantize_transposed(*kept, chosen, dtype, power_of_two)
-    h = activation(gpu, quantize.dequantize_tiles_reference(*kept, dtype), chosen)
+    found = gpu.swiglu_quantize_transposed(*kept, gates, dtype, power_of_two)
+    h = activation(quantize.dequantize_tiles_reference(*kept, dtype), gates)
     assert_same_bits(found, quantize.quantize_tiles_transposed_reference(h, power_of_two))
 
 
 @gated
 @scales
 def test_quantised_activations_are_within_one_step_of_the_references(gated: bool, power_of_two: bool) -> None:
-    gate_up, gates, _ = example(129, 256)
-    chosen = gates if gated else None
-    kept = quantize.quantize_tiles_reference(gate_up, power_of_two)
-    pairs = (
-        (
-            gpu.swiglu_quantize(gate_up, chosen, power_of_two)[2:],
-            swiglu.swiglu_quantize_reference(gate_up, chosen, power_of_two)[2:],
-        ),
-        (
-            gpu.swiglu_quantize_transposed(*kept, chosen, BF16, power_of_two),
-            swiglu.swiglu_quantize_transposed_reference(*kept, chosen, BF16, power_of_two),
-        ),
-    )
-    for found, wanted in pairs:
+    gate_up, gates, _ = example(129, 256, gated=gated)
+    by_row = gate_up, gates, power_of_two
+    by_column = *quantize.quantize_tiles_reference(gate_up, power_of_two), gates, BF16, power_of_two
+    for found, wanted in (
+        (gpu.swiglu_quantize(*by_row)[2:], swiglu.swiglu_quantize_reference(*by_row)[2:]),
+        (gpu.swiglu_quantize_transposed(*by_column), swiglu.swiglu_quantize_transposed_reference(*by_column)),
+    ):
         values = quantize.dequantize_tiles_reference(*found, FP32)
         expected = quantize.dequantize_tiles_reference(*wanted, FP32)
         largest = wanted[1].repeat_interleave(128, 0)[: expected.shape[1]].t()
@@ -135,9 +132,7 @@ def test_quantised_activations_are_within_one_step_of_the_references(gated: bool
         assert moved <= max(2, MOVED_SHARE * values.numel()) + 128 * int((found[1] != wanted[1]).sum())
 
 
-def assert_gradients_near_fp64(
-    found: tuple[Tensor, ...], gate_up: Tensor, gates: Tensor | None, dh: Tensor, *, roundings: int
-) -> None:
+def assert_gradients_near_fp64(found: tuple[Tensor, ...], gate_up: Tensor, gates: Tensor | None, dh: Tensor) -> None:
     """Each gradient within its roundings of the exact one, and FP32 arithmetic of its largest intermediate."""
     exact = gate_up.double().requires_grad_()
     exact_gates = torch.ones(len(dh), dtype=torch.float64) if gates is None else gates.double()
@@ -150,11 +145,10 @@ def assert_gradients_near_fp64(
     # silu' = s + x s (1 - s): its FP32 error is that of its terms, a few 2^-24 of 1 + |x|, whatever they cancel to; the
     # exponent's own rounding adds |x| 2^-24 to them. So is silu's.
     slack = 2**-20 * torch.cat((scaled * up.abs(), scaled), -1) * (1 + gate.abs().repeat(1, 2))
-    unit = 2**-8 if dh.dtype == BF16 else 2**-24
+    # Plain SwiGLU rounds a product to the dtype on the way, the gated one its result alone.
+    rounding = (2 if gates is None else 1) * (2**-8 if dh.dtype == BF16 else 2**-24)
     assert found[0].dtype == dh.dtype
-    assert bool(
-        ((found[0].double() - expected).abs() <= 1.01 * roundings * unit * expected.abs() + slack + 1e-38).all()
-    )
+    assert bool(((found[0].double() - expected).abs() <= 1.01 * rounding * expected.abs() + slack + 1e-38).all())
     if gates is not None:
         terms = (wide * torch.nn.functional.silu(gate) * up).abs()
         # inter / 128 terms are added one after the other, then 128 sums in pairs; a term has some 16 errors of 2^-24 of
@@ -168,24 +162,18 @@ def assert_gradients_near_fp64(
 @gated
 @sizes
 def test_gradients_are_within_their_roundings_of_fp64(rows: int, inter: int, gated: bool) -> None:
-    gate_up, gates, dh = example(rows, inter, dtype=FP32 if rows == 63 else BF16)
-    if gated:
-        found = gpu.gated_swiglu_backward(gate_up, gates, dh)
-        assert_gradients_near_fp64(found, gate_up, gates, dh, roundings=1)
-    else:
-        found = (gpu.swiglu_backward(gate_up, dh),)
-        assert_gradients_near_fp64(found, gate_up, None, dh, roundings=2)
+    inputs = example(rows, inter, gated=gated, dtype=FP32 if rows == 63 else BF16)
+    assert_gradients_near_fp64(backward(*inputs), *inputs)
 
 
 @gated
 def test_gradients_are_rounded_where_the_references_are(gated: bool) -> None:
-    gate_up, gates, dh = example(129, 256)
-    if gated:
-        found, expected = (
-            side(gate_up, gates, dh)[0] for side in (gpu.gated_swiglu_backward, swiglu.gated_swiglu_backward_reference)
-        )
+    gate_up, gates, dh = example(129, 256, gated=gated)
+    found = backward(gate_up, gates, dh)[0]
+    if gates is None:
+        expected = swiglu.swiglu_backward_reference(gate_up, dh)
     else:
-        found, expected = (side(gate_up, dh) for side in (gpu.swiglu_backward, swiglu.swiglu_backward_reference))
+        expected, _ = swiglu.gated_swiglu_backward_reference(gate_up, gates, dh)
     # Twice the share of an activation, for silu' has twice the terms; another rounding would move a quarter of them.
     assert int((found != expected).sum()) <= 2 * MOVED_SHARE * found.numel()
 
@@ -193,34 +181,27 @@ def test_gradients_are_rounded_where_the_references_are(gated: bool) -> None:
 @gated
 @sizes
 def test_gradients_at_the_kept_input_are_those_at_its_values(rows: int, inter: int, gated: bool) -> None:
-    gate_up, gates, dh = example(rows, inter, dtype=FP32 if rows == 128 else BF16)
+    gate_up, gates, dh = example(rows, inter, gated=gated, dtype=FP32 if rows == 128 else BF16)
     kept = quantize.quantize_tiles_reference(gate_up, rows % 2 == 1)
     values = quantize.dequantize_tiles_reference(*kept, dh.dtype)
-    if gated:
-        found = gpu.gated_swiglu_backward_kept(*kept, gates, dh)
-        assert_same_bits(found, gpu.gated_swiglu_backward(values, gates, dh))
-        assert_gradients_near_fp64(found, values, gates, dh, roundings=1)
-    else:
-        found = (gpu.swiglu_backward_kept(*kept, dh),)
-        assert_same_bits(found, (gpu.swiglu_backward(values, dh),))
-        assert_gradients_near_fp64(found, values, None, dh, roundings=2)
+    found = backward_kept(*kept, gates, dh)
+    assert_same_bits(found, backward(values, gates, dh))
+    assert_gradients_near_fp64(found, values, gates, dh)
 
 
 def test_the_gradient_of_a_gate_does_not_depend_on_the_rows_beside_it() -> None:
-    gate_up, gates, dh = example(40, 384)
-    _, whole = gpu.gated_swiglu_backward(gate_up, gates, dh)
-    _, part = gpu.gated_swiglu_backward(gate_up[7:], gates[7:], dh[7:])
-    assert_same_bits((part,), (whole[7:],))
+    inputs = example(40, 384)
+    _, whole = gpu.gated_swiglu_backward(*inputs)
+    _, part = gpu.gated_swiglu_backward(*(each[7:] for each in inputs))
+    assert_same_bits(part, whole[7:])
 
 
 def test_a_plain_activation_takes_leading_dims_and_strides() -> None:
     gate_up, _, dh = example(30, 96)
     h, grad = gpu.swiglu(gate_up), gpu.swiglu_backward(gate_up, dh)
-    assert_same_bits((gpu.swiglu(gate_up.view(2, 15, 192)),), (h.view(2, 15, 96),))
-    assert_same_bits(
-        (gpu.swiglu_backward(gate_up.t().contiguous().t().unflatten(0, (2, 15)), dh.view(2, 15, 96)),),
-        (grad.view(2, 15, 192),),
-    )
+    assert_same_bits(gpu.swiglu(gate_up.view(2, 15, 192)), h.view(2, 15, 96))
+    strided = gate_up.t().contiguous().t().unflatten(0, (2, 15))
+    assert_same_bits(gpu.swiglu_backward(strided, dh.view(2, 15, 96)), grad.view(2, 15, 192))
 
 
 @gated
@@ -243,12 +224,7 @@ def test_a_bad_number_makes_its_tiles_bad_and_no_others(bad: float, power_of_two
     assert bool(h_t[:128, :128].isnan().all())
     assert int(h_t.isnan().sum()) == 128 * 128
     # The tile held ups: of them d_gate is made, d_up is not.
-    dh = torch.ones(130, 256, dtype=BF16)
-    grad = (
-        gpu.swiglu_backward_kept(kept, kept_scale, dh)
-        if gates is None
-        else gpu.gated_swiglu_backward_kept(kept, kept_scale, gates, dh)[0]
-    )
+    grad = backward_kept(kept, kept_scale, gates, torch.ones(130, 256, dtype=BF16))[0]
     assert bool(grad[3, :128].isnan().all())
     assert int(grad.isnan().sum()) == 128
 

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tests.kernels.gemm_inputs import assert_same_values
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
@@ -38,19 +40,10 @@ def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
     return y
 
 
-def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    """Equal bit by bit; NaN equals NaN whatever its payload."""
-    assert actual.dtype == expected.dtype
-    wide_actual, wide_expected = actual.double(), expected.double()
-    both_nan = wide_actual.isnan() & wide_expected.isnan()
-    same = (wide_actual == wide_expected) & (wide_actual.signbit() == wide_expected.signbit())
-    assert bool((same | both_nan).all())
-
-
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 def test_every_fp8_code_decodes(dtype: torch.dtype) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(dtype)
-    assert_same_bits(converted(codes, torch.float32), codes.float())
+    assert_same_values(converted(codes, torch.float32), codes.float())
 
 
 def test_fp32_rounds_to_e4m3_as_torch_does() -> None:
@@ -59,20 +52,20 @@ def test_fp32_rounds_to_e4m3_as_torch_does() -> None:
     near = torch.cat([middles, middles.nextafter(values[1:]), middles.nextafter(values[:-1])])
     x = torch.cat([values, near, torch.randn(20_000) * 100, torch.tensor([1e9, float("inf")])])
     x = torch.cat([x, -x, torch.tensor([float("nan")])])
-    assert_same_bits(converted(x, E4M3), x.clamp(-448, 448).to(E4M3))
+    assert_same_values(converted(x, E4M3), x.clamp(-448, 448).to(E4M3))
 
 
 def test_fp32_rounds_to_bf16_as_torch_does() -> None:
     x = torch.cat([torch.randn(20_000).exp(), 1 + torch.arange(512) * 2.0**-9, torch.tensor([3e38, float("inf")])])
     x = torch.cat([x, -x, torch.tensor([float("nan")])])
-    assert_same_bits(converted(x, torch.bfloat16), x.bfloat16())
+    assert_same_values(converted(x, torch.bfloat16), x.bfloat16())
 
 
 def test_bf16_arithmetic_rounds_each_operation() -> None:
     a, b = torch.randn(2, 1024).bfloat16()
     y = torch.empty(1024, dtype=torch.bfloat16)
     _multiply_add_kernel[(1,)](a, b, y, 1024)
-    assert_same_bits(y, a * b + a)
+    assert_same_values(y, a * b + a)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, E4M3, E5M2])

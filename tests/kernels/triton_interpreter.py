@@ -36,7 +36,6 @@ LARGEST = {tl.float8e4nv: 448.0, tl.float8e5: 57344.0}
 SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
-_plain_convert = interpreter._convert_float
 _plain_binary = interpreter.InterpreterBuilder.binary_op
 _plain_launch = interpreter.GridExecutor.__call__
 
@@ -54,8 +53,6 @@ def _as_fp32(handle: Any) -> np.ndarray:
 
 def _convert(data: np.ndarray, source: tl.dtype, target: tl.dtype, rounding_mode: Any) -> np.ndarray:
     """Between float types as a GPU does it: nearest even, FP8 saturating, NaN kept."""
-    if source not in TORCH_TYPES or target not in TORCH_TYPES:
-        return _plain_convert(data, source, target, rounding_mode)
     values = _as_torch(data, source)
     if target in LARGEST:
         values = values.float().clamp(-LARGEST[target], LARGEST[target])

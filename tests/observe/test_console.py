@@ -7,22 +7,17 @@ import io
 from rich.console import Console
 
 from train.observe.console import ConsoleSink
-from train.observe.metrics import Record
-
-
-def record(step: int) -> Record:
-    """100 tokens and 0.5 s a step."""
-    place = {"step": step, "tokens_seen": 100 * step, "time_unix_s": 1000.0 + 0.5 * step}
-    losses = {"loss/main": 3.2144, "loss/mtp": 3.8756}
-    return place | losses | {"speed/tokens_per_s": 12345.6, "moe/max_violation_ratio": 0.3149}
 
 
 def show(*, terminal: bool, steps: range) -> str:
+    """What a run prints that sees 100 tokens in 0.5 s a step."""
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=terminal, width=110, color_system=None)
     sink = ConsoleSink(progress=True, every_steps=10, total_tokens=13_000, name="tiny_fp8", console=console)
+    losses = {"loss/main": 3.2144, "loss/mtp": 3.8756}
+    others = {"speed/tokens_per_s": 12345.6, "moe/max_violation_ratio": 0.3149}
     for step in steps:
-        sink.write(record(step))
+        sink.write({"step": step, "tokens_seen": 100 * step, "time_unix_s": 1000.0 + 0.5 * step} | losses | others)
     sink.event({"event": "checkpoint", "step": steps[-1]})
     sink.event({"event": "skip", "step": steps[-1]})
     sink.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,29 +24,12 @@ LAYERS, PLANTED = 4, 1
 Table = dict[str, dict[str, float]]
 
 
-class Layer(nn.Module):
-    """One matrix, as a layer of a model."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-
-class Model(nn.Module):
-    """What a probe looks for of a model: layers 0 and 1, MTP layers 2 and 3."""
-
-    def __init__(self, *weights: Tensor) -> None:
-        super().__init__()
-        self.layers = nn.ModuleDict({str(i): Layer(w) for i, w in enumerate(weights[:2])})
-        self.mtp = nn.ModuleDict({str(i + 2): Layer(w) for i, w in enumerate(weights[2:])})
-
-
 def health_of(weight: Tensor) -> tuple[Fp8Health, nn.Parameter]:
-    """A probe of a model with `weight` in layer PLANTED and others elsewhere."""
-    model = Model(torch.randn(4, 4), weight, torch.randn(4, 4), torch.randn(4, 4))
-    layer = model.layers[str(PLANTED)]
-    assert isinstance(layer, Layer)
-    return Fp8Health(TINY, [model], torch.device("cpu")), layer.weight  # type: ignore[list-item]
+    """A probe of a model with `weight` in layer PLANTED; layers 0 and 1 and MTP layers 2 and 3 have one matrix each."""
+    matrices = [nn.Parameter(w) for w in (torch.randn(4, 4), weight, torch.randn(4, 4), torch.randn(4, 4))]
+    layers = [(str(layer), nn.ParameterList([matrix])) for layer, matrix in enumerate(matrices)]
+    model: Any = SimpleNamespace(layers=dict(layers[:2]), mtp=dict(layers[2:]))
+    return Fp8Health(TINY, [model], torch.device("cpu")), matrices[PLANTED]
 
 
 def figures(health: Fp8Health) -> Table:
@@ -152,9 +137,7 @@ def test_snr_of_normal_data_is_that_of_e4m3() -> None:
 
 def test_the_transposed_copy_of_a_weight_is_looked_at_itself() -> None:
     health, weight = health_of(torch.randn(130, 256))
-    copy = fp8.weight_fp8(weight, power_of_two=True).payload_t
-    assert copy is not None
-    copy.zero_()
+    fp8.weight_fp8(weight, power_of_two=True).payload_t.zero_()
     with watching(health):
         y = fp8_linear(torch.randn(128, 256, requires_grad=True), weight, power_of_two=True)
     y.sum().backward()
@@ -228,6 +211,5 @@ def test_a_rank_whose_experts_got_no_token_shows_nothing_and_goes_on() -> None:
     with watching(health):
         y = grouped_fp8_linear(x, weight, torch.zeros(2, dtype=torch.int32), power_of_two=True)
     y.sum().backward()
-    assert x.grad is not None
     assert x.grad.shape == (0, 256)
     assert set(figures(health)["fp8/amax"].values()) == {0.0}

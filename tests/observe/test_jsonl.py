@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import subprocess
 import sys
@@ -70,11 +69,8 @@ def test_kill_minus_nine_at_any_moment_leaves_every_step_exactly_once(tmp_path: 
     moments = random.Random(9)
     torn, survivors = 0, 0
     for _ in range(10):
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-        worker = subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path)], stdout=subprocess.PIPE, env=environment, text=True
-        )
-        assert worker.stdout is not None
+        command = [sys.executable, "-c", WORKER, str(tmp_path)]
+        worker = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY, text=True)
         # Wait for a few new steps, then strike at a random moment of the next one.
         new_steps = [worker.stdout.readline() for _ in range(moments.randint(1, 12))]
         time.sleep(moments.uniform(0.0, 0.008))

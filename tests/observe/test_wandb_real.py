@@ -202,7 +202,8 @@ from pathlib import Path
 from train.observe.sinks import JsonlSink, Sinks
 from train.observe.wandb_sink import WandbSink
 
-run_dir, records = Path(sys.argv[1]), json.loads(sys.stdin.read())
+run_dir = Path(sys.argv[1])
+records = json.loads((run_dir / "records.json").read_text())
 logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
 mirror = WandbSink("online", project="test", run_dir=run_dir, run_config={}, init_timeout_s=1.0)
 half = len(records) // 2
@@ -222,16 +223,14 @@ def start(server: str, run_dir: Path, records: str) -> subprocess.Popen[str]:
     run_dir.mkdir()
     (run_dir / "records.json").write_text(records)
     names = {"WANDB_MODE": "online", "WANDB_BASE_URL": server, "WANDB_API_KEY": "0" * 40}
-    with (run_dir / "records.json").open() as source:
-        return subprocess.Popen(
-            [sys.executable, "-c", RUN, str(run_dir), str(PATIENCE_S)],
-            stdin=source,
-            env=os.environ | names | {"WANDB_CONFIG_DIR": str(run_dir / "config")},
-            cwd=Path(__file__).resolve().parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, str(run_dir), str(PATIENCE_S)],
+        env=os.environ | names | {"WANDB_CONFIG_DIR": str(run_dir / "config")},
+        cwd=Path(__file__).resolve().parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_a_server_that_refuses_hangs_or_fails_costs_one_warning_and_no_record(tmp_path: Path) -> None:

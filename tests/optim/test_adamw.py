@@ -25,7 +25,7 @@ def make_optimizer(named_params: Iterable[tuple[str, nn.Parameter]], config: Opt
 
 def state_of(optimizer: AdamW) -> dict[str, Tensor]:
     """The live tensors of the state, flat."""
-    return {name: piece.tensor for name, piece in optimizer.state_shards().items()}
+    return {name: shard.tensor for name, shard in optimizer.state_shards().items()}
 
 
 def main_grad(parameter: nn.Parameter) -> Tensor:
@@ -90,12 +90,6 @@ def test_bf16_parameters_follow_an_fp32_master() -> None:
     torch.testing.assert_close(master, torch.full((4, 4), 255.0), rtol=1e-6, atol=0.0)
     assert torch.equal(parameters["w"], master.to(torch.bfloat16))
     assert float(parameters["w"].detach()[0, 0]) == 255.0
-
-
-def test_fp32_parameter_is_its_own_master() -> None:
-    parameters = make_parameters(torch.float32)
-    optimizer = make_optimizer(parameters.items(), OptimConfig())
-    assert not [name for name in state_of(optimizer) if name.startswith("master.")]
 
 
 def test_state_names_dtypes_and_liveness() -> None:
@@ -169,6 +163,7 @@ def test_shared_parameter_is_updated_once_and_frozen_one_never() -> None:
     # The first bias-corrected update is lr * g / (|g| + eps); eps = 1e-8 is below fp32's resolution at 1.
     assert torch.equal(shared.detach(), torch.full((2, 2), 0.75))
     assert torch.equal(frozen.detach(), torch.ones(2, 2))
+    # An FP32 parameter is its own master.
     assert sorted(state_of(optimizer)) == ["exp_avg.a", "exp_avg_sq.a"]
 
 
@@ -234,26 +229,22 @@ def test_bad_hyperparameters_are_refused_by_name_and_value(changes: dict[str, ob
         OptimConfig(**changes)  # type: ignore[arg-type]
 
 
-def test_one_name_for_two_parameters_is_refused() -> None:
-    with pytest.raises(ValueError, match="'w' appears twice"):
-        make_optimizer([("w", nn.Parameter(torch.ones(1))), ("w", nn.Parameter(torch.ones(1)))], OptimConfig())
+def test_one_name_for_two_parameters_is_refused_in_one_bucket_and_in_two() -> None:
+    one, two = (("w", nn.Parameter(torch.ones(1))) for _ in range(2))
+    for buckets in ([[one, two]], [[one], [two]]):
+        with pytest.raises(ValueError, match="'w' appears twice"):
+            AdamW([GradientBuckets(named, axis=ALONE, sharded=False) for named in buckets], OptimConfig())
 
 
-def test_one_name_in_two_buckets_is_refused() -> None:
-    buckets = [GradientBuckets([("w", nn.Parameter(torch.ones(1)))], axis=ALONE, sharded=False) for _ in range(2)]
-    with pytest.raises(ValueError, match="'w' appears twice"):
-        AdamW(buckets, OptimConfig())
-
-
-def test_state_lies_where_its_experts_lie_in_the_global_parameter() -> None:
+def test_state_has_the_offsets_of_its_experts_in_the_global_parameter() -> None:
     """Experts 2 and 3 of 8, of 5 x 7 elements each."""
     down_proj = nn.Parameter(torch.ones(2, 5, 7, dtype=torch.bfloat16))
     buckets = GradientBuckets([("down_proj", down_proj)], axis=ALONE, sharded=False)
     optimizer = AdamW([buckets], OptimConfig(), {"down_proj": Shard((8 * 35,), (2 * 35,), (2 * 35,))})
-    pieces = optimizer.state_shards()
-    assert sorted(pieces) == ["exp_avg.down_proj", "exp_avg_sq.down_proj", "master.down_proj"]
-    for piece in (*pieces.values(), *optimizer.masters().values()):
-        assert (piece.shard.global_shape, piece.shard.offsets, tuple(piece.tensor.shape)) == ((280,), (70,), (70,))
+    state = optimizer.state_shards()
+    assert sorted(state) == ["exp_avg.down_proj", "exp_avg_sq.down_proj", "master.down_proj"]
+    for held in (*state.values(), *optimizer.masters().values()):
+        assert (held.shard.global_shape, held.shard.offsets, tuple(held.tensor.shape)) == ((280,), (70,), (70,))
 
 
 def test_masters_are_the_live_fp32_weights_of_every_parameter() -> None:

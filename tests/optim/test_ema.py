@@ -18,7 +18,7 @@ SHAPES = {"norm.weight": (129,), "layers.0.mlp.experts.down_proj": (3, 5, 7), "l
 
 
 def make_masters(seed: int = 0) -> dict[str, LocalShard]:
-    """Pieces as a second rank holds them: the second half of each tensor along its first dim."""
+    """Shards as a second rank holds them: the second half of each tensor along its first dim."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: LocalShard.at(
@@ -219,13 +219,11 @@ def test_a_rank_that_owns_nothing_has_an_average_of_nothing() -> None:
     ema.close()
 
 
-def test_a_write_without_waiting_for_the_copy_is_refused_on_a_cpu_too() -> None:
+def test_a_write_without_waiting_for_the_copy_is_refused_on_a_cpu_too(ema: Ema) -> None:
     """On a GPU it would be a race; nothing would show it there."""
-    ema = Ema(make_masters(), DECAY)
     ema.update()
     with pytest.raises(AssertionError, match=r"call before_write\(\) before the optimizer changes the weights"):
         ema.update()
-    ema.close()
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
@@ -254,11 +252,10 @@ class Recorder:
         self.log.append(f"{threading.current_thread().name.partition('_')[0]} thread waits for {self.name}")
 
 
-def test_the_order_of_streams_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_of_streams_on_a_gpu(ema: Ema, monkeypatch: pytest.MonkeyPatch) -> None:
     """The logic only, on recorded streams: side waits for the weights, worker and next writer wait for side."""
     log: list[str] = []
     main, side = Recorder("main", log), Recorder("side", log)
-    ema = Ema(make_masters(), DECAY)
     copy = ema._copy
     monkeypatch.setattr(ema, "_stream", side)
     monkeypatch.setattr(ema, "_copy", lambda: (log.append("copy"), copy()))
@@ -276,4 +273,3 @@ def test_the_order_of_streams_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "ema thread waits for event",
         "main waits for event",
     ]
-    ema.close()

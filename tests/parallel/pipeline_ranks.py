@@ -1,7 +1,7 @@
 """What each of two pipeline ranks does and measures for `test_pipeline.py`, beside the same steps of one process.
 
-Each rank takes every step twice, through the pipeline and with the whole model in its own process, and sends home what
-it found, in numbers. `WatchedStage` is the product's stage and looks at memory after everything it does.
+Each rank takes every step twice, through the pipeline and with the whole model in its own process, and returns what it
+found, in numbers. `WatchedStage` is the product's stage and looks at memory after each of its methods.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def has_memory(info: Any) -> bool:
 
 
 class WatchedStage(parallel.pipeline_stage.ScheduledStage):
-    """The stage of the product, telling WATCH what it does."""
+    """The stage of the product, with its events recorded in WATCH."""
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         operations = super().get_fwd_recv_ops(fwd_chunk_id)
@@ -149,7 +149,8 @@ class StepFacts:
 
     same_losses: bit for bit those of one process. error: the worst parameter's relative gradient error, and its name.
     repeats: whether the gradients have the bits of the first step (None: other tokens or partition). schedule: number
-    of the schedule object. forwards: calls of each stage. held, announced: most micro-batches in flight, seen and said.
+    of the schedule object. forwards: calls of each stage. held, announced: most micro-batches in flight, as counted and
+    as `most_in_flight` has it.
     """
 
     same_losses: bool
@@ -193,19 +194,15 @@ class Walk:
     calls: Calls
 
 
-def part_of_batch(micro_batches: int, sequences: int) -> Batch:
-    whole = batch_of(0)
-    count = micro_batches * sequences
-    return Batch(whole.input_ids[:count], whole.labels[:count])
-
-
 def gradients_of(engine: Engine, micro_batches: int, sequences: int) -> StepGradients:
-    now = replace(NOW, batch_sequences=micro_batches * sequences)
-    return compute_gradients(engine, part_of_batch(micro_batches, sequences), num_micro_batches=micro_batches, now=now)
+    """Of the first sequences of step 0, so many in each micro-batch."""
+    whole, count = batch_of(0), micro_batches * sequences
+    batch, now = Batch(whole.input_ids[:count], whole.labels[:count]), replace(NOW, batch_sequences=count)
+    return compute_gradients(engine, batch, num_micro_batches=micro_batches, now=now)
 
 
 def copied_gradients(engine: Engine) -> dict[str, Tensor]:
-    return {name: piece.tensor.clone() for name, piece in gradient_pieces(engine).items()}
+    return {name: shard.tensor.clone() for name, shard in gradient_pieces(engine).items()}
 
 
 def losses_of(result: StepGradients) -> list[float]:
@@ -243,10 +240,7 @@ class Walker:
         self.first: dict[str, Tensor] | None = None
         self.calls: Counter[int] = Counter()
         for index, stage in self.engine.stages.items():
-            stage.register_forward_pre_hook(partial(self._count, index))
-
-    def _count(self, index: int, *_: Any) -> None:
-        self.calls[index] += 1
+            stage.register_forward_pre_hook(lambda *_, index=index: self.calls.update([index]))
 
     def step(self, micro_batches: int, sequences: int) -> StepFacts:
         truth = losses_of(gradients_of(self.alone, micro_batches, sequences))
@@ -286,13 +280,12 @@ class Walker:
             deferred.take()()
         return waited and ran == [1] and deferred.pending() == 0
 
-    def relayed(self, forward: Callable[[dict[str, Tensor], nn.Module, Tensor | None], Tensor]) -> bool | None:
+    def relayed(self, forward: Callable[[dict[str, Tensor], Stage, Tensor | None], Tensor]) -> bool | None:
         """Whether an evaluation of 3 sequences has the bits of one process; None where nothing comes out."""
         whole = batch_of(1)
         inputs = Batch(whole.input_ids[:3], whole.labels[:3]).inputs(torch.device("cpu"))
         truth = self.alone.pipeline.relay(inputs, partial(forward, inputs))
         found = self.engine.pipeline.relay(inputs, partial(forward, inputs))
-        assert truth is not None
         return None if found is None else torch.equal(found, truth)
 
     def updates(self, count: int) -> list[str]:
@@ -314,8 +307,8 @@ class Walker:
         return len({id(weight) for weight in self.embeddings()}) == len(entries) == 1
 
 
-def digest(weight: Tensor) -> str:
-    return hashlib.sha256(weight.detach().numpy().tobytes()).hexdigest()
+def digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest()
 
 
 def buffers_in(schedule: Any) -> int:
@@ -327,13 +320,11 @@ def buffers_in(schedule: Any) -> int:
     return sum(has_memory(info) for info in infos)
 
 
-def hidden_of(inputs: dict[str, Tensor], stage: nn.Module, inbound: Tensor | None) -> Tensor:
-    assert isinstance(stage, Stage)
+def hidden_of(inputs: dict[str, Tensor], stage: Stage, inbound: Tensor | None) -> Tensor:
     return stage.model.next_token_hidden(inputs["input_ids"], None, inbound)
 
 
-def score_of(inputs: dict[str, Tensor], stage: nn.Module, inbound: Tensor | None) -> Tensor:
-    assert isinstance(stage, Stage)
+def score_of(inputs: dict[str, Tensor], stage: Stage, inbound: Tensor | None) -> Tensor:
     hidden = hidden_of(inputs, stage, inbound)
     if not stage.model.spec.is_last:
         return hidden
@@ -349,9 +340,7 @@ def walk(rank: int, world: int, layout: Layout) -> Walk:
         queue_survived=walker.queue_survives(),
         same_hidden=walker.relayed(hidden_of),
         same_score=walker.relayed(score_of),
-        holds={
-            index: {name for name, _ in stage.model.named_children()} for index, stage in walker.engine.stages.items()
-        },
+        holds={i: {name for name, _ in stage.model.named_children()} for i, stage in walker.engine.stages.items()},
         one_embedding=walker.one_embedding(),
         embeddings=walker.updates(3),
         calls=count_calls(layout),
@@ -385,12 +374,8 @@ def count_calls(layout: Layout) -> Calls:
     return Calls(of_pipeline, of_alone, same_bits(copied_gradients(engine), kept))
 
 
-def announced(rank: int, world: int, cases: list[tuple[int, list[int], list[int]]]) -> list[Announced]:
-    """For (ranks, those that are played, numbers of micro-batches): what the played ranks would hold."""
-    return [_announced(*case) for case in cases]
-
-
-def _announced(ranks: int, played: list[int], counts: list[int]) -> Announced:
+def announced(rank: int, world: int, ranks: int, played: list[int], counts: list[int]) -> Announced:
+    """What the played ones of so many ranks would hold with these numbers of micro-batches."""
     found: Announced = {}
     for pp_rank in played:
         dist.destroy_process_group()
@@ -425,5 +410,4 @@ def _let_wait(limit: int | None) -> tuple[int, dict[str, str]]:
         patch.setattr(WaitingWgrads, "add", counting)
         gradients_of(engine, 8, 2)
     assert deferred.pending() == 0
-    grads = copied_gradients(engine)
-    return most, {name: hashlib.sha256(grad.numpy().tobytes()).hexdigest() for name, grad in grads.items()}
+    return most, {name: digest(grad) for name, grad in copied_gradients(engine).items()}

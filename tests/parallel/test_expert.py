@@ -21,8 +21,9 @@ from parallel.collectives import Traffic
 from parallel.expert import ExpertParallelDispatcher, Wire, pack_fp8, unpack_fp8
 from parallel.layout import Layout
 from parallel.mesh import Axis, init_processes, make_mesh
-from tests.parallel.moe_ranks import EXPERTS, KINDS, case, measure, reference, relative, routed_experts
+from tests.parallel.moe_ranks import EXPERTS, KINDS, case, measure, relative, routed_experts
 from tests.ranks import run_ranks
+from train.model.moe import LocalDispatcher
 
 WIRES: tuple[Wire, ...] = get_args(Wire)
 ALONE = Axis("ep", 1, 0, None)
@@ -133,7 +134,7 @@ def test_an_axis_of_one_rank_equals_the_local_dispatcher(wire: Wire) -> None:
     tokens = case("random", 4, torch.float32 if wire == "fp32" else torch.bfloat16)
     traffic = Traffic()
     alone = ExpertParallelDispatcher(EXPERTS, ALONE, wire=wire, power_of_two=True, traffic=traffic)
-    expected, actual = reference(tokens, wire), routed_experts(tokens, alone, wire)
+    expected, actual = (routed_experts(tokens, each, wire) for each in (LocalDispatcher(EXPERTS), alone))
     for key in ("y", "x", "gates"):
         assert torch.equal(actual[key], expected[key]), key
     for key in ("gate_up_proj", "down_proj"):
@@ -249,8 +250,6 @@ def test_one_rank_of_2048_is_planned_with_fake_tensors(rank_130_of_2048: Axis) -
         y = dispatcher.combine(dispatched.rows * dispatched.gates[:, None].bfloat16(), dispatched)
         assert (y.shape, y.dtype) == (x.shape, x.dtype)
         y.sum().backward()
-        assert x.grad is not None
-        assert gates.grad is not None
         assert (x.grad.shape, gates.grad.shape) == (x.shape, gates.shape)
     copies = 4096 * 8
     assert traffic.sent["dispatch"] == 2 * copies * 7392

@@ -29,8 +29,8 @@ def reduce_and_clip(buckets: GradientBuckets, *, num_targets: int | Tensor, max_
     return reduce_and_clip_buckets([buckets], num_targets=num_targets, max_norm=max_norm, world=ALONE)
 
 
-def make_buckets(*, scale: float, seed: int = 0) -> GradientBuckets:
-    generator = torch.Generator().manual_seed(seed)
+def make_buckets(*, scale: float) -> GradientBuckets:
+    generator = torch.Generator().manual_seed(0)
     buckets = bucket_of(nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16)) for shape in SHAPES)
     for parameter in buckets.parameters.values():
         main_grad(parameter).copy_(torch.randn(parameter.shape, generator=generator) * scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -187,7 +188,7 @@ def test_a_wrong_number_of_processes_is_refused_with_a_layout_that_fits_it(
 @pytest.mark.parametrize("layout", [Layout(pp=3, dp=10, ep=5), V3_LAYOUT, Layout(pp=2, dp=6, ep=6)])
 @pytest.mark.parametrize("world", [1, 2, 7, 8, 60, 1024])
 def test_the_suggested_layout_has_as_many_ranks_as_were_started(layout: Layout, world: int) -> None:
-    """The sentence is taken at its word."""
+    """The sentence is parsed, and what it suggests is accepted."""
     with pytest.raises(ValueError, match="or set ") as refused:
         check_world(layout, world)
     changes = str(refused.value).partition("or set ")[2].split(" and ")
@@ -200,9 +201,9 @@ def test_the_suggested_layout_has_as_many_ranks_as_were_started(layout: Layout, 
     [
         (V3_LAYOUT, V3),
         (Layout(), SMALL),
-        # One group is no limit on nodes: its experts may lie anywhere.
+        # One group is no limit on nodes: its experts may be anywhere.
         (Layout(dp=12, ep=12, ranks_per_node=2), replace(SMALL, n_group=1)),
-        # Four groups on two ranks: each lies on one.
+        # Four groups on two ranks: each is on one.
         (Layout(dp=2, ep=2, ranks_per_node=1), SMALL),
         # Fewer micro-batches (3) than stages (8): legal where the schedule says so.
         (Layout(pp=3, dp=4, schedule="ZBVZeroBubble"), replace(SMALL, batch_multiple_sequences=8)),
@@ -237,7 +238,7 @@ WIDTH = 3
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("pp", [2, 3, 4, 7, 16])
-def test_stages_lie_where_torch_puts_them(name: str, pp: int) -> None:
+def test_stages_are_where_torch_puts_them(name: str, pp: int) -> None:
     """Against torch's own table; every stage has one owner and `rank_of_stage` inverts `stage_ids`."""
     stages = num_stages(name, pp)
     expected = generate_rank_to_stage_mapping(pp, stages, style=SCHEDULES[name].placement)
@@ -272,13 +273,11 @@ def accepted_counts(rank: int, world: int, names: list[str], counts: list[int]) 
     for name in names:
         ids = stage_ids(name, world, rank)
         for count in counts:
-            modules = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in ids]
-            for module, stage in zip(modules, ids, strict=True):
+            modules = {stage: nn.Linear(WIDTH, WIDTH, bias=False) for stage in ids}
+            for stage, module in modules.items():
                 nn.init.constant_(module.weight, 0.5 + stage)
-            stages = [
-                PipelineStage(module, stage, num_stages(name, world), torch.device("cpu"))
-                for module, stage in zip(modules, ids, strict=True)
-            ]
+            total = num_stages(name, world)
+            stages = [PipelineStage(module, stage, total, torch.device("cpu")) for stage, module in modules.items()]
             first = stages[0] if SCHEDULES[name].stages_per_rank == 1 else stages
             try:
                 schedule = get_schedule_class(name)(first, count, loss_fn=sum_of, scale_grads=False)
@@ -288,16 +287,13 @@ def accepted_counts(rank: int, world: int, names: list[str], counts: list[int]) 
             # Each micro-batch is one row: torch cuts the batch into `count` of them.
             batch = torch.ones(count, WIDTH)
             inputs = (batch,) if 0 in ids else ()
-            target = batch if num_stages(name, world) - 1 in ids else None
+            target = batch if total - 1 in ids else None
             schedule.step(*inputs, target=target)
-            for module in modules:
+            for module in modules.values():
                 module.zero_grad()
             # The first step runs an extra backward for shape inference; the second one counts.
             schedule.step(*inputs, target=target)
-            outcomes[name, count] = {
-                stage: float(module.weight.grad.sum())  # type: ignore[union-attr]
-                for stage, module in zip(ids, modules, strict=True)
-            }
+            outcomes[name, count] = {stage: float(module.weight.grad.sum()) for stage, module in modules.items()}
     return outcomes
 
 
@@ -315,9 +311,7 @@ def test_torch_accepts_exactly_the_counts_from_the_minimum_on() -> None:
     by_rank = run_ranks(2, accepted_counts, list(SCHEDULES), counts)
     for name, facts in SCHEDULES.items():
         stages = num_stages(name, 2)
-        loss = 3.0
-        for stage in range(stages):
-            loss *= 3 * (0.5 + stage)
+        loss = 3.0 * math.prod(3 * (0.5 + stage) for stage in range(stages))
         for count in counts:
             outcomes = [outcome[name, count] for outcome in by_rank]
             if count < facts.min_micro_batches(2):

@@ -10,7 +10,6 @@ import itertools
 import random
 from collections import Counter
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from torch.distributed.pipelining import PipelineStage
@@ -47,7 +46,7 @@ def stage_costs(costs: list[float], cut: tuple[int, ...]) -> list[float]:
 
 @pytest.mark.parametrize("stages", range(1, 6))
 def test_a_balanced_split_is_the_best_of_all_cuts(stages: int) -> None:
-    """Cheapest dearest stage, then least sum of squares, then the first: whole costs, so that every sum is exact."""
+    """Least maximum of a stage, then least sum of squares, then the first: whole costs, so that every sum is exact."""
     rng = random.Random(stages)
     for layers, spread, _ in itertools.product(range(stages, 10), (1, 3, 1000), range(8)):
         costs = [float(rng.randint(1, spread)) for _ in range(layers)]
@@ -58,17 +57,17 @@ def test_a_balanced_split_is_the_best_of_all_cuts(stages: int) -> None:
         assert balanced_split(costs, stages) == min(rated, key=rated.__getitem__), costs
 
 
-def test_a_split_keeps_the_dearest_stage_cheap_and_evens_out_the_others() -> None:
-    # By hand. The head makes the last layer dear; of (3, 1, 2, 1, 2) and (4, 1, 1, 1, 2), both bound by 13, the first.
+def test_a_split_keeps_the_most_expensive_stage_cheap_and_evens_out_the_others() -> None:
+    # By hand. The head adds to the last layer; of (3, 1, 2, 1, 2) and (4, 1, 1, 1, 2), both bound by 13, the first.
     assert balanced_split([1, 1, 1, 5, 8, 1, 13, 2, 2], 5) == (3, 1, 2, 1, 2)
     assert balanced_split([1.0] * 61, 16) == (3, 3, 3) + (4,) * 13
-    # A layer dearer than all others together stands alone, and no stage is empty for it.
+    # A layer more expensive than all others together is alone, and no stage is empty for it.
     assert balanced_split([1, 1, 1, 100], 3) == (1, 2, 1)
 
 
 @pytest.mark.parametrize("ranks", range(1, 4))
 def test_a_balanced_v_is_the_best_of_all_cuts_for_the_ranks(ranks: int) -> None:
-    """Cheapest dearest rank, then least sum of squared stages: whole costs, so that every sum is exact."""
+    """Least maximum of a rank, then least sum of squared stages: whole costs, so that every sum is exact."""
     rng = random.Random(ranks)
     for layers, spread, _ in itertools.product(range(2 * ranks, 10), (1, 3, 1000), range(6)):
         costs = [float(rng.randint(1, spread)) for _ in range(layers)]
@@ -163,7 +162,7 @@ def test_relay_scores_as_one_process_does(walks: Walks) -> None:
         assert (found.same_hidden, found.same_score) == (expected, expected)
 
 
-def test_embedding_head_and_mtp_lie_where_the_model_begins_and_ends(walks: Walks) -> None:
+def test_embedding_head_and_mtp_are_where_the_model_begins_and_ends(walks: Walks) -> None:
     name, ranks = walks
     begins, ends = {"embed_tokens"}, {"embed_tokens", "norm", "lm_head"}
     placed = [{index: parts - {"layers", "mtp"} for index, parts in rank.holds.items()} for rank in ranks]
@@ -227,20 +226,21 @@ def test_each_fp8_gemm_runs_exactly_once_per_micro_batch(walks: Walks) -> None:
     assert all(rank.same_bits for rank in ranks)
 
 
-def test_most_in_flight_has_the_known_values() -> None:
+@pytest.mark.parametrize(
+    ("ranks", "played", "counts"), [(4, [0, 1, 2, 3], [1, 2, 4, 7, 20]), (16, [0, 6, 15], [16, 120])]
+)
+def test_most_in_flight_has_the_known_values(ranks: int, played: list[int], counts: list[int]) -> None:
     """1F1B: rank r warms up with pp - r. ZBV: 2 pp on every rank, of stages half as large, once it is filled."""
-    cases = [(4, [0, 1, 2, 3], [1, 2, 4, 7, 20]), (16, [0, 6, 15], [16, 120])]
-    (results,) = run_ranks(1, announced, cases)
-    for (ranks, played, _), found in zip(cases, results, strict=True):
-        for (name, count), held in found.items():
-            if name == "1F1B":
-                assert held == [min(ranks - rank, count) for rank in played]
-            elif count >= 2 * ranks - 1:
-                assert held == [2 * ranks] * len(played)
-            else:
-                # All of what there is, on one stage or on both.
-                assert all(count <= most <= min(2 * ranks, 2 * count) for most in held)
-        assert {name for name, _ in found} == set(SCHEDULES)
+    (found,) = run_ranks(1, announced, ranks, played, counts)
+    for (name, count), held in found.items():
+        if name == "1F1B":
+            assert held == [min(ranks - rank, count) for rank in played]
+        elif count >= 2 * ranks - 1:
+            assert held == [2 * ranks] * len(played)
+        else:
+            # All of what there is, on one stage or on both.
+            assert all(count <= most <= min(2 * ranks, 2 * count) for most in held)
+    assert {name for name, _ in found} == set(SCHEDULES)
 
 
 def test_no_more_weight_gradients_wait_than_allowed_and_no_bit_changes() -> None:
@@ -254,8 +254,7 @@ def test_no_more_weight_gradients_wait_than_allowed_and_no_bit_changes() -> None
 class Message:
     """A send as a backend reports it."""
 
-    def __init__(self) -> None:
-        self.arrived, self.waited = False, False
+    arrived = waited = False
 
     def is_completed(self) -> bool:
         return self.arrived
@@ -264,25 +263,16 @@ class Message:
         self.waited = True
 
 
-class Sending(PipelineStage):
-    """torch's side of a stage: one operation for each message to send."""
-
-    def __init__(self, messages: list[Message]) -> None:
-        self.operations = [
-            SimpleNamespace(op=lambda *_, message=message, **__: message, tensor=None, group=None, tag=0, group_peer=1)
-            for message in messages
-        ]
-
-    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[Any]:
-        return [self.operations[fwd_chunk_id]]
-
-
 def test_a_send_is_let_go_as_soon_as_the_backend_reports_it_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The contract with NCCL, whose works tell that they are done; gloo's never do, and are waited for at the end."""
+    """The contract with NCCL, whose works report that they are done; gloo's never do, and are waited for at the end."""
     messages = [Message() for _ in range(4)]
-    torchs = Sending(messages)
+    # What torch's side of the stage would have sent.
+    operations = [
+        SimpleNamespace(op=lambda *_, message=message, **__: message, tensor=None, group=None, tag=0, group_peer=1)
+        for message in messages
+    ]
     monkeypatch.setattr(PipelineStage, "__init__", lambda self: None)
-    monkeypatch.setattr(PipelineStage, "get_fwd_send_ops", lambda self, i: torchs.get_fwd_send_ops(i))
+    monkeypatch.setattr(PipelineStage, "get_fwd_send_ops", lambda self, i: [operations[i]])
     stage = ScheduledStage(waiting=WaitingWgrads(None), sends_itself=True)
     assert stage.get_fwd_send_ops(0) == stage.get_fwd_send_ops(1) == [], "nothing is left for the runtime to hold"
     messages[0].arrived = True
@@ -296,4 +286,4 @@ def test_a_send_is_let_go_as_soon_as_the_backend_reports_it_done(monkeypatch: py
     assert all(message.waited for message in messages)
     assert not stage._sends
     mixed = ScheduledStage(waiting=WaitingWgrads(None), sends_itself=False)
-    assert mixed.get_fwd_send_ops(1) == [torchs.operations[1]], "1F1B batches and waits by itself"
+    assert mixed.get_fwd_send_ops(1) == [operations[1]], "1F1B batches and waits by itself"

@@ -1,4 +1,4 @@
-"""The watchdog with real processes and real signals: who dies is named by all the others, and nobody else dies.
+"""The watchdog with real processes and real signals: all others name the rank that died, and no other rank dies.
 
 Every group of ranks is forked from the clean server that tests/ranks.py uses. Each rank writes its stderr to a file of
 its own; the configured exit code is 41, so that no other end can be taken for it. No time is asserted: a group that
@@ -73,7 +73,7 @@ def end_interpreter(code: int) -> None:
 
 
 class Group:
-    """The processes of one run, their exit codes and what they said."""
+    """The processes of one run, their exit codes and their stderr."""
 
     def __init__(self, folder: Path, world: int, timeout_s: float, host_rank: int | None, body: Body) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -93,16 +93,16 @@ class Group:
 
     def signal(self, number: signal.Signals, *ranks: int) -> None:
         for rank in ranks:
-            os.kill(self.pid(rank), number)
+            os.kill(self.processes[rank].pid, number)
 
-    def pid(self, rank: int) -> int:
-        pid = self.processes[rank].pid
-        assert pid is not None
-        return pid
+    def put(self, key: str) -> None:
+        """Set a key in the ranks' store."""
+        port = int((self.folder / "port").read_text())
+        dist.PrefixStore("attempt_0", dist.TCPStore("127.0.0.1", port, wait_for_workers=False)).set(key, "")
 
     def who(self, rank: int) -> str:
         """As a sentence names a rank."""
-        return f"rank {rank} (dp {rank}, host {socket.gethostname()}, pid {self.pid(rank)})"
+        return f"rank {rank} (dp {rank}, host {socket.gethostname()}, pid {self.processes[rank].pid})"
 
     def said(self) -> list[str]:
         files = [self.folder / f"{rank}.stderr" for rank in range(self.world)]
@@ -128,6 +128,7 @@ def started(
     folder: Path, body: Body, *, timeout_s: float, world: int = WORLD, host_rank: int | None = None
 ) -> Iterator[Group]:
     """A group whose store is on `host_rank`, or in this process; whatever is left of it is killed."""
+    folder.mkdir(exist_ok=True)
     server = None
     if host_rank is None:
         server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -143,21 +144,13 @@ def started(
         del server
 
 
-def folders_in(folder: Path, count: int) -> list[Path]:
-    """Empty folders for groups that run at the same time: they mostly wait."""
-    folders = [folder / str(index) for index in range(count)]
-    for each in folders:
-        each.mkdir()
-    return folders
-
-
 def stuck(watchdog: Watchdog, store: dist.Store) -> None:
     """The main thread as a hanging collective leaves it."""
     time.sleep(600)
 
 
 def patient(watchdog: Watchdog, store: dist.Store) -> None:
-    """Works until the test says that it is over, and does not end at the same time as the others."""
+    """Works until the test sets `over`, and does not end at the same time as the others."""
     store.wait(["over"], timedelta(seconds=600))
     time.sleep(0.05 * watchdog.rank)
 
@@ -206,13 +199,13 @@ def loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_killed_ranks_end_the_others_which_name_the_first(tmp_path: Path) -> None:
     """One rank, then two at once.
 
-    Rank 0 watches 1, and 1 watches 2: when both die nobody is left to miss 2, and all end for 1. In the first group
-    rank 0 hosts the store, which must outlive the others' reading: else they would blame rank 0.
+    Rank 0 watches 1, and 1 watches 2: when both die no rank is left to miss 2, and all end for 1. In the first group
+    rank 0 hosts the store, which must outlive the others' reading: else the loss would be attributed to rank 0.
     """
-    folders = folders_in(tmp_path, 2)
+    # Groups run at the same time: they mostly wait.
     with (
-        started(folders[0], stuck, timeout_s=1.5, host_rank=0) as one,
-        started(folders[1], stuck, timeout_s=1.5) as two,
+        started(tmp_path / "one", stuck, timeout_s=1.5, host_rank=0) as one,
+        started(tmp_path / "two", stuck, timeout_s=1.5) as two,
     ):
         for group, victims in ((one, (2,)), (two, (1, 2))):
             group.wait_until_all_are_in()
@@ -235,10 +228,9 @@ def test_a_rank_killed_between_collectives_is_named_and_not_the_one_that_lost_it
 
 def test_a_rank_that_fails_says_why_before_the_timeout(tmp_path: Path) -> None:
     """An exception and an exit in the middle of the run; the rank that fails hosts the store."""
-    folders = folders_in(tmp_path, 2)
     with (
-        started(folders[0], last_raises, timeout_s=6, host_rank=WORLD - 1) as raising,
-        started(folders[1], last_exits, timeout_s=6, host_rank=WORLD - 1) as leaving,
+        started(tmp_path / "raising", last_raises, timeout_s=6, host_rank=WORLD - 1) as raising,
+        started(tmp_path / "leaving", last_exits, timeout_s=6, host_rank=WORLD - 1) as leaving,
     ):
         for group, reason, own_code in (
             (raising, "ValueError: the loss is not finite", 1),
@@ -257,7 +249,7 @@ def test_an_orderly_end_is_no_death(tmp_path: Path) -> None:
     Five times: where threads did not end in order, one process in five aborted while its interpreter ended.
     """
     with ExitStack() as stack:
-        folders = folders_in(tmp_path, 5)
+        folders = [tmp_path / str(number) for number in range(5)]
         groups = [stack.enter_context(started(each, short, timeout_s=10, world=2, host_rank=0)) for each in folders]
         for group in groups:
             assert group.exit_codes(0, 1) == [0, 0], group.said()
@@ -274,18 +266,15 @@ def test_a_stopped_rank_and_a_suspended_job_survive(tmp_path: Path) -> None:
             for rank in ranks:
                 group.signal(signal.SIGCONT, rank)
                 time.sleep(0.3 if rank == 0 else 0)
-        port = int((tmp_path / "port").read_text())
-        client = dist.PrefixStore("attempt_0", dist.TCPStore("127.0.0.1", port, wait_for_workers=False))
-        client.set("over", "")
+        group.put("over")
         assert group.exit_codes(*range(WORLD)) == [0] * WORLD, group.said()
 
 
 def test_the_loss_of_the_store_is_attributed_to_its_host(tmp_path: Path) -> None:
     """Killed, its connections break; stopped (or without power), its clients' calls never return."""
-    folders = folders_in(tmp_path, 2)
     with (
-        started(folders[0], stuck, timeout_s=1.5, host_rank=0) as killed,
-        started(folders[1], stuck, timeout_s=1.5, host_rank=0) as stopped,
+        started(tmp_path / "killed", stuck, timeout_s=1.5, host_rank=0) as killed,
+        started(tmp_path / "stopped", stuck, timeout_s=1.5, host_rank=0) as stopped,
     ):
         for group in (killed, stopped):
             group.wait_until_all_are_in()
@@ -303,9 +292,7 @@ def test_a_call_that_holds_the_gil_beyond_the_timeout_is_a_death(tmp_path: Path)
     """As the module says; the rank itself ends too when the call returns, since the others are gone."""
     with started(tmp_path, second_holds_the_gil, timeout_s=1, world=2) as group:
         group.wait_until_all_are_in()
-        port = int((tmp_path / "port").read_text())
-        client = dist.PrefixStore("attempt_0", dist.TCPStore("127.0.0.1", port, wait_for_workers=False))
-        client.set("watched", "")
+        group.put("watched")
         assert group.exit_codes(0, 1) == [EXIT_CODE, EXIT_CODE]
         assert "because rank 1 " in group.sentences(0)[0]
         assert group.sentences(1)[0].endswith("is dead: no heartbeat for 1 s (seen by rank 0)")
@@ -344,38 +331,29 @@ class CountingStore:
         return self.values.setdefault(key, desired_value.encode())
 
 
-def slowly(ended: threading.Event) -> Callable[[str], None]:
-    """An `on_death` that takes its time."""
-    return lambda _: None if ended.wait(0.1) else ended.set()
-
-
 def test_a_beat_costs_the_same_at_any_world() -> None:
     """Rank 7 of 2,048 as of 8: one write, two reads, and only its neighbour is looked at."""
-    costs = []
     for world in (8, 2048):
         store = CountingStore()
         neighbour = f"watchdog/beat/{8 % world}"
         store.values |= {"watchdog/started": str(world - 1).encode(), neighbour: json.dumps({"pid": 1}).encode()}
         ended = threading.Event()
-        watchdog = Watchdog(store, 7, world, peer_timeout_s=0.2, on_death=slowly(ended))
+        # `on_death`, which ends the process, takes its time here.
+        watchdog = Watchdog(store, 7, world, peer_timeout_s=0.2, on_death=lambda _, e=ended: e.wait(0.1) or e.set())
         watchdog.start()
         # The neighbour never beats again: the watch ends by itself.
-        assert watchdog.wait_for_death(DEADLINE_S) == f"rank 7 ends because rank {8 % world} (pid 1) is dead: {SILENT}"
-        # The call returns only after `on_death`, which ends the process.
+        expected = f"rank 7 ends because rank {8 % world} (pid 1) is dead: no heartbeat for 0.2 s"
+        assert watchdog.wait_for_death(DEADLINE_S) == expected
+        # The call returns only after `on_death`.
         assert ended.is_set()
         watchdog.finish()
         beat_at = [index for index, call in enumerate(store.calls) if call == "set watchdog/beat/7"]
-        costs.append(store.calls[beat_at[2] : beat_at[3]])
-        assert costs[-1] == ["set watchdog/beat/7", "check ['watchdog/dead']", f"get {neighbour}"]
-    assert len(costs[0]) == len(costs[1]) == 3
-
-
-ENDED = "its process has ended"
-SILENT = "no heartbeat for 0.2 s"
+        cost = store.calls[beat_at[2] : beat_at[3]]
+        assert cost == ["set watchdog/beat/7", "check ['watchdog/dead']", f"get {neighbour}"]
 
 
 def test_the_first_death_is_the_one_that_is_reported() -> None:
-    """Two ranks announce, on one store; the second and a bystander hear of the first."""
+    """Two ranks announce, on one store; the second and a bystander report the first."""
     store = dist.HashStore()
     heard: dict[int, list[str]] = {rank: [] for rank in range(3)}
     dogs = [

@@ -160,9 +160,6 @@ def four() -> list[dict[str, Any]]:
     return run_ranks(4, on_four_ranks)
 
 
-# ---- weights, state, norm
-
-
 @pytest.mark.parametrize("sharded", [True, False])
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("size", BUCKETS)
@@ -248,17 +245,14 @@ def test_state_of_two_ranks_goes_on_in_one_process(two: list[dict[str, Any]]) ->
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(torch.from_numpy(ways[0]["weights"][1][name]))
-            for name, piece in optimizer.state_shards().items():
-                piece.tensor.copy_(torch.from_numpy(saved[name]))
+            for name, held in optimizer.state_shards().items():
+                held.tensor.copy_(torch.from_numpy(saved[name]))
         for rank in (0, 1):
             add_gradients(parameters, rank=rank, step=3, exact=False)
         reduce_and_clip([buckets], num_targets=TARGETS, max_norm=0.5, world=ALONE)
         optimizer.step(lr=1e-2, step=3)
         assert_same(arrays(parameters), ways[1]["weights"][2])
         assert_same(whole([shards_of(optimizer)]), whole(way["state"][2] for way in ways))
-
-
-# ---- memory
 
 
 def state_bytes(rank: int, world: int, *, sharded: bool) -> int:
@@ -282,9 +276,6 @@ def test_gradients_take_four_bytes_each_and_the_stated_padding() -> None:
     # Two dtypes, so two buckets.
     padding = len(SHAPES) * (ALIGNMENT - 1) + 2 * (ALIGNMENT - 1)
     assert 4 * NUMEL <= buckets.grad_bytes <= 4 * (NUMEL + padding)
-
-
-# ---- experts, tied copies, faults
 
 
 EXPERTS = {"layers.0.mlp.gate.weight": (7, 129), "layers.0.mlp.experts.down_proj": (4, 5, 7)}
@@ -416,9 +407,6 @@ def test_fp8_copies_follow_the_gathered_weights(two: list[dict[str, Any]]) -> No
         np.testing.assert_array_equal(after, fresh)
         # Every row of the weight moved by lr = 0.5, in the half of the other rank as well.
         assert (before != after).any(axis=0).all()
-
-
-# ---- layout of the buckets, hooks
 
 
 def test_small_parameters_share_a_bucket_and_a_large_one_has_its_own() -> None:

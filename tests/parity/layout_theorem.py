@@ -17,6 +17,7 @@ Shapes: gradients flat, as pieces of the global parameter. The bounds are derive
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -329,6 +330,8 @@ def compare(
 
 
 def _compare_step(found: Comparison, engine: Engine, result: StepGradients, reference: dict[str, Tensor]) -> None:
+    # `max` below would pass over a NaN.
+    assert all(map(math.isfinite, _losses(result))), _losses(result)
     for index, (ours, theirs) in enumerate(zip(_losses(result), reference["losses"].tolist(), strict=True)):
         found.losses[index] = max(found.losses[index], abs(ours - theirs) / abs(theirs))
     norm = float(reference["norm"])
@@ -342,6 +345,7 @@ def _compare_step(found: Comparison, engine: Engine, result: StepGradients, refe
     for name, piece in pieces.items():
         whole = reference[f"grad.{name}"].double()
         assert piece.shard.global_shape == tuple(whole.shape), name
+        assert piece.tensor.isfinite().all(), name
         part = whole[piece.shard.offsets[0] : piece.shard.offsets[0] + len(piece.tensor)]
         found.errors.setdefault(name, []).append(float((piece.tensor.double() - part).square().sum()))
         found.squares.setdefault(name, []).append(float(whole.square().sum()))

@@ -1,12 +1,12 @@
 """One rank's gradients for given weights, to be compared with a model that is not ours.
 
 The weights come in our names from a file, whole; each rank takes its layers and experts out of it, runs one step on its
-share of the same sequences and hands back what its optimizer would update: flat pieces of the mean gradients, with
-their place in the whole. This module imports no oracle, so ranks start fast.
+share of the same sequences and returns what its optimizer would update: flat shards of the mean gradients, with their
+offsets. This module imports no oracle, so ranks start fast.
 
 A *defect* is planted after the healthy step, in the same process, to see that the comparison would notice it.
 
-Shapes: pieces [elements] FP32; batches [sequences, tokens]. Putting pieces together is the test's work.
+Shapes: shards [elements] FP32; batches [sequences, tokens].
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ def gradients_on(
     engine = build_engine(config, Precision("fp32"), OPTIM, mesh, seed=0)
     weights, tokens = load_file(folder / WEIGHTS), load_file(folder / TOKENS)
     # Moments have no part in gradients; they stay as they are.
-    moments = {name: torch.zeros(piece.shard.global_shape) for name, piece in engine.optimizer.state_shards().items()}
+    moments = {name: torch.zeros(held.shard.global_shape) for name, held in engine.optimizer.state_shards().items()}
     batch = Batch(tokens["input_ids"], tokens["labels"])
 
     force(engine, weights | moments)
     healthy = _step(engine, batch)
     broken: dict[str, RankGradients] = {}
     name = f"layers.{config.num_hidden_layers - 1}.mlp.experts.down_proj"
-    # Two experts of one rank change places in one layer.
+    # Two experts of one rank are exchanged in one layer.
     swapped = weights | {name: weights[name][[1, 0, *range(2, config.n_routed_experts)]]}
     force(engine, swapped | moments)
-    broken["two experts have changed places"] = _step(engine, batch)
+    broken["two experts are exchanged"] = _step(engine, batch)
     force(engine, weights | moments)
     experts = _step(engine, batch)
     share = np.float32(1 / layout.ep)
@@ -81,8 +81,6 @@ def _step(engine: Engine, batch: Batch) -> RankGradients:
         num_micro_batches=sequences // dp.size // MICRO_BATCH,
         now=replace(NOW, batch_sequences=sequences),
     )
-    pieces = gradient_pieces(engine)
-    return RankGradients(
-        float(result.loss_main),
-        {name: (piece.shard.offsets[0], piece.tensor.numpy().copy()) for name, piece in pieces.items()},
-    )
+    shards = gradient_pieces(engine).items()
+    grads = {name: (held.shard.offsets[0], held.tensor.numpy().copy()) for name, held in shards}
+    return RankGradients(float(result.loss_main), grads)

@@ -40,6 +40,7 @@ def base(demo_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Pretrain
     return compose(
         [
             "experiment=tiny",
+            "model.num_hidden_layers=2",
             f"data.store={demo_store / 'train'}",
             "data.heldout=null",
             f"data.sequence_length={TOKENS}",

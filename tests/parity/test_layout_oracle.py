@@ -14,7 +14,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,18 +68,13 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Truth:
     return Truth(loss.item(), from_hf(released_names(grads), CONFIG), folder)
 
 
-def put_together(ranks: list[RankGradients], truth: Truth) -> dict[str, Tensor]:
-    """Whole gradients from the ranks' pieces: every element from some rank, and no name that the oracle lacks."""
-    whole = {name: np.full(grad.numel(), np.nan, dtype=np.float32) for name, grad in truth.grads.items()}
-    for rank in ranks:
-        for name, (first, piece) in rank.grads.items():
-            whole[name][first : first + len(piece)] = piece
-    return {name: torch.from_numpy(values).view_as(truth.grads[name]) for name, values in whole.items()}
-
-
 def errors(ranks: list[RankGradients], truth: Truth) -> dict[str, float]:
-    """Relative error of each parameter's gradient; NaN where an element is nobody's."""
-    return {name: relative(grad, truth.grads[name]) for name, grad in put_together(ranks, truth).items()}
+    """Relative error of each parameter's gradient, put together from the ranks' shards; NaN where no rank has it."""
+    whole = {name: torch.full((grad.numel(),), torch.nan) for name, grad in truth.grads.items()}
+    for rank in ranks:
+        for name, (first, shard) in rank.grads.items():
+            whole[name][first : first + len(shard)] = torch.from_numpy(shard)
+    return {name: relative(grad.view_as(truth.grads[name]), truth.grads[name]) for name, grad in whole.items()}
 
 
 @pytest.mark.parametrize("schedule", LAYOUTS)
@@ -90,8 +84,7 @@ def test_gradients_of_ep2_x_pp2_are_those_of_transformers_in_one_process(schedul
     healthy = [rank for rank, _ in found]
     for rank in healthy:
         assert rank.loss == pytest.approx(truth.loss, rel=LOSS_BOUND)
-    by_name = errors(healthy, truth)
-    bad = {name: error for name, error in by_name.items() if not error <= GRADIENT_BOUND}
+    bad = {name: error for name, error in errors(healthy, truth).items() if not error <= GRADIENT_BOUND}
     assert not bad
     # The same comparison notices what it should: the planted mistake is far outside the bound.
     for defect in found[0][1]:

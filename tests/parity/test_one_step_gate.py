@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -23,7 +24,6 @@ import kernels.router
 from kernels.formats import E4M3_MAX, Quantized
 from train.config import compose
 from train.losses import LossWeights, balance_sum, loss_sums
-from train.model.config import ModelConfig
 from train.model.init import initialize
 from train.model.moe import Router
 from train.model.precision import Precision
@@ -81,20 +81,21 @@ class Recording(Precision):
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+    return finite((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 def cosine(actual: Tensor, expected: Tensor) -> float:
-    return float(torch.cosine_similarity(actual.double().flatten(), expected.double().flatten(), dim=0))
+    return finite(torch.cosine_similarity(actual.double().flatten(), expected.double().flatten(), dim=0))
 
 
-def config() -> ModelConfig:
-    return replace(compose(["model=ragged_test"]).model, rope_scaling=None)
+def finite(error: Tensor) -> float:
+    assert error.isfinite(), "`max` would pass over a NaN"
+    return float(error)
 
 
 def prepared(precision: Precision) -> Transformer:
     """The same state in any precision: BF16-rounded weights, routers with a bias that matters."""
-    net = Transformer(config(), precision)
+    net = Transformer(replace(compose(["model=ragged_test"]).model, rope_scaling=None), precision)
     initialize(net, seed=0, std=0.05)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -112,9 +113,7 @@ def backward(net: Transformer) -> list[Tensor]:
     tokens = torch.randint(0, vocab, (2, TOKENS // 2 + 1), generator=torch.Generator().manual_seed(1))
     weights = LossWeights(mtp_weight=0.3, balance_alpha=1e-3, num_targets=torch.tensor(TOKENS), num_sequences=2)
     output = net(tokens[:, :-1])
-    balance = balance_sum(output, weights)
-    assert balance is not None
-    (loss_sums(net, output, tokens[:, 1:], weights).total + balance).backward()
+    (loss_sums(net, output, tokens[:, 1:], weights).total + balance_sum(output, weights)).backward()
     return [output.hidden.detach(), *(hidden.detach() for hidden in output.mtp_hidden)]
 
 
@@ -134,29 +133,25 @@ def local_errors(call: Call) -> dict[str, float]:
     x, weight = call.x.clone().requires_grad_(), call.weight.clone().requires_grad_()
     x64, dy64, w64 = call.x.double(), call.dy.double(), call.weight.double()
     if call.ends is None:
-        y = precision.linear(x, weight)
-        exact = {"fprop": x64 @ w64.T, "dgrad": dy64 @ w64, "wgrad": dy64.T @ x64}
+        y, groups = precision.linear(x, weight), [(slice(None), ...)]
     else:
         y = precision.grouped_linear(x, weight, call.ends)
-        exact = {
-            name: torch.zeros_like(t, dtype=torch.float64)
-            for name, t in zip(("fprop", "dgrad", "wgrad"), (y, x, weight), strict=True)
-        }
-        start = 0
-        for expert, end in enumerate(call.ends.tolist()):
-            rows = slice(start, end)
-            exact["fprop"][rows] = x64[rows] @ w64[expert].T
-            exact["dgrad"][rows] = dy64[rows] @ w64[expert]
-            exact["wgrad"][expert] = dy64[rows].T @ x64[rows]
-            start = end
+        groups = [(slice(*edges), expert) for expert, edges in enumerate(pairwise([0, *call.ends.tolist()]))]
+    fprop, dgrad, wgrad = (torch.zeros_like(t, dtype=torch.float64) for t in (y, x, weight))
+    for rows, expert in groups:
+        fprop[rows] = x64[rows] @ w64[expert].T
+        dgrad[rows] = dy64[rows] @ w64[expert]
+        wgrad[expert] = dy64[rows].T @ x64[rows]
     y.backward(call.dy)
-    actual = {"fprop": y.detach(), "dgrad": x.grad, "wgrad": weight.grad}
-    return {operand: relative(actual[operand], exact[operand]) for operand in exact}
+    return {
+        "fprop": relative(y.detach(), fprop),
+        "dgrad": relative(x.grad, dgrad),
+        "wgrad": relative(weight.grad, wgrad),
+    }
 
 
 def worst_local(calls: list[Call]) -> tuple[float, str]:
-    rows = [(error, f"{call.name} {operand}") for call in calls for operand, error in local_errors(call).items()]
-    return max(rows)
+    return max((error, f"{call.name} {operand}") for call in calls for operand, error in local_errors(call).items())
 
 
 def test_every_linear_is_recorded(recorded: list[Call]) -> None:
@@ -169,45 +164,36 @@ def test_every_linear_and_operand_is_within_the_e4m3_error(recorded: list[Call])
     assert worst < LOCAL_LIMIT, where
 
 
-def neighbouring_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = kernels.fp8_linear.quantize_tiles
-
-    def shifted(x: Tensor, *, power_of_two: bool) -> Quantized:
-        q = original(x, power_of_two=power_of_two)
-        return Quantized(q.payload, q.scale.roll(1, dims=1))
-
-    monkeypatch.setattr(kernels.fp8_linear, "quantize_tiles", shifted)
+def drop_first_tile(q: Quantized) -> Quantized:
+    scale = q.scale.clone()
+    scale[0] = 0.0
+    return Quantized(q.payload, scale)
 
 
-def dropped_wgrad_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = kernels.fp8_linear.requantize_transposed
-
-    def dropping(q: Quantized, *, power_of_two: bool) -> Quantized:
-        regrouped = original(q, power_of_two=power_of_two)
-        scale = regrouped.scale.clone()
-        scale[0] = 0.0
-        return Quantized(regrouped.payload, scale)
-
-    monkeypatch.setattr(kernels.fp8_linear, "requantize_transposed", dropping)
+def round_to_e5m2(q: Quantized) -> Quantized:
+    """Two mantissa bits instead of three, inside the same payload type."""
+    rounded = q.payload.float().clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e5m2).float()
+    return Quantized(rounded.clamp(-E4M3_MAX, E4M3_MAX).to(q.payload.dtype), q.scale)
 
 
-def e5m2_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = kernels.fp8_linear.quantize_blocks
-
-    def coarse(w: Tensor, *, power_of_two: bool) -> Quantized:
-        q = original(w, power_of_two=power_of_two)
-        # Two mantissa bits instead of three, inside the same payload type.
-        rounded = q.payload.float().clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e5m2).float()
-        return Quantized(rounded.clamp(-E4M3_MAX, E4M3_MAX).to(q.payload.dtype), q.scale)
-
-    monkeypatch.setattr(kernels.fp8_linear, "quantize_blocks", coarse)
+# Defect -> the operator whose result it changes, and how.
+DEFECTS: dict[str, tuple[str, Callable[[Quantized], Quantized]]] = {
+    "neighbouring_scale": ("quantize_tiles", lambda q: Quantized(q.payload, q.scale.roll(1, dims=1))),
+    "dropped_wgrad_tile": ("requantize_transposed", drop_first_tile),
+    "e5m2_weights": ("quantize_blocks", round_to_e5m2),
+}
 
 
-@pytest.mark.parametrize("plant", [neighbouring_scale, dropped_wgrad_tile, e5m2_weights])
-def test_a_planted_defect_turns_the_local_gate_red(
-    plant: Callable[[pytest.MonkeyPatch], None], recorded: list[Call], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plant(monkeypatch)
+@pytest.fixture(params=DEFECTS)
+def planted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defect in the FP8 linear."""
+    name, change = DEFECTS[request.param]
+    original = getattr(kernels.fp8_linear, name)
+    monkeypatch.setattr(kernels.fp8_linear, name, lambda *args, **options: change(original(*args, **options)))
+
+
+@pytest.mark.usefixtures("planted")
+def test_a_planted_defect_turns_the_local_gate_red(recorded: list[Call]) -> None:
     worst, _ = worst_local(recorded)
     assert worst > LOCAL_LIMIT
 
@@ -218,7 +204,6 @@ def router_errors(recorded_inputs: list[tuple[str, Tensor]]) -> float:
     worst = 0.0
     for name, x in recorded_inputs:
         router = net.get_submodule(name)
-        assert isinstance(router, Router)
         routing = router(x)
         scores = (x.flatten(0, 1).double() @ router.weight.double().T).sigmoid()  # [tokens, experts]
         chosen = scores.gather(1, routing.topk_ids)
@@ -248,14 +233,14 @@ def test_gates_from_biased_scores_turn_the_router_gate_red(
     select, weigh = kernels.router.select_experts, kernels.router.gate_weights
     bias_of = {}
 
-    def select_and_tell(scores: Tensor, bias: Tensor, **limits: int) -> Tensor:
+    def select_and_keep_bias(scores: Tensor, bias: Tensor, **limits: int) -> Tensor:
         bias_of["last"] = bias
         return select(scores, bias, **limits)
 
     def biased(scores: Tensor, ids: Tensor, **how: bool) -> Tensor:
         return weigh(scores + bias_of["last"], ids, **how)
 
-    monkeypatch.setattr(kernels.router, "select_experts", select_and_tell)
+    monkeypatch.setattr(kernels.router, "select_experts", select_and_keep_bias)
     monkeypatch.setattr(kernels.router, "gate_weights", biased)
     assert router_errors(router_inputs) > GATES_LIMIT
 
@@ -281,7 +266,7 @@ def global_errors(monkeypatch: pytest.MonkeyPatch, name: str = "fp8") -> tuple[f
     hidden = max(relative(a, e) for a, e in zip(actual, expected, strict=True))
     grads = {name: (p.grad, reference.get_parameter(name).grad) for name, p in net.named_parameters()}
     turned = {name: 1 - cosine(a, e) for name, (a, e) in grads.items()}
-    worst = max(turned, key=lambda name: turned[name])
+    worst = max(turned, key=turned.__getitem__)
     return hidden, turned[worst], worst
 
 
@@ -297,10 +282,7 @@ def test_whole_model_in_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert turned < TURN_LIMIT, where
 
 
-@pytest.mark.parametrize("plant", [neighbouring_scale, dropped_wgrad_tile, e5m2_weights])
-def test_a_planted_defect_turns_the_global_gate_red(
-    plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plant(monkeypatch)
+@pytest.mark.usefixtures("planted")
+def test_a_planted_defect_turns_the_global_gate_red(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, turned, _ = global_errors(monkeypatch)
     assert hidden > HIDDEN_LIMIT or turned > TURN_LIMIT

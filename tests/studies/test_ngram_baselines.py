@@ -96,7 +96,6 @@ def test_pairs_begin_after_an_end_of_sentence(tmp_path: Path) -> None:
 
 
 def test_bits_per_byte_equals_the_definition_token_by_token(prepared: Prepared) -> None:
-    assert prepared.heldout is not None
     model, heldout = train_bigram(prepared.train), prepared.heldout
     vocab_size = heldout.manifest.vocab_size
     count: Counter[tuple[int, int]] = Counter()
@@ -140,7 +139,6 @@ def test_parameters_are_the_best_on_the_last_tenth_of_training(prepared: Prepare
 
 
 def test_baselines_are_ordered_as_the_language_is(prepared: Prepared) -> None:
-    assert prepared.heldout is not None
     found = ngram.measure_baselines(prepared.train, prepared.heldout)
     assert found.bigram < found.unigram
     assert found.xz == ngram.xz_bits_per_byte(ngram.store_text(prepared.train), ngram.store_text(prepared.heldout))
@@ -150,7 +148,6 @@ def test_baselines_are_ordered_as_the_language_is(prepared: Prepared) -> None:
 
 
 def test_a_worse_discount_scores_worse(prepared: Prepared) -> None:
-    assert prepared.heldout is not None
     model = train_bigram(prepared.train)
     spoilt = replace(model, added_mass=1000.0, discount=0.95)
     assert ngram_bits_per_byte(spoilt, prepared.heldout) > ngram_bits_per_byte(model, prepared.heldout)

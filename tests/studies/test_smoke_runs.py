@@ -52,8 +52,7 @@ def test_training_imports_without_hydra_datasets_and_wandb(
 
 
 def test_values_are_those_that_hydra_reads() -> None:
-    precisions: tuple[PrecisionName, ...] = ("fp32", "bf16", "fp8")
-    for name, precision in zip(("tiny", "small", "small"), precisions, strict=True):
+    for name, precision in (("tiny", "fp32"), ("small", "bf16"), ("small", "fp8")):
         composed = compose([f"model={name}", f"schedule={name}", f"precision={precision}"])
         run = smoke_runs.smoke_run(name, sequences=1, tokens=8)
         assert run.model == smoke_runs.model_config(name) == composed.model
@@ -170,17 +169,12 @@ def lost_weight_gradients(a: Quantized, b: Quantized, *, out: Tensor, accumulate
     """Adds nothing."""
 
 
-@pytest.mark.parametrize(
-    ("name", "defect"),
-    [
-        ("quantize_tiles", shifted_scales),
-        ("quantize_blocks", coarse_weights),
-        ("gemm_tile_tile", lost_weight_gradients),
-    ],
-    ids=["shifted_scales", "coarse_weights", "lost_weight_gradients"],
-)
+DEFECTS = {shifted_scales: "quantize_tiles", coarse_weights: "quantize_blocks", lost_weight_gradients: "gemm_tile_tile"}
+
+
+@pytest.mark.parametrize(("defect", "name"), DEFECTS.items())
 def test_a_defect_of_the_device_turns_the_step_red(
-    name: str, defect: Callable[..., Any], tiny: SmokeRun, monkeypatch: pytest.MonkeyPatch
+    defect: Callable[..., Any], name: str, tiny: SmokeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_another_device(monkeypatch, lambda: patch.object(kernels.fp8_linear, name, defect))
     assert not step_parity.compare_step(tiny, "fp8", CPU).green

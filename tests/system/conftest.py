@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_run(store: Path) -> list[str]:
-    """Overrides of a run of 24 steps of 2 x 32 tokens, one thread, a checkpoint every 5 steps."""
-    return [
+def small_run(store: Path) -> Callable[..., list[str]]:
+    """Overrides of a run of 24 steps of 2 x 32 tokens, one thread, a checkpoint every 5 steps.
+
+    Returns:
+        A function (*changes) -> overrides, in which each change replaces what the run or an earlier change says.
+    """
+    overrides = [
         "experiment=tiny",
         "model.num_hidden_layers=2",
         f"data.store={store / 'train'}",
@@ -49,14 +54,14 @@ def small_run(store: Path) -> list[str]:
         "checkpoint.every_steps=5",
         "observe.wandb=off",
     ]
+    return lambda *changes: list({text.split("=")[0]: text for text in (*overrides, *changes)}.values())
 
 
 @pytest.fixture(scope="session")
-def trained_run(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_run(small_run: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three steps of the small model in BF16, scored at the end."""
     folder = tmp_path_factory.mktemp("runs")
-    kept = [item for item in small_run if not item.startswith("schedule.total_tokens")]
-    config = compose([*kept, "schedule.total_tokens=192", f"run.directory={folder}", "run.name=run"])
+    config = compose(small_run("schedule.total_tokens=192", f"run.directory={folder}", "run.name=run"))
     Trainer(config, build_alone(config)).fit()
     return folder / "run"
 

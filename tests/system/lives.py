@@ -1,20 +1,23 @@
-"""One life of a run on some ranks, in process: what a launched worker does, with an eye on it.
+"""One life of a run on some ranks, in process, and what tests read of any run: its log and its state.
 
     join -> build -> Trainer -> resume -> [look] -> fit -> [or look here]
 
 A *look* is every tensor of the run's state as this rank holds it, its counters and, where asked for, the held-out bits
-per byte. The test puts the looks of all ranks together and compares runs bit by bit, without reading a checkpoint file:
-what it believes does not pass through the code under test.
+per byte. The test puts the looks of all ranks together and compares runs bit by bit, without a checkpoint file: the
+comparison does not pass through the code under test.
 
-A life may be told to end early: one rank sends itself SIGTERM, as a scheduler would, and the others learn of it.
+A life may end early: one rank sends itself SIGTERM, as a scheduler would, and the ranks agree to stop.
 
-Shapes: bits of a piece have the piece's shape, as integers of the same width (numpy has no BF16).
+Shapes: bits of a shard have the shard's shape, as integers of the same width (numpy has no BF16).
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,13 +30,14 @@ from parallel.mesh import make_mesh
 from parallel.shards import LocalShard
 from train.assemble import build, build_alone, open_resources
 from train.config import PretrainConfig
+from train.observe.sinks import read_run
 from train.trainer import Trainer
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Held(NamedTuple):
-    """One rank's part of one tensor: bits, dtype, shape of the whole and offset in it."""
+    """One rank's shard of one tensor: bits, dtype, shape of the whole and offset in it."""
 
     bits: NDArray[Any]
     dtype: str
@@ -121,14 +125,42 @@ def _terminate(trainer: Trainer, *, during_step: int) -> None:
     trainer.take_step = interrupted  # type: ignore[method-assign]
 
 
+def copied_state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Copies of the run's tensors, as far as this rank holds them."""
+    state = trainer.tensors()
+    return {name: (t.tensor if isinstance(t, LocalShard) else t).detach().clone() for name, t in state.items()}
+
+
+def wait_for_step(
+    process: subprocess.Popen[str], run: Path, reached: Callable[[int], bool], output: Callable[[], str] | None = None
+) -> None:
+    """Until the log shows a step that is `reached`; a process that ended before fails with its output."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists():
+            records = read_run(run)
+            if records and reached(records[-1]["step"]):
+                return
+        assert process.poll() is None, output() if output else process.communicate()[0]
+        time.sleep(0.005)
+    raise AssertionError("the run made no progress")
+
+
+def losses(run: Path) -> list[tuple[float, ...]]:
+    """Of each logged step: total, main, MTP and the gradient norm; the log holds each step once, in order."""
+    records = read_run(run)
+    assert [r["step"] for r in records] == list(range(1, len(records) + 1)), "every step once, in order"
+    return [(r["loss/total"], r["loss/main"], r["loss/mtp"], r["grad/norm"]) for r in records]
+
+
 def look(trainer: Trainer, *, score: bool) -> Look:
     """The state of now; copied, since the tensors are live."""
     tensors = {}
     for name, value in trainer.tensors().items():
-        piece = value if isinstance(value, LocalShard) else LocalShard.at(value, tuple(value.shape), (0,) * value.dim())
-        local = piece.tensor.detach().contiguous()
+        held = value if isinstance(value, LocalShard) else LocalShard.at(value, tuple(value.shape), (0,) * value.dim())
+        local = held.tensor.detach().contiguous()
         bits = local.view(_BITS[local.element_size()]).numpy().copy()
-        tensors[name] = Held(bits, str(local.dtype), piece.shard.global_shape, piece.shard.offsets)
+        tensors[name] = Held(bits, str(local.dtype), held.shard.global_shape, held.shard.offsets)
     return Look(trainer.state.to_json(), tensors, trainer.evaluate() if score else None)
 
 
@@ -146,5 +178,5 @@ def whole(looks: list[Look]) -> dict[str, tuple[str, NDArray[Any]]]:
             bits[place] = held.bits
             there[place] = True
     holes = [name for name, there in known.items() if not there.all()]
-    assert not holes, f"nobody holds all of {holes}"
+    assert not holes, f"no rank holds all of {holes}"
     return tensors

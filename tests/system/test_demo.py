@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,17 +19,11 @@ BUDGET = f"data.sequence_length={TOKENS} schedule.total_tokens={STEPS * 2 * TOKE
 SHORT = f"{BUDGET} {BATCH} run.threads=1 run.device=cpu".split()
 
 
-def demo(place: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(place / "launch/demo.py"), *SHORT],
-        cwd=place,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(place)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+@pytest.fixture(scope="module")
+def demo(checkout: Path, run_command: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[[], str]:
+    """Run the demo in the checkout; what it prints."""
+    command = partial(run_command, checkout / "launch/demo.py", *SHORT, cwd=checkout, PYTHONPATH=str(checkout))
+    return lambda: command(timeout_s=600).stdout
 
 
 def table(output: str) -> list[tuple[str, str]]:
@@ -38,10 +32,8 @@ def table(output: str) -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def ran(checkout: Path) -> tuple[Path, str]:
-    done = demo(checkout)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return checkout, done.stdout
+def ran(checkout: Path, demo: Callable[[], str]) -> tuple[Path, str]:
+    return checkout, demo()
 
 
 def test_both_runs_saw_the_same_tokens_for_twenty_steps(ran: tuple[Path, str]) -> None:
@@ -69,17 +61,15 @@ def test_the_page_is_self_contained_and_shows_both_runs(ran: tuple[Path, str]) -
     page = place / "runs/demo/loss_curves.html"
     assert str(page) in output
     text = page.read_text(encoding="utf-8")
-    assert "bf16" in text
-    assert "fp8" in text
+    assert all(name in text for name in ("bf16", "fp8"))
     assert not re.search(r"<(script|link|img|iframe)[^>]*(src|href)=[\"']https?://", text)
 
 
-def test_a_finished_demo_is_shown_again_without_training(ran: tuple[Path, str]) -> None:
+def test_a_finished_demo_is_shown_again_without_training(ran: tuple[Path, str], demo: Callable[[], str]) -> None:
     place, output = ran
     log = place / "runs/demo/bf16/metrics.jsonl"
     records = [line for line in log.read_text().splitlines() if '"event"' not in line]
-    again = demo(place)
-    assert again.returncode == 0
+    again = demo()
     assert [line for line in log.read_text().splitlines() if '"event"' not in line] == records
-    assert table(again.stdout) == table(output)
+    assert table(again) == table(output)
     assert len(table(output)) == 5

@@ -37,15 +37,15 @@ def test_without_a_gpu_make_says_one_sentence_and_sets_nothing_up() -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, run_command: Callable[..., subprocess.CompletedProcess[str]]
+) -> Path:
     """What `make gpu` writes with small sizes on a CPU, where the packages of ABSENT cannot be imported."""
     out, site = tmp_path_factory.mktemp("gpu"), tmp_path_factory.mktemp("site")
     (site / "sitecustomize.py").write_text(f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))")
-    command = [sys.executable, "-m", "launch.gpu", "--tiny", "--device", "cpu", "--budget", "600", "--out", str(out)]
+    command = ("-m", "launch.gpu", "--tiny", "--device", "cpu", "--budget", "600", "--out", out)
     # pytest looks at the modules of its plugins, and hydra has one.
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(site), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (done.stdout, done.stderr)
+    run_command(*command, timeout_s=900, PYTHONPATH=str(site), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     return out
 
 

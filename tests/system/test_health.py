@@ -6,6 +6,7 @@ The model is small, its widths are not: 128 tokens a sequence, so that a micro-b
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,8 @@ import torch
 
 from kernels.probe import Watch
 from parallel.layout import Layout
-from parallel.shards import LocalShard
 from tests.ranks import run_ranks
-from tests.system.lives import trainer_on
+from tests.system.lives import copied_state, losses, trainer_on
 from train.config import PretrainConfig, compose
 from train.observe.fp8_health import Fp8Health
 from train.observe.metrics import FP8_OPERANDS
@@ -33,7 +33,7 @@ LAYERS = 4
 
 
 @pytest.fixture
-def config(small_run: list[str], tmp_path: Path) -> PretrainConfig:
+def config(small_run: Callable[..., list[str]], tmp_path: Path) -> PretrainConfig:
     changes = {
         "precision": "fp8",
         "model.num_hidden_layers": 3,
@@ -52,8 +52,7 @@ def config(small_run: list[str], tmp_path: Path) -> PretrainConfig:
         "run.directory": tmp_path,
         "run.name": "run",
     }
-    kept = [item for item in small_run if item.split("=")[0] not in changes]
-    return compose([*kept, *(f"{name}={value}" for name, value in changes.items())])
+    return compose(small_run(*(f"{name}={value}" for name, value in changes.items())))
 
 
 def watched(config: PretrainConfig, **observe: Any) -> PretrainConfig:
@@ -66,20 +65,16 @@ def trained(config: PretrainConfig, name: str) -> Trainer:
     return trainer
 
 
-def state(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {n: t.tensor if isinstance(t, LocalShard) else t for n, t in trainer.tensors().items()}
-
-
 @pytest.mark.parametrize("recompute", [False, True])
 def test_training_is_bit_equal_with_and_without_the_probe(config: PretrainConfig, recompute: bool) -> None:
     config = replace(config, run=replace(config.run, recompute=recompute))
     on = trained(watched(config, fp8_health_every_steps=1), "on")
     off = trained(watched(config, fp8_health_every_steps=0), "off")
-    expected, actual = state(off), state(on)
+    expected, actual = copied_state(off), copied_state(on)
     assert actual.keys() == expected.keys()
     assert not [name for name in expected if not torch.equal(actual[name], expected[name])]
     logs = [read_run(t.directory) for t in (on, off)]
-    assert [[r["loss/total"], r["grad/norm"]] for r in logs[0]] == [[r["loss/total"], r["grad/norm"]] for r in logs[1]]
+    assert losses(on.directory) == losses(off.directory)
     assert all(name in r for r in logs[0] for name in TABLES)
     assert not [name for r in logs[1] for name in r if name.startswith("fp8/")]
     for table in (r[name] for r in logs[0] for name in TABLES):

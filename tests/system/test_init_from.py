@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -32,15 +33,15 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def config(small_run: list[str], tmp_path: Path) -> PretrainConfig:
-    return compose([*small_run, f"run.directory={tmp_path}", "run.name=new", f"run.init_from={tmp_path}/old"])
+def config(small_run: Callable[..., list[str]], tmp_path: Path) -> PretrainConfig:
+    return compose(small_run(f"run.directory={tmp_path}", "run.name=new", f"run.init_from={tmp_path}/old"))
 
 
 @pytest.fixture(scope="module")
-def finished(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(small_run: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
     root = tmp_path_factory.mktemp("finished")
-    config = compose([*small_run, f"run.directory={root}", "run.name=old"])
+    config = compose(small_run(f"run.directory={root}", "run.name=old"))
     Trainer(config, build_alone(config)).fit()
     return root / "old"
 

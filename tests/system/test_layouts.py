@@ -8,15 +8,13 @@ Bound on losses, 1e-5 relative: the issue's, for free FP32 runs. FP32 sums regro
 measured at each step in tests/parity/test_layouts.py), and AdamW carries that on for the five steps after the change:
 1.5e-7 was the most that was seen, on a loss as on a gradient norm. First moments lost on the way would show as 8e-3.
 Held-out bits per byte of one state, 1e-6: each token's loss differs by FP32 rounding alone, and their sum is FP64.
-
-What torchrun, exit codes and dying ranks add is tested elsewhere.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ import pytest
 from parallel.layout import Layout
 from parallel.pipeline import Inputs
 from tests.ranks import run_ranks
-from tests.system.lives import Life, Look, Plan, live, trainer_on, whole
+from tests.system.lives import Life, Look, Plan, live, losses, trainer_on, whole
 from train.checkpoint.publish import step_name
 from train.config import PretrainConfig, compose
 from train.data.batch import Batch
@@ -58,7 +56,7 @@ SMALL = [
     f"schedule.total_tokens={STEPS * SEQUENCES * LENGTH}",
     f"schedule.batch_start_sequences={SEQUENCES}",
     f"schedule.batch_full_sequences={SEQUENCES}",
-    # A save happens because somebody asks the run to stop, and at its end.
+    # A save happens when the run is asked to stop, and at its end.
     "checkpoint.every_steps=1000",
 ]
 PRECISIONS = ("fp32", "fp8")
@@ -67,15 +65,8 @@ Configs = dict[str, PretrainConfig]
 
 
 @pytest.fixture(scope="module")
-def overrides(small_run: list[str]) -> list[str]:
-    """Of the runs below, for one process."""
-    replaced = {item.split("=")[0] for item in SMALL}
-    return [*(item for item in small_run if item.split("=")[0] not in replaced), *SMALL]
-
-
-@pytest.fixture(scope="module")
-def base(overrides: list[str]) -> Configs:
-    return {name: compose([*overrides, f"precision={name}", f"run.name={name}"]) for name in PRECISIONS}
+def base(small_run: Callable[..., list[str]]) -> Configs:
+    return {name: compose(small_run(*SMALL, f"precision={name}", f"run.name={name}")) for name in PRECISIONS}
 
 
 def on(config: PretrainConfig, layout: Layout, directory: Path, **run: Any) -> PretrainConfig:
@@ -95,23 +86,12 @@ def lives(layout: Layout, plans: Sequence[Plan]) -> list[list[Life]]:
     return [list(ranks) for ranks in zip(*by_rank, strict=True)]
 
 
-def losses(run: Path) -> dict[int, list[float]]:
-    """Of each logged step; the log holds each step once, in order."""
-    records = read_run(run)
-    assert [r["step"] for r in records] == list(range(1, len(records) + 1)), "every step once, in order"
-    return {r["step"]: [r["loss/total"], r["loss/main"], r["loss/mtp"], r["grad/norm"]] for r in records}
-
-
 def assert_same_state(saved: list[Look], resumed: list[Look]) -> None:
     """Counters and every bit of every tensor."""
     assert {json.dumps(seen.counters) for seen in (*saved, *resumed)} == {json.dumps(saved[0].counters)}
     expected, actual = whole(saved), whole(resumed)
     assert actual.keys() == expected.keys()
-    different = [
-        name
-        for name, (dtype, bits) in expected.items()
-        if actual[name][0] != dtype or not (actual[name][1] == bits).all()
-    ]
+    different = [n for n, (dtype, bits) in expected.items() if actual[n][0] != dtype or (actual[n][1] != bits).any()]
     assert not different
 
 
@@ -166,9 +146,9 @@ def check_resumed(saved: Saved, layout: Layout, base: Configs, unbroken: Path, p
             assert len(scores) == 1, "every rank knows the same score"
             assert scores.pop() == pytest.approx(saved.looks(name)[0].bits_per_byte, rel=SCORE_BOUND)
     ours, theirs = losses(place / "fp32"), losses(unbroken)
-    assert list(ours) == list(theirs) == list(range(1, STEPS + 1))
-    for step, expected in theirs.items():
-        assert ours[step] == pytest.approx(expected, rel=LOSS_BOUND), step
+    assert len(ours) == len(theirs) == STEPS
+    for step, (found, expected) in enumerate(zip(ours, theirs, strict=True), start=1):
+        assert found == pytest.approx(expected, rel=LOSS_BOUND), step
 
 
 def test_sigterm_to_one_rank_stops_all_after_the_same_step_with_one_checkpoint(saved_on_four: Saved) -> None:
@@ -227,35 +207,29 @@ def test_on_the_same_layout_a_resumed_run_and_a_replayed_one_are_the_unbroken_on
 
 
 def refusals(rank: int, world: int, configs: list[PretrainConfig]) -> list[str]:
-    """What this rank says to each configuration, one after the other."""
-    said = []
+    """This rank's outcome for each configuration, one after the other."""
+    outcomes = []
     for config in configs:
         trainer = trainer_on(config, world)
         try:
             trainer.resume()
-            said.append(f"resumed at step {trainer.state.step}")
+            outcomes.append(f"resumed at step {trainer.state.step}")
         except ValueError as error:
-            said.append(str(error))
-    return said
+            outcomes.append(str(error))
+    return outcomes
 
 
-def test_what_does_not_fit_is_refused_by_all_ranks_alike_and_nobody_hangs(
+def test_what_does_not_fit_is_refused_by_all_ranks_alike_and_none_hangs(
     saved_on_four: Saved, base: Configs, tmp_path: Path
 ) -> None:
     layout = Layout(dp=2, ep=2)
     config = on(base["fp32"], layout, saved_on_four.copy(tmp_path))
     other_model = replace(config, model=replace(config.model, routed_scaling_factor=3.5))
     wider = replace(config, model=replace(config.model, intermediate_size=128))
-    configs = [
-        on(config, layout, tmp_path, seed=7),
-        other_model,
-        wider,
-        on(config, layout, tmp_path, resume=False),
-        config,
-    ]
-    said = run_ranks(layout.world, refusals, configs)
-    assert said[0] == said[1]
-    seed, model, shape, in_use, accepted = said[0]
+    other_seed, not_resumed = on(config, layout, tmp_path, seed=7), on(config, layout, tmp_path, resume=False)
+    outcomes = run_ranks(layout.world, refusals, [other_seed, other_model, wider, not_resumed, config])
+    assert outcomes[0] == outcomes[1]
+    seed, model, shape, in_use, accepted = outcomes[0]
     assert "another seed: was 1234, now 7" in seed
     assert "another model: routed_scaling_factor was 1.25, now 3.5" in model
     assert "does not fit" in shape
@@ -271,22 +245,24 @@ def ramping(rank: int, world: int, config: PretrainConfig) -> tuple[list[tuple[i
     stream, pipeline = trainer.components.stream, trainer.engine.pipeline
     take, run = stream.take, pipeline.run
     taken: list[tuple[int, int]] = []
-    pieces: list[int] = []
+    counts: list[int] = []
 
     def noted_take(position: int, count: int) -> Batch:
         taken.append((position, count))
         return take(position, count)
 
     def noted_run(inputs: Inputs, *, num_micro_batches: int) -> None:
-        pieces.append(num_micro_batches)
+        counts.append(num_micro_batches)
         run(inputs, num_micro_batches=num_micro_batches)
 
     stream.take, pipeline.run = noted_take, noted_run  # type: ignore[method-assign]
     trainer.fit()
-    return taken, pieces
+    return taken, counts
 
 
-def test_the_batch_ramp_moves_in_whole_micro_batches_of_every_data_rank(overrides: list[str], tmp_path: Path) -> None:
+def test_the_batch_ramp_moves_in_whole_micro_batches_of_every_data_rank(
+    small_run: Callable[..., list[str]], tmp_path: Path
+) -> None:
     layout, micro = Layout(pp=2, dp=2, schedule="ZBVZeroBubble"), 2
     # Linear over 640 tokens: 4, 5.6, 7.2, 8.8, 12; rounded down to whole micro-batches of both data ranks.
     batches = [4, 4, 4, 8, 12]
@@ -299,8 +275,7 @@ def test_the_batch_ramp_moves_in_whole_micro_batches_of_every_data_rank(override
         "schedule.batch_full_sequences": 12,
         "schedule.batch_ramp_tokens": 20 * LENGTH,
     }
-    kept = [item for item in overrides if item.split("=")[0] not in changes]
-    common = [*kept, *(f"{name}={value}" for name, value in changes.items())]
+    common = small_run(*SMALL, *(f"{name}={value}" for name, value in changes.items()))
     # The layout alone gives the ramp its granularity; one process is told to use the same.
     axes = [f"layout.{field}={getattr(layout, field)}" for field in ("pp", "dp", "schedule")]
     on_four = [*axes, f"run.directory={tmp_path / '4'}"]
@@ -309,10 +284,10 @@ def test_the_batch_ramp_moves_in_whole_micro_batches_of_every_data_rank(override
     logs = {world: read_run(tmp_path / str(world) / "fp32") for world in runs}
     assert [[r["schedule/batch_sequences"] for r in log] for log in logs.values()] == [batches, batches]
     starts = [sum(batches[:step]) for step in range(len(batches))]
-    for rank, (taken, pieces) in enumerate(runs[4]):
+    for rank, (taken, counts) in enumerate(runs[4]):
         share = [size // layout.dp for size in batches]
         data_rank = rank % layout.dp
         assert taken == [(start + data_rank * size, size) for start, size in zip(starts, share, strict=True)]
-        assert pieces == [size // micro for size in share]
+        assert counts == [size // micro for size in share]
     for ours, theirs in zip(logs[4], logs[1], strict=True):
         assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=LOSS_BOUND)

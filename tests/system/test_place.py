@@ -6,7 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,15 +135,9 @@ def test_the_configured_times_reach_heartbeat_and_process_groups(
     class Reached(Exception):
         pass
 
-    class Heartbeat:
-        def __init__(self, *_: object, **named: object) -> None:
-            given["heartbeat"] = named["peer_timeout_s"]
-
-        def __enter__(self) -> None:
-            return None
-
-        def __exit__(self, *_: object) -> None:
-            return None
+    def heartbeat(*_: object, **named: object) -> AbstractContextManager[None]:
+        given["heartbeat"] = named["peer_timeout_s"]
+        return nullcontext()
 
     def first_group(**named: object) -> None:
         given["world"] = (named["rank"], named["world"], named["backend"], named["timeout_s"])
@@ -152,11 +146,9 @@ def test_the_configured_times_reach_heartbeat_and_process_groups(
         given["groups"] = (layout.dp, named["device"], named["tied_embedding"], named["timeout_s"])
         raise Reached
 
-    monkeypatch.setattr(train.worker, "Watchdog", Heartbeat)
+    monkeypatch.setattr(train.worker, "Watchdog", heartbeat)
     monkeypatch.setattr(train.worker, "init_processes", first_group)
     monkeypatch.setattr(train.worker, "make_mesh", groups)
     with pytest.raises(Reached):
         train.worker.pretrain(config, WorkerInfo(rank=1, world=2, store=store_with_rank_0()))
-    assert given["heartbeat"] == 7
-    assert given["world"] == (1, 2, "gloo", 77)
-    assert given["groups"] == (2, torch.device("cpu"), True, 77)
+    assert given == {"heartbeat": 7, "world": (1, 2, "gloo", 77), "groups": (2, torch.device("cpu"), True, 77)}

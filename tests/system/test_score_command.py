@@ -126,7 +126,6 @@ def test_what_a_user_can_get_wrong_is_one_sentence(
     datasets.disable_progress_bars()
     source = write_lines(tmp_path / "text.jsonl", *({"text": f"other words {n}"} for n in range(9)))
     other = prepare(Recipe(source=str(source), vocab_size=280), tmp_path / "other")
-    assert other.heldout is not None
     bad = write_lines(tmp_path / "bad.jsonl", CHOICE, {"question": "?"})
     long = write_lines(tmp_path / "long.jsonl", CHOICE, CHOICE | {"options": ["a", "qx" * 20], "answer": "A"})
     good, problems = write_lines(tmp_path / "good.jsonl", CHOICE), write_lines(tmp_path / "p.jsonl", PROBLEM)

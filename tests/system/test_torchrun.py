@@ -3,8 +3,6 @@
 What is seen is what an operator sees: exit codes, stderr, the run's folder and the process table. A worker's own exit
 code is read from torchrun's report, since torchrun itself exits 1 whatever its workers did. Processes are found by a
 mark in their environment, which they inherit, and only those are signalled.
-
-Numbers of the run (losses, layouts, resumed state) are not the subject; tests/system/test_layouts.py has them.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from parallel.watchdog import DEATH_EXIT_CODE
+from tests.system.lives import wait_for_step
 from train.checkpoint.dcp import latest
 from train.observe.sinks import read_events, read_run
 
@@ -33,12 +31,23 @@ TIMEOUT_S = 120
 STEPS = 16
 PEER_TIMEOUT_S = 3
 ONE_NODE = ("--standalone", "--nproc-per-node", "2")
+# Short and without scores, on two data ranks, which share the experts: two sequences of 32 tokens a step.
+TWO_RANKS = (
+    "data.heldout=null",
+    f"schedule.total_tokens={STEPS * 64}",
+    "layout.dp=2",
+    "layout.ep=2",
+    f"network.peer_timeout_s={PEER_TIMEOUT_S}",
+    "run.name=run",
+)
 
 
 class Launch:
-    """One torchrun with its workers; output goes to files, so that nobody waits for a full pipe."""
+    """One torchrun with its workers; output goes to files, so that no process waits for a full pipe."""
 
-    def __init__(self, folder: Path, options: list[str], overrides: list[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self, folder: Path, options: tuple[str, ...], overrides: list[str], environment: dict[str, str]
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.mark = uuid.uuid4().hex
         self.stderr = folder / f"{self.mark}.err"
@@ -107,47 +116,18 @@ Start = Callable[..., Launch]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Start two ranks with overrides, on one node unless options say more; all are ended with the test."""
+def start(small_run: Callable[..., list[str]], tmp_path: Path) -> Iterator[Start]:
+    """Start the small run with TWO_RANKS and changes, on one node unless options say more; all end with the test."""
     launches: list[Launch] = []
 
-    def begin(*overrides: str, options: tuple[str, ...] = ONE_NODE, **environment: str) -> Launch:
-        launches.append(Launch(tmp_path / "said", list(options), list(overrides), environment))
+    def begin(*changes: str, options: tuple[str, ...] = ONE_NODE, **environment: str) -> Launch:
+        overrides = small_run(*TWO_RANKS, f"run.directory={tmp_path}", *changes)
+        launches.append(Launch(tmp_path / "said", options, overrides, environment))
         return launches[-1]
 
     yield begin
     for launch in launches:
         launch.end()
-
-
-@pytest.fixture
-def two_ranks(small_run: list[str], tmp_path: Path) -> list[str]:
-    """The small run, shortened and without scores, on two data ranks, which share the experts."""
-    replaced = ("data.heldout=", "schedule.total_tokens=")
-    return [
-        *(text for text in small_run if not text.startswith(replaced)),
-        "data.heldout=null",
-        # Two sequences of 32 tokens a step.
-        f"schedule.total_tokens={STEPS * 64}",
-        "layout.dp=2",
-        "layout.ep=2",
-        f"network.peer_timeout_s={PEER_TIMEOUT_S}",
-        f"run.directory={tmp_path}",
-        "run.name=run",
-    ]
-
-
-def wait_for_step(launch: Launch, run: Path, step: int) -> None:
-    """Until the log shows a step; the launch must still be at work."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline:
-        if (run / "metrics.jsonl").exists():
-            records = read_run(run)
-            if records and records[-1]["step"] >= step:
-                return
-        assert launch.torchrun.poll() is None, launch.said()
-        time.sleep(0.01)
-    raise AssertionError("the run made no progress")
 
 
 def assert_refused(launch: Launch, sentence: str) -> None:
@@ -167,23 +147,21 @@ def assert_no_traceback_of_ours(launch: Launch) -> None:
     assert ours == [], launch.said()
 
 
-def test_too_few_ranks_are_refused_in_one_sentence(start: Start, two_ranks: list[str], tmp_path: Path) -> None:
+def test_too_few_ranks_are_refused_in_one_sentence(start: Start, tmp_path: Path) -> None:
     """Though the rank that says it starts two seconds after the other."""
     # Python imports a module of this name at its start.
     slow = "import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(2)\n"
     (tmp_path / "sitecustomize.py").write_text(slow)
-    changed = [text for text in two_ranks if not text.startswith(("layout.", "schedule.batch_"))]
-    batch = ["schedule.batch_start_sequences=4", "schedule.batch_full_sequences=4"]
-    launch = start(*changed, *batch, "layout.dp=4", PYTHONPATH=str(tmp_path))
+    changes = ("layout.dp=4", "layout.ep=1", "schedule.batch_start_sequences=4", "schedule.batch_full_sequences=4")
+    launch = start(*changes, PYTHONPATH=str(tmp_path))
     assert_refused(
         launch, "pretrain: 2 processes were started, but layout.pp=1 x layout.dp=4 needs 4: start 4, or set layout.dp=2"
     )
     assert not (tmp_path / "run").exists(), "refused before anything is made"
 
 
-def test_a_missing_store_is_refused_in_one_sentence(start: Start, two_ranks: list[str], tmp_path: Path) -> None:
-    changed = [text for text in two_ranks if not text.startswith("data.store=")]
-    launch = start(*changed, f"data.store={tmp_path / 'nowhere'}")
+def test_a_missing_store_is_refused_in_one_sentence(start: Start, tmp_path: Path) -> None:
+    launch = start(f"data.store={tmp_path / 'nowhere'}")
     assert launch.wait() == 1
     (sentence,) = launch.sentences()
     assert str(tmp_path / "nowhere") in sentence
@@ -191,11 +169,10 @@ def test_a_missing_store_is_refused_in_one_sentence(start: Start, two_ranks: lis
     assert not (tmp_path / "run").exists(), "refused before anything is made"
 
 
-def test_runs_end_in_order_every_time_with_one_log(start: Start, two_ranks: list[str], tmp_path: Path) -> None:
+def test_runs_end_in_order_every_time_with_one_log(start: Start, tmp_path: Path) -> None:
     """Three times: where a thread outlives the interpreter, one process in five aborts at its very end."""
-    changed = [text for text in two_ranks if not text.startswith(("schedule.total_tokens=", "run.name="))]
     for name in ("first", "second", "third"):
-        launch = start(*changed, "schedule.total_tokens=192", f"run.name={name}")
+        launch = start("schedule.total_tokens=192", f"run.name={name}")
         assert launch.wait() == 0, launch.said()
         assert launch.alive() == {}
         assert launch.sentences() == []
@@ -206,13 +183,10 @@ def test_runs_end_in_order_every_time_with_one_log(start: Start, two_ranks: list
         assert list(run.rglob("metrics.jsonl")) == [run / "metrics.jsonl"]
 
 
-def test_a_killed_rank_of_a_node_is_named_and_nothing_is_left(
-    start: Start, two_ranks: list[str], tmp_path: Path
-) -> None:
+def test_a_killed_rank_of_a_node_is_named_and_nothing_is_left(start: Start, tmp_path: Path) -> None:
     """On one node torchrun sees it first, names it, and ends the others before their heartbeat would."""
-    changed = [text for text in two_ranks if not text.startswith("schedule.total_tokens=")]
-    launch = start(*changed, "schedule.total_tokens=1000000")
-    wait_for_step(launch, tmp_path / "run", 2)
+    launch = start("schedule.total_tokens=1000000")
+    wait_for_step(launch.torchrun, tmp_path / "run", lambda step: step >= 2, output=launch.said)
     workers = launch.workers()
     assert sorted(workers) == [0, 1]
     os.kill(workers[1], signal.SIGKILL)
@@ -225,27 +199,17 @@ def test_a_killed_rank_of_a_node_is_named_and_nothing_is_left(
     assert launch.alive() == {}
 
 
-def test_a_killed_node_is_named_by_the_ranks_of_the_others(start: Start, two_ranks: list[str], tmp_path: Path) -> None:
-    """Two launchers of one rank each, as on two nodes; the second dies whole, so nobody but the watchdog can tell.
+def test_a_killed_node_is_named_by_the_ranks_of_the_others(start: Start, tmp_path: Path) -> None:
+    """Two launchers of one rank each, as on two nodes; the second dies whole, so only the watchdog can notice.
 
     TIMEOUT_S is the deadline: far above the heartbeat's, far below the 600 s of a collective.
     """
-    changed = [text for text in two_ranks if not text.startswith("schedule.total_tokens=")]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    nodes = [
-        start(
-            *changed,
-            "schedule.total_tokens=1000000",
-            options=(
-                *("--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1"),
-                *("--master-addr", "127.0.0.1", "--master-port", str(port)),
-            ),
-        )
-        for node in range(2)
-    ]
-    wait_for_step(nodes[0], tmp_path / "run", 2)
+    meeting = f"--nnodes 2 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port {port} --node-rank"
+    nodes = [start("schedule.total_tokens=1000000", options=(*meeting.split(), rank)) for rank in "01"]
+    wait_for_step(nodes[0].torchrun, tmp_path / "run", lambda step: step >= 2, output=nodes[0].said)
     ((rank, victim),) = nodes[1].workers().items()
     assert rank == 1
     # The launcher first, else it would end its worker itself and report it.
@@ -260,21 +224,17 @@ def test_a_killed_node_is_named_by_the_ranks_of_the_others(start: Start, two_ran
     assert nodes[0].alive() | nodes[1].alive() == {}
 
 
-def test_sigterm_to_the_workers_saves_and_the_same_command_finishes(
-    start: Start, two_ranks: list[str], tmp_path: Path
-) -> None:
+def test_sigterm_to_the_workers_saves_and_the_same_command_finishes(start: Start, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    launch = start(*two_ranks)
-    wait_for_step(launch, run, 3)
+    launch = start()
+    wait_for_step(launch.torchrun, run, lambda step: step >= 3, output=launch.said)
     for pid in launch.workers().values():
         os.kill(pid, signal.SIGTERM)
     assert launch.wait() == 0, launch.said()
     stopped = read_run(run)[-1]["step"]
     assert 3 <= stopped < STEPS
-    saved = latest(run / "checkpoints")
-    assert saved is not None
-    assert saved.name == f"step_{stopped:08d}"
-    again = start(*two_ranks)
+    assert latest(run / "checkpoints") == run / "checkpoints" / f"step_{stopped:08d}"
+    again = start()
     assert again.wait() == 0, again.said()
     assert [record["step"] for record in read_run(run)] == list(range(1, STEPS + 1))
     events = read_events(run)

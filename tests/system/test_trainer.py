@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,8 @@ import torch.nn.functional as F
 import train.assemble
 import train.trainer
 from kernels.deferred import deferred, take
-from parallel.shards import LocalShard
-from train.assemble import build_alone, choose_device
+from tests.system.lives import copied_state, losses
+from train.assemble import Components, build_alone, choose_device
 from train.checkpoint.dcp import Saver, latest
 from train.config import PretrainConfig, compose
 from train.data.ingest import Recipe, prepare
@@ -34,9 +35,8 @@ from train.trainer import Trainer
 
 
 @pytest.fixture
-def config(small_run: list[str], tmp_path: Path) -> PretrainConfig:
-    kept = [item for item in small_run if not item.startswith("schedule.total_tokens")]
-    return compose([*kept, "schedule.total_tokens=640", f"run.directory={tmp_path}", "run.name=run"])
+def config(small_run: Callable[..., list[str]], tmp_path: Path) -> PretrainConfig:
+    return compose(small_run("schedule.total_tokens=640", f"run.directory={tmp_path}", "run.name=run"))
 
 
 def trainer_of(config: PretrainConfig) -> Trainer:
@@ -45,9 +45,12 @@ def trainer_of(config: PretrainConfig) -> Trainer:
     return trainer
 
 
-def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    live = trainer.tensors()
-    return {name: (value.tensor if isinstance(value, LocalShard) else value).clone() for name, value in live.items()}
+def updated(config: PretrainConfig, parts: Components, step: int, **changes: float) -> StepGradients:
+    """One step and its update, with some scheduled values given by hand."""
+    now = replace(scheduled_values(config.schedule, step=step, tokens_seen=0), **changes)
+    gradients = compute_gradients(parts.engine, parts.stream.take(2 * step, 2), num_micro_batches=1, now=now)
+    apply_update(parts.engine, gradients, now=now, update=step + 1)
+    return gradients
 
 
 def test_every_step_follows_the_schedules(config: PretrainConfig) -> None:
@@ -84,14 +87,11 @@ def test_every_step_follows_the_schedules(config: PretrainConfig) -> None:
 
 
 def test_the_learning_rate_and_gamma_of_the_step_are_applied(config: PretrainConfig) -> None:
-    trainer = trainer_of(config)
-    parts = trainer.components
-    batch = parts.stream.take(0, 2)
-    now = replace(scheduled_values(config.schedule, step=50, tokens_seen=0), lr=1e-3, bias_speed=0.25)
-    gradients = compute_gradients(parts.engine, batch, num_micro_batches=1, now=now)
-    before = parts.engine.optimizer.masters()["lm_head.weight"].tensor.clone()
-    apply_update(parts.engine, gradients, now=now, update=1)
-    moved = (parts.engine.optimizer.masters()["lm_head.weight"].tensor - before).abs()
+    parts = build_alone(config)
+    master = parts.engine.optimizer.masters()["lm_head.weight"].tensor
+    before = master.clone()
+    gradients = updated(config, parts, 0, lr=1e-3, bias_speed=0.25)
+    moved = (master - before).abs()
     # Adam's first update is lr * g / (|g| + eps) plus decay of 0.1 * |w| * lr: no element moves further.
     assert moved.max() <= 1e-3 * (1 + 0.1 * before.abs().max()) * 1.01
     assert moved.max() > 0.5e-3
@@ -102,16 +102,12 @@ def test_the_learning_rate_and_gamma_of_the_step_are_applied(config: PretrainCon
 
 
 def test_every_update_moves_the_average_of_the_weights(config: PretrainConfig) -> None:
-    trainer = trainer_of(replace(config, optim=replace(config.optim, ema_decay=0.75)))
-    ema = trainer.engine.ema
-    assert ema is not None
-    master = trainer.engine.optimizer.masters()["lm_head.weight"].tensor
+    parts = build_alone(replace(config, optim=replace(config.optim, ema_decay=0.75)))
+    ema = parts.engine.ema
+    master = parts.engine.optimizer.masters()["lm_head.weight"].tensor
     expected = master.clone()
-    now = replace(scheduled_values(config.schedule, step=50, tokens_seen=0), lr=1e-3)
     for step in range(3):
-        batch = trainer.components.stream.take(2 * step, 2)
-        gradients = compute_gradients(trainer.engine, batch, num_micro_batches=1, now=now)
-        apply_update(trainer.engine, gradients, now=now, update=step + 1)
+        updated(config, parts, step, lr=1e-3)
         expected.lerp_(master, 0.25)
     assert torch.equal(ema.state_shards()["ema.lm_head.weight"].tensor, expected)
     assert not torch.equal(expected, master)
@@ -126,11 +122,7 @@ def test_the_bias_balances_a_skewed_router_and_gamma_0_does_not(config: Pretrain
             router.e_score_correction_bias[0] = 0.5
         seen = []
         for step in range(60):
-            batch = parts.stream.take(2 * step, 2)
-            now = replace(scheduled_values(config.schedule, step=step, tokens_seen=0), lr=0.0, bias_speed=gamma)
-            gradients = compute_gradients(parts.engine, batch, num_micro_batches=1, now=now)
-            apply_update(parts.engine, gradients, now=now, update=step + 1)
-            counts = gradients.counts[1].double()
+            counts = updated(config, parts, step, lr=0.0, bias_speed=gamma).counts[1].double()
             seen.append(float(counts.max() / counts.mean() - 1))
         return seen
 
@@ -170,14 +162,13 @@ def test_nan_stops_after_k_steps_with_a_checkpoint_and_untouched_weights(config:
     trainer = trainer_of(config)
     with torch.no_grad():
         trainer.engine.models[0].lm_head.weight[0, 0] = math.nan
-    before = weights(trainer)
+    before = copied_state(trainer)
     with pytest.raises(TrainingStopped, match="not finite 3 steps in a row"):
         trainer.fit()
-    after = weights(trainer)
+    after = copied_state(trainer)
     assert all(torch.equal(before[n].nan_to_num(7.0), after[n].nan_to_num(7.0)) for n in before if n != "rng.cpu")
-    saved = latest(trainer.directory / "checkpoints")
-    assert saved is not None
-    assert saved.name == "step_00000003"
+    checkpoints = trainer.directory / "checkpoints"
+    assert latest(checkpoints) == checkpoints / "step_00000003"
     # The count travels with the checkpoint: the resumed run stops after one more bad step, not after three.
     with pytest.raises(TrainingStopped, match=r"step 4: .* not finite 4 steps in a row"):
         trainer_of(config).fit()
@@ -188,10 +179,8 @@ def test_evaluation_leaves_no_trace_and_scores_what_fp64_scores(config: Pretrain
     plain.fit()
     looked = trainer_of(replace(config, run=replace(config.run, name="looked", eval_every_steps=1)))
     looked.fit()
-    losses = [[(r["loss/main"], r["grad/norm"]) for r in read_run(t.directory)] for t in (plain, looked)]
-    assert losses[0] == losses[1]
+    assert losses(plain.directory) == losses(looked.directory)
     heldout, model = plain.components.heldout, plain.engine.models[0]
-    assert heldout is not None
     nats = 0.0
     with torch.no_grad():
         for batch in iterate_windows(heldout, sequence_length=32, batch_sequences=1):
@@ -219,37 +208,32 @@ def test_sigterm_during_the_last_save_is_survived(config: PretrainConfig, monkey
         signal.raise_signal(signal.SIGTERM)
         original(self, *args)  # type: ignore[arg-type]
 
-    def unguarded(*_: object) -> None:
-        raise AssertionError("SIGTERM reached the process while it saved")
-
     # One save only, the last: no other is due within ten steps.
     trainer = trainer_of(replace(config, checkpoint=replace(config.checkpoint, every_steps=1000)))
     monkeypatch.setattr(Saver, "save_async", terminated)
-    before = signal.signal(signal.SIGTERM, unguarded)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM reached the process while it saved"))
     try:
         assert trainer.fit().step == 10
     finally:
         signal.signal(signal.SIGTERM, before)
-    saved = latest(trainer.directory / "checkpoints")
-    assert saved is not None
-    assert saved.name == "step_00000010"
+    checkpoints = trainer.directory / "checkpoints"
+    assert latest(checkpoints) == checkpoints / "step_00000010"
 
 
 @pytest.mark.parametrize(
     ("field", "change"),
     [
-        ("another seed: was 1234, now 7", ["run.seed=7"]),
-        ("another precision: name was bf16, now fp8", ["precision=fp8"]),
-        ("another data: fim_rate was 0.1, now 0.5", ["data.fim_rate=0.5"]),
-        ("another data: sequence_length was 32, now 64", ["data.sequence_length=64"]),
+        ("another seed: was 1234, now 7", "run.seed=7"),
+        ("another precision: name was bf16, now fp8", "precision=fp8"),
+        ("another data: fim_rate was 0.1, now 0.5", "data.fim_rate=0.5"),
+        ("another data: sequence_length was 32, now 64", "data.sequence_length=64"),
     ],
 )
 def test_a_run_is_not_resumed_with_another(
-    field: str, change: list[str], config: PretrainConfig, small_run: list[str]
+    field: str, change: str, config: PretrainConfig, small_run: Callable[..., list[str]]
 ) -> None:
     trainer_of(config).fit()
-    kept = [o for o in small_run if o.split("=")[0] not in {c.split("=")[0] for c in change}]
-    other = compose([*kept, *change, f"run.directory={config.run.directory}", "run.name=run"])
+    other = compose(small_run(change, f"run.directory={config.run.directory}", "run.name=run"))
     with pytest.raises(ValueError, match=field):
         trainer_of(other)
 
@@ -271,10 +255,7 @@ def test_a_used_directory_is_refused_when_resuming_is_off(config: PretrainConfig
 def test_stores_that_do_not_fit_are_refused_before_the_model_is_made(
     config: PretrainConfig, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("the model was built")
-
-    monkeypatch.setattr(train.assemble, "build_engine", never)
+    monkeypatch.setattr(train.assemble, "build_engine", lambda *_, **__: pytest.fail("the model was built"))
     source = tmp_path / "other.jsonl"
     source.write_text("\n".join(json.dumps({"text": f"another text, number {i}"}) for i in range(40)))
     foreign = prepare(Recipe(source=str(source), vocab_size=280), tmp_path / "foreign")
@@ -312,9 +293,7 @@ def test_every_weight_gradient_of_the_model_waits_in_the_queue(precision: str, c
 
     def backward() -> None:
         output = model(tokens[:, :-1])
-        balance = balance_sum(output, step)
-        assert balance is not None
-        (loss_sums(model, output, tokens[:, 1:], step).total + balance).backward()
+        (loss_sums(model, output, tokens[:, 1:], step).total + balance_sum(output, step)).backward()
 
     backward()
     at_once = {name: p.main_grad.clone() for name, p in matrices.items()}

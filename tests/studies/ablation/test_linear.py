@@ -9,23 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import fp8_linear as fp8
 from kernels.formats import TILE, Quantized, ceil_div
-from kernels.fp8_linear import (
-    fp8_linear,
-    fp8_linear_of_kept,
-    fp8_swiglu_linear,
-    grouped_fp8_linear,
-    grouped_fp8_swiglu_linear,
-)
 from kernels.quantize import quantize_blocks, quantize_tiles, quantize_tiles_transposed
 from train.studies.ablation.linear import AblatedLinears, Ablation, gradient_operands, product_reference
 
 ENDS = torch.tensor([128, 128, 384], dtype=torch.int32)
 ROWS, INNER, OUTER = 200, 300, 129
-
-
-def leaf(*shape: int) -> Tensor:
-    return torch.randn(shape).bfloat16().requires_grad_()
 
 
 def results(call: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:
@@ -34,28 +24,26 @@ def results(call: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:
         tensor.grad = None
     y = call(*leaves)
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y.dtype))
-    grads = [tensor.grad for tensor in leaves]
-    assert all(grad is not None for grad in grads)
-    return [y.detach(), *(grad.clone() for grad in grads if grad is not None)]
+    return [y.detach(), *(tensor.grad.clone() for tensor in leaves)]
 
 
 W, GROUPED_W = (OUTER, INNER), (3, OUTER, INNER)
 # Name -> shipped linear, ablated linear, shapes of the leaves.
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[tuple[int, ...]]]] = {
-    "linear": (fp8_linear, lambda linears, x, w: linears.linear(x, w), [(ROWS, INNER), W]),
-    "kept": (fp8_linear_of_kept, lambda linears, x, w: linears.linear_of_kept(x, w), [(ROWS, INNER), W]),
+    "linear": (fp8.fp8_linear, lambda linears, x, w: linears.linear(x, w), [(ROWS, INNER), W]),
+    "kept": (fp8.fp8_linear_of_kept, lambda linears, x, w: linears.linear_of_kept(x, w), [(ROWS, INNER), W]),
     "grouped": (
-        lambda x, w, power_of_two: grouped_fp8_linear(x, w, ENDS, power_of_two=power_of_two),
+        lambda x, w, **options: fp8.grouped_fp8_linear(x, w, ENDS, **options),
         lambda linears, x, w: linears.linear(x, w, ENDS),
         [(512, INNER), GROUPED_W],
     ),
     "swiglu": (
-        fp8_swiglu_linear,
+        fp8.fp8_swiglu_linear,
         lambda linears, g, w: linears.swiglu_linear(g, None, w),
         [(2, ROWS // 2, 2 * INNER), W],
     ),
     "grouped swiglu": (
-        lambda g, gates, w, power_of_two: grouped_fp8_swiglu_linear(g, gates, w, ENDS, power_of_two=power_of_two),
+        lambda g, gates, w, **options: fp8.grouped_fp8_swiglu_linear(g, gates, w, ENDS, **options),
         lambda linears, g, gates, w: linears.swiglu_linear(g, gates, w, ENDS),
         [(512, 2 * INNER), (512,), GROUPED_W],
     ),
@@ -66,7 +54,8 @@ def outcomes(name: str, first: AblatedLinears | None, second: AblatedLinears) ->
     """Output and gradients of one linear twice, on the same leaves; None: as shipped."""
     shipped, ablated, shapes = CASES[name]
     # Gates of experts are fp32.
-    leaves = [torch.rand(shape).requires_grad_() if len(shape) == 1 else leaf(*shape) for shape in shapes]
+    inputs = [torch.rand(shape) if len(shape) == 1 else torch.randn(shape).bfloat16() for shape in shapes]
+    leaves = [tensor.requires_grad_() for tensor in inputs]
     as_shipped = partial(shipped, power_of_two=second.power_of_two)
     before = results(as_shipped if first is None else partial(ablated, first), *leaves)
     return zip(before, results(partial(ablated, second), *leaves), strict=True)
@@ -107,11 +96,9 @@ def test_gradients_of_the_recipe_are_those_of_the_shipped_quantisers(power_of_tw
     dy = (torch.randn(ROWS, OUTER) * torch.exp2(6 * torch.randn(ROWS, 1))).index_fill_(1, torch.arange(128), 0.0)
     # A scale that is a power of two already is not rounded up to the next one.
     dy[:2, 128] = torch.tensor([448.0, 448.0 * 2**-30])
-    for ours, theirs in zip(
-        gradient_operands(dy, Ablation(), power_of_two=power_of_two),
-        (quantize(dy, power_of_two=power_of_two) for quantize in (quantize_tiles, quantize_tiles_transposed)),
-        strict=True,
-    ):
+    found = gradient_operands(dy, Ablation(), power_of_two=power_of_two)
+    for ours, quantize in zip(found, (quantize_tiles, quantize_tiles_transposed), strict=True):
+        theirs = quantize(dy, power_of_two=power_of_two)
         assert torch.equal(ours.payload.view(torch.uint8), theirs.payload.view(torch.uint8))
         assert torch.equal(ours.scale, theirs.scale)
 
@@ -166,7 +153,6 @@ def test_wgrad_sees_the_input_regrouped() -> None:
     cached = values(quantize_tiles(x, power_of_two=True)).float()
     xq = quantize_tiles_transposed(cached, power_of_two=True)
     expected = values(by_channel) @ values(xq).t()
-    assert w.grad is not None
     # FP32 sums over 256 terms.
     assert float((w.grad.double() - expected).norm() / expected.norm()) < 16 * 2**-24
 

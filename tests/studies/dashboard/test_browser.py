@@ -113,23 +113,20 @@ def lines_in(tab: Tab, key: int, figure: str = "loss-main") -> list[dict[str, An
 
 def painted(tab: Tab, key: int) -> int:
     """Pixels of the loss chart, as the browser paints it, in the run's colour."""
-    return int(
-        tab.value(
-            f"""(async () => {{
-              const image = new Image();
-              image.src = "data:image/png;base64,{tab.screenshot("#loss-main .plot")}";
-              await image.decode();
-              const canvas = new OffscreenCanvas(image.width, image.height).getContext("2d");
-              canvas.drawImage(image, 0, 0);
-              const wanted = color({key}).match(/\\w\\w/g).map(part => parseInt(part, 16));
-              const pixels = canvas.getImageData(0, 0, image.width, image.height).data;
-              let count = 0;
-              for (let i = 0; i < pixels.length; i += 4)
-                if (wanted.every((part, c) => Math.abs(part - pixels[i + c]) < 12)) count++;
-              return count;
-            }})()"""
-        )
-    )
+    script = f"""(async () => {{
+      const image = new Image();
+      image.src = "data:image/png;base64,{tab.screenshot("#loss-main .plot")}";
+      await image.decode();
+      const canvas = new OffscreenCanvas(image.width, image.height).getContext("2d");
+      canvas.drawImage(image, 0, 0);
+      const wanted = color({key}).match(/\\w\\w/g).map(part => parseInt(part, 16));
+      const pixels = canvas.getImageData(0, 0, image.width, image.height).data;
+      let count = 0;
+      for (let i = 0; i < pixels.length; i += 4)
+        if (wanted.every((part, c) => Math.abs(part - pixels[i + c]) < 12)) count++;
+      return count;
+    }})()"""
+    return int(tab.value(script))
 
 
 def drag(tab: Tab, selector: str, *, start: float, end: float) -> None:

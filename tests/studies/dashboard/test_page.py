@@ -28,7 +28,6 @@ from train.studies.dashboard.page import CURVE_BYTES, TABLE_BYTES, names, render
 from train.studies.dashboard.run_reader import RunReader
 from train.studies.dashboard.series import MAX_COLUMNS
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 LOADING_ATTRIBUTES = {"src", "href", "srcset", "action", "formaction", "data", "poster", "background", "ping"}
 
 
@@ -258,7 +257,7 @@ def test_a_bad_directory_or_card_is_refused_in_words(tmp_path: Path):
 
 def test_the_entrypoint_writes_the_page(tmp_path: Path, run_command: Callable[..., subprocess.CompletedProcess[str]]):
     out = tmp_path / "new" / "compare.html"
-    done = run_command("launch/dashboard.py", *two_runs(tmp_path), "--out", out, PYTHONPATH=str(REPOSITORY))
+    done = run_command("launch/dashboard.py", *two_runs(tmp_path), "--out", out)
     assert re.search(r"compare\.html \(\d\.\d MB\)", done.stdout)
     assert out.stat().st_size > 1e6
 

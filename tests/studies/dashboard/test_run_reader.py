@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -114,11 +115,8 @@ def test_a_run_with_records_has_the_card_that_was_written_before_them(tmp_path: 
 def test_a_card_that_could_not_be_opened_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run_dir = write_run(tmp_path / "run", [record(1)], name="tiny")
 
-    def away(path: Path, encoding: str) -> str:
-        raise OSError("the disk is away")
-
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_text", away)
+        patch.setattr(Path, "read_text", Mock(side_effect=OSError("the disk is away")))
         reader = reader_of(run_dir)
         assert reader.problems == {"run_card.json": "the disk is away"}
         assert not reader.poll()
@@ -198,46 +196,35 @@ def test_the_eta_is_the_tokens_left_over_the_recent_speed(tmp_path: Path):
 
 
 STOP = {"event": "stop", "step": 3, "reason": "signal"}
-# Lines after three steps, token budget, seconds since the last record, state.
-STATES: list[tuple[list[Record], int, int, str]] = [
-    ([], 10_000, 100, "running"),
-    ([], 10_000, 1000, "silent"),
-    ([STOP], 10_000, 1000, "stopped"),
-    ([STOP, record(4)], 10_000, 13, "running"),
-    ([], 512 * 3, 1000, "finished"),
+# Lines after three steps, token budget, seconds since the last record, state, whether there is an ETA.
+STATES: list[tuple[list[Record], int, int, str, bool]] = [
+    ([], 10_000, 100, "running", True),
+    ([], 10_000, 1000, "silent", False),
+    ([STOP], 10_000, 1000, "stopped", False),
+    # Before the first new record there is no speed.
+    ([STOP, {"event": "resume", "step": 3}], 10_000, 13, "running", False),
+    ([STOP, record(4)], 10_000, 13, "running", True),
+    ([], 512 * 3, 1000, "finished", False),
 ]
 
 
-@pytest.mark.parametrize(("lines", "tokens_total", "age_s", "state"), STATES)
+@pytest.mark.parametrize(("lines", "tokens_total", "age_s", "state", "eta"), STATES)
 def test_the_state_of_a_run_is_told(
-    tmp_path: Path, lines: list[Record], tokens_total: int, age_s: int, state: str
+    tmp_path: Path, lines: list[Record], tokens_total: int, age_s: int, state: str, eta: bool
 ) -> None:
-    lines = [*map(record, (1, 2, 3)), *lines]
-    found = status(reader_of(write_run(tmp_path / "run", lines, tokens_total=tokens_total)), 1009.0 + age_s)
-    assert found["state"] == state
-    assert (found["eta_s"] is None) == (state != "running")
-
-
-def test_a_run_without_a_record_is_empty(tmp_path: Path) -> None:
-    assert status(reader_of(write_run(tmp_path / "empty", [])), 1009.0)["state"] == "empty"
-
-
-def test_a_run_that_goes_on_is_not_stopped_any_more(tmp_path: Path):
-    stop = {"event": "stop", "step": 2, "reason": "asked to stop"}
-    run_dir = write_run(tmp_path / "run", [record(1), record(2), stop])
+    run_dir = write_run(tmp_path / "run", [*map(record, (1, 2, 3))], tokens_total=tokens_total)
     reader = reader_of(run_dir)
-    assert status(reader, 1010.0)["state"] == "stopped"
-    append(run_dir, [{"event": "resume", "step": 2}])
-    reader.poll()
-    # Before its first new record.
-    assert status(reader, 1010.0)["state"] == "running"
-    assert status(reader, 1010.0)["reason"] is None
+    for line in lines:
+        append(run_dir, [line])
+        reader.poll()
+    found = status(reader, 1009.0 + age_s)
+    assert (found["state"], found["reason"]) == (state, "signal" if state == "stopped" else None)
+    assert (found["eta_s"] is not None) == eta
 
 
 def alarm(run_dir: Path, **expected: object) -> bool:
     """Whether the verdict on a run's dead experts is the expected one, in the keys that are named."""
     verdict = dead_experts(reader_of(run_dir))
-    assert verdict is not None
     assert {name: verdict[name] for name in expected} == expected
     return True
 

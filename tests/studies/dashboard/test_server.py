@@ -11,8 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -40,18 +43,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-def ask(server: Server, path: str, *, method: str = "GET", host: str = "") -> tuple[int, dict[str, str], bytes]:
-    address = urlsplit(server.url)
-    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=PATIENCE_S)
-    try:
+def ask(server: Any, path: str, *, method: str = "GET", host: str = "") -> tuple[int, dict[str, str], bytes]:
+    with closing(http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=PATIENCE_S)) as connection:
         connection.putrequest(method, path, skip_host=bool(host))
         if host:
             connection.putheader("Host", host)
         connection.endheaders()
         answer = connection.getresponse()
         return answer.status, dict(answer.getheaders()), answer.read()
-    finally:
-        connection.close()
 
 
 def runs(server: Server, since: int = 0, token: str = "") -> Any:
@@ -307,38 +306,25 @@ def test_an_interrupt_while_the_first_line_is_written_is_an_orderly_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_run(tmp_path / "run", [record(1)])
-    printed: list[str] = []
-
-    def interrupted(text: str, **_: object) -> None:
-        printed.append(text)
-        if len(printed) == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("builtins.print", interrupted)
+    printed = Mock(side_effect=[KeyboardInterrupt, None, None])
+    monkeypatch.setattr("builtins.print", printed)
     assert main(["--serve", str(tmp_path), "--port", "0"]) == 0
-    assert printed[1:] == ["dashboard: ended"]
     # Or even before that.
-    monkeypatch.setattr("launch.dashboard.Server.__init__", lambda *_, **__: interrupted(""))
-    printed.clear()
+    monkeypatch.setattr("launch.dashboard.Server.__init__", Mock(side_effect=KeyboardInterrupt))
     assert main(["--serve", str(tmp_path), "--port", "0"]) == 0
-    assert printed[1:] == ["dashboard: ended"]
+    assert [line.args for line in printed.call_args_list[1:]] == [("dashboard: ended",)] * 2
 
 
 def test_the_entrypoint_serves_until_it_is_interrupted(tmp_path: Path):
     write_run(tmp_path / "run", [record(1)])
     command = [sys.executable, str(REPOSITORY / "launch/dashboard.py"), "--serve", str(tmp_path), "--port", "0"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env={"PYTHONPATH": str(REPOSITORY)}
-    ) as process:
-        assert process.stdout is not None
+    environment = {"PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment) as process:
         try:
             line = process.stdout.readline()
-            found = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
+            found = re.search(r"http://127\.0\.0\.1:\d+/", line)
             assert found, line
-            connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=PATIENCE_S)
-            connection.request("GET", "/")
-            assert b"Training runs" in connection.getresponse().read()
-            connection.close()
+            assert b"Training runs" in ask(SimpleNamespace(url=found[0]), "/")[2]
             process.send_signal(2)
             assert process.wait(timeout=PATIENCE_S) == 0
         finally:

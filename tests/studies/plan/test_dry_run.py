@@ -12,7 +12,6 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ from train.stage import stage_specs
 from train.studies.plan import dry_run as planner
 from train.studies.plan.dry_run import Memory, dry_run, measure
 
-STATE = ("weights", "fp8_copies", "gradients", "masters", "moments")
 GB = 1e9
 ROOT = Path(__file__).resolve().parents[3]
 V3 = compose(["model=v3_671b", "data=text", "schedule=v3"]).model
@@ -289,9 +287,8 @@ TWO_RANKS: tuple[dict[str, object], ...] = (
 MICRO_BATCHES = 4
 
 
-def two_rank_runs(precision: str) -> Iterator[PretrainConfig]:
-    for layout in TWO_RANKS:
-        yield small(precision=precision, model_num_hidden_layers=4, **layout)
+def two_rank_runs(precision: str) -> list[PretrainConfig]:
+    return [small(precision=precision, model_num_hidden_layers=4, **layout) for layout in TWO_RANKS]
 
 
 def measured_on_a_real_rank(rank: int, world: int, precision: str) -> list[Memory]:
@@ -323,8 +320,8 @@ def test_real_ranks_hold_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> 
     for rank, (index, config) in itertools.product(range(2), enumerate(two_rank_runs("bf16"))):
         fake, _ = plan(config, rank=rank, num_micro_batches=MICRO_BATCHES)
         found = real[rank][index]
-        assert [getattr(found, field) for field in STATE] == [getattr(fake, field) for field in STATE]
-        assert found.dispatch == fake.dispatch
+        for field in (*StateBytes._fields, "dispatch"):
+            assert getattr(found, field) == getattr(fake, field), field
         late = still_held[index]
         assert 0 <= found.held - fake.held <= (late if late is not None else 2 * fake.dispatch)
         if late is not None:

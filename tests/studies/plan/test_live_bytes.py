@@ -16,13 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import deferred
-from kernels.fp8_linear import (
-    fp8_linear,
-    fp8_linear_of_kept,
-    fp8_swiglu_linear,
-    grouped_fp8_linear,
-    grouped_fp8_swiglu_linear,
-)
+from kernels import fp8_linear as fp8
 from train.studies.plan.live_bytes import LiveBytes
 
 
@@ -87,15 +81,14 @@ def test_shapes_on_the_meta_device_have_no_memory(live: LiveBytes) -> None:
     assert live.now == real.nbytes == 4000
 
 
-ENDS = torch.tensor([128, 256], dtype=torch.int32)
-GATES = torch.ones(256)
+ENDS, GATES = torch.tensor([128, 256], dtype=torch.int32), torch.ones(256)
 # Name -> (shape of the weight, the linear); the input is [256, 256].
-LINEARS: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]] = {
-    "linear": ((384, 256), lambda x, w: fp8_linear(x, w, power_of_two=True)),
-    "of_kept": ((384, 256), lambda x, w: fp8_linear_of_kept(x, w, power_of_two=True)),
-    "swiglu": ((384, 128), lambda x, w: fp8_swiglu_linear(x, w, power_of_two=True)),
-    "grouped": ((2, 384, 256), lambda x, w: grouped_fp8_linear(x, w, ENDS, power_of_two=True)),
-    "grouped_swiglu": ((2, 384, 128), lambda x, w: grouped_fp8_swiglu_linear(x, GATES, w, ENDS, power_of_two=True)),
+LINEARS: dict[str, tuple[tuple[int, ...], Callable[..., Tensor]]] = {
+    "linear": ((384, 256), fp8.fp8_linear),
+    "of_kept": ((384, 256), fp8.fp8_linear_of_kept),
+    "swiglu": ((384, 128), fp8.fp8_swiglu_linear),
+    "grouped": ((2, 384, 256), lambda x, w, **o: fp8.grouped_fp8_linear(x, w, ENDS, **o)),
+    "grouped_swiglu": ((2, 384, 128), lambda x, w, **o: fp8.grouped_fp8_swiglu_linear(x, GATES, w, ENDS, **o)),
 }
 
 
@@ -106,7 +99,7 @@ def test_a_waiting_weight_gradient_of_an_fp8_linear_does_not_keep_the_whole_grad
     x = torch.randn(256, 256, dtype=torch.bfloat16).requires_grad_()
     weight = torch.nn.Parameter(torch.randn(shape, dtype=torch.bfloat16))
     with deferred.deferred():
-        y = linear(x, weight)
+        y = linear(x, weight, power_of_two=True)
         dy = torch.randn_like(y)
         kept = weakref.ref(dy)
         y.backward(dy)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import combinations
-from typing import Any, cast
+from itertools import accumulate, combinations, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -49,11 +49,10 @@ V3_MAIN, V3_MTP = 671_026_419_200, 11_610_068_224
 def held_by_rank(config: ModelConfig, layout: Layout, pp_rank: int) -> Held:
     """Layers spread evenly over the stages, the first ones taking the rest."""
     stages = num_stages(layout.schedule, layout.pp)
-    counts = [share(config.num_hidden_layers, ranks=stages, rank=stage) for stage in range(stages)]
+    counts = (share(config.num_hidden_layers, ranks=stages, rank=stage) for stage in range(stages))
+    bounds = list(pairwise(accumulate(counts, initial=0)))
     parts = [
-        StageSpec(
-            range(sum(counts[:stage]), sum(counts[: stage + 1])), is_first=stage == 0, is_last=stage == stages - 1
-        )
+        StageSpec(range(*bounds[stage]), is_first=stage == 0, is_last=stage == stages - 1)
         for stage in stage_ids(layout.schedule, layout.pp, pp_rank)
     ]
     return held_by(config, parts)
@@ -110,16 +109,13 @@ def test_the_rank_of_v3_with_the_most_state() -> None:
 
 def real_state(model: Transformer, layout: Layout, *, dp_rank: int) -> StateBytes:
     """The same five numbers from tensors: FP8 copies made by a forward, states by the optimizer."""
-    experts = {
-        f"{n}.{p}" for n, m in model.named_modules() if isinstance(m, Experts) for p in dict(m.named_parameters())
-    }
-    named = dict(model.named_parameters())
+    experts = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
     group: Any = object()
     buckets = []
     for axis, size, rank in (("dp", layout.dp, dp_rank), ("edp", layout.edp, dp_rank // layout.ep)):
-        part = {name: p for name, p in named.items() if (name in experts) == (axis == "edp")}
-        place = Axis(axis, size=size, rank=rank, group=cast(Any, group) if size > 1 else None)
-        buckets.append(GradientBuckets(part.items(), axis=place, sharded=layout.zero))
+        part = [(name, p) for name, p in model.named_parameters() if (id(p) in experts) == (axis == "edp")]
+        place = Axis(axis, size=size, rank=rank, group=group if size > 1 else None)
+        buckets.append(GradientBuckets(part, axis=place, sharded=layout.zero))
     pieces = AdamW(buckets, OptimConfig()).state_shards()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

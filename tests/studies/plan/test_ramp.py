@@ -23,18 +23,12 @@ SCHEDULE = compose([*BATCH, "run.micro_batch_sequences=2", "layout.dp=2"]).sched
 
 def stepped(schedule: ScheduleConfig, *, sequence_length: int) -> Iterator[tuple[int, int]]:
     """(tokens seen, sequences) of every step of the ramp, the first full one included: a run's own walk."""
-    tokens = 0
-    while True:
-        growth = schedule.batch_full_sequences - schedule.batch_start_sequences
-        exact = schedule.batch_start_sequences + growth * min(tokens, schedule.batch_ramp_tokens) / max(
-            schedule.batch_ramp_tokens, 1
-        )
-        if tokens >= schedule.batch_ramp_tokens:
-            exact = schedule.batch_full_sequences
+    start, full, ramp = schedule.batch_start_sequences, schedule.batch_full_sequences, schedule.batch_ramp_tokens
+    tokens = sequences = 0
+    while sequences < full:
+        exact = start + (full - start) * min(tokens, ramp) / ramp
         sequences = int(exact / schedule.batch_multiple_sequences) * schedule.batch_multiple_sequences
         yield tokens, sequences
-        if sequences == schedule.batch_full_sequences:
-            return
         tokens += sequences * sequence_length
 
 
