@@ -10,6 +10,10 @@ So each rank runs two daemon threads that need no collective:
 The main thread may be stuck in a collective at that time, so the process ends by `os._exit`: no exit handler runs.
 When watched and watcher die together, the dead watcher is missed by its own watcher, and that ends all.
 
+A rank may hang while its heart beats: then a collective of the others times out, though every process lives. Each beat
+says where its rank's main thread is (`parallel/places.py`); the rank that waits for no other is named, and all ranks
+print their stacks.
+
 Deaths: no beat for `peer_timeout_s`; a process of the same machine that is gone; `report_failure`, by a rank that fails
 and can still say why; the end of the interpreter without `finish`; the loss of the store, which is attributed to the
 rank or the launcher that hosts it.
@@ -22,6 +26,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import json
 import os
 import socket
@@ -36,6 +41,8 @@ from typing import Self
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
+from parallel.places import place_of_main_thread
+
 # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command, and it may succeed when it is started again.
 DEATH_EXIT_CODE = 75
 
@@ -44,6 +51,7 @@ _MAX_INTERVAL_S = 5.0
 # Ranks that wait for the last one to finish look more often: an orderly end takes no whole beat.
 _FINISHING_INTERVAL_S = 0.5
 _MAX_REASON_CHARACTERS = 300
+HANGS = "it hangs at"
 _DEAD, _STARTED, _FINISHED, _HEARD = (f"watchdog/{name}" for name in ("dead", "started", "finished", "heard"))
 
 # Words by which gloo and NCCL say, in a plain RuntimeError, that the other side failed.
@@ -147,6 +155,7 @@ class Watchdog:
         self._beats = 0
         self._counted_as_finished = False
         self._own_report: Death | None = None
+        self._lost_contact = False
         self._death: Death | None = None
         self._sentence = ""
         # Orders of the main thread.
@@ -211,6 +220,8 @@ class Watchdog:
         # Another rank caused a communication error: let that one be named first.
         if is_communication_error(error):
             self.wait_for_death(self.notice_s)
+            # Every process lives: is one of them stuck?
+            self._lost_contact = True
         self.report_failure(f"{type(error).__name__}: {error}")
 
     def _heartbeat(self) -> None:
@@ -235,7 +246,7 @@ class Watchdog:
             if self._store.check([_DEAD]):
                 return Death(**json.loads(self._store.get(_DEAD)))
             if self._own_report is not None:
-                return self._publish(self._own_report)
+                return self._publish((self._lost_contact and self._hanging()) or self._own_report)
             if self._finishing.is_set() and self._all_finished():
                 return None
             if self._all_started():
@@ -256,7 +267,9 @@ class Watchdog:
 
     def _beat(self) -> None:
         self._beats += 1
-        self._store.set(_beat_key(self.rank), json.dumps({**self._identity, "beat": self._beats}))
+        where, waits = place_of_main_thread()
+        beat = {**self._identity, "beat": self._beats, "where": where, "waits": waits}
+        self._store.set(_beat_key(self.rank), json.dumps(beat))
 
     def _all_started(self) -> bool:
         if not self.watching and self._store.add(_STARTED, 0) >= self.world:
@@ -278,6 +291,14 @@ class Watchdog:
             state = "X"
         # A zombie has ended too: its parent has not asked yet.
         return state in "ZX" and self._store.add(_FINISHED, 0) < self.world
+
+    def _hanging(self) -> Death | None:
+        """The rank that others wait for and that does not wait itself; None where most are so, or none is."""
+        beats = [json.loads(self._store.get(_beat_key(rank))) for rank in range(self.world)]
+        busy = [rank for rank, beat in enumerate(beats) if rank != self.rank and not beat.get("waits", True)]
+        if not busy or len(busy) > self.world // 2:
+            return None
+        return self._death_of(busy[0], beats[busy[0]], f"{HANGS} {beats[busy[0]]['where']}, and others wait for it")
 
     def _all_finished(self) -> bool:
         finished = self._store.add(_FINISHED, 0 if self._counted_as_finished else 1)
@@ -316,6 +337,8 @@ class Watchdog:
             # After its own report a rank gets time for its traceback and its own way out.
             is_own = self._own_report is not None and death.rank == self.rank
             if not (is_own and self._stopping.wait(self.peer_timeout_s)):
+                if death.reason.startswith(HANGS):
+                    faulthandler.dump_traceback(all_threads=True)
                 self._on_death(self._sentence)
         self._monitor_done.set()
 

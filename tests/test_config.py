@@ -218,10 +218,12 @@ def test_a_list_of_any_length_and_a_new_variable_arrive() -> None:
 
 
 @pytest.mark.parametrize(("dp", "micro"), [("1", "1"), ("2", "1"), ("1", "2"), ("2.0", "2")])
-def test_the_batch_moves_in_micro_batches_of_every_data_rank(dp: str, micro: str) -> None:
-    """4 sequences from the start on, so that any of these divides them."""
-    config = compose(["schedule.batch_start_sequences=4", f"layout.dp={dp}", f"run.micro_batch_sequences={micro}"])
-    assert config.schedule.batch_multiple_sequences == int(float(dp)) * int(micro)
+def test_the_batch_ramp_is_the_schedules_own_on_any_layout(dp: str, micro: str) -> None:
+    batch = ["schedule.batch_start_sequences=4", "schedule.batch_full_sequences=12.0"]
+    config = compose([*batch, f"layout.dp={dp}", f"run.micro_batch_sequences={micro}"])
+    assert config.schedule.batch_multiple_sequences == 4
+    with pytest.raises(ValueError, match=r"batch_multiple_sequences=4 is not a multiple of layout\.dp=3"):
+        compose([*batch, "layout.dp=3", "run.micro_batch_sequences=1"])
 
 
 def test_the_composed_configuration_is_frozen() -> None:

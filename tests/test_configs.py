@@ -131,7 +131,7 @@ def test_a_cluster_is_its_layout_on_as_many_gpus_as_its_name_says(name: str) -> 
     assert ("NCCL_NET" in config.network.environment) == (not one_node)
     # Every rank's experts, layers and micro-batches are whole: check_layout ran in compose; here by hand.
     unit = config.layout.dp * config.run.micro_batch_sequences
-    assert config.schedule.batch_multiple_sequences == unit
+    assert config.schedule.batch_multiple_sequences % unit == 0
     assert config.schedule.batch_start_sequences % unit == config.schedule.batch_full_sequences % unit == 0
     assert config.model.n_routed_experts % config.layout.ep == 0
 
@@ -215,7 +215,8 @@ def test_small_leaves_half_of_an_80_gb_gpu_to_activations() -> None:
 
 
 def test_the_v3_schedule_is_the_one_whose_values_are_tested() -> None:
-    assert compose(["model=v3_671b", "data=text", "schedule=v3"]).schedule == V3
+    schedule = compose(["model=v3_671b", "data=text", "schedule=v3"]).schedule
+    assert replace(schedule, batch_multiple_sequences=1) == V3
 
 
 @pytest.mark.parametrize("name", ["tiny", "small", "v3_16b"])

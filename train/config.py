@@ -62,7 +62,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"]  # auto takes a CUDA GPU when there is one
     deterministic: bool  # torch's deterministic algorithms: a resumed run is bit-equal
     threads: int | None  # CPU threads of torch, part of every bit-equality promise; None leaves torch's choice
-    micro_batch_sequences: int  # of one forward and backward on one rank; the batch is a multiple of it x layout.dp
+    micro_batch_sequences: int  # of one forward and backward on one rank; it x layout.dp divides every batch
     recompute: bool  # make queries, keys and values again in backward instead of keeping them; same bits, less memory
     resume: bool  # continue from the newest checkpoint of the same run, if there is one
     max_consecutive_nonfinite: int  # stop, with a checkpoint, after so many skipped steps in a row
@@ -184,13 +184,15 @@ def _register_resolvers() -> None:
 
     # `${share:${.total_tokens},0.1}`: break points that follow the budget, so that one override shortens a run.
     OmegaConf.register_new_resolver("share", lambda total, share: round(total * share), replace=True)
-    # `${mul:${layout.dp},${run.micro_batch_sequences}}`: the batch ramp moves in whole micro-batches of every data
-    # rank. A wrong type gives null: it is refused where it was written, which is before the schedule is read.
-    OmegaConf.register_new_resolver(
-        "mul",
-        lambda left, right: left * right if isinstance(left, int | float) and isinstance(right, int | float) else None,
-        replace=True,
-    )
+    # `${gcd:${.batch_start_sequences},${.batch_full_sequences}}`: the steps of the ramp are the schedule's and not the
+    # layout's, so a run is the same on any layout that divides them. A wrong type gives null; it is refused where
+    # it was written, which is before this value is read.
+    OmegaConf.register_new_resolver("gcd", _gcd_or_null, replace=True)
+
+
+def _gcd_or_null(left: object, right: object) -> int | None:
+    whole = all(isinstance(value, int | float) and value == int(value) for value in (left, right))
+    return math.gcd(int(left), int(right)) if whole else None  # type: ignore[call-overload]
 
 
 def _build_root(values: object) -> PretrainConfig:

@@ -22,6 +22,7 @@ from train.checkpoint import publish
 from train.config import RunConfig
 
 LOCK = "lock"
+ROOM_BYTES = 2**16
 CHECKPOINTS = "checkpoints"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 _log = logging.getLogger(__name__)
@@ -50,8 +51,10 @@ def locked(directory: Path) -> Iterator[None]:
         # A disk that a half-written checkpoint has filled has room again from here on.
         try:
             publish.sweep(directory / CHECKPOINTS)
-            os.ftruncate(file, 0)
-            os.pwrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
+            owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
+            # Longer at first: a disk without room for that has none for a run.
+            os.pwrite(file, owner.ljust(ROOM_BYTES), 0)
+            os.ftruncate(file, len(owner))
         except OSError as error:
             raise _unusable(directory, error) from error
         yield

@@ -45,7 +45,7 @@ class ScheduleConfig:
     mtp_weight: float  # lambda; mtp_weight_late from mtp_weight_until_tokens on
     mtp_weight_until_tokens: int
     mtp_weight_late: float
-    batch_multiple_sequences: int = 1  # the batch is rounded down to a multiple of it: micro-batch x data ranks
+    batch_multiple_sequences: int = 1  # steps of the ramp: the batch is rounded down to a multiple of it
 
     def __post_init__(self) -> None:
         _check_signs(self)
@@ -107,7 +107,7 @@ def _check_batch(config: ScheduleConfig) -> None:
         if value % multiple:
             raise ValueError(
                 f"schedule.{field} = {value} is not a multiple of "
-                f"schedule.batch_multiple_sequences = {multiple} (layout.dp x run.micro_batch_sequences unless set); "
+                f"schedule.batch_multiple_sequences = {multiple}; "
                 f"use {max(value // multiple, 1) * multiple}"
             )
     if config.batch_start_sequences > config.batch_full_sequences:

@@ -14,6 +14,8 @@ The host waits for the device when it reads whether the gradients are finite, an
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -26,7 +28,7 @@ from parallel.consensus import refuse_together
 from parallel.grads import nonfinite_gradients
 from parallel.shards import LocalShard
 from train.assemble import Components, device_name, run_card
-from train.checkpoint.dcp import Saver, latest, load
+from train.checkpoint.dcp import SaveFailed, Saver, latest, load
 from train.checkpoint.identity import changed_fields, check_same_identity, read_state, without_defaults
 from train.config import PretrainConfig, to_yaml
 from train.data.batch import Batch
@@ -34,7 +36,13 @@ from train.data.store import store_hashes
 from train.evaluate.score import score_store
 from train.model.sizes import model_flops_per_token
 from train.observe.fp8_health import Fp8Health
-from train.observe.guards import DeadExpertGuard, TerminationGuard, TrainingStopped, check_consecutive_skips
+from train.observe.guards import (
+    DeadExpertGuard,
+    SavesFailed,
+    TerminationGuard,
+    TrainingStopped,
+    check_consecutive_skips,
+)
 from train.observe.metrics import Speed, bias_table, dead_experts, dense_bf16_peak, step_record
 from train.observe.sinks import NoSinks, Sinks, open_sinks, write_whole
 from train.optim.balance import expert_biases
@@ -63,6 +71,7 @@ class Trainer:
         self.speed = Speed(flops, peak, self.mesh.world.size)
         self.saved_step: int | None = None
         self.announce_step: int | None = None
+        self.failed_saves = 0
         self.stop_agreed = False
         self.changed: dict[str, list[object]] = {}
 
@@ -71,6 +80,7 @@ class Trainer:
 
         Raises:
             TrainingStopped: too many non-finite steps in a row; a checkpoint was saved.
+            SavesFailed: `checkpoint.max_failed_saves` in a row failed.
         """
         with self.open_sinks() as sinks:
             changed = {"changed": self.changed} if self.changed else {}
@@ -85,11 +95,14 @@ class Trainer:
                             self.take_step(sinks, stop=termination.requested)
                             # One process need not ask the others.
                             self.stop_agreed |= termination.requested and self.mesh.world.size == 1
+                        asked = "asked to stop; the same command resumes"
+                        self.finish(sinks, "token budget spent" if self.budget_is_spent() else asked)
+                    except SavesFailed as stopped:
+                        sinks.event("stop", step=self.state.step, reason=str(stopped))
+                        raise
                     except TrainingStopped as stopped:
                         self.finish(sinks, str(stopped))
                         raise
-                    asked = "asked to stop; the same command resumes"
-                    self.finish(sinks, "token budget spent" if self.budget_is_spent() else asked)
             finally:
                 self.saver.close()
                 if self.engine.ema:
@@ -214,24 +227,48 @@ class Trainer:
         return checkpoint_tensors(self.engine) | {"rng.cpu": torch.get_rng_state()}
 
     def save(self, sinks: Sinks | NoSinks) -> None:
-        """Stage a checkpoint of this step, after the one before it is published; writing goes on behind."""
+        """Stage a checkpoint of this step, after the one before it is published; writing goes on behind.
+
+        Raises:
+            SavesFailed: as `wait_for_save`.
+        """
         self.wait_for_save(sinks)
         state = {"identity": self.identity(), "config": asdict(self.config), "train_state": self.state.to_json()}
-        self.saver.save_async(self.state.step, self.tensors(), state)
-        self.saved_step = self.announce_step = self.state.step
+        with self.failures_counted(sinks):
+            self.saver.save_async(self.state.step, self.tensors(), state)
+            self.saved_step = self.announce_step = self.state.step
 
     def wait_for_save(self, sinks: Sinks | NoSinks) -> None:
-        """Wait for the save under way, if any, and log it."""
-        self.saver.wait()
-        if self.announce_step is not None:
-            sinks.event("checkpoint", step=self.announce_step)
-        self.announce_step = None
+        """Wait for the save under way, if any, and log it.
+
+        Raises:
+            SavesFailed: it failed, and so did `checkpoint.max_failed_saves` in a row.
+        """
+        with self.failures_counted(sinks):
+            self.saver.wait()
+            if self.announce_step is not None:
+                self.failed_saves = 0
+                sinks.event("checkpoint", step=self.announce_step)
+            self.announce_step = None
+
+    @contextmanager
+    def failures_counted(self, sinks: Sinks | NoSinks) -> Iterator[None]:
+        """Log a failed save and go on, up to the limit: a disk may be full for a while only."""
+        try:
+            yield
+        except SaveFailed as error:
+            self.saved_step = self.announce_step = None
+            self.failed_saves += 1
+            sinks.event("save_failed", step=self.state.step, error=str(error))
+            if self.failed_saves >= self.config.checkpoint.max_failed_saves:
+                raise SavesFailed(f"{error}. This was save {self.failed_saves} of that kind in a row") from error
 
     def finish(self, sinks: Sinks | NoSinks, reason: str) -> None:
-        """Save the last step and log why the loop ended."""
-        if self.saved_step != self.state.step:
-            self.save(sinks)
+        """Save the last step, again if that fails, and log why the loop ended."""
         self.wait_for_save(sinks)
+        while self.saved_step != self.state.step:
+            self.save(sinks)
+            self.wait_for_save(sinks)
         sinks.event("stop", step=self.state.step, reason=reason)
 
     def identity(self) -> dict[str, Any]:

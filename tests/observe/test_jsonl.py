@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from train.observe import sinks
 from train.observe.metrics import Record
 from train.observe.sinks import JsonlSink, ObserveConfig, Sinks, open_sinks, read_events, read_run
 
@@ -144,6 +147,74 @@ def test_a_skipped_step_replays_as_equal(tmp_path: Path):
     logged(tmp_path, skipped)
     again = logged(tmp_path, skipped)
     assert (again.replays_equal, again.replays_differing) == (1, 0)
+
+
+class FullDisk:
+    """Stands in for `os.write`: takes `room` more bytes, a line in part if need be, then none."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self._write = room, os.write
+
+    def __call__(self, file: int, data: bytes) -> int:
+        if self.room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = self._write(file, data[: self.room])
+        self.room -= written
+        return written
+
+
+def test_records_wait_for_room_on_a_full_disk_and_none_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = FullDisk(room=150)
+    monkeypatch.setattr(os, "write", disk)
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    for step in range(1, 6):
+        sink.write(record(step))
+    sink.event({"event": "save_failed", "step": 5, "error": "no room"})
+    assert caplog.text.count("cannot be written") == 1
+    assert [line["step"] for line in read_run(tmp_path)] == [1], "the second is torn"
+    disk.room = 10**6
+    sink.write(record(6))
+    sink.close()
+    assert read_run(tmp_path) == [record(step) for step in range(1, 7)]
+    assert [event["event"] for event in read_events(tmp_path)] == ["save_failed"]
+
+
+def test_beyond_the_buffer_lines_are_dropped_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = FullDisk(room=0)
+    monkeypatch.setattr(os, "write", disk)
+    monkeypatch.setattr(sinks, "BUFFER_BYTES", 250)
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    for step in range(1, 8):
+        sink.write(record(step))
+    disk.room = 10**6
+    sink.write(record(8))
+    kept = [line["step"] for line in read_run(tmp_path)]
+    (event,) = read_events(tmp_path)
+    assert kept[:2] == [1, 2]
+    assert event == {"event": "records_dropped", "step": 8, "lines": 8 - len(kept)}
+    disk.room = 0
+    sink.write(record(9))
+    sink.close()
+    assert "lacks its last 1 lines" in caplog.text
+
+
+def test_an_evaluation_belongs_to_its_step_and_is_logged_once(tmp_path: Path) -> None:
+    for _ in range(2):
+        jsonl = JsonlSink(tmp_path / "metrics.jsonl")
+        with Sinks(jsonl, console=None, wandb=None) as both:
+            both.write(record(1))
+            both.event("evaluation", step=1, **{"eval/bits_per_byte": 1.5})
+            assert not both.lacks_evaluation(1)
+            assert both.lacks_evaluation(2)
+    assert [event["event"] for event in read_events(tmp_path)] == ["evaluation"]
+    assert read_run(tmp_path) == [record(1) | {"eval/bits_per_byte": 1.5}]
+    with Sinks(JsonlSink(tmp_path / "metrics.jsonl"), console=None, wandb=None) as both:
+        both.event("evaluation", step=1, **{"eval/bits_per_byte": 1.25})
+    assert read_events(tmp_path)[-1]["event"] == "replay_differs"
 
 
 @pytest.mark.parametrize("step", [3, 2])

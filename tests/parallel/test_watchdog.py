@@ -32,6 +32,7 @@ from parallel.watchdog import DEATH_EXIT_CODE, Death, Watchdog, end_process, is_
 from tests.ranks import PRELOAD
 
 EXIT_CODE = 41
+ENDED = "its process has ended"
 DEADLINE_S = 60
 WORLD = 4
 Body = Callable[[Watchdog, dist.Store], None]
@@ -183,6 +184,16 @@ def sums_until_one_is_killed(watchdog: Watchdog, store: dist.Store) -> None:
         assert ones == watchdog.world
 
 
+def third_hangs(watchdog: Watchdog, store: dist.Store) -> None:
+    store = dist.PrefixStore("gloo", store)
+    limit = timedelta(seconds=2)
+    dist.init_process_group("gloo", store=store, rank=watchdog.rank, world_size=watchdog.world, timeout=limit)
+    for step in range(1_000_000):
+        if step == 3 and watchdog.rank == 2:
+            time.sleep(600)
+        dist.all_reduce(torch.ones(1))
+
+
 def second_holds_the_gil(watchdog: Watchdog, store: dist.Store) -> None:
     if watchdog.rank == 1:
         store.wait(["watched"], timedelta(seconds=600))
@@ -224,6 +235,19 @@ def test_a_rank_killed_between_collectives_is_named_and_not_the_one_that_lost_it
         for rank in (0, 2, 3):
             (sentence,) = group.sentences(rank)
             assert f"because {group.who(1)} is dead: {ENDED}" in sentence
+
+
+def test_a_rank_that_hangs_while_its_heart_beats_is_named_with_the_place_and_all_print_their_stacks(
+    tmp_path: Path,
+) -> None:
+    with started(tmp_path, third_hangs, timeout_s=1.5) as group:
+        assert group.exit_codes(*range(WORLD)) == [EXIT_CODE] * WORLD
+        for rank in range(WORLD):
+            (sentence,) = group.sentences(rank)
+            named = f"rank {rank} ends because {group.who(2)} is dead: it hangs at parallel/test_watchdog.py:"
+            assert sentence.startswith(named)
+            assert " in third_hangs, and others wait for it" in sentence
+            assert "in third_hangs" in group.said()[rank].partition(" ends because ")[0], "its stack"
 
 
 def test_a_rank_that_fails_says_why_before_the_timeout(tmp_path: Path) -> None:

@@ -133,8 +133,7 @@ def test_every_layout_sees_the_same(config: PretrainConfig, tmp_path: Path) -> N
     config = replace(config, model=replace(config.model, num_hidden_layers=4))
     tables: dict[str, dict[str, torch.Tensor]] = {}
     for name, layout in {"one": Layout(), **split}.items():
-        schedule = replace(config.schedule, batch_multiple_sequences=layout.dp)
-        here = replace(config, layout=layout, schedule=schedule, run=replace(config.run, name=name))
+        here = replace(config, layout=layout, run=replace(config.run, name=name))
         if layout.world == 1:
             one_step(0, 1, here)
         else:

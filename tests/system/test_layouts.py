@@ -70,14 +70,8 @@ def base(small_run: Callable[..., list[str]]) -> Configs:
 
 
 def on(config: PretrainConfig, layout: Layout, directory: Path, **run: Any) -> PretrainConfig:
-    """The same run on a layout, in a directory; the batch ramp moves in whole micro-batches of every data rank."""
-    multiple = layout.dp * config.run.micro_batch_sequences
-    return replace(
-        config,
-        layout=layout,
-        schedule=replace(config.schedule, batch_multiple_sequences=multiple),
-        run=replace(config.run, directory=str(directory), **run),
-    )
+    """The same run on a layout, in a directory."""
+    return replace(config, layout=layout, run=replace(config.run, directory=str(directory), **run))
 
 
 def lives(layout: Layout, plans: Sequence[Plan]) -> list[list[Life]]:
@@ -264,7 +258,7 @@ def test_the_batch_ramp_moves_in_whole_micro_batches_of_every_data_rank(
     small_run: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     layout, micro = Layout(pp=2, dp=2, schedule="ZBVZeroBubble"), 2
-    # Linear over 640 tokens: 4, 5.6, 7.2, 8.8, 12; rounded down to whole micro-batches of both data ranks.
+    # Linear over 640 tokens: 4, 5.6, 7.2, 8.8, 12; rounded down to steps of 4, whatever the layout.
     batches = [4, 4, 4, 8, 12]
     changes = {
         "precision": "fp32",
@@ -276,10 +270,9 @@ def test_the_batch_ramp_moves_in_whole_micro_batches_of_every_data_rank(
         "schedule.batch_ramp_tokens": 20 * LENGTH,
     }
     common = small_run(*SMALL, *(f"{name}={value}" for name, value in changes.items()))
-    # The layout alone gives the ramp its granularity; one process is told to use the same.
     axes = [f"layout.{field}={getattr(layout, field)}" for field in ("pp", "dp", "schedule")]
     on_four = [*axes, f"run.directory={tmp_path / '4'}"]
-    on_one = ["schedule.batch_multiple_sequences=4", f"run.directory={tmp_path / '1'}"]
+    on_one = [f"run.directory={tmp_path / '1'}"]
     runs = {4: run_ranks(4, ramping, compose([*common, *on_four])), 1: run_ranks(1, ramping, compose(common + on_one))}
     logs = {world: read_run(tmp_path / str(world) / "fp32") for world in runs}
     assert [[r["schedule/batch_sequences"] for r in log] for log in logs.values()] == [batches, batches]

@@ -16,9 +16,10 @@ class CheckpointConfig:
     every_steps: int  # optimizer steps between two checkpoints
     keep: int = 2  # published checkpoints that are kept; two, so one survives damage to the other
     asynchronous: bool = True  # write in the background while training goes on
+    max_failed_saves: int = 3  # in a row; so many end the run, fewer (a full disk for a while) do not
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "keep"):
+        for name in ("every_steps", "keep", "max_failed_saves"):
             value = getattr(self, name)
             if not value >= 1:
                 raise ValueError(f"checkpoint.{name} = {value} must be at least 1")

@@ -41,6 +41,7 @@ from parallel.shards import (
     read_report,
     typed_shard,
 )
+from parallel.watchdog import is_communication_error
 from train.checkpoint import publish
 from train.checkpoint.config import CheckpointConfig
 from train.checkpoint.planner import ShardLoadPlanner, ShardSavePlanner
@@ -69,9 +70,13 @@ def save(path: Path, *, tensors: HeldTensors, state: dict[str, Any], group: dist
         group: of all ranks that save together, for CPU tensors; None: this process alone.
     Raises:
         ValueError: something in `tensors` is no tensor, shards overlap or leave a hole, or `state` is no JSON.
-        RuntimeError: writing failed on some rank; whatever was published before is untouched.
+        SaveFailed: writing failed on some rank; whatever was published before is untouched.
     """
     _start(_Save(path, tensors, state=state, keep=None), Ranks(GroupTransport(group)), _Plan()).result()
+
+
+class SaveFailed(RuntimeError):
+    """Some rank could not write; all ranks know, and what was published before is untouched."""
 
 
 class Saver:
@@ -104,7 +109,7 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Return when no save is under way; a RuntimeError if it failed names the checkpoint and the cause."""
+        """Return when no save is under way; a SaveFailed names the checkpoint and the cause."""
         if self._in_flight is not None:
             future, self._in_flight = self._in_flight, None
             future.result()
@@ -266,8 +271,9 @@ class _Save:
         return [None] * len(entries)
 
     def failed(self, cause: Exception) -> RuntimeError:
-        """What the caller sees."""
-        return RuntimeError(f"saving checkpoint {self.path} failed: {cause}; those published before it are untouched")
+        """What the caller sees; a rank that is gone is no matter of this save."""
+        kind = RuntimeError if is_communication_error(cause) else SaveFailed
+        return kind(f"saving checkpoint {self.path} failed: {cause}; those published before it are untouched")
 
 
 def _start(job: _Save, ranks: Ranks, plan: _Plan) -> Future[None]:

@@ -25,6 +25,7 @@ _ANNOUNCED = {
     "skip": "step {step} skipped: loss or gradient not finite{where}",
     "dead_experts": "step {step}: no token for {steps} steps: {names}",
     "stop": "stopped after step {step}",
+    "save_failed": "step {step}: {error}",
     "evaluation": "step {step}: held-out {eval/bits_per_byte:.4f} bits per byte",
     "replay_differs": "step {step} repeated after the resume does not give the logged numbers",
 }

@@ -19,6 +19,14 @@ from typing import Any
 class TrainingStopped(RuntimeError):
     """The run cannot usefully go on; the message says why and what to try."""
 
+    exit_code = 3
+
+
+class SavesFailed(TrainingStopped):
+    """Nothing can be saved any more."""
+
+    exit_code = 4
+
 
 def check_consecutive_skips(skips: int, *, limit: int, step: int) -> None:
     """Raise TrainingStopped when `skips` steps in a row, up to `step`, have reached `limit`."""

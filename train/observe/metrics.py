@@ -79,9 +79,11 @@ EVENTS: dict[str, str] = {
     "start": "the run began at step 0",
     "resume": "a new process continued from a checkpoint",
     "checkpoint": "a checkpoint was published",
+    "save_failed": "a checkpoint could not be written; older ones are untouched; says why",
     "evaluation": "the held-out store was scored after this step; holds `eval/bits_per_byte`",
     "skip": "a step was skipped: loss or gradient not finite; names ranks and tensors of such gradients",
     "dead_experts": "experts got no token for observe.dead_expert_steps steps in a row; names layers and experts",
+    "records_dropped": "the disk was full for so long that lines of this file were lost; says how many",
     "stop": "the process ended its training loop",
     "replay_differs": "a step repeated after a resume did not give the logged numbers",
 }

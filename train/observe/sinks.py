@@ -8,6 +8,8 @@ Promises of the file:
   written, by cutting it short. The next process finishes a torn line with a newline; readers ignore it.
 - Steps strictly increase. A resumed run repeats the steps between its checkpoint and the last logged step: their
   numbers are compared with the logged ones and not written again; a difference is logged as an event.
+- What a full disk does not take is kept in memory and written as soon as there is room, up to BUFFER_BYTES; lines
+  beyond that are dropped and counted. No record is a reason to end a run.
 - Events reach the disk (fsync) before training goes on, step records when the kernel writes them back. A power cut
   may lose the steps after the last checkpoint event; the resumed run repeats and writes them. An fsync per step
   could cost more than a small model's step.
@@ -18,9 +20,12 @@ Rank 0 opens the sinks of a run.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -28,6 +33,8 @@ from typing import Any, Literal, Protocol
 from train.observe.metrics import EVENTS, METRICS, Record, check_record, encode, same_bits
 
 METRICS_FILE = "metrics.jsonl"
+_log = logging.getLogger(__name__)
+BUFFER_BYTES = 16 * 2**20
 RUN_CARD_FILE = "run_card.json"
 SCORE = "eval/bits_per_byte"
 _REPLAYED = tuple(name for name, metric in METRICS.items() if metric.replayed)
@@ -90,8 +97,11 @@ class JsonlSink:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         self._size = os.fstat(self._file).st_size
+        # Lines that the disk has not taken, the first perhaps in part, and how many were dropped for want of memory.
+        self._unwritten: deque[bytes] = deque()
+        self._unwritten_bytes, self._dropped = 0, 0
         if self._size and os.pread(self._file, 1, self._size - 1) != b"\n":
             self._append("")
         lines = list(read_lines(path))
@@ -107,7 +117,6 @@ class JsonlSink:
 
         Raises:
             ValueError: another process writes to the file.
-            OSError: the disk does not take the line.
         """
         check_record(record)
         step = record["step"]
@@ -125,14 +134,21 @@ class JsonlSink:
         """Append one event and wait until it, and so every line before it, is on disk."""
         assert event["event"] in EVENTS, f"undeclared event {event['event']!r}: declare it in metrics.py"
         self._append(encode(event))
-        os.fsync(self._file)
+        self._sync()
 
     def close(self) -> None:
         """Sync and close; calling it again does nothing."""
         if self._file >= 0:
-            os.fsync(self._file)
+            self._flush()
+            self._sync()
+            if lost := len(self._unwritten) + self._dropped:
+                _log.warning("%s lacks its last %d lines: the disk did not take them", self.path, lost)
             os.close(self._file)
             self._file = -1
+
+    def _sync(self) -> None:
+        with suppress(OSError):
+            os.fsync(self._file)
 
     def _compare(self, step: int, replayed: Record) -> None:
         logged = self._logged.pop(step, None)
@@ -144,17 +160,38 @@ class JsonlSink:
         self.event({"event": "replay_differs", "step": step, "logged": logged, "replayed": replayed})
 
     def _append(self, line: str) -> None:
-        data = line.encode() + b"\n"
+        if self._unwritten_bytes < BUFFER_BYTES:
+            self._unwritten.append(line.encode() + b"\n")
+            self._unwritten_bytes += len(self._unwritten[-1])
+        else:
+            self._dropped += 1
         grown = os.fstat(self._file).st_size - self._size
         if grown:
             raise ValueError(
                 f"{self.path} changed by {grown} bytes that this process did not write: another process uses "
                 f"the same run directory. Stop it, or give this run a name of its own."
             )
-        written = os.write(self._file, data)
-        self._size += written
-        if written < len(data):
-            raise OSError(f"{self.path}: only {written} of {len(data)} bytes were written; is the disk full?")
+        self._flush()
+
+    def _flush(self) -> None:
+        """Write what waits, a line in one write; stop where the disk is full."""
+        waited = len(self._unwritten) > 1
+        while self._unwritten:
+            line = self._unwritten.popleft()
+            try:
+                written = os.write(self._file, line)
+            except OSError as error:
+                written = 0
+                if not waited:
+                    _log.warning("%s cannot be written (%s); records are kept in memory", self.path, error.strerror)
+            self._size += written
+            self._unwritten_bytes -= written
+            if written < len(line):
+                self._unwritten.appendleft(line[written:])
+                return
+        if self._dropped:
+            dropped, self._dropped = self._dropped, 0
+            self._append(encode({"event": "records_dropped", "step": self.last_step, "lines": dropped}))
 
 
 class Sinks:
@@ -263,6 +300,8 @@ def open_sinks(
 def write_whole(path: Path, text: str) -> None:
     """Write a small file that a reader in another process sees whole or as it was before."""
     draft = path.with_name(f"{path.name}.tmp")
+    # Not through a link planted in the draft's place.
+    draft.unlink(missing_ok=True)
     draft.write_text(text, encoding="utf-8")
     draft.replace(path)
 

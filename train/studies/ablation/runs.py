@@ -26,7 +26,7 @@ from train.assemble import build_alone
 from train.checkpoint.identity import changed_fields
 from train.config import PretrainConfig, compose
 from train.model.precision import Precision
-from train.observe.guards import TrainingStopped, check_consecutive_skips
+from train.observe.guards import SavesFailed, TrainingStopped, check_consecutive_skips
 from train.observe.sinks import read_events, read_run
 from train.studies.ablation import errors
 from train.studies.ablation.linear import AblatedLinears, Ablation
@@ -173,6 +173,8 @@ def run(base: PretrainConfig, variant: Variant, seed: int) -> dict[str, Any]:
         skips, limit = trainer.state.consecutive_skips, config.run.max_consecutive_nonfinite
         check_consecutive_skips(skips, limit=limit, step=trainer.state.step)
         trainer.fit()
+    except SavesFailed as error:
+        raise ValueError(str(error)) from error
     except TrainingStopped as error:
         # A variant that diverges is a result.
         stopped = str(error)

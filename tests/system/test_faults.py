@@ -1,0 +1,226 @@
+"""Faults done to a real training, and what holds: docs/reliability.md has the table.
+
+Runs are small (`small_run`): 24 steps of 2 x 32 tokens, a checkpoint every 5 steps.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch import pretrain
+from tests.huggingface.hf_folders import flip_a_bit
+from tests.system.lives import losses, wait_for_step
+from train.assemble import build_alone
+from train.checkpoint import publish
+from train.config import PretrainConfig, compose
+from train.observe.guards import SavesFailed
+from train.observe.sinks import read_events, read_run
+from train.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 300
+Overrides = Callable[..., list[str]]
+
+
+@pytest.fixture
+def config(small_run: Overrides, tmp_path: Path) -> PretrainConfig:
+    return compose(small_run("schedule.total_tokens=640", f"run.directory={tmp_path}", "run.name=run"))
+
+
+def trainer_of(config: PretrainConfig) -> Trainer:
+    trainer = Trainer(config, build_alone(config))
+    trainer.resume()
+    return trainer
+
+
+def launched(overrides: list[str], *, ranks: int = 0) -> subprocess.Popen[str]:
+    """`launch/pretrain.py`, under torchrun if ranks are given."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+    command = [sys.executable, *torchrun, "launch/pretrain.py", *overrides]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_two_trainers_in_one_directory_the_second_is_refused_and_the_first_unharmed(
+    small_run: Overrides, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = small_run(f"run.directory={tmp_path}", "run.name=run")
+    first = launched(overrides)
+    wait_for_step(first, tmp_path / "run", lambda step: step >= 1)
+    assert pretrain.main(overrides) == 2
+    assert f"run is in use: process {first.pid} on " in capsys.readouterr().err
+    output, _ = first.communicate(timeout=TIMEOUT_S)
+    assert first.returncode == 0, output
+    assert [record["step"] for record in read_run(tmp_path / "run")] == list(range(1, 25))
+    assert [event["event"] for event in read_events(tmp_path / "run")].count("start") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal on a parent's death is Linux's; CI runs it")
+def test_a_worker_whose_torchrun_was_killed_saves_and_stops(small_run: Overrides, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = small_run(f"run.directory={tmp_path}", "run.name=run", "schedule.total_tokens=640000")
+    launcher = launched(overrides, ranks=1)
+    wait_for_step(launcher, run, lambda step: step >= 2)
+    (worker,) = children(launcher.pid)
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + TIMEOUT_S
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{worker}").exists()
+    stop = read_events(run)[-1]
+    assert (stop["event"], stop["reason"]) == ("stop", "asked to stop; the same command resumes")
+    assert publish.published(run / "checkpoints")[0].name == f"step_{stop['step']:08d}", "nothing done is lost"
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_under_torchrun_is_named_by_the_others(small_run: Overrides, tmp_path: Path, victim: int) -> None:
+    """torchrun ends the others by SIGTERM at once; they say first who died, long before the timeout of 60 s."""
+    overrides = small_run(f"run.directory={tmp_path}", "run.name=run", "layout.dp=2", "schedule.total_tokens=640000")
+    launcher = launched(overrides, ranks=2)
+    wait_for_step(launcher, tmp_path / "run", lambda step: step >= 2)
+    workers = {
+        int(
+            dict(pair.split("=", 1) for pair in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in pair)[
+                "RANK"
+            ]
+        ): pid
+        for pid in children(launcher.pid)
+    }
+    os.kill(workers[victim], signal.SIGKILL)
+    output, _ = launcher.communicate(timeout=TIMEOUT_S)
+    assert launcher.returncode != 0
+    (sentence,) = [line for line in output.splitlines() if "ends because" in line]
+    assert sentence.startswith(f"rank {1 - victim} ends because rank {victim} (")
+    assert sentence.endswith(f"pid {workers[victim]}) is dead: its process has ended")
+
+
+def test_when_every_checkpoint_is_damaged_nothing_is_trained_and_each_is_named(
+    config: PretrainConfig, tmp_path: Path
+) -> None:
+    trainer_of(config).fit()
+    checkpoints = publish.published(tmp_path / "run/checkpoints")
+    assert len(checkpoints) == 2
+    flip_a_bit(next(checkpoints[0].glob("*.safetensors")))
+    (checkpoints[1] / "state.json").unlink()
+    with pytest.raises(ValueError, match="is whole, so the run cannot go on") as refused:
+        trainer_of(config)
+    for path, what in zip(checkpoints, ("does not have the sha256", "state.json is missing"), strict=True):
+        assert f"checkpoint {path} is damaged" in str(refused.value)
+        assert what in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "what"),
+    [
+        ("train_state", None, "lacks 'train_state' with the fields step,"),
+        ("train_state", {"step": 1}, "lacks 'train_state' with the fields step,"),
+        ("identity", [], "lacks 'identity'"),
+        ("config", "x", "lacks 'config'"),
+    ],
+)
+def test_a_state_that_is_none_is_named_although_its_hash_is_right(
+    config: PretrainConfig, tmp_path: Path, part: str, value: object, what: str
+) -> None:
+    config = replace(config, schedule=replace(config.schedule, total_tokens=64))
+    trainer_of(config).fit()
+    (checkpoint,) = publish.published(tmp_path / "run/checkpoints")
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps(state | {part: value}))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    publish.write_manifest(checkpoint, manifest["tensors"])
+    with pytest.raises(ValueError, match=f"step_00000001 is damaged: state.json {what}"):
+        trainer_of(config)
+
+
+class Full:
+    """A disk that is full for some saves: `publish.write_manifest` fails so often."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures, self._write = failures, publish.write_manifest
+
+    def __call__(self, *arguments: object) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self._write(*arguments)
+
+
+def test_two_failed_saves_are_logged_and_the_run_goes_on_bit_for_bit(
+    config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer_of(replace(config, run=replace(config.run, name="unbroken"))).fit()
+    monkeypatch.setattr(publish, "write_manifest", Full(failures=2))
+    state = trainer_of(replace(config, checkpoint=replace(config.checkpoint, every_steps=2))).fit()
+    events = read_events(tmp_path / "run")
+    assert [event["step"] for event in events if event["event"] == "save_failed"] == [4, 6]
+    assert "No space left on device" in events[1]["error"]
+    assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
+    assert publish.published(tmp_path / "run/checkpoints")[0].name == f"step_{state.step:08d}"
+    assert not list((tmp_path / "run/checkpoints").glob(".writing-*"))
+
+
+def test_three_failed_saves_in_a_row_end_the_run_with_the_older_checkpoint_whole(
+    config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(config)
+    take_step = trainer.take_step
+
+    def full_from_step_6_on(*arguments: object, **named: object) -> None:
+        if trainer.state.step == 6:
+            trainer.wait_for_save(arguments[0])  # type: ignore[arg-type]
+            monkeypatch.setattr(publish, "write_manifest", Full(failures=99))
+        take_step(*arguments, **named)  # type: ignore[arg-type]
+
+    trainer.take_step = full_from_step_6_on  # type: ignore[method-assign]
+    with pytest.raises(SavesFailed, match=r"No space left on device.*save 3 of that kind in a row") as stopped:
+        trainer.fit()
+    assert stopped.value.exit_code == 4
+    assert read_events(tmp_path / "run")[-1]["event"] == "stop"
+    assert [path.name for path in publish.published(tmp_path / "run/checkpoints")] == ["step_00000005"]
+    monkeypatch.undo()
+    assert trainer_of(config).state.step == 5
+
+
+def test_killed_in_the_last_evaluation_nothing_is_lost_and_the_next_start_scores(
+    config: PretrainConfig, tmp_path: Path
+) -> None:
+    trainer = trainer_of(config)
+
+    def killed() -> float:
+        raise MemoryError
+
+    trainer.evaluate = killed  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        trainer.fit()
+    steps = trainer.state.step
+    assert read_run(tmp_path / "run")[-1]["step"] == steps
+    assert publish.published(tmp_path / "run/checkpoints")[0].name == f"step_{steps:08d}"
+    trainer_of(config).fit()
+    trainer_of(config).fit()
+    scores = [event for event in read_events(tmp_path / "run") if event["event"] == "evaluation"]
+    assert [score["step"] for score in scores] == [steps], "scored once, by the process that came next"
+    unbroken = replace(config, run=replace(config.run, name="unbroken"))
+    trainer_of(unbroken).fit()
+    assert read_run(tmp_path / "unbroken")[-1]["eval/bits_per_byte"] == scores[0]["eval/bits_per_byte"]
