@@ -6,6 +6,7 @@ The parameter count is an independent closed form, written from the report's equ
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest

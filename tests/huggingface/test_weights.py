@@ -144,6 +144,19 @@ def test_a_damaged_file_is_named(
         open_weights(path)
 
 
+def test_a_damaged_shard_is_refused_when_it_is_read(checkpoint: Path, tmp_path: Path) -> None:
+    """Nothing is exported, scored or prompted from it; a state whose hash does not match is not even opened."""
+    path = copied(checkpoint, tmp_path)
+    shard = flip_a_bit(min(path.glob("*.safetensors")))
+    with pytest.raises(ValueError, match=f"{shard.name} does not have the sha256"):
+        load_model(open_weights(path), precision=Precision("fp32"), device=CPU)
+    with pytest.raises(ValueError, match=f"{shard.name} does not have the sha256"):
+        export(open_weights(path), tmp_path / "out", ExportOptions())
+    flip_a_bit(path / publish.STATE)
+    with pytest.raises(ValueError, match=r"state\.json does not have the sha256"):
+        open_weights(path)
+
+
 def test_a_flipped_bit_is_found_when_asked(checkpoint: Path, tmp_path: Path) -> None:
     path = copied(checkpoint, tmp_path)
     shard = flip_a_bit(min(path.glob("*.safetensors")))

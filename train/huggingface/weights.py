@@ -103,6 +103,9 @@ class CheckpointReader:
             if not file.is_file() or file.stat().st_size != entry["bytes"]:
                 found = f"has {file.stat().st_size} bytes, not {entry['bytes']}" if file.is_file() else "is missing"
                 raise ValueError(f"checkpoint {path} is damaged: {name} {found}; take another step_* beside it")
+        # Files whose hash was compared: each before the first of its values is used.
+        self._whole: set[str] = set()
+        self._check(publish.STATE)
         self.state: dict[str, Any] = publish.read_json(path / publish.STATE)
         self.config = ModelConfig.from_dict(self.state["config"]["model"])
         # A run of `launch/ablate.py` names more; its weights are computed with as the plain recipe says.
@@ -163,8 +166,16 @@ class CheckpointReader:
         return {"manifest": self._manifest["sha256"]}
 
     def verify(self) -> None:
-        """Compare the hash of every file with the manifest, which reads them all; a ValueError names a damaged one."""
+        """Compare the hash of every file with the manifest, which reads them all; a ValueError names a damaged one.
+
+        A file that values are read from is compared in any case.
+        """
         publish.verify(self.path)
+
+    def _check(self, file: str) -> None:
+        if file not in self._whole:
+            publish.check_files(self.path, {file: self._manifest["files"][file]})
+            self._whole.add(file)
 
     def _scan(self) -> dict[str, list[tuple[str, Shard]]]:
         """File and shard of all that the ranks saved of each tensor, from the headers."""
@@ -188,6 +199,7 @@ class CheckpointReader:
             first, last = max(start, offsets[0]), min(stop, offsets[0] + sizes[0])
             if first >= last:
                 continue
+            self._check(file)
             view = out[first - start : last - start]
             for dim in range(1, out.dim()):
                 view = view.narrow(dim, offsets[dim], sizes[dim])

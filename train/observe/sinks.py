@@ -101,7 +101,7 @@ class JsonlSink:
         self._size = os.fstat(self._file).st_size
         # Lines that the disk has not taken, the first perhaps in part, and how many were dropped for want of memory.
         self._unwritten: deque[bytes] = deque()
-        self._unwritten_bytes, self._dropped = 0, 0
+        self._unwritten_bytes, self._dropped, self._is_full = 0, 0, False
         if self._size and os.pread(self._file, 1, self._size - 1) != b"\n":
             self._append("")
         lines = list(read_lines(path))
@@ -126,8 +126,8 @@ class JsonlSink:
             self._compare(step, _replayed_part(record))
             return False
         self._logged.clear()
-        self._append(encode(record))
         self.last_step = step
+        self._append(encode(record))
         return True
 
     def event(self, event: Record) -> None:
@@ -160,35 +160,36 @@ class JsonlSink:
         self.event({"event": "replay_differs", "step": step, "logged": logged, "replayed": replayed})
 
     def _append(self, line: str) -> None:
-        if self._unwritten_bytes < BUFFER_BYTES:
-            self._unwritten.append(line.encode() + b"\n")
-            self._unwritten_bytes += len(self._unwritten[-1])
-        else:
-            self._dropped += 1
         grown = os.fstat(self._file).st_size - self._size
         if grown:
             raise ValueError(
                 f"{self.path} changed by {grown} bytes that this process did not write: another process uses "
                 f"the same run directory. Stop it, or give this run a name of its own."
             )
+        if self._unwritten_bytes < BUFFER_BYTES:
+            self._unwritten.append(line.encode() + b"\n")
+            self._unwritten_bytes += len(self._unwritten[-1])
+        else:
+            self._dropped += 1
         self._flush()
 
     def _flush(self) -> None:
         """Write what waits, a line in one write; stop where the disk is full."""
-        waited = len(self._unwritten) > 1
         while self._unwritten:
-            line = self._unwritten.popleft()
+            line, reason = self._unwritten.popleft(), "it took a part of a line"
             try:
                 written = os.write(self._file, line)
             except OSError as error:
-                written = 0
-                if not waited:
-                    _log.warning("%s cannot be written (%s); records are kept in memory", self.path, error.strerror)
+                written, reason = 0, str(error.strerror)
             self._size += written
             self._unwritten_bytes -= written
             if written < len(line):
                 self._unwritten.appendleft(line[written:])
+                if not self._is_full:
+                    _log.warning("%s cannot be written (%s); records are kept in memory", self.path, reason)
+                self._is_full = True
                 return
+        self._is_full = False
         if self._dropped:
             dropped, self._dropped = self._dropped, 0
             self._append(encode({"event": "records_dropped", "step": self.last_step, "lines": dropped}))
@@ -222,6 +223,8 @@ class Sinks:
                 return
             event |= {"event": "replay_differs", "logged": {SCORE: logged}, "replayed": {SCORE: again}}
         self.jsonl.event(event)
+        if kind == "evaluation":
+            self.jsonl.evaluated[step] = details[SCORE]
         for mirror in self._mirrors:
             mirror.event(event)
 
