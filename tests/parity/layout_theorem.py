@@ -47,10 +47,10 @@ from train.stage import build_stages, expert_shards
 from train.step import Engine, StepGradients, apply_update, compute_gradients
 
 STEPS = 20
-# Of 24 tried, the one whose FP32 reference stays furthest from a tie between experts (`Reference.closest_tie`): a free
+# Of 48 tried, the one whose FP32 reference stays furthest from a tie between experts (`Reference.closest_tie`): a free
 # run that rounds a tie the other way jumps by 1e-4, and proves nothing about its layout.
-DATA_SEED = 2000
-SEQUENCES, MICRO_BATCH, TOKENS = 16, 2, 24
+DATA_SEED = 4600
+SEQUENCES, MICRO_BATCH, TOKENS = 16, 4, 24
 # Five layers and two MTP depths; two ragged FP8 tiles along hidden; four routing groups of two experts. Three experts a
 # token: with two, no rank ever has two of them to sum and round before they travel.
 MODEL: ModelConfig = replace(
@@ -69,13 +69,13 @@ NOW = ScheduledValues(lr=2.2e-4, batch_sequences=SEQUENCES, bias_speed=1e-3, mtp
 
 
 def batch_of(step: int) -> Batch:
-    """16 sequences; they have different numbers of targets, and the fourth micro-batch has none."""
+    """16 sequences; they have different numbers of targets, and the second micro-batch has none."""
     generator = torch.Generator().manual_seed(DATA_SEED + step)
     tokens = torch.randint(0, MODEL.vocab_size, (SEQUENCES, TOKENS + 1), generator=generator)
     labels = tokens[:, 1:].clone()
     for row in range(SEQUENCES):
         labels[row, : 5 * row % TOKENS] = IGNORE_INDEX
-    labels[6:8] = IGNORE_INDEX
+    labels[4:8] = IGNORE_INDEX
     return Batch(tokens[:, :-1].contiguous(), labels)
 
 

@@ -31,8 +31,8 @@ LAYOUTS = {
     "ep4": Layout(dp=4, ep=4),
     "pp2 1F1B uneven": Layout(pp=2, stage_layers=(3, 2)),
     "pp2 zero-bubble uneven": Layout(pp=2, schedule="ZBVZeroBubble", stage_layers=(2, 1, 1, 1)),
-    "ep2 x pp2": Layout(pp=2, dp=2, ep=2, schedule="ZBVZeroBubble"),
-    "dp2 x ep2 x pp2": Layout(pp=2, dp=4, ep=2),
+    "ep2 x pp2": Layout(pp=2, dp=2, ep=2),
+    "dp2 x ep2 x pp2": Layout(pp=2, dp=4, ep=2, schedule="ZBVZeroBubble"),
     "dp2 x ep2 x pp2 without ZeRO": Layout(pp=2, dp=4, ep=2, schedule="ZBVZeroBubble", zero=False),
 }
 
