@@ -52,6 +52,7 @@ _MAX_INTERVAL_S = 5.0
 _FINISHING_INTERVAL_S = 0.5
 _MAX_REASON_CHARACTERS = 300
 HANGS = "it hangs at"
+_LAUNCHER_LOOKS_S = 1.0
 _DEAD, _STARTED, _FINISHED, _HEARD = (f"watchdog/{name}" for name in ("dead", "started", "finished", "heard"))
 
 # Words by which gloo and NCCL say, in a plain RuntimeError, that the other side failed.
@@ -257,6 +258,8 @@ class Watchdog:
                 silence_s = 0.0 if beat != last_beat else silence_s + min(now - last_look, 2 * self.interval_s)
                 last_beat, last_look = beat, now
                 if self._has_ended(identity := json.loads(beat)):
+                    # torchrun, which looks ten times a second, is to find that one dead before the others end.
+                    time.sleep(_LAUNCHER_LOOKS_S)
                     return self._publish(self._death_of(neighbour, identity, "its process has ended"))
                 if silence_s > self.peer_timeout_s:
                     reason = f"no heartbeat for {self.peer_timeout_s:g} s"

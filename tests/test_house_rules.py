@@ -40,6 +40,8 @@ HOST_READS = {
     "kernels/gemm_grouped.py:group_rows": "plain torch slices by group; a device kernel does not",
     "train/optim/ema.py:_fold": "its own thread waits for a copy, beside the step",
     "parallel/expert.py:_read_counts": "split sizes of the uneven all-to-all: one read a MoE layer and micro-batch",
+    "parallel/zero.py:nonfinite": "on a step that is skipped, to name what is not finite",
+    "parallel/collectives.py:texts_of": "on a step that is skipped",
 }
 # Where the environment may be read.
 ENVIRONMENT_HOMES = ("launch/", "kernels/backend.py")

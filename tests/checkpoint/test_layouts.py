@@ -307,7 +307,7 @@ def test_a_rank_that_fails_to_write_fails_the_save_on_all_and_the_older_one_stay
     for fault, (_, _, who) in FAULTS.items():
         raised, found, wrong = results[0][fault]
         assert raised == (
-            f"RuntimeError: saving checkpoint {tmp_path / 'step_00000002'} failed: rank {who}: "
+            f"SaveFailed: saving checkpoint {tmp_path / 'step_00000002'} failed: rank {who}: "
             "[Errno 28] No space left on device; those published before it are untouched"
         )
         assert (found, wrong) == ("step_00000001", [])

@@ -141,9 +141,9 @@ def test_when_every_checkpoint_is_damaged_nothing_is_trained_and_each_is_named(
     ],
 )
 def test_a_state_that_is_none_is_named_although_its_hash_is_right(
-    config: PretrainConfig, tmp_path: Path, part: str, value: object, what: str
+    small_run: Overrides, tmp_path: Path, part: str, value: object, what: str
 ) -> None:
-    config = replace(config, schedule=replace(config.schedule, total_tokens=64))
+    config = compose(small_run("schedule.total_tokens=64", f"run.directory={tmp_path}", "run.name=run"))
     trainer_of(config).fit()
     (checkpoint,) = publish.published(tmp_path / "run/checkpoints")
     state = json.loads((checkpoint / "state.json").read_text())

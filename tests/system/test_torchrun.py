@@ -218,7 +218,8 @@ def test_a_killed_node_is_named_by_the_ranks_of_the_others(start: Start, tmp_pat
     assert nodes[0].wait() == 1
     (sentence,) = nodes[0].sentences()
     assert sentence.startswith("rank 0 ends because rank 1 (pipeline rank 0, data rank 1, host ")
-    assert sentence.endswith(f"pid {victim}) is dead: no heartbeat for {PEER_TIMEOUT_S} s")
+    # Two nodes that share a machine; between real ones it is the heartbeat that is missed.
+    assert sentence.endswith(f"pid {victim}) is dead: its process has ended")
     assert nodes[0].reported() == {0: DEATH_EXIT_CODE}
     nodes[1].wait()
     assert nodes[0].alive() | nodes[1].alive() == {}
