@@ -272,3 +272,15 @@ def test_reading_a_configuration_loads_no_machinery(run_command: Callable[..., C
     heavy = ("torch.distributed.checkpoint", "torch.distributed.pipelining")
     program = f"import sys, train.config; print([name for name in {heavy} if name in sys.modules])"
     assert run_command("-c", program).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "directory", ["runs/实验/lr=3", "it's a [dir] #1", "a b", "C:\\x", "{a: b", 'say "hi"', "(x)", "a\\'b"]
+)
+def test_a_path_is_taken_as_it_is_without_quotes_for_hydra(directory: str) -> None:
+    assert compose([f"run.directory={directory}"]).run.directory == directory
+
+
+def test_a_value_that_hydra_cannot_read_is_refused_by_its_type() -> None:
+    with pytest.raises(ValueError, match=r"run\.seed=a=b must be a whole number, not str"):
+        compose(["run.seed=a=b"])

@@ -160,6 +160,7 @@ def compose(overrides: list[str]) -> PretrainConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    overrides = [_parseable(text) for text in overrides]
     _check_overrides(overrides)
     _register_resolvers()
     try:
@@ -286,6 +287,24 @@ def _build_scalar(kind: type, value: object, path: str) -> object:
     return value
 
 
+def _parseable(text: str) -> str:
+    """An override with its value in quotes where Hydra's grammar needs them: paths with spaces, '=', '[' or 'é'."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    key, equals, value = text.partition("=")
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    for candidate in (text, f"{key}='{escaped}'"):
+        try:
+            parser.parse_override(candidate)
+        except HydraException:
+            continue
+        return candidate if equals else text
+    # Refused later, with a sentence.
+    return text
+
+
 def _check_overrides(overrides: list[str]) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -313,7 +332,10 @@ def _check_override(override: Override, text: str, key: str) -> None:
     if override.is_delete():
         raise ConfigError(f"{text!r} would delete {key}: nothing can be deleted, set {key} to another value")
     if override.is_sweep_override():
-        raise ConfigError(f"{text!r} sweeps over several values: give one value a run")
+        raise ConfigError(
+            f"{text!r} sweeps over several values: give one value a run; a comma of its own needs quotes inside "
+            f"the shell's, '{key}=\"a, b\"'"
+        )
     if override.package is not None:
         raise ConfigError(f"{text!r} moves a group to another place: write {key}=... without '@'")
     if key in _groups():

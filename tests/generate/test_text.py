@@ -120,6 +120,9 @@ def test_prompts_come_from_the_command_line_then_from_the_lines_of_a_file(tmp_pa
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\ntwo ü\n", encoding="utf-8")
     assert text.read_prompts(["zero"], file) == ["zero", "one", "", "two ü"]
+    # What ends a line of text elsewhere is part of a prompt here, and a byte order mark is of none.
+    file.write_bytes("\ufeffa\u2028b\x0c\x85c\r\n\rd\n".encode())
+    assert text.read_prompts([], file) == ["a\u2028b\x0c\x85c", "\rd"]
     for content, message in [(b"", "prompts.txt is empty"), (b"caf\xe9", "prompts.txt cannot be read")]:
         file.write_bytes(content)
         with pytest.raises(ValueError, match=message):

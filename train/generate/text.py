@@ -110,10 +110,12 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
     if file is None:
         return list(given) or [""]
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Lines of a file: neither U+2028 nor a form feed ends one, and a byte order mark is no part of the first.
+        content = file.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompts-file: {file} cannot be read as UTF-8 text ({error}); one prompt a line") from None
-    if not lines:
+    lines = content.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    if not content:
         raise ValueError(f"prompts-file: {file} is empty; put one prompt on a line")
     return [*given, *lines]
 
