@@ -15,6 +15,8 @@ import signal
 import sys
 import time
 
+# Kept before the imports, which take seconds: a launcher that dies meanwhile would not be missed.
+os.environ["V3FP8_LAUNCHER_PID"] = str(os.getppid())
 # cuBLAS repeats bit for bit only with a fixed workspace; it reads this once, when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -48,6 +50,8 @@ def stop_with_launcher() -> None:
     """Have the kernel send SIGTERM to this worker when torchrun dies: it saves, stops and leaves no orphan behind."""
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if str(os.getppid()) != os.environ["V3FP8_LAUNCHER_PID"]:
+            raise ValueError("torchrun has ended while this worker started; start it again")
 
 
 def main(arguments: list[str]) -> int:

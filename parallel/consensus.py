@@ -23,6 +23,10 @@ from torch.distributed.distributed_c10d import Store
 _POLL_S = 0.05
 
 
+class RankFailed(RuntimeError):
+    """What a rank did failed, and every rank has been told; communication itself works."""
+
+
 class Transport(Protocol):
     """How the messages of a consensus travel, as rank `rank` of `size` sees it."""
 
@@ -51,7 +55,8 @@ class Ranks:
             decide: reports in order of rank -> one reply for each rank, as JSON; called only if no rank failed.
         Raises:
             ValueError: that of the first rank that raised one, or of `decide`; the same on every rank.
-            RuntimeError: any other error of a rank, with its rank, the same on every rank; or a rank is gone.
+            RankFailed: any other error of a rank, with its rank, the same on every rank.
+            RuntimeError: a rank is gone.
         """
         (report,), error = self._attempt(lambda: [act()], 1)
         outcomes = [json.loads(each) for each in self._transport.gather(report)]
@@ -62,7 +67,7 @@ class Ranks:
             replies = replies if error is None else replies * self.size
         reply = json.loads(self._transport.scatter(replies))
         if "failure" in reply:
-            kind = ValueError if reply["is_value_error"] else RuntimeError
+            kind = ValueError if reply["is_value_error"] else RankFailed
             raise kind(reply["failure"]) from error
         return reply["value"]
 

@@ -80,13 +80,14 @@ def nonfinite_gradients(buckets: Sequence[GradientBuckets], world: Axis, *, devi
     """After `reduce_and_clip` found a norm that is not finite: which gradients are not, and whose; waits.
 
     A NaN spreads by the sum over ranks. Under ZeRO the ranks' own sums are still there but for the shard that each
-    owns, so a rank is named that has one of its own; its owner where no other rank does. Costs one pass over the
-    gradients and one collective, on such a step only.
+    owns, so ranks are named that have some of their own; the owners of the sums where none does. Costs one pass over
+    the gradients and one collective, on such a step only.
 
     Returns:
         The same on every rank: at most NAMED for each rank, those of the lowest ranks first.
     """
-    found = [entry for bucket in buckets for entry in bucket.nonfinite()]
+    # A rank's own first: they say whose fault it is, and there is room for few.
+    found = sorted((entry for bucket in buckets for entry in bucket.nonfinite()), key=lambda entry: not entry[1])
     known = {name: bucket.axis.size == 1 or bucket.sharded for bucket in buckets for name in bucket.parameters}
     lines = [f"{name} {here} {summed} {int(known[name])}" for name, here, summed in found]
     texts = texts_of("\n".join(lines[:NAMED]), world, device=device)
@@ -97,11 +98,11 @@ def nonfinite_gradients(buckets: Sequence[GradientBuckets], world: Axis, *, devi
             # The last line may be cut.
             if len(fields) == 4:
                 reports.append((rank, fields[0], int(fields[1]), int(fields[2]), fields[3] == "1"))
-    with_own = {name for _, name, here, _, _ in reports if here}
+    some_have_own = any(here for _, _, here, _, _ in reports)
     return [
         NonFinite(rank if is_known else None, name, here + summed)
         for rank, name, here, summed, is_known in reports
-        if here or name not in with_own
+        if here or not some_have_own
     ]
 
 

@@ -26,13 +26,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import faulthandler
 import json
 import os
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -247,7 +247,8 @@ class Watchdog:
             if self._store.check([_DEAD]):
                 return Death(**json.loads(self._store.get(_DEAD)))
             if self._own_report is not None:
-                return self._publish((self._lost_contact and self._hanging()) or self._own_report)
+                hanging = self._hanging() if self._lost_contact and self.watching else None
+                return self._publish(hanging or self._own_report)
             if self._finishing.is_set() and self._all_finished():
                 return None
             if self._all_started():
@@ -290,7 +291,7 @@ class Watchdog:
             return False
         try:
             state = Path(f"/proc/{identity['pid']}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             state = "X"
         # A zombie has ended too: its parent has not asked yet.
         return state in "ZX" and self._store.add(_FINISHED, 0) < self.world
@@ -341,7 +342,10 @@ class Watchdog:
             is_own = self._own_report is not None and death.rank == self.rank
             if not (is_own and self._stopping.wait(self.peer_timeout_s)):
                 if death.reason.startswith(HANGS):
-                    faulthandler.dump_traceback(all_threads=True)
+                    # A full pipe must not keep the process alive.
+                    printer = threading.Thread(target=_print_stacks, daemon=True)
+                    printer.start()
+                    printer.join(2.0)
                 self._on_death(self._sentence)
         self._monitor_done.set()
 
@@ -380,9 +384,19 @@ def _beat_key(rank: int) -> str:
 def _pid_namespace() -> str:
     """What two processes share that see each other's pids: a boot and a namespace; '' where that is not known."""
     try:
+        # In a namespace whose /proc is another's, pids mean something else there.
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return ""
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
+
+
+def _print_stacks() -> None:
+    """Where every thread of this process is, on stderr."""
+    frames = sys._current_frames().items()
+    stacks = [f"thread {ident}, most recent call last:\n{''.join(traceback.format_stack(f))}" for ident, f in frames]
+    os.write(2, "".join(stacks).encode(errors="replace"))
 
 
 def _address(store: Store) -> str:

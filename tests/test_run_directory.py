@@ -74,6 +74,9 @@ def test_a_directory_that_cannot_be_is_one_sentence(tmp_path: Path, monkeypatch:
     def refused(*_: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
+    monkeypatch.setattr(os, "pwrite", lambda *_: 4096)
+    with pytest.raises(ValueError, match="No space left on device"), locked(tmp_path / "nearly full"):
+        pass
     monkeypatch.setattr(os, "open", refused)
     with pytest.raises(ValueError, match="Read-only file system"), locked(tmp_path / "other"):
         pass
@@ -89,6 +92,12 @@ def test_a_link_out_of_the_directory_is_refused_and_its_target_untouched(tmp_pat
     with pytest.raises(ValueError, match=rf"run/{name} is a link to {outside}"), locked(run):
         pass
     assert outside.read_text() == "another's"
+
+
+def test_a_link_to_itself_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with locked(tmp_path):
+        pass
 
 
 def test_what_a_killed_save_left_is_cleared_away_and_links_inside_stay(tmp_path: Path) -> None:

@@ -53,8 +53,10 @@ def locked(directory: Path) -> Iterator[None]:
             publish.sweep(directory / CHECKPOINTS)
             owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
             # Longer at first: a disk without room for that has none for a run.
-            os.pwrite(file, owner.ljust(ROOM_BYTES), 0)
+            written = os.pwrite(file, owner.ljust(ROOM_BYTES), 0)
             os.ftruncate(file, len(owner))
+            if written < ROOM_BYTES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise _unusable(directory, error) from error
         yield
@@ -86,11 +88,12 @@ def refuse_links(directory: Path) -> None:
     Raises:
         ValueError: names the first link and where it leads.
     """
-    inside = directory.resolve()
+    inside = Path(os.path.realpath(directory))
     for path in sorted(directory.iterdir()):
-        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+        target = Path(os.path.realpath(path))
+        if path.is_symlink() and not target.is_relative_to(inside):
             raise ValueError(
-                f"{path} is a link to {path.resolve()}: a run reads and writes in its own directory only; remove the "
+                f"{path} is a link to {target}: a run reads and writes in its own directory only; remove the "
                 "link, or put run.directory where the files shall be"
             )
 

@@ -97,11 +97,11 @@ class Trainer:
                             self.stop_agreed |= termination.requested and self.mesh.world.size == 1
                         asked = "asked to stop; the same command resumes"
                         self.finish(sinks, "token budget spent" if self.budget_is_spent() else asked)
-                    except SavesFailed as stopped:
-                        sinks.event("stop", step=self.state.step, reason=str(stopped))
-                        raise
                     except TrainingStopped as stopped:
-                        self.finish(sinks, str(stopped))
+                        if isinstance(stopped, SavesFailed):
+                            sinks.event("stop", step=self.state.step, reason=str(stopped))
+                        else:
+                            self.finish(sinks, str(stopped))
                         raise
             finally:
                 self.saver.close()

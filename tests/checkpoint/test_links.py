@@ -53,6 +53,12 @@ def test_a_file_that_is_a_link_is_damage(tmp_path: Path, file: str) -> None:
         load(path.parent, {"w": torch.zeros(6)})
 
 
+def test_a_link_that_leads_nowhere_gives_way_to_a_save_of_its_step(tmp_path: Path) -> None:
+    (tmp_path / "step_00000001").symlink_to(tmp_path / "gone")
+    save_steps(tmp_path, 1)
+    assert latest(tmp_path) == tmp_path / "step_00000001"
+
+
 @pytest.mark.parametrize("hidden", [".writing-step_00000001", ".pruned-step_00000001"])
 def test_sweeping_removes_a_planted_link_and_not_its_target(tmp_path: Path, hidden: str) -> None:
     (tmp_path / "outside").mkdir()

@@ -154,6 +154,23 @@ def test_the_rank_and_tensor_of_a_nan_are_named_whoever_owns_the_sum(victim: int
     assert run_ranks(2, nan_of_one_rank, victim, position, True) == [[named], [named]]
 
 
+def nan_everywhere_on_one_rank(rank: int, world: int, victim: int) -> list[NonFinite]:
+    axis = Axis(name="dp", size=world, rank=rank, group=dist.group.WORLD)
+    buckets = GradientBuckets([(str(n), nn.Parameter(torch.zeros(200))) for n in range(40)], axis=axis, sharded=True)
+    if rank == victim:
+        for parameter in buckets.parameters.values():
+            main_grad(parameter).fill_(torch.nan)
+    reduce_and_clip_buckets([buckets], num_targets=1, max_norm=1.0, world=axis)
+    return nonfinite_gradients([buckets], axis, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_of_a_rank_whose_gradients_are_all_nan_only_that_rank_is_named(victim: int) -> None:
+    """The others hold its NaN in their sums, and there is room for few names."""
+    for found in run_ranks(3, nan_everywhere_on_one_rank, victim):
+        assert [each.rank for each in found] == [victim] * NAMED
+
+
 def test_without_zero_the_tensor_is_named_and_the_rank_is_not() -> None:
     found = run_ranks(2, nan_of_one_rank, 1, 5, False)
     assert found[0] == found[1] == [NonFinite(None, "second", 1)] * 2

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
-from parallel.consensus import GroupTransport, Ranks
+from parallel.consensus import GroupTransport, RankFailed, Ranks
 from parallel.shards import (
     GlobalTensors,
     HeldTensors,
@@ -41,7 +41,6 @@ from parallel.shards import (
     read_report,
     typed_shard,
 )
-from parallel.watchdog import is_communication_error
 from train.checkpoint import publish
 from train.checkpoint.config import CheckpointConfig
 from train.checkpoint.planner import ShardLoadPlanner, ShardSavePlanner
@@ -272,7 +271,7 @@ class _Save:
 
     def failed(self, cause: Exception) -> RuntimeError:
         """What the caller sees; a rank that is gone is no matter of this save."""
-        kind = RuntimeError if is_communication_error(cause) else SaveFailed
+        kind = SaveFailed if isinstance(cause, RankFailed | ValueError) else RuntimeError
         return kind(f"saving checkpoint {self.path} failed: {cause}; those published before it are untouched")
 
 

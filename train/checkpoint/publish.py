@@ -117,11 +117,12 @@ def publish(target: Path) -> None:
     """Make `writing_path(target)`, complete and fsynced, visible as `target`, in place of an older one."""
     fsync_directory(writing_path(target))
     replaced = target.with_name(_REPLACED + target.name)
-    if target.exists():
+    # A link counts, wherever it leads, and if it leads nowhere.
+    if os.path.lexists(target):
         os.rename(target, replaced)
     os.rename(writing_path(target), target)
     fsync_directory(target.parent)
-    if replaced.exists():
+    if os.path.lexists(replaced):
         _remove(replaced)
 
 
@@ -166,10 +167,15 @@ def check_files(path: Path, entries: Mapping[str, dict[str, Any]]) -> None:
             raise _damage(file, "is a link, and may be another's file")
         if not file.is_file():
             raise _damage(file, "is missing")
-        num_bytes = file.stat().st_size
+        try:
+            num_bytes, sha256 = file.stat().st_size, ""
+            if num_bytes == expected["bytes"]:
+                sha256 = file_sha256(file)
+        except OSError as error:
+            raise _damage(file, f"cannot be read ({error.strerror})") from None
         if num_bytes != expected["bytes"]:
             raise _damage(file, f"has {num_bytes} bytes where the manifest says {expected['bytes']}")
-        if file_sha256(file) != expected["sha256"]:
+        if sha256 != expected["sha256"]:
             raise _damage(file, "does not have the sha256 of the manifest")
 
 

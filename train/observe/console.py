@@ -64,7 +64,8 @@ class ConsoleSink:
             if len(event.get("experts", ())) > _NAMED:
                 names += f" and {len(event['experts']) - _NAMED} more"
             first = next(iter(event.get("nonfinite", ())), None)
-            where = f": rank {first['rank']}, {first['tensor']}" if first else ""
+            who = "" if first is None or first["rank"] is None else f"rank {first['rank']}, "
+            where = f": {who}{first['tensor']}" if first else ""
             self._print(_ANNOUNCED[event["event"]].format(**event | {"names": names, "where": where}))
 
     def close(self) -> None:

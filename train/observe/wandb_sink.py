@@ -169,8 +169,9 @@ class WandbSink:
             if "event" in item:
                 run.summary[f"event/{item.pop('event')}"] = item["step"]
                 if len(item) > 1:
-                    # Without `step=`: into the row of the step just logged, or after a resume into a row of its own.
-                    run.log(item)
+                    # Into the row of the step just logged; one that a resume scores later is in the summary alone.
+                    run.log(item, step=item["step"])
+                    run.summary.update({name: value for name, value in item.items() if "/" in name})
             else:
                 tables = {name: value for name, value in item.items() if isinstance(value, tuple)}
                 histograms = {name: wandb.Histogram(np_histogram=table) for name, table in tables.items()}

@@ -28,6 +28,7 @@ from train.config import PretrainConfig, compose
 from train.model.precision import Precision
 from train.observe.guards import SavesFailed, TrainingStopped, check_consecutive_skips
 from train.observe.sinks import read_events, read_run
+from train.run_directory import locked, run_directory
 from train.studies.ablation import errors
 from train.studies.ablation.linear import AblatedLinears, Ablation
 from train.studies.ablation.precision import AblatedPrecision
@@ -164,6 +165,12 @@ def run(base: PretrainConfig, variant: Variant, seed: int) -> dict[str, Any]:
     config = run_config(base, variant, seed)
     # First, since a checkpoint of another model is refused for its tensors, and a killed run has no checkpoint.
     refuse_another(config)
+    with locked(run_directory(config.run)):
+        return _run_locked(config, start)
+
+
+def _run_locked(config: PretrainConfig, start: float) -> dict[str, Any]:
+    """The rest of `run`, in a directory that no other trainer uses."""
     trainer = Trainer(config, build_alone(config))
     trainer.resume()
     _refuse_changed(trainer.directory, trainer.changed)
