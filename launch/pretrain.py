@@ -3,8 +3,8 @@
 Arguments are Hydra overrides of configs/pretrain.yaml. `--config` prints the composed configuration and stops;
 `dry_run=true` plans the memory of one rank (`rank=0`) and stops. A wrong key, value, layout, store or device is one
 sentence and exit code 2, before anything is allocated. SIGTERM finishes the step, saves and exits 0; the same command
-then resumes. Exit code 3: stopped by the non-finite guard. 4: nothing
-could be saved any more. 75: another rank died, and is named.
+then resumes. Exit code 3: stopped by the non-finite guard. 4: nothing could be saved any more. 75: another rank died,
+and is named.
 """
 
 from __future__ import annotations

@@ -88,8 +88,8 @@ def nonfinite_gradients(buckets: Sequence[GradientBuckets], world: Axis, *, devi
     """
     # A rank's own first: they say whose fault it is, and there is room for few.
     found = sorted((entry for bucket in buckets for entry in bucket.nonfinite()), key=lambda entry: not entry[1])
-    known = {name: bucket.axis.size == 1 or bucket.sharded for bucket in buckets for name in bucket.parameters}
-    lines = [f"{name} {here} {summed} {int(known[name])}" for name, here, summed in found]
+    sharded = {name: bucket.sharded for bucket in buckets for name in bucket.parameters}
+    lines = [f"{name} {here} {summed} {int(here > 0 or sharded[name])}" for name, here, summed in found]
     texts = texts_of("\n".join(lines[:NAMED]), world, device=device)
     reports = []
     for rank, text in enumerate(texts):

@@ -210,12 +210,12 @@ class GradientBuckets:
     def nonfinite(self) -> list[tuple[str, int, int]]:
         """After `reduce`: (name, elements, summed) of each parameter with gradients that are not finite; waits.
 
-        elements: of this rank alone, known outside its shard; summed: in its shard, where all ranks are in the sum.
-        Without ZeRO every element is a sum.
+        elements: of this rank alone, known outside its shard or where the axis has no other; summed: in its shard,
+        where all ranks are in the sum. Without ZeRO every element is a sum.
         """
         counts, names = list[Tensor](), list[str]()
         for bucket in self._buckets:
-            first, end = 0, bucket.plan.numel
+            first, end = 0, bucket.plan.numel if self.axis.size > 1 else 0
             if self.axis.size > 1 and self.sharded:
                 first, end = bucket.shard_start, bucket.shard_start + bucket.shard.numel()
             wrong = ~torch.isfinite(bucket.grads)

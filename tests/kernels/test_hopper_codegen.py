@@ -44,7 +44,9 @@ def compiled(
     """Figures of all cases under one Triton."""
     beside = TRITONS[request.param]
     if beside is not None and not beside.is_dir():
-        pytest.skip(f"no Triton {request.param} in {beside.relative_to(ROOT)}: run `make test`, which puts it there")
+        pytest.skip(
+            f"no Triton {request.param} in {beside.relative_to(ROOT)}: run `make test-long`, which puts it there"
+        )
     report = compile_all(run_command, beside, tmp_path_factory.mktemp("triton"))
     assert report["triton"].startswith(request.param)
     rows: list[dict[str, Any]] = report["rows"]

@@ -31,6 +31,10 @@ from train.trainer import Trainer
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 300
 Overrides = Callable[..., list[str]]
+on_linux = pytest.mark.skipif(
+    sys.platform != "linux",
+    reason="/proc and the kernel's signal on a parent's death are Linux's; `.ci/run` runs it there",
+)
 
 
 @pytest.fixture
@@ -76,7 +80,7 @@ def test_two_trainers_in_one_directory_the_second_is_refused_and_the_first_unhar
     assert [event["event"] for event in read_events(tmp_path / "run")].count("start") == 1
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal on a parent's death is Linux's; CI runs it")
+@on_linux
 def test_a_worker_whose_torchrun_was_killed_saves_and_stops(small_run: Overrides, tmp_path: Path) -> None:
     run = tmp_path / "run"
     overrides = small_run(f"run.directory={tmp_path}", "run.name=run", "schedule.total_tokens=640000")
@@ -94,6 +98,7 @@ def test_a_worker_whose_torchrun_was_killed_saves_and_stops(small_run: Overrides
     assert publish.published(run / "checkpoints")[0].name == f"step_{stop['step']:08d}", "nothing done is lost"
 
 
+@on_linux
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_killed_under_torchrun_is_named_by_the_others(small_run: Overrides, tmp_path: Path, victim: int) -> None:
     """torchrun ends the others by SIGTERM at once; they say first who died, long before the timeout of 60 s."""

@@ -11,6 +11,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
+from train.checkpoint.publish import STATE, damage
 from train.data.stream import DataConfig
 from train.model.config import ModelConfig
 from train.model.precision import Precision
@@ -40,7 +41,7 @@ def read_state(path: Path, state: dict[str, Any]) -> SavedState:
                 raise ValueError(f"lacks {name!r}")
         return SavedState(state["identity"], state["config"], TrainState.from_json(state.get("train_state")))
     except ValueError as error:
-        raise ValueError(f"checkpoint {path} is damaged: state.json {error}; take another one, or restore it") from None
+        raise damage(path / STATE, str(error)) from None
 
 
 def _non_default(kind: Any, values: dict[str, Any]) -> dict[str, Any]:

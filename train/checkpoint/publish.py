@@ -164,33 +164,33 @@ def check_files(path: Path, entries: Mapping[str, dict[str, Any]]) -> None:
     for name, expected in entries.items():
         file = path / name
         if file.is_symlink():
-            raise _damage(file, "is a link, and may be another's file")
+            raise damage(file, "is a link, and may be another's file")
         if not file.is_file():
-            raise _damage(file, "is missing")
+            raise damage(file, "is missing")
         try:
             num_bytes, sha256 = file.stat().st_size, ""
             if num_bytes == expected["bytes"]:
                 sha256 = file_sha256(file)
         except OSError as error:
-            raise _damage(file, f"cannot be read ({error.strerror})") from None
+            raise damage(file, f"cannot be read ({error.strerror})") from None
         if num_bytes != expected["bytes"]:
-            raise _damage(file, f"has {num_bytes} bytes where the manifest says {expected['bytes']}")
+            raise damage(file, f"has {num_bytes} bytes where the manifest says {expected['bytes']}")
         if sha256 != expected["sha256"]:
-            raise _damage(file, "does not have the sha256 of the manifest")
+            raise damage(file, "does not have the sha256 of the manifest")
 
 
 def read_json(path: Path) -> Any:
     """The value of a JSON file; a ValueError if it is missing or no JSON."""
     if path.is_symlink():
-        raise _damage(path, "is a link, and may be another's file")
+        raise damage(path, "is a link, and may be another's file")
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise _damage(path, "is missing") from None
+        raise damage(path, "is missing") from None
     except OSError as error:
-        raise _damage(path, f"cannot be read ({error.strerror})") from None
+        raise damage(path, f"cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise _damage(path, f"is not JSON ({error})") from None
+        raise damage(path, f"is not JSON ({error})") from None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -204,20 +204,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     manifest = read_json(file)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise _damage(file, f"is not a manifest of format {FORMAT}")
+        raise damage(file, f"is not a manifest of format {FORMAT}")
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     if manifest.get("sha256") != _sha256_of_body(body):
-        raise _damage(file, "does not have its own sha256")
+        raise damage(file, "does not have its own sha256")
     files: Any = manifest.get("files")
     tensors: Any = manifest.get("tensors")
     if not _are_entries(files, {"bytes", "sha256"}) or not _are_entries(tensors, {"shape", "dtype"}):
-        raise _damage(file, "lacks an entry for a file or a tensor")
+        raise damage(file, "lacks an entry for a file or a tensor")
     if STATE not in files or not all(Path(name).name == name for name in files):
-        raise _damage(file, f"must name {STATE} and only files of its own directory")
+        raise damage(file, f"must name {STATE} and only files of its own directory")
     for stray in path.iterdir():
         # DCP's reader takes every safetensors file of the directory, so a stray one would be loaded.
         if stray.name.endswith(SHARD_SUFFIX) and stray.name not in files:
-            raise _damage(stray, "is not in the manifest")
+            raise damage(stray, "is not in the manifest")
     return manifest
 
 
@@ -225,7 +225,8 @@ def _are_entries(entries: Any, keys: set[str]) -> bool:
     return isinstance(entries, dict) and all(isinstance(e, dict) and e.keys() == keys for e in entries.values())
 
 
-def _damage(file: Path, what: str) -> ValueError:
+def damage(file: Path, what: str) -> ValueError:
+    """What to raise for a checkpoint's file; `what` follows its name."""
     return ValueError(f"checkpoint {file.parent} is damaged: {file.name} {what}; take another one, or restore it")
 
 

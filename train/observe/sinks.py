@@ -135,6 +135,8 @@ class JsonlSink:
         assert event["event"] in EVENTS, f"undeclared event {event['event']!r}: declare it in metrics.py"
         self._append(encode(event))
         self._sync()
+        if event["event"] == "evaluation":
+            self.evaluated[event["step"]] = event[SCORE]
 
     def close(self) -> None:
         """Sync and close; calling it again does nothing."""
@@ -223,8 +225,6 @@ class Sinks:
                 return
             event |= {"event": "replay_differs", "logged": {SCORE: logged}, "replayed": {SCORE: again}}
         self.jsonl.event(event)
-        if kind == "evaluation":
-            self.jsonl.evaluated[step] = details[SCORE]
         for mirror in self._mirrors:
             mirror.event(event)
 
