@@ -171,6 +171,22 @@ def test_of_a_rank_whose_gradients_are_all_nan_only_that_rank_is_named(victim: i
         assert [each.rank for each in found] == [victim] * NAMED
 
 
+def nan_of_an_expert_and_of_another_rank(rank: int, world: int) -> list[NonFinite]:
+    """Rank 0 has a NaN in what both reduce, in rank 1's shard; rank 1 has one in an expert that it alone has."""
+    axis = Axis(name="dp", size=world, rank=rank, group=dist.group.WORLD)
+    dense = GradientBuckets([("dense", nn.Parameter(torch.zeros(256)))], axis=axis, sharded=True)
+    expert = bucket_of([nn.Parameter(torch.zeros(8))])
+    own = dense.parameters["dense"] if rank == 0 else expert.parameters["0"]
+    main_grad(own)[-1] = torch.nan
+    reduce_and_clip_buckets([dense, expert], num_targets=1, max_norm=1.0, world=axis)
+    return nonfinite_gradients([dense, expert], axis, device=torch.device("cpu"))
+
+
+def test_an_expert_of_one_rank_is_named_beside_another_ranks_tensor() -> None:
+    expected = [NonFinite(0, "dense", 1), NonFinite(1, "0", 1)]
+    assert run_ranks(2, nan_of_an_expert_and_of_another_rank) == [expected, expected]
+
+
 def test_without_zero_the_tensor_is_named_and_the_rank_is_not() -> None:
     found = run_ranks(2, nan_of_one_rank, 1, 5, False)
     assert found[0] == found[1] == [NonFinite(None, "second", 1)] * 2
