@@ -57,6 +57,9 @@ def softmax_scale(config: ModelConfig) -> float:
     return scale
 
 
+# Of the latents' norms, whatever `rms_norm_eps` says. Source: the default of `RMSNorm` in the released inference code
+# (deepseek-ai/DeepSeek-V3, inference/model.py) and of `DeepseekV3RMSNorm` in `transformers`; neither sets another.
+LATENT_NORM_EPS = 1e-6
 # What recomputation does not repeat.
 _keep_core = partial(create_selective_checkpoint_contexts, list(CORE_OPERATORS))
 
@@ -72,9 +75,9 @@ class MultiHeadLatentAttention(nn.Module):
         self.a_widths = (config.q_width, kv_rank, rope_dim)
         self.q_kv_a_proj = Linear(config.hidden_size, sum(self.a_widths), precision)
         if config.q_lora_rank is not None:
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps, precision)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, precision)
             self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, precision)
-        self.kv_a_layernorm = RMSNorm(kv_rank, config.rms_norm_eps, precision)
+        self.kv_a_layernorm = RMSNorm(kv_rank, LATENT_NORM_EPS, precision)
         self.kv_b_proj = Linear(kv_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), precision)
         self.o_proj = KeptLinear(heads * config.v_head_dim, config.hidden_size, precision)
 

@@ -12,6 +12,9 @@ from typing import Any
 
 from kernels.rope import YarnScaling
 
+# Of a field that is a number: FP32's normal numbers, and sizes that an int32 holds.
+_SMALLEST, _LARGEST, _LARGEST_SIZE = 2.0**-126, 2.0**127, 2**31 - 1
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -63,16 +66,26 @@ class ModelConfig:
     def _check_positive(self) -> None:
         zero_allowed = ("first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts")
         for name, value in vars(self).items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            if value < 0 or (value == 0 and name not in zero_allowed):
-                raise ValueError(f"model.{name}={value} must be positive; choose a value above zero")
+            _check_number(f"model.{name}", value, zero_allowed=name in zero_allowed)
 
     def _check_attention(self) -> None:
         if self.qk_rope_head_dim % 2:
             raise ValueError(
                 f"model.qk_rope_head_dim={self.qk_rope_head_dim} must be even: RoPE rotates pairs; "
                 f"use {self.qk_rope_head_dim + 1}"
+            )
+        if self.rope_theta <= 1:
+            raise ValueError(f"model.rope_theta={self.rope_theta} must be above 1: use V3's 10000")
+        if (yarn := self.rope_scaling) is None:
+            return
+        for name, value in vars(yarn).items():
+            _check_number(f"model.rope_scaling.{name}", value, zero_allowed="mscale" in name)
+        if yarn.factor < 1:
+            raise ValueError(f"model.rope_scaling.factor={yarn.factor} shortens the context: use 1 or more")
+        if yarn.beta_fast < yarn.beta_slow:
+            raise ValueError(
+                f"model.rope_scaling.beta_fast={yarn.beta_fast} is below "
+                f"model.rope_scaling.beta_slow={yarn.beta_slow}: swap them"
             )
 
     def _check_experts(self) -> None:
@@ -135,3 +148,13 @@ class ModelConfig:
     def mtp_layer_ids(self) -> range:
         """Ids of the MTP layers, numbered on as in the released checkpoint (layer 61 of V3)."""
         return range(self.num_hidden_layers, self.num_hidden_layers + self.num_nextn_predict_layers)
+
+
+def _check_number(name: str, value: object, *, zero_allowed: bool) -> None:
+    """Refuse a number that is negative, zero where it must not be, NaN, infinite, or beyond FP32 or int32."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or (value == 0 and zero_allowed):
+        return
+    if not value > 0:
+        raise ValueError(f"{name}={value} must be positive; choose a value above zero")
+    if not (value <= _LARGEST_SIZE if isinstance(value, int) else _SMALLEST <= value <= _LARGEST):
+        raise ValueError(f"{name}={value} is out of range; choose one of V3's order")
