@@ -76,7 +76,9 @@ REFUSED: dict[str, dict[str, Any]] = {
     r"moe_layer_freq=2": {"moe_layer_freq": 2},
     r"num_key_value_heads=1": {"num_key_value_heads": 1},
     r"scales RoPE by 'linear'": {"rope_scaling": {"type": "linear", "factor": 2.0}},
-    r"the YaRN setting attention_factor": {"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": 1.0}},
+    r"rope_scaling has attention_factor=1\.0": {
+        "rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": 1.0}
+    },
     r"lacks rope_scaling\.factor": {"rope_scaling": {"type": "yarn"}},
     r"hidden_size is \"wide\", not int": {"hidden_size": "wide"},
     r"n_routed_experts is true, not int": {"n_routed_experts": True},

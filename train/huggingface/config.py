@@ -4,7 +4,8 @@
     model_config(dict) -> ModelConfig          the reverse, also from what `transformers` 5 saves
 
 RoPE is spelled `rope_theta` + `rope_scaling` in released files and `rope_parameters` in those of `transformers` 5; both
-are read, the released spelling is written. What our model cannot do is refused with one sentence, never dropped.
+are read, the released spelling is written. Of a file that has both, `rope_scaling` is read, as by `transformers`; where
+the other says something else the file is refused. What our model cannot do is refused in one sentence, never dropped.
 """
 
 from __future__ import annotations
@@ -34,10 +35,16 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "topk_method": ("noaux_tc",),
     "rope_interleave": (True, None),
 }
-_RENAMED = {"num_nextn_predict_layers": "num_mtp_layers"}
+# Ours -> another spelling that `transformers` knows.
+_RENAMED = {"num_nextn_predict_layers": "num_mtp_layers", "n_routed_experts": "num_local_experts"}
 _NOT_RELEASED = ("embedding_initializer_range", "rope_scaling")
 _YARN_OPTIONAL = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
-_ROPE_WORDS = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "attention_factor", "truncate"}
+_YARN_KINDS = {field.name: str(field.type) for field in dataclasses.fields(YarnScaling)}
+_ROPE_FIXED: dict[str, tuple[Any, ...]] = {
+    "partial_rotary_factor": (1.0, None),
+    "attention_factor": (None,),
+    "truncate": (True, None),
+}
 
 
 def released_config(config: ModelConfig, *, format: str, ids: SpecialIds | None) -> dict[str, Any]:
@@ -72,33 +79,45 @@ def model_config(values: Mapping[str, Any], *, origin: str) -> ModelConfig:
     Raises:
         ValueError: another architecture, a field that is missing, or a value that our model does not have.
     """
-    architecture = (values.get("architectures") or [ARCHITECTURE])[0]
+    listed = values.get("architectures") or [ARCHITECTURE]
+    architecture = listed[0] if isinstance(listed, list) else listed
     if values.get("model_type") != MODEL_TYPE or architecture != ARCHITECTURE:
         raise ValueError(
             f"{origin} describes {architecture} (model_type {values.get('model_type')}), not {ARCHITECTURE}: "
             "only models of the DeepSeek-V3 kind can be read"
         )
-    for name, allowed in _FIXED.items():
-        if name in values and values[name] not in allowed:
-            raise ValueError(f"{origin} has {name}={values[name]}, but this model knows {allowed[0]} only")
+    _check_fixed(values, _FIXED | {"partial_rotary_factor": (1.0, None)}, origin)
     heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
-    if kv_heads not in (None, heads):
+    if kv_heads is not None and _checked(kv_heads, "int", f"{origin}: num_key_value_heads") != heads:
         raise ValueError(f"{origin} has num_key_value_heads={kv_heads}, but MLA has one for each of its {heads} heads")
-    # Both spellings of RoPE as one.
-    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
-    ours: dict[str, Any] = {
-        "rope_scaling": _yarn(rope, values.get("max_position_embeddings"), origin),
-        "rope_theta": float(rope.get("rope_theta", values.get("rope_theta", 10000.0))),
-    }
+    ours = _rope(values, origin)
     for field in dataclasses.fields(ModelConfig):
-        spelling = field.name if field.name in values else _RENAMED.get(field.name, field.name)
         if field.name in ours:
             continue
-        if spelling in values:
-            ours[field.name] = _checked(values[spelling], str(field.type), f"{origin}: {spelling}")
-        elif field.default is dataclasses.MISSING:
+        found = {name: values[name] for name in (field.name, _RENAMED.get(field.name, "")) if name in values}
+        for name, value in found.items():
+            ours[field.name] = _checked(value, str(field.type), f"{origin}: {name}")
+        if len(set(found.values())) > 1:
+            raise ValueError(f"{origin} contradicts itself: {_listed(found)}; keep the right one")
+        if not found and field.default is dataclasses.MISSING:
             raise ValueError(f"{origin} lacks {field.name}: it is no complete configuration; fetch it again")
-    return ModelConfig(**ours)
+    try:
+        return ModelConfig(**ours)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
+
+
+def _listed(found: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in found.items())
+
+
+def _check_fixed(values: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]], origin: str) -> None:
+    for name, allowed in fixed.items():
+        # Without a default: null is a value too. 0 is no False, and True no 1.
+        if name in values and not any(
+            values[name] == one and isinstance(values[name], bool) == isinstance(one, bool) for one in allowed
+        ):
+            raise ValueError(f"{origin} has {name}={values[name]}, but this model knows {json.dumps(allowed[0])} only")
 
 
 def _checked(value: Any, kind: str, what: str) -> Any:
@@ -107,26 +126,61 @@ def _checked(value: Any, kind: str, what: str) -> Any:
     wanted = tuple(word for part in kind.split(" | ") for word in kinds[part])
     if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
         raise ValueError(f"{what} is {json.dumps(value)}, not {kind}; fetch it again")
+    if float in wanted and isinstance(value, int) and abs(value) < 2**53:
+        return float(value)
     return value
 
 
-def _yarn(rope: Mapping[str, Any], max_position_embeddings: Any, origin: str) -> YarnScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
+def _rope(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` of our configuration, from all places that may hold them."""
+    sections = {name: values[name] for name in ("rope_scaling", "rope_parameters") if values.get(name) is not None}
+    yarns = {name: _yarn(name, section, values, origin) for name, section in sections.items()}
+    places = {"": values} | {f"{name}.": section for name, section in sections.items()}
+    thetas = {
+        name: _checked(place["rope_theta"], "float", f"{origin}: {name}rope_theta")
+        for name, place in places.items()
+        if "rope_theta" in place
+    }
+    # `transformers` takes the first section that is not empty, whole.
+    chosen = next((name for name in sections if sections[name]), "")
+    theta = thetas.get(f"{chosen}.", thetas.get("", 10000.0))
+    if any(other != theta for other in thetas.values()):
+        found = ", ".join(f"{name}rope_theta={value}" for name, value in thetas.items())
+        raise ValueError(f"{origin} contradicts itself: {found} (default 10000.0); keep the right one")
+    yarn = yarns.get(chosen)
+    if any(other not in (None, yarn) for other in yarns.values()):
+        raise ValueError(f"{origin} contradicts itself: rope_scaling and rope_parameters scale differently; keep one")
+    return {"rope_theta": theta, "rope_scaling": yarn}
+
+
+def _yarn(section: str, rope: Any, values: Mapping[str, Any], origin: str) -> YarnScaling | None:
+    """What the `rope_scaling` or `rope_parameters` of a file ask for; None for plain RoPE."""
+    if not isinstance(rope, dict):
+        raise ValueError(f"{origin}: {section} is {json.dumps(rope)}, not an object; fetch it again")
+    kinds = {name: rope[name] for name in ("rope_type", "type") if name in rope}
+    if len(kinds) == 2 and kinds["rope_type"] != kinds["type"]:
+        raise ValueError(f"{origin} contradicts itself: {section} has {_listed(kinds)}; keep the right one")
+    kind = next(iter(kinds.values()), "default")
+    if kind not in ("default", "yarn"):
+        raise ValueError(f"{origin} scales RoPE by {kind!r}, but this model knows 'yarn' only")
+    fields = _YARN_KINDS if kind == "yarn" else {}
+    if unknown := sorted(rope.keys() - fields.keys() - _ROPE_FIXED.keys() - {"type", "rope_type", "rope_theta"}):
+        raise ValueError(f"{origin}: {section} of type {kind} has {unknown[0]}, which this model does not have")
+    _check_fixed(rope, _ROPE_FIXED, f"{origin}: {section}")
     if kind == "default":
         return None
-    if kind != "yarn":
-        raise ValueError(f"{origin} scales RoPE by {kind!r}, but this model knows 'yarn' only")
-    fields = {field.name for field in dataclasses.fields(YarnScaling)}
-    unknown = sorted(rope.keys() - fields - _ROPE_WORDS)
-    usual = {"attention_factor": None, "truncate": True}
-    changed = [name for name, value in usual.items() if rope.get(name, value) != value]
-    if unknown or changed:
-        raise ValueError(f"{origin} has the YaRN setting {(unknown + changed)[0]}, which this model does not have")
-    if "factor" not in rope:
-        raise ValueError(f"{origin} lacks rope_scaling.factor: it is no complete configuration; fetch it again")
+    length = "original_max_position_embeddings"
+    if length in values and rope.get(length, values[length]) != values[length]:
+        raise ValueError(
+            f"{origin} contradicts itself: {length}={values[length]}, {section}.{length}={rope[length]}; keep one"
+        )
     # `transformers` takes the model's own length where the original one is not given.
-    known = {"original_max_position_embeddings": max_position_embeddings, **_YARN_OPTIONAL}
-    return YarnScaling(**known | {name: value for name, value in rope.items() if name in fields})
+    known = {length: values.get(length, values.get("max_position_embeddings")), **_YARN_OPTIONAL}
+    # Of an optional value null is none at all.
+    known |= {name: value for name, value in rope.items() if value is not None or name not in known}
+    if "factor" not in known:
+        raise ValueError(f"{origin} lacks {section}.factor: it is no complete configuration; fetch it again")
+    return YarnScaling(**{name: _checked(known[name], fields[name], f"{origin}: {section}.{name}") for name in fields})
 
 
 def is_fp8(values: Mapping[str, Any], *, origin: str) -> bool:
@@ -136,8 +190,10 @@ def is_fp8(values: Mapping[str, Any], *, origin: str) -> bool:
         ValueError: they are quantised in another way.
     """
     found = values.get("quantization_config")
-    if not found:
+    if found is None:
         return False
+    if not isinstance(found, dict):
+        raise ValueError(f"{origin}: quantization_config is {json.dumps(found)}, not an object; fetch it again")
     for name in ("quant_method", "fmt", "weight_block_size"):
         value = found.get(name, QUANTIZATION[name] if name == "fmt" else None)
         if value != QUANTIZATION[name]:

@@ -72,7 +72,7 @@ def released_tensors(name: str, shape: tuple[int, ...], config: ModelConfig) -> 
     """The released tensors that our whole tensor `name` holds, in the order of its experts and rows."""
     for unfused, expert, start, stop in _split(name, shape, config):
         rest = shape[1 if expert is None else 2 :]
-        yield ReleasedTensor(_released_name(unfused), name, expert, start, stop, (stop - start, *rest))
+        yield ReleasedTensor(released_name(unfused), name, expert, start, stop, (stop - start, *rest))
 
 
 def shared_copies(config: ModelConfig) -> dict[str, str]:
@@ -108,7 +108,8 @@ def _split(name: str, shape: tuple[int, ...], config: ModelConfig) -> Iterator[t
         yield name, None, 0, shape[0]
 
 
-def _released_name(name: str) -> str:
+def released_name(name: str) -> str:
+    """The released name of a tensor of ours that is stored whole."""
     if name == "lm_head.weight":
         return name
     if match := re.fullmatch(r"mtp\.(\d+)\.(.*)", name):

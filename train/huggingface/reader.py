@@ -9,6 +9,9 @@ as they are (FP16 as FP32). Nothing is kept, so memory is bounded by the largest
 Only safetensors are opened, only by names inside the folder, and no value can execute: pickled weights (`*.bin`) are
 refused. What is missing, surplus, of another shape, cut short or not finite is refused by name.
 
+Experts are read one by one, as released, or stacked in one tensor per layer and projection, as `transformers` 5 stores
+them with `save_original_format=False`: its order inside a stack is ours.
+
 Shapes: hidden sizes of `ModelConfig`; [out, in] of matrices, scales [ceil(out / 128), ceil(in / 128)].
 """
 
@@ -30,7 +33,15 @@ from kernels.formats import TILE, Quantized, ceil_div
 from kernels.quantize import dequantize_blocks
 from train.data.trained_on import TrainedOn
 from train.huggingface.config import is_fp8, model_config
-from train.huggingface.names import SCALE_SUFFIX, released_tensors, scale_shape, shapes_of, shared_copies
+from train.huggingface.names import (
+    SCALE_SUFFIX,
+    ReleasedTensor,
+    released_name,
+    released_tensors,
+    scale_shape,
+    shapes_of,
+    shared_copies,
+)
 from train.huggingface.safetensors_files import DTYPES, JOURNAL, READ_ERRORS, OpenFiles, read_json
 from train.model.config import ModelConfig
 from train.model.precision import Precision
@@ -40,6 +51,7 @@ CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.sa
 _COMPARED_ROWS = 4096
 # Buffers that old files carry and every model computes itself.
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
+_STACKED = re.compile(r"\.experts\.(gate_up|down)_proj$")
 
 
 class StoredTensor(NamedTuple):
@@ -74,8 +86,13 @@ class HfReader:
         self.config: ModelConfig = replace(announced, num_nextn_predict_layers=depth)
         note = f"{path} holds {depth} MTP layers, though its config.json says {said}"
         self.notes: list[str] = [note] if depth != said else []
-        self._shapes = {name: shape for name, (shape, _) in shapes_of(self.config, Precision("bf16")).items()}
-        self._released = {name: [*released_tensors(name, shape, self.config)] for name, shape in self._shapes.items()}
+        self._check_counts()
+        try:
+            shapes = shapes_of(self.config, Precision("bf16"))
+        except RuntimeError as error:
+            raise ValueError(f"{origin} describes tensors too large for any memory ({error}); fetch it again") from None
+        self._shapes = {name: shape for name, (shape, _) in shapes.items()}
+        self._released = {name: self._released_of(name, shape) for name, shape in self._shapes.items()}
         self._check_all(fp8=fp8)
         self.precision: Precision = self._precision()
 
@@ -214,6 +231,34 @@ class HfReader:
                 )
         return weight_map
 
+    def _check_counts(self) -> None:
+        """Refuse, before a list is made of them, more layers and experts than there are tensors."""
+        if not any(name.startswith("model.layers.") for name in self.stored):
+            raise ValueError(
+                f"{self.path} holds {next(iter(self.stored), 'no tensors')} and no model.layers.*: its names are not "
+                "those of the Hugging Face layout; convert it to that first"
+            )
+        config = self.config
+        # A stack counts as the matrices that it holds.
+        held = sum(
+            sum(stored.shape[:1]) * (2 if stack[1] == "gate_up" else 1) if (stack := _STACKED.search(name)) else 1
+            for name, stored in self.stored.items()
+        )
+        experts = 3 * config.n_routed_experts * (config.num_hidden_layers - config.first_k_dense_replace)
+        for name, least in (("num_hidden_layers", config.num_hidden_layers), ("n_routed_experts", experts)):
+            if least > held:
+                raise ValueError(
+                    f"{self.path / CONFIG} says {name}={getattr(config, name)}, which is at least {least} tensors, but "
+                    f"the files hold {held}: it is incomplete, or of another model; fetch it again"
+                )
+
+    def _released_of(self, name: str, shape: tuple[int, ...]) -> list[ReleasedTensor]:
+        """The stored tensors that hold ours: as released, or the stack of all experts where there is one."""
+        stack = released_name(name)
+        if len(shape) == 3 and stack in self.stored:
+            return [ReleasedTensor(stack, name, None, 0, shape[0], shape)]
+        return [*released_tensors(name, shape, self.config)]
+
     def _check_all(self, *, fp8: bool) -> None:
         copies = shared_copies(self.config)
         known = set(copies)
@@ -238,6 +283,10 @@ class HfReader:
             raise ValueError(f"{self.path} holds {released} as {list(found.shape)}, not {list(shape)}")
         if found.dtype not in DTYPES:
             raise ValueError(f"{self.path} holds {released} as {found.dtype}; only {', '.join(DTYPES)} can be read")
+        if found.dtype == "F8_E4M3" and len(shape) == 3:
+            raise ValueError(
+                f"{self.path} holds {released} in FP8, but stacked experts can be read in BF16, FP16 and FP32 only"
+            )
         scale = self.stored.get(released + SCALE_SUFFIX)
         if found.dtype != "F8_E4M3":
             if scale is not None:
