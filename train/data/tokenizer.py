@@ -96,7 +96,11 @@ def load_tokenizer(path: Path) -> TextTokenizer:
         raise ValueError(
             f"tokenizer: there is no file {path}; pass a tokenizer.json, or `bpe` to train one, or `deepseek`"
         )
-    return tokenizer_from_json(path.read_text(encoding="utf-8"), origin=str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"tokenizer: {path} cannot be read as UTF-8 text ({error}); fetch it again") from None
+    return tokenizer_from_json(text, origin=str(path))
 
 
 def deepseek_tokenizer() -> TextTokenizer:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from reprlib import repr as short
 from typing import Any, Literal, get_args
 
 from train.data.store import SpecialIds
@@ -38,8 +39,13 @@ class TrainedOn:
             or mark.get("first_token", "bos") not in get_args(FirstToken)
             or mark.keys() - {"first_token", *kinds}
             or not all(isinstance(mark[name], kind) for name, kind in kinds.items() if name in mark)
+            # True is an int too.
+            or (length := mark.get("sequence_length")) is True
+            or (length is not None and length < 1)
         ):
-            raise ValueError(f"{origin} has {KEY}={mark!r}, which this version cannot read; export the model again")
+            raise ValueError(
+                f"{origin} has {KEY}={short(mark)}, which this version cannot read; export the model again"
+            )
         return cls(**mark)
 
     def to_json(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 
 from train.evaluate.jsonl import Line, read_lines
 from train.evaluate.language_model import LanguageModel
@@ -91,7 +92,7 @@ def _parse_problem(line: Line) -> Problem:
     if "answer" in line.fields:
         answer = str(line.fields["answer"]).strip()
         if type(line.fields["answer"]) not in (str, int) or not answer:
-            raise line.error(f"has 'answer' = {line.fields['answer']!r}; write text or a whole number")
+            raise line.error(f"has 'answer' = {short(line.fields['answer'])}; write text or a whole number")
     else:
         found = boxed(line.text("solution"))
         if found is None:

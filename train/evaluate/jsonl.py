@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 
@@ -31,14 +32,17 @@ class Line:
             if name in self.fields:
                 value = self.fields[name]
                 if not isinstance(value, str) or not value.strip():
-                    raise self.error(f"has {name!r} = {value!r}, which is no text")
+                    raise self.error(f"has {name!r} = {short(value)}, which is no text")
                 return value
         raise self.error(f"has no {' or '.join(map(repr, names))}; it has {', '.join(map(repr, self.fields))}")
 
     def optional(self, *names: str) -> str:
-        """The first of some fields that is there, as text, or ""."""
-        values = (self.fields[name] for name in names if name in self.fields)
-        return str(next(values, "") or "")
+        """The first of some fields that is there, a text or a number, as text; without one, or null, ""."""
+        name = next((name for name in names if name in self.fields), "")
+        value = self.fields.get(name)
+        if value is not None and type(value) not in (str, int, float):
+            raise self.error(f"has {name!r} = {short(value)}, which is no text")
+        return "" if value is None else str(value)
 
 
 def read_lines(path: Path) -> Iterator[Line]:
@@ -46,19 +50,28 @@ def read_lines(path: Path) -> Iterator[Line]:
     if not path.is_file():
         raise ValueError(f"there is no file {path}; give a JSONL file of questions")
     found = False
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
-                raise ValueError(
-                    f"{path} line {number} is not JSON in UTF-8 ({error}); write one object a line"
-                ) from None
-            if not isinstance(fields, dict):
-                raise ValueError(f"{path} line {number} is no JSON object; write one object a line")
-            found = True
-            yield Line(path, number, {name.lower(): value for name, value in fields.items()})
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    found = True
+                    yield _parse(Line(path, number, {}), line)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error}); give a JSONL file of questions") from None
     if not found:
         raise ValueError(f"{path} holds no questions; write one JSON object a line")
+
+
+def _parse(place: Line, line: bytes) -> Line:
+    try:
+        fields = json.loads(line.decode("utf-8-sig"))
+        # Half of a surrogate pair is legal in JSON but no text.
+        json.dumps(fields, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise place.error(f"is not JSON in UTF-8 ({error}); write one object a line") from None
+    if not isinstance(fields, dict):
+        raise place.error("is no JSON object; write one object a line")
+    lower = {name.lower(): value for name, value in fields.items()}
+    if len(lower) < len(fields):
+        raise place.error(f"has two fields of one name but for its case: {', '.join(fields)}; keep one")
+    return replace(place, fields=lower)

@@ -48,6 +48,11 @@ class LanguageModel:
         positions = model.config.max_position_embeddings
         if max_length is None:
             max_length = trained_on.sequence_length or min(DEFAULT_TOKENS, positions)
+            if max_length > positions:
+                raise ValueError(
+                    f"{name} says that it was trained on samples of {max_length} tokens, but it has positions for "
+                    f"{positions} (max_position_embeddings); give --max-length"
+                )
         if not 1 <= max_length <= positions:
             raise ValueError(f"--max-length {max_length}: the model has positions for 1 to {positions} tokens")
         if batch_tokens < 1:

@@ -185,10 +185,13 @@ def encode_pair(tokenizer: TextTokenizer, context: str, continuation: str, *, fi
     """Token ids of a continuation after a context (possibly ""), which begins with `first_id`.
 
     Source: lm-eval's `TemplateLM` (0.4.13). Blanks at the context's end go to the continuation. The two are tokenised
-    together and cut where the context's own tokens end.
+    together and cut where the context's own tokens end. Where a token spans that place and nothing is left to score,
+    the continuation is tokenised alone: it is scored after the same context as its rivals.
     """
     blanks = len(context) - len(context.rstrip())
     if blanks:
         context, continuation = context[:-blanks], context[-blanks:] + continuation
-    whole, before = tokenizer.encode_batch([context + continuation, context])
+    whole, before, alone = tokenizer.encode_batch([context + continuation, context, continuation])
+    if len(whole) <= len(before):
+        return LikelihoodRequest((first_id, *before), tuple(alone))
     return LikelihoodRequest((first_id, *whole[: len(before)]), tuple(whole[len(before) :]))

@@ -27,6 +27,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 
 from train.evaluate.jsonl import Line, read_lines
 from train.evaluate.language_model import LanguageModel
@@ -58,19 +59,23 @@ def _parse_question(line: Line, seed: int) -> MultipleChoiceQuestion:
         wrong = [name for name in line.fields if name.startswith("incorrect answer")]
         if not wrong:
             raise line.error("has 'Correct Answer' but no 'Incorrect Answer 1'")
+        if len(wrong) >= len(LETTERS):
+            raise line.error(f"has {len(wrong)} incorrect answers; there are letters for {len(LETTERS) - 1}")
         options = [line.text(name).strip() for name in ("correct answer", *sorted(wrong))]
         # GPQA lists the right option first. The order depends on seed and question alone, not on the rest of the file.
         order = list(range(len(options)))
         random.Random(f"{seed} {question}").shuffle(order)
         return MultipleChoiceQuestion(question, tuple(options[i] for i in order), order.index(0), category)
+    if "choices" in line.fields and "options" in line.fields:
+        raise line.error("has both 'choices' and 'options'; keep one")
     name = "choices" if "choices" in line.fields else "options"
     listed: object = line.fields.get(name)
     if listed is None:
         raise line.error("has no 'options', 'choices' or 'Correct Answer'")
     if not isinstance(listed, list) or not 2 <= len(listed) <= len(LETTERS):
-        raise line.error(f"has {name!r} = {listed!r}; list 2 to {len(LETTERS)} texts")
+        raise line.error(f"has {name!r} = {short(listed)}; list 2 to {len(LETTERS)} texts")
     if not all(isinstance(option, str) and option.strip() for option in listed):
-        raise line.error(f"has {name!r} = {listed!r}, and not each of them is a text")
+        raise line.error(f"has {name!r} = {short(listed)}, and not each of them is a text")
     return MultipleChoiceQuestion(question, tuple(listed), _answer_index(line, len(listed)), category)
 
 
@@ -84,7 +89,7 @@ def _answer_index(line: Line, options: int) -> int:
         index = LETTERS.find(value) if isinstance(value, str) and len(value) == 1 else value
         if type(index) is not int or not 0 <= index < options:
             last = LETTERS[options - 1]
-            raise line.error(f"has {name!r} = {value!r}; write a letter from A to {last} or 0 to {options - 1}")
+            raise line.error(f"has {name!r} = {short(value)}; write a letter from A to {last} or 0 to {options - 1}")
         found[name] = index
     if not found:
         raise line.error("has no 'answer' or 'answer_index'")

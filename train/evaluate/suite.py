@@ -53,7 +53,10 @@ class Suite:
     def __post_init__(self) -> None:
         if not (self.stores or self.choice or self.exact or self.tasks):
             raise ValueError("nothing to score: give --store, --choice, --exact or --tasks")
-        if self.shots < 0 or (self.shots and self.dev is None):
+        for flag, value, least in (("--shots", self.shots, 0), ("--limit", self.limit, 1)):
+            if value is not None and value < least:
+                raise ValueError(f"{flag} {value} must be {least} or more")
+        if self.shots and self.dev is None:
             raise ValueError(f"--shots {self.shots} asks for examples: name their file with --dev, or leave it 0")
 
 

@@ -107,6 +107,9 @@ def device_of(name: str) -> torch.device:
 
 def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
     """Prompts of the command line, then the lines of a file; without any, the empty one."""
+    for text in given:
+        if text.encode(errors="replace").decode() != text:
+            raise ValueError(f"--prompt {text!a} is not UTF-8 text; put it into a file and give --prompts-file")
     if file is None:
         return list(given) or [""]
     try:

@@ -83,13 +83,15 @@ def model_config(values: Mapping[str, Any], *, origin: str) -> ModelConfig:
     architecture = listed[0] if isinstance(listed, list) else listed
     if values.get("model_type") != MODEL_TYPE or architecture != ARCHITECTURE:
         raise ValueError(
-            f"{origin} describes {architecture} (model_type {values.get('model_type')}), not {ARCHITECTURE}: "
-            "only models of the DeepSeek-V3 kind can be read"
+            f"{origin} describes {shown(architecture)} (model_type {shown(values.get('model_type'))}), not "
+            f"{ARCHITECTURE}: only models of the DeepSeek-V3 kind can be read"
         )
     _check_fixed(values, _FIXED | {"partial_rotary_factor": (1.0, None)}, origin)
     heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
     if kv_heads is not None and _checked(kv_heads, "int", f"{origin}: num_key_value_heads") != heads:
-        raise ValueError(f"{origin} has num_key_value_heads={kv_heads}, but MLA has one for each of its {heads} heads")
+        raise ValueError(
+            f"{origin} has num_key_value_heads={kv_heads}, but MLA has one for each of its {shown(heads)} heads"
+        )
     ours = _rope(values, origin)
     for field in dataclasses.fields(ModelConfig):
         if field.name in ours:
@@ -107,8 +109,13 @@ def model_config(values: Mapping[str, Any], *, origin: str) -> ModelConfig:
         raise ValueError(f"{origin}: {error}") from None
 
 
+def shown(value: Any) -> str:
+    """A value of a JSON file as one short line."""
+    return json.dumps(value)[:100]
+
+
 def _listed(found: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in found.items())
+    return ", ".join(f"{name}={shown(value)}" for name, value in found.items())
 
 
 def _check_fixed(values: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]], origin: str) -> None:
@@ -117,7 +124,9 @@ def _check_fixed(values: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]]
         if name in values and not any(
             values[name] == one and isinstance(values[name], bool) == isinstance(one, bool) for one in allowed
         ):
-            raise ValueError(f"{origin} has {name}={values[name]}, but this model knows {json.dumps(allowed[0])} only")
+            raise ValueError(
+                f"{origin} has {name}={shown(values[name])}, but this model knows {shown(allowed[0])} only"
+            )
 
 
 def _checked(value: Any, kind: str, what: str) -> Any:
@@ -125,7 +134,7 @@ def _checked(value: Any, kind: str, what: str) -> Any:
     kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "None": (type(None),)}
     wanted = tuple(word for part in kind.split(" | ") for word in kinds[part])
     if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
-        raise ValueError(f"{what} is {json.dumps(value)}, not {kind}; fetch it again")
+        raise ValueError(f"{what} is {shown(value)}, not {kind}; fetch it again")
     if float in wanted and isinstance(value, int) and abs(value) < 2**53:
         return float(value)
     return value
@@ -156,24 +165,25 @@ def _rope(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
 def _yarn(section: str, rope: Any, values: Mapping[str, Any], origin: str) -> YarnScaling | None:
     """What the `rope_scaling` or `rope_parameters` of a file ask for; None for plain RoPE."""
     if not isinstance(rope, dict):
-        raise ValueError(f"{origin}: {section} is {json.dumps(rope)}, not an object; fetch it again")
+        raise ValueError(f"{origin}: {section} is {shown(rope)}, not an object; fetch it again")
     kinds = {name: rope[name] for name in ("rope_type", "type") if name in rope}
     if len(kinds) == 2 and kinds["rope_type"] != kinds["type"]:
         raise ValueError(f"{origin} contradicts itself: {section} has {_listed(kinds)}; keep the right one")
     kind = next(iter(kinds.values()), "default")
     if kind not in ("default", "yarn"):
-        raise ValueError(f"{origin} scales RoPE by {kind!r}, but this model knows 'yarn' only")
+        raise ValueError(f"{origin} scales RoPE by {shown(kind)}, but this model knows 'yarn' only")
     fields = _YARN_KINDS if kind == "yarn" else {}
     if unknown := sorted(rope.keys() - fields.keys() - _ROPE_FIXED.keys() - {"type", "rope_type", "rope_theta"}):
-        raise ValueError(f"{origin}: {section} of type {kind} has {unknown[0]}, which this model does not have")
+        raise ValueError(f"{origin}: {section} of type {kind} has {shown(unknown[0])}, which this model does not have")
     _check_fixed(rope, _ROPE_FIXED, f"{origin}: {section}")
     if kind == "default":
         return None
     length = "original_max_position_embeddings"
-    if length in values and rope.get(length, values[length]) != values[length]:
-        raise ValueError(
-            f"{origin} contradicts itself: {length}={values[length]}, {section}.{length}={rope[length]}; keep one"
-        )
+    found = {
+        f"{name}{length}": place[length] for name, place in (("", values), (f"{section}.", rope)) if length in place
+    }
+    if any(value != found.get(length, value) for value in found.values()):
+        raise ValueError(f"{origin} contradicts itself: {_listed(found)}; keep the right one")
     # `transformers` takes the model's own length where the original one is not given.
     known = {length: values.get(length, values.get("max_position_embeddings")), **_YARN_OPTIONAL}
     # Of an optional value null is none at all.
@@ -190,14 +200,16 @@ def is_fp8(values: Mapping[str, Any], *, origin: str) -> bool:
         ValueError: they are quantised in another way.
     """
     found = values.get("quantization_config")
-    if found is None:
+    if found is None or found == {}:
         return False
     if not isinstance(found, dict):
-        raise ValueError(f"{origin}: quantization_config is {json.dumps(found)}, not an object; fetch it again")
+        raise ValueError(f"{origin}: quantization_config is {shown(found)}, not an object; fetch it again")
     for name in ("quant_method", "fmt", "weight_block_size"):
         value = found.get(name, QUANTIZATION[name] if name == "fmt" else None)
         if value != QUANTIZATION[name]:
-            raise ValueError(f"{origin} is quantised with {name}={value}, but only {QUANTIZATION[name]} can be read")
+            raise ValueError(
+                f"{origin} is quantised with {name}={shown(value)}, but only {QUANTIZATION[name]} can be read"
+            )
     return True
 
 

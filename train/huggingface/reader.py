@@ -17,7 +17,6 @@ Shapes: hidden sizes of `ModelConfig`; [out, in] of matrices, scales [ceil(out /
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -32,7 +31,7 @@ from torch import Tensor
 from kernels.formats import TILE, Quantized, ceil_div
 from kernels.quantize import dequantize_blocks
 from train.data.trained_on import TrainedOn
-from train.huggingface.config import is_fp8, model_config
+from train.huggingface.config import is_fp8, model_config, shown
 from train.huggingface.names import (
     SCALE_SUFFIX,
     ReleasedTensor,
@@ -42,7 +41,7 @@ from train.huggingface.names import (
     shapes_of,
     shared_copies,
 )
-from train.huggingface.safetensors_files import DTYPES, JOURNAL, READ_ERRORS, OpenFiles, read_json
+from train.huggingface.safetensors_files import DTYPES, JOURNAL, READ_ERRORS, OpenFiles, pointer_or, read_json
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 
@@ -78,7 +77,10 @@ class HfReader:
         announced, fp8 = model_config(values, origin=origin), is_fp8(values, origin=origin)
         self.trained_on: TrainedOn = TrainedOn.from_json(values, origin=origin)
         self._files = OpenFiles(
-            path, lambda file, error: ValueError(f"{file} is no whole safetensors file ({error}); fetch it again")
+            path,
+            lambda file, error: ValueError(
+                f"{file} is no whole safetensors file ({pointer_or(error, file)}); fetch it again"
+            ),
         )
         self.stored = self._scan()
         # From the tensors, not from config.json: `transformers` drops the MTP layers when it saves, and still says 1.
@@ -210,24 +212,26 @@ class HfReader:
 
     def _weight_map(self) -> dict[str, str]:
         """Released name -> file, none of them outside the folder."""
-        if not (self.path / INDEX).is_file():
-            if (self.path / SINGLE).is_file():
-                return dict.fromkeys(self._files[SINGLE].keys(), SINGLE)
-            if pickled := sorted(path.name for path in self.path.glob("*.bin")):
-                raise ValueError(
-                    f"{self.path} holds pickled weights ({pickled[0]}), and reading those runs what they contain: "
-                    "convert them to safetensors where you trust them"
-                )
+        if (self.path / INDEX).is_file():
+            origin, index = self.path / INDEX, read_json(self.path / INDEX)
+            weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        elif (self.path / SINGLE).is_file():
+            origin, weight_map = self.path / SINGLE, dict.fromkeys(self._files[SINGLE].keys(), SINGLE)
+        elif pickled := sorted(path.name for path in self.path.glob("*.bin")):
+            raise ValueError(
+                f"{self.path} holds pickled weights ({pickled[0]}), and reading those runs what they contain: "
+                "convert them to safetensors where you trust them"
+            )
+        else:
             raise ValueError(f"{self.path} lacks {INDEX} and {SINGLE}: it is incomplete; fetch it again")
-        index = read_json(self.path / INDEX)
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{self.path / INDEX} has no weight_map; fetch it again")
+            raise ValueError(f"{origin} has no weight_map; fetch it again")
         for name, file in weight_map.items():
-            if not (isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")):
+            is_inside = isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
+            if not (is_inside and len(file) < 256 and (name + file).isprintable()):
                 raise ValueError(
-                    f"{self.path / INDEX} puts {name} into {json.dumps(file)}: only safetensors files of the folder "
-                    "itself are read"
+                    f"{origin} puts {shown(name)} into {shown(file)}: only safetensors files of the folder itself are "
+                    "read"
                 )
         return weight_map
 
@@ -278,9 +282,13 @@ class HfReader:
     def _check(self, released: str, shape: tuple[int, ...], *, fp8: bool) -> None:
         found = self.stored.get(released)
         if found is None:
-            raise ValueError(f"{self.path} lacks {released}: it is incomplete; fetch it again")
+            raise ValueError(
+                f"{self.path} lacks {released}: it is incomplete, or config.json another model's; fetch it again"
+            )
         if found.shape != shape:
-            raise ValueError(f"{self.path} holds {released} as {list(found.shape)}, not {list(shape)}")
+            raise ValueError(
+                f"{self.path} holds {released} as {list(found.shape)}, not {list(shape)} as its config.json has it"
+            )
         if found.dtype not in DTYPES:
             raise ValueError(f"{self.path} holds {released} as {found.dtype}; only {', '.join(DTYPES)} can be read")
         if found.dtype == "F8_E4M3" and len(shape) == 3:

@@ -32,6 +32,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F
 OPEN_FILES = 32
 READ_ERRORS = (SafetensorError, OSError)
 _HIDDEN = ".writing-"
+_LFS = b"version https://git-lfs"
 
 
 class TensorSpec(NamedTuple):
@@ -89,12 +90,19 @@ class OpenFiles:
 def read_json(path: Path) -> Any:
     """The value of a JSON file of a folder to convert; a ValueError names one that is missing or not JSON."""
     # Not `publish.read_json`: its message asks the user to delete a checkpoint.
+    if not path.is_file():
+        raise ValueError(f"{path.parent} lacks {path.name}: it is incomplete; fetch it again")
     try:
         return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent} lacks {path.name}: it is incomplete; fetch it again") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch it again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({pointer_or(error, path)}); fetch it again") from None
+
+
+def pointer_or(error: Exception, path: Path) -> str:
+    """Why a file cannot be read: what a library says, or that git-lfs left a pointer in its place."""
+    with path.open("rb") as stream:
+        is_pointer = stream.read(len(_LFS)) == _LFS
+    return "a git-lfs pointer: run `git lfs pull`" if is_pointer else str(error)
 
 
 def header_of(file: ShardFile) -> tuple[bytes, dict[str, tuple[int, int]]]:

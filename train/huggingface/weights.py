@@ -26,6 +26,7 @@ from torch import Tensor
 
 from parallel.shards import Shard
 from train.checkpoint import publish
+from train.data.store import MANIFEST_NAME, read_manifest
 from train.data.tokenizer import TextTokenizer, load_tokenizer
 from train.data.trained_on import TrainedOn
 from train.huggingface.reader import CONFIG, HfReader
@@ -128,8 +129,8 @@ class CheckpointReader:
         found = self.path / "tokenizer.json"
         if not found.is_file() and "data" in self.state["config"]:
             store = Path(self.state["config"]["data"]["store"])
-            if (manifest := store / "manifest.json").is_file():
-                found = store / json.loads(manifest.read_text(encoding="utf-8"))["tokenizer_file"]
+            if (store / MANIFEST_NAME).is_file():
+                found = store / read_manifest(store).tokenizer_file
         return found if found.is_file() else None
 
     @property
@@ -244,7 +245,9 @@ def tokenizer_of(source: WeightSource, given: Path | None = None) -> TextTokeniz
     """
     path = given or source.tokenizer
     if path is None:
-        raise ValueError(f"the tokeniser of {source.path} is not where its run had it: give --tokenizer tokenizer.json")
+        raise ValueError(
+            f"{source.path} has no tokenizer.json, nor has the store of its run: give --tokenizer tokenizer.json"
+        )
     tokenizer, known = load_tokenizer(path), source.trained_on.tokenizer_sha256
     if known is not None and known != tokenizer.sha256:
         raise ValueError(
