@@ -6,7 +6,9 @@ The parameter count is an independent closed form, written from the report's equ
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,27 @@ def test_every_model_composes_in_every_precision_on_the_cluster(model: str, prec
     assert config.precision.name == precision
     assert config.run.device == "cuda"
     assert config.data.sequence_length == 4096
+
+
+YARN = {"factor": 40.0, "original_max_position_embeddings": 16, "beta_fast": 32.0, "beta_slow": 1.0}
+NO_NUMBERS = [-1.0, math.nan, math.inf, 1e-300]
+ONLY_ABOVE_ZERO = ["rms_norm_eps", "rope_theta", "routed_scaling_factor", "initializer_range"]
+ONLY_ABOVE_ZERO += ["embedding_initializer_range", *(f"rope_scaling.{name}" for name in YARN)]
+NO_VALUES = [(name, value) for name in ONLY_ABOVE_ZERO for value in (0.0, *NO_NUMBERS)]
+NO_VALUES += [(f"rope_scaling.{name}", value) for name in ("mscale", "mscale_all_dim") for value in NO_NUMBERS]
+NO_VALUES += [("rope_scaling.factor", 0.5), ("rope_scaling.beta_fast", 0.5), ("rope_theta", 1.0), ("vocab_size", 2**31)]
+
+
+@pytest.mark.parametrize(("name", "value"), NO_VALUES)
+def test_a_number_that_cannot_be_trained_with_is_refused(name: str, value: float) -> None:
+    """Both doors, Hydra and a Hugging Face folder, end in this class; YaRN of factor 0 trained on NaN."""
+    tiny = asdict(model_config("tiny"))
+    yarn = {**YARN, "mscale": 0.0, "mscale_all_dim": 0.0}
+    section, _, field = name.rpartition(".")
+    ModelConfig.from_dict({**tiny, "rope_scaling": yarn})
+    changed = {"rope_scaling": {**yarn, field: value}} if section else {field: value}
+    with pytest.raises(ValueError, match=rf"^model\.{re.escape(name)}={re.escape(str(value))} "):
+        ModelConfig.from_dict({**tiny, **changed})
 
 
 def test_the_groups_are_the_fields_of_the_configuration() -> None:

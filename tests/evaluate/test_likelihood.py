@@ -12,6 +12,7 @@ import torch
 from tests.evaluate.planted import KNOWN, UNKNOWN, PlantedModel, small_tokenizer
 from tests.model.test_oracle import pair
 from tests.tiny_model import TINY, frozen
+from train.data.tokenizer import train_byte_level_bpe
 from train.evaluate.likelihood import Likelihood, LogitsOf, Scorer, encode_pair, logits_of
 from train.evaluate.likelihood import LikelihoodRequest as Request
 from train.model.transformer import Transformer
@@ -159,6 +160,19 @@ REFUSED = {
 def test_what_cannot_be_scored_is_refused(message: str, request_: Request) -> None:
     with pytest.raises(ValueError, match=message):
         PlantedModel().scorer(max_tokens=3).score([request_])
+
+
+@pytest.mark.parametrize("text", ["his his his", "his is his"])
+def test_a_continuation_without_a_token_of_its_own_is_scored_alone(text: str) -> None:
+    tokenizer = train_byte_level_bpe([text], vocab_size=265)
+    whole, context, alone = tokenizer.encode_batch(["his", "hi", "s"])
+    # As many tokens as the context, or fewer: the cut of lm-eval leaves none.
+    assert len(whole) <= len(context)
+    found = encode_pair(tokenizer, "hi", "s", first_id=1)
+    assert found == Request((1, *context), tuple(alone))
+    planted = PlantedModel()
+    planted.plant(found.context, found.continuation)
+    assert planted.scorer().score([found])[0].log_probability == pytest.approx(KNOWN, abs=1e-6)
 
 
 def test_blanks_at_the_end_of_a_context_belong_to_the_continuation() -> None:

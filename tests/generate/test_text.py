@@ -123,6 +123,9 @@ def test_prompts_come_from_the_command_line_then_from_the_lines_of_a_file(tmp_pa
     # What ends a line of text elsewhere is part of a prompt here, and a byte order mark is of none.
     file.write_bytes("\ufeffa\u2028b\x0c\x85c\r\n\rd\n".encode())
     assert text.read_prompts([], file) == ["a\u2028b\x0c\x85c", "\rd"]
+    # Bytes of the command line that are no UTF-8.
+    with pytest.raises(ValueError, match=r"--prompt 'a.udcff' is not UTF-8 text"):
+        text.read_prompts(["a\udcff"], None)
     for content, message in [(b"", "prompts.txt is empty"), (b"caf\xe9", "prompts.txt cannot be read")]:
         file.write_bytes(content)
         with pytest.raises(ValueError, match=message):

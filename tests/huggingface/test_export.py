@@ -79,6 +79,16 @@ def test_we_compute_the_same_logits_from_what_transformers_saved(made: Made, tmp
     assert logits_gap(load_model(source, device=CPU), oracle) < LOGITS
 
 
+def test_experts_that_transformers_stacked_are_read(made: Made, tmp_path: Path) -> None:
+    oracle = AutoModelForCausalLM.from_pretrained(made.folder(FP32, "fp32"))
+    oracle.save_pretrained(tmp_path / "saved", save_original_format=False)
+    assert "model.layers.1.mlp.experts.gate_up_proj" in tensors_of(tmp_path / "saved")
+    source, expected = open_weights(tmp_path / "saved"), made.model(FP32).state_dict()
+    assert all(torch.equal(source.read(name), expected[name]) for name in source.names())
+    imported = CheckpointReader(import_hf(HfReader(tmp_path / "saved"), tmp_path / "run").path)
+    assert all(torch.equal(imported.read(name), expected[name]) for name in source.names())
+
+
 @pytest.mark.parametrize("shard_bytes", [10**5, 10**9])
 def test_ours_to_hf_to_ours_is_bit_equal_for_every_tensor(made: Made, tmp_path: Path, shard_bytes: int) -> None:
     """MTP layer and router biases too; by our reader and by DCP, whose files may cut a matrix or a stack of experts."""

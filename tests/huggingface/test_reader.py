@@ -5,12 +5,15 @@ config.json first, then folders that are wrong, partial or hostile: each is refu
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import json
 import pickle
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from train.huggingface.weights import open_weights
 from train.model.config import ModelConfig
 
 YARN = YarnScaling(40.0, 16, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)
+YARN_JSON = {"type": "yarn", **vars(YARN)}
 CASES = {
     "plain": RAGGED,
     "YaRN": dataclasses.replace(RAGGED, rope_scaling=YARN, rope_theta=50000.0),
@@ -82,6 +86,27 @@ REFUSED: dict[str, dict[str, Any]] = {
     r"lacks rope_scaling\.factor": {"rope_scaling": {"type": "yarn"}},
     r"hidden_size is \"wide\", not int": {"hidden_size": "wide"},
     r"n_routed_experts is true, not int": {"n_routed_experts": True},
+    r"describes {\"0\": 1} \(model_type \[\"x\\n\"\]\)": {"architectures": {"0": 1}, "model_type": ["x\n"]},
+    r"attention_bias=0, but": {"attention_bias": 0},
+    r"rope_theta is null, not float": {"rope_theta": None},
+    r"rope_scaling is \"yarn\", not an object": {"rope_scaling": "yarn"},
+    r"rope_parameters is \[\], not an object": {"rope_parameters": []},
+    r"rope_parameters\.rope_theta is \"1\", not float": {"rope_parameters": {"rope_theta": "1"}},
+    r"rope_scaling\.factor is \"40\", not float": {"rope_scaling": {**YARN_JSON, "factor": "40"}},
+    r"rope_scaling\.factor is null, not float": {"rope_scaling": {**YARN_JSON, "factor": None}},
+    r"rope_scaling\.original_max_position_embeddings is 1\.5, not int": {
+        "rope_scaling": {**YARN_JSON, "original_max_position_embeddings": 1.5}
+    },
+    r"rope_scaling\.beta_fast is true, not float": {"rope_scaling": {**YARN_JSON, "beta_fast": True}},
+    r"rope_scaling has partial_rotary_factor=0\.5": {"rope_scaling": {**YARN_JSON, "partial_rotary_factor": 0.5}},
+    r"of type default has \"factor\"": {"rope_scaling": {"factor": 2.0}},
+    r"contradicts itself: rope_scaling has rope_type=\"default\", type=\"yarn\"": {
+        "rope_scaling": {**YARN_JSON, "rope_type": "default"}
+    },
+    r"n_routed_experts=4, num_local_experts=8; keep": {"num_local_experts": 8},
+    r"model\.rope_scaling\.factor=0\.0 must be positive": {"rope_scaling": {**YARN_JSON, "factor": 0}},
+    r"model\.rms_norm_eps=nan must be positive": {"rms_norm_eps": float("nan")},
+    r"model\.vocab_size=1000000000000 is out of range": {"vocab_size": 10**12},
 }
 
 
@@ -89,6 +114,35 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_what_this_model_cannot_compute_is_refused(message: str, fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"^config\.json.* {message}"):
         model_config(released(**fields), origin="config.json")
+
+
+def test_two_spellings_of_rope_are_read_as_transformers_reads_them_or_refused() -> None:
+    """Every pair of sections and base; what is refused contradicts itself, the rest is theirs, YaRN and base."""
+    new = {"rope_type": "yarn", **vars(YARN), "rope_theta": 5e4}
+    sections = [None, {}, {"type": "default"}, {"rope_type": "default", "rope_theta": 5e4}, YARN_JSON, new]
+    read = []
+    for scaling, parameters, theta in itertools.product(sections, sections, [{}, {"rope_theta": 1e4}]):
+        values = {name: value for name, value in released().items() if not name.startswith("rope_")} | theta
+        values |= {"rope_scaling": scaling, "rope_parameters": parameters}
+        theirs = DeepseekV3Config(**copy.deepcopy(values)).rope_parameters
+        with suppress(ValueError):
+            ours = model_config(values, origin="config.json")
+            assert ours.rope_theta == theirs["rope_theta"]
+            assert (YARN if theirs["rope_type"] == "yarn" else None) == ours.rope_scaling
+            read.append((scaling, parameters))
+    # Most of 72 are read; the public case is YaRN added to a file of `transformers` 5, whose own type is default.
+    assert len(read) > 36
+    assert (YARN_JSON, {"type": "default"}) in read
+    with pytest.raises(ValueError, match=r"contradicts itself: rope_scaling and rope_parameters scale differently"):
+        model_config(released(rope_scaling={"type": "default"}, rope_parameters=YARN_JSON), origin="config.json")
+    with pytest.raises(ValueError, match=r"contradicts itself: rope_theta=10000\.0, rope_parameters\.rope_theta=5"):
+        model_config(released(rope_parameters={"rope_theta": 5e4}), origin="config.json")
+
+
+@pytest.mark.parametrize("value", ["fp8", [], 5, True])
+def test_a_quantisation_that_is_no_object_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^config\.json: quantization_config is .*, not an object"):
+        is_fp8(released(quantization_config=value), origin="config.json")
 
 
 def test_another_quantisation_is_refused() -> None:
@@ -113,7 +167,9 @@ def test_a_released_model_begins_with_bos_and_gets_no_mark() -> None:
 
 
 @pytest.mark.parametrize(
-    "mark", [5, {"first_token": "pad"}, {"sequence_length": "long"}, {"mask_documents": None}, {"new_field": 1}]
+    "mark",
+    [5, {"first_token": "pad"}, {"mask_documents": None}, {"new_field": 1}]
+    + [{"sequence_length": length} for length in ("long", 0, -4, True)],
 )
 def test_a_mark_of_another_kind_is_refused(mark: Any) -> None:
     with pytest.raises(ValueError, match=rf"^config\.json has {KEY}=.*export the model again"):
@@ -274,7 +330,8 @@ def test_an_index_that_promises_what_a_file_lacks_is_refused(folder: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "place", ["../stolen.safetensors", "a/b.safetensors", "/tmp/x.safetensors", "..", "weights.bin", 7, None]
+    "place",
+    ["../stolen.safetensors", "a/b.safetensors", "/tmp/x.safetensors", "..", "weights.bin", 7, None, "\n.safetensors"],
 )
 def test_an_index_cannot_point_outside_the_folder(folder: Path, place: object) -> None:
     shutil.copy(file_of(folder, EXPERT), folder.parent / "stolen.safetensors")
@@ -288,6 +345,45 @@ def test_pickled_weights_are_refused_and_not_read(folder: Path) -> None:
         file.unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
     refused(folder, r"holds pickled weights \(pytorch_model\.bin\)")
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, "*.safetensors"])
+def test_a_pointer_of_git_lfs_is_called_one(folder: Path, name: str) -> None:
+    name = next(folder.glob(name)).name
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    refused(folder, rf"{name} is no.* \(a git-lfs pointer: run `git lfs pull`\)")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, r"says num_hidden_layers=1000000000, which is at least 1000000000 tensors"),
+        ({"n_routed_experts": 10**9, "n_group": 1, "topk_group": 1}, r"says n_routed_experts=1000000000, which is at"),
+        ({"hidden_size": 2**31 - 1}, r"describes tensors too large for any memory"),
+    ],
+)
+def test_sizes_that_no_file_can_have_are_refused_at_once(folder: Path, fields: dict[str, Any], message: str) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | fields))
+    refused(folder, rf"config\.json {message}")
+
+
+def test_names_of_another_layout_are_called_that(good: Path, tmp_path: Path) -> None:
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    refused(changed(good, tmp_path / "hf", rename), r"no model\.layers\.\*: its names are not those of")
+
+
+def test_stacked_experts_in_fp8_are_named(good: Path, tmp_path: Path) -> None:
+    stem = "model.layers.1.mlp.experts."
+    stack = lambda tensors: tensors.update(  # noqa: E731
+        {f"{stem}down_proj": torch.stack([tensors.pop(f"{stem}{i}.down_proj.weight") for i in range(4)])}
+    )
+    refused(
+        changed(good, tmp_path / "hf", stack), r"experts\.down_proj in FP8, but stacked experts can be read in BF16"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "[1", "[]", '{"weight_map": 3}', '{"weight_map": {}}'])

@@ -129,6 +129,7 @@ def test_what_a_user_can_get_wrong_is_one_sentence(
     bad = write_lines(tmp_path / "bad.jsonl", CHOICE, {"question": "?"})
     long = write_lines(tmp_path / "long.jsonl", CHOICE, CHOICE | {"options": ["a", "qx" * 20], "answer": "A"})
     good, problems = write_lines(tmp_path / "good.jsonl", CHOICE), write_lines(tmp_path / "p.jsonl", PROBLEM)
+    (gzipped := tmp_path / "tokenizer.gz").write_bytes(b"\x1f\x8b")
     held, tokenizer = f"--store {store / 'heldout'}", f"--tokenizer {other.heldout.tokenizer_path}"
     cases = {
         "nothing to score: give --store, --choice, --exact or --tasks": "",
@@ -136,6 +137,9 @@ def test_what_a_user_can_get_wrong_is_one_sentence(
         "was trained with tokeniser": f"--choice {good} {tokenizer}",
         f"{bad} line 2 has no 'options'": f"--choice {bad}",
         "--shots 1 asks for examples": f"--choice {good} --shots 1",
+        "--shots -1 must be 0 or more": f"--choice {good} --shots -1",
+        "--limit 0 must be 1 or more": "--tasks mmlu --limit 0",
+        f"tokenizer: {gzipped} cannot be read as UTF-8 text": f"--choice {good} --tokenizer {gzipped}",
         "exists already": f"--choice {good} --out {good}",
         "the name 'a' is taken": "--store a=x --store a=y",
         "positions for 1 to": f"--choice {good} --max-length {10**6}",
