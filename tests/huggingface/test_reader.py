@@ -30,6 +30,7 @@ from train.data.trained_on import KEY, TrainedOn
 from train.huggingface.config import is_fp8, model_config, released_config, small_files
 from train.huggingface.import_weights import import_hf
 from train.huggingface.reader import INDEX, HfReader
+from train.huggingface.safetensors_files import OpenFiles, pointer_or
 from train.huggingface.weights import open_weights
 from train.model.config import ModelConfig
 
@@ -319,6 +320,13 @@ def test_a_file_cut_short_is_named(folder: Path, keep: int) -> None:
     file = file_of(folder, EXPERT)
     file.write_bytes(file.read_bytes()[:keep])
     refused(folder, rf"{file.name} is no whole safetensors file")
+
+
+def test_a_file_that_cannot_be_opened_at_all_keeps_the_librarys_reason(tmp_path: Path) -> None:
+    """No permission, say, which root has always."""
+    files = OpenFiles(tmp_path, lambda file, error: ValueError(f"{file.name}: {pointer_or(error, file)}"))
+    with pytest.raises(ValueError, match=r"^gone\.safetensors: No such file"):
+        files["gone.safetensors"]
 
 
 def test_an_index_that_promises_what_a_file_lacks_is_refused(folder: Path) -> None:

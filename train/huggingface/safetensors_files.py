@@ -17,6 +17,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,9 +101,11 @@ def read_json(path: Path) -> Any:
 
 def pointer_or(error: Exception, path: Path) -> str:
     """Why a file cannot be read: what a library says, or that git-lfs left a pointer in its place."""
-    with path.open("rb") as stream:
-        is_pointer = stream.read(len(_LFS)) == _LFS
-    return "a git-lfs pointer: run `git lfs pull`" if is_pointer else str(error)
+    # The file may be the one that cannot be opened.
+    with suppress(OSError), path.open("rb") as stream:
+        if stream.read(len(_LFS)) == _LFS:
+            return "a git-lfs pointer: run `git lfs pull`"
+    return str(error)
 
 
 def header_of(file: ShardFile) -> tuple[bytes, dict[str, tuple[int, int]]]:
