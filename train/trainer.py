@@ -34,6 +34,7 @@ from train.config import PretrainConfig, to_yaml
 from train.data.batch import Batch
 from train.data.store import store_hashes
 from train.evaluate.score import score_store
+from train.model.attention import LATENT_NORM_EPS
 from train.model.sizes import model_flops_per_token
 from train.observe.fp8_health import Fp8Health
 from train.observe.guards import (
@@ -282,6 +283,9 @@ class Trainer:
             # The position in the data order counts windows of this length over this stream.
             "data": {name: data[name] for name in ("sequence_length", "fim_rate", "mask_documents")},
         }
+        if config.model.rms_norm_eps != LATENT_NORM_EPS:
+            # Older versions trained such a run with `rms_norm_eps` in the latents' norms too.
+            identity["latent_norm_eps"] = LATENT_NORM_EPS
         return without_defaults(identity)
 
     def resume(self) -> None:

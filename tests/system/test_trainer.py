@@ -238,6 +238,18 @@ def test_a_run_is_not_resumed_with_another(
         trainer_of(other)
 
 
+def test_a_run_of_a_version_with_another_eps_in_the_latents_norms_is_not_resumed(
+    config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other_eps = replace(config, model=replace(config.model, rms_norm_eps=1e-5))
+    identity = Trainer.identity
+    with monkeypatch.context() as older:
+        older.setattr(Trainer, "identity", lambda self: {k: v for k, v in identity(self).items() if "eps" not in k})
+        trainer_of(other_eps).fit()
+    with pytest.raises(ValueError, match=r"another latent_norm_eps: was None, now 1e-06"):
+        trainer_of(other_eps)
+
+
 def test_a_changed_schedule_is_noted_when_resuming(config: PretrainConfig) -> None:
     trainer_of(config).fit()
     longer = replace(config, schedule=replace(config.schedule, total_tokens=704))
