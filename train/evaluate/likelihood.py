@@ -191,7 +191,8 @@ def encode_pair(tokenizer: TextTokenizer, context: str, continuation: str, *, fi
     blanks = len(context) - len(context.rstrip())
     if blanks:
         context, continuation = context[:-blanks], context[-blanks:] + continuation
-    whole, before, alone = tokenizer.encode_batch([context + continuation, context, continuation])
+    whole, before = tokenizer.encode_batch([context + continuation, context])
     if len(whole) <= len(before):
+        (alone,) = tokenizer.encode_batch([continuation])
         return LikelihoodRequest((first_id, *before), tuple(alone))
     return LikelihoodRequest((first_id, *whole[: len(before)]), tuple(whole[len(before) :]))
