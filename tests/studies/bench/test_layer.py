@@ -109,7 +109,7 @@ def test_both_precisions_are_measured_alike(sizes: Sizes) -> None:
         assert (time.peak_bytes, time.kernels) == (None, None)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, where the bench runs")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible here, so the bench runs; `make test` hides it")
 def test_without_a_gpu_the_command_says_so(run_command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = run_command("-m", "launch.bench", "layer", check=False)
     assert done.returncode == 2
