@@ -22,7 +22,7 @@ from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
 
-BASE_GROUPS = ("model", "precision", "layout", "network", "data", "schedule", "optim", "observe", "checkpoint")
+GROUPS = ("model", "precision", "layout", "network", "data", "schedule", "optim", "observe", "checkpoint", "spikes")
 CLUSTERS = sorted(path.stem for path in (CONFIGS / "cluster").glob("*.yaml"))
 GROUP_FILES = sorted(CONFIGS.glob("*/*.yaml"))
 TILE = 128
@@ -97,7 +97,7 @@ def test_every_option_of_every_group_composes(path: Path) -> None:
     with_cluster = path.parent.name == "layout" and path.stem in CLUSTERS
     config = compose([*([f"+cluster={path.stem}"] if with_cluster else []), option(path)])
     group = path.parent.name
-    if group in BASE_GROUPS:
+    if group in GROUPS:
         section = getattr(config, group)
         for name, written in yaml.safe_load(path.read_text()).items():
             assert hasattr(section, name)

@@ -32,6 +32,7 @@ from train.model.precision import Precision
 from train.observe.sinks import ObserveConfig
 from train.optim.config import OptimConfig
 from train.schedules import ScheduleConfig
+from train.spikes import SpikeConfig
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -96,6 +97,7 @@ class PretrainConfig:
     optim: OptimConfig
     observe: ObserveConfig
     checkpoint: CheckpointConfig
+    spikes: SpikeConfig
     run: RunConfig
     dry_run: bool = False  # plan the memory of one rank and stop
     rank: int = 0  # which one

@@ -16,22 +16,22 @@ class TrainState:
     step: int = 0  # optimizer steps taken, skipped ones included
     tokens_seen: int = 0  # input tokens of the main model
     sequences_seen: int = 0  # position in the data order
-    skipped_steps: int = 0  # steps whose loss or gradient was not finite
-    consecutive_skips: int = 0
+    skipped_steps: int = 0  # steps that were not applied: loss or gradient not finite, or a spike
+    consecutive_skips: int = 0  # not finite
 
     @property
     def updates(self) -> int:
         """Optimizer updates applied: the t of Adam's bias correction."""
         return self.step - self.skipped_steps
 
-    def advance(self, *, sequences: int, tokens: int, finite: bool) -> TrainState:
-        """The state after one more step, applied if `finite`, else skipped."""
+    def advance(self, *, sequences: int, tokens: int, finite: bool, applied: bool) -> TrainState:
+        """The state after one more step, with finite loss and gradients or not, applied or skipped."""
         return replace(
             self,
             step=self.step + 1,
             tokens_seen=self.tokens_seen + tokens,
             sequences_seen=self.sequences_seen + sequences,
-            skipped_steps=self.skipped_steps + (not finite),
+            skipped_steps=self.skipped_steps + (not applied),
             consecutive_skips=0 if finite else self.consecutive_skips + 1,
         )
 

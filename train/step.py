@@ -6,7 +6,8 @@
     AdamW on this rank's share; new weights to every rank              `train/optim/adamw.py`
     b_i += gamma * sign(mean load - load_i)                            `train/optim/balance.py`, loads of all ranks
 
-The caller reads one flag in between: all ranks skip the update of a step whose gradients are not finite. One thing
+The caller reads one tensor in between: all ranks skip the update of a step whose gradients are not finite, or whose
+loss is no part of the run. One thing
 waits for the device inside a step, under expert parallelism only: a read of counts per MoE layer and micro-batch
 (docs/parallelism.md).
 """
@@ -66,6 +67,11 @@ class StepGradients:
     finite: Tensor  # whether losses and gradients are
     stop: Tensor  # whether any rank was asked to stop
     counts: dict[int, Tensor]  # layer id -> [experts] int64 over the whole step
+
+    @property
+    def verdict(self) -> Tensor:
+        """[4] fp64: whether it is finite, whether to stop, main loss and norm; the host reads it before the update."""
+        return torch.stack([x.double() for x in (self.finite, self.stop, self.loss_main, self.grad_norm)])
 
     @property
     def logged(self) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ Every rank runs this loop in step with the others. Data rank d takes the d-th sh
 take the same share. Decisions of all ranks (skip, stop) are read from numbers that were summed over all of them. Rank 0
 alone writes the log and the run's files.
 
-The host waits for the device when it reads whether the gradients are finite, and again for the record of the step.
+The host waits for the device when it reads whether loss and gradients are finite and in the band (`train/spikes.py`),
+and again for the record of the step.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,26 +32,32 @@ from parallel.grads import nonfinite_gradients
 from parallel.shards import LocalShard
 from train.assemble import Components, device_name, run_card
 from train.checkpoint.dcp import SaveFailed, Saver, latest, load
-from train.checkpoint.identity import changed_fields, check_same_identity, read_state, without_defaults
+from train.checkpoint.identity import SavedState, changed_fields, check_same_identity, read_state, without_defaults
+from train.checkpoint.publish import step_of
 from train.config import PretrainConfig, to_yaml
 from train.data.batch import Batch
 from train.data.store import store_hashes
+from train.data.stream import position_of
 from train.evaluate.score import score_store
 from train.model.attention import LATENT_NORM_EPS
 from train.model.sizes import model_flops_per_token
 from train.observe.fp8_health import Fp8Health
 from train.observe.guards import (
     DeadExpertGuard,
+    Diverged,
     SavesFailed,
     TerminationGuard,
     TrainingStopped,
+    check_any_applied,
     check_consecutive_skips,
+    diverged,
 )
 from train.observe.metrics import Speed, bias_table, dead_experts, dense_bf16_peak, step_record
 from train.observe.sinks import NoSinks, Sinks, open_sinks, write_whole
 from train.optim.balance import expert_biases
 from train.run_directory import CHECKPOINTS, LOCK, run_directory
 from train.schedules import scheduled_values
+from train.spikes import Score, SpikeState, rollback_order
 from train.stage import Stage
 from train.state import TrainState
 from train.step import apply_update, checkpoint_tensors, compute_gradients
@@ -64,7 +73,7 @@ class Trainer:
         self.config, self.components, self.engine = config, components, components.engine
         self.mesh = components.engine.mesh
         self.directory = run_directory(config.run)
-        self.state = TrainState()
+        self.state, self.spikes = TrainState(), SpikeState()
         self.dead_experts = DeadExpertGuard(config.observe.dead_expert_steps)
         peak = config.observe.peak_flops or dense_bf16_peak(device_name(self.mesh.device))
         self.saver = Saver(self.directory / CHECKPOINTS, config.checkpoint, group=components.checkpoint_group)
@@ -80,8 +89,9 @@ class Trainer:
         """Train until the budget is spent or SIGTERM asks for the end; leaves a checkpoint of the last step.
 
         Raises:
-            TrainingStopped: too many non-finite steps in a row; a checkpoint was saved.
+            TrainingStopped: too many non-finite steps in a row, or no step was ever applied; a checkpoint was saved.
             SavesFailed: `checkpoint.max_failed_saves` in a row failed.
+            Diverged: the loss left its band and did not come back.
         """
         with self.open_sinks() as sinks:
             changed = {"changed": self.changed} if self.changed else {}
@@ -96,10 +106,11 @@ class Trainer:
                             self.take_step(sinks, stop=termination.requested)
                             # One process need not ask the others.
                             self.stop_agreed |= termination.requested and self.mesh.world.size == 1
+                        check_any_applied(self.state.step, updates=self.state.updates, ended=self.budget_is_spent())
                         asked = "asked to stop; the same command resumes"
                         self.finish(sinks, "token budget spent" if self.budget_is_spent() else asked)
                     except TrainingStopped as stopped:
-                        if isinstance(stopped, SavesFailed):
+                        if isinstance(stopped, SavesFailed | Diverged):
                             sinks.event("stop", step=self.state.step, reason=str(stopped))
                         else:
                             self.finish(sinks, str(stopped))
@@ -127,12 +138,16 @@ class Trainer:
             stop: whether this rank was asked to stop; all ranks stop after the step in which any of them was.
         Raises:
             TrainingStopped: too many steps in a row were skipped.
+            Diverged: as `fit`.
         """
         started = time.perf_counter()
         config, observe = self.config, self.config.observe
         now = scheduled_values(config.schedule, step=self.state.step, tokens_seen=self.state.tokens_seen)
         share = now.batch_sequences // self.mesh.dp.size
-        batch = self.components.stream.take(self.state.sequences_seen + self.mesh.dp.rank * share, share)
+        first = self.state.sequences_seen
+        position = position_of(first, self.spikes.dropped)
+        end = position_of(first + now.batch_sequences - 1, self.spikes.dropped) + 1
+        batch = self.components.stream.take(first + self.mesh.dp.rank * share, share)
         health: Fp8Health | None = None
         if config.precision.name == "fp8" and observe.due(self.state.step + 1, observe.fp8_health_every_steps):
             health = Fp8Health(config.model, self.engine.models, self.mesh.device)
@@ -144,11 +159,16 @@ class Trainer:
             stop=stop,
             health=health,
         )
-        finite, self.stop_agreed = torch.stack((gradients.finite, gradients.stop)).tolist()
-        if finite:
+        *flags, loss, norm = gradients.verdict.tolist()
+        finite, self.stop_agreed = map(bool, flags)
+        score = self.spikes.score(config.spikes, loss=loss, norm=norm) if finite else None
+        if applied := finite and not (score and score.is_spike):
             apply_update(self.engine, gradients, now=now, update=self.state.updates + 1)
+            self.spikes = self.spikes.after_applied(config.spikes, position=position, loss=loss, norm=norm)
+        else:
+            self.spikes = self.spikes.after_skipped(is_spike=finite)
         tokens = now.batch_sequences * config.data.sequence_length
-        self.state = self.state.advance(sequences=now.batch_sequences, tokens=tokens, finite=finite)
+        self.state = self.state.advance(sequences=now.batch_sequences, tokens=tokens, finite=finite, applied=applied)
 
         record = step_record(self.state, now, gradients.logged, gradients.counts)
         # The losses have been read, so the device has finished the step, optimizer included.
@@ -163,17 +183,70 @@ class Trainer:
         # A step that is repeated after a resume has logged them before.
         if dead and is_new:
             sinks.event("dead_experts", step=self.state.step, steps=observe.dead_expert_steps, experts=dead)
-        if skips := self.state.consecutive_skips:
-            found = nonfinite_gradients(self.engine.optimizer.buckets, self.mesh.world, device=self.mesh.device)
-            sinks.event("skip", step=self.state.step, nonfinite=[asdict(each) for each in found])
-            check_consecutive_skips(skips, limit=config.run.max_consecutive_nonfinite, step=self.state.step)
-        if self.state.step % config.checkpoint.every_steps == 0 or self.budget_is_spent():
+        if not applied:
+            self.log_skipped(sinks, score, loss=loss, norm=norm, positions=[position, end])
+        if self.spikes.in_a_row >= config.spikes.max_skips or self.spikes.has_risen(config.spikes):
+            self.go_back(sinks, spike_end=end, batch_sequences=now.batch_sequences)
+        else:
+            self.save_and_evaluate(sinks)
+
+    def log_skipped(
+        self, sinks: Sinks | NoSinks, score: Score | None, *, loss: float, norm: float, positions: list[int]
+    ) -> None:
+        """Say why a step was not applied: its loss or a gradient is not finite, or `score` calls it a spike.
+
+        Raises:
+            TrainingStopped: too many steps in a row were not finite.
+        """
+        if score:
+            values = {"loss": loss, "norm": norm, "loss_z": score.loss_z, "norm_z": score.norm_z}
+            sinks.event("spike", step=self.state.step, positions=positions, **values)
+            return
+        found = nonfinite_gradients(self.engine.optimizer.buckets, self.mesh.world, device=self.mesh.device)
+        sinks.event("skip", step=self.state.step, nonfinite=[asdict(each) for each in found])
+        limit = self.config.run.max_consecutive_nonfinite
+        check_consecutive_skips(self.state.consecutive_skips, limit=limit, step=self.state.step)
+
+    def save_and_evaluate(self, sinks: Sinks | NoSinks) -> None:
+        """What is due after a step."""
+        self.spikes = self.spikes.proven(self.config.spikes, step=self.state.step)
+        if self.state.step % self.config.checkpoint.every_steps == 0 or self.budget_is_spent():
             self.save(sinks)
         if self.evaluation_is_due():
             # Nothing slow stands between the last update and the disk.
             if self.budget_is_spent():
                 self.wait_for_save(sinks)
             self.log_evaluation(sinks)
+
+    def go_back(self, sinks: Sinks | NoSinks, *, spike_end: int, batch_sequences: int) -> None:
+        """Take up the last good checkpoint without the data around the spikes; later checkpoints are deleted.
+
+        Raises:
+            Diverged: there is none, it has helped too often already, or the loss has risen slowly.
+        """
+        left_at, spikes, policy = self.state.step, self.spikes, self.config.spikes
+        self.wait_for_save(sinks)
+        order = partial(rollback_order, state=spikes, first_spike=left_at - spikes.in_a_row + 1)
+        path = latest(self.directory / CHECKPOINTS, group=self.components.checkpoint_group, order=order)
+        rises = spikes.has_risen(policy)
+        if path is None or rises or spikes.rollbacks >= policy.max_rollbacks:
+            raise diverged(left_at, path, rollbacks=spikes.rollbacks, rises=rises)
+        # A process that takes over must find no later one.
+        self.saver.drop_newer(step_of(path))
+        self.restore(path)
+        self.spikes = spikes.rolled_back(
+            self.spikes,
+            step=self.state.step,
+            resumes_at=position_of(self.state.sequences_seen, self.spikes.dropped),
+            spike_end=spike_end,
+            batch_sequences=batch_sequences,
+        )
+        self.components.stream.dropped = self.spikes.dropped
+        self.dead_experts = DeadExpertGuard(self.config.observe.dead_expert_steps)
+        dropped = [list(window) for window in self.spikes.dropped]
+        sinks.event("rollback", step=self.state.step, left_at_step=left_at, dropped_positions=dropped)
+        # So that a process that takes over leaves out the same data.
+        self.save(sinks)
 
     def budget_is_spent(self) -> bool:
         """Whether the run has seen all its tokens."""
@@ -234,9 +307,13 @@ class Trainer:
             SavesFailed: as `wait_for_save`.
         """
         self.wait_for_save(sinks)
-        state = {"identity": self.identity(), "config": asdict(self.config), "train_state": self.state.to_json()}
+        if self.config.spikes.window_steps:
+            self.spikes = self.spikes.after_save(self.state.step)
+        counters = {"train_state": self.state.to_json(), "spikes": self.spikes.to_json()}
+        state = {"identity": self.identity(), "config": asdict(self.config), **counters}
         with self.failures_counted(sinks):
-            self.saver.save_async(self.state.step, self.tensors(), state)
+            stay = {self.spikes.good_step, self.spikes.candidate}
+            self.saver.save_async(self.state.step, self.tensors(), state, stay=stay)
             self.saved_step = self.announce_step = self.state.step
 
     def wait_for_save(self, sinks: Sinks | NoSinks) -> None:
@@ -303,15 +380,19 @@ class Trainer:
             in_use = f"{self.directory} already holds a run; choose another run.name or move it away"
             others = (path for path in self.directory.glob("*") if path.name != LOCK)
             refuse_together(group, lambda: f"run.resume=false, but {in_use}" if any(others) else None)
-        tensors = self.tensors()
         path = latest(self.directory / CHECKPOINTS, group=group)
-        if path is None:
-            return
-        saved = read_state(path, load(path, tensors, group=group))
+        if path is not None:
+            self.changed = changed_fields(self.restore(path).config, asdict(self.config))
+
+    def restore(self, path: Path) -> SavedState:
+        """Take everything from a checkpoint; ValueError as for `resume`."""
+        tensors = self.tensors()
+        saved = read_state(path, load(path, tensors, group=self.components.checkpoint_group))
         check_same_identity(path, saved.identity, self.identity())
-        self.changed = changed_fields(saved.config, asdict(self.config))
         generator_state = tensors["rng.cpu"]
         assert isinstance(generator_state, Tensor)
         torch.set_rng_state(generator_state)
-        self.state = saved.train_state
+        self.state, self.spikes = saved.train_state, saved.spikes
+        self.components.stream.dropped = self.spikes.dropped
         self.saved_step = self.state.step
+        return saved

@@ -28,7 +28,7 @@ from train.data.packing import (
     read_packed,
 )
 from train.data.store import TokenStore
-from train.data.stream import DataConfig, TokenStream, iterate_windows
+from train.data.stream import DataConfig, TokenStream, iterate_windows, position_of, union
 
 FIM_IDS = [SPECIAL.fim_begin, SPECIAL.fim_hole, SPECIAL.fim_end]
 
@@ -323,3 +323,22 @@ def test_bad_config_values_are_refused() -> None:
         config(0)
     with pytest.raises(ValueError, match=r"data.fim_rate: 1.5 is not a share"):
         config(fim_rate=1.5)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), max_size=6))
+def test_positions_of_a_run_are_those_outside_the_dropped_windows_in_order(windows: list[tuple[int, int]]) -> None:
+    merged = union(windows)
+    left_out = {position for first, count in windows for position in range(first, first + count)}
+    assert {position for first, count in merged for position in range(first, first + count)} == left_out
+    assert all(a + n < b for (a, n), (b, _) in itertools.pairwise(merged)), "in order and apart"
+    kept = [position for position in range(100) if position not in left_out]
+    assert [position_of(sequence, merged) for sequence in range(40)] == kept[:40]
+
+
+def test_a_stream_without_some_windows_is_the_stream_with_them_cut_out(unique_store: TokenStore) -> None:
+    config = DataConfig(store=unique_store.path, sequence_length=8)
+    whole = TokenStream(unique_store, config, seed=3).take(0, 20).input_ids
+    stream = TokenStream(unique_store, config, seed=3, dropped=((2, 3), (9, 1)))
+    kept = [position for position in range(20) if position not in (2, 3, 4, 9)]
+    assert torch.equal(stream.take(0, 16).input_ids, whole[kept])
+    assert torch.equal(stream.take(7, 4).input_ids, whole[kept[7:11]]), "the same whatever was taken before"

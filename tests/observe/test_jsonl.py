@@ -299,3 +299,56 @@ def test_reading_a_directory_without_metrics_says_what_to_do(tmp_path: Path):
 def test_a_bad_observe_config_names_field_and_value(field: str, value: object):
     with pytest.raises(ValueError, match=rf"{field} is .*{value}"):
         ObserveConfig(**{field: value})
+
+
+def test_a_rollback_makes_the_later_records_before_it_void(tmp_path: Path):
+    """Of a run that goes back twice, and of the process that takes it up, each step counts once: its last attempt."""
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+
+    def attempt(steps: range, loss: float) -> None:
+        assert all(sink.write(record(step, **{"loss/main": loss})) for step in steps)
+        sink.event({"event": "evaluation", "step": steps[-1], "eval/bits_per_byte": loss})
+
+    def losses_then(back_to: int) -> list[float]:
+        sink.event({"event": "rollback", "step": back_to})
+        return [one["loss/main"] for one in read_run(tmp_path)]
+
+    attempt(range(1, 9), 9.0)
+    assert losses_then(back_to=5) == [9.0] * 5
+    assert (sink.last_step, sink.evaluated) == (5, {})
+    attempt(range(6, 8), 1.0)
+    assert losses_then(back_to=3) == [9.0] * 3
+    attempt(range(4, 11), 2.0)
+    sink.close()
+    assert [(one["step"], one["loss/main"]) for one in read_run(tmp_path)] == [
+        (step, 9.0 if step <= 3 else 2.0) for step in range(1, 11)
+    ]
+    assert [one["eval/bits_per_byte"] for one in read_run(tmp_path) if "eval/bits_per_byte" in one] == [2.0]
+    again = JsonlSink(path)
+    assert (again.last_step, again.evaluated) == (10, {10: 2.0})
+    assert [again.write(record(step, **{"loss/main": 2.0})) for step in (9, 10, 11)] == [False, False, True]
+    assert (again.replays_equal, again.replays_differing) == (2, 0)
+    again.close()
+
+
+def test_wandb_gets_no_step_of_a_rollback_twice(tmp_path: Path):
+    class Mirror:
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def write(self, one: Record) -> None:
+            self.steps.append(one["step"])
+
+        def event(self, event: Record) -> None:
+            pass
+
+    mirror = Mirror()
+    sinks_of_run = Sinks(JsonlSink(tmp_path / "metrics.jsonl"), console=None, wandb=mirror)
+    for step in (1, 2, 3, None, 2, 3, 4):
+        if step is None:
+            sinks_of_run.event("rollback", step=1)
+        else:
+            assert sinks_of_run.write(record(step))
+    sinks_of_run.jsonl.close()
+    assert mirror.steps == [1, 2, 3, 4]

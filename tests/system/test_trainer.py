@@ -204,9 +204,9 @@ def test_the_random_state_is_resumed(config: PretrainConfig) -> None:
 def test_sigterm_during_the_last_save_is_survived(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Saver.save_async
 
-    def terminated(self: Saver, *args: object) -> None:
+    def terminated(self: Saver, *args: object, **named: object) -> None:
         signal.raise_signal(signal.SIGTERM)
-        original(self, *args)  # type: ignore[arg-type]
+        original(self, *args, **named)  # type: ignore[arg-type]
 
     # One save only, the last: no other is due within ten steps.
     trainer = trainer_of(replace(config, checkpoint=replace(config.checkpoint, every_steps=1000)))

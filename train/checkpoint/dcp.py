@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from collections.abc import Callable, Container
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,7 +72,7 @@ def save(path: Path, *, tensors: HeldTensors, state: dict[str, Any], group: dist
         ValueError: something in `tensors` is no tensor, shards overlap or leave a hole, or `state` is no JSON.
         SaveFailed: writing failed on some rank; whatever was published before is untouched.
     """
-    _start(_Save(path, tensors, state=state, keep=None), Ranks(GroupTransport(group)), _Plan()).result()
+    _start(_Save(path, tensors, state=state, prune=lambda _: None), Ranks(GroupTransport(group)), _Plan()).result()
 
 
 class SaveFailed(RuntimeError):
@@ -95,14 +96,23 @@ class Saver:
         self._plan = _Plan()
         self._in_flight: Future[None] | None = None
 
-    def save_async(self, step: int, tensors: HeldTensors, state: dict[str, Any]) -> None:
+    def save_async(self, step: int, tensors: HeldTensors, state: dict[str, Any], *, stay: Container[int] = ()) -> None:
         """Copy the tensors, then write them in the background; a save still under way is waited for.
 
         After the return the caller may change the tensors: the file holds their values of now. With
-        `asynchronous=False` in the config it returns when the checkpoint is published. Arguments as for `save`.
+        `asynchronous=False` in the config it returns when the checkpoint is published. Arguments as for `save`; the
+        checkpoints of the steps `stay` are kept however old they are.
         """
         self.wait()
-        job = _Save(self._directory / publish.step_name(step), tensors, state=state, keep=self._config.keep)
+
+        def stays(older: int) -> bool:
+            every = self._config.keep_every_steps
+            return older in stay or (every > 0 and older % every == 0)
+
+        prune = partial(publish.prune, self._directory, keep=self._config.keep, stays=stays)
+        job = _Save(
+            self._directory / publish.step_name(step), tensors, state=state, prune=lambda new: prune(newest=new)
+        )
         self._in_flight = _start(job, self._ranks, self._plan)
         if not self._config.asynchronous:
             self.wait()
@@ -113,25 +123,41 @@ class Saver:
             future, self._in_flight = self._in_flight, None
             future.result()
 
+    def drop_newer(self, step: int) -> None:
+        """Delete the checkpoints after `step`."""
+        self.wait()
+        drop = partial(publish.drop_newer, self._directory, step)
+        self._ranks.agree(drop if self._ranks.rank == 0 else lambda: None, _no_replies)
+
     def close(self) -> None:
         """Wait for the last save. No thread or file stays open."""
         self.wait()
 
 
-def latest(directory: Path, group: dist.ProcessGroup | None = None) -> Path | None:
+def latest(
+    directory: Path, group: dist.ProcessGroup | None = None, *, order: Callable[[list[int]], list[int]] | None = None
+) -> Path | None:
     """The newest checkpoint whose manifest and files verify, the same on every rank; a collective call.
 
     Damaged ones are passed over with a logged warning; nothing on the disk is changed. Each rank hashes a share of the
     files. None: there is no checkpoint.
 
+    Args:
+        directory: of the checkpoints.
+        group: as for `load`.
+        order: steps of all checkpoints, from the highest down -> those to look at, in order; None: all.
     Raises:
         ValueError: there are checkpoints, and every one is damaged; says what is wrong with each.
     """
     ranks = Ranks(GroupTransport(group))
+
+    def listed(_: list[None]) -> list[list[str]]:
+        paths = {publish.step_of(path): path.name for path in publish.published(directory)}
+        steps = list(paths) if order is None else order(list(paths))
+        return [[paths[step] for step in steps]] * ranks.size
+
     # One rank looks: another node may see an older listing of a shared directory.
-    names: list[str] = ranks.agree(
-        lambda: None, lambda _: [[path.name for path in publish.published(directory)]] * ranks.size
-    )
+    names: list[str] = ranks.agree(lambda: None, listed)
     damaged = []
     for path in (directory / name for name in names):
         try:
@@ -217,10 +243,12 @@ class _Plan:
 class _Save:
     """One save as one rank sees it; the methods are its phases, in this order."""
 
-    def __init__(self, path: Path, tensors: HeldTensors, *, state: dict[str, Any], keep: int | None) -> None:
+    def __init__(
+        self, path: Path, tensors: HeldTensors, *, state: dict[str, Any], prune: Callable[[Path], None]
+    ) -> None:
         self.path = path
         self.shards: dict[str, TypedShard] = {}
-        self._tensors, self._state, self._keep = tensors, state, keep
+        self._tensors, self._state, self._prune = tensors, state, prune
         self._hidden = publish.writing_path(path)
         self._writer: _ShardWriter
         self._staged: dict[str, Any] = {}
@@ -265,8 +293,7 @@ class _Save:
         publish.write_json(self._hidden / publish.STATE, self._state)
         publish.write_manifest(self._hidden, tensors, {name: e for each in entries for name, e in each.items()})
         publish.publish(self.path)
-        if self._keep is not None:
-            publish.prune(self.path.parent, keep=self._keep, newest=self.path)
+        self._prune(self.path)
         return [None] * len(entries)
 
     def failed(self, cause: Exception) -> RuntimeError:

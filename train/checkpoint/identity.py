@@ -15,6 +15,7 @@ from train.checkpoint.publish import STATE, damage
 from train.data.stream import DataConfig
 from train.model.config import ModelConfig
 from train.model.precision import Precision
+from train.spikes import SpikeState
 from train.state import TrainState
 
 # Sections of a checkpoint's identity that are dataclasses of the configuration.
@@ -27,6 +28,7 @@ class SavedState(NamedTuple):
     identity: dict[str, Any]
     config: dict[str, Any]
     train_state: TrainState
+    spikes: SpikeState
 
 
 def read_state(path: Path, state: dict[str, Any]) -> SavedState:
@@ -39,7 +41,8 @@ def read_state(path: Path, state: dict[str, Any]) -> SavedState:
         for name in ("identity", "config"):
             if not isinstance(state.get(name), dict):
                 raise ValueError(f"lacks {name!r}")
-        return SavedState(state["identity"], state["config"], TrainState.from_json(state.get("train_state")))
+        train_state, spikes = TrainState.from_json(state.get("train_state")), SpikeState.from_json(state.get("spikes"))
+        return SavedState(state["identity"], state["config"], train_state, spikes)
     except ValueError as error:
         raise damage(path / STATE, str(error)) from None
 

@@ -47,6 +47,13 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step of a published checkpoint's directory."""
+    match = _STEP_NAME.fullmatch(path.name.removeprefix(_REPLACED))
+    assert match is not None, path
+    return int(match[1])
+
+
 def writing_path(target: Path) -> Path:
     """The hidden directory '.writing-<name>' in which `target` is prepared."""
     return target.with_name(_WRITING + target.name)
@@ -142,14 +149,26 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def prune(directory: Path, *, keep: int, newest: Path) -> None:
-    """Delete all but the `keep` newest checkpoints; `newest`, the one just published, stays whatever its step."""
+def prune(directory: Path, *, keep: int, newest: Path, stays: Callable[[int], bool] = lambda _: False) -> None:
+    """Delete all but the `keep` newest checkpoints and those whose step `stays`; so does `newest`, just published."""
     others = [path for path in published(directory) if path != newest]
     for path in others[keep - 1 :]:
-        # A directory loses its published name before its first file is deleted.
-        doomed = path.with_name(_PRUNED + path.name)
-        os.rename(path, doomed)
-        _remove(doomed)
+        if not stays(step_of(path)):
+            _retire(path)
+
+
+def drop_newer(directory: Path, step: int) -> None:
+    """Delete the checkpoints after `step`, the newest first."""
+    for path in published(directory):
+        if step_of(path) > step:
+            _retire(path)
+
+
+def _retire(path: Path) -> None:
+    # A directory loses its published name before its first file is deleted.
+    doomed = path.with_name(_PRUNED + path.name)
+    os.rename(path, doomed)
+    _remove(doomed)
 
 
 def verify(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ Shapes: sequences = samples of a batch, tokens = sequence_length. In memory: 25 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,9 @@ from train.data.store import TokenStore, check_same_tokenizer
 
 # A window can end in the next epoch, so two are in use at an epoch's end.
 EPOCHS_KEPT = 2
+
+# (first position, number of positions), in order and apart from each other.
+Windows = tuple[tuple[int, int], ...]
 
 Value = TypeVar("Value")
 
@@ -57,6 +60,7 @@ class TokenStream:
     store: TokenStore
     config: DataConfig
     seed: int
+    dropped: Windows = ()  # positions that are left out; those after them move up
     # Caches only. First position of each epoch known so far in the endless stream; grows on demand.
     _epoch_starts: list[int] = field(default_factory=lambda: [0], repr=False)
     _packings: dict[int, Packing] = field(default_factory=dict, repr=False)
@@ -72,12 +76,15 @@ class TokenStream:
             )
 
     def take(self, position: int, count: int) -> Batch:
-        """The samples at `position`, `position + 1`, ... of the visiting order: the same whatever was taken before."""
+        """The samples at `position`, `position + 1`, ... of the visiting order without the dropped windows.
+
+        They are the same whatever was taken before.
+        """
         assert min(position, count) >= 0, (position, count)
         windows = np.empty((count, self.config.sequence_length + 1), dtype=np.int64)
         documents = np.empty_like(windows)
         for row in range(count):
-            self._read_window(self._window_at(position + row), windows[row], documents[row])
+            self._read_window(self._window_at(position_of(position + row, self.dropped)), windows[row], documents[row])
         return batch_from_windows(windows, documents, mask_documents=self.config.mask_documents)
 
     def epoch_of(self, position: int) -> int:
@@ -114,6 +121,27 @@ class TokenStream:
             count = read_packed(self.store, packing, start, tokens=tokens[filled:], documents=documents[filled:])
             documents[filled : filled + count] += epoch * len(self.store.lengths)
             filled += count
+
+
+def position_of(sequence: int, dropped: Windows) -> int:
+    """Position in the order of the data of a run's `sequence`-th sequence, where windows of it are dropped."""
+    for first, count in dropped:
+        if sequence < first:
+            break
+        sequence += count
+    return sequence
+
+
+def union(windows: Iterable[tuple[int, int]]) -> Windows:
+    """The windows in order; those that touch are one."""
+    merged: list[tuple[int, int]] = []
+    for first, count in sorted(windows):
+        if merged and first <= sum(merged[-1]):
+            start = merged[-1][0]
+            merged[-1] = (start, max(sum(merged[-1]), first + count) - start)
+        else:
+            merged.append((first, count))
+    return tuple(merged)
 
 
 def _cached(cache: dict[int, Value], epoch: int, make: Callable[[], Value]) -> Value:

@@ -23,6 +23,8 @@ _STATUS = {"loss/main": "loss {:.3f}", "loss/mtp": "mtp {:.3f}", "moe/max_violat
 _ANNOUNCED = {
     "resume": "resumed at step {step}",
     "skip": "step {step} skipped: loss or gradient not finite{where}",
+    "spike": "step {step} skipped: loss {loss:.3f} is out of the band ({loss_z:.1f} deviations)",
+    "rollback": "back from step {left_at_step} to step {step}; the data around the spikes is left out",
     "dead_experts": "step {step}: no token for {steps} steps: {names}",
     "stop": "stopped after step {step}",
     "save_failed": "step {step}: {error}",

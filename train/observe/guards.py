@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -28,6 +29,12 @@ class SavesFailed(TrainingStopped):
     exit_code = 4
 
 
+class Diverged(TrainingStopped):
+    """The loss left its band and did not come back. All checkpoints are as they were."""
+
+    exit_code = 5
+
+
 def check_consecutive_skips(skips: int, *, limit: int, step: int) -> None:
     """Raise TrainingStopped when `skips` steps in a row, up to `step`, have reached `limit`."""
     if skips >= limit:
@@ -36,6 +43,30 @@ def check_consecutive_skips(skips: int, *, limit: int, step: int) -> None:
             "losses in metrics.jsonl, then start a new run with a lower learning rate, or with precision=bf16 to learn "
             "whether FP8 is the cause."
         )
+
+
+def check_any_applied(step: int, *, updates: int, ended: bool) -> None:
+    """Raise TrainingStopped at the end of a run of `step` steps of which none was applied."""
+    if ended and step and not updates:
+        raise TrainingStopped(
+            f"step {step}: the token budget is spent and no step was ever applied: loss or gradient was never finite. "
+            "Nothing was trained. Start a new run with a lower learning rate, or with precision=bf16."
+        )
+
+
+def diverged(step: int, path: Path | None, *, rollbacks: int, rises: bool) -> Diverged:
+    """What to raise where going back cannot help; `path` is the last checkpoint from before."""
+    if rises:
+        cause = "the loss has risen slowly, by more than spikes.max_rise above its lowest level"
+    elif path is None:
+        cause = "the loss left its band, and there is no checkpoint from before to go back to"
+    else:
+        cause = f"the loss left its band again after {rollbacks} rollbacks in a row (spikes.max_rollbacks)"
+    left = f"The last checkpoint from before is {path}; to go on from it, move the later ones away. " if path else ""
+    return Diverged(
+        f"step {step}: {cause}. {left}Lower schedule.lr_peak or look at the data at the logged positions; if such a "
+        "loss is right for this data, raise spikes.loss_z or set spikes.window_steps=0."
+    )
 
 
 class DeadExpertGuard:

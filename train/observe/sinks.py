@@ -8,6 +8,7 @@ Promises of the file:
   written, by cutting it short. The next process finishes a torn line with a newline; readers ignore it.
 - Steps strictly increase. A resumed run repeats the steps between its checkpoint and the last logged step: their
   numbers are compared with the logged ones and not written again; a difference is logged as an event.
+- A `rollback` to an earlier step makes the later records and evaluations before it void: their steps come again.
 - What a full disk does not take is kept in memory and written as soon as there is room, up to BUFFER_BYTES; lines
   beyond that are dropped and counted. No record is a reason to end a run.
 - Events reach the disk (fsync) before training goes on, step records when the kernel writes them back. A power cut
@@ -24,7 +25,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ class JsonlSink:
         self._unwritten_bytes, self._dropped, self._is_full = 0, 0, False
         if self._size and os.pread(self._file, 1, self._size - 1) != b"\n":
             self._append("")
-        lines = list(read_lines(path))
+        lines = _valid(read_lines(path))
         self._logged = {line["step"]: _replayed_part(line) for line in lines if "event" not in line}
         self.evaluated = {line["step"]: line[SCORE] for line in lines if line.get("event") == "evaluation"}
         self.last_step: int = max(self._logged, default=-1)
@@ -137,6 +138,10 @@ class JsonlSink:
         self._sync()
         if event["event"] == "evaluation":
             self.evaluated[event["step"]] = event[SCORE]
+        if event["event"] == "rollback":
+            self.last_step = self._previous_step = event["step"]
+            self._logged.clear()
+            self.evaluated = {step: score for step, score in self.evaluated.items() if step <= event["step"]}
 
     def close(self) -> None:
         """Sync and close; calling it again does nothing."""
@@ -205,13 +210,15 @@ class Sinks:
         self._console = console
         self._wandb = wandb
         self._mirrors = [mirror for mirror in (console, wandb) if mirror]
+        self._mirrored_step = jsonl.last_step
 
     def write(self, record: Record) -> bool:
-        """Write one step record; returns False for a step repeated after a resume, which wandb does not get again."""
+        """Write one step record; returns False for a step repeated after a resume. wandb gets no step twice."""
         appended = self.jsonl.write(record)
         if self._console:
             self._console.write(record)
-        if self._wandb and appended:
+        if self._wandb and record["step"] > self._mirrored_step:
+            self._mirrored_step = record["step"]
             self._wandb.write(record)
         return appended
 
@@ -315,7 +322,7 @@ def read_run(run_dir: Path) -> list[Record]:
     Raises:
         ValueError: there is no metrics.jsonl.
     """
-    lines = list(_lines_of_run(run_dir))
+    lines = _valid(_lines_of_run(run_dir))
     scores = {line["step"]: {SCORE: line[SCORE]} for line in lines if line.get("event") == "evaluation"}
     return [line | scores.get(line["step"], {}) for line in lines if "event" not in line]
 
@@ -348,6 +355,20 @@ def no_run(folder: Path) -> ValueError:
     """What to raise where a folder holds no run."""
     example = "give the directory of a run that has started, such as runs/tiny_bf16"
     return ValueError(f"{folder} has no {METRICS_FILE}: {example}")
+
+
+def _valid(lines: Iterable[Record]) -> list[Record]:
+    """All lines but the records and evaluations that a later rollback made void."""
+    valid: list[Record] = []
+    for line in lines:
+        if line.get("event") == "rollback":
+            valid = [
+                each
+                for each in valid
+                if each.get("event", "evaluation") != "evaluation" or each["step"] <= line["step"]
+            ]
+        valid.append(line)
+    return valid
 
 
 def _replayed_part(record: Record) -> Record:

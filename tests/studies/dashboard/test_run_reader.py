@@ -269,3 +269,35 @@ def test_runs_below_a_folder_are_found_in_order_and_once(tmp_path: Path):
     (tmp_path / "runs" / "empty").mkdir()
     found = find_runs([tmp_path / "runs" / "b", tmp_path / "runs"])
     assert [path.relative_to(tmp_path / "runs").as_posix() for path in found] == ["b", "a", "sweep/one"]
+
+
+@pytest.mark.parametrize("max_bytes", [None, 1])
+def test_what_a_rollback_made_void_leaves_the_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_bytes: int | None
+):
+    """Followed or read at once: the records that `read_run` gives, after one and after two rollbacks."""
+    monkeypatch.setattr(run_reader, "_CHUNK_BYTES", 2048)
+
+    def back_to(step: int) -> Record:
+        return {"event": "rollback", "step": step, "left_at_step": 9, "dropped_positions": []}
+
+    def score(step: int, value: float) -> Record:
+        return {"event": "evaluation", "step": step, "eval/bits_per_byte": value}
+
+    first = [*(record(step) for step in range(1, 9)), score(8, 9.0)]
+    second = [back_to(5), *(record(step) | {"loss/main": 2.0} for step in (6, 7)), score(7, 1.0)]
+    third = [back_to(3), *(record(step) | {"loss/main": 3.0} for step in (4, 5, 6)), score(6, 2.0)]
+    run_dir = write_run(tmp_path / "run", first)
+    followed = RunReader(run_dir)
+    for more in ([], second, third):
+        append(run_dir, more)
+        while followed.poll(max_bytes):
+            pass
+        for reader in (followed, reader_of(run_dir)):
+            assert losses(reader) == [each["loss/main"] for each in read_run(run_dir)]
+            assert reader.records == reader.last_step == len(losses(reader))
+            assert reader.series["eval/bits_per_byte"].means.tolist() == [
+                each["eval/bits_per_byte"] for each in read_run(run_dir) if "eval/bits_per_byte" in each
+            ]
+    assert losses(followed)[2:] == [record(3)["loss/main"], 3.0, 3.0, 3.0]
+    assert followed.events["rollback"].steps == [5, 3]

@@ -7,8 +7,9 @@
 
 `poll` takes what was appended since the last call. A line without its end is left for the next call, unless it
 is whole (its closing brace comes last, so a torn line never parses). A file that became shorter or was replaced is
-read from its start. Memory does not grow with the run (`series.py`), nor with its events: of each kind the first
-and the last are kept, and all are counted.
+read from its start; so is one in which the run has gone back, now without the records that this made void. Memory
+does not grow with the run (`series.py`), nor with its events: of each kind the first and the last are kept, and all are
+counted.
 
 An expert is idle in a step when it got no token: a zero of `moe/expert_load`, or a count in `moe/dead_experts` where
 only that is logged.
@@ -22,8 +23,9 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
 
@@ -120,6 +122,8 @@ class RunReader:
         self.config: Json = {}
         self._stamps: dict[str, tuple[int, int, int]] = {}
         self._inode = -1
+        # Steps of all rollbacks in the file when it was last searched for them.
+        self._rollbacks: list[int] = []
         self._restart()
 
     def poll(self, max_bytes: int | None = None) -> bool:
@@ -130,17 +134,24 @@ class RunReader:
                 facts = os.fstat(file.fileno())
                 if facts.st_ino != self._inode or facts.st_size < self.offset:
                     changed |= self.offset > 0
+                    self._rollbacks = _find_rollbacks(file)
                     self._restart()
                     self._inode = facts.st_ino
                 self.size = facts.st_size
                 file.seek(self.offset)
                 while (max_bytes is None or read < max_bytes) and (taken := self._take(file.read(_CHUNK_BYTES))):
                     read += taken
+                    if self._went_back and len(found := _find_rollbacks(file)) > len(self._rollbacks):
+                        self._rollbacks = found
+                        self._restart()
                     file.seek(self.offset)
         # After the records: a card that was written before them is then seen with them.
         return bool(self.read_cards() or changed or read)
 
     def _restart(self) -> None:
+        # The last step that what comes leaves valid: after each rollback, from the last to none; and whether there was
+        # one more than was known.
+        self._limits, self._went_back = [math.inf, *accumulate(reversed(self._rollbacks), min)], False
         self.series: dict[str, Series] = {}
         self.tables: dict[str, TableSeries] = {}
         self.events: dict[str, EventLog] = {}
@@ -175,7 +186,7 @@ class RunReader:
         for line in lines:
             if "event" in line:
                 self._take_event(line, records)
-            elif _is_step_record(line) and line["step"] > self.last_step:
+            elif _is_step_record(line) and self.last_step < line["step"] <= self._limits[-1]:
                 records.append(line)
                 self.last_step, self.stopped = line["step"], None
         self._take_records(records)
@@ -185,13 +196,16 @@ class RunReader:
         if not _is_step(step) or (kind not in self.events and len(self.events) >= _MAX_METRICS):
             return
         self.events.setdefault(kind, EventLog()).add(step)
-        if kind == "evaluation" and step > self.evaluated_step:
+        if kind == "rollback":
+            self._went_back |= len(self._limits) == 1
+            self._limits = self._limits[:-1] or self._limits
+        if kind == "evaluation" and self.evaluated_step < step <= self._limits[-1]:
             self.evaluated_step = step
             self._take_column("eval/bits_per_byte", [step], [event.get("eval/bits_per_byte")])
         if kind == "stop":
             self.stopped = str(event.get("reason", "stopped"))
-        if kind in ("start", "resume"):
-            # The time between two processes is no training time.
+        if kind in ("start", "resume", "rollback"):
+            # The time between two processes, or lost, is no training time.
             self._take_records(before)
             before.clear()
             self.recent.clear()
@@ -301,6 +315,14 @@ def _parse_lines(data: bytes) -> list[Any]:
     if isinstance(joined, list) and len(joined) == len(whole):
         return joined
     return [_parsed(line) for line in whole]
+
+
+def _find_rollbacks(file: BinaryIO) -> list[int]:
+    """The steps to which the run of a log went back, in order."""
+    file.seek(0)
+    lines = (line for line in iter(lambda: file.readline(_CHUNK_BYTES), b"") if b'"rollback"' in line)
+    events = [event for event in map(_parsed, lines) if isinstance(event, dict) and event.get("event") == "rollback"]
+    return [event["step"] for event in events if _is_step(event.get("step"))]
 
 
 def _is_step_record(record: Record) -> bool:
