@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.mesh import Axis
+from parallel.waiting import waiting
 
 TEXT_BYTES = 1024
 
@@ -66,14 +67,16 @@ def all_to_all_rows(
     if axis.group is None:
         return rows
     received = rows.new_empty(sum(recv_splits), *rows.shape[1:])
-    dist.all_to_all_single(received, rows.contiguous(), list(recv_splits), list(send_splits), group=axis.group)
+    with waiting():
+        dist.all_to_all_single(received, rows.contiguous(), list(recv_splits), list(send_splits), group=axis.group)
     return received
 
 
 def sum_over(x: Tensor, axis: Axis) -> Tensor:
     """Sum of a tensor over the ranks of an axis, in place; returns x."""
     if axis.group is not None:
-        dist.all_reduce(x, op=dist.ReduceOp.SUM, group=axis.group)
+        with waiting():
+            dist.all_reduce(x, op=dist.ReduceOp.SUM, group=axis.group)
     return x
 
 
@@ -90,5 +93,6 @@ def texts_of(text: str, axis: Axis, *, device: torch.device) -> list[str]:
 def max_over(x: Tensor, axis: Axis) -> Tensor:
     """Largest value of each element over the ranks of an axis, in place; returns x."""
     if axis.group is not None:
-        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=axis.group)
+        with waiting():
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=axis.group)
     return x

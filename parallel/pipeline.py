@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from kernels import deferred
 from parallel.layout import SCHEDULES, num_stages, rank_of_stage, schedule_facts
 from parallel.mesh import Mesh
+from parallel.waiting import waiting
 
 if TYPE_CHECKING:
     from parallel.pipeline_stage import ScheduledStage
@@ -139,10 +140,11 @@ class Pipeline:
         # torch would ask a custom autograd function for its gradients twice, for inputs and for weights. So linears
         # hand their wgrad to `kernels.deferred`, and the schedule runs it in its W slot through `dw_builder`; a
         # schedule without W slots runs it right after each backward.
-        with deferred.deferred():
+        # Outside its chunks of work a rank of the pipeline waits.
+        with deferred.deferred(), waiting():
             schedule.step(*first, **last, **inputs, return_outputs=False)
-        for running in self._running:
-            running.finish_sends()
+            for running in self._running:
+                running.finish_sends()
 
     @torch.no_grad()
     def relay(self, inputs: Inputs, forward: Callable[[nn.Module, Tensor | None], Tensor]) -> Tensor | None:

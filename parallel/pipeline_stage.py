@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 
+from parallel.waiting import working
+
 
 class WaitingWgrads:
     """Weight gradients of one rank's stages between the I slot that made them and their W slot, at most `limit`."""
@@ -122,13 +124,19 @@ class ScheduledStage(PipelineStage):
         self._move_buffers(infos, "meta")
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        with working():
+            output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         # What backward needs of it is held in fwd_cache until backward takes it out.
         self._release("forward", fwd_chunk_id, self.args_recv_info[fwd_chunk_id])
         return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
-        if bwd_chunk_id in self.dw_runner:
-            self.dw_runner[bwd_chunk_id] = self._waiting.add(self.dw_runner[bwd_chunk_id])
+        with working():
+            super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+            if bwd_chunk_id in self.dw_runner:
+                self.dw_runner[bwd_chunk_id] = self._waiting.add(self.dw_runner[bwd_chunk_id])
         self._release("backward", bwd_chunk_id, self.grad_recv_info[bwd_chunk_id])
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        with working():
+            super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)

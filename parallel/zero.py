@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from parallel.mesh import Axis
 from parallel.shards import Shard
+from parallel.waiting import waiting
 
 # Elements: 512 bytes of FP32, 256 of BF16; wider than any vector load or TMA box asks for.
 ALIGNMENT = 128
@@ -269,16 +270,18 @@ class GradientBuckets:
 
 
 def _finish_gather(bucket: _Bucket, weights: Tensor, work: dist.Work) -> None:
-    work.wait()
+    with waiting():
+        work.wait()
     for each, parameter in zip(bucket.plan.ranges, bucket.parameters, strict=True):
         parameter.copy_(weights[each.start : each.start + each.numel].view(parameter.shape))
 
 
 def _wait_for(started: Iterable[dist.Work | None]) -> None:
     """Start all, then wait for all."""
-    for work in list(started):
-        assert work is not None, "this rank is not in the group of its axis"
-        work.wait()
+    with waiting():
+        for work in list(started):
+            assert work is not None, "this rank is not in the group of its axis"
+            work.wait()
 
 
 def _unique(named_params: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:

@@ -66,6 +66,7 @@ class StepGradients:
     grad_norm: Tensor
     finite: Tensor  # whether losses and gradients are
     stop: Tensor  # whether any rank was asked to stop
+    busy_us: Tensor  # [ranks] int64, what each rank gave as `busy_s`
     counts: dict[int, Tensor]  # layer id -> [experts] int64 over the whole step
 
     @property
@@ -92,6 +93,7 @@ def compute_gradients(
     num_micro_batches: int,
     now: ScheduledValues,
     stop: bool = False,
+    busy_s: float = 0.0,
     health: Fp8Health | None = None,
 ) -> StepGradients:
     """Forward and backward over every micro-batch; leaves clipped mean gradients in what the optimizer updates.
@@ -102,6 +104,7 @@ def compute_gradients(
         num_micro_batches: of the share; any of them may lack targets.
         now: scheduled values of this step.
         stop: whether this rank was asked to stop.
+        busy_s: how long this rank worked in the step before.
         health: observes the FP8 operands of the first micro-batch; on all ranks or on none.
     Returns:
         StepGradients; reading any of its tensors synchronises.
@@ -110,9 +113,11 @@ def compute_gradients(
     optimizer.zero_grad()
     metrics = StepMetrics(config, mesh.device)
     # Ranks of one pipeline hold the same tokens: its first rank counts them.
-    own = torch.tensor([batch.num_targets if mesh.pp.rank == 0 else 0, int(stop)])
+    busy = [0] * mesh.world.size
+    busy[mesh.rank] = round(busy_s * 1e6)
+    own = torch.tensor([batch.num_targets if mesh.pp.rank == 0 else 0, int(stop), *busy])
     shared = sum_over(own.to(mesh.device, non_blocking=True), mesh.world)
-    num_targets, num_stops = shared.unbind()
+    num_targets, num_stops = shared[:2].unbind()
     weights = LossWeights(now.mtp_weight, now.balance_alpha, num_targets, now.batch_sequences)
     for stage in engine.stages.values():
         stage.begin(weights, metrics, health)
@@ -135,6 +140,7 @@ def compute_gradients(
         grad_norm=norm.norm,
         finite=norm.finite & torch.isfinite(total),
         stop=num_stops > 0,
+        busy_us=shared[2:],
         counts=dict(zip(metrics.layer_ids, metrics.counts.unbind(), strict=True)),
     )
 

@@ -30,6 +30,7 @@ from parallel.collectives import sum_over
 from parallel.consensus import refuse_together
 from parallel.grads import nonfinite_gradients
 from parallel.shards import LocalShard
+from parallel.waiting import BusyTime
 from train.assemble import Components, device_name, run_card
 from train.checkpoint.dcp import SaveFailed, Saver, latest, load
 from train.checkpoint.identity import SavedState, changed_fields, check_same_identity, read_state, without_defaults
@@ -46,13 +47,14 @@ from train.observe.guards import (
     DeadExpertGuard,
     Diverged,
     SavesFailed,
+    StragglerGuard,
     TerminationGuard,
     TrainingStopped,
     check_any_applied,
     check_consecutive_skips,
     diverged,
 )
-from train.observe.metrics import Speed, bias_table, dead_experts, dense_bf16_peak, step_record
+from train.observe.metrics import Speed, bias_table, busy_table, dead_experts, dense_bf16_peak, step_record
 from train.observe.sinks import NoSinks, Sinks, open_sinks, write_whole
 from train.optim.balance import expert_biases
 from train.run_directory import CHECKPOINTS, LOCK, run_directory
@@ -75,6 +77,8 @@ class Trainer:
         self.directory = run_directory(config.run)
         self.state, self.spikes = TrainState(), SpikeState()
         self.dead_experts = DeadExpertGuard(config.observe.dead_expert_steps)
+        self.stragglers = StragglerGuard(config.observe.straggler_ratio, config.observe.straggler_steps)
+        self.busy, self.busy_s = BusyTime(self.mesh.device), 0.0
         peak = config.observe.peak_flops or dense_bf16_peak(device_name(self.mesh.device))
         self.saver = Saver(self.directory / CHECKPOINTS, config.checkpoint, group=components.checkpoint_group)
         flops = model_flops_per_token(config.model, sequence_length=config.data.sequence_length)
@@ -141,6 +145,7 @@ class Trainer:
             Diverged: as `fit`.
         """
         started = time.perf_counter()
+        self.busy.start()
         config, observe = self.config, self.config.observe
         now = scheduled_values(config.schedule, step=self.state.step, tokens_seen=self.state.tokens_seen)
         share = now.batch_sequences // self.mesh.dp.size
@@ -157,6 +162,7 @@ class Trainer:
             num_micro_batches=share // config.run.micro_batch_sequences,
             now=now,
             stop=stop,
+            busy_s=self.busy_s,
             health=health,
         )
         *flags, loss, norm = gradients.verdict.tolist()
@@ -173,6 +179,9 @@ class Trainer:
         record = step_record(self.state, now, gradients.logged, gradients.counts)
         # The losses have been read, so the device has finished the step, optimizer included.
         record |= self.speed.record(tokens / (time.perf_counter() - started))
+        self.busy_s = self.busy.stop()
+        # Of the step before.
+        record |= busy_table(gradients.busy_us, data_ranks=self.mesh.dp.size)
         # Tables of some steps only; every rank takes part.
         if health is not None:
             record |= health.tables()
@@ -183,6 +192,7 @@ class Trainer:
         # A step that is repeated after a resume has logged them before.
         if dead and is_new:
             sinks.event("dead_experts", step=self.state.step, steps=observe.dead_expert_steps, experts=dead)
+        self.log_stragglers(sinks, record.get("step/busy_ms", []))
         if not applied:
             self.log_skipped(sinks, score, loss=loss, norm=norm, positions=[position, end])
         if self.spikes.in_a_row >= config.spikes.max_skips or self.spikes.has_risen(config.spikes):
@@ -217,6 +227,11 @@ class Trainer:
             if self.budget_is_spent():
                 self.wait_for_save(sinks)
             self.log_evaluation(sinks)
+
+    def log_stragglers(self, sinks: Sinks | NoSinks, busy_ms: list[list[float]]) -> None:
+        """Name the ranks that have become slow, by each rank's work in the step before."""
+        for slow in self.stragglers.note(busy_ms):
+            sinks.event("straggler", step=self.state.step, **asdict(slow))
 
     def go_back(self, sinks: Sinks | NoSinks, *, spike_end: int, batch_sequences: int) -> None:
         """Take up the last good checkpoint without the data around the spikes; later checkpoints are deleted.

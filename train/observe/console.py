@@ -3,7 +3,7 @@
     tiny_fp8  ━━━━━━━━━━━━╸━━━━━━━━━━  42 %  loss 3.214  mtp 3.876  MaxVio 0.31  12.3k tok/s  ETA 1:42
 
 ETA = tokens still to come over the tokens per second of this process so far. Quiet by intent: a resume, a skipped
-step, dead experts, a replay that differs and the end of the run are announced, checkpoints are not.
+step, dead experts, a slow rank, a replay that differs and the end of the run are announced, checkpoints are not.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ _ANNOUNCED = {
     "spike": "step {step} skipped: loss {loss:.3f} is out of the band ({loss_z:.1f} deviations)",
     "rollback": "back from step {left_at_step} to step {step}; the data around the spikes is left out",
     "dead_experts": "step {step}: no token for {steps} steps: {names}",
+    "straggler": "step {step}: rank {rank} (pipeline rank {pipeline_rank}, data rank {data_rank}) is slow: it works "
+    "{busy_ms:.0f} ms a step for what takes {usual_ms:.0f} ms, {steps} steps in a row",
     "stop": "stopped after step {step}",
     "save_failed": "step {step}: {error}",
     "evaluation": "step {step}: held-out {eval/bits_per_byte:.4f} bits per byte",

@@ -1,8 +1,9 @@
-"""Guards of a training loop: against numbers that are not finite, experts that die, and being killed mid-step.
+"""Guards of a training loop: numbers that are not finite, dead experts, slow ranks, and being killed mid-step.
 
     check_consecutive_skips   several steps in a row not finite: skipping no longer helps, the run stops
     DeadExpertGuard           experts without a token for many steps in a row (arXiv:2412.19437 §2.1.2: the routing
                               bias keeps the balance, and an expert that it cannot bring back is lost)
+    StragglerGuard            a rank that is slower than the others for many steps in a row
     TerminationGuard          SIGTERM (a scheduler's notice) or Ctrl-C: finish the step, save, exit 0
 
 The trainer saves a checkpoint when it sees the exception or the flag.
@@ -10,9 +11,14 @@ The trainer saves a checkpoint when it sees the exception or the flag.
 
 from __future__ import annotations
 
+import math
 import signal
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from statistics import median_low
 from types import FrameType
 from typing import Any
 
@@ -81,6 +87,73 @@ class DeadExpertGuard:
         """Take one step's idle (layer id, expert) pairs; returns those whose `limit`-th such step in a row this was."""
         self._idle_steps = {expert: self._idle_steps.get(expert, 0) + 1 for expert in idle}
         return sorted(expert for expert, steps in self._idle_steps.items() if steps == self.limit)
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """A rank that worked `busy_ms` a step where `usual_ms` was to be expected, as means over `steps` steps."""
+
+    rank: int
+    pipeline_rank: int
+    data_rank: int
+    busy_ms: float
+    usual_ms: float
+    steps: int
+
+
+class StragglerGuard:
+    """Finds ranks that for `steps` steps in a row work more than `ratio` times longer than is usual; 0 steps: none.
+
+    Usual is the median of a rank's pipeline stage. A rank without others there has its own past share of the work: its
+    time over the median of all ranks, since a growing batch makes all of them work longer.
+    """
+
+    PAST_STEPS = 100
+    LEAST_PAST = 20
+
+    def __init__(self, ratio: float, steps: int) -> None:
+        self.ratio, self.steps = ratio, steps
+        # By rank: (busy, usual) of its slow steps in a row; of reported ones the quick steps in a row since.
+        self._slow: dict[int, list[tuple[float, float]]] = {}
+        self._reported: dict[int, int] = {}
+        self._past_shares: dict[int, deque[float]] = {}
+
+    def note(self, busy_ms: Sequence[Sequence[float]]) -> list[Straggler]:
+        """Take one step's [pipeline][data ranks] times; returns who became slow with it, once until it recovers."""
+        if self.steps == 0 or not busy_ms:
+            return []
+        found, data_ranks = list[Straggler](), len(busy_ms[0])
+        for rank, (busy, usual) in enumerate(zip(chain(*busy_ms), self._usual(busy_ms), strict=True)):
+            if busy > self.ratio * usual:
+                if rank in self._reported:
+                    self._reported[rank] = 0
+                    continue
+                streak = self._slow.setdefault(rank, [])
+                streak.append((busy, usual))
+                if len(streak) == self.steps:
+                    mean_ms, usual_ms = (round(sum(column) / self.steps, 1) for column in zip(*streak, strict=True))
+                    found.append(Straggler(rank, *divmod(rank, data_ranks), mean_ms, usual_ms, self.steps))
+                    self._reported[rank] = 0
+            else:
+                self._slow.pop(rank, None)
+                if rank in self._reported:
+                    self._reported[rank] += 1
+                    if self._reported[rank] == self.steps:
+                        del self._reported[rank]
+        return found
+
+    def _usual(self, busy_ms: Sequence[Sequence[float]]) -> list[float]:
+        """What each rank's time is compared with; infinite while it is unknown."""
+        if len(busy_ms[0]) > 1:
+            return [median_low(stage) for stage in busy_ms for _ in stage]
+        usual = []
+        times = [stage[0] for stage in busy_ms]
+        for rank, busy in enumerate(times):
+            others = median_low(times[:rank] + times[rank + 1 :])
+            past = self._past_shares.setdefault(rank, deque(maxlen=self.PAST_STEPS))
+            usual.append(others * median_low(past) if len(past) >= self.LEAST_PAST else math.inf)
+            past.append(busy / max(others, 1e-3))
+        return usual
 
 
 class TerminationGuard:

@@ -57,6 +57,7 @@ METRICS: dict[str, Metric] = {
     "schedule/mtp_weight": Metric("1", "none", "lambda, the weight of the MTP loss"),
     "speed/tokens_per_s": Metric("tokens/s", "sum", "input tokens of the step over its wall time"),
     "speed/mfu_ratio": Metric("1", "mean", "model FLOPs over the devices' dense BF16 peak, without MTP and router"),
+    "step/busy_ms": Metric("ms", "none", "[pipeline][data ranks] work without waiting in the step before", "table"),
     "moe/max_violation_ratio": Metric("1", "max", "MaxVio = (max load - mean) / mean, worst layer"),
     "moe/expert_load": Metric("1", "sum", "[layers][experts] load over the layer's mean load", "table"),
     "moe/dead_experts": Metric("experts", "sum", "(layer, expert) pairs without a token in this step", "int"),
@@ -85,6 +86,7 @@ EVENTS: dict[str, str] = {
     "spike": "a step was skipped: its loss left the band; holds the scores and the positions of its batch",
     "rollback": "the run went back to the checkpoint of this step, and drops positions; steps after it are void",
     "dead_experts": "experts got no token for observe.dead_expert_steps steps in a row; names layers and experts",
+    "straggler": "a rank was slow for observe.straggler_steps steps in a row; names it and both times",
     "records_dropped": "the disk was full for so long that lines of this file were lost; says how many",
     "stop": "the process ended its training loop",
     "replay_differs": "a step repeated after a resume did not give the logged numbers",
@@ -158,6 +160,12 @@ class Speed:
 def bias_table(biases: Tensor) -> Record:
     """The routers' biases, [layers, experts], as a table; nothing without MoE layers."""
     return {"moe/expert_bias": [[float(f"{x:.6g}") for x in layer] for layer in biases.tolist()]} if len(biases) else {}
+
+
+def busy_table(busy_us: Tensor, *, data_ranks: int) -> Record:
+    """Each rank's work in a step, [ranks] in us, as a table; nothing for one rank or while unmeasured."""
+    values = (busy_us / 1e3).view(-1, data_ranks).tolist() if len(busy_us) > 1 else []
+    return {"step/busy_ms": [[round(x, 3) for x in row] for row in values]} if any(map(any, values)) else {}
 
 
 def dead_experts(counts: Mapping[int, Tensor]) -> list[tuple[int, int]]:

@@ -56,6 +56,10 @@ class ObserveConfig:
     bias_every_steps: int = 50
     # Steps in a row without a token after which an expert is reported as dead; 0 never.
     dead_expert_steps: int = 50
+    # A rank is reported as slow that works so many times longer than is usual in its pipeline stage, for so many steps
+    # (0 never) in a row; docs/reliability.md counts the false alarms.
+    straggler_ratio: float = 1.5
+    straggler_steps: int = 10
     # Of one device, FLOP/s, for the MFU; None takes the dense BF16 peak where the device is a known one.
     peak_flops: float | None = None
 
@@ -64,9 +68,14 @@ class ObserveConfig:
             raise ValueError(f"console_every_steps is {self.console_every_steps}: it must be at least 1")
         if self.wandb not in ("off", "offline", "online"):
             raise ValueError(f"wandb is {self.wandb!r}: it must be off, offline or online")
-        for field in ("fp8_health_every_steps", "bias_every_steps", "dead_expert_steps"):
+        for field in ("fp8_health_every_steps", "bias_every_steps", "dead_expert_steps", "straggler_steps"):
             if getattr(self, field) < 0:
                 raise ValueError(f"observe.{field}={getattr(self, field)} is negative: use 1 or more, or 0 for never")
+        if not self.straggler_ratio > 1:
+            raise ValueError(
+                f"observe.straggler_ratio={self.straggler_ratio} must be above 1: give how many times longer than the "
+                "others a slow rank works, such as 1.5; observe.straggler_steps=0 reports none"
+            )
         if self.peak_flops is not None and self.peak_flops <= 0:
             raise ValueError(
                 f"observe.peak_flops={self.peak_flops} must be above 0: give FLOP/s of one device, such as 989.4e12, "

@@ -42,6 +42,7 @@ function notesOf(run) {
   const notes = run.dead ? [deadNote(run)] : [], count = kind => run.events[kind] ? run.events[kind].total : 0;
   if (count("replay_differs")) notes.push(["alarm", `${run.name}: ${count("replay_differs")} steps repeated after a resume did not give the logged numbers.`]);
   if (count("skip")) notes.push(["warn", `${run.name}: ${count("skip") === 1 ? "1 step was" : count("skip") + " steps were"} skipped: loss or gradient not finite (✕ on the curves).`]);
+  if (count("straggler")) notes.push(["warn", `${run.name}: a rank was slow, ${count("straggler")} times reported (▽ on the curves; Work of each rank shows which).`]);
   if (data.live && run.status.state === "silent") notes.push(["warn", `${run.name}: no step for ${clock(run.status.age_s)}. Is it still running?`]);
   return notes;
 }
@@ -136,6 +137,7 @@ function fillFooter() {
 }
 
 const TABLE_FIGURES = {
+  speed: [{ id: "rank-busy", title: "Work of each rank", about: "step/busy_ms: time of the step that a rank did not wait for others, over the median of its pipeline stage", wide: true, needs: ["step/busy_ms"], draws: [drawBusy] }],
   experts: [
     { id: "expert-load", title: "Expert load", about: "moe/expert_load: load over the layer's mean load", wide: true, shared: false, needs: ["moe/expert_load"], draws: [drawLoadNow, drawLoadTime] },
     { id: "expert-bias", title: "Routing bias", about: "moe/expert_bias: what is added to the score when experts are chosen", wide: true, needs: ["moe/expert_bias"], draws: [drawBias] },
@@ -236,7 +238,7 @@ function take(news) {
     const tables = data.runs[run.key]?.tables;
     data.runs[run.key] = run;
     // Tables that are shown stay until the new ones are here.
-    if (tables && (run === inspected("moe/") || run === inspected("fp8/"))) { run.tables = tables; fetchTables(run); }
+    if (tables && ["moe/", "fp8/", "step/"].some(prefix => run === inspected(prefix))) { run.tables = tables; fetchTables(run); }
   }
   const states = news.states.map(status => status.state).join() !== data.runs.map(run => run.status.state).join();
   news.states.forEach((status, key) => { if (data.runs[key]) data.runs[key].status = status; });

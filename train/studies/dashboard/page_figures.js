@@ -122,8 +122,8 @@ function clock(seconds) {
 
 const root = document.documentElement;
 const CONFIG = { responsive: true, displaylogo: false, displayModeBar: "hover", modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
-const SYMBOL = { checkpoint: "circle-open", resume: "triangle-right", skip: "x", stop: "square", replay_differs: "diamond", dead_experts: "cross", start: "circle" };
-const EVENT_TEXT = { checkpoint: "checkpoint", resume: "resumed", skip: "step skipped", stop: "end", replay_differs: "replay differs", dead_experts: "dead expert" };
+const SYMBOL = { checkpoint: "circle-open", resume: "triangle-right", skip: "x", stop: "square", replay_differs: "diamond", dead_experts: "cross", straggler: "triangle-down-open", start: "circle" };
+const EVENT_TEXT = { checkpoint: "checkpoint", resume: "resumed", skip: "step skipped", stop: "end", replay_differs: "replay differs", dead_experts: "dead expert", straggler: "slow rank" };
 const DASH = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
 const NUM_COLORS = 8;
 // Beyond this many runs, a label for each at the pointer would cover the chart.
@@ -341,7 +341,7 @@ const STATISTICS = {
 const fitsText = (rows, cells) => rows <= 20 && cells <= 14;
 
 const hasTables = (run, prefix) => run.table_names.some(name => name.startsWith(prefix));
-// The run whose tables of one kind ("moe/", "fp8/") are shown: the chosen one if it has any, else one with an alarm.
+// The run whose tables of one kind ("moe/", "fp8/", "step/") are shown: the chosen one if it has any, else one with an alarm.
 function inspected(prefix) {
   const able = data.runs.filter(run => hasTables(run, prefix));
   return able.find(run => run.key === state.inspect) || able.find(run => run.dead && run.dead.level === "alarm") || able[0];
@@ -452,6 +452,24 @@ function spread(labels, rows) {
   return labels;
 }
 
+// The slow ones of a stage stand out; in a stage of one rank, the slow moments.
+function drawBusy(figure) {
+  const table = tableOf("step/busy_ms");
+  if (!table) return empty(nothing(runOf("step/busy_ms")));
+  const run = runOf("step/busy_ms"), z = [], text = [], medianOf = row => [...row].sort((a, b) => a - b)[(row.length - 1) >> 1] || 1;
+  table.shape.forEach((ranks, stage) => {
+    const rows = layerOverTime(table, stage);
+    for (let i = 0; i < ranks; i++) {
+      z.push(rows[i].map((ms, column) => ms / medianOf(ranks > 1 ? rows.map(row => row[column]) : rows[i])));
+      text.push(rows[i].map((ms, column) => `pipeline rank ${stage}, data rank ${i}, ${spanText(table, column)}<br><b>${shownValue({}, ms)} ms</b>`));
+    }
+  });
+  figure.hint("work over the median of the pipeline stage, over the rank's own where a stage is one rank: 1 is usual");
+  return [[{
+    type: "heatmap", x: columnTimes(run, table), z, text, ...loadScale(), hoverongaps: false, showscale: false, hovertemplate: "rank %{y}, %{text}, %{z:.2f} × usual<extra></extra>",
+  }], layoutOf({ hovermode: "closest", margin: { l: 56, r: 14, t: 12, b: 44 }, yaxis: axisLayout({ showgrid: false, range: [z.length - .5, -.5], ...integerTicks(z.length), title: axisTitle("rank") }) })];
+}
+
 const layerName = (run, row) => run.layer_ids.length > row ? String(run.layer_ids[row]) : String(row);
 const shownValue = (statistic, value) => value === null ? "" : statistic.percent ? (100 * value).toPrecision(2) + " %" : Math.abs(value) >= 1e5 || (value !== 0 && Math.abs(value) < 1e-3) ? value.toExponential(1) : String(Number(value.toPrecision(3)));
 
@@ -509,13 +527,14 @@ function momentSlider(table) {
   return element("label", "slider", "Moment ", slider, text);
 }
 
-const tableFigures = () => figures.filter(figure => ["expert-load", "expert-bias", "fp8-health"].includes(figure.id));
+const tableFigures = () => figures.filter(figure => ["expert-load", "expert-bias", "fp8-health", "rank-busy"].includes(figure.id));
 
 // Filled again whenever the inspected run, its tables or the choice change.
 function fillTableControls() {
   for (const figure of tableFigures()) {
     // A control that is being used stays.
     if (figure.controls.contains(document.activeElement)) continue;
+    if (figure.id === "rank-busy") { fillBusyControls(figure); continue; }
     const isFp8 = figure.id === "fp8-health", name = isFp8 ? state.statistic : figure.id === "expert-bias" ? "moe/expert_bias" : "moe/expert_load";
     const prefix = isFp8 ? "fp8/" : "moe/", able = data.runs.filter(run => hasTables(run, prefix)), parts = [];
     const again = () => { redraw(tableFigures()); document.activeElement.blur(); fillTableControls(); };
@@ -531,6 +550,11 @@ function fillTableControls() {
     }
     figure.controls.replaceChildren(...parts);
   }
+}
+
+function fillBusyControls(figure) {
+  const able = data.runs.filter(run => hasTables(run, "step/")), again = value => { state.inspect = Number(value); redraw(tableFigures()); document.activeElement.blur(); fillTableControls(); };
+  figure.controls.replaceChildren(...(able.length > 1 ? [select("Run", able.map(run => [run.key, run.name]), inspected("step/").key, again)] : []));
 }
 
 // Clicks: a row left chooses the layer, a column right the moment.
