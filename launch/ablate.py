@@ -12,7 +12,10 @@ import os
 import sys
 from pathlib import Path
 
+from launch.threads import spin_default
+
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.update(spin_default(os.environ))
 
 from train.data.ingest import Recipe, prepare
 from train.studies.ablation.runs import QUICK, Size, ablate, choose, variants

@@ -11,7 +11,10 @@ import os
 import sys
 from pathlib import Path
 
+from launch.threads import spin_default
+
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.update(spin_default(os.environ))
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 from rich.console import Console

@@ -9,11 +9,16 @@ beginnings of a store's documents (docs/generation.md). Bad input ends with one 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+from launch.threads import spin_default
+
+os.environ.update(spin_default(os.environ))
 
 BAD_INPUT, INTERRUPTED = 2, 130
 

@@ -15,10 +15,13 @@ import signal
 import sys
 import time
 
+from launch.threads import spin_default
+
 # Kept before the imports, which take seconds: a launcher that dies meanwhile would not be missed.
 os.environ["V3FP8_LAUNCHER_PID"] = str(os.getppid())
 # cuBLAS repeats bit for bit only with a fixed workspace; it reads this once, when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.update(spin_default(os.environ))
 
 from torch.distributed.rendezvous import rendezvous
 

@@ -14,7 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
+from launch.threads import spin_default
+
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.update(spin_default(os.environ))
 
 from train.assemble import choose_device
 from train.evaluate.exact_match import Attempts

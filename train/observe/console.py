@@ -3,10 +3,14 @@
     tiny_fp8  ━━━━━━━━━━━━╸━━━━━━━━━━  42 %  loss 3.214  mtp 3.876  MaxVio 0.31  12.3k tok/s  ETA 1:42
 
 ETA = tokens still to come over the tokens per second of this process so far. Quiet by intent: a resume, a skipped
-step, dead experts, a slow rank, a replay that differs and the end of the run are announced, checkpoints are not.
+step, dead experts, a slow rank, a replay that differs and the end of the run are announced, checkpoints are not. A run
+that has become far slower than it was says once what may help.
 """
 
 from __future__ import annotations
+
+import time
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -17,6 +21,10 @@ from train.observe.metrics import Record
 _MAX_REDRAWS_PER_S = 8.0
 # Dead experts that are named; metrics.jsonl names all.
 _NAMED = 4
+
+# A run has become slow when its speed was below this share of its best for so long, and for so many steps: one step may
+# take long by itself (a paused process, a sampled step).
+_SLOW_SHARE, _SLOW_S, _SLOW_STEPS = 0.25, 20.0, 5
 
 _STATUS = {"loss/main": "loss {:.3f}", "loss/mtp": "mtp {:.3f}", "moe/max_violation_ratio": "MaxVio {:.2f}"}
 
@@ -39,13 +47,23 @@ class ConsoleSink:
     """A bar if `progress` and the console is a terminal, else a line every `every_steps`; no ETA without a total."""
 
     def __init__(
-        self, *, progress: bool, every_steps: int, total_tokens: int | None, name: str, console: Console | None = None
+        self,
+        *,
+        progress: bool,
+        every_steps: int,
+        total_tokens: int | None,
+        name: str,
+        console: Console | None = None,
+        clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console or Console(highlight=False)
         self._every_steps, self._total_tokens, self._name = every_steps, total_tokens, name
         self._first: Record | None = None
         self._pending: Record | None = None
         self._last_drawn_unix_s = 0.0
+        self._clock_s, self._best_tokens_per_s = clock_s, 0.0
+        # When the slow steps in a row began and how many they are; None once that was said.
+        self._slow: tuple[float, int] | None = (0.0, 0)
         self._bar: Progress | None = None
         self._task = TaskID(0)
         if progress and self._console.is_terminal:
@@ -60,6 +78,8 @@ class ConsoleSink:
             due = record["time_unix_s"] - self._last_drawn_unix_s >= 1.0 / _MAX_REDRAWS_PER_S
         if due:
             self._draw()
+        if "speed/tokens_per_s" in record and self._slow is not None:
+            self._watch_speed(record["step"], record["speed/tokens_per_s"], *self._slow)
 
     def event(self, event: Record) -> None:
         """Announce what asks for attention."""
@@ -78,6 +98,21 @@ class ConsoleSink:
         if self._bar:
             self._bar.stop()
             self._bar = None
+
+    def _watch_speed(self, step: int, tokens_per_s: float, since_s: float, steps: int) -> None:
+        self._best_tokens_per_s = max(self._best_tokens_per_s, tokens_per_s)
+        now_s = self._clock_s()
+        if tokens_per_s >= _SLOW_SHARE * self._best_tokens_per_s:
+            self._slow = (now_s, 0)
+            return
+        self._slow = (since_s, steps + 1)
+        if now_s - since_s >= _SLOW_S and steps + 1 >= _SLOW_STEPS:
+            self._slow = None
+            self._print(
+                f"step {step}: {_short(tokens_per_s)} tok/s, where it was {_short(self._best_tokens_per_s)}. Is this "
+                "machine busy with other work? On a CPU it helps to stop that, or to start again with "
+                "OMP_WAIT_POLICY=passive in the environment or with fewer threads (run.threads)"
+            )
 
     def _start_bar(self) -> None:
         self._bar = Progress(

@@ -58,7 +58,7 @@ class ObserveConfig:
     dead_expert_steps: int = 50
     # A rank is reported as slow that works so many times longer than is usual in its pipeline stage, for so many steps
     # (0 never) in a row; docs/reliability.md counts the false alarms.
-    straggler_ratio: float = 1.5
+    straggler_ratio: float = 2.0
     straggler_steps: int = 10
     # Of one device, FLOP/s, for the MFU; None takes the dense BF16 peak where the device is a known one.
     peak_flops: float | None = None
@@ -74,7 +74,7 @@ class ObserveConfig:
         if not self.straggler_ratio > 1:
             raise ValueError(
                 f"observe.straggler_ratio={self.straggler_ratio} must be above 1: give how many times longer than the "
-                "others a slow rank works, such as 1.5; observe.straggler_steps=0 reports none"
+                "others a slow rank works, such as 2; observe.straggler_steps=0 reports none"
             )
         if self.peak_flops is not None and self.peak_flops <= 0:
             raise ValueError(
