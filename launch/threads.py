@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 SETTINGS_OF_A_USER = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
 # 2026-11-29, two cores of a Xeon, torch 2.13.0.
-SPIN_TURNS = 10_000
+SPIN_TURNS = 3_000
 
 
 def spin_default(given: Mapping[str, str]) -> dict[str, str]:

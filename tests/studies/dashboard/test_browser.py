@@ -265,6 +265,13 @@ def test_the_heat_map_moves_in_time_with_the_slider(fresh: Tab):
     assert z == [[1.5, 0.5, 1, 1], [1, 1, 0.25, 1.75], [1, 1, 1, 1]]
 
 
+def test_the_slow_rank_stands_out_among_its_stage(seen: Tab):
+    show(seen, "rank-busy")
+    trace = "document.querySelector('#rank-busy .plot').data[0]"
+    assert seen.value(f"{trace}.z.map(row => row[59])") == [1, 3, 1, 1]
+    assert "pipeline rank 0, data rank 1, step 60<br><b>300 ms" in seen.value(f"{trace}.text[1][59]")
+
+
 def test_the_page_follows_the_reader_into_the_dark(chromium: Chromium, page: Path):
     light = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).reduce((sum, part) => sum + +part, 0)"
     with opened(chromium, page.as_uri(), dark=True) as tab:
