@@ -59,7 +59,7 @@ class ObserveConfig:
     # A rank is reported as slow that works so many times longer than is usual in its pipeline stage, for so many steps
     # (0 never) in a row; docs/reliability.md counts the false alarms.
     straggler_ratio: float = 2.0
-    straggler_steps: int = 10
+    straggler_steps: int = 5
     # Of one device, FLOP/s, for the MFU; None takes the dense BF16 peak where the device is a known one.
     peak_flops: float | None = None
 
