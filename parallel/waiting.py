@@ -1,13 +1,13 @@
-"""How long this rank works in a step, without the time in which it waits for others: by that a slow rank is known.
+"""How long this rank works in each phase of a step, without waiting for others: by that a slow rank is known.
 
 In a synchronous step all ranks take equally long; the slow one waits least for the others' messages.
 
-    busy = wall time of the step - time in `waiting()` + time in `working()`, which stands inside a `waiting()`
+    busy = wall time of the phase - time in `waiting()` + time in `working()`, which stands inside a `waiting()`
 
 On a CPU a message blocks the host. Time in which the thread could run but got no core does not count, where the kernel
 says how long that was (Linux): a machine that is busy with other work makes no rank slow, a rank that sleeps or reads
 a slow disk is. On a GPU the host does not block: events on its stream bound the same sections and are read when the
-host has waited for the step anyway. Then a host that is late with its launches counts as busy.
+host has waited for the phase anyway. Then a host that is late with its launches counts as busy.
 """
 
 from __future__ import annotations
@@ -31,20 +31,30 @@ class BusyTime:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._began_s = 0.0
-        # (sign, begin, end) of each section.
+        self._phases_s: list[float] = []
+        # (sign, begin, end) of each section of the phase.
         self._sections: list[tuple[int, float | torch.cuda.Event, float | torch.cuda.Event]] = []
 
     def start(self) -> None:
-        """Begin a step."""
+        """Begin a step and its first phase."""
         BusyTime.measured = self
+        self._phases_s = []
         self._sections.clear()
         self._began_s = self._host_s()
 
-    def stop(self) -> float:
-        """End the step, which the device has finished; seconds that this rank was busy in it."""
-        BusyTime.measured = None
+    def end_phase(self) -> None:
+        """Begin the next phase; the device has finished this one."""
+        ended_s = self._host_s()
         waited_s = sum(sign * _seconds(begin, end) for sign, begin, end in self._sections)
-        return self._host_s() - self._began_s - waited_s
+        self._phases_s.append(ended_s - self._began_s - waited_s)
+        self._sections.clear()
+        self._began_s = ended_s
+
+    def stop(self) -> list[float]:
+        """End the step and its last phase; seconds that this rank was busy in each."""
+        self.end_phase()
+        BusyTime.measured = None
+        return self._phases_s
 
     @contextmanager
     def section(self, sign: int) -> Iterator[None]:

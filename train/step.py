@@ -14,7 +14,7 @@ waits for the device inside a step, under expert parallelism only: a read of cou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +66,7 @@ class StepGradients:
     grad_norm: Tensor
     finite: Tensor  # whether losses and gradients are
     stop: Tensor  # whether any rank was asked to stop
-    busy_us: Tensor  # [ranks] int64, what each rank gave as `busy_s`
+    busy_us: Tensor  # [ranks, phases] int64, what each rank gave as `busy_s`
     counts: dict[int, Tensor]  # layer id -> [experts] int64 over the whole step
 
     @property
@@ -93,7 +93,7 @@ def compute_gradients(
     num_micro_batches: int,
     now: ScheduledValues,
     stop: bool = False,
-    busy_s: float = 0.0,
+    busy_s: Sequence[float] = (0.0,),
     health: Fp8Health | None = None,
 ) -> StepGradients:
     """Forward and backward over every micro-batch; leaves clipped mean gradients in what the optimizer updates.
@@ -104,7 +104,7 @@ def compute_gradients(
         num_micro_batches: of the share; any of them may lack targets.
         now: scheduled values of this step.
         stop: whether this rank was asked to stop.
-        busy_s: how long this rank worked in the step before.
+        busy_s: how long this rank worked in each phase of the step before.
         health: observes the FP8 operands of the first micro-batch; on all ranks or on none.
     Returns:
         StepGradients; reading any of its tensors synchronises.
@@ -113,9 +113,10 @@ def compute_gradients(
     optimizer.zero_grad()
     metrics = StepMetrics(config, mesh.device)
     # Ranks of one pipeline hold the same tokens: its first rank counts them.
-    busy = [0] * mesh.world.size
-    busy[mesh.rank] = round(busy_s * 1e6)
-    own = torch.tensor([batch.num_targets if mesh.pp.rank == 0 else 0, int(stop), *busy])
+    busy = torch.zeros(mesh.world.size, len(busy_s), dtype=torch.int64)
+    busy[mesh.rank] = torch.tensor([round(seconds * 1e6) for seconds in busy_s])
+    flags = torch.tensor([batch.num_targets if mesh.pp.rank == 0 else 0, int(stop)])
+    own = torch.cat((flags, busy.flatten()))
     shared = sum_over(own.to(mesh.device, non_blocking=True), mesh.world)
     num_targets, num_stops = shared[:2].unbind()
     weights = LossWeights(now.mtp_weight, now.balance_alpha, num_targets, now.batch_sequences)
@@ -140,7 +141,7 @@ def compute_gradients(
         grad_norm=norm.norm,
         finite=norm.finite & torch.isfinite(total),
         stop=num_stops > 0,
-        busy_us=shared[2:],
+        busy_us=shared[2:].view_as(busy),
         counts=dict(zip(metrics.layer_ids, metrics.counts.unbind(), strict=True)),
     )
 

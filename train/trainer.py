@@ -54,7 +54,16 @@ from train.observe.guards import (
     check_consecutive_skips,
     diverged,
 )
-from train.observe.metrics import Speed, bias_table, busy_table, dead_experts, dense_bf16_peak, step_record
+from train.observe.metrics import (
+    PHASES,
+    Record,
+    Speed,
+    bias_table,
+    busy_tables,
+    dead_experts,
+    dense_bf16_peak,
+    step_record,
+)
 from train.observe.sinks import NoSinks, Sinks, open_sinks, write_whole
 from train.optim.balance import expert_biases
 from train.run_directory import CHECKPOINTS, LOCK, run_directory
@@ -78,7 +87,7 @@ class Trainer:
         self.state, self.spikes = TrainState(), SpikeState()
         self.dead_experts = DeadExpertGuard(config.observe.dead_expert_steps)
         self.stragglers = StragglerGuard(config.observe.straggler_ratio, config.observe.straggler_steps)
-        self.busy, self.busy_s = BusyTime(self.mesh.device), 0.0
+        self.busy, self.busy_s = BusyTime(self.mesh.device), [0.0] * len(PHASES)
         peak = config.observe.peak_flops or dense_bf16_peak(device_name(self.mesh.device))
         self.saver = Saver(self.directory / CHECKPOINTS, config.checkpoint, group=components.checkpoint_group)
         flops = model_flops_per_token(config.model, sequence_length=config.data.sequence_length)
@@ -153,6 +162,7 @@ class Trainer:
         position = position_of(first, self.spikes.dropped)
         end = position_of(first + now.batch_sequences - 1, self.spikes.dropped) + 1
         batch = self.components.stream.take(first + self.mesh.dp.rank * share, share)
+        self.busy.end_phase()
         health: Fp8Health | None = None
         if config.precision.name == "fp8" and observe.due(self.state.step + 1, observe.fp8_health_every_steps):
             health = Fp8Health(config.model, self.engine.models, self.mesh.device)
@@ -166,6 +176,7 @@ class Trainer:
             health=health,
         )
         *flags, loss, norm = gradients.verdict.tolist()
+        self.busy.end_phase()
         finite, self.stop_agreed = map(bool, flags)
         score = self.spikes.score(config.spikes, loss=loss, norm=norm) if finite else None
         if applied := finite and not (score and score.is_spike):
@@ -181,7 +192,7 @@ class Trainer:
         record |= self.speed.record(tokens / (time.perf_counter() - started))
         self.busy_s = self.busy.stop()
         # Of the step before.
-        record |= busy_table(gradients.busy_us, data_ranks=self.mesh.dp.size)
+        record |= busy_tables(gradients.busy_us, data_ranks=self.mesh.dp.size)
         # Tables of some steps only; every rank takes part.
         if health is not None:
             record |= health.tables()
@@ -192,7 +203,7 @@ class Trainer:
         # A step that is repeated after a resume has logged them before.
         if dead and is_new:
             sinks.event("dead_experts", step=self.state.step, steps=observe.dead_expert_steps, experts=dead)
-        self.log_stragglers(sinks, record.get("step/busy_ms", []))
+        self.log_stragglers(sinks, record)
         if not applied:
             self.log_skipped(sinks, score, loss=loss, norm=norm, positions=[position, end])
         if self.spikes.in_a_row >= config.spikes.max_skips or self.spikes.has_risen(config.spikes):
@@ -228,10 +239,12 @@ class Trainer:
                 self.wait_for_save(sinks)
             self.log_evaluation(sinks)
 
-    def log_stragglers(self, sinks: Sinks | NoSinks, busy_ms: list[list[float]]) -> None:
-        """Name the ranks that have become slow, by each rank's work in the step before."""
-        for slow in self.stragglers.note(busy_ms):
-            sinks.event("straggler", step=self.state.step, **asdict(slow))
+    def log_stragglers(self, sinks: Sinks | NoSinks, record: Record) -> None:
+        """Name the ranks that have become slow, by each rank's work in the step before, and their longest phase."""
+        for slow in self.stragglers.note(record.get("step/busy_ms", [])):
+            times_ms = {phase: record[f"step/{phase}_ms"][slow.pipeline_rank][slow.data_rank] for phase in PHASES}
+            longest = max(PHASES, key=times_ms.__getitem__)
+            sinks.event("straggler", step=self.state.step, **asdict(slow), phase=longest)
 
     def go_back(self, sinks: Sinks | NoSinks, *, spike_end: int, batch_sequences: int) -> None:
         """Take up the last good checkpoint without the data around the spikes; later checkpoints are deleted.

@@ -118,7 +118,15 @@ def test_the_first_step_and_every_nth_after_it_are_due() -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["observe.fp8_health_every_steps=-1", "observe.dead_expert_steps=-2", "observe.peak_flops=0"]
+    "override",
+    [
+        "observe.fp8_health_every_steps=-1",
+        "observe.dead_expert_steps=-2",
+        "observe.peak_flops=0",
+        "observe.straggler_steps=-1",
+        "observe.straggler_ratio=1",
+        "observe.straggler_ratio=.nan",
+    ],
 )
 def test_a_value_out_of_range_is_refused_by_name(override: str) -> None:
     with pytest.raises(ValueError, match=override.split("=", maxsplit=1)[0]):

@@ -1,7 +1,8 @@
 """Which rank is slow: its work is told apart from its waiting on every kind of layout, and it is named once.
 
-Time is a clock of our own: every message takes 1000 s, a stage's forward 1 s, on the slow rank 3 s, all else none. So a
-message that were counted as work, or a chunk of work as waiting, shows in every digit.
+Time is a clock of our own: every message takes 1000 s, a stage's forward 1 s, on the slow rank 3 s, the batch and the
+update less than one, all else none. So a message that were counted as work, a chunk of work as waiting, or work in
+another phase, shows in every digit.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from parallel import waiting
 from tests.ranks import run_ranks
 from tests.system.lives import trainer_on
 from train.config import compose
+from train.data.stream import TokenStream
 from train.observe.guards import Straggler, StragglerGuard
 from train.observe.sinks import read_events, read_run
+from train.optim.adamw import AdamW
 from train.stage import Stage
 
 Overrides = Callable[..., list[str]]
 SLOW_RANK, FACTOR, STEPS, MESSAGE_S = 1, 3.0, 4, 1000.0
+DATA_S, UPDATE_S = 0.25, 0.125
 # Layout -> stages on a rank; four sequences a step are 4 / dp micro-batches.
 LAYOUTS = {
     "dp=2,ep=2": 1,
@@ -47,6 +51,8 @@ def train(rank: int, world: int, overrides: list[str]) -> None:
     waiting.without_core_s = lambda: 0.0
     for owner, name in ((dist, "all_reduce"), (dist, "all_to_all_single"), (dist.Work, "wait")):
         setattr(owner, name, taking(MESSAGE_S, getattr(owner, name)))
+    TokenStream.take = taking(DATA_S, TokenStream.take)  # type: ignore[method-assign]
+    AdamW.step = taking(UPDATE_S, AdamW.step)  # type: ignore[method-assign]
     Stage.forward = taking(FACTOR if rank == SLOW_RANK else 1.0, Stage.forward)  # type: ignore[method-assign]
     trainer_on(compose(overrides), world).fit()
 
@@ -67,13 +73,15 @@ def test_work_is_told_apart_from_waiting_and_the_slow_rank_is_named_once(
         f"observe.straggler_steps={STEPS}",
     ]
     run_ranks(pp * dp, train, small_run(*changes, f"run.directory={tmp_path}", "run.name=run"))
-    usual_ms = 1e3 * LAYOUTS[layout] * 4 / dp
-    ranks = [usual_ms * (FACTOR if rank == SLOW_RANK else 1.0) for rank in range(pp * dp)]
-    table = [ranks[stage * dp : (stage + 1) * dp] for stage in range(pp)]
-    assert [record.get("step/busy_ms") for record in read_run(tmp_path / "run")] == [None, *[table] * 6]
+    gradients_ms = [1e3 * LAYOUTS[layout] * 4 / dp * (FACTOR if rank == SLOW_RANK else 1.0) for rank in range(pp * dp)]
+    phases_ms = {"data": [1e3 * DATA_S] * pp * dp, "gradients": gradients_ms, "update": [1e3 * UPDATE_S] * pp * dp}
+    busy_ms = [sum(phases) for phases in zip(*phases_ms.values(), strict=True)]
+    for name, times in {"busy": busy_ms, **phases_ms}.items():
+        table = [times[stage * dp : (stage + 1) * dp] for stage in range(pp)]
+        assert [record.get(f"step/{name}_ms") for record in read_run(tmp_path / "run")] == [None, *[table] * 6], name
     (event,) = [event for event in read_events(tmp_path / "run") if event["event"] == "straggler"]
     expected = {"step": STEPS + 1, "rank": SLOW_RANK, "pipeline_rank": 0, "data_rank": 1, "steps": STEPS}
-    expected |= {"busy_ms": usual_ms * FACTOR, "usual_ms": usual_ms}
+    expected |= {"busy_ms": busy_ms[SLOW_RANK], "usual_ms": busy_ms[0], "phase": "gradients"}
     assert {name: event[name] for name in expected} == expected
 
 

@@ -35,7 +35,7 @@ _ANNOUNCED = {
     "rollback": "back from step {left_at_step} to step {step}; the data around the spikes is left out",
     "dead_experts": "step {step}: no token for {steps} steps: {names}",
     "straggler": "step {step}: rank {rank} (pipeline rank {pipeline_rank}, data rank {data_rank}) is slow: it works "
-    "{busy_ms:.0f} ms a step for what takes {usual_ms:.0f} ms, {steps} steps in a row",
+    "{busy_ms:.0f} ms a step for what takes {usual_ms:.0f} ms, {steps} steps in a row (longest phase: {phase})",
     "stop": "stopped after step {step}",
     "save_failed": "step {step}: {error}",
     "evaluation": "step {step}: held-out {eval/bits_per_byte:.4f} bits per byte",

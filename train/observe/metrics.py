@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # A record, or an event: one line of metrics.jsonl.
 Record = dict[str, Any]
+# Of a step, in the order of `BusyTime.end_phase`.
+PHASES = ("data", "gradients", "update")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,9 @@ METRICS: dict[str, Metric] = {
     "speed/tokens_per_s": Metric("tokens/s", "sum", "input tokens of the step over its wall time"),
     "speed/mfu_ratio": Metric("1", "mean", "model FLOPs over the devices' dense BF16 peak, without MTP and router"),
     "step/busy_ms": Metric("ms", "none", "[pipeline][data ranks] work without waiting in the step before", "table"),
+    "step/data_ms": Metric("ms", "none", "of it, taking the batch", "table"),
+    "step/gradients_ms": Metric("ms", "none", "of it, forward, backward and the reduction", "table"),
+    "step/update_ms": Metric("ms", "none", "of it, optimizer and biases", "table"),
     "moe/max_violation_ratio": Metric("1", "max", "MaxVio = (max load - mean) / mean, worst layer"),
     "moe/expert_load": Metric("1", "sum", "[layers][experts] load over the layer's mean load", "table"),
     "moe/dead_experts": Metric("experts", "sum", "(layer, expert) pairs without a token in this step", "int"),
@@ -86,7 +91,7 @@ EVENTS: dict[str, str] = {
     "spike": "a step was skipped: its loss left the band; holds the scores and the positions of its batch",
     "rollback": "the run went back to the checkpoint of this step, and drops positions; steps after it are void",
     "dead_experts": "experts got no token for observe.dead_expert_steps steps in a row; names layers and experts",
-    "straggler": "a rank was slow for observe.straggler_steps steps in a row; names it and both times",
+    "straggler": "a rank was slow for observe.straggler_steps steps in a row; names it, both times and the phase",
     "records_dropped": "the disk was full for so long that lines of this file were lost; says how many",
     "stop": "the process ended its training loop",
     "replay_differs": "a step repeated after a resume did not give the logged numbers",
@@ -162,10 +167,17 @@ def bias_table(biases: Tensor) -> Record:
     return {"moe/expert_bias": [[float(f"{x:.6g}") for x in layer] for layer in biases.tolist()]} if len(biases) else {}
 
 
-def busy_table(busy_us: Tensor, *, data_ranks: int) -> Record:
-    """Each rank's work in a step, [ranks] in us, as a table; nothing for one rank or while unmeasured."""
-    values = (busy_us / 1e3).view(-1, data_ranks).tolist() if len(busy_us) > 1 else []
-    return {"step/busy_ms": [[round(x, 3) for x in row] for row in values]} if any(map(any, values)) else {}
+def busy_tables(busy_us: Tensor, *, data_ranks: int) -> Record:
+    """Each rank's work in a step, [ranks, phases] in us, as tables; nothing for one rank or while unmeasured."""
+    ranks = busy_us.tolist()
+    if len(ranks) == 1 or not any(map(any, ranks)):
+        return {}
+    columns = {"busy": map(sum, ranks)} | dict(zip(PHASES, zip(*ranks, strict=True), strict=True))
+    tables = {}
+    for name, column in columns.items():
+        ms = [us / 1e3 for us in column]
+        tables[f"step/{name}_ms"] = [ms[first : first + data_ranks] for first in range(0, len(ms), data_ranks)]
+    return tables
 
 
 def dead_experts(counts: Mapping[int, Tensor]) -> list[tuple[int, int]]:

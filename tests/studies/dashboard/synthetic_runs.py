@@ -46,6 +46,9 @@ def with_tables(line: Record, *, dead: bool = False) -> Record:
     tables["moe/expert_bias"] = [[0.001 * step * (expert - 1.5) for expert in range(EXPERTS)] for _ in range(LAYERS)]
     # Rank 1 of four is three times slower than its stage; the other stage has less to do.
     tables["step/busy_ms"] = [[100.0, 300.0], [50.0, 50.0]]
+    tables["step/data_ms"] = [[10.0, 210.0], [10.0, 10.0]]
+    tables["step/gradients_ms"] = [[80.0, 80.0], [30.0, 30.0]]
+    tables["step/update_ms"] = [[10.0, 10.0], [10.0, 10.0]]
     line = line | tables
     if dead:
         line |= {"moe/dead_experts": 1, "moe/expert_load": [[1.0] * 4, [1.5, 1.5, 0.0, 1.0], [1.0] * 4]}

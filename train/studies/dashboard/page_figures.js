@@ -452,16 +452,18 @@ function spread(labels, rows) {
   return labels;
 }
 
+const PHASES = { "step/data_ms": "data", "step/gradients_ms": "forward and backward", "step/update_ms": "update" };
 // The slow ones of a stage stand out; in a stage of one rank, the slow moments.
 function drawBusy(figure) {
   const table = tableOf("step/busy_ms");
   if (!table) return empty(nothing(runOf("step/busy_ms")));
+  const phases = Object.entries(PHASES).map(([name, label]) => [label, tableOf(name)]).filter(([, one]) => one);
   const run = runOf("step/busy_ms"), z = [], text = [], medianOf = row => [...row].sort((a, b) => a - b)[(row.length - 1) >> 1] || 1;
   table.shape.forEach((ranks, stage) => {
-    const rows = layerOverTime(table, stage);
+    const rows = layerOverTime(table, stage), parts = phases.map(([label, one]) => [label, layerOverTime(one, stage)]);
     for (let i = 0; i < ranks; i++) {
       z.push(rows[i].map((ms, column) => ms / medianOf(ranks > 1 ? rows.map(row => row[column]) : rows[i])));
-      text.push(rows[i].map((ms, column) => `pipeline rank ${stage}, data rank ${i}, ${spanText(table, column)}<br><b>${shownValue({}, ms)} ms</b>`));
+      text.push(rows[i].map((ms, column) => `pipeline rank ${stage}, data rank ${i}, ${spanText(table, column)}<br><b>${shownValue({}, ms)} ms</b>${parts.map(([label, one]) => `<br>${label} ${shownValue({}, one[i]?.[column] ?? null)} ms`).join("")}`));
     }
   });
   figure.hint("work over the median of the pipeline stage, over the rank's own where a stage is one rank: 1 is usual");

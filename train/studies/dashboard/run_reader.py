@@ -38,6 +38,9 @@ CONFIG_FILE = "config.yaml"
 # Tables that are drawn, and how one cell of the picture is made of several steps.
 TABLES: dict[str, Reduction] = {
     "step/busy_ms": "mean",
+    "step/data_ms": "mean",
+    "step/gradients_ms": "mean",
+    "step/update_ms": "mean",
     "moe/expert_load": "mean",
     "moe/expert_bias": "last",
     "fp8/amax": "max",
