@@ -42,7 +42,7 @@ function notesOf(run) {
   const notes = run.dead ? [deadNote(run)] : [], count = kind => run.events[kind] ? run.events[kind].total : 0;
   if (count("replay_differs")) notes.push(["alarm", `${run.name}: ${count("replay_differs")} steps repeated after a resume did not give the logged numbers.`]);
   if (count("skip")) notes.push(["warn", `${run.name}: ${count("skip") === 1 ? "1 step was" : count("skip") + " steps were"} skipped: loss or gradient not finite (✕ on the curves).`]);
-  if (count("straggler")) notes.push(["warn", `${run.name}: a rank was slow, ${count("straggler")} times reported (▽ on the curves; Work of each rank shows which).`]);
+  if (count("straggler")) notes.push(["warn", `${run.name}: a slow rank was reported ${count("straggler") === 1 ? "once" : count("straggler") + " times"} (▽ on the curves; Work of each rank shows which).`]);
   if (data.live && run.status.state === "silent") notes.push(["warn", `${run.name}: no step for ${clock(run.status.age_s)}. Is it still running?`]);
   return notes;
 }
