@@ -12,6 +12,7 @@ import pytest
 from train.spikes import LEAST_HISTORY, Applied, SpikeConfig, SpikeState, rollback_order
 
 POLICY = SpikeConfig(window_steps=8)
+SPIKES = SpikeState(in_a_row=3, first_skipped=13)
 
 
 def state_after(losses: list[float], norms: list[float] | None = None, policy: SpikeConfig = POLICY) -> SpikeState:
@@ -57,10 +58,12 @@ def test_a_loss_far_above_is_a_spike_and_a_norm_only_with_support(loss: float, n
 
 def test_spikes_count_in_a_row_and_a_step_that_is_not_finite_neither_counts_nor_ends_the_row() -> None:
     state = state_after([3.0] * 8)
-    for is_spike, in_a_row in ((True, 1), (False, 1), (True, 2)):
-        state = state.after_skipped(is_spike=is_spike)
-        assert state.in_a_row == in_a_row
-    assert state.after_applied(POLICY, position=0, loss=3.0, norm=1.0).in_a_row == 0
+    for step, is_spike, in_a_row in ((9, False, 0), (10, True, 1), (11, False, 1), (12, True, 2)):
+        state = state.after_skipped(step=step, is_spike=is_spike)
+        assert (state.in_a_row, state.first_skipped) == (in_a_row, 9)
+    for policy in (POLICY, replace(POLICY, window_steps=0)):
+        after = state.after_applied(policy, position=0, loss=3.0, norm=1.0)
+        assert (after.in_a_row, after.first_skipped) == (0, 0)
 
 
 def test_a_loss_that_rises_slowly_has_no_spike_and_is_told_once_its_median_is_too_high() -> None:
@@ -77,10 +80,10 @@ def test_a_checkpoint_is_good_when_enough_steps_stayed_in_the_band_after_it() ->
     state = state_after([3.0] * 8).after_save(8)
     assert [state.proven(POLICY, step=step).good_step for step in (8, 12, 13)] == [0, 0, 8]
     assert state.after_save(10).proven(POLICY, step=13).good_step == 8, "the first one is looked at until it is good"
-    tried = replace(state, rollbacks=2, rolled_back_to=8)
-    assert tried.proven(POLICY, step=13).rollbacks == 2, "the checkpoint that it went back to proves nothing"
+    tried = replace(state, rollbacks=2, rolled_back_to=4, left_at=10)
+    assert tried.proven(POLICY, step=13).rollbacks == 2, "what comes before the trouble proves nothing"
     assert replace(tried, candidate=10).proven(POLICY, step=15).rollbacks == 0
-    assert state.after_skipped(is_spike=True).proven(POLICY, step=99).good_step == 0
+    assert state.after_skipped(step=9, is_spike=True).proven(POLICY, step=99).good_step == 0
     rising = state.after_applied(POLICY, position=0, loss=3.3, norm=1.0)
     for _ in range(4):
         rising = rising.after_applied(POLICY, position=0, loss=3.3, norm=1.0)
@@ -92,26 +95,35 @@ def test_each_rollback_in_a_row_leaves_out_more_on_either_side_but_nothing_befor
     for rollbacks, window in ((0, (58, 10)), (1, (52, 22)), (2, (44, 54))):
         state = replace(state_after([3.0] * 30), rollbacks=rollbacks)
         # Applied steps have the positions 0, 2, ... 58; spikes those from 60 up to 66.
-        after = state.rolled_back(saved, step=20, resumes_at=44, spike_end=66, batch_sequences=2)
+        after = state.rolled_back(saved, left_at=33, step=20, resumes_at=44, spike_end=66, batch_sequences=2)
         assert after.dropped == ((2, 1), window)
         assert (after.rollbacks, after.rolled_back_to, after.in_a_row) == (rollbacks + 1, 20, 0)
+        assert (after.left_at, after.candidate) == (33, 20)
 
 
 @pytest.mark.parametrize(
     ("state", "order"),
     [
-        (SpikeState(in_a_row=3), [10, 5]),
-        (SpikeState(in_a_row=3, good_step=5), [5]),
-        (SpikeState(in_a_row=3, rollbacks=1, rolled_back_to=10), [5, 10]),
+        (SPIKES, [10, 5, 12]),
+        (replace(SPIKES, first_skipped=12), [10, 5]),
+        (replace(SPIKES, good_step=5), [5, 10, 12]),
+        (replace(SPIKES, rollbacks=1, rolled_back_to=10), [5, 10, 12]),
         (SpikeState(good_step=10), [10, 5]),
-        (SpikeState(in_a_row=3, good_step=7), [10, 5]),
-        (SpikeState(), []),
+        (replace(SPIKES, good_step=7), [10, 5, 12]),
+        (SpikeState(first_skipped=13), []),
     ],
 )
 def test_the_run_goes_back_to_the_good_checkpoint_or_to_the_one_before_the_spikes(
     state: SpikeState, order: list[int]
 ) -> None:
-    assert rollback_order([20, 15, 10, 5], state, first_spike=13) == order
+    # That of 12 was made by a stop, where one is due every five steps.
+    assert rollback_order([20, 15, 12, 10, 5], state, every_steps=5) == order
+
+
+def test_no_checkpoint_from_before_a_row_of_skipped_steps_is_pruned_until_it_ends() -> None:
+    assert all(step in SPIKES.stay(20) for step in (5, 10, 15))
+    tried = SpikeState(good_step=5, candidate=15, rolled_back_to=10)
+    assert [tried.stay(20), replace(tried, rollbacks=1).stay(20)] == [{0, 5, 15}, {5, 10, 15}]
 
 
 def test_the_state_survives_json_to_the_bit_and_a_state_that_no_run_writes_is_refused() -> None:

@@ -19,7 +19,7 @@ Source: ours; going back and leaving data out is PaLM's remedy (arXiv:2204.02311
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from statistics import median
 from typing import Any
@@ -85,10 +85,12 @@ class SpikeState:
     history: tuple[Applied, ...] = ()  # applied steps, the newest last
     lowest_median: float | None = None  # of the loss over a full window
     in_a_row: int = 0  # spikes up to now
+    first_skipped: int = 0  # step after the last applied one, if it was skipped; 0: none was
     candidate: int = 0  # step of a checkpoint after which every step was in the band, but too few yet; 0: none
     good_step: int = 0  # of the newest checkpoint known to be good; 0: none
     rollbacks: int = 0  # in a row, without a good checkpoint since
     rolled_back_to: int = 0  # step of the last one
+    left_at: int = 0  # the furthest step at which one of them began
     dropped: Windows = ()  # positions left out of the data order
 
     def score(self, config: SpikeConfig, *, loss: float, norm: float) -> Score | None:
@@ -105,10 +107,11 @@ class SpikeState:
 
     def after_applied(self, config: SpikeConfig, *, position: int, loss: float, norm: float) -> SpikeState:
         """The state after a step in the band."""
+        state = replace(self, in_a_row=0, first_skipped=0)
         if not config.window_steps:
-            return self
+            return state
         history = (*self.history, Applied(position, loss, _log(norm)))[-config.window_steps :]
-        state = replace(self, history=history, in_a_row=0)
+        state = replace(state, history=history)
         if len(history) < config.window_steps:
             return state
         level = median(each.loss for each in history)
@@ -116,9 +119,9 @@ class SpikeState:
         is_low = level - lowest <= config.max_rise / 2
         return replace(state, lowest_median=lowest, candidate=state.candidate if is_low else 0)
 
-    def after_skipped(self, *, is_spike: bool) -> SpikeState:
+    def after_skipped(self, *, step: int, is_spike: bool) -> SpikeState:
         """The state after a step that was not applied: a spike, or not finite."""
-        return replace(self, in_a_row=self.in_a_row + is_spike, candidate=0)
+        return replace(self, in_a_row=self.in_a_row + is_spike, first_skipped=self.first_skipped or step, candidate=0)
 
     def has_risen(self, config: SpikeConfig) -> bool:
         """Whether the loss has slowly left its lowest level for good."""
@@ -127,23 +130,32 @@ class SpikeState:
         return median(each.loss for each in self.history) - self.lowest_median > config.max_rise
 
     def after_save(self, step: int) -> SpikeState:
-        """The state that the checkpoint of `step` keeps."""
+        """The state that the due checkpoint of `step` keeps; a stop's is no candidate: an unbroken run has none."""
         return replace(self, candidate=self.candidate or step)
+
+    def stay(self, step: int) -> Container[int]:
+        """Steps of checkpoints that a save of `step` must not prune."""
+        if self.first_skipped:
+            # Which of them is the last from before is known when an update is in the band again.
+            return range(step)
+        return {self.good_step, self.candidate, self.rolled_back_to if self.rollbacks else 0}
 
     def proven(self, config: SpikeConfig, *, step: int) -> SpikeState:
         """The state at the end of `step`, when a checkpoint may have become good."""
         if not self.candidate or step - self.candidate < config.good_after_steps:
             return self
-        rollbacks = 0 if self.candidate > self.rolled_back_to else self.rollbacks
+        # Not before the trouble was passed: else a run whose fault comes back at the same step would go back for ever.
+        rollbacks = 0 if self.candidate >= self.left_at else self.rollbacks
         return replace(self, candidate=0, good_step=self.candidate, rollbacks=rollbacks)
 
     def rolled_back(
-        self, saved: SpikeState, *, step: int, resumes_at: int, spike_end: int, batch_sequences: int
+        self, saved: SpikeState, *, left_at: int, step: int, resumes_at: int, spike_end: int, batch_sequences: int
     ) -> SpikeState:
         """The state after going back.
 
         Args:
             saved: that of the checkpoint.
+            left_at: step of the last spike.
             step: of the checkpoint.
             resumes_at: position in the data order at which its next step begins.
             spike_end: position after the last batch with a spike.
@@ -155,7 +167,15 @@ class SpikeState:
         end = spike_end + margin * batch_sequences
         dropped = union((*saved.dropped, *self.dropped, (first, end - first)))
         return replace(
-            saved, in_a_row=0, rollbacks=self.rollbacks + 1, rolled_back_to=step, good_step=0, dropped=dropped
+            saved,
+            in_a_row=0,
+            first_skipped=0,
+            candidate=step,
+            good_step=0,
+            rollbacks=self.rollbacks + 1,
+            rolled_back_to=step,
+            left_at=max(left_at, self.left_at),
+            dropped=dropped,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -192,17 +212,21 @@ class SpikeState:
         return state
 
 
-def rollback_order(steps: Iterable[int], state: SpikeState, *, first_spike: int) -> list[int]:
+def rollback_order(steps: Iterable[int], state: SpikeState, *, every_steps: int) -> list[int]:
     """Checkpoints to go back to, the best first: the good one, else those before the spikes; older ones after them.
 
-    One that was gone back to without success comes last.
+    One that was gone back to without success comes later, then one that was not due but made by a stop: an unbroken
+    run has none. Last come those between the good one and the spikes, for the case that all others are damaged.
     """
-    steps = sorted(steps, reverse=True)
-    before = first_spike - 1 if state.in_a_row else 0
+    steps = set(steps)
+    before = state.first_skipped - 1 if state.in_a_row else 0
     limit = state.good_step if state.good_step in steps else before
-    possible = [step for step in steps if step <= limit]
-    again = state.rolled_back_to if state.rollbacks else limit + 1
-    return [step for step in possible if step < again] + [step for step in possible if step >= again]
+
+    def rank(step: int) -> tuple[bool, bool, bool, int]:
+        failed = state.rollbacks > 0 and step >= state.rolled_back_to
+        return step > limit, step % every_steps > 0, failed, -step
+
+    return sorted((step for step in steps if step <= max(limit, before)), key=rank)
 
 
 def _log(norm: float) -> float:

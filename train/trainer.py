@@ -183,7 +183,7 @@ class Trainer:
             apply_update(self.engine, gradients, now=now, update=self.state.updates + 1)
             self.spikes = self.spikes.after_applied(config.spikes, position=position, loss=loss, norm=norm)
         else:
-            self.spikes = self.spikes.after_skipped(is_spike=finite)
+            self.spikes = self.spikes.after_skipped(step=self.state.step + 1, is_spike=finite)
         tokens = now.batch_sequences * config.data.sequence_length
         self.state = self.state.advance(sequences=now.batch_sequences, tokens=tokens, finite=finite, applied=applied)
 
@@ -231,7 +231,10 @@ class Trainer:
     def save_and_evaluate(self, sinks: Sinks | NoSinks) -> None:
         """What is due after a step."""
         self.spikes = self.spikes.proven(self.config.spikes, step=self.state.step)
-        if self.state.step % self.config.checkpoint.every_steps == 0 or self.budget_is_spent():
+        is_due = self.state.step % self.config.checkpoint.every_steps == 0
+        if is_due and self.config.spikes.window_steps:
+            self.spikes = self.spikes.after_save(self.state.step)
+        if is_due or self.budget_is_spent():
             self.save(sinks)
         if self.evaluation_is_due():
             # Nothing slow stands between the last update and the disk.
@@ -250,12 +253,15 @@ class Trainer:
         """Take up the last good checkpoint without the data around the spikes; later checkpoints are deleted.
 
         Raises:
-            Diverged: there is none, it has helped too often already, or the loss has risen slowly.
+            Diverged: there is none, or no whole one; it has helped too often already; or the loss has risen slowly.
         """
         left_at, spikes, policy = self.state.step, self.spikes, self.config.spikes
         self.wait_for_save(sinks)
-        order = partial(rollback_order, state=spikes, first_spike=left_at - spikes.in_a_row + 1)
-        path = latest(self.directory / CHECKPOINTS, group=self.components.checkpoint_group, order=order)
+        order = partial(rollback_order, state=spikes, every_steps=self.config.checkpoint.every_steps)
+        try:
+            path = latest(self.directory / CHECKPOINTS, group=self.components.checkpoint_group, order=order)
+        except ValueError as damage:
+            raise Diverged(f"step {left_at}: the loss left its band, and of those from before {damage}") from damage
         rises = spikes.has_risen(policy)
         if path is None or rises or spikes.rollbacks >= policy.max_rollbacks:
             raise diverged(left_at, path, rollbacks=spikes.rollbacks, rises=rises)
@@ -264,6 +270,7 @@ class Trainer:
         self.restore(path)
         self.spikes = spikes.rolled_back(
             self.spikes,
+            left_at=left_at,
             step=self.state.step,
             resumes_at=position_of(self.state.sequences_seen, self.spikes.dropped),
             spike_end=spike_end,
@@ -335,12 +342,10 @@ class Trainer:
             SavesFailed: as `wait_for_save`.
         """
         self.wait_for_save(sinks)
-        if self.config.spikes.window_steps:
-            self.spikes = self.spikes.after_save(self.state.step)
         counters = {"train_state": self.state.to_json(), "spikes": self.spikes.to_json()}
         state = {"identity": self.identity(), "config": asdict(self.config), **counters}
         with self.failures_counted(sinks):
-            stay = {self.spikes.good_step, self.spikes.candidate}
+            stay = self.spikes.stay(self.state.step)
             self.saver.save_async(self.state.step, self.tensors(), state, stay=stay)
             self.saved_step = self.announce_step = self.state.step
 

@@ -23,7 +23,7 @@ from tests.system.lives import Look, copied_state, look, losses, trainer_on, who
 from train.checkpoint import publish
 from train.config import PretrainConfig, compose
 from train.observe.guards import Diverged, TrainingStopped
-from train.observe.sinks import read_events, read_run
+from train.observe.sinks import NoSinks, read_events, read_run
 from train.spikes import SpikeState
 from train.trainer import Trainer
 
@@ -197,6 +197,19 @@ def test_a_run_of_which_no_step_was_applied_does_not_end_well(
     with pytest.raises(TrainingStopped, match="no step was ever applied"):
         resumed(config).fit()
     assert len(read_run(tmp_path / "run")) == 3
+
+
+def test_the_checkpoint_of_a_stop_is_no_candidate_and_where_none_is_whole_the_run_has_diverged(
+    composed: Callable[..., PretrainConfig], tmp_path: Path
+) -> None:
+    trainer = resumed(composed("schedule.total_tokens=192"))
+    trainer.fit()
+    (path,) = publish.published(tmp_path / "run/checkpoints")
+    assert (path.name, trainer.spikes.candidate) == ("step_00000003", 0)
+    (path / publish.STATE).write_text("{}")
+    trainer.spikes = replace(trainer.spikes, in_a_row=3, first_skipped=4)
+    with pytest.raises(Diverged, match=f"no checkpoint in {path.parent} is whole.*{publish.STATE} has 2 bytes"):
+        trainer.go_back(NoSinks(), spike_end=12, batch_sequences=2)
 
 
 def test_the_newest_good_checkpoint_and_every_nth_stay(config: PretrainConfig, tmp_path: Path) -> None:

@@ -147,6 +147,8 @@ def base_config(store: Path, directory: Path, size: Size, overrides: Sequence[st
         # It would sample the recipe's own linears, not a variant's.
         "observe.fp8_health_every_steps=0",
         "checkpoint.every_steps=1000000",
+        # A variant that diverges is a result; without its worst steps, or on other data, it could not be compared.
+        "spikes.window_steps=0",
     ]
     # The caller's overrides win.
     given = {override.partition("=")[0] for override in overrides}
