@@ -1,7 +1,9 @@
 """Turn text into tokenised stores.
 
     python launch/prepare.py --source data/king_james_bible/text.jsonl --out stores/demo
+    python launch/prepare.py --upgrade stores/demo
 
+The second adds to stores of an earlier version what later ones have: an index with a hash for each block of the data.
 What a source may be: train/data/sources.py. What is written: train/data/ingest.py. Bad input ends with one
 sentence and exit code 2.
 """
@@ -17,20 +19,28 @@ from pathlib import Path
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Tokenise text into stores for pre-training.")
-    parser.add_argument("--source", required=True, help="file, folder or hub dataset (owner/name[:config])")
-    parser.add_argument("--out", required=True, type=Path, help="folder to make")
+    parser.add_argument("--source", help="file, folder or hub dataset (owner/name[:config])")
+    parser.add_argument("--out", type=Path, help="folder to make")
+    parser.add_argument("--upgrade", type=Path, metavar="FOLDER", help="give stores of an earlier version their hashes")
     parser.add_argument("--text-field", default="text", help="field that holds the text (default: text)")
     parser.add_argument("--split", default="train", help="split of a hub dataset (default: train)")
     parser.add_argument("--tokenizer", default="bpe", help="bpe (train one), deepseek, or a tokenizer.json")
     parser.add_argument("--vocab-size", type=int, default=1024, help="ids of a trained one (default: 1024)")
     parser.add_argument("--heldout", type=float, default=0.1, help="share of documents kept out (default: 0.1)")
     parser.add_argument("--workers", type=int, default=1, help="processes that tokenise (default: 1)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if not options.upgrade and not (options.source and options.out):
+        parser.error("--source and --out are required, or --upgrade alone")
+    if options.upgrade and (options.source or options.out):
+        parser.error("--upgrade takes no --source and no --out")
+    return options
 
 
 def main(arguments: list[str]) -> int:
     """Prepare stores as the command line says; returns the exit code."""
     options = parse(arguments)
+    if options.upgrade:
+        return upgrade_stores(options.upgrade)
     # Worker processes do the parallel work; threads inside a forked tokeniser would be refused with a warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if options.workers <= 1 else "false")
     # Imported late: --help should not wait for `datasets`.
@@ -42,7 +52,7 @@ def main(arguments: list[str]) -> int:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        recipe = {name: value for name, value in vars(options).items() if name not in ("out", "workers")}
+        recipe = {name: value for name, value in vars(options).items() if name not in ("out", "workers", "upgrade")}
         prepared = prepare(Recipe(**recipe), options.out, workers=options.workers)
     except ValueError as error:
         print(f"prepare: {error}", file=sys.stderr)
@@ -54,6 +64,19 @@ def main(arguments: list[str]) -> int:
             f"  {store.path.name}: {manifest.documents} documents, {manifest.tokens} tokens, {manifest.text_bytes} "
             f"bytes of text ({manifest.text_bytes / manifest.tokens:.2f} a token), vocabulary {manifest.vocab_size}"
         )
+    return 0
+
+
+def upgrade_stores(folder: Path) -> int:
+    """Upgrade the stores of a folder and say which were old; returns the exit code."""
+    from train.data.upgrade import upgrade
+
+    try:
+        for store, was_old in upgrade(folder).items():
+            print(f"{store}: {'index and hashes of blocks added' if was_old else 'whole, and has its hashes'}")
+    except (ValueError, OSError) as error:
+        print(f"prepare: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

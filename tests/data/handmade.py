@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 
-from train.data.store import FileRecord, Manifest, SpecialIds, TokenStore, file_sha256
+from train.data.index import Index, scan_arrow
+from train.data.store import FileRecord, Manifest, SpecialIds, TokenStore, file_sha256, read_manifest
 
 SPECIAL = SpecialIds(bos=0, eos=1, pad=2, fim_hole=3, fim_begin=4, fim_end=5)
 
@@ -19,12 +24,14 @@ def write_store(
     text_bytes: int = 1,
     tokenizer_sha256: str = "t",
     vocab_size: int | None = None,
+    block_bytes: int = 2 * 2**20,
 ) -> TokenStore:
     """Write a store of the given documents (the last id of each counts as its end) and open it."""
     datasets.disable_progress_bars()
     features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
     rows = {"input_ids": [list(document) for document in documents]}
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(folder))
+    index, _ = scan_arrow(sorted(folder.glob("*.arrow")), dtype="int32", block_bytes=block_bytes)
     largest = max(5, *(max(document) for document in documents))
     Manifest(
         documents=len(documents),
@@ -41,7 +48,8 @@ def write_store(
         sources={},
         files={file.name: FileRecord(file.stat().st_size, file_sha256(file)) for file in folder.iterdir()},
         versions={},
-    ).write(folder)
+        block_bytes=block_bytes,
+    ).seal(folder, index)
     return TokenStore.open(folder)
 
 
@@ -52,6 +60,38 @@ def consecutive(lengths: Sequence[int], *, first: int = 10) -> list[list[int]]:
         documents.append(list(range(first, first + length)))
         first += length
     return documents
+
+
+def resealed(
+    folder: Path,
+    *,
+    block_bytes: int | None = None,
+    change_index: Callable[[Index], Index] = lambda index: index,
+    **fields: object,
+) -> Path:
+    """Give a store other hashes of its own: smaller blocks, or what an author of stores could write."""
+    manifest = read_manifest(folder)
+    block_bytes = block_bytes or manifest.block_bytes
+    files = [folder / name for name in manifest.data_files]
+    index, _ = scan_arrow(files, dtype=manifest.token_dtype, block_bytes=block_bytes)
+    replace(manifest, block_bytes=block_bytes, **fields).seal(folder, change_index(index))  # type: ignore[arg-type]
+    return folder
+
+
+def signed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a manifest with the hash that belongs to them."""
+    body = {name: value for name, value in manifest.items() if name != "sha256"}
+    return body | {"sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
+
+
+def as_format_1(folder: Path) -> Path:
+    """Take from a store what the first format did not have."""
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"format_version": 1}
+    for name in ("index", "block_bytes", "sha256"):
+        del manifest[name]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "index.bin").unlink()
+    return folder
 
 
 def alter(file: Path) -> None:

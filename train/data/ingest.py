@@ -22,11 +22,12 @@ from typing import Any
 import datasets
 import numpy as np
 
+from train.data.blocks import BLOCK_BYTES
+from train.data.index import scan_arrow
 from train.data.sources import Documents, has_text, hash_files, local_files, open_documents, texts_of
-from train.data.store import FileRecord, Manifest, TokenStore, file_sha256, read_manifest
+from train.data.store import DATA_SUFFIX, TOKENIZER_NAME, FileRecord, Manifest, TokenStore, file_sha256, read_manifest
 from train.data.tokenizer import TextTokenizer, deepseek_tokenizer, load_tokenizer, train_byte_level_bpe
 
-TOKENIZER_FILE = "tokenizer.json"
 TRAIN, HELDOUT = "train", "heldout"
 ROWS_PER_BATCH = 1000
 
@@ -117,8 +118,8 @@ def _reuse(recipe: Recipe, out: Path, hashes: dict[str, str]) -> Prepared:
         store.verify()
     if (prepared.heldout is not None) != (recipe.heldout > 0):
         raise ValueError(f"out: {out} lacks its held-out store; remove the folder and prepare it again")
-    if file_sha256(out / TOKENIZER_FILE) != manifest.tokenizer_sha256:
-        raise ValueError(f"out: {out / TOKENIZER_FILE} was altered; remove {out} and prepare it again")
+    if file_sha256(out / TOKENIZER_NAME) != manifest.tokenizer_sha256:
+        raise ValueError(f"out: {out / TOKENIZER_NAME} was altered; remove {out} and prepare it again")
     return prepared
 
 
@@ -136,7 +137,7 @@ def _write_all(recipe: Recipe, documents: Documents, whole: Path, *, workers: in
     tokenizer = given or train_byte_level_bpe(texts_of(train, documents.text_field), vocab_size=recipe.vocab_size)
     made_from = _comparable(recipe, given)
     whole.mkdir()
-    tokenizer.save(whole / TOKENIZER_FILE)
+    tokenizer.save(whole / TOKENIZER_NAME)
     tables = {TRAIN: train}
     if num_heldout:
         tables[HELDOUT] = table.select(range(rows - num_heldout, rows))
@@ -185,27 +186,28 @@ def _write_store(
 def _write_manifest(
     made_from: dict[str, Any], documents: Documents, tokenizer: TextTokenizer, folder: Path, *, dtype: str
 ) -> None:
-    """Describe the Arrow files just written."""
-    column = datasets.load_from_disk(str(folder)).data.column("input_ids")
-    flat = [chunk.flatten().to_numpy() for chunk in column.chunks]
+    """Describe the Arrow files just written, and index them."""
+    files = sorted(folder.iterdir())
+    arrow = [file for file in files if file.name.endswith(DATA_SUFFIX)]
+    index, largest = scan_arrow(arrow, dtype=dtype, block_bytes=BLOCK_BYTES)
     special = tokenizer.special_ids
     texts = texts_of(documents.table, documents.text_field)
     Manifest(
-        documents=len(column),
-        tokens=sum(len(ids) for ids in flat),
+        documents=len(index.starts) - 1,
+        tokens=int(index.starts[-1]),
         text_bytes=sum(len(text.encode()) for text in filter(has_text, texts)),
-        empty_documents=len(documents.table) - len(column),
-        max_token_id=max(*asdict(special).values(), *(int(ids.max()) for ids in flat)),
+        empty_documents=len(documents.table) - (len(index.starts) - 1),
+        max_token_id=max(*asdict(special).values(), largest),
         vocab_size=tokenizer.vocab_size,
         token_dtype=dtype,
         special_ids=special,
-        tokenizer_file=f"../{TOKENIZER_FILE}",
+        tokenizer_file=f"../{TOKENIZER_NAME}",
         tokenizer_sha256=tokenizer.sha256,
         recipe=made_from,
         sources=documents.hashes,
-        files={file.name: FileRecord(file.stat().st_size, file_sha256(file)) for file in sorted(folder.iterdir())},
+        files={file.name: FileRecord(file.stat().st_size, file_sha256(file)) for file in files},
         versions={
             "python": platform.python_version(),
             **{package: version(package) for package in ("datasets", "numpy", "pyarrow", "tokenizers")},
         },
-    ).write(folder)
+    ).seal(folder, index)

@@ -13,6 +13,7 @@ Shapes: documents = rows of the store, tokens = offsets in the packed epoch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,13 +81,13 @@ class Packing:
 
 def pack_in_order(store: TokenStore) -> Packing:
     """The documents in store order, none rearranged: what evaluation reads."""
-    count = len(store.lengths)
-    return Packing(0, 0, np.arange(count), np.zeros(count, dtype=np.bool_), np.cumsum(store.lengths))
+    count = store.manifest.documents
+    return Packing(0, 0, np.arange(count), np.zeros(count, dtype=np.bool_), store.starts[1:])
 
 
 def pack_epoch(store: TokenStore, *, seed: int, epoch: int, fim_rate: float) -> Packing:
     """The documents of one training epoch, shuffled, some rearranged."""
-    count = len(store.lengths)
+    count = store.manifest.documents
     order = permutation(count, seed=seed, purpose=DOCUMENT_ORDER, epoch=epoch)
     is_fim = fim_choice(count, seed=seed, epoch=epoch, rate=fim_rate)[order]
     return Packing(seed, epoch, order, is_fim, np.cumsum(store.lengths[order] + FIM_TOKENS * is_fim))
@@ -94,7 +95,7 @@ def pack_epoch(store: TokenStore, *, seed: int, epoch: int, fim_rate: float) -> 
 
 def epoch_tokens(store: TokenStore, *, seed: int, epoch: int, fim_rate: float) -> int:
     """Tokens of an epoch, without packing it."""
-    is_fim = fim_choice(len(store.lengths), seed=seed, epoch=epoch, rate=fim_rate)
+    is_fim = fim_choice(store.manifest.documents, seed=seed, epoch=epoch, rate=fim_rate)
     return store.manifest.tokens + FIM_TOKENS * int(is_fim.sum())
 
 
@@ -119,9 +120,14 @@ def read_packed(
     filled = 0
     ordinal = int(np.searchsorted(packing.ends, start, side="right"))
     while filled < len(tokens) and ordinal < len(packing.ends):
-        document = packed_document(store, packing, ordinal)
-        skip = start + filled - (int(packing.ends[ordinal]) - len(document))
-        chunk = document[skip : skip + len(tokens) - filled]
+        before = int(packing.ends[ordinal - 1]) if ordinal else 0
+        skip = start + filled - before
+        wanted = slice(skip, skip + len(tokens) - filled)
+        if packing.is_fim[ordinal]:
+            chunk: NDArray[np.integer[Any]] = packed_document(store, packing, ordinal)[wanted]
+        else:
+            # Of a long document no more than is wanted.
+            chunk = store.document(int(packing.documents[ordinal]), wanted.start, wanted.stop)
         tokens[filled : filled + len(chunk)] = chunk
         documents[filled : filled + len(chunk)] = ordinal
         filled += len(chunk)

@@ -1,15 +1,17 @@
-"""A tokenised store: one memory-mapped Arrow table of documents and a manifest.
+"""A tokenised store: Arrow files of documents, an index with a SHA-256 for each of their blocks, and a manifest.
 
 A store is a folder written once by `train/data/ingest.py` and never changed:
 
-    manifest.json          counts, hashes, tokeniser, vocabulary, versions (the `Manifest` below)
+    manifest.json          counts, hashes, tokeniser, vocabulary, versions (the `Manifest` below), and its own SHA-256
+    index.bin              where each document is, and the hashes of the blocks (`train/data/index.py`)
     data-*.arrow           one row a document: `input_ids`, the text's tokens and one end-of-sentence token
-    state.json, dataset_info.json      what `datasets.load_from_disk` needs
+    state.json, dataset_info.json      what `datasets.load_from_disk` needs; nothing here reads them
 
-Opening checks the size of every file; `verify` checks their SHA-256, which reads everything.
+Opening reads manifest and index and compares every file's size. A block of the data is compared with its hash when
+something in it is first read (`train/data/blocks.py`); `verify` compares everything. Only files of the folder and the
+tokeniser beside it are read, and no links.
 
-Shapes: documents = rows of the store, tokens = ids of one document. Each rank maps the same file, and the operating
-system shares the pages.
+Shapes: documents = rows of the store, tokens = ids of one document.
 """
 
 from __future__ import annotations
@@ -17,16 +19,27 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
+from train.data.blocks import BLOCK_BYTES, BlockReader, DamagedData, read_regular, refuse_irregular
+from train.data.index import INDEX_NAME, Index, parse_index
+
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+TOKENIZER_NAME = "tokenizer.json"
+DATA_SUFFIX = ".arrow"
+# 1 had neither index nor hashes of blocks, nor a hash of the manifest.
+FORMAT_VERSION = 2
+REMEDY = "remove the store's folder and run launch/prepare.py again"
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+ID_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "int32": np.dtype("<i4")}
 
 
 @dataclass(frozen=True)
@@ -61,42 +74,106 @@ class Manifest:
     vocab_size: int  # ids that the tokeniser can produce are below this
     token_dtype: str  # numpy name of the stored ids
     special_ids: SpecialIds
-    tokenizer_file: str  # relative to the store's folder
+    tokenizer_file: str  # relative to the store's folder: the one beside it
     tokenizer_sha256: str
     recipe: dict[str, Any]
     sources: dict[str, str]  # SHA-256 of each source file, or of the text of a hub dataset
-    files: dict[str, FileRecord]  # the store's own
+    files: dict[str, FileRecord]  # the store's own, without manifest and index
     versions: dict[str, str]  # of the libraries that wrote it
+    index: FileRecord | None = None  # None in format 1
+    block_bytes: int = BLOCK_BYTES
     format_version: int = FORMAT_VERSION
 
-    def write(self, folder: Path) -> None:
-        """Write manifest.json into `folder`."""
-        text = json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False)
-        (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+    @property
+    def data_files(self) -> dict[str, int]:
+        """Name -> bytes of the Arrow files, in the order of the index."""
+        return {name: record.num_bytes for name, record in sorted(self.files.items()) if name.endswith(DATA_SUFFIX)}
+
+    def seal(self, folder: Path, index: Index) -> None:
+        """Write the index and, once it is on the disk, this manifest with the index's hash."""
+        content = index.to_bytes()
+        record = FileRecord(len(content), hashlib.sha256(content).hexdigest())
+        body = asdict(replace(self, index=record, format_version=FORMAT_VERSION))
+        text = json.dumps(body | {"sha256": _sha256_of(body)}, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        for name, whole in ((INDEX_NAME, content), (MANIFEST_NAME, text.encode())):
+            draft = folder / f".{name}.tmp"
+            draft.unlink(missing_ok=True)
+            with draft.open("xb") as file:
+                file.write(whole)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(folder / name)
+
+
+def _sha256_of(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of the store in `folder`; a ValueError names one that is missing or cannot be read."""
+    """Read the manifest of a store; a ValueError names one that is missing, damaged or of an earlier format."""
+    manifest = read_manifest_of_any_format(folder)
+    if manifest.format_version != FORMAT_VERSION:
+        raise ValueError(
+            f"data.store: {folder} was made by an earlier version and has no hashes of its blocks; add them once: "
+            f"`python launch/prepare.py --upgrade {folder}` (the data and the runs on it stay as they are)"
+        )
+    return manifest
+
+
+def read_manifest_of_any_format(folder: Path) -> Manifest:
+    """As `read_manifest`; format 1 is read too."""
     path = folder / MANIFEST_NAME
-    if not path.is_file():
+    try:
+        values = json.loads(read_regular(path))
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"data.store: {folder} holds no {MANIFEST_NAME}, so it is not a tokenised store; "
             f"make one with `python launch/prepare.py --source TEXT --out {folder.parent}`"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"data.store: {path} cannot be read ({error.strerror}); {REMEDY}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"data.store: {path} is not readable JSON ({error}); {REMEDY}") from None
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(
+            f"data.store: {path} has format_version {str(version)[:20]}, and 1 to {FORMAT_VERSION} are read; {REMEDY}"
         )
-    remedy = "remove the folder and prepare the store again with launch/prepare.py"
+    if version > 1 and values.pop("sha256", None) != _sha256_of(values):
+        raise ValueError(f"data.store: {path} does not have its own sha256, so it was altered; {REMEDY}")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"data.store: {path} is not readable JSON ({error}); {remedy}") from None
-    version = fields.get("format_version") if isinstance(fields, dict) else None
-    if version != FORMAT_VERSION:
-        raise ValueError(f"data.store: {path} has format_version {version}, expected {FORMAT_VERSION}; {remedy}")
-    try:
-        fields["special_ids"] = SpecialIds(**fields["special_ids"])
-        fields["files"] = {name: FileRecord(**record) for name, record in fields["files"].items()}
-        return Manifest(**fields)
+        values["special_ids"] = SpecialIds(**values["special_ids"])
+        values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
+        if values.get("index") is not None:
+            values["index"] = FileRecord(**values["index"])
+        manifest = Manifest(**values)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"data.store: {path} lacks or misnames a field ({error}); {remedy}") from None
+        raise ValueError(f"data.store: {path} lacks or misnames a field ({error}); {REMEDY}") from None
+    if wrong := next(_wrong_fields(manifest), None):
+        raise ValueError(f"data.store: {path} has {wrong}; {REMEDY}")
+    return manifest
+
+
+def _wrong_fields(manifest: Manifest) -> Iterator[str]:
+    """What is not of its kind, or leads out of the folder."""
+    for part in (manifest, manifest.special_ids, *manifest.files.values(), *filter(None, [manifest.index])):
+        hints, values = get_type_hints(type(part)), vars(part)
+        for name, value in values.items():
+            kind = get_origin(hints[name]) or hints[name]
+            if (kind in (int, str, dict) and type(value) is not kind) or (kind is int and not 0 <= value < 2**62):
+                yield f"{name} = {value!r}"
+    yield from (f"the file {name!r}, not in its folder" for name in manifest.files if not FILE_NAME.fullmatch(name))
+    largest, special = manifest.max_token_id, vars(manifest.special_ids).values()
+    must_hold = {
+        "tokenizer_file": manifest.tokenizer_file == f"../{TOKENIZER_NAME}",
+        "token_dtype": manifest.token_dtype in ID_DTYPES,
+        "files": bool(manifest.data_files),
+        "documents": manifest.documents > 0,
+        "block_bytes": manifest.block_bytes > 0,
+        "index": manifest.index is not None or manifest.format_version == 1,
+        "max_token_id": max(special) <= largest < manifest.vocab_size,
+    }
+    yield from (f"{name} = {getattr(manifest, name)!r}" for name, holds in must_hold.items() if not holds)
 
 
 def file_sha256(path: Path) -> str:
@@ -120,57 +197,91 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int) else str(value)
 
 
+def check_size(folder: Path, name: str, record: FileRecord) -> None:
+    """Raise a ValueError unless a file is there, is no link and has the size that the manifest records."""
+    path = folder / name
+    try:
+        status = path.lstat()
+        refuse_irregular(path, status.st_mode)
+        found = f"has {status.st_size} bytes" if status.st_size != record.num_bytes else ""
+    except FileNotFoundError:
+        found = "is missing"
+    except OSError as error:
+        found = f"cannot be used ({error.strerror})"
+    if found:
+        raise ValueError(
+            f"data.store: {path} {found} where the manifest records {record.num_bytes} bytes; the store is truncated "
+            f"or altered: {REMEDY}"
+        )
+
+
 @dataclass(frozen=True)
 class TokenStore:
     """Read access to the documents of a store."""
 
     path: Path
     manifest: Manifest
-    lengths: NDArray[np.int64]  # [documents] tokens, end-of-sentence token included
-    chunks: tuple[NDArray[np.integer[Any]], ...]  # flat memory-mapped ids
-    chunk_ids: NDArray[np.int64]  # [documents] index into `chunks`
-    starts: NDArray[np.int64]  # [documents] first token within the chunk
+    starts: NDArray[np.int64]  # [documents + 1] first token of each, all documents end to end
+    runs: NDArray[np.int64]  # [3, runs] first token, data file, byte offset
+    blocks: BlockReader
 
     @classmethod
     def open(cls, path: str | Path) -> TokenStore:
-        """Map the store at `path` into memory; a ValueError says what of it does not fit the manifest."""
+        """Open the store at `path`; a ValueError says what of it does not fit the manifest."""
         folder = Path(path)
         manifest = read_manifest(folder)
-        for name, record in manifest.files.items():
-            size = (folder / name).stat().st_size if (folder / name).is_file() else None
-            if size != record.num_bytes:
-                found = "is missing" if size is None else f"has {size} bytes"
-                raise ValueError(
-                    f"data.store: {folder / name} {found} where the manifest records {record.num_bytes}; the "
-                    "store is truncated or altered: remove the folder and run launch/prepare.py again"
-                )
-        # Imported here: `datasets` takes most of a second, and only opening a store needs it.
-        from datasets import load_from_disk
-
-        arrow = load_from_disk(str(folder)).data.column("input_ids").chunks
-        # Zero-copy views: `offsets` honours a sliced chunk and indexes the unsliced `values`.
-        chunks = tuple(chunk.values.to_numpy(zero_copy_only=True) for chunk in arrow)
-        offsets = [chunk.offsets.to_numpy(zero_copy_only=True).astype(np.int64) for chunk in arrow]
-        lengths = np.concatenate([np.diff(each) for each in offsets])
-        starts = np.concatenate([each[:-1] for each in offsets])
-        chunk_ids = np.concatenate([np.full(len(chunk), i, dtype=np.int64) for i, chunk in enumerate(arrow)])
-        if len(lengths) != manifest.documents or int(lengths.sum()) != manifest.tokens:
-            raise ValueError(
-                f"data.store: {folder} holds {len(lengths)} documents and {int(lengths.sum())} tokens where "
-                f"the manifest records {manifest.documents} and {manifest.tokens}; "
-                "remove the folder and run launch/prepare.py again"
+        assert manifest.index is not None
+        for name, record in {**manifest.files, INDEX_NAME: manifest.index}.items():
+            check_size(folder, name, record)
+        files = manifest.data_files
+        try:
+            content = read_regular(folder / INDEX_NAME)
+            if hashlib.sha256(content).hexdigest() != manifest.index.sha256:
+                raise ValueError("does not have the sha256 of the manifest: it was altered")
+            starts, runs, hashes = parse_index(
+                content,
+                documents=manifest.documents,
+                tokens=manifest.tokens,
+                sizes=list(files.values()),
+                block_bytes=manifest.block_bytes,
+                id_bytes=ID_DTYPES[manifest.token_dtype].itemsize,
             )
-        return cls(folder, manifest, lengths, chunks, chunk_ids, starts)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"data.store: {folder / INDEX_NAME} {error}; {REMEDY}") from None
+        return cls(folder, manifest, starts, runs, BlockReader(folder, files, hashes, manifest.block_bytes))
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[documents] tokens, end-of-sentence token included; made anew by each call."""
+        return np.diff(self.starts)
 
     @property
     def tokenizer_path(self) -> Path:
         """The tokeniser file that made this store."""
         return self.path / self.manifest.tokenizer_file
 
-    def document(self, index: int) -> NDArray[np.integer[Any]]:
-        """[tokens] ids of one document, a read-only view of the file; the last id is end-of-sentence."""
-        start = int(self.starts[index])
-        return self.chunks[int(self.chunk_ids[index])][start : start + int(self.lengths[index])]
+    def document(self, index: int, begin: int = 0, end: int | None = None) -> NDArray[np.integer[Any]]:
+        """[tokens] ids of one document, or of a range of it; the last id of the whole is end-of-sentence.
+
+        Raises:
+            DamagedData: it is not what was written; names the file and the block, or the id.
+        """
+        start, stop = int(self.starts[index]), int(self.starts[index + 1])
+        first, last = start + begin, stop if end is None else min(start + end, stop)
+        run_first, file, offset = self.runs[:, self.runs[0].searchsorted(start, side="right") - 1].tolist()
+        dtype = ID_DTYPES[self.manifest.token_dtype]
+        at = offset + (first - run_first) * dtype.itemsize
+        ids: NDArray[np.integer[Any]] = np.frombuffer(
+            self.blocks.read(file, at, at + (last - first) * dtype.itemsize), dtype=dtype
+        )
+        # A negative id is a large one.
+        if len(ids) and (largest := int(ids.view(f"<u{dtype.itemsize}").max())) > self.manifest.max_token_id:
+            raise DamagedData(
+                f"data.store: document {index} of {self.path} has the id {largest}, beyond the manifest's largest, "
+                f"{self.manifest.max_token_id}; {REMEDY}",
+                file=self.blocks.names[file],
+            )
+        return ids
 
     def check(self, *, vocab_size: int) -> None:
         """Raise a ValueError for a model whose embedding is too small for this store."""
@@ -183,13 +294,19 @@ class TokenStore:
 
     def verify(self) -> None:
         """Compare the SHA-256 of every file with the manifest; a ValueError names one that was altered."""
-        for name, record in self.manifest.files.items():
-            found = file_sha256(self.path / name)
-            if found != record.sha256:
-                raise ValueError(
-                    f"data.store: {self.path / name} has sha256 {found} where the manifest records "
-                    f"{record.sha256}; the file was altered: remove the folder and prepare it again"
-                )
+        verify_files(self.path, self.manifest)
+
+
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Compare size and SHA-256 of every file of a store with its manifest; a ValueError names one that was altered."""
+    for name, record in manifest.files.items():
+        check_size(folder, name, record)
+        found = file_sha256(folder / name)
+        if found != record.sha256:
+            raise ValueError(
+                f"data.store: {folder / name} has sha256 {found} where the manifest records {record.sha256}; the file "
+                f"was altered: {REMEDY}"
+            )
 
 
 def check_same_tokenizer(store: TokenStore, heldout: TokenStore) -> None:
@@ -203,6 +320,6 @@ def check_same_tokenizer(store: TokenStore, heldout: TokenStore) -> None:
 
 
 def store_hashes(store: TokenStore) -> dict[str, str]:
-    """SHA-256 of the tokeniser and of each file of the store: what a run has read."""
+    """SHA-256 of the tokeniser and of each file of the store but the index, which an upgrade adds: a run's identity."""
     files = {name: record.sha256 for name, record in sorted(store.manifest.files.items())}
     return {"tokenizer": store.manifest.tokenizer_sha256, **files}

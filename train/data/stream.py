@@ -119,7 +119,7 @@ class TokenStream:
             pack = partial(pack_epoch, self.store, seed=self.seed, epoch=epoch, fim_rate=self.config.fim_rate)
             packing = _cached(self._packings, epoch, pack)
             count = read_packed(self.store, packing, start, tokens=tokens[filled:], documents=documents[filled:])
-            documents[filled : filled + count] += epoch * len(self.store.lengths)
+            documents[filled : filled + count] += epoch * self.store.manifest.documents
             filled += count
 
 
