@@ -66,13 +66,15 @@ class StepGradients:
     grad_norm: Tensor
     finite: Tensor  # whether losses and gradients are
     stop: Tensor  # whether any rank was asked to stop
+    damaged: Tensor  # whether any rank's batch is
     busy_us: Tensor  # [ranks, phases] int64, what each rank gave as `busy_s`
     counts: dict[int, Tensor]  # layer id -> [experts] int64 over the whole step
 
     @property
     def verdict(self) -> Tensor:
-        """[4] fp64: whether it is finite, whether to stop, main loss and norm; the host reads it before the update."""
-        return torch.stack([x.double() for x in (self.finite, self.stop, self.loss_main, self.grad_norm)])
+        """[5] fp64: finite, stop, damaged, main loss and norm; the host reads it before the update."""
+        numbers = (self.finite, self.stop, self.damaged, self.loss_main, self.grad_norm)
+        return torch.stack([number.double() for number in numbers])
 
     @property
     def logged(self) -> dict[str, Tensor]:
@@ -115,10 +117,10 @@ def compute_gradients(
     # Ranks of one pipeline hold the same tokens: its first rank counts them.
     busy = torch.zeros(mesh.world.size, len(busy_s), dtype=torch.int64)
     busy[mesh.rank] = torch.tensor([round(seconds * 1e6) for seconds in busy_s])
-    flags = torch.tensor([batch.num_targets if mesh.pp.rank == 0 else 0, int(stop)])
+    flags = torch.tensor([batch.num_targets if mesh.pp.rank == 0 else 0, int(stop), len(batch.damaged)])
     own = torch.cat((flags, busy.flatten()))
     shared = sum_over(own.to(mesh.device, non_blocking=True), mesh.world)
-    num_targets, num_stops = shared[:2].unbind()
+    num_targets, num_stops, num_damaged = shared[:3].unbind()
     weights = LossWeights(now.mtp_weight, now.balance_alpha, num_targets, now.batch_sequences)
     for stage in engine.stages.values():
         stage.begin(weights, metrics, health)
@@ -141,7 +143,8 @@ def compute_gradients(
         grad_norm=norm.norm,
         finite=norm.finite & torch.isfinite(total),
         stop=num_stops > 0,
-        busy_us=shared[2:].view_as(busy),
+        damaged=num_damaged > 0,
+        busy_us=shared[3:].view_as(busy),
         counts=dict(zip(metrics.layer_ids, metrics.counts.unbind(), strict=True)),
     )
 

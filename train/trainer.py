@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from kernels.cross_entropy import cross_entropy_sum
 from parallel.collectives import sum_over
-from parallel.consensus import refuse_together
+from parallel.consensus import GroupTransport, Ranks, refuse_together
 from parallel.grads import nonfinite_gradients
 from parallel.shards import LocalShard
 from parallel.waiting import BusyTime
@@ -38,12 +38,13 @@ from train.checkpoint.publish import step_of
 from train.config import PretrainConfig, to_yaml
 from train.data.batch import Batch
 from train.data.store import store_hashes
-from train.data.stream import position_of
+from train.data.stream import position_of, union
 from train.evaluate.score import score_store
 from train.model.attention import LATENT_NORM_EPS
 from train.model.sizes import model_flops_per_token
 from train.observe.fp8_health import Fp8Health
 from train.observe.guards import (
+    DataRefused,
     DeadExpertGuard,
     Diverged,
     SavesFailed,
@@ -95,6 +96,7 @@ class Trainer:
         self.saved_step: int | None = None
         self.announce_step: int | None = None
         self.failed_saves = 0
+        self.quarantines = 0
         self.stop_agreed = False
         self.changed: dict[str, list[object]] = {}
 
@@ -140,11 +142,15 @@ class Trainer:
             return NoSinks()
         self.directory.mkdir(parents=True, exist_ok=True)
         write_whole(self.directory / "config.yaml", to_yaml(self.config))
-        card = run_card(self.config, self.components)
-        return open_sinks(self.config.observe, self.directory, card, asdict(self.config))
+        return open_sinks(self.config.observe, self.directory, self.run_card(), asdict(self.config))
+
+    def run_card(self) -> dict[str, Any]:
+        """What the run is, and how many sequences it left out, if any."""
+        dropped = sum(count for _, count in self.spikes.dropped)
+        return run_card(self.config, self.components) | ({"dropped_sequences": dropped} if dropped else {})
 
     def take_step(self, sinks: Sinks | NoSinks, *, stop: bool = False) -> None:
-        """One optimizer step, its record, and a checkpoint when one is due.
+        """One optimizer step, its record, and a checkpoint when one is due; or, of a damaged batch, its quarantine.
 
         Args:
             sinks: of the run.
@@ -152,6 +158,7 @@ class Trainer:
         Raises:
             TrainingStopped: too many steps in a row were skipped.
             Diverged: as `fit`.
+            DataRefused: as `quarantine`.
         """
         started = time.perf_counter()
         self.busy.start()
@@ -163,9 +170,7 @@ class Trainer:
         end = position_of(first + now.batch_sequences - 1, self.spikes.dropped) + 1
         batch = self.components.stream.take(first + self.mesh.dp.rank * share, share)
         self.busy.end_phase()
-        health: Fp8Health | None = None
-        if config.precision.name == "fp8" and observe.due(self.state.step + 1, observe.fp8_health_every_steps):
-            health = Fp8Health(config.model, self.engine.models, self.mesh.device)
+        health = self.fp8_health()
         gradients = compute_gradients(
             self.engine,
             batch,
@@ -177,7 +182,11 @@ class Trainer:
         )
         *flags, loss, norm = gradients.verdict.tolist()
         self.busy.end_phase()
-        finite, self.stop_agreed = map(bool, flags)
+        finite, self.stop_agreed, is_damaged = map(bool, flags)
+        if is_damaged:
+            self.quarantine(batch, sinks)
+            return
+        self.quarantines = 0
         score = self.spikes.score(config.spikes, loss=loss, norm=norm) if finite else None
         if applied := finite and not (score and score.is_spike):
             apply_update(self.engine, gradients, now=now, update=self.state.updates + 1)
@@ -280,8 +289,40 @@ class Trainer:
         self.dead_experts = DeadExpertGuard(self.config.observe.dead_expert_steps)
         dropped = [list(window) for window in self.spikes.dropped]
         sinks.event("rollback", step=self.state.step, left_at_step=left_at, dropped_positions=dropped)
+        sinks.write_card(self.run_card())
         # So that a process that takes over leaves out the same data.
         self.save(sinks)
+
+    def fp8_health(self) -> Fp8Health | None:
+        """What observes the coming step, where it is due."""
+        observe = self.config.observe
+        if self.config.precision.name == "fp8" and observe.due(self.state.step + 1, observe.fp8_health_every_steps):
+            return Fp8Health(self.config.model, self.engine.models, self.mesh.device)
+        return None
+
+    def quarantine(self, batch: Batch, sinks: Sinks | NoSinks) -> None:
+        """Leave the damaged samples of the coming step, of all ranks, out of the data order; a collective call.
+
+        Raises:
+            DataRefused: `data.on_damage` is refuse, or it does not end.
+        """
+        # The saves use the same group.
+        self.wait_for_save(sinks)
+        ranks = Ranks(GroupTransport(self.components.checkpoint_group))
+        reports = ranks.agree(lambda: [asdict(each) for each in batch.damaged], lambda found: [found] * len(found))
+        # Ranks of a pipeline read the same samples.
+        by_position = {each["position"]: each for report in reports for each in report}
+        windows = [by_position[position] for position in sorted(by_position)]
+        if self.config.data.on_damage == "refuse":
+            raise DataRefused(f"{windows[0]['error']}. data.on_damage=quarantine goes on without such samples")
+        self.quarantines += 1
+        if self.quarantines >= self.config.run.max_consecutive_nonfinite:
+            raise DataRefused(f"{windows[0]['error']}. Batches were damaged {self.quarantines} times in a row")
+        dropped = union((*self.spikes.dropped, *((each, 1) for each in by_position)))
+        self.spikes = replace(self.spikes, dropped=dropped)
+        self.components.stream.dropped = dropped
+        sinks.event("quarantine", step=self.state.step, windows=windows)
+        sinks.write_card(self.run_card())
 
     def budget_is_spent(self) -> bool:
         """Whether the run has seen all its tokens."""

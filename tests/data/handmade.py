@@ -94,6 +94,15 @@ def as_format_1(folder: Path) -> Path:
     return folder
 
 
+def flip(file: Path, at: int) -> None:
+    """Change one byte where it is, as a failing disk or another program would."""
+    with file.open("r+b") as stream:
+        stream.seek(at)
+        (byte,) = stream.read(1)
+        stream.seek(at)
+        stream.write(bytes([byte ^ 1]))
+
+
 def alter(file: Path) -> None:
     """Flip a bit of an Arrow file, whose size stays."""
     content = bytearray(file.read_bytes())

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from launch.prepare import main
-from tests.data.handmade import as_format_1, consecutive, resealed, signed, write_store
+from tests.data.handmade import as_format_1, consecutive, flip, resealed, signed, write_store
 from train.data.blocks import DamagedData
 from train.data.index import Index
 from train.data.store import TokenStore, store_hashes
@@ -38,15 +38,6 @@ def read_all(folder: Path) -> list[list[int]] | str:
 
 def is_sentence(found: list[list[int]] | str, folder: Path) -> bool:
     return isinstance(found, str) and found.startswith("data.store: ") and str(folder) in found
-
-
-def flip(file: Path, at: int) -> None:
-    """Change one byte where it is, as a failing disk or another program would."""
-    with file.open("r+b") as stream:
-        stream.seek(at)
-        (byte,) = stream.read(1)
-        stream.seek(at)
-        stream.write(bytes([byte ^ 1]))
 
 
 def mutate(content: bytes, chooser: random.Random) -> bytes:

@@ -23,6 +23,16 @@ IGNORE_INDEX = IGNORE
 
 
 @dataclass(frozen=True)
+class DamagedWindow:
+    """A sample that is not what was written."""
+
+    position: int  # in the data order
+    file: str  # of the store
+    block: int | None  # None where the file as a whole cannot be read
+    error: str  # one sentence
+
+
+@dataclass(frozen=True)
 class Batch:
     """Samples of one step or of one evaluation call, all tensors [sequences, tokens] int64.
 
@@ -33,6 +43,7 @@ class Batch:
     input_ids: Tensor
     labels: Tensor
     document_ids: Tensor | None = None
+    damaged: tuple[DamagedWindow, ...] = ()
 
     @property
     def num_targets(self) -> int:

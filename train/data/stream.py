@@ -15,15 +15,16 @@ Shapes: sequences = samples of a batch, tokens = sequence_length. In memory: 25 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from train.data.batch import Batch, batch_from_windows
+from train.data.batch import Batch, DamagedWindow, batch_from_windows
+from train.data.blocks import DamagedData
 from train.data.packing import WINDOW_ORDER, Packing, epoch_tokens, pack_epoch, pack_in_order, permutation, read_packed
 from train.data.store import TokenStore, check_same_tokenizer
 
@@ -45,6 +46,8 @@ class DataConfig:
     sequence_length: int = 4096  # targets of one sample, tokens
     fim_rate: float = 0.1  # share of documents rearranged for fill-in-the-middle (arXiv:2412.19437 §4.1)
     mask_documents: bool = False  # whether document ids limit attention; not in V3's pre-training
+    # A sample whose data were altered after preparing ends the run, or is left out of the data order.
+    on_damage: Literal["refuse", "quarantine"] = "refuse"
 
     def __post_init__(self) -> None:
         if self.sequence_length < 1:
@@ -78,14 +81,22 @@ class TokenStream:
     def take(self, position: int, count: int) -> Batch:
         """The samples at `position`, `position + 1`, ... of the visiting order without the dropped windows.
 
-        They are the same whatever was taken before.
+        They are the same whatever was taken before. A batch with damaged ones is not to be trained on.
         """
         assert min(position, count) >= 0, (position, count)
         windows = np.empty((count, self.config.sequence_length + 1), dtype=np.int64)
-        documents = np.empty_like(windows)
+        documents, damaged = np.empty_like(windows), []
         for row in range(count):
-            self._read_window(self._window_at(position_of(position + row, self.dropped)), windows[row], documents[row])
-        return batch_from_windows(windows, documents, mask_documents=self.config.mask_documents)
+            at = position_of(position + row, self.dropped)
+            try:
+                self._read_window(self._window_at(at), windows[row], documents[row])
+            except DamagedData as error:
+                damaged.append(DamagedWindow(at, error.file, error.block, str(error)))
+                # Any ids; one id repeated would send all its tokens to the same experts.
+                windows[row] = np.arange(windows.shape[1]) % (self.store.manifest.max_token_id + 1)
+                documents[row] = 0
+        batch = batch_from_windows(windows, documents, mask_documents=self.config.mask_documents)
+        return replace(batch, damaged=tuple(damaged))
 
     def epoch_of(self, position: int) -> int:
         """The epoch in which the sample at `position` begins."""

@@ -33,6 +33,7 @@ _ANNOUNCED = {
     "skip": "step {step} skipped: loss or gradient not finite{where}",
     "spike": "step {step} skipped: loss {loss:.3f} is out of the band ({loss_z:.1f} deviations)",
     "rollback": "back from step {left_at_step} to step {step}; the data around the spikes is left out",
+    "quarantine": "after step {step}: samples left out: {windows[0][error]}",
     "dead_experts": "step {step}: no token for {steps} steps: {names}",
     "straggler": "step {step}: rank {rank} (pipeline rank {pipeline_rank}, data rank {data_rank}) is slow: it works "
     "{busy_ms:.0f} ms a step for what takes {usual_ms:.0f} ms, {steps} steps in a row (longest phase: {phase})",

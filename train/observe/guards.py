@@ -41,6 +41,12 @@ class Diverged(TrainingStopped):
     exit_code = 5
 
 
+class DataRefused(TrainingStopped):
+    """Token data were altered after preparing; nothing of the step that met them was applied."""
+
+    exit_code = 2
+
+
 def check_consecutive_skips(skips: int, *, limit: int, step: int) -> None:
     """Raise TrainingStopped when `skips` steps in a row, up to `step`, have reached `limit`."""
     if skips >= limit:

@@ -90,6 +90,7 @@ EVENTS: dict[str, str] = {
     "skip": "a step was skipped: loss or gradient not finite; names ranks and tensors of such gradients",
     "spike": "a step was skipped: its loss left the band; holds the scores and the positions of its batch",
     "rollback": "the run went back to the checkpoint of this step, and drops positions; steps after it are void",
+    "quarantine": "samples of the coming step are damaged and dropped; names positions, files and blocks",
     "dead_experts": "experts got no token for observe.dead_expert_steps steps in a row; names layers and experts",
     "straggler": "a rank was slow for observe.straggler_steps steps in a row; names it, both times and the phase",
     "records_dropped": "the disk was full for so long that lines of this file were lost; says how many",

@@ -244,6 +244,11 @@ class Sinks:
         for mirror in self._mirrors:
             mirror.event(event)
 
+    def write_card(self, run_card: Mapping[str, Any]) -> None:
+        """Write the run card again; where the disk is full the older one stays."""
+        with suppress(OSError):
+            _write_card(self.jsonl.path.parent, run_card)
+
     def lacks_evaluation(self, step: int) -> bool:
         """Whether the held-out score after a step is still to be logged."""
         return step not in self.jsonl.evaluated
@@ -271,6 +276,10 @@ class NoSinks:
     def event(self, kind: str, *, step: int, **details: Any) -> None:
         """Drop an event."""
         assert kind in EVENTS, kind
+
+    def write_card(self, run_card: Mapping[str, Any]) -> None:
+        """Leave it to rank 0."""
+        assert run_card
 
     def lacks_evaluation(self, step: int) -> bool:
         """Leave the answer to rank 0."""
@@ -300,7 +309,7 @@ def open_sinks(
 
     run_dir.mkdir(parents=True, exist_ok=True)
     # Before metrics.jsonl, by which a reader finds the run: it then finds its name too.
-    write_whole(run_dir / RUN_CARD_FILE, json.dumps(run_card, indent=2, ensure_ascii=False) + "\n")
+    _write_card(run_dir, run_card)
     jsonl = JsonlSink(run_dir / METRICS_FILE)
 
     console = ConsoleSink(
@@ -314,6 +323,10 @@ def open_sinks(
         described = {**(run_config or {}), "run_card": dict(run_card)}
         wandb = WandbSink(config.wandb, project=config.wandb_project, run_dir=run_dir, run_config=described)
     return Sinks(jsonl, console=console, wandb=wandb)
+
+
+def _write_card(run_dir: Path, run_card: Mapping[str, Any]) -> None:
+    write_whole(run_dir / RUN_CARD_FILE, json.dumps(run_card, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -6,7 +6,8 @@
     fields     every field of run_card.json and of config.yaml by its dotted name: the page shows where runs differ
 
 run_card.json (written by `open_sinks`): name, precision, parameters {total, active, mtp}, tokens_total,
-sequence_length, seed, device, torch or versions {package: version}, layer_ids (of the rows of the fp8 tables).
+sequence_length, seed, device, torch or versions {package: version}, layer_ids (of the rows of the fp8 tables),
+dropped_sequences (left out of the data order).
 summary.json: heldout_bits_per_byte (else the last eval/bits_per_byte counts) and
 baselines_bits_per_byte {name: value}, of simpler models on the same held-out text.
 
@@ -135,6 +136,7 @@ def facts(run: RunReader) -> list[list[str]]:
         ("Device", str(card.get("device", ""))),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("Seed", str(card.get("seed", ""))),
+        ("Dropped sequences", str(card.get("dropped_sequences", ""))),
     ]
     return [[label, text] for label, text in lines if text]
 
