@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
     try:
         recipe = {name: value for name, value in vars(options).items() if name not in ("out", "workers", "upgrade")}
         prepared = prepare(Recipe(**recipe), options.out, workers=options.workers)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 2
     print(f"{options.out}: {'reused, it was made from the same inputs' if prepared.reused else 'made'}")

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from train.data import tokenizer as data_tokenizer
 from train.data.store import SpecialIds
 from train.data.tokenizer import (
     SMALLEST_VOCAB_SIZE,
@@ -18,6 +19,7 @@ from train.data.tokenizer import (
     TextTokenizer,
     deepseek_tokenizer,
     load_tokenizer,
+    tokenizer_from_json,
     train_byte_level_bpe,
 )
 
@@ -53,6 +55,42 @@ def test_any_bytes_round_trip(tokenizer: TextTokenizer, raw: bytes) -> None:
 @given(st.text(max_size=50))
 def test_any_text_round_trips_through_deepseeks(v3: TextTokenizer, text: str) -> None:
     assert v3.decode(v3.encode_batch([text])[0]) == text
+
+
+ODD = st.text(st.sampled_from(" \n\r\t\u3000\u2028\x85aZé9²½'s.,-_😀。、日カた゛ーヿ")) | st.text()
+
+
+@given(ODD, st.integers(0, 5))
+def test_a_long_text_has_the_same_ids_in_pieces(
+    tokenizer: TextTokenizer, v3: TextTokenizer, text: str, piece_chars: int
+) -> None:
+    for each in (tokenizer, v3):
+        assert each.cuts_text
+        whole = each.core.encode(text, add_special_tokens=False).ids
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(data_tokenizer, "PIECE_CHARS", piece_chars)
+            assert each.encode_batch([text]) == [whole]
+
+
+def test_a_text_without_any_word_end_is_cut_all_the_same(
+    tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_tokenizer, "PIECE_CHARS", 10)
+    monkeypatch.setattr(data_tokenizer, "LONGEST_WORD_CHARS", 20)
+    assert tokenizer.decode(tokenizer.encode_batch(["x" * 99])[0]) == "x" * 99
+
+
+@pytest.mark.parametrize("text", ["caf\udce9", "a \ud83d b"])
+def test_text_that_is_not_unicode_is_refused(tokenizer: TextTokenizer, text: str) -> None:
+    with pytest.raises(ValueError, match=r"text: .*\\ud.* half of a surrogate pair or a byte that is not UTF-8"):
+        tokenizer.encode_batch(["fine", text])
+
+
+def test_limits_of_a_given_file_do_not_shorten_documents(tokenizer: TextTokenizer) -> None:
+    fields = json.loads(tokenizer.json_text)
+    fields["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    limited = tokenizer_from_json(json.dumps(fields), origin="here")
+    assert limited.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
 
 
 def test_special_tokens_have_v3s_spelling_and_the_first_ids(tokenizer: TextTokenizer) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,11 @@ import numpy as np
 
 from train.data.blocks import BLOCK_BYTES
 from train.data.index import scan_arrow
-from train.data.sources import Documents, has_text, hash_files, local_files, open_documents, texts_of
+from train.data.sources import Documents, hash_files, local_files, open_documents
 from train.data.store import DATA_SUFFIX, TOKENIZER_NAME, FileRecord, Manifest, TokenStore, file_sha256, read_manifest
 from train.data.tokenizer import TextTokenizer, deepseek_tokenizer, load_tokenizer, train_byte_level_bpe
 
 TRAIN, HELDOUT = "train", "heldout"
-ROWS_PER_BATCH = 1000
 
 
 @dataclass(frozen=True)
@@ -124,60 +123,56 @@ def _reuse(recipe: Recipe, out: Path, hashes: dict[str, str]) -> Prepared:
 
 
 def _write_all(recipe: Recipe, documents: Documents, whole: Path, *, workers: int) -> None:
-    table, rows = documents.table, len(documents.table)
+    with_text = np.flatnonzero(documents.text_bytes)
     # At least one document each: a fraction that rounds to nothing would silently drop the evaluation.
-    num_heldout = max(1, round(rows * recipe.heldout)) if recipe.heldout else 0
-    if rows - num_heldout < 1:
+    num_heldout = max(1, round(len(with_text) * recipe.heldout)) if recipe.heldout else 0
+    if len(with_text) - num_heldout < 1:
         raise ValueError(
-            f"source: {recipe.source} has {rows} documents, too few to keep {num_heldout} out of training; "
+            f"source: {recipe.source} has {len(with_text)} documents, too few to keep {num_heldout} out of training; "
             "pass more documents or --heldout 0"
         )
-    train = table.select(range(rows - num_heldout))
+    rows = len(documents.table)
+    num_train = int(with_text[-num_heldout]) if num_heldout else rows
+    stores = {TRAIN: documents.select(0, num_train)}
+    if num_heldout:
+        stores[HELDOUT] = documents.select(num_train, rows)
     given = _given_tokenizer(recipe)
-    tokenizer = given or train_byte_level_bpe(texts_of(train, documents.text_field), vocab_size=recipe.vocab_size)
+    tokenizer = given or train_byte_level_bpe(stores[TRAIN].all_texts(), vocab_size=recipe.vocab_size)
     made_from = _comparable(recipe, given)
     whole.mkdir()
     tokenizer.save(whole / TOKENIZER_NAME)
-    tables = {TRAIN: train}
-    if num_heldout:
-        tables[HELDOUT] = table.select(range(rows - num_heldout, rows))
-    for name, table in tables.items():
-        store = replace(documents, table=table)
-        dtype = _write_store(recipe.source, made_from, store, tokenizer, whole / name, workers=workers)
+    for name, store in stores.items():
+        dtype = _write_store(made_from, store, tokenizer, whole / name, workers=workers)
         _write_manifest(made_from, store, tokenizer, whole / name, dtype=dtype)
 
 
 def _write_store(
-    source: str, made_from: dict[str, Any], documents: Documents, tokenizer: TextTokenizer, folder: Path, workers: int
+    made_from: dict[str, Any], documents: Documents, tokenizer: TextTokenizer, folder: Path, workers: int
 ) -> str:
     """Tokenise documents into one store, those without text left out; returns the dtype of the ids."""
     dtype = "uint16" if tokenizer.vocab_size <= 1 + np.iinfo(np.uint16).max else "int32"
     eos = tokenizer.special_ids.eos
 
-    def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        texts = list(filter(has_text, rows[documents.text_field]))
-        return {"input_ids": [[*ids, eos] for ids in tokenizer.encode_batch(texts)]}
+    def encode(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        texts = documents.texts(batch["start"][0], batch["stop"][0])
+        return {"input_ids": [np.append(ids, eos).astype(dtype) for ids in tokenizer.encode_arrays(texts)]}
 
     cache = folder.parent.parent / "cache" / f"{folder.name}.arrow"
     cache.parent.mkdir(exist_ok=True)
     # Named by us: the library's own name would hash this function and its tokeniser.
     name = f"{documents.hashes} {made_from} {folder.name}"
     fingerprint = hashlib.sha256(name.encode()).hexdigest()[:16]
-    table = documents.table.map(
+    starts, stops = zip(*documents.batches(), strict=True)
+    table = datasets.Dataset.from_dict({"start": starts, "stop": stops}).map(
         encode,
         batched=True,
-        batch_size=ROWS_PER_BATCH,
-        remove_columns=documents.table.column_names,
+        batch_size=1,
+        remove_columns=["start", "stop"],
         features=datasets.Features({"input_ids": datasets.List(datasets.Value(dtype))}),
         num_proc=workers if workers > 1 else None,
         cache_file_name=str(cache),
         new_fingerprint=fingerprint,
     )
-    if len(table) == 0:
-        raise ValueError(
-            f"source: {source} is an empty corpus: its {folder.name} documents have no text in "
-            f"'{documents.text_field}'; pass documents with text"
-        )
     # The bare table, without what the library remembers of source and workers.
     datasets.Dataset(table.data, fingerprint=fingerprint).save_to_disk(str(folder))
     return dtype
@@ -191,11 +186,10 @@ def _write_manifest(
     arrow = [file for file in files if file.name.endswith(DATA_SUFFIX)]
     index, largest = scan_arrow(arrow, dtype=dtype, block_bytes=BLOCK_BYTES)
     special = tokenizer.special_ids
-    texts = texts_of(documents.table, documents.text_field)
     Manifest(
         documents=len(index.starts) - 1,
         tokens=int(index.starts[-1]),
-        text_bytes=sum(len(text.encode()) for text in filter(has_text, texts)),
+        text_bytes=int(documents.text_bytes.sum()),
         empty_documents=len(documents.table) - (len(index.starts) - 1),
         max_token_id=max(*asdict(special).values(), largest),
         vocab_size=tokenizer.vocab_size,

@@ -1,41 +1,71 @@
-"""From a name to documents: any source that `datasets` reads, as one column of text, checked before it is tokenised.
+"""From a name to documents: the text of any source, checked, in one Arrow file, before it is tokenised.
 
-A source is a local file, a local folder of files of one kind, or the name of a dataset on the hub:
+A source is a local file, a local folder of files of one kind (readers.py), or the name of a dataset on the hub:
+owner/name, or owner/name:config for one of its configurations.
 
-    .jsonl .json    one object a line (or one array), the text in one field
-    .parquet .csv   one row a document
-    .txt            documents are separated by blank lines
-    owner/name      a hub dataset; owner/name:config picks a configuration
-
-Text files may be gzipped (.jsonl.gz). Documents keep the order of the file; files are read in order of their names.
+Documents keep the order of the file; files are read in order of their names.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import re
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow.compute as pc
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
+from train.data.readers import COMPRESSIONS, READERS, kind_of, no_field, one_line, read_texts
 from train.data.store import file_sha256
 
-KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+# Passed by in a folder, such a file would be missed in silence.
+OTHER_COMPRESSIONS = (".bz2", ".xz", ".lz4", ".zip")
+KNOWN = f"{' '.join(READERS)} (or {' '.join(COMPRESSIONS)} of them)"
+
+# What is held in memory at once: documents up to either limit, one at least.
+BATCH_BYTES = 1 << 20
+BATCH_ROWS = 1000
+HUB_ROWS = 16
 
 
 @dataclass(frozen=True)
 class Documents:
     """The text of a source."""
 
-    table: Any  # a `datasets.Dataset`; every row of `text_field` is a string
-    text_field: str
+    table: Any  # a `datasets.Dataset` of one column `text`; a document of blanks alone is empty
+    text_bytes: NDArray[np.int64]  # [documents] of UTF-8
     hashes: dict[str, str]  # SHA-256 of each file, or of the whole text of a hub dataset
+
+    def batches(self) -> Iterator[tuple[int, int]]:
+        """First document and one past the last of each batch, cut by bytes."""
+        ends, start = np.cumsum(self.text_bytes), 0
+        while start < len(ends):
+            room = BATCH_BYTES + (int(ends[start - 1]) if start else 0)
+            stop = int(np.searchsorted(ends, room, side="right"))
+            stop = min(max(stop, start + 1), start + BATCH_ROWS)
+            yield start, stop
+            start = stop
+
+    def texts(self, start: int, stop: int) -> list[str]:
+        """Those with text of the documents from `start` to `stop`."""
+        return [text for text in self.table[start:stop]["text"] if text]
+
+    def all_texts(self) -> Iterator[str]:
+        """Every document with text, without holding them all in memory."""
+        for start, stop in self.batches():
+            yield from self.texts(start, stop)
+
+    def select(self, start: int, stop: int) -> Documents:
+        """The documents from `start` to `stop`."""
+        return replace(self, table=self.table.select(range(start, stop)), text_bytes=self.text_bytes[start:stop])
 
 
 def local_files(source: str) -> list[Path]:
@@ -46,20 +76,25 @@ def local_files(source: str) -> list[Path]:
     """
     path = Path(source)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file))
+        files = sorted(file for file in path.rglob("*") if not file.is_dir() and _is_data(file))
         if not files:
-            raise ValueError(f"source: folder {path} holds none of {' '.join(KINDS)} (or .gz of them)")
+            raise ValueError(f"source: folder {path} holds none of {KNOWN}")
     elif path.is_file():
         files = [path]
-    elif _kind(path) or not HUB_NAME.fullmatch(source):
+    elif kind_of(path) or not HUB_NAME.fullmatch(source):
         raise ValueError(f"source: there is no file or folder {source}; check the path")
     else:
         return []
-    kinds = {_kind(file) for file in files}
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"source: {file} is a link to nothing, or no file; repair or remove it")
+        if b"?" in str(file).replace("?", "").encode("utf-8", "replace"):
+            raise ValueError(f"source: the name {str(file)!r} is not UTF-8; rename the file")
+    kinds = {kind_of(file) for file in files}
     if None in kinds or len(kinds) > 1:
         raise ValueError(
-            f"source: {source} is not made of files of one known kind (found {', '.join(map(str, kinds))}); "
-            f"pass one kind of {' '.join(KINDS)} (or .gz of them)"
+            f"source: {source} is not made of files of one known kind (found {', '.join(sorted(map(str, kinds)))}); "
+            f"pass one kind of {KNOWN}"
         )
     return files
 
@@ -71,112 +106,72 @@ def hash_files(source: str, files: list[Path]) -> dict[str, str]:
 
 
 def open_documents(source: str, *, split: str, text_field: str, cache: Path) -> Documents:
-    """Read a file, folder or hub dataset through `datasets`; Arrow copies of local files go to the folder `cache`.
+    """Read a file, folder or hub dataset (through `datasets`) into an Arrow file in the folder `cache`.
 
     Raises:
         ValueError: whatever a user can repair, in one sentence.
     """
     files = local_files(source)
-    table = _load_files(source, files, cache=cache) if files else _load_hub(source, split=split)
-    if text_field not in table.column_names:
-        raise ValueError(
-            f"text_field: {source} has no field '{text_field}'; it has {', '.join(table.column_names)}: "
-            "choose one with --text-field"
-        )
-    _check_text(source, table, text_field=text_field)
-    if not any(map(has_text, texts_of(table, text_field))):
-        raise _empty(source)
-    if files:
-        return Documents(table, text_field, hash_files(source, files))
     digest = hashlib.sha256()
-    for text in texts_of(table, text_field):
-        digest.update(len(text.encode()).to_bytes(8, "little") + text.encode())
-    return Documents(table, text_field, {f"{source}@{split}": digest.hexdigest()})
+    texts: Iterable[str]
+    if files:
+        texts = (text for file in files for text in read_texts(file, text_field))
+    else:
+        texts = _hub_texts(source, split=split, text_field=text_field, digest=digest)
+    table, text_bytes = _written(texts, cache)
+    if table is None or not text_bytes.any():
+        raise ValueError(f"source: {source} is an empty corpus; pass files with text in them")
+    hashes = hash_files(source, files) if files else {f"{source}@{split}": digest.hexdigest()}
+    return Documents(table, text_bytes, hashes)
 
 
-def texts_of(table: Any, text_field: str) -> Any:
-    """The texts, one after the other, without holding them all in memory."""
-    for rows in table.select_columns([text_field]).iter(batch_size=1000):
-        yield from rows[text_field]
+def _is_data(file: Path) -> bool:
+    return kind_of(file) is not None or (
+        file.suffix.lower() in OTHER_COMPRESSIONS and Path(file.stem).suffix.lower() in READERS
+    )
 
 
-def has_text(text: str) -> bool:
-    """Whether a document is worth keeping: blanks alone are no text."""
-    return not (text == "" or text.isspace())
-
-
-def _kind(path: Path) -> str | None:
-    """Which reader of `datasets` takes the file."""
-    return KINDS.get(Path(path.stem).suffix if path.suffix == ".gz" else path.suffix)
-
-
-def _empty(source: str) -> ValueError:
-    return ValueError(f"source: {source} is an empty corpus; pass files with text in them")
-
-
-def _load_files(source: str, files: list[Path], *, cache: Path) -> Any:
-    if not any(file.stat().st_size for file in files):
-        raise _empty(source)
-    kind = _kind(files[0])
-    options = {"sample_by": "paragraph"} if kind == "text" else {}
-    try:
-        return datasets.load_dataset(
-            kind, data_files=[str(file) for file in files], split="train", cache_dir=str(cache), **options
-        )
-    except (OSError, EOFError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        if kind == "json":
-            _name_bad_line(files)
-        cause = error.__cause__ or error
-        # What the library says of files without a single row depends on the kind of file.
-        no_rows = isinstance(cause, StopIteration | datasets.arrow_writer.SchemaInferenceError)
-        if no_rows or "corresponds to no data" in str(cause):
-            raise _empty(source) from None
-        raise ValueError(
-            f"source: {source} cannot be read as {kind} ({_one_line(cause)}); repair or replace the file"
-        ) from None
-
-
-def _load_hub(source: str, *, split: str) -> Any:
+def _hub_texts(source: str, *, split: str, text_field: str, digest: Any) -> Iterator[str]:
+    """The texts of a hub dataset; each goes into the digest."""
     name, _, config = source.partition(":")
     try:
-        return datasets.load_dataset(name, config or None, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        table = datasets.load_dataset(name, config or None, split=split)
+    # The library raises what its many backends raise.
+    except Exception as error:  # noqa: BLE001
         raise ValueError(
             f"source: '{source}' (split '{split}') is no file here and cannot be loaded from the hub "
-            f"({_one_line(error)}); check the name, the split and the network, or pass a local file"
+            f"({one_line(error)}); check the name, the split and the network, or pass a local file"
         ) from None
-
-
-def _check_text(source: str, table: Any, *, text_field: str) -> None:
+    if text_field not in table.column_names:
+        raise ValueError(f"source: {source} cannot be read: {no_field(text_field, table.column_names)}")
     dtype = getattr(table.features[text_field], "dtype", str(table.features[text_field]))
     if dtype not in ("string", "large_string"):
         raise ValueError(f"text_field: '{text_field}' of {source} holds {dtype}, not text; choose another")
-    seen = 0
-    for rows in table.select_columns([text_field]).with_format("arrow").iter(batch_size=1000):
-        column = rows[text_field]
-        if column.null_count:
-            number = seen + 1 + pc.index(pc.is_null(column), True).as_py()
-            raise ValueError(f"text_field: document {number} of {source} has no '{text_field}'; repair or remove it")
-        seen += len(column)
+    number = 0
+    for rows in table.select_columns([text_field]).iter(batch_size=HUB_ROWS):
+        for text in rows[text_field]:
+            number += 1
+            if text is None:
+                raise ValueError(f"text_field: document {number} of {source} holds null in '{text_field}', not text")
+            digest.update(len(text.encode()).to_bytes(8, "little") + text.encode())
+            yield text
 
 
-def _name_bad_line(files: list[Path]) -> None:
-    """Raise a ValueError with the file and line that made a JSON source unreadable, if there is one."""
-    for file in files:
-        number = 0
-        try:
-            with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
-                for line in stream:
-                    number += 1
-                    if line.strip() and not isinstance(json.loads(line), dict):
-                        raise ValueError("it is not a JSON object")
-        except (ValueError, OSError, EOFError) as error:
-            where = f"after line {number}" if isinstance(error, OSError | EOFError) else f"line {number}"
-            raise ValueError(
-                f"source: {file}, {where}, is unreadable ({_one_line(error)}); repair or remove the line"
-            ) from None
-
-
-def _one_line(error: BaseException) -> str:
-    """The first line of a message, or the name of an error without one."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _written(texts: Iterable[str], cache: Path) -> tuple[Any, NDArray[np.int64]]:
+    """The texts in one memory-mapped Arrow file, those of blanks alone emptied, and the bytes of each."""
+    cache.mkdir(parents=True, exist_ok=True)
+    schema = pa.schema({"text": pa.large_string()})
+    path, text_bytes = cache / "text.arrow", array("q")
+    with path.open("wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        batch: list[str] = []
+        batch_bytes = 0
+        for text in chain(texts, [None]):
+            if text is not None:
+                batch.append("" if text.isspace() else text)
+                text_bytes.append(len(batch[-1].encode()))
+                batch_bytes += text_bytes[-1]
+            if batch and (text is None or batch_bytes >= BATCH_BYTES or len(batch) == BATCH_ROWS):
+                writer.write_batch(pa.record_batch([pa.array(batch, pa.large_string())], schema=schema))
+                batch, batch_bytes = [], 0
+    table = datasets.Dataset.from_file(str(path)) if text_bytes else None
+    return table, np.frombuffer(text_bytes, dtype=np.int64)
