@@ -39,7 +39,8 @@ def waits_for_others(frame: FrameType | None) -> bool:
         if module_of(frame).startswith(_WAITING_MODULES):
             return True
         if not module_of(frame).startswith(("torch.", "threading")):
-            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+            # Python 3.11 has no line for some instructions.
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno or 0)
             return any(word in line for word in _WAITING_WORDS)
         frame = frame.f_back
     return False

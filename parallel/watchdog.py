@@ -357,7 +357,8 @@ class Watchdog:
     def _store_lost(self, error: str) -> Death:
         what = f"the store at {self._address} is gone ({(error.strip().splitlines() or [''])[0][:120]})"
         if self._store_rank is None:
-            return self._death_of(None, {}, f"{what}; its host, the first node's launcher, has ended: read its log")
+            host = "its host, the first node's launcher, has ended (read its log) or cannot be reached"
+            return self._death_of(None, {}, f"{what}; {host}")
         return self._death_of(self._store_rank, self._store_host, f"{what}, which this rank hosted")
 
     def _end_of_interpreter(self) -> None:
