@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,20 @@ ROOT = Path(__file__).resolve().parents[2]
 PROSE = "the king said unto his people behold this day is a day of the lord and he went out from thence"
 
 
-@pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+# Than `tiny`, by ten times: these tests are about the run, not about its sums.
+SMALLER = (
+    "model.hidden_size=128",
+    "model.intermediate_size=128",
+    "model.moe_intermediate_size=128",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=2",
+    "model.q_lora_rank=128",
+    "model.kv_lora_rank=128",
+)
+
+
+def small_store(folder: Path) -> Path:
     """Stores `train` and `heldout` of 60 short documents with some order in them."""
-    folder = tmp_path_factory.mktemp("text")
     source, chooser, words = folder / "text.jsonl", random.Random(0), PROSE.split()
     with source.open("w") as lines:
         for _ in range(60):
@@ -33,15 +44,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_run(store: Path) -> Callable[..., list[str]]:
-    """Overrides of a run of 24 steps of 2 x 32 tokens, one thread, a checkpoint every 5 steps.
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_store(tmp_path_factory.mktemp("text"))
 
-    Returns:
-        A function (*changes) -> overrides, in which each change replaces what the run or an earlier change says.
-    """
+
+def small_overrides(store: Path, *changes: str) -> list[str]:
+    """A run of 24 steps of 2 x 32 tokens, one thread, a checkpoint every 5 steps; changes replace what was said."""
     overrides = [
         "experiment=tiny",
-        "model.num_hidden_layers=2",
+        *SMALLER,
         f"data.store={store / 'train'}",
         f"data.heldout={store / 'heldout'}",
         "data.sequence_length=32",
@@ -54,7 +65,13 @@ def small_run(store: Path) -> Callable[..., list[str]]:
         "checkpoint.every_steps=5",
         "observe.wandb=off",
     ]
-    return lambda *changes: list({text.split("=")[0]: text for text in (*overrides, *changes)}.values())
+    return list({text.split("=")[0]: text for text in (*overrides, *changes)}.values())
+
+
+@pytest.fixture(scope="session")
+def small_run(store: Path) -> Callable[..., list[str]]:
+    """`small_overrides` on the small store: a function (*changes) -> overrides."""
+    return partial(small_overrides, store)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,10 +37,23 @@ on_linux = pytest.mark.skipif(
     reason="/proc and the kernel's signal on a parent's death are Linux's; `.ci/run` runs it there",
 )
 
+needs_root = pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0,
+    reason="a file system of its own needs root on Linux; `.ci/run` runs it there",
+)
+
 
 @pytest.fixture
 def config(small_run: Overrides, tmp_path: Path) -> PretrainConfig:
     return compose(small_run("schedule.total_tokens=640", f"run.directory={tmp_path}", "run.name=run"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(small_run: Overrides, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `config` without a fault."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    trainer_of(compose(small_run("schedule.total_tokens=640", f"run.directory={folder}", "run.name=run"))).fit()
+    return folder / "run"
 
 
 def trainer_of(config: PretrainConfig) -> Trainer:
@@ -173,17 +187,70 @@ class Full:
 
 
 def test_two_failed_saves_are_logged_and_the_run_goes_on_bit_for_bit(
-    config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: PretrainConfig, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer_of(replace(config, run=replace(config.run, name="unbroken"))).fit()
     monkeypatch.setattr(publish, "write_manifest", Full(failures=2))
     state = trainer_of(replace(config, checkpoint=replace(config.checkpoint, every_steps=2))).fit()
     events = read_events(tmp_path / "run")
     assert [event["step"] for event in events if event["event"] == "save_failed"] == [4, 6]
     assert "No space left on device" in events[1]["error"]
-    assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
+    assert losses(tmp_path / "run") == losses(unbroken)
     assert publish.published(tmp_path / "run/checkpoints")[0].name == f"step_{state.step:08d}"
     assert not list((tmp_path / "run/checkpoints").glob(".writing-*"))
+
+
+@needs_root
+def test_on_a_disk_that_is_full_saves_fail_and_records_wait_and_a_start_says_so(
+    small_run: Overrides, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file system of its own, without a byte left from step 4 to step 8."""
+    overrides = small_run("schedule.total_tokens=640", f"run.directory={tmp_path}/disk", "checkpoint.every_steps=2")
+    filler = tmp_path / "disk/filler"
+    filler.parent.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", filler.parent], check=True)
+    try:
+        trainer = trainer_of(compose([*overrides, "run.name=run"]))
+        take_step = trainer.take_step
+
+        def on_a_full_disk(*arguments: object, **named: object) -> None:
+            if trainer.state.step == 3:
+                trainer.wait_for_save(arguments[0])  # type: ignore[arg-type]
+                fill(filler)
+            if trainer.state.step == 7:
+                filler.unlink()
+            take_step(*arguments, **named)  # type: ignore[arg-type]
+
+        trainer.take_step = on_a_full_disk  # type: ignore[method-assign]
+        trainer.fit()
+        events = read_events(filler.parent / "run")
+        assert [event["step"] for event in events if event["event"] == "save_failed"] == [6, 8]
+        assert losses(filler.parent / "run") == losses(unbroken)
+        fill(filler)
+        assert pretrain.main([*overrides, "run.name=run"]) == 2
+        assert "No space left on device" in capsys.readouterr().err
+    finally:
+        subprocess.run(["umount", "-l", filler.parent], check=True)
+
+
+def fill(filler: Path) -> None:
+    """Take the last byte of a file system."""
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+
+
+def test_a_clock_that_jumps_a_day_ahead_and_two_back_changes_no_number(
+    config: PretrainConfig, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, now = trainer_of(config), time.time
+    monkeypatch.setattr(
+        time, "time", lambda: now() + 86_400 * ((trainer.state.step >= 3) - 2 * (trainer.state.step >= 6))
+    )
+    trainer.fit()
+    assert losses(tmp_path / "run") == losses(unbroken)
+    times = [record["time_unix_s"] for record in read_run(tmp_path / "run")]
+    assert max(times) == times[4], "the clock did jump"
+    assert trainer_of(config).state == trainer.state, "the newest checkpoint is that of the highest step"
 
 
 def test_three_failed_saves_in_a_row_end_the_run_with_the_older_checkpoint_whole(
@@ -209,7 +276,7 @@ def test_three_failed_saves_in_a_row_end_the_run_with_the_older_checkpoint_whole
 
 
 def test_killed_in_the_last_evaluation_nothing_is_lost_and_the_next_start_scores(
-    config: PretrainConfig, tmp_path: Path
+    config: PretrainConfig, unbroken: Path, tmp_path: Path
 ) -> None:
     trainer = trainer_of(config)
 
@@ -226,6 +293,4 @@ def test_killed_in_the_last_evaluation_nothing_is_lost_and_the_next_start_scores
     trainer_of(config).fit()
     scores = [event for event in read_events(tmp_path / "run") if event["event"] == "evaluation"]
     assert [score["step"] for score in scores] == [steps], "scored once, by the process that came next"
-    unbroken = replace(config, run=replace(config.run, name="unbroken"))
-    trainer_of(unbroken).fit()
-    assert read_run(tmp_path / "unbroken")[-1]["eval/bits_per_byte"] == scores[0]["eval/bits_per_byte"]
+    assert read_run(unbroken)[-1]["eval/bits_per_byte"] == scores[0]["eval/bits_per_byte"]

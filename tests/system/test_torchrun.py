@@ -46,12 +46,18 @@ class Launch:
     """One torchrun with its workers; output goes to files, so that no process waits for a full pipe."""
 
     def __init__(
-        self, folder: Path, options: tuple[str, ...], overrides: list[str], environment: dict[str, str]
+        self,
+        folder: Path,
+        options: tuple[str, ...],
+        overrides: list[str],
+        environment: dict[str, str],
+        script: tuple[str, ...] = ("launch/pretrain.py",),
+        through: tuple[str, ...] = (),
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.mark = uuid.uuid4().hex
         self.stderr = folder / f"{self.mark}.err"
-        command = [str(TORCHRUN), *options, "launch/pretrain.py", *overrides]
+        command = [*through, str(TORCHRUN), *options, *script, *overrides]
         settings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", MARK: self.mark}
         with self.stderr.open("w") as err:
             self.torchrun = subprocess.Popen(
