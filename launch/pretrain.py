@@ -3,8 +3,8 @@
 Arguments are Hydra overrides of configs/pretrain.yaml. `--config` prints the composed configuration and stops;
 `dry_run=true` plans the memory of one rank (`rank=0`) and stops. A wrong key, value, layout, store or device is one
 sentence and exit code 2, before anything is allocated. SIGTERM finishes the step, saves and exits 0; the same command
-then resumes. Exit code 3: stopped by the non-finite guard. 4: nothing could be saved any more. 75: another rank died,
-and is named.
+then resumes. Exit code 3: stopped by the non-finite guard. 4: nothing could be saved any more. 5: the loss left its
+band for good. 75: another rank died, and is named.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 from parallel.layout import check_world
 from train.config import PretrainConfig, compose, to_yaml
 from train.observe.guards import TrainingStopped
+from train.run_directory import run_directory
 from train.studies.plan.dry_run import dry_run
 from train.worker import WorkerInfo, pretrain
 
@@ -43,6 +44,8 @@ def meet(config: PretrainConfig, *, rank: int, world: int) -> WorkerInfo:
         return WorkerInfo()
     for name, value in config.network.environment.items():
         os.environ.setdefault(name, value)
+    # The prefix of what torch's flight recorder writes, where it is on.
+    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(run_directory(config.run).absolute() / "collectives_"))
     store, _, _ = next(rendezvous("env://", rank, world))
     hosted_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
