@@ -1,6 +1,7 @@
 # make demo   train a tiny DeepSeek-V3 in BF16 and in FP8 on the text in this repository, and compare the two
 # make test   lint, types, import contracts and the CPU tests
 # make test-long   the slower proofs: FP8 against BF16 over whole runs, every command of the documents, ...
+# make endurance   about 20 minutes: 30 faults strike one training, which must end equal to an unbroken one
 # make check  the first three of these only
 # make gpu    on a machine with a GPU: its tests, short training runs, benches, and one report in runs/gpu
 # make clean  remove caches (never runs/ nor stores/)
@@ -16,7 +17,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # make gpu needs torch, Triton, PyYAML, numpy and safetensors only: another Python serves as well, GPU_PYTHON=python3.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: demo test test-long check gpu clean setup setup-dev
+.PHONY: demo test test-long endurance check gpu clean setup setup-dev
 
 demo: setup
 	@$(BIN)/python launch/demo.py $(ARGS)
@@ -29,6 +30,10 @@ test: check
 test-long: setup-dev
 	@$(PYTEST) -m long $(ARGS)
 	@echo "make test-long: $$(( $$(date +%s) - $(START) )) s"
+
+endurance: setup-dev
+	@$(BIN)/python -m tests.endurance $(ARGS)
+	@echo "make endurance: $$(( $$(date +%s) - $(START) )) s"
 
 check: setup-dev
 	@$(BIN)/ruff check .
