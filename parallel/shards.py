@@ -38,6 +38,12 @@ class Shard(NamedTuple):
         """Elements of the block."""
         return math.prod(self.sizes)
 
+    def is_inside(self) -> bool:
+        """Whether it is a block of the global tensor."""
+        return len(self.global_shape) == len(self.offsets) == len(self.sizes) and all(
+            min(first, length) >= 0 and first + length <= size for size, first, length in zip(*self, strict=True)
+        )
+
     def flatten(self) -> Shard:
         """The same elements of the flattened global tensor; only the first dim may be cut."""
         assert self.sizes[1:] == self.global_shape[1:], f"{self} is not contiguous in the flattened tensor"
@@ -60,9 +66,7 @@ class LocalShard:
 
     def __post_init__(self) -> None:
         assert tuple(self.tensor.shape) == self.shard.sizes, (self.tensor.shape, self.shard)
-        assert all(first >= 0 and first + length <= size for size, first, length in zip(*self.shard, strict=True)), (
-            f"{self.shard} leaves the global tensor"
-        )
+        assert self.shard.is_inside(), f"{self.shard} leaves the global tensor"
 
     @classmethod
     def at(cls, tensor: Tensor, global_shape: tuple[int, ...], offsets: tuple[int, ...]) -> LocalShard:

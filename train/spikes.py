@@ -199,7 +199,7 @@ class SpikeState:
             numbers = [number for each in history for number in (each.loss, each.log_norm)]
             counts = [getattr(state, field.name) for field in fields(cls) if field.type == "int"]
             counts += [each.position for each in history] + [number for window in dropped for number in window]
-            whole = all(type(count) is int and count >= 0 for count in counts)
+            whole = all(type(count) is int and 0 <= count < 2**62 for count in counts)
             numbers += [] if lowest is None else [lowest]
             if (
                 not whole

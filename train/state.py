@@ -6,6 +6,7 @@ Every schedule is a pure function of (step, tokens seen), the data order one of 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
+from reprlib import repr as short
 from typing import Any
 
 
@@ -45,6 +46,6 @@ class TrainState:
         names = [field.name for field in fields(cls)]
         if not isinstance(values, dict) or sorted(values) != sorted(names):
             raise ValueError(f"lacks 'train_state' with the fields {', '.join(names)}")
-        if wrong := [name for name in names if type(values[name]) is not int or values[name] < 0]:
-            raise ValueError(f"has train_state.{wrong[0]} = {values[wrong[0]]!r}, which is no count")
+        if wrong := [name for name in names if type(values[name]) is not int or not 0 <= values[name] < 2**62]:
+            raise ValueError(f"has train_state.{wrong[0]} = {short(values[wrong[0]])}, which is no count")
         return cls(**values)

@@ -11,7 +11,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
-from train.checkpoint.publish import STATE, damage
+from train.checkpoint.publish import STATE, damage, one_line
 from train.data.stream import DataConfig
 from train.model.config import ModelConfig
 from train.model.precision import Precision
@@ -86,11 +86,11 @@ def check_same_identity(path: Path, saved: dict[str, Any], current: dict[str, An
 def _difference(section: str, old: object, new: object) -> str:
     """The first field in which two values differ, or the values themselves; an absent field has its default."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
-        return f"was {old}, now {new}"
+        return f"was {one_line(old)}, now {one_line(new)}"
     key = next(key for key in (*new, *old) if old.get(key) != new.get(key))
     kind = IDENTITY_SECTIONS.get(section)
     default = {field.name: field.default for field in fields(kind)}.get(key) if kind else None
-    return f"{key} was {old.get(key, default)}, now {new.get(key, default)}"
+    return f"{one_line(key)} was {one_line(old.get(key, default))}, now {one_line(new.get(key, default))}"
 
 
 def changed_fields(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[object]]:

@@ -33,6 +33,8 @@ from train.data.store import file_sha256
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+# Of lists and objects inside each other; ours have six.
+DEEPEST = 64
 STATE = "state.json"
 SHARD_SUFFIX = ".safetensors"
 
@@ -203,13 +205,24 @@ def read_json(path: Path) -> Any:
     if path.is_symlink():
         raise damage(path, "is a link, and may be another's file")
     try:
-        return json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
+        # Half of a surrogate pair is legal in JSON but no text.
+        json.dumps(value, ensure_ascii=False).encode()
+        if not _is_flat(value):
+            raise ValueError(f"nested more than {DEEPEST} levels")
+        return value
     except FileNotFoundError:
         raise damage(path, "is missing") from None
     except OSError as error:
         raise damage(path, f"cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise damage(path, f"is not JSON ({error})") from None
+        raise damage(path, f"is not JSON of ours ({error})") from None
+
+
+def _is_flat(value: Any, levels: int = DEEPEST) -> bool:
+    """Whether no list or object is deeper than `levels`."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_is_flat(each, levels - 1) for each in inner)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -229,8 +242,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise damage(file, "does not have its own sha256")
     files: Any = manifest.get("files")
     tensors: Any = manifest.get("tensors")
-    if not _are_entries(files, {"bytes", "sha256"}) or not _are_entries(tensors, {"shape", "dtype"}):
-        raise damage(file, "lacks an entry for a file or a tensor")
+    _check_entries(file, "files", files, {"bytes": _is_count, "sha256": _is_text})
+    _check_entries(file, "tensors", tensors, {"shape": _is_shape, "dtype": _is_text})
     if STATE not in files or not all(Path(name).name == name for name in files):
         raise damage(file, f"must name {STATE} and only files of its own directory")
     for stray in path.iterdir():
@@ -240,8 +253,32 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _are_entries(entries: Any, keys: set[str]) -> bool:
-    return isinstance(entries, dict) and all(isinstance(e, dict) and e.keys() == keys for e in entries.values())
+def _check_entries(file: Path, section: str, entries: Any, fields: Mapping[str, Callable[[Any], bool]]) -> None:
+    if not isinstance(entries, dict):
+        raise damage(file, f"lacks {section!r}")
+    for name, entry in entries.items():
+        if not (_is_text(name) and isinstance(entry, dict) and entry.keys() == fields.keys()):
+            raise damage(file, f"lacks {' or '.join(fields)} of {section}, {one_line(name)}")
+        for field, is_right in fields.items():
+            if not is_right(entry[field]):
+                raise damage(file, f"says {field} {one_line(entry[field])} of {section}, {one_line(name)}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**62
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) < 256 and value.isprintable()
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_count(size) for size in value)
+
+
+def one_line(value: object) -> str:
+    """A value of a file, or a library's error, as one short line."""
+    return " ".join(str(value).split())[:300]
 
 
 def damage(file: Path, what: str) -> ValueError:
