@@ -169,9 +169,21 @@ def compose(overrides: list[str]) -> PretrainConfig:
         with hydra.initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
             tree = hydra.compose(ROOT_FILE, overrides)
         values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"configs/: {_undecodable()} is not UTF-8 text ({error}); save it as UTF-8") from error
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(f"configs/: {' '.join(str(error).split())}") from error
     return _build_root(values)
+
+
+def _undecodable() -> str:
+    """The first file that is no text; the libraries do not say which."""
+    for path in sorted(CONFIGS.rglob("*.yaml")):
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            return path.relative_to(CONFIGS).as_posix()
+    return "a file"
 
 
 def to_yaml(config: PretrainConfig) -> str:
@@ -209,8 +221,8 @@ def _build_root(values: object) -> PretrainConfig:
     return config
 
 
-def convert(kind: Any, value: object, path: str) -> object:
-    """Convert a plain value, as YAML gives it, to a type: dataclass, tuple, dict, Optional, Literal or scalar.
+def convert(kind: Any, value: object, path: str) -> Any:
+    """Convert a plain value, as YAML or JSON gives it, to a type: dataclass, tuple, dict, Optional, Literal, scalar.
 
     An int is a legal float and an integral float a legal int (14.8e12 tokens); nothing else is converted.
 
@@ -222,6 +234,8 @@ def convert(kind: Any, value: object, path: str) -> object:
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, path)
     origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
@@ -404,4 +418,4 @@ def _unknown_key(key: str) -> ConfigError:
 
 def _nearest(name: str, names: list[str]) -> str:
     """The most similar name; there is always one."""
-    return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+    return difflib.get_close_matches(name[:100], names, n=1, cutoff=0.0)[0]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from parallel.shards import Shard
 from train.checkpoint import publish
+from train.config import convert
 from train.data.store import MANIFEST_NAME, read_manifest
 from train.data.tokenizer import TextTokenizer, load_tokenizer
 from train.data.trained_on import TrainedOn
@@ -108,10 +110,10 @@ class CheckpointReader:
         self._whole: set[str] = set()
         self._check(publish.STATE)
         self.state: dict[str, Any] = publish.read_json(path / publish.STATE)
-        self.config = ModelConfig.from_dict(self.state["config"]["model"])
-        # A run of `launch/ablate.py` names more; its weights are computed with as the plain recipe says.
-        saved = self.state["config"]["precision"]
-        self.precision = Precision(**{each.name: saved[each.name] for each in fields(Precision) if each.name in saved})
+        try:
+            self._read_state()
+        except ValueError as error:
+            raise publish.damage(path / publish.STATE, f"cannot be used ({publish.one_line(error)})") from None
         self._tensors: dict[str, dict[str, Any]] = manifest["tensors"]
         self._files = OpenFiles(path, _damaged)
         self._shards = self._scan()
@@ -123,24 +125,40 @@ class CheckpointReader:
         if kind == "ema" and not any(key.startswith("ema.") for key in self._tensors):
             raise ValueError(f"{path} holds no moving average: train with optim.ema_decay, or take the model's weights")
 
+    def _read_state(self) -> None:
+        """Model, precision, and how samples of its training looked: of a run as configured, of an import as it came."""
+        section = dict[str, Any]
+        config = convert(section, convert(section, self.state, "all").get("config"), "config")
+        self.config: ModelConfig = convert(ModelConfig, config.get("model"), "config.model")
+        # A run of `launch/ablate.py` names more; its weights are computed with as the plain recipe says.
+        saved = convert(section, config.get("precision"), "config.precision")
+        known = {each.name: saved[each.name] for each in fields(Precision) if each.name in saved}
+        self.precision: Precision = convert(Precision, known, "config.precision")
+        self._store: str | None = None
+        if config.get("data") is None:
+            self.trained_on = TrainedOn.from_json(self.state, origin=str(self.path / publish.STATE))
+            return
+        data = convert(section, config["data"], "config.data")
+        self._store = convert(str, data.get("store"), "config.data.store")
+        identity = convert(section, self.state.get("identity", {}), "identity")
+        store = convert(section, identity.get("store", {}), "identity.store")
+        self.trained_on = TrainedOn(
+            "eos",
+            convert(int | None, data.get("sequence_length"), "config.data.sequence_length"),
+            convert(bool, data.get("mask_documents", False), "config.data.mask_documents"),
+            convert(str | None, store.get("tokenizer"), "identity.store.tokenizer"),
+        )
+
     @property
     def tokenizer(self) -> Path | None:
         """The checkpoint's own (imports bring one), or that of the run's store, relative to the working directory."""
         found = self.path / "tokenizer.json"
-        if not found.is_file() and "data" in self.state["config"]:
-            store = Path(self.state["config"]["data"]["store"])
-            if (store / MANIFEST_NAME).is_file():
+        if not found.is_file() and self._store is not None:
+            store = Path(self._store)
+            # Not `Path.is_file`, which raises for a name that is too long.
+            if os.path.isfile(store / MANIFEST_NAME):
                 found = store / read_manifest(store).tokenizer_file
-        return found if found.is_file() else None
-
-    @property
-    def trained_on(self) -> TrainedOn:
-        """Of a run, what its configuration says; of an import, what came with it."""
-        data = self.state["config"].get("data")
-        if data is None:
-            return TrainedOn.from_json(self.state, origin=str(self.path / publish.STATE))
-        store = self.state.get("identity", {}).get("store", {})
-        return TrainedOn("eos", data.get("sequence_length"), data.get("mask_documents", False), store.get("tokenizer"))
+        return found if os.path.isfile(found) else None
 
     def names(self) -> tuple[str, ...]:
         """Every tensor of the model, in the checkpoint's order."""
@@ -183,21 +201,36 @@ class CheckpointReader:
         shards: dict[str, list[tuple[str, Shard]]] = {key: [] for key in self._tensors}
         for name in (name for name in self._manifest["files"] if name.endswith(publish.SHARD_SUFFIX)):
             file = self._files[name]
-            saved = json.loads((file.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+            try:
+                found = json.loads((file.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+                saved = convert(dict[str, dict[str, tuple[int, ...]]], found, "DCP_SHARDING_INFO")
+            except (ValueError, RecursionError) as error:
+                raise _damaged(self.path / name, error) from None
             for key in shards.keys() & set(file.keys()):
                 sizes = tuple(file.get_slice(key).get_shape())
-                offsets = tuple(saved.get(key, {}).get("saved_offsets", [0] * len(sizes)))
-                shards[key].append((name, Shard(tuple(self._tensors[key]["shape"]), offsets, sizes)))
+                shape, offsets = tuple(self._tensors[key]["shape"]), saved.get(key, {}).get("saved_offsets")
+                shard = Shard(shape, (0,) * len(sizes) if offsets is None else offsets, sizes)
+                if not shard.is_inside():
+                    raise _damaged(self.path / name, f"{key} {list(sizes)} is no part of {list(shape)}")
+                shards[key].append((name, shard))
         return shards
 
     def _read(self, key: str, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of a saved tensor, from every shard that meets them."""
-        entry = self._tensors[key]
-        dtype = getattr(torch, entry["dtype"].removeprefix("torch."))
-        out = torch.empty((stop - start, *entry["shape"][1:]), dtype=dtype)
-        found = 0
-        for file, (_, offsets, sizes) in self._shards[key]:
-            first, last = max(start, offsets[0]), min(stop, offsets[0] + sizes[0])
+        shape, name = self._tensors[key]["shape"], self._tensors[key]["dtype"]
+        dtype = getattr(torch, name.removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype) or not shape:
+            raise publish.damage(self.path / publish.MANIFEST, f"says that {key} is {name} {shape}")
+        parts = [
+            (file, shard, max(start, shard.offsets[0]), min(stop, shard.offsets[0] + shard.sizes[0]))
+            for file, shard in self._shards[key]
+        ]
+        # Before memory is taken: the size is what a file says.
+        found = sum((last - first) * math.prod(shard.sizes[1:]) for _, shard, first, last in parts if first < last)
+        if found != (asked := (stop - start) * math.prod(shape[1:])):
+            raise ValueError(f"{self.path} holds {found} of {asked} elements asked of {key}: it is incomplete")
+        out = torch.empty((stop - start, *shape[1:]), dtype=dtype)
+        for file, (_, offsets, sizes), first, last in parts:
             if first >= last:
                 continue
             self._check(file)
@@ -205,12 +238,12 @@ class CheckpointReader:
             for dim in range(1, out.dim()):
                 view = view.narrow(dim, offsets[dim], sizes[dim])
             try:
-                view.copy_(self._files[file].get_slice(key)[first - offsets[0] : last - offsets[0]])
+                values = self._files[file].get_slice(key)[first - offsets[0] : last - offsets[0]]
             except READ_ERRORS as error:
                 raise _damaged(self.path / file, error) from None
-            found += view.numel()
-        if found != out.numel():
-            raise ValueError(f"{self.path} holds {found} of {out.numel()} elements asked of {key}: it is incomplete")
+            if values.dtype != dtype:
+                raise _damaged(self.path / file, f"{key} is {values.dtype}, not {dtype}")
+            view.copy_(values)
         return out
 
 
@@ -281,5 +314,7 @@ def load_model(source: WeightSource, *, precision: Precision | None = None, devi
     return model.requires_grad_(requires_grad=False).eval()
 
 
-def _damaged(file: Path, error: Exception) -> ValueError:
-    return ValueError(f"checkpoint {file.parent} is damaged: {file.name} ({error}); take another step_* beside it")
+def _damaged(file: Path, error: Exception | str) -> ValueError:
+    return ValueError(
+        f"checkpoint {file.parent} is damaged: {file.name} ({publish.one_line(error)}); take another step_* beside it"
+    )
