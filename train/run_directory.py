@@ -20,6 +20,7 @@ from pathlib import Path
 
 from train.checkpoint import publish
 from train.config import RunConfig
+from train.observe.sinks import METRICS_FILE, RUN_CARD_FILE
 
 LOCK = "lock"
 ROOM_BYTES = 2**16
@@ -70,8 +71,8 @@ def _lock(file: int, directory: Path) -> None:
     except BlockingIOError:
         try:
             owner = json.loads(os.pread(file, 4096, 0))
-            who = f"process {owner['pid']} on {owner['host']}"
-        except (ValueError, KeyError, TypeError):
+            who = publish.one_line(f"process {owner['pid']} on {owner['host']}")
+        except (ValueError, KeyError, TypeError, RecursionError):
             who = "another process"
         raise ValueError(
             f"{directory} is in use: {who} trains there; wait for it, stop it, or choose another run.name"
@@ -83,11 +84,14 @@ def _lock(file: int, directory: Path) -> None:
 
 
 def refuse_links(directory: Path) -> None:
-    """Refuse links of a run's directory that lead out of it: through them its files would be others'.
+    """Refuse links of a run's directory that lead out of it, to others' files, and folders in a file's place.
 
     Raises:
-        ValueError: names the first link and where it leads.
+        ValueError: names the first link and where it leads, or the folder.
     """
+    for name in (METRICS_FILE, RUN_CARD_FILE, "config.yaml"):
+        if (directory / name).is_dir():
+            raise ValueError(f"{directory / name} is a folder, but a run writes a file of that name; move it away")
     inside = Path(os.path.realpath(directory))
     for path in sorted(directory.iterdir()):
         target = Path(os.path.realpath(path))

@@ -344,9 +344,14 @@ def read_run(run_dir: Path) -> list[Record]:
     Raises:
         ValueError: there is no metrics.jsonl.
     """
-    lines = _valid(_lines_of_run(run_dir))
+    lines, last_step = _valid(_lines_of_run(run_dir)), -1
     scores = {line["step"]: {SCORE: line[SCORE]} for line in lines if line.get("event") == "evaluation"}
-    return [line | scores.get(line["step"], {}) for line in lines if "event" not in line]
+    records = []
+    for line in lines:
+        if "event" not in line and line["step"] > last_step:
+            last_step = line["step"]
+            records.append(line | scores.get(last_step, {}))
+    return records
 
 
 def read_events(run_dir: Path) -> list[Record]:
@@ -355,16 +360,24 @@ def read_events(run_dir: Path) -> list[Record]:
 
 
 def read_lines(path: Path) -> Iterator[Record]:
-    """Every whole line of a metrics file; torn ones (cut short by kill -9) are left out."""
+    """Every whole line of a metrics file; torn ones (cut short by kill -9), and what no run writes, are left out."""
     with path.open("rb") as lines:
         for text in lines:
             # A cut line cannot parse as an object, because its closing brace comes last.
             try:
                 line = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(line, dict):
+            if _is_line(line):
                 yield line
+
+
+def _is_line(line: Any) -> bool:
+    """Whether this is a step record, or an event, an evaluation with its score."""
+    if not isinstance(line, dict) or type(step := line.get("step")) is not int or not 0 <= step < 2**63:
+        return False
+    event = line.get("event", "")
+    return isinstance(event, str) and (event != "evaluation" or type(line.get(SCORE)) in (int, float))
 
 
 def _lines_of_run(run_dir: Path) -> Iterator[Record]:

@@ -275,11 +275,17 @@ def read_object(path: Path) -> Json:
     """The JSON object of a small file; ValueError where it holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        _check_text(value)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): mend it or delete it") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not an object: mend it or delete it")
     return value
+
+
+def _check_text(value: object) -> None:
+    """Refuse half of a surrogate pair: it can be written in JSON and YAML but not into a page."""
+    json.dumps(value, default=str, ensure_ascii=False).encode()
 
 
 def _read_yaml(path: Path) -> Json:
@@ -291,6 +297,7 @@ def _read_yaml(path: Path) -> Json:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
             return {}
         value = yaml.safe_load(text)
+        _check_text(value)
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
