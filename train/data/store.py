@@ -24,6 +24,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, get_origin, get_type_hints
 
 import numpy as np
@@ -148,7 +149,8 @@ def read_manifest_of_any_format(folder: Path) -> Manifest:
             values["index"] = FileRecord(**values["index"])
         manifest = Manifest(**values)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"data.store: {path} lacks or misnames a field ({error}); {REMEDY}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"data.store: {path} lacks or misnames a field ({reason}); {REMEDY}") from None
     if wrong := next(_wrong_fields(manifest), None):
         raise ValueError(f"data.store: {path} has {wrong}; {REMEDY}")
     return manifest
@@ -161,8 +163,9 @@ def _wrong_fields(manifest: Manifest) -> Iterator[str]:
         for name, value in values.items():
             kind = get_origin(hints[name]) or hints[name]
             if (kind in (int, str, dict) and type(value) is not kind) or (kind is int and not 0 <= value < 2**62):
-                yield f"{name} = {value!r}"
-    yield from (f"the file {name!r}, not in its folder" for name in manifest.files if not FILE_NAME.fullmatch(name))
+                yield f"{name} = {short(value)}"
+    outside = (name for name in manifest.files if not FILE_NAME.fullmatch(name))
+    yield from (f"the file {short(name)}, not in its folder" for name in outside)
     largest, special = manifest.max_token_id, vars(manifest.special_ids).values()
     must_hold = {
         "tokenizer_file": manifest.tokenizer_file == f"../{TOKENIZER_NAME}",
@@ -173,7 +176,7 @@ def _wrong_fields(manifest: Manifest) -> Iterator[str]:
         "index": manifest.index is not None or manifest.format_version == 1,
         "max_token_id": max(special) <= largest < manifest.vocab_size,
     }
-    yield from (f"{name} = {getattr(manifest, name)!r}" for name, holds in must_hold.items() if not holds)
+    yield from (f"{name} = {short(getattr(manifest, name))}" for name, holds in must_hold.items() if not holds)
 
 
 def file_sha256(path: Path) -> str:
