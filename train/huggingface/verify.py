@@ -85,13 +85,15 @@ def verify_export(source: WeightSource, out: Path, plan: ExportPlan) -> Verified
 
 def _check_hashes(out: Path, plan: ExportPlan) -> int:
     journal = read_json(out / JOURNAL)
-    files = journal.get("files", {}) if isinstance(journal, dict) else {}
+    files = journal.get("files") if isinstance(journal, dict) else None
+    if not isinstance(files, dict):
+        raise ValueError(f"{out / JOURNAL} is damaged: it lacks 'files'; delete {out} and export again")
     for name in (*plan.files, INDEX, CONFIG):
         if name not in files:
             raise ValueError(f"{out} is not finished: {name} is not in its {JOURNAL}; run the same export again")
     for name, entry in files.items():
         file = out / name
-        if not file.is_file() or publish.entry_of(file) != entry:
+        if file.parent != out or not file.is_file() or publish.entry_of(file) != entry:
             raise ValueError(f"{file} is missing or not as it was written; run the same export again to repair it")
     return len(files)
 
