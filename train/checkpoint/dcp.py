@@ -370,7 +370,9 @@ def _read(path: Path, targets: dict[str, Tensor], wanted: dict[str, TypedShard])
     except CheckpointException as failure:
         shards = sorted(file.name for file in path.iterdir() if file.name.endswith(publish.SHARD_SUFFIX))
         cause = _cause(failure)
-        raise ValueError(f"checkpoint {path} is damaged: cannot read {_some(shards)}: {cause}") from cause
+        raise ValueError(
+            f"checkpoint {path} is damaged: cannot read {_some(shards)}: {publish.one_line(cause)}"
+        ) from cause
 
 
 def _cause(failure: CheckpointException) -> BaseException:
