@@ -105,7 +105,7 @@ def pointer_or(error: Exception, path: Path) -> str:
     with suppress(OSError), path.open("rb") as stream:
         if stream.read(len(_LFS)) == _LFS:
             return "a git-lfs pointer: run `git lfs pull`"
-    return str(error)
+    return publish.one_line(error)
 
 
 def header_of(file: ShardFile) -> tuple[bytes, dict[str, tuple[int, int]]]:
