@@ -461,8 +461,11 @@ class Trainer:
     def restore(self, path: Path) -> SavedState:
         """Take everything from a checkpoint; ValueError as for `resume`."""
         tensors = self.tensors()
-        saved = read_state(path, load(path, tensors, group=self.components.checkpoint_group))
-        check_same_identity(path, saved.identity, self.identity())
+
+        def is_this_run(state: dict[str, Any]) -> None:
+            check_same_identity(path, read_state(path, state).identity, self.identity())
+
+        saved = read_state(path, load(path, tensors, group=self.components.checkpoint_group, check=is_this_run))
         generator_state = tensors["rng.cpu"]
         assert isinstance(generator_state, Tensor)
         torch.set_rng_state(generator_state)

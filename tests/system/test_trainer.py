@@ -224,6 +224,7 @@ def test_sigterm_during_the_last_save_is_survived(config: PretrainConfig, monkey
     ("field", "change"),
     [
         ("another seed: was 1234, now 7", "run.seed=7"),
+        ("another model: num_attention_heads was 2, now 4", "model.num_attention_heads=4"),
         ("another precision: name was bf16, now fp8", "precision=fp8"),
         ("another data: fim_rate was 0.1, now 0.5", "data.fim_rate=0.5"),
         ("another data: sequence_length was 32, now 64", "data.sequence_length=64"),

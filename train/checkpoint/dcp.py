@@ -175,7 +175,13 @@ def latest(
     return None
 
 
-def load(path: Path, tensors: HeldTensors, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+def load(
+    path: Path,
+    tensors: HeldTensors,
+    group: dist.ProcessGroup | None = None,
+    *,
+    check: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
     """Fill tensors in place from a checkpoint of any layout, and return its state; a collective call.
 
     Names, shapes, dtypes and hashes are checked before the first tensor is touched. Each rank reads the headers of all
@@ -185,8 +191,10 @@ def load(path: Path, tensors: HeldTensors, group: dist.ProcessGroup | None = Non
         path: a published checkpoint, as `latest` returns it.
         tensors: name -> what to fill; over all ranks exactly the names, shapes and dtypes of the checkpoint.
         group: of all ranks that load together, for CPU tensors; None: this process alone.
+        check: raises a ValueError for a state that does not fit, before tensors are compared; one rank calls it.
     Raises:
-        ValueError: a file is damaged, or a tensor is missing, unexpected, or of another shape or dtype; named.
+        ValueError: a file is damaged, the state does not fit, or a tensor is missing, unexpected, or of another shape
+            or dtype; named.
     """
     ranks = Ranks(GroupTransport(group))
     manifest = _verify(ranks, path)
@@ -200,6 +208,7 @@ def load(path: Path, tensors: HeldTensors, group: dist.ProcessGroup | None = Non
         state = publish.read_json(path / publish.STATE)
         if not isinstance(state, dict):
             raise ValueError(f"checkpoint {path} is damaged: {publish.STATE} holds no object")
+        check(state)
         asked = global_tensors([read_report(report) for report in reports])
         _check_tensors(path, saved=manifest["tensors"], wanted=asked)
         return [state] * ranks.size
