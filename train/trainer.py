@@ -37,6 +37,7 @@ from train.checkpoint.identity import SavedState, changed_fields, check_same_ide
 from train.checkpoint.publish import step_of
 from train.config import PretrainConfig, to_yaml
 from train.data.batch import Batch
+from train.data.blocks import DamagedData
 from train.data.store import store_hashes
 from train.data.stream import position_of, union
 from train.evaluate.score import score_store
@@ -107,34 +108,41 @@ class Trainer:
             TrainingStopped: too many non-finite steps in a row, or no step was ever applied; a checkpoint was saved.
             SavesFailed: `checkpoint.max_failed_saves` in a row failed.
             Diverged: the loss left its band and did not come back.
+            DataRefused: token data are damaged; a checkpoint was saved.
         """
-        with self.open_sinks() as sinks:
+        with self.open_sinks() as sinks, TerminationGuard() as termination:
             changed = {"changed": self.changed} if self.changed else {}
             sinks.event("resume" if self.state.step else "start", step=self.state.step, **changed)
             try:
-                # The process that took the step may have died before it was scored.
-                if self.evaluation_is_due() and self.evaluation_is_missing(sinks):
-                    self.log_evaluation(sinks)
-                with TerminationGuard() as termination:
-                    try:
-                        while not (self.budget_is_spent() or self.stop_agreed):
-                            self.take_step(sinks, stop=termination.requested)
-                            # One process need not ask the others.
-                            self.stop_agreed |= termination.requested and self.mesh.world.size == 1
-                        check_any_applied(self.state.step, updates=self.state.updates, ended=self.budget_is_spent())
-                        asked = "asked to stop; the same command resumes"
-                        self.finish(sinks, "token budget spent" if self.budget_is_spent() else asked)
-                    except TrainingStopped as stopped:
-                        if isinstance(stopped, SavesFailed | Diverged):
-                            sinks.event("stop", step=self.state.step, reason=str(stopped))
-                        else:
-                            self.finish(sinks, str(stopped))
-                        raise
+                reason = self.train(sinks, termination)
+                sinks.event("stop", step=self.state.step, reason=reason)
+            except TrainingStopped as stopped:
+                sinks.event("stop", step=self.state.step, reason=str(stopped))
+                raise
             finally:
                 self.saver.close()
                 if self.engine.ema:
                     self.engine.ema.close()
         return self.state
+
+    def train(self, sinks: Sinks | NoSinks, termination: TerminationGuard) -> str:
+        """Step after step, and the last checkpoint; returns why it ended, and raises as `fit`."""
+        try:
+            # The process that took the step may have died before it was scored.
+            if self.evaluation_is_due() and self.evaluation_is_missing(sinks):
+                self.log_evaluation(sinks)
+            while not (self.budget_is_spent() or self.stop_agreed):
+                self.take_step(sinks, stop=termination.requested)
+                # One process need not ask the others.
+                self.stop_agreed |= termination.requested and self.mesh.world.size == 1
+            check_any_applied(self.state.step, updates=self.state.updates, ended=self.budget_is_spent())
+        except (SavesFailed, Diverged):
+            raise
+        except TrainingStopped:
+            self.save_last(sinks)
+            raise
+        self.save_last(sinks)
+        return "token budget spent" if self.budget_is_spent() else "asked to stop; the same command resumes"
 
     def open_sinks(self) -> Sinks | NoSinks:
         """The run's log on the first rank, nothing on the others."""
@@ -340,8 +348,11 @@ class Trainer:
         return bool(sum_over(missing, self.mesh.world))
 
     def log_evaluation(self, sinks: Sinks | NoSinks) -> None:
-        """Score the held-out store with the weights of now."""
-        scores = {"eval/bits_per_byte": self.evaluate()}
+        """Score the held-out store with the weights of now; DataRefused where its data are damaged."""
+        try:
+            scores = {"eval/bits_per_byte": self.evaluate()}
+        except DamagedData as damage:
+            raise DataRefused(str(damage)) from None
         sinks.event("evaluation", step=self.state.step, tokens_seen=self.state.tokens_seen, **scores)
 
     @torch.no_grad()
@@ -415,13 +426,12 @@ class Trainer:
             if self.failed_saves >= self.config.checkpoint.max_failed_saves:
                 raise SavesFailed(f"{error}. This was save {self.failed_saves} of that kind in a row") from error
 
-    def finish(self, sinks: Sinks | NoSinks, reason: str) -> None:
-        """Save the last step, again if that fails, and log why the loop ended."""
+    def save_last(self, sinks: Sinks | NoSinks) -> None:
+        """Save this step, again if that fails."""
         self.wait_for_save(sinks)
         while self.saved_step != self.state.step:
             self.save(sinks)
             self.wait_for_save(sinks)
-        sinks.event("stop", step=self.state.step, reason=reason)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same when a run is resumed (`train/checkpoint/identity.py`)."""

@@ -91,6 +91,22 @@ def test_a_flipped_byte_ends_the_run_before_the_step_and_restored_it_goes_on_bit
     assert losses(trainer.directory) == losses(Path(config.run.directory) / "unbroken")
 
 
+def test_held_out_data_that_are_damaged_end_the_run_with_every_step_saved(
+    config: PretrainConfig, store: Path, tmp_path: Path
+) -> None:
+    heldout = shutil.copytree(store / "heldout", tmp_path / "store/heldout")
+    changed = replace(config, data=replace(config.data, heldout=str(heldout)))
+    trainer = trainer_of(replace(changed, run=replace(config.run, eval_every_steps=3)))
+    flip_after(trainer, 2, heldout / DATA, 1000)
+    for _ in range(2):
+        with pytest.raises(DataRefused, match=f"heldout/{DATA} does not have the sha256 of its block 0"):
+            trainer.fit()
+        assert trainer.state.step == 3
+        assert read_events(trainer.directory)[-1]["event"] == "stop"
+        # The process that comes next scores the step first.
+        trainer = trainer_of(trainer.config)
+
+
 def test_quarantine_leaves_samples_out_and_is_the_same_after_a_resume_and_on_any_layout(config: PretrainConfig) -> None:
     runs = Path(config.run.directory)
     quarantine = replace(config, data=replace(config.data, on_damage="quarantine"))

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -25,8 +26,9 @@ from tests.system.lives import losses, wait_for_step
 from train.assemble import build_alone
 from train.checkpoint import publish
 from train.config import PretrainConfig, compose
-from train.observe.guards import SavesFailed
+from train.observe.guards import SavesFailed, TrainingStopped
 from train.observe.sinks import read_events, read_run
+from train.spikes import SpikeState
 from train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -273,6 +275,19 @@ def test_three_failed_saves_in_a_row_end_the_run_with_the_older_checkpoint_whole
     assert [path.name for path in publish.published(tmp_path / "run/checkpoints")] == ["step_00000005"]
     monkeypatch.undo()
     assert trainer_of(config).state.step == 5
+
+
+def test_a_run_that_stops_and_cannot_save_says_so_in_its_last_event(
+    config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publish, "write_manifest", Full(failures=99))
+    trainer = trainer_of(config)
+    monkeypatch.setattr(SpikeState, "score", Mock(side_effect=TrainingStopped("hopeless")))
+    with pytest.raises(SavesFailed):
+        trainer.fit()
+    stop = read_events(tmp_path / "run")[-1]
+    assert stop["event"] == "stop"
+    assert "No space left on device" in stop["reason"]
 
 
 def test_killed_in_the_last_evaluation_nothing_is_lost_and_the_next_start_scores(
