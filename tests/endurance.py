@@ -33,11 +33,12 @@ from typing import Any
 
 import torch
 
-from tests.huggingface.hf_folders import flip_a_bit, tensors_of
+from tests.huggingface.hf_folders import flip_a_bit
 from tests.system.conftest import small_overrides, small_store
 from tests.system.lives import losses
 from tests.system.test_torchrun import ONE_NODE, Launch
 from train.checkpoint import publish
+from train.checkpoint.dcp import load
 from train.observe.sinks import read_events, read_run
 
 STEPS, SPIKE_STEPS, SPIKE_AT, EVERY, TOKENS = 1500, 400, 200, 20, 4 * 32
@@ -401,12 +402,21 @@ def strike(run: Training, name: str) -> dict[str, Any]:
     }
 
 
+def whole_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, put together from the shards of all ranks."""
+    saved = publish.read_json(checkpoint / publish.MANIFEST)["tensors"]
+    dtypes = {name: getattr(torch, entry["dtype"].removeprefix("torch.")) for name, entry in saved.items()}
+    tensors = {name: torch.empty(entry["shape"], dtype=dtypes[name]) for name, entry in saved.items()}
+    load(checkpoint, tensors)
+    return tensors
+
+
 def assert_equal(broken: Path, unbroken: Path, steps: int) -> int:
     """Every logged number and every tensor of the last checkpoint, to the bit; returns how many tensors."""
     assert losses(broken) == losses(unbroken)
     assert len(losses(broken)) == steps
     assert read_run(broken)[-1]["tokens_seen"] == read_run(unbroken)[-1]["tokens_seen"] == TOKENS * steps
-    actual, expected = (tensors_of(run / "checkpoints" / publish.step_name(steps)) for run in (broken, unbroken))
+    actual, expected = (whole_tensors(run / "checkpoints" / publish.step_name(steps)) for run in (broken, unbroken))
     assert actual.keys() == expected.keys()
     assert not [name for name in expected if not torch.equal(actual[name], expected[name])]
     assert not [event for event in read_events(broken) if event["event"] == "replay_differs"]
