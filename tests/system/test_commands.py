@@ -26,6 +26,7 @@ ELSEWHERE = {
     "python launch/dashboard.py --serve": "tests/studies/dashboard/test_server.py",
     "python launch/ablate.py": "tests/system/test_ablate_command.py",
     "python launch/bench.py": "tests/studies/bench/test_table.py",
+    "python -m tests.fuzz_files": "tests/system/test_fuzz_files.py",
     "python -m tests.kernels.hopper_codegen": "tests/kernels/test_hopper_codegen.py",
     "python -m tests.parity.bench_transformers": "tests/parity/test_bench_transformers.py",
     "python launch/pretrain.py +cluster=h800_2048 dry_run=true": "tests/studies/plan/test_dry_run.py",
