@@ -37,15 +37,20 @@ SPEAKER_S = 30
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
+def network_environment(config: PretrainConfig) -> dict[str, str]:
+    """Variables of NCCL and of torch's layer above it."""
+    # The prefix of what torch's flight recorder writes, where it is on.
+    prefix = str(run_directory(config.run).absolute() / "collectives_")
+    return {"TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix} | config.network.environment
+
+
 def meet(config: PretrainConfig, *, rank: int, world: int) -> WorkerInfo:
     """This process among all, as torchrun gives it; NCCL's settings are put where NCCL looks for them."""
     check_world(config.layout, world)
     if world == 1:
         return WorkerInfo()
-    for name, value in config.network.environment.items():
+    for name, value in network_environment(config).items():
         os.environ.setdefault(name, value)
-    # The prefix of what torch's flight recorder writes, where it is on.
-    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(run_directory(config.run).absolute() / "collectives_"))
     store, _, _ = next(rendezvous("env://", rank, world))
     hosted_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

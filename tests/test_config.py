@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train.config
+from launch.pretrain import network_environment
 from train.config import CONFIGS, ConfigError, PretrainConfig, compose, convert, to_yaml
 
 # Overrides -> what the sentence must say: the key as given and the nearest valid name, or the cure.
@@ -215,6 +216,12 @@ def test_a_list_of_any_length_and_a_new_variable_arrive() -> None:
     cluster = compose(["+cluster=h800_2048", 'network.environment.NCCL_IB_TIMEOUT="23"'])
     assert cluster.network.environment["NCCL_IB_TIMEOUT"] == "23"
     assert cluster.network.environment["NCCL_CROSS_NIC"] == "0"
+
+
+def test_on_clusters_the_last_collectives_of_each_rank_go_into_the_runs_directory() -> None:
+    variables = network_environment(compose(["+cluster=h800_2048", "run.directory=/runs", "run.name=x"]))
+    assert variables["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == "/runs/x/collectives_"
+    assert (variables["TORCH_NCCL_TRACE_BUFFER_SIZE"], variables["TORCH_NCCL_DUMP_ON_TIMEOUT"]) == ("2000", "1")
 
 
 @pytest.mark.parametrize(("dp", "micro"), [("1", "1"), ("2", "1"), ("1", "2"), ("2.0", "2")])
