@@ -1,7 +1,7 @@
 # make demo   train a tiny DeepSeek-V3 in BF16 and in FP8 on the text in this repository, and compare the two
 # make test   lint, types, import contracts and the CPU tests
 # make test-long   the slower proofs: FP8 against BF16 over whole runs, every command of the documents, ...
-# make endurance   about 20 minutes: 30 faults strike one training, which must end equal to an unbroken one
+# make endurance   half an hour or so: 30 faults strike one training, which must end equal to an unbroken one
 # make check  the first three of these only
 # make fuzz-files   20,000 damaged files against every reader: one sentence or a right answer
 # make gpu    on a machine with a GPU: its tests, short training runs, benches, and one report in runs/gpu

@@ -109,6 +109,10 @@ class Training:
         self.launch.end()
         self.launch = None
 
+    def signal_launcher(self, number: signal.Signals) -> None:
+        assert self.launch is not None
+        self.launch.torchrun.send_signal(number)
+
     def signal_rank(self, rank: int, number: signal.Signals) -> None:
         assert self.launch is not None
         os.kill(self.launch.workers()[rank], number)
@@ -153,8 +157,7 @@ def kill_9_of_rank_1(run: Training) -> None:
 
 @kind
 def kill_9_of_torchrun(run: Training) -> None:
-    assert run.launch
-    run.launch.torchrun.kill()
+    run.signal_launcher(signal.SIGKILL)
     run.ended()
 
 
@@ -171,16 +174,14 @@ def kill_9_while_a_save_is_written(run: Training) -> None:
 
 @kind
 def sigterm_while_a_save_is_written(run: Training) -> None:
-    assert run.launch
     run.wait_for_save()
-    run.launch.torchrun.terminate()
+    run.signal_launcher(signal.SIGTERM)
     run.ended()
 
 
 @kind
 def sigterm_to_torchrun(run: Training) -> None:
-    assert run.launch
-    run.launch.torchrun.terminate()
+    run.signal_launcher(signal.SIGTERM)
     run.ended()
 
 
@@ -192,8 +193,7 @@ def sigterm_to_one_rank(run: Training) -> None:
 
 @kind
 def ctrl_c_to_torchrun(run: Training) -> None:
-    assert run.launch
-    run.launch.torchrun.send_signal(signal.SIGINT)
+    run.signal_launcher(signal.SIGINT)
     run.ended()
 
 
@@ -500,7 +500,6 @@ def worker(arguments: list[str]) -> int:
         resume(trainer)
         if dropped is not None and trainer.state.step == 0:
             trainer.spikes = SpikeState(dropped=tuple((first, count) for first, count in dropped))
-            trainer.components.stream.dropped = trainer.spikes.dropped
 
     train.trainer.apply_update = too_far
     train.trainer.Trainer.resume = resume_without  # type: ignore[method-assign]

@@ -176,6 +176,7 @@ class Trainer:
         first = self.state.sequences_seen
         position = position_of(first, self.spikes.dropped)
         end = position_of(first + now.batch_sequences - 1, self.spikes.dropped) + 1
+        self.components.stream.dropped = self.spikes.dropped
         batch = self.components.stream.take(first + self.mesh.dp.rank * share, share)
         self.busy.end_phase()
         health = self.fp8_health()
@@ -293,7 +294,6 @@ class Trainer:
             spike_end=spike_end,
             batch_sequences=batch_sequences,
         )
-        self.components.stream.dropped = self.spikes.dropped
         self.dead_experts = DeadExpertGuard(self.config.observe.dead_expert_steps)
         dropped = [list(window) for window in self.spikes.dropped]
         sinks.event("rollback", step=self.state.step, left_at_step=left_at, dropped_positions=dropped)
@@ -328,7 +328,6 @@ class Trainer:
             raise DataRefused(f"{windows[0]['error']}. Batches were damaged {self.quarantines} times in a row")
         dropped = union((*self.spikes.dropped, *((each, 1) for each in by_position)))
         self.spikes = replace(self.spikes, dropped=dropped)
-        self.components.stream.dropped = dropped
         sinks.event("quarantine", step=self.state.step, windows=windows)
         sinks.write_card(self.run_card())
 
@@ -480,6 +479,5 @@ class Trainer:
         assert isinstance(generator_state, Tensor)
         torch.set_rng_state(generator_state)
         self.state, self.spikes = saved.train_state, saved.spikes
-        self.components.stream.dropped = self.spikes.dropped
         self.saved_step = self.state.step
         return saved

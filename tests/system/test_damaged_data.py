@@ -125,7 +125,6 @@ def test_quarantine_leaves_samples_out_and_is_the_same_after_a_resume_and_on_any
 
     flip(Path(config.data.store) / DATA, place)
     whole.spikes = replace(whole.spikes, dropped=dropped)
-    whole.components.stream.dropped = dropped
     whole.fit()
     assert losses(runs / "reference") == losses(runs / "run"), "as if they had been left out from the first step on"
     flip(Path(config.data.store) / DATA, place)

@@ -68,7 +68,6 @@ def without_the_windows(config: PretrainConfig, windows: list[list[int]], world:
     """A run that had no fault and leaves out these windows from its start."""
     trainer = resumed(replace(config, run=replace(config.run, name="reference")), world)
     trainer.spikes = SpikeState(dropped=tuple((first, count) for first, count in windows))
-    trainer.components.stream.dropped = trainer.spikes.dropped
     return trainer
 
 
