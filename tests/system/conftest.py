@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -41,6 +43,14 @@ def small_store(folder: Path) -> Path:
             lines.write(json.dumps({"text": text}) + "\n")
     prepare(Recipe(source=str(source), vocab_size=300), folder / "store")
     return folder / "store"
+
+
+@pytest.fixture
+def as_root() -> None:
+    """What file systems and networks of a test's own need; under `.ci/run` it is there, or the test fails."""
+    if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
+        say = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        say("needs root and iproute2 on Linux, for a file system or network of its own; `.ci/run` fails without them")
 
 
 @pytest.fixture(scope="session")

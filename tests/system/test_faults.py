@@ -39,11 +39,6 @@ on_linux = pytest.mark.skipif(
     reason="/proc and the kernel's signal on a parent's death are Linux's; `.ci/run` runs it there",
 )
 
-needs_root = pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() != 0,
-    reason="a file system of its own needs root on Linux; `.ci/run` runs it there",
-)
-
 
 @pytest.fixture
 def config(small_run: Overrides, tmp_path: Path) -> PretrainConfig:
@@ -201,7 +196,7 @@ def test_two_failed_saves_are_logged_and_the_run_goes_on_bit_for_bit(
     assert not list((tmp_path / "run/checkpoints").glob(".writing-*"))
 
 
-@needs_root
+@pytest.mark.usefixtures("as_root")
 def test_on_a_disk_that_is_full_saves_fail_and_records_wait_and_a_start_says_so(
     small_run: Overrides, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

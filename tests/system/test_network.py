@@ -7,7 +7,6 @@ end by themselves, and each says whom it lost. Deadlines are TIMEOUT_S, far belo
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -22,11 +21,7 @@ from tests.system.test_torchrun import ONE_NODE, TWO_RANKS, Launch
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT, PEER_TIMEOUT_S, CUT_S = 29511, 10, 4
-needs_root = pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() != 0 or shutil.which("ip") is None,
-    reason="network namespaces need root on Linux; `.ci/run` runs it there",
-)
-pytestmark = [pytest.mark.long, needs_root]
+pytestmark = pytest.mark.long
 Overrides = Callable[..., list[str]]
 
 
@@ -80,7 +75,7 @@ class Hosts:
 
 
 @pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[Hosts]:
+def hosts(as_root: None, tmp_path: Path) -> Iterator[Hosts]:
     both = Hosts(tmp_path / "said")
     yield both
     both.end()
