@@ -7,9 +7,8 @@
     b_i += gamma * sign(mean load - load_i)                            `train/optim/balance.py`, loads of all ranks
 
 The caller reads one tensor in between: all ranks skip the update of a step whose gradients are not finite, or whose
-loss is no part of the run. One thing
-waits for the device inside a step, under expert parallelism only: a read of counts per MoE layer and micro-batch
-(docs/parallelism.md).
+loss is no part of the run. One thing waits for the device inside a step, under expert parallelism only: a read of
+counts per MoE layer and micro-batch (docs/parallelism.md).
 """
 
 from __future__ import annotations

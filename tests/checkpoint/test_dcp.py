@@ -351,3 +351,9 @@ def test_what_cannot_be_saved_is_refused_at_once(
 def test_config_refuses_zero(field: str) -> None:
     with pytest.raises(ValueError, match=f"checkpoint.{field} = 0"):
         CheckpointConfig(**({"every_steps": 1} | {field: 0}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("steps", [-10, 15])
+def test_checkpoints_that_stay_are_ones_that_are_made(steps: int) -> None:
+    with pytest.raises(ValueError, match=f"checkpoint.keep_every_steps = {steps} must be a multiple"):
+        CheckpointConfig(every_steps=10, keep_every_steps=steps)

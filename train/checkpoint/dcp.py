@@ -109,10 +109,8 @@ class Saver:
             every = self._config.keep_every_steps
             return older in stay or (every > 0 and older % every == 0)
 
-        prune = partial(publish.prune, self._directory, keep=self._config.keep, stays=stays)
-        job = _Save(
-            self._directory / publish.step_name(step), tensors, state=state, prune=lambda new: prune(newest=new)
-        )
+        prune = partial(publish.prune, keep=self._config.keep, stays=stays)
+        job = _Save(self._directory / publish.step_name(step), tensors, state=state, prune=prune)
         self._in_flight = _start(job, self._ranks, self._plan)
         if not self._config.asynchronous:
             self.wait()

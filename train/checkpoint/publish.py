@@ -151,9 +151,9 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def prune(directory: Path, *, keep: int, newest: Path, stays: Callable[[int], bool] = lambda _: False) -> None:
+def prune(newest: Path, *, keep: int, stays: Callable[[int], bool]) -> None:
     """Delete all but the `keep` newest checkpoints and those whose step `stays`; so does `newest`, just published."""
-    others = [path for path in published(directory) if path != newest]
+    others = [path for path in published(newest.parent) if path != newest]
     for path in others[keep - 1 :]:
         if not stays(step_of(path)):
             _retire(path)
