@@ -292,8 +292,9 @@ def floor(runs: Mapping[str, Mapping[str, Any]]) -> float:
 
 def interval(gaps: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean of 2 to 10 gaps, by Student's t; (NaN, NaN) where a gap is."""
-    half = STUDENT[len(gaps) - 2] * statistics.stdev(gaps) / math.sqrt(len(gaps))
     mean = statistics.fmean(gaps)
+    # `statistics.stdev` takes no NaN.
+    half = STUDENT[len(gaps) - 2] * math.hypot(*(gap - mean for gap in gaps)) / math.sqrt(len(gaps) * (len(gaps) - 1))
     return mean - half, mean + half
 
 
