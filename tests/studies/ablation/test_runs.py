@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,19 @@ from train.observe.guards import TrainingStopped
 from train.step import compute_gradients
 from train.studies.ablation.errors import linear_case, moment_errors, operand_errors, outlier_error, product_errors
 from train.studies.ablation.linear import AblatedLinears, Ablation
-from train.studies.ablation.runs import QUICK, Variant, ablate, base_config, choose, floor, measure_runs, run, variants
+from train.studies.ablation.runs import (
+    QUICK,
+    STUDENT,
+    Variant,
+    ablate,
+    base_config,
+    choose,
+    floor,
+    interval,
+    measure_runs,
+    run,
+    variants,
+)
 from train.studies.ablation.tables import tables, write
 
 TEXT = Path(__file__).resolve().parents[3] / "data/king_james_bible/text.jsonl"
@@ -98,10 +112,75 @@ def test_moments_in_fp8_lose_the_second_one() -> None:
     assert fp8["update"] > 1.0
 
 
+def test_each_planted_defect_is_the_mistake_that_it_names() -> None:
+    case = linear_case(256, 256, 256)
+    x, dy = case.x.requires_grad_(), case.dy
+
+    def products(linears: AblatedLinears, weight: torch.Tensor) -> list[torch.Tensor]:
+        y = linears.linear(x, weight)
+        return [y.detach(), *torch.autograd.grad(y, x, dy), wgrad_of(weight)]
+
+    def wgrad_of(weight: torch.Tensor) -> torch.Tensor:
+        gradient, weight.grad = weight.grad, None
+        assert gradient is not None
+        return gradient
+
+    healthy, dropped = (
+        products(linears(Ablation(defect=defect)), torch.nn.Parameter(case.weight.clone()))
+        for defect in ("none", "dropped_tile")
+    )
+    assert torch.equal(dropped[0], healthy[0])
+    assert torch.equal(dropped[1], healthy[1])
+    x = case.x[128:].detach().requires_grad_()
+    dy = case.dy[128:]
+    assert torch.equal(dropped[2], products(RECIPE, torch.nn.Parameter(case.weight.clone()))[2])
+    # Of a weight that doubled, the first scales are half of what they should be; powers of two are exact.
+    x, dy, weight = case.x, case.dy, torch.nn.Parameter(case.weight.clone())
+    stale = linears(Ablation(defect="stale_scale"))
+    first = products(stale, weight)
+    assert torch.equal(first[0], healthy[0])
+    with torch.no_grad():
+        weight.mul_(2.0)
+    assert torch.equal(products(stale, weight)[0], healthy[0])
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    for seeds, factor in enumerate(STUDENT, start=2):
+        freedom = seeds - 1
+        # Density of Student's t over [-factor, factor], by the trapezoidal rule.
+        t = torch.linspace(-factor, factor, 200_001, dtype=torch.float64)
+        norm = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
+        inside = torch.trapezoid(norm * (1 + t**2 / freedom) ** (-(freedom + 1) / 2), t)
+        assert float(inside) == pytest.approx(0.95, abs=1e-4)
+    # Mean 3, standard deviation sqrt(2.5) over sqrt(5) seeds.
+    assert interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((3 - 2.776 * 0.5**0.5, 3 + 2.776 * 0.5**0.5))
+
+
+def test_the_table_of_power_counts_the_seeds_beyond_the_gate() -> None:
+    def row(gaps: list[float]) -> dict[str, Any]:
+        mean = statistics.fmean(gaps)
+        return {"gaps": gaps, "mean": mean, "against_fp8": None, "stopped": [None] * len(gaps)}
+
+    rows = {"bf16": row([0.0, 0.0]), "fp8": row([0.001, 0.0]), "stale_scale": row([0.001, 0.02])}
+    rows["dropped_tile"] = row([0.001, math.nan])
+    result = {
+        "changes": {name: name for name in rows},
+        "errors": {"linears": {}, "moments": {}, "sums": {}, "outliers": {}},
+        "runs": rows, "size": {"seeds": (0, 1)}, "floor": 0.0005,
+    }  # fmt: skip
+    text = tables(result)
+    assert "| seeds beyond 0.300% |" in text
+    assert "| fp8 | +0.050% | -0.585% to +0.685% | 0 of 2 | green |" in text
+    assert "| stale_scale | +1.050% | -11.021% to +13.121% | 1 of 2 | RED |" in text
+    assert "| dropped_tile |  |  | 1 of 2 | RED |" in text
+
+
 def test_unknown_variants_are_refused_with_all_names() -> None:
     with pytest.raises(ValueError, match="variant 'fp9' does not exist: choose among bf16, bf16_reordered, fp8"):
         choose(["fp8", "fp9"])
     assert [row.name for row in choose(["fp8", "bf16"])] == ["bf16", "fp8"]
+    # Mistakes only where they are asked for.
+    assert {"stale_scale", "dropped_tile"} == {*variants()} - {row.name for row in choose([])}
 
 
 def test_every_variant_changes_one_thing() -> None:

@@ -4,6 +4,8 @@
     gradient_tile       dy in 1x128 tiles for dgrad and 128x1 for wgrad (the recipe), or one 128x128 block for both
     accumulation        FP32 partial sums, or those of Hopper's tensor cores (`hopper_accumulation.py`)
     promotion_interval  products between two promotions to FP32 under `hopper`; None: one sum over all of them
+    defect              none, or a mistake to be found: a weight's scales stay those of its first use in this process
+                        (`stale_scale`); weight gradients lack their first 128 tokens (`dropped_tile`)
 
 Quantisers and the weight cache are the shipped ones (`kernels/quantize.py`, `kernels/fp8_linear.py`). The products are
 references in plain torch: clear and slow, for studies on a CPU. With nothing changed every result has the bits of
@@ -54,6 +56,7 @@ class Ablation:
     gradient_tile: Literal["1x128", "128x128"] = "1x128"
     accumulation: Literal["fp32", "hopper"] = "fp32"
     promotion_interval: int | None = TILE
+    defect: Literal["none", "stale_scale", "dropped_tile"] = "none"
 
     def __post_init__(self) -> None:
         check_interval(self.promotion_interval)
@@ -97,6 +100,14 @@ def product_reference(a: Quantized, b: Quantized, ablation: Ablation) -> Tensor:
     return out
 
 
+def _weight(weight: Tensor, ablation: Ablation, *, power_of_two: bool) -> Quantized:
+    blocks = weight_fp8(weight, power_of_two=power_of_two)
+    if ablation.defect != "stale_scale":
+        return blocks
+    scale: Tensor = weight.__dict__.setdefault("_first_scale", blocks.scale)
+    return Quantized(blocks.payload, scale)
+
+
 def _as_tiles(blocks: Quantized) -> Quantized:
     """One 128x128-block matrix with its scales repeated for each row: [ceil(k/128), rows]."""
     rows = blocks.payload.shape[0]
@@ -116,6 +127,10 @@ def _rows_times(rows: Quantized, blocks: Quantized, group_ends: Tensor | None, a
 
 def _wgrad(dy: Quantized, x: Quantized, group_ends: Tensor | None, ablation: Ablation) -> Tensor:
     """dy [out, rows] times x [in, rows], over each group's rows: fp32."""
+    if ablation.defect == "dropped_tile":
+        scale = x.scale.clone()
+        scale[0] = 0.0
+        x = Quantized(x.payload, scale)
     if group_ends is None:
         return product_reference(dy, x, ablation)
 
@@ -141,13 +156,13 @@ class _AblatedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.weight, ctx.group_ends, ctx.x_by_channel = weight, group_ends, x_by_channel
         ctx.ablation, ctx.power_of_two = linears.ablation, linears.power_of_two
-        blocks = weight_fp8(weight, power_of_two=linears.power_of_two)
+        blocks = _weight(weight, linears.ablation, power_of_two=linears.power_of_two)
         return _rows_times(by_row, blocks, group_ends, linears.ablation).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         weight, group_ends, x_by_channel, ablation = ctx.weight, ctx.group_ends, ctx.x_by_channel, ctx.ablation
-        blocks = weight_fp8(weight, power_of_two=ctx.power_of_two).transposed_blocks()
+        blocks = _weight(weight, ablation, power_of_two=ctx.power_of_two).transposed_blocks()
         by_row, by_channel = gradient_operands(dy, ablation, power_of_two=ctx.power_of_two)
         if weight.requires_grad:
             deferred.push(

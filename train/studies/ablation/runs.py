@@ -3,6 +3,7 @@
     reference  BF16; and BF16 adding in another order (two micro-batches instead of one), whose distance is the floor
     recipe     FP8 as shipped (arXiv:2412.19437 §3.3)
     variants   FP8 with one change: scales, format or tile of gradients, accumulation (§3.3.2), moments (§3.3.3)
+    defects    FP8 with a mistake, to see which mistakes a gap of losses shows: only where named, or in the gate
 
 Runs of one seed see the same tokens and the same initial weights, so gaps are taken in pairs: mean relative gap of the
 EMA-0.9 losses over the second half (`train/studies/compare.py`). Each run has its own directory. A finished or diverged
@@ -64,9 +65,17 @@ class Size:
     sequences: int = 4
     tokens: int = 128
     seeds: tuple[int, ...] = (0, 1, 2)
+    # Whether the runs train all of `tiny`, or its two layers of SMALL_MODEL; whether errors of one step are measured.
+    whole_model: bool = False
+    one_step: bool = True
 
 
 QUICK = Size(length=512, lengths=(128, 512), octaves=(0.0, 5.0), steps=4, sequences=2, tokens=64, seeds=(0, 1))
+# FP8 against BF16 with an interval, and which mistakes a gate of this length finds.
+GATE = Size(seeds=(0, 1, 2, 3, 4), whole_model=True, one_step=False)
+GATE_ROWS = ("fp8", "gradients_128x128", "hopper_none", "stale_scale", "dropped_tile")
+# 97.5 % points of Student's t for 1, 2, ... degrees of freedom, tables as in any text book.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,11 @@ class Variant:
     def linears(self) -> AblatedLinears | None:
         """Its linears, if they are in FP8."""
         return self.precision.linears if isinstance(self.precision, AblatedPrecision) else None
+
+    @property
+    def is_defect(self) -> bool:
+        """Whether it is a mistake on purpose."""
+        return self.linears is not None and self.linears.ablation.defect != "none"
 
 
 def variants() -> dict[str, Variant]:
@@ -110,12 +124,14 @@ def variants() -> dict[str, Variant]:
         replace(fp8("hopper_512", "Hopper's sums, promotion every 512", hopper(512)), trained=False),
         fp8("hopper_none", "Hopper's sums, no promotion", hopper(None)),
         replace(recipe_row, name="moments_fp8", change="moments in FP8", moments="fp8"),
+        fp8("stale_scale", "defect: weights keep their first scales", Ablation(defect="stale_scale")),
+        fp8("dropped_tile", "defect: wgrad drops 128 tokens", Ablation(defect="dropped_tile")),
     )
     return {row.name: row for row in rows}
 
 
 def choose(names: Sequence[str]) -> list[Variant]:
-    """The named variants, all if none is named, in the table's order.
+    """The named variants, all but the defects if none is named, in the table's order.
 
     Raises:
         ValueError: an unknown name.
@@ -124,14 +140,14 @@ def choose(names: Sequence[str]) -> list[Variant]:
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"variant {unknown[0]!r} does not exist: choose among {', '.join(known)}")
-    return [row for name, row in known.items() if not names or name in names]
+    return [row for name, row in known.items() if name in names or not (names or row.is_defect)]
 
 
 def base_config(store: Path, directory: Path, size: Size, overrides: Sequence[str] = ()) -> PretrainConfig:
     """The configuration that all runs share: text tokenised in `store`, runs in `directory`, Hydra's overrides."""
     shared = [
         "experiment=tiny",
-        *SMALL_MODEL,
+        *([] if size.whole_model else SMALL_MODEL),
         f"data.store={store}",
         "data.heldout=null",
         f"data.sequence_length={size.tokens}",
@@ -274,6 +290,14 @@ def floor(runs: Mapping[str, Mapping[str, Any]]) -> float:
     return statistics.fmean(map(abs, runs["bf16_reordered"]["gaps"]))
 
 
+def interval(gaps: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of 2 to 10 gaps, by Student's t; (NaN, NaN) where a gap is."""
+    mean = statistics.fmean(gaps)
+    # `statistics.stdev` takes no NaN.
+    half = STUDENT[len(gaps) - 2] * math.hypot(*(gap - mean for gap in gaps)) / math.sqrt(len(gaps) * (len(gaps) - 1))
+    return mean - half, mean + half
+
+
 def measure_errors(chosen: Sequence[Variant], size: Size, base: PretrainConfig) -> dict[str, Any]:
     """One-step errors of the chosen FP8 variants, of BF16 on the whole model, and of the moments.
 
@@ -322,8 +346,10 @@ def ablate(
     for row in _runs_of(chosen).values():
         for seed in size.seeds:
             refuse_another(run_config(base, row, seed))
-    measured = measure_errors(chosen, size, base)
-    log("one-step errors: done")
+    measured: dict[str, Any] = {"linears": {}, "sums": {}, "outliers": {}, "moments": {}}
+    if size.one_step:
+        measured = measure_errors(chosen, size, base)
+        log("one-step errors: done")
     runs = measure_runs(base, chosen, size, log)
     return {
         "changes": {row.name: row.change for row in variants().values()},

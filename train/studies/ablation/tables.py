@@ -1,7 +1,7 @@
 """The ablations of `runs.py` as files: JSON, Markdown tables, and pictures as offline HTML pages.
 
     result.json     everything measured
-    tables.md       runs, one-step errors, moments: what docs/numerics.md shows
+    tables.md       runs, what a gate makes of them, one-step errors, moments: what docs/numerics.md shows
     sums.html       error of the accumulation alone against the length of the contraction (arXiv:2412.19437 §3.3.2)
     outliers.html   error of dx token by token against the spread of tokens, 1x128 against 128x128 (App. B.2)
     runs.html       gap of each run to BF16 of its seed, with the noise floor
@@ -12,11 +12,13 @@ docs/numerics.md says how a page becomes PNG.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from train.data.store import strict_json
+from train.studies.ablation.runs import interval
 from train.studies.compare import PAPER_GAP
 
 LINEAR_COLUMNS = {
@@ -63,15 +65,26 @@ def tables(result: Mapping[str, Any]) -> str:
         ["moments", *MOMENT_COLUMNS.values()],
         [[dtype, *_cells(row, MOMENT_COLUMNS)] for dtype, row in errors["moments"].items()],
     )
+    rows = {name: row for name, row in result["runs"].items() if name != "bf16"}
     runs = _table(
         ["run", *(f"seed {seed}" for seed in result["size"]["seeds"]), "mean", "mean against the recipe"],
-        [[changes[name], *_gap_cells(row)] for name, row in result["runs"].items() if name != "bf16"],
+        [[changes[name], *_gap_cells(row)] for name, row in rows.items()],
     )
     floor = f"Floor (mean absolute gap of BF16 in another order): {result['floor']:.3%}"
-    return "\n\n".join((runs, floor, linears, moments)) + "\n"
+    parts = [runs, floor]
+    if len(result["size"]["seeds"]) > 1:
+        gate = result["floor"] + PAPER_GAP
+        power = _table(
+            ["run", "mean", "95 % interval of the mean", f"seeds beyond {gate:.3%}", "the gate says"],
+            [[changes[name], *_power_cells(row["gaps"], gate)] for name, row in rows.items()],
+        )
+        parts += [power, f"Gate: |mean| <= floor + {PAPER_GAP:.2%} (the report's bound)"]
+    return "\n\n".join((*parts, *(table for table in (linears, moments) if table))) + "\n"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -85,6 +98,14 @@ def _gap_cells(row: Mapping[str, Any]) -> list[str]:
     ended = ["" if stopped is None else " (stopped)" for stopped in row["stopped"]]
     gaps = [f"{_percent(gap)}{note}" for gap, note in zip(row["gaps"], ended, strict=True)]
     return [*gaps, _percent(row["mean"]), _percent(row["against_fp8"])]
+
+
+def _power_cells(gaps: Sequence[float], gate: float) -> list[str]:
+    """A run without a finite loss is beyond every gate."""
+    mean, (low, high) = statistics.fmean(gaps), interval(gaps)
+    beyond = sum(not abs(gap) <= gate for gap in gaps)
+    bounds = f"{_percent(low)} to {_percent(high)}" if math.isfinite(mean) else ""
+    return [_percent(mean), bounds, f"{beyond} of {len(gaps)}", "green" if abs(mean) <= gate else "RED"]
 
 
 def _percent(gap: float | None) -> str:
