@@ -109,27 +109,37 @@ def test_a_worker_whose_torchrun_was_killed_saves_and_stops(small_run: Overrides
     assert publish.published(run / "checkpoints")[0].name == f"step_{stop['step']:08d}", "nothing done is lost"
 
 
+def rank_of(pid: int) -> int:
+    environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return int(next(pair for pair in environment if pair.startswith("RANK="))[5:])
+
+
 @on_linux
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_killed_under_torchrun_is_named_by_the_others(small_run: Overrides, tmp_path: Path, victim: int) -> None:
+@pytest.mark.parametrize(("ranks", "victim"), [(2, 0), pytest.param(4, 2, marks=pytest.mark.long)])
+def test_a_rank_killed_under_torchrun_is_named_and_another_layout_goes_on(
+    small_run: Overrides, tmp_path: Path, ranks: int, victim: int
+) -> None:
     """torchrun ends the others by SIGTERM at once; they say first who died, long before the timeout of 60 s."""
-    overrides = small_run(f"run.directory={tmp_path}", "run.name=run", "layout.dp=2", "schedule.total_tokens=640000")
-    launcher = launched(overrides, ranks=2)
-    wait_for_step(launcher, tmp_path / "run", lambda step: step >= 2)
-    workers = {
-        int(
-            dict(pair.split("=", 1) for pair in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in pair)[
-                "RANK"
-            ]
-        ): pid
-        for pid in children(launcher.pid)
-    }
+    batch = [f"schedule.batch_{which}_sequences={ranks}" for which in ("start", "full")]
+    overrides = small_run(f"run.directory={tmp_path}", "run.name=run", "schedule.total_tokens=640000", *batch)
+    launcher = launched([*overrides, f"layout.dp={ranks}", "layout.ep=2"], ranks=ranks)
+    run = tmp_path / "run"
+    wait_for_step(launcher, run, lambda step: step >= 2 and bool(publish.published(run / "checkpoints")))
+    workers = {rank_of(pid): pid for pid in children(launcher.pid)}
     os.kill(workers[victim], signal.SIGKILL)
     output, _ = launcher.communicate(timeout=TIMEOUT_S)
     assert launcher.returncode != 0
-    (sentence,) = [line for line in output.splitlines() if "ends because" in line]
-    assert sentence.startswith(f"rank {1 - victim} ends because rank {victim} (")
-    assert sentence.endswith(f"pid {workers[victim]}) is dead: its process has ended")
+    sentences = [line for line in output.splitlines() if "ends because" in line]
+    assert sentences
+    for sentence in sentences:
+        assert f" ends because rank {victim} (" in sentence
+        assert sentence.endswith(f"pid {workers[victim]}) is dead: its process has ended")
+    if ranks == 4:
+        steps = read_run(run)[-1]["step"] + 2
+        again = launched([*overrides, f"schedule.total_tokens={steps * ranks * 32}", "layout.pp=2"], ranks=2)
+        output, _ = again.communicate(timeout=TIMEOUT_S)
+        assert again.returncode == 0, output
+        assert len(losses(run)) == steps
 
 
 def test_when_every_checkpoint_is_damaged_nothing_is_trained_and_each_is_named(
