@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.conftest import SMALLER
 from train.observe.sinks import read_run
 
 STEPS, TOKENS = 20, 64
 BATCH = "schedule.batch_start_sequences=2 schedule.batch_full_sequences=2 run.micro_batch_sequences=2"
 BUDGET = f"data.sequence_length={TOKENS} schedule.total_tokens={STEPS * 2 * TOKENS}"
-SHORT = f"{BUDGET} {BATCH} run.threads=1 run.device=cpu".split()
+SHORT = [*SMALLER, *f"{BUDGET} {BATCH} run.threads=1 run.device=cpu".split()]
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def state(run: Path) -> dict[str, torch.Tensor]:
     return tensors_of(checkpoint)
 
 
-@pytest.fixture(scope="module", params=["bf16", "fp8"])
+@pytest.fixture(scope="module", params=["bf16", pytest.param("fp8", marks=pytest.mark.long)])
 def overrides(request: pytest.FixtureRequest, small_run: Callable[..., list[str]]) -> list[str]:
     return small_run(f"precision={request.param}")
 
