@@ -101,8 +101,8 @@ def test_the_two_ways_to_wgrad_s_operand_part_below_e4m3_s_normal_range_only(nam
     assert (difference <= 3 * 2.0**-10 * scale).all()
     assert not difference[x.t().abs() >= 2.0**-6 * scale].any()
     share = (difference > 0).float().mean().item()
-    # Of normal numbers 0.1 % differ, measured; of exponents 80 apart most vanish in one of the two tiles.
-    assert 0 < share < (0.4 if name == "wide exponents" else 0.01)
+    # Measured: of normal numbers a few in a million, of exponents 80 apart 2.3 %.
+    assert 0 < share < (0.05 if name == "wide exponents" else 1e-4)
 
 
 @pytest.fixture
@@ -152,9 +152,9 @@ LAYERS: dict[str, Any] = {
         lambda x, w: fp8_linear_of_kept(x, w, power_of_two=True),
         0.0,
     ),
-    "dense": (te_linear.te_linear, lambda x, w: fp8_linear(x, w, power_of_two=True), 1e-3),
+    "dense": (te_linear.te_linear, lambda x, w: fp8_linear(x, w, power_of_two=True), 1e-6),
     # With an expert that got nothing and 64 padding rows at the end.
-    "grouped": (*GROUPED, 1e-3),
+    "grouped": (*GROUPED, 1e-6),
 }
 
 
@@ -171,7 +171,7 @@ def test_the_adapter_gives_our_linears_outputs_and_gradients(name: str, late: bo
     *own, own_grad = outcome(ours, weight, inputs, late)
     for found, expected in zip(te, own, strict=True):
         assert torch.equal(found, expected)
-    # Where x is regrouped by us alone, 0.1 % of its elements differ by a subnormal step.
+    # We alone regroup x: measured 7e-8 of dW.
     assert float((te_grad - own_grad).norm() / own_grad.norm()) <= bound
 
 
@@ -365,7 +365,7 @@ def test_make_gpu_compares_payloads_and_one_step(monkeypatch: pytest.MonkeyPatch
     assert len(payloads) == 40
     # Forward is the same bits; gradients part where wgrad's operand is regrouped, or as planted.
     assert section.data["step"]["loss_error"] == 0
-    assert 0 < worst < 0.02 if defect == "none" else worst >= 1
+    assert 0 < worst < 1e-5 if defect == "none" else worst >= 1
 
 
 @pytest.mark.usefixtures("stand_in")
