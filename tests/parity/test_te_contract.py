@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +31,9 @@ from kernels.quantize import (
 from tests.parity import te_stand_in
 from tests.parity.te_stand_in import TABLE, te_quantize
 from tests.tiny_model import TINY
+from train.checkpoint.dcp import save
 from train.config import PretrainConfig, compose
+from train.huggingface.weights import CheckpointReader
 from train.model import te_linear
 from train.model.te_linear import TeBrokenError, require_te, te_grouped_linear, zero_or_nan
 from train.studies import gpu_sections, smoke_runs, te_parity
@@ -335,9 +337,12 @@ def test_a_configuration_that_te_cannot_compute_is_refused(
     assert words in str(refused.value)
 
 
-def test_a_run_on_te_is_read_again_on_our_kernels(config: PretrainConfig) -> None:
-    precision = config.precision
-    assert (precision.wire, precision.on_our_kernels()) == ("bf16", replace(precision, name="fp8"))
+def test_a_run_on_te_is_read_again_on_our_kernels(config: PretrainConfig, tmp_path: Path) -> None:
+    """Scores, generation and export of it need neither TE nor a GPU."""
+    stored = {"model": asdict(config.model), "precision": asdict(config.precision), "data": {"store": "none"}}
+    save(tmp_path / "step_00000001", tensors={"model.norm.weight": torch.ones(3)}, state={"config": stored})
+    read = CheckpointReader(tmp_path / "step_00000001").precision
+    assert (config.precision.wire, read) == ("bf16", replace(config.precision, name="fp8"))
 
 
 def test_make_gpu_says_aloud_that_te_is_absent() -> None:
