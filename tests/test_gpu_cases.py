@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from kernels.operators import LAUNCHERS
+from parallel.mesh import init_processes, shutdown
 from tests.gpu.launcher_cases import CASES, WIDTHS, Results, distance, run
+from tests.gpu.one_rank import average_beside_the_step, collectives
 
 CPU = torch.device("cpu")
 
@@ -52,3 +55,19 @@ def test_a_nan_or_another_dtype_is_infinitely_far() -> None:
     assert distance(x.clone().fill_(float("nan")), x) == float("inf")
     assert distance(x.double(), x) == float("inf")
     assert distance(x[:2], x) == float("inf")
+
+
+def test_collectives_of_one_rank_give_back_what_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines that `make gpu` runs on NCCL, on gloo."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    init_processes(rank=0, world=1, backend="gloo", store=dist.HashStore(), timeout_s=60)
+    found = collectives(CPU)
+    shutdown()
+    assert len(found) == 6
+    assert all(found.values())
+
+
+def test_the_average_beside_the_step_is_the_closed_form() -> None:
+    average, expected = average_beside_the_step(CPU)
+    assert expected.item() == 3.5
+    assert bool((average.double() == expected).all())

@@ -30,6 +30,7 @@ from train.model.config import ModelConfig
 from train.model.init import initialize
 from train.model.precision import Precision
 from train.model.sizes import parameter_counts
+from train.model.te_linear import require_te
 from train.model.transformer import Transformer, recompute_up_projections
 from train.optim.adamw import AdamW
 from train.optim.config import OptimConfig
@@ -66,6 +67,14 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device=cuda, but this machine shows no CUDA GPU; use run.device=cpu or run.device=auto")
     return torch.device(name)
+
+
+def device_of(config: PretrainConfig) -> torch.device:
+    """Where a run computes; a ValueError where it, or what it lacks, does not fit the configuration."""
+    device = choose_device(config.run.device)
+    if config.precision.name == "fp8_te":
+        require_te(device, power_of_two=config.precision.power_of_two_scales)
+    return device
 
 
 def set_determinism(*, seed: int, deterministic: bool, threads: int | None) -> None:
@@ -239,7 +248,7 @@ def build_alone(config: PretrainConfig) -> Components:
     Raises:
         ValueError: a store or the device does not fit the configuration; says what to do.
     """
-    device = choose_device(config.run.device)
+    device = device_of(config)
     return build(config, single(device), open_resources(config))
 
 

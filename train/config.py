@@ -106,6 +106,7 @@ class PretrainConfig:
         self._check_sequence()
         self._check_budget()
         check_layout(self.layout, self.workload)
+        self._check_transformer_engine()
         if self.data.heldout is None and self.run.eval_every_steps:
             raise ConfigError(
                 f"run.eval_every_steps={self.run.eval_every_steps} asks for scores but data.heldout is null: "
@@ -125,6 +126,30 @@ class PretrainConfig:
                 f"data.sequence_length={length} leaves no target at MTP depth "
                 f"model.num_nextn_predict_layers={depth}: use a sequence longer than {depth}"
             )
+
+    def _check_transformer_engine(self) -> None:
+        """What precision=fp8_te cannot do on any machine; `require_te` looks at this one."""
+        if self.precision.name != "fp8_te":
+            return
+        from train.model.sizes import held_by, weights
+        from train.model.te_linear import MULTIPLE, OURS
+        from train.model.transformer import StageSpec
+
+        cannot = {
+            "dry_run=true": (self.dry_run, "its kernels take no fake tensors, plan with precision=fp8"),
+            "run.recompute=true": (self.run.recompute, "set run.recompute=false"),
+            "run.device=cpu": (self.run.device == "cpu", f"{OURS}"),
+        }
+        for setting, (chosen, cure) in cannot.items():
+            if chosen:
+                raise ConfigError(f"{setting} does not go with precision=fp8_te (Transformer Engine): {cure}")
+        whole = StageSpec(self.model.layer_ids, is_first=True, is_last=True)
+        for weight in weights(self.model, held_by(self.model, [whole]), ep=1):
+            if weight.fp8 and (weight.rows % MULTIPLE or weight.cols % MULTIPLE):
+                raise ConfigError(
+                    f"precision=fp8_te takes weights whose sides are multiples of {MULTIPLE}, and {weight.part} of "
+                    f"this model has one of {weight.rows} x {weight.cols}: change the model's widths, or {OURS}"
+                )
 
     @property
     def workload(self) -> Workload:

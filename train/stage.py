@@ -131,7 +131,7 @@ def build_stages(
     specs, stages = stage_specs(config, mesh), dict[int, Stage]()
     if dispatcher is None and mesh.ep.size > 1:
         dispatcher = ExpertParallelDispatcher(
-            config.n_routed_experts, mesh.ep, wire=precision.name, power_of_two=precision.power_of_two_scales
+            config.n_routed_experts, mesh.ep, wire=precision.wire, power_of_two=precision.power_of_two_scales
         )
     for index, spec in specs.items():
         with mesh.device:

@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from parallel.consensus import Ranks, StoreTransport
 from parallel.mesh import Mesh, init_processes, make_mesh, shutdown, single
 from parallel.watchdog import Watchdog
-from train.assemble import Resources, build, choose_device, open_resources
+from train.assemble import Resources, build, device_of, open_resources
 from train.config import PretrainConfig
 from train.observe.guards import TerminationGuard, TrainingStopped
 from train.run_directory import locked, run_directory
@@ -95,7 +95,7 @@ def open_here(config: PretrainConfig, info: WorkerInfo, held: ExitStack) -> Open
     Raises:
         ValueError: one of them is missing here, or the directory is in use or cannot be written.
     """
-    device = choose_device(config.run.device)
+    device = device_of(config)
     resources = open_resources(config)
     if info.rank == 0:
         held.enter_context(locked(run_directory(config.run)))

@@ -20,6 +20,7 @@ from train.studies.gpu_sections import PARTS, Section
 ROOT = Path(__file__).resolve().parents[2]
 # What `make gpu` does without. Where no GPU is, it needs no Triton either.
 ABSENT = ("hydra", "omegaconf", "datasets", "wandb", "deepspeed", "plotly", "rich", "tokenizers", "deep_gemm")
+ABSENT += ("transformer_engine",)
 ABSENT += () if torch.cuda.is_available() else ("triton",)
 ONLY_WITHOUT = "says what happens without a GPU, and this machine has one: CI runs it"
 
@@ -61,7 +62,7 @@ def test_the_whole_report_comes_out_of_small_sizes(folder: Path, report: Any) ->
     assert page.index("# Parity") < places[0]
     speed = page.index("# Speed")
     assert {name for name, place in zip(PARTS, places, strict=True) if place > speed} == {"kernels", "peers", "layer"}
-    assert list(report["parity"]) == ["tests", "one_step", "training", "resume", "small"]
+    assert list(report["parity"]) == ["tests", "one_step", "training", "resume", "small", "te"]
     assert {"date", "commit", "device", "versions", "left_out"} <= set(report)
     assert report["versions"]["torch"] == torch.__version__
     assert len(report["parity"]["training"]["data"]["losses"]["fp8"]) == 6
@@ -72,10 +73,12 @@ def test_the_whole_report_comes_out_of_small_sizes(folder: Path, report: Any) ->
 
 def test_a_part_runs_where_only_torch_is_installed(report: Any) -> None:
     statuses = {name: part["status"] for kind in ("parity", "speed") for name, part in report[kind].items()}
-    wanted = dict.fromkeys(PARTS, "green") | ({} if torch.cuda.is_available() else {"tests": "left out"})
+    wanted = dict.fromkeys(PARTS, "green") | {"te": "left out"}
+    wanted |= {} if torch.cuda.is_available() else {"tests": "left out"}
     assert statuses == wanted
     assert report["green"] is True
-    assert {"hydra", "datasets", "wandb", "plotly"} <= set(report["left_out"])
+    assert {"hydra", "datasets", "wandb", "plotly", "transformer_engine"} <= set(report["left_out"])
+    assert report["parity"]["te"]["reason"] == "transformer-engine not installed, skipped"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason=ONLY_WITHOUT)

@@ -130,10 +130,11 @@ class CheckpointReader:
         section = dict[str, Any]
         config = convert(section, convert(section, self.state, "all").get("config"), "config")
         self.config: ModelConfig = convert(ModelConfig, config.get("model"), "config.model")
-        # A run of `launch/ablate.py` names more; its weights are computed with as the plain recipe says.
+        # A run of `launch/ablate.py` names more, one on Transformer Engine needs it: the plain recipe reads both.
         saved = convert(section, config.get("precision"), "config.precision")
         known = {each.name: saved[each.name] for each in fields(Precision) if each.name in saved}
-        self.precision: Precision = convert(Precision, known, "config.precision")
+        trained_in: Precision = convert(Precision, known, "config.precision")
+        self.precision = trained_in.on_our_kernels()
         self._store: str | None = None
         if config.get("data") is None:
             self.trained_on = TrainedOn.from_json(self.state, origin=str(self.path / publish.STATE))

@@ -1,15 +1,16 @@
-"""The three precisions a run can have, as the two linear maps they stand for (arXiv:2412.19437 §3.3).
+"""The four precisions a run can have, as the two linear maps they stand for (arXiv:2412.19437 §3.3).
 
-fp32   everything FP32: for oracles and proofs.
-bf16   parameters and activations BF16, FP32 masters and gradient sums.
-fp8    as bf16, and every linear of attention, FFN and experts computes fprop, dgrad and wgrad on E4M3 operands.
+fp32     everything FP32: for oracles and proofs.
+bf16     parameters and activations BF16, FP32 masters and gradient sums.
+fp8      as bf16, and every linear of attention, FFN and experts computes fprop, dgrad and wgrad on E4M3 operands.
+fp8_te   as fp8, and NVIDIA's Transformer Engine computes these linears (`te_linear.py`): a second opinion.
 
 Embedding, output head, router, norms, attention core and `eh_proj` are never FP8 (§3.3.1).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -25,19 +26,36 @@ from kernels.fp8_linear import (
     linear,
 )
 from kernels.swiglu import gated_swiglu, swiglu
+from train.model.te_linear import te_grouped_linear, te_linear
 
 
 @dataclass(frozen=True)
 class Precision:
     """Which arithmetic the linears use."""
 
-    name: Literal["fp32", "bf16", "fp8"]
+    name: Literal["fp32", "bf16", "fp8", "fp8_te"]
     # Round every FP8 scale up to a power of two: 1x128 -> 128x1 re-quantisation is then exact. §3.3.3 states it for the
     # inputs of o_proj and of the expert up-projection only.
     power_of_two_scales: bool = True
     # FP8: keep SwiGLU's input as E4M3 for backward and make its output again (§3.3.3), instead of the input in BF16 and
     # the output in E4M3. Forward is the same bits; gradients see one more rounding.
     cache_swiglu_input: bool = True
+
+    def __post_init__(self) -> None:
+        if self.name == "fp8_te" and self.cache_swiglu_input:
+            raise ValueError(
+                "precision.cache_swiglu_input=true does not go with precision=fp8_te: Transformer Engine keeps its own "
+                "operands for backward; set precision.cache_swiglu_input=false"
+            )
+
+    @property
+    def wire(self) -> Literal["fp32", "bf16", "fp8"]:
+        """How tokens travel to experts; Transformer Engine quantises an expert's input itself, from BF16."""
+        return "bf16" if self.name == "fp8_te" else self.name
+
+    def on_our_kernels(self) -> Precision:
+        """The same recipe where Transformer Engine is not wanted: to read a run on any machine."""
+        return replace(self, name="fp8") if self.name == "fp8_te" else self
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,18 +66,24 @@ class Precision:
         """`x @ weight.T` by the recipe: [..., in] x [out, in] -> [..., out]."""
         if self.name == "fp8":
             return fp8_linear(x, weight, power_of_two=self.power_of_two_scales)
+        if self.name == "fp8_te":
+            return te_linear(x, weight)
         return linear(x, weight)
 
     def linear_of_kept(self, x: Tensor, weight: Tensor) -> Tensor:
         """`linear` of an input that another operation keeps for backward in full: attention's output."""
         if self.name == "fp8":
             return fp8_linear_of_kept(x, weight, power_of_two=self.power_of_two_scales)
+        if self.name == "fp8_te":
+            return te_linear(x, weight, keep_input=True)
         return self.linear(x, weight)
 
     def grouped_linear(self, x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
         """One linear per expert: [rows, in] x [experts, out, in] -> [rows, out]; rows grouped by expert."""
         if self.name == "fp8":
             return grouped_fp8_linear(x, weight, group_ends, power_of_two=self.power_of_two_scales)
+        if self.name == "fp8_te":
+            return te_grouped_linear(x, weight, group_ends)
         return grouped_linear(x, weight, group_ends)
 
     def swiglu_linear(self, gate_up: Tensor, weight: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ OPTIONAL = {
     "plotly": "the dashboard",
     "deepspeed": "nothing of ours needs it",
     "deep_gemm": "DeepGEMM as a peer of the products",
+    "transformer_engine": "the second opinion on payloads and one step (precision=fp8_te)",
 }
 VERSIONS = ("torch", "triton", "numpy", "pytest", "transformers")
 # A part is asked to finish this long before it is killed, which leaves it time to write its section.

@@ -5,6 +5,7 @@
              training    50 steps of tiny in BF16 and FP8                     `train/studies/smoke_runs.py`
              resume      save, load, go on                                    `train/studies/smoke_runs.py`
              small       one step of small in BF16 and FP8                    `train/studies/smoke_runs.py`
+             te          payloads and one step against Transformer Engine     `train/studies/te_parity.py`
     speed    kernels     each kernel file's rows                              `train/studies/bench/rows.py`
              peers       V3's GEMMs and memory-bound kernels against peers    `train/studies/bench/peers.py`
              layer       MoE blocks at V3's width                             `train/studies/bench/layer.py`
@@ -26,7 +27,7 @@ from typing import Any, Literal
 
 import torch
 
-from train.studies import smoke_runs, step_parity
+from train.studies import smoke_runs, step_parity, te_parity
 from train.studies.bench import layer as bench_layer
 from train.studies.bench import table as bench_table
 from train.studies.bench.timing import Clock
@@ -202,6 +203,27 @@ def small_step(options: Options, budget_s: float) -> Section:
     return Section(verdict(green), "" if green else "FP8's first loss is not BF16's", data, markdown)
 
 
+def transformer_engine(options: Options, budget_s: float) -> Section:
+    """Payloads to the bit, and one step's losses and gradients, against Transformer Engine where it is installed."""
+    smoke_runs.prepare(deterministic=False)
+    found = te_parity.second_opinion(tiny_run(options), options.device)
+    if found.refused:
+        return Section("left out", found.refused)
+    assert found.step is not None
+    step, bounds = found.step, step_parity.STEP_BOUNDS["fp8"]
+    (error, where), (turned, whose) = step.worst_error, step.worst_turn
+    rows = [(each.tensor, each.use, each.payload_bytes, each.scales, verdict(each.green)) for each in found.payloads]
+    markdown = table(("tensor", "tiles", "payload bytes that differ", "scales that differ", "verdict"), rows)
+    markdown += (
+        f"\n\nOne step, precision=fp8_te against fp8, {verdict(step.green)}: loss {step.loss_error:.1e} (bound "
+        f"{bounds.loss:.0e}), worst gradient {error:.1e} of `{where}` (bound {bounds.error:.0e}), most turned "
+        f"{turned:.1e} of `{whose}` (bound {bounds.turn:.0e}); choices of experts forced for {step.flipped_tokens} of "
+        f"{step.routed_tokens} tokens."
+    )
+    reason = "" if found.green else "Transformer Engine computes something else"
+    return Section(verdict(found.green), reason, asdict(found), markdown)
+
+
 def kernel_benches(options: Options, budget_s: float) -> Section:
     """Each kernel file's own entries, until the budget is spent."""
     from train.studies.bench import rows as bench_rows
@@ -249,12 +271,13 @@ def _shown(value: float | None, spec: str = ".1f") -> str:
 # In the order of the report. The shares are what a first run on an H100 is expected to need, kernels compiled on the
 # way; together 460 s, which leaves 20 of 8 minutes for starting and writing.
 PARTS: dict[str, PartPlan] = {
-    "tests": PartPlan("GPU tests", "parity", 140, tests),
+    "tests": PartPlan("GPU tests", "parity", 135, tests),
     "one_step": PartPlan("One step of tiny against the CPU", "parity", 35, step_against_cpu),
     "training": PartPlan("Training tiny in BF16 and FP8", "parity", 55, training),
     "resume": PartPlan("Resume", "parity", 30, resumed),
     "small": PartPlan("One step of small", "parity", 60, small_step),
+    "te": PartPlan("Second opinion of Transformer Engine", "parity", 20, transformer_engine),
     "kernels": PartPlan("Kernels against torch", "speed", 30, kernel_benches),
-    "peers": PartPlan("Products and memory-bound kernels against peers", "speed", 70, peer_benches),
+    "peers": PartPlan("Products and memory-bound kernels against peers", "speed", 55, peer_benches),
     "layer": PartPlan("MoE blocks at V3's width", "speed", 40, layer_bench),
 }

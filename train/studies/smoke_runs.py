@@ -38,7 +38,7 @@ from train.stage import build_stages
 from train.step import Engine, StepGradients, apply_update, checkpoint_tensors, compute_gradients
 from train.studies.compare import PAPER_GAP, mean_smoothed_gap
 
-PrecisionName = Literal["fp32", "bf16", "fp8"]
+PrecisionName = Literal["fp32", "bf16", "fp8", "fp8_te"]
 Config = TypeVar("Config", ModelConfig, OptimConfig, Precision)
 SEED = 1234
 # The chain: states in use, and how many of them may follow each.
@@ -128,9 +128,12 @@ def step_once(engine: Engine, run: SmokeRun, step: int, *, micro_batches: int = 
     return gradients
 
 
-def new_engine(run: SmokeRun, precision: PrecisionName, device: torch.device, *, seed: int = SEED) -> Engine:
+def new_engine(
+    run: SmokeRun, precision: PrecisionName | Precision, device: torch.device, *, seed: int = SEED
+) -> Engine:
     """An engine on one process; equal seeds give equal weights on every device and in BF16 and FP8."""
-    return build_engine(run.model, precision_config(precision), run.optim, single(device), seed=seed)
+    recipe = precision if isinstance(precision, Precision) else precision_config(precision)
+    return build_engine(run.model, recipe, run.optim, single(device), seed=seed)
 
 
 # FP8 against BF16, mean gap of the smoothed losses over the second half of 50 steps: twice the report's 0.25 %.

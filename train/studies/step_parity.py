@@ -88,9 +88,14 @@ def _worst(values: Mapping[str, float]) -> tuple[float, str]:
 def compare_step(run: SmokeRun, precision: PrecisionName, device: torch.device) -> StepParity:
     """Gradients of one batch at equal weights on both devices, with the CPU's choices of experts on both."""
     on_cpu, on_device = (new_engine(run, precision, where) for where in (torch.device("cpu"), device))
-    expected, chosen = step_and_choices(on_cpu, run)
-    actual, flipped_tokens = step_with_choices(on_device, run, chosen)
-    ours, theirs = gradients_of(on_device), gradients_of(on_cpu)
+    return compare_engines(run, on_cpu, on_device, precision)
+
+
+def compare_engines(run: SmokeRun, reference: Engine, engine: Engine, precision: PrecisionName) -> StepParity:
+    """`compare_step` of two engines with equal weights, within the bounds of `precision`; the reference chooses."""
+    expected, chosen = step_and_choices(reference, run)
+    actual, flipped_tokens = step_with_choices(engine, run, chosen)
+    ours, theirs = gradients_of(engine), gradients_of(reference)
     loss = float(expected.loss_total)
     return StepParity(
         precision=precision,

@@ -151,7 +151,7 @@ def measure(config: PretrainConfig, mesh: Mesh, *, num_micro_batches: int) -> Me
         dispatcher = ExpertParallelDispatcher(
             config.model.n_routed_experts,
             mesh.ep,
-            wire=precision.name,
+            wire=precision.wire,
             power_of_two=precision.power_of_two_scales,
             assume_balanced=True,
             traffic=traffic,
