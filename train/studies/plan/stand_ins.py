@@ -3,7 +3,7 @@
 Every micro-batch of a stage allocates the same, and so do stages with as many layers of each kind. So a plan runs two
 micro-batches through each kind of stage (`observe`), and the schedule of every rank (arXiv:2412.19437 §3.2.1) on
 modules that only allocate those bytes (`StandIn`). Order, receive buffers and waiting weight gradients stay those of
-the real pipeline; tests/studies/plan/test_fullest.py compares both to the byte.
+the real pipeline; tests/studies/plan/test_fullest.py compares both, to 4 bytes.
 
 Shapes: inbound and output [sequences, tokens, hidden]; the output of the last stage is a scalar.
 """
