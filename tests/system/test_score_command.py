@@ -64,13 +64,13 @@ def test_what_has_to_be_beaten_is_shown_beside_each_store(
     assert shown[3].startswith("  baselines left out: no store")
     # Of a store elsewhere, learnt from the one that is named; too long without being asked for.
     elsewhere = shutil.copytree(store, tmp_path / "copy") / "heldout"
-    (elsewhere.parent / "train").rename(tmp_path / "learn")
-    asked = [trained_run, "--store", f"heldout={elsewhere}", "--learn-from", tmp_path / "learn"]
+    (elsewhere.parent / "train").rename(learn := elsewhere.parent / "learn")
+    asked = [trained_run, "--store", f"heldout={elsewhere}", "--learn-from", learn]
     monkeypatch.setattr(ngram_baselines, "UNASKED_BYTES", 1000)
     refused = scored(tmp_path / "b.json", *asked)["baselines"]["heldout"]
     assert "--baselines measures them all the same" in refused["left_out"]
     moved = scored(tmp_path / "c.json", *asked, "--baselines")["baselines"]["heldout"]
-    assert moved == found["heldout"] | {"learn_from": str(tmp_path / "learn")}
+    assert moved == found["heldout"] | {"learn_from": str(learn)}
     assert "baselines" not in scored(tmp_path / "d.json", *asked, "--no-baselines")
 
 
