@@ -108,7 +108,7 @@ def test_a_layout_that_changes_the_world_of_the_files_says_so(
     assert pretrain.main(["+cluster=h800_2048", "layout.pp=8", "dry_run=true", "rank=all"]) == 0
     said = "layout.pp=8 makes it 1,024 ranks (pp 8 x dp 128) where the named files have 2,048 (pp 16 x dp 128)"
     assert capsys.readouterr().out.startswith(f"{said}\n\nranks ")
-    for same in (["layout.pp=8", "layout.dp=256"], ["layout.zero=false"], []):
+    for same in (["layout.pp=8", "layout.dp=256", "schedule.batch_multiple_sequences=256"], ["layout.zero=false"], []):
         overrides = ["+cluster=h800_2048", *same]
         assert changed_world(overrides, compose(overrides)) is None
 
