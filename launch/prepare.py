@@ -26,7 +26,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--split", default="train", help="split of a hub dataset (default: train)")
     parser.add_argument("--tokenizer", default="bpe", help="bpe (train one), deepseek, or a tokenizer.json")
     parser.add_argument("--vocab-size", type=int, default=1024, help="ids of a trained one (default: 1024)")
-    parser.add_argument("--heldout", type=float, default=0.1, help="share of documents kept out (default: 0.1)")
+    parser.add_argument(
+        "--paragraphs", action="store_true", help="a folder of .txt: a document a paragraph, not a file"
+    )
+    parser.add_argument("--heldout", type=float, default=0.1, help="share kept out, in whole files (default: 0.1)")
     parser.add_argument("--workers", type=int, default=1, help="processes that tokenise (default: 1)")
     options = parser.parse_args(arguments)
     if not options.upgrade and not (options.source and options.out):
@@ -64,6 +67,8 @@ def main(arguments: list[str]) -> int:
             f"  {store.path.name}: {manifest.documents} documents, {manifest.tokens} tokens, {manifest.text_bytes} "
             f"bytes of text ({manifest.text_bytes / manifest.tokens:.2f} a token), vocabulary {manifest.vocab_size}"
         )
+    if prepared.split:
+        print(f"  {prepared.split}")
     return 0
 
 

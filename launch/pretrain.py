@@ -1,10 +1,10 @@
 """Pretrain a model: `torchrun launch/pretrain.py experiment=tiny` or `torchrun ... +cluster=h800_2048 run.name=first`.
 
 Arguments are Hydra overrides of configs/pretrain.yaml. `--config` prints the composed configuration and stops;
-`dry_run=true` plans the memory of one rank (`rank=0`) and stops. A wrong key, value, layout, store or device is one
-sentence and exit code 2, before anything is allocated. SIGTERM finishes the step, saves and exits 0; the same command
-then resumes. Exit code 3: stopped by the non-finite guard. 4: nothing could be saved any more. 5: the loss left its
-band for good. 75: another rank died, and is named.
+`dry_run=true` plans the fullest rank (`rank=N` another, `rank=all` each pipeline rank) and stops. A wrong key, value,
+layout, store or device is one sentence and exit code 2, before anything is allocated. SIGTERM finishes the step, saves
+and exits 0; the same command then resumes. Exit code 3: stopped by the non-finite guard. 4: nothing could be saved any
+more. 5: the loss left its band for good. 75: another rank died, and is named.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ os.environ.update(spin_default(os.environ))
 from torch.distributed.rendezvous import rendezvous
 
 from parallel.layout import check_world
-from train.config import PretrainConfig, compose, to_yaml
+from train.config import PretrainConfig, changed_world, compose, to_yaml
 from train.observe.guards import TrainingStopped
 from train.run_directory import run_directory
 from train.studies.plan.dry_run import dry_run
@@ -77,6 +77,8 @@ def main(arguments: list[str]) -> int:
         if "--config" in arguments:
             print(to_yaml(config), end="")
         elif config.dry_run:
+            if sentence := changed_world(overrides, config):
+                print(f"{sentence}\n")
             print(dry_run(config))
         else:
             stop_with_launcher()

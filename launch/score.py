@@ -24,6 +24,7 @@ from train.evaluate.exact_match import Attempts
 from train.evaluate.language_model import LanguageModel
 from train.evaluate.suite import Suite, SuiteScores, evaluate, named_stores, read_files
 from train.huggingface.weights import Kind, load_model, open_weights, tokenizer_of
+from train.studies.ngram_baselines import measure_beside, open_beside
 
 BAD_INPUT, INTERRUPTED = 2, 130
 # Flags of the same name as a field of `Suite`.
@@ -36,6 +37,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("model", type=Path, help="a run, a checkpoint, or a Hugging Face folder")
     add("--store", action="append", default=[], help="held-out store, PATH or NAME=PATH; may be repeated")
+    add("--learn-from", type=Path, help="store of the n-gram models and xz (default: `train` beside each --store)")
+    add("--baselines", action=argparse.BooleanOptionalAction, help="beside each score (default: up to 32 MB of text)")
     add("--choice", action="append", default=[], type=Path, help="multiple choice (MMLU-Pro, MMLU, GPQA), JSONL")
     add("--exact", action="append", default=[], type=Path, help="final answers (MATH, AIME), JSONL")
     add("--tasks", default="", help="deepseek-base, or lm-eval tasks separated by commas; needs lm-eval")
@@ -87,7 +90,11 @@ def main(arguments: list[str]) -> int:
     try:
         suite, scores = suite_of(options), SuiteScores(options.out)
         files = read_files(suite)
+        stores = {} if options.baselines is False else suite.stores
+        beaten = open_beside(stores, options.learn_from)
         evaluate(model_of(options), suite, files, scores)
+        for name, pair in beaten.items():
+            scores.add("baselines", name, measure_beside(pair, asked=bool(options.baselines)))
         code = 0 if scores.finish(files.left_out) else BAD_INPUT
     except (ValueError, OSError) as error:
         print(f"score: {error}", file=sys.stderr)

@@ -21,8 +21,8 @@ multiple of ALIGNMENT in its bucket and a bucket's length is a multiple of ALIGN
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -161,16 +161,28 @@ class GradientBuckets:
 
     def _cut(self, bucket: _Bucket) -> list[ParameterShard]:
         """What this rank updates of the bucket's parameters; empty shards are left out."""
-        first, end = 0, bucket.plan.numel
-        if self.sharded:
-            first, end = bucket.shard_start, bucket.shard_start + bucket.shard.numel()
         shards = []
-        for each, parameter in zip(bucket.plan.ranges, bucket.parameters, strict=True):
-            start, stop = max(first, each.start), min(end, each.start + each.numel)
+        for (each, start, stop), parameter in zip(
+            self._owned(bucket.plan, self.axis.rank), bucket.parameters, strict=True
+        ):
             if start < stop:
                 shard = Shard((each.numel,), (start - each.start,), (stop - start,))
                 shards.append(ParameterShard(each.name, parameter, shard, bucket.grads[start:stop]))
         return shards
+
+    def _owned(self, plan: BucketPlan, rank: int) -> Iterator[tuple[BucketRange, int, int]]:
+        """Each range of a bucket with the elements that a rank of the axis updates: from, to."""
+        length = plan.numel // self.axis.size if self.sharded else plan.numel
+        first = rank * length if self.sharded else 0
+        for each in plan.ranges:
+            yield each, max(first, each.start), min(first + length, each.start + each.numel)
+
+    def elements_of(self, rank: int) -> Counter[torch.dtype]:
+        """Elements that a rank of the axis updates, by the dtype of their weights."""
+        found: Counter[torch.dtype] = Counter()
+        for bucket in self._buckets:
+            found[bucket.plan.dtype] += sum(max(0, stop - start) for _, start, stop in self._owned(bucket.plan, rank))
+        return found
 
     @property
     def grad_bytes(self) -> int:

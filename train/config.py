@@ -99,8 +99,8 @@ class PretrainConfig:
     checkpoint: CheckpointConfig
     spikes: SpikeConfig
     run: RunConfig
-    dry_run: bool = False  # plan the memory of one rank and stop
-    rank: int = 0  # which one
+    dry_run: bool = False  # plan the memory of a rank and stop
+    rank: int | Literal["all"] | None = None  # which one; None finds the fullest
 
     def __post_init__(self) -> None:
         self._check_sequence()
@@ -182,6 +182,24 @@ def compose(overrides: list[str]) -> PretrainConfig:
     Raises:
         ConfigError: any mistake, in one sentence.
     """
+    return _build_root(_values(overrides))
+
+
+def changed_world(overrides: list[str], config: PretrainConfig) -> str | None:
+    """A sentence where `layout.…=` gives another number of ranks than the files that the command line names."""
+    changes = [text for text in overrides if text.lstrip("+").startswith("layout.")]
+    named = _values([text for text in overrides if text not in changes])["layout"] if changes else {}
+    layout = config.layout
+    if not changes or layout.world == named["pp"] * named["dp"]:
+        return None
+    return (
+        f"{' '.join(changes)} makes it {layout.world:,} ranks (pp {layout.pp} x dp {layout.dp}) where the named files "
+        f"have {named['pp'] * named['dp']:,} (pp {named['pp']} x dp {named['dp']})"
+    )
+
+
+def _values(overrides: list[str]) -> Any:
+    """The composed files and overrides as plain dicts, not checked yet."""
     import hydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -193,12 +211,11 @@ def compose(overrides: list[str]) -> PretrainConfig:
     try:
         with hydra.initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
             tree = hydra.compose(ROOT_FILE, overrides)
-        values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+        return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except UnicodeDecodeError as error:
         raise ConfigError(f"configs/: {_undecodable()} is not UTF-8 text ({error}); save it as UTF-8") from error
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(f"configs/: {' '.join(str(error).split())}") from error
-    return _build_root(values)
 
 
 def _undecodable() -> str:
@@ -262,10 +279,7 @@ def convert(kind: Any, value: object, path: str) -> Any:
     if kind is Any:
         return value
     if origin in (Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        return convert(inner, value, path)
+        return _build_union(arguments, value, path)
     if origin is Literal:
         if value not in arguments:
             options = ", ".join(map(str, arguments))
@@ -279,6 +293,17 @@ def convert(kind: Any, value: object, path: str) -> Any:
             raise ConfigError(f"{path}={value} must be a section of names and values")
         return {str(name): convert(arguments[1], item, f"{path}.{name}") for name, item in value.items()}
     return _build_scalar(kind, value, path)
+
+
+def _build_union(arguments: tuple[Any, ...], value: object, path: str) -> object:
+    """A type, or nothing, or words beside the type: `rank=all`."""
+    if value is None and type(None) in arguments:
+        return None
+    inner, *others = (argument for argument in arguments if argument is not type(None))
+    words = [word for argument in others for word in get_args(argument)]
+    if words and isinstance(value, str) and value not in words:
+        raise ConfigError(f"{path}={value} must be {SCALARS[inner]} or {' or '.join(words)}")
+    return value if value in words else convert(inner, value, path)
 
 
 def _build_tuple(arguments: tuple[Any, ...], value: object, path: str) -> tuple[object, ...]:

@@ -50,7 +50,7 @@ def pretrain(config: PretrainConfig, info: WorkerInfo) -> None:
             the run's directory; nothing was trained.
         TrainingStopped: too many non-finite steps in a row; a checkpoint was saved.
     """
-    if config.rank:
+    if config.rank is not None:
         raise ValueError(f"rank={config.rank} says which rank dry_run=true plans: add dry_run=true, or leave rank out")
     if info.rank > 0:
         # What is worth a warning, a damaged checkpoint, is the same for all: rank 0 logs it.

@@ -88,6 +88,19 @@ def test_txt_documents_are_separated_by_blank_lines(tmp_path: Path) -> None:
     assert read(file, tmp_path) == ["one\nstill one", "two", "three"]
 
 
+def test_a_txt_file_of_a_folder_is_one_document_unless_paragraphs_are_asked_for(tmp_path: Path) -> None:
+    texts = ["\ufeffone\r\n\r\ntwo\n\n", "\n\n", "three\0\n\nfour"]
+    for name, text in zip("abc", texts, strict=True):
+        write(tmp_path / "in" / f"{name}.txt", text)
+    whole = documents_of(tmp_path / "in", tmp_path)
+    assert list(whole.all_texts()) == ["one\r\n\r\ntwo\n\n", "three\0\n\nfour"]
+    assert whole.file_starts == (0, 1, 2)
+    apart = open_documents(str(tmp_path / "in"), split="", text_field="", cache=tmp_path / "c", paragraphs=True)
+    assert list(apart.all_texts()) == ["one", "two", "three\0", "four"]
+    write(tmp_path / "in" / "b.txt", b"a\n\ncaf\xe9")
+    assert "b.txt, line 3, is unreadable (byte 0xe9 is not UTF-8)" in refusal(tmp_path / "in", tmp_path)
+
+
 def test_a_folder_is_read_in_order_of_its_names(tmp_path: Path) -> None:
     write(tmp_path / "in" / "b.jsonl", jsonl(["2"]))
     write(tmp_path / "in" / "sub" / "c.jsonl.gz", gzip.compress(jsonl(["3"]).encode()))

@@ -297,6 +297,61 @@ def test_the_split_is_of_the_documents_with_text(recipe: Recipe, source: Path, t
     assert made.heldout.manifest.empty_documents == 50
 
 
+@pytest.mark.parametrize(
+    ("files", "share", "held", "said"),
+    [
+        # Documents with text in each file -> how many files of the end are held out.
+        ([4, 3, 2, 1], 0.1, 1, "the last 1 of 4 files, whole, with 1 of 10 documents (10.0%; asked for 10.0%)"),
+        ([4, 3, 2, 1], 0.25, 1, "the last 1 of 4 files, whole, with 1 of 10 documents (10.0%; asked for 25.0%)"),
+        ([4, 3, 2, 1], 0.26, 2, "the last 2 of 4 files, whole, with 3 of 10 documents (30.0%; asked for 26.0%)"),
+        ([5, 5], 0.1, 1, "the last 1 of 2 files, whole, with 5 of 10 documents (50.0%; asked for 10.0%)"),
+        ([10, 0], 0.1, None, "the last 1 of the source's 10 documents"),
+        ([10], 0.3, None, "the last 3 of the one file's 10 documents"),
+    ],
+)
+def test_no_file_is_in_both_stores(tmp_path: Path, files: list[int], share: float, held: int | None, said: str) -> None:
+    (tmp_path / "in").mkdir()
+    lines = [[f"file {n} document {i}" for i in range(count)] for n, count in enumerate(files)]
+    for n, texts in enumerate(lines):
+        content = "".join(json.dumps({"text": text}) + "\n" for text in [*texts, ""])
+        (tmp_path / "in" / f"{n}.jsonl").write_text(content)
+    made = prepare(Recipe(source=str(tmp_path / "in"), vocab_size=270, heldout=share), tmp_path / "out")
+    assert made.heldout is not None
+    documents = [text for texts in lines for text in texts]
+    count = len(documents) - sum(files[-held:]) if held else round(10 * (1 - share))
+    assert (decoded(made.train), decoded(made.heldout)) == (documents[:count], documents[count:])
+    assert made.split == f"held out: {said}"
+
+
+def test_a_store_of_paragraphs_made_before_is_reused_by_asking_for_them(tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.txt").write_text("one\n\ntwo\n\nthree")
+    recipe = Recipe(source=str(folder), vocab_size=270, paragraphs=True)
+    before = prepare(recipe, out).train.manifest.files
+    # As an earlier version wrote it: without the field.
+    for name in ("train", "heldout"):
+        path = out / name / "manifest.json"
+        fields = json.loads(path.read_text())
+        assert fields["recipe"].pop("paragraphs") is True
+        path.write_text(json.dumps(signed(fields)))
+    again = prepare(recipe, out)
+    assert again.reused
+    assert again.train.manifest.files == before
+    with pytest.raises(ValueError, match=r"\(paragraphs differ\); choose another --out or remove it, or give --par"):
+        prepare(replace(recipe, paragraphs=False), out)
+    with pytest.raises(ValueError, match=r"^paragraphs: .*text.jsonl is not .txt"):
+        prepare(Recipe(source=str(write_source(tmp_path)), paragraphs=True), tmp_path / "other")
+    # Nothing of a recipe changes where there is no folder of .txt.
+    (folder / "b.txt").rename(tmp_path / "b.txt")
+    assert "paragraphs" not in prepare(Recipe(str(tmp_path / "b.txt")), tmp_path / "one").train.manifest.recipe
+    with pytest.raises(
+        ValueError, match="has 1 documents, too few to keep 1 out of training; pass more documents, --p"
+    ):
+        prepare(replace(recipe, paragraphs=False), tmp_path / "two")
+
+
 def test_documents_without_text_are_left_out_and_counted(recipe: Recipe, source: Path, tmp_path: Path) -> None:
     source.write_text('{"text": ""}\n{"text": " \\n"}\n' + source.read_text())
     train = prepare(replace(recipe, heldout=0.0), tmp_path / "out").train
@@ -337,7 +392,9 @@ def test_the_command_says_what_it_made_and_what_it_reused(
     assert "train: 45 documents" in made
     assert "heldout: 5 documents" in made
     assert main(arguments) == 0
-    assert capsys.readouterr().out == made.replace("out: made", "out: reused, it was made from the same inputs")
+    made, split = made.removesuffix("\n").rsplit("\n", 1)
+    assert split == "  held out: the last 5 of the one file's 50 documents"
+    assert capsys.readouterr().out == made.replace("out: made", "out: reused, it was made from the same inputs") + "\n"
 
 
 def test_the_command_refuses_bad_input_in_one_sentence(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import itertools
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from train.generate import text
 from train.generate.latent_cache import Decoder
 from train.generate.sampling import Sampling
 from train.generate.speculative import Completion, GenerationRequest, generate
-from train.generate.text import GenerationSettings, TextStream, continue_texts, prompt_ids
+from train.generate.text import GenerationSettings, StopFilter, TextStream, continue_texts, prompt_ids
 
 EOS = 1  # of every tokeniser trained here
 TEXT = "naïve café 日本語 👩‍🚀 \ufffd end"
@@ -103,6 +106,60 @@ def test_text_stops_before_an_end_of_sentence_and_at_the_models_positions(
     assert "".join(shorter) == "the end" + tokenizer.decode(done.ids[:4]) + "\n"
 
 
+def earliest_end(text: str, stops: tuple[str, ...]) -> str:
+    """The text before the stop that is complete first, letter by letter; of two the longer."""
+    for end in range(len(text) + 1):
+        found = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if found:
+            return text[: min(found)]
+    return text
+
+
+def test_a_text_is_cut_before_its_first_stop_however_it_comes_in_pieces() -> None:
+    chooser, cut = random.Random(0), 0
+    for _ in range(500):
+        text = "".join(chooser.choices("ab", k=12))
+        stops = tuple("".join(chooser.choices("ab", k=chooser.randint(1, 6))) for _ in range(chooser.randint(1, 3)))
+        filter_, given, whole = StopFilter(stops), "", earliest_end(text, stops)
+        places = sorted(chooser.sample(range(13), 4))
+        for first, last in itertools.pairwise((0, *places, 12)):
+            given += filter_.add(text[first:last])
+            assert whole.startswith(given), "what was given is never taken back"
+        assert given + filter_.end() == whole
+        assert filter_.stopped == (whole != text)
+        cut += filter_.stopped
+    assert 50 < cut < 450
+
+
+@pytest.mark.parametrize("drafting", [False, True])
+def test_a_stop_of_several_tokens_ends_each_text_alone_and_the_rest_of_a_batch_goes_on(
+    decoder: Decoder, tokenizer: TextTokenizer, drafting: bool
+) -> None:
+    texts, settings = ["the end", "cafe of the"], GenerationSettings(30, drafting=drafting)
+    whole = ["".join(continued(decoder, tokenizer, [text], settings)[0])[len(text) : -1] for text in texts]
+    for first in range(3, 12, 2):
+        stop = whole[0][first : first + 3]
+        (ids,) = tokenizer.encode_batch([stop])
+        assert len(ids) > 1, "it spans tokens"
+        written, _ = continued(decoder, tokenizer, texts, replace(settings, stops=("no such text", stop)))
+        expected = [earliest_end(text, (stop,)) for text in whole]
+        heads = [f"--- {i} of 2 ---\n{text}" for i, text in enumerate(texts, 1)]
+        assert "".join(written) == "".join(f"{a}{b}\n" for a, b in zip(heads, expected, strict=True))
+        assert len(expected[0]) <= first < len(whole[0])
+
+
+def test_an_empty_stop_is_refused() -> None:
+    for stop, message in {"": "--stop is empty", "a\udcff": r"--stop 'a.udcff' is not UTF-8"}.items():
+        with pytest.raises(ValueError, match=message):
+            GenerationSettings(stops=("a", stop))
+
+
+def test_drafts_are_made_on_a_cpu_only_if_asked_for(decoder: Decoder, tokenizer: TextTokenizer) -> None:
+    _, line = continued(decoder, tokenizer, ["the end"], GenerationSettings(5))
+    assert decoder.depths > 0
+    assert "drafts" not in line
+
+
 def test_rates_are_accepted_by_drafted_and_tokens_by_pass() -> None:
     done = [Completion(tuple(range(11)), "max_tokens", 8, 5, 5), Completion((1, 2), "eos", 2, 0, 1)]
     assert text.acceptance(done) == 0.5
@@ -132,6 +189,22 @@ def test_prompts_come_from_the_command_line_then_from_the_lines_of_a_file(tmp_pa
             text.read_prompts([], file)
     with pytest.raises(ValueError, match="gone cannot be read"):
         text.read_prompts([], tmp_path / "gone")
+
+
+def test_prompts_come_from_a_pipe_where_nothing_else_is_given(tmp_path: Path) -> None:
+    def pipe() -> io.BytesIO:
+        return io.BytesIO("one\r\n\ntwo ü\n".encode())
+
+    lines, dash = ["one", "", "two ü"], Path("-")
+    assert text.read_prompts([], None, pipe()) == lines
+    assert text.read_prompts(["zero"], dash, pipe()) == ["zero", *lines]
+    assert text.read_prompts(["zero"], None, pipe()) == ["zero"]
+    assert text.read_prompts([], None, io.BytesIO()) == [""]
+    for file, stream, message in [(dash, io.BytesIO(), "- is empty|pipe is empty"), (dash, None, "there is none")]:
+        with pytest.raises(ValueError, match=message):
+            text.read_prompts([], file, stream)
+    with pytest.raises(ValueError, match="the pipe cannot be read as UTF-8"):
+        text.read_prompts([], None, io.BytesIO(b"caf\xe9"))
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:

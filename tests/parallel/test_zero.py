@@ -6,6 +6,7 @@ Two ranks: a sum of two numbers has one rounding, whoever adds. Four ranks: grad
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -77,6 +78,24 @@ def shards_of(optimizer: AdamW) -> dict[str, tuple[int, int, Any]]:
         name: (held.shard.offsets[0], held.shard.global_shape[0], held.tensor.detach().float().numpy().copy())
         for name, held in optimizer.state_shards().items()
     }
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_what_a_rank_updates_is_known_on_every_rank(sharded: bool) -> None:
+    group: Any = object()
+    ranks = [
+        GradientBuckets(
+            make_parameters(torch.bfloat16).items(), axis=Axis("dp", 3, rank, group), sharded=sharded, bucket_bytes=4096
+        )
+        for rank in range(3)
+    ]
+    for rank, buckets in enumerate(ranks):
+        owned: Counter[torch.dtype] = Counter()
+        for held in buckets.parameter_shards():
+            owned[held.parameter.dtype] += held.shard.numel
+        assert owned == ranks[0].elements_of(rank)
+    total = sum((buckets.elements_of(rank) for rank, buckets in enumerate(ranks)), Counter())
+    assert sum(total.values()) == NUMEL * (1 if sharded else 3)
 
 
 def whole(ranks: Iterable[dict[str, tuple[int, int, Any]]]) -> Arrays:

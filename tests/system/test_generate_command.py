@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -31,7 +32,7 @@ def generated(capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 def test_text_goes_to_stdout_and_one_line_to_stderr(trained_run: Path, generated: Any) -> None:
-    done = generated(trained_run, "--prompt", "the king", "--max-tokens", "12", "--seed", "3")
+    done = generated(trained_run, "--prompt", "the king", "--max-tokens", "12", "--seed", "3", "--draft")
     assert done.out.startswith("the king")
     assert done.out.endswith("\n")
     (found,) = re.fullmatch(LINE.replace("N", r"[\d.]+"), done.err).groups()  # type: ignore[union-attr]
@@ -41,11 +42,28 @@ def test_text_goes_to_stdout_and_one_line_to_stderr(trained_run: Path, generated
 def test_greedy_text_is_the_same_with_and_without_drafts(trained_run: Path, generated: Any) -> None:
     # FP32: a rounding can hardly turn a choice here.
     common = ["--prompt", "the king", "--prompt", "", "--max-tokens", "10", "--precision", "fp32"]
+    common += ["--temperature", "0"]
     drafted, plain = generated(trained_run, *common, "--draft"), generated(trained_run, *common, "--no-draft")
     assert drafted.out == plain.out
     assert plain.out.startswith("--- 1 of 2 ---\nthe king")
     assert "drafts" in drafted.err
     assert "drafts" not in plain.err
+
+
+def test_prompts_come_from_a_pipe(trained_run: Path, generated: Any) -> None:
+    given = ["--max-tokens", "4", "--stop", "zzz", "--precision", "fp32"]
+    expected = generated(trained_run, "--prompt", "the king", "--prompt", "", *given).out
+    ours, theirs = os.pipe()
+    os.write(theirs, b"the king\n\n")
+    os.close(theirs)
+    before = os.dup(0)
+    os.dup2(ours, 0)
+    try:
+        assert generated(trained_run, *given).out == expected
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+        os.close(ours)
 
 
 def test_a_seed_repeats_its_text_and_another_does_not(trained_run: Path, generated: Any) -> None:
@@ -95,6 +113,8 @@ WRONG = {
     "RUN --weights ema": "holds no moving average",
     "RUN --prompts-file none.txt": "none.txt cannot be read",
     "RUN --measure tests": "tests holds no manifest.json",
+    "RUN --stop=": "--stop is empty",
+    "RUN --prompts-file -": "prompts-file: - reads a pipe, and there is none",
     "RUN --batch-tokens 0": "--batch-tokens 0 must be 1 or more",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from launch.convert import main as convert
 from launch.score import main, model_of, parse
 from tests.evaluate.planted import write_lines
 from train.data.ingest import Recipe, prepare
+from train.data.store import TokenStore
 from train.data.tokenizer import load_tokenizer
 from train.data.trained_on import KEY, TrainedOn
 from train.evaluate import language_model, suite
 from train.huggingface.weights import open_weights
 from train.observe.sinks import read_run
+from train.studies import ngram_baselines
+from train.studies.ngram_baselines import measure_baselines
 
 CHOICE = {"question": "Who?", "options": ["king", "people", "lord"], "answer": "C", "category": "prose"}
 PROBLEM = {"problem": "1 + 1?", "answer": "2"}
@@ -45,6 +49,29 @@ def test_a_store_costs_what_training_logged(
     # The command prints its scores.
     printed = capsys.readouterr().out
     assert f"held: {found['stores']['held']['bits_per_byte']:.4f} bits per byte, perplexity " in printed
+
+
+def test_what_has_to_be_beaten_is_shown_beside_each_store(
+    trained_run: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held, train = (f"{name}={store / name}" for name in ("heldout", "train"))
+    found = scored(tmp_path / "a.json", trained_run, "--store", held, "--store", train)["baselines"]
+    expected = measure_baselines(TokenStore.open(store / "train"), TokenStore.open(store / "heldout"))
+    assert found["heldout"] == {**vars(expected), "learn_from": str(store / "train")}
+    assert found["train"]["left_out"].startswith(f"no store `train` is beside {store / 'train'}")
+    shown = capsys.readouterr().out.splitlines()
+    assert f"to beat: bigram {expected.bigram:.4f}, xz {expected.xz:.4f}, unigram {expected.unigram:.4f}" in shown[1]
+    assert shown[3].startswith("  baselines left out: no store")
+    # Of a store elsewhere, learnt from the one that is named; too long without being asked for.
+    elsewhere = shutil.copytree(store, tmp_path / "copy") / "heldout"
+    (elsewhere.parent / "train").rename(learn := elsewhere.parent / "learn")
+    asked = [trained_run, "--store", f"heldout={elsewhere}", "--learn-from", learn]
+    monkeypatch.setattr(ngram_baselines, "UNASKED_BYTES", 1000)
+    refused = scored(tmp_path / "b.json", *asked)["baselines"]["heldout"]
+    assert "--baselines measures them all the same" in refused["left_out"]
+    moved = scored(tmp_path / "c.json", *asked, "--baselines")["baselines"]["heldout"]
+    assert moved == found["heldout"] | {"learn_from": str(learn)}
+    assert "baselines" not in scored(tmp_path / "d.json", *asked, "--no-baselines")
 
 
 def test_questions_are_asked_and_problems_solved(trained_run: Path, tmp_path: Path) -> None:
@@ -150,6 +177,7 @@ def test_what_a_user_can_get_wrong_is_one_sentence(
         "32 new tokens leave no room for a prompt in 32": f"{held} --exact {problems} --max-new-tokens 32",
         "a continuation of 41 tokens is longer": f"{held} --choice {long}",
         "is in a folder that is not there": f"--choice {good} --out {tmp_path / 'none' / 'x.json'}",
+        "none holds no manifest.json": f"{held} --learn-from {tmp_path / 'none'}",
         "trained with tokeniser": f"{held} --choice {good} {tokenizer}",
     }
     commands = {sentence: [str(trained_run), *flags.split()] for sentence, flags in cases.items()}

@@ -4,6 +4,8 @@
     OUT/train/              store of all documents but the last ones
     OUT/heldout/            store of the last ones (absent with a held-out fraction of 0)
 
+Where a source has several files, the last ones are those of whole files: no file is in both stores.
+
 Everything is written into a hidden folder next to OUT, which is renamed to OUT at the end: a store that exists is
 complete. The same request again only checks its hashes; another one is refused, never overwritten. Documents keep the
 source's order.
@@ -14,17 +16,18 @@ from __future__ import annotations
 import hashlib
 import platform
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 
 from train.data.blocks import BLOCK_BYTES
 from train.data.index import scan_arrow
-from train.data.sources import Documents, hash_files, local_files, open_documents
+from train.data.readers import kind_of
+from train.data.sources import Documents, hash_files, is_txt_folder, local_files, open_documents
 from train.data.store import DATA_SUFFIX, TOKENIZER_NAME, FileRecord, Manifest, TokenStore, file_sha256, read_manifest
 from train.data.tokenizer import TextTokenizer, deepseek_tokenizer, load_tokenizer, train_byte_level_bpe
 
@@ -41,6 +44,7 @@ class Recipe:
     tokenizer: str = "bpe"  # `bpe` (train one), `deepseek` (V3's own) or the path of a tokenizer.json
     vocab_size: int = 1024  # of a tokeniser trained here
     heldout: float = 0.1  # share of the documents, the last ones, kept out of training
+    paragraphs: bool = False  # documents of a folder of .txt files: its paragraphs instead of its files
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.heldout < 1.0:
@@ -49,11 +53,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The stores of one folder; `reused` if they existed already."""
+    """The stores of one folder; `reused` if they existed already, `split` says how new ones were divided."""
 
     train: TokenStore
     heldout: TokenStore | None
     reused: bool
+    split: str = ""
 
 
 def prepare(recipe: Recipe, out: Path, *, workers: int = 1) -> Prepared:
@@ -65,19 +70,24 @@ def prepare(recipe: Recipe, out: Path, *, workers: int = 1) -> Prepared:
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / TRAIN).is_dir():
         raise ValueError(f"out: {out} exists and is not a store; choose another --out or remove it")
     files = local_files(recipe.source)
+    if recipe.paragraphs and not (files and kind_of(files[0]) == ".txt"):
+        raise ValueError(f"paragraphs: {recipe.source} is not .txt, of which alone it is; leave it out")
     if files and (out / TRAIN).is_dir():
         return _reuse(recipe, out, hash_files(recipe.source, files))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.partial-", dir=out.parent) as scratch:
         whole, cache = Path(scratch, "whole"), Path(scratch, "cache")
-        documents = open_documents(recipe.source, split=recipe.split, text_field=recipe.text_field, cache=cache)
+        documents = open_documents(
+            recipe.source, split=recipe.split, text_field=recipe.text_field, cache=cache, paragraphs=recipe.paragraphs
+        )
         if (out / TRAIN).is_dir():
             return _reuse(recipe, out, documents.hashes)
-        _write_all(recipe, documents, whole, workers=workers)
+        split = _split(recipe, documents)
+        _write_all(recipe, documents, whole, num_train=split.num_train, workers=workers)
         # A folder made by mkdtemp is private; a store is not.
         whole.chmod(0o755)
         whole.rename(out)
-    return _opened(out, reused=False)
+    return replace(_opened(out, reused=False), split=split.sentence)
 
 
 def _opened(out: Path, *, reused: bool) -> Prepared:
@@ -92,7 +102,14 @@ def _comparable(recipe: Recipe, given: TextTokenizer | None) -> dict[str, Any]:
     if given is not None:
         del fields["vocab_size"]
         fields["tokenizer"] = given.sha256
+    if not local_files(recipe.source) or not is_txt_folder(recipe.source):
+        del fields["paragraphs"]
     return fields
+
+
+def _found(manifest: Manifest, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of a store; one of an earlier version took paragraphs of every .txt file."""
+    return ({"paragraphs": True} if "paragraphs" in wanted else {}) | manifest.recipe
 
 
 def _given_tokenizer(recipe: Recipe) -> TextTokenizer | None:
@@ -105,12 +122,13 @@ def _reuse(recipe: Recipe, out: Path, hashes: dict[str, str]) -> Prepared:
     """Take existing stores if they are what was asked for and unaltered; refuse others untouched."""
     manifest = read_manifest(out / TRAIN)
     wanted = {**_comparable(recipe, _given_tokenizer(recipe)), "sources": hashes}
-    found = {**manifest.recipe, "sources": manifest.sources}
+    found = {**_found(manifest, wanted), "sources": manifest.sources}
     if wanted != found:
         names = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise ValueError(
             f"out: {out} holds a store made with other inputs ({', '.join(names)} differ); "
             "choose another --out or remove it"
+            + (", or give --paragraphs" if found.get("paragraphs") and not recipe.paragraphs else "")
         )
     prepared = _opened(out, reused=True)
     for store in filter(None, (prepared.train, prepared.heldout)):
@@ -122,19 +140,47 @@ def _reuse(recipe: Recipe, out: Path, hashes: dict[str, str]) -> Prepared:
     return prepared
 
 
-def _write_all(recipe: Recipe, documents: Documents, whole: Path, *, workers: int) -> None:
+class _Split(NamedTuple):
+    """How many rows are for training, the rest being kept out of it, and a sentence on that."""
+
+    num_train: int
+    sentence: str
+
+
+def _split(recipe: Recipe, documents: Documents) -> _Split:
+    """No file is in both stores; a file that is alone is cut between documents."""
+    if not recipe.heldout:
+        return _Split(len(documents.table), "nothing is held out")
     with_text = np.flatnonzero(documents.text_bytes)
+    total = len(with_text)
     # At least one document each: a fraction that rounds to nothing would silently drop the evaluation.
-    num_heldout = max(1, round(len(with_text) * recipe.heldout)) if recipe.heldout else 0
-    if len(with_text) - num_heldout < 1:
+    wanted = max(1, round(total * recipe.heldout))
+    if total - wanted < 1:
+        hint = ", --paragraphs" if is_txt_folder(recipe.source) and not recipe.paragraphs else ""
         raise ValueError(
-            f"source: {recipe.source} has {len(with_text)} documents, too few to keep {num_heldout} out of training; "
-            "pass more documents or --heldout 0"
+            f"source: {recipe.source} has {total} documents, too few to keep {wanted} out of training; "
+            f"pass more documents{hint} or --heldout 0"
         )
+    # Start of a file -> documents with text from there on.
+    held_from = {start: total - int(np.searchsorted(with_text, start)) for start in documents.file_starts}
+    cuts = {start: held for start, held in held_from.items() if 0 < held < total}
+    if not cuts:
+        where = "the source's" if len(documents.hashes) > 1 or not local_files(recipe.source) else "the one file's"
+        return _Split(int(with_text[-wanted]), f"held out: the last {wanted} of {where} {total} documents")
+    # The nearest to what was asked for; of two equally near the smaller.
+    start = min(cuts, key=lambda start: (abs(cuts[start] - wanted), cuts[start]))
+    files = sum(other >= start for other in documents.file_starts)
+    return _Split(
+        start,
+        f"held out: the last {files} of {len(documents.file_starts)} files, whole, with {cuts[start]} of {total} "
+        f"documents ({cuts[start] / total:.1%}; asked for {recipe.heldout:.1%})",
+    )
+
+
+def _write_all(recipe: Recipe, documents: Documents, whole: Path, *, num_train: int, workers: int) -> None:
     rows = len(documents.table)
-    num_train = int(with_text[-num_heldout]) if num_heldout else rows
     stores = {TRAIN: documents.select(0, num_train)}
-    if num_heldout:
+    if num_train < rows:
         stores[HELDOUT] = documents.select(num_train, rows)
     given = _given_tokenizer(recipe)
     tokenizer = given or train_byte_level_bpe(stores[TRAIN].all_texts(), vocab_size=recipe.vocab_size)

@@ -2,7 +2,7 @@
 
     .jsonl .json    one object a line, or one array of objects
     .parquet .csv   one row a document; every value of a CSV file is text
-    .txt            documents are separated by blank lines
+    .txt            one document, or documents separated by blank lines
 
 Each may be compressed (.gz, .zst). Other fields are passed over, whatever they hold. Memory depends on the longest row,
 not on the number of rows.
@@ -59,14 +59,15 @@ def kind_of(file: Path) -> str | None:
     return name.suffix.lower() if name.suffix.lower() in READERS else None
 
 
-def read_texts(file: Path, text_field: str) -> Iterator[str]:
-    """The texts of a file, in its order.
+def read_texts(file: Path, text_field: str, *, whole_txt: bool = False) -> Iterator[str]:
+    """The texts of a file, in its order; `whole_txt`: a .txt file is one text.
 
     Raises:
         ValueError: whatever keeps a text from being read exactly.
     """
     kind, unit, number = kind_of(file), "line", 0
     assert kind is not None
+    rows = _whole if whole_txt and kind == ".txt" else READERS[kind]
     try:
         with file.open("rb") as raw:
             head = raw.read(len(LFS_POINTER))
@@ -75,7 +76,7 @@ def read_texts(file: Path, text_field: str) -> Iterator[str]:
         if not head and (kind == ".parquet" or file.suffix.lower() in COMPRESSIONS):
             raise ValueError("it has no bytes, so it was not written to its end")
         with _opened(file) as stream:
-            for unit, number, value in READERS[kind](stream, text_field):
+            for unit, number, value in rows(stream, text_field):
                 if not isinstance(value, str):
                     held = JSON_KINDS.get(type(value), type(value).__name__)
                     raise _BadRow(unit, number, f"'{text_field}' holds {held}, not text")
@@ -148,6 +149,10 @@ def _paragraphs(stream: IO[bytes], _: str) -> Iterator[Row]:
                 paragraph.append(line)
     if any(paragraph):
         yield "line", number, "".join(paragraph)
+
+
+def _whole(stream: IO[bytes], _: str) -> Iterator[Row]:
+    yield "line", 1, "".join(text for _, text in _lines(stream))
 
 
 def _csv_rows(stream: IO[bytes], text_field: str) -> Iterator[Row]:

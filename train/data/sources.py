@@ -3,7 +3,8 @@
 A source is a local file, a local folder of files of one kind (readers.py), or the name of a dataset on the hub:
 owner/name, or owner/name:config for one of its configurations.
 
-Documents keep the order of the file; files are read in order of their names.
+Documents keep the order of the file; files are read in order of their names. A .txt file of a folder is one document,
+unless paragraphs are asked for; of a single .txt file the paragraphs are the documents.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Documents:
     table: Any  # a `datasets.Dataset` of one column `text`; a document of blanks alone is empty
     text_bytes: NDArray[np.int64]  # [documents] of UTF-8
     hashes: dict[str, str]  # SHA-256 of each file, or of the whole text of a hub dataset
+    file_starts: tuple[int, ...] = (0,)  # the first document of each file; of a part: as if it were one file
 
     def batches(self) -> Iterator[tuple[int, int]]:
         """First document and one past the last of each batch, cut by bytes."""
@@ -65,7 +67,9 @@ class Documents:
 
     def select(self, start: int, stop: int) -> Documents:
         """The documents from `start` to `stop`."""
-        return replace(self, table=self.table.select(range(start, stop)), text_bytes=self.text_bytes[start:stop])
+        return replace(
+            self, table=self.table.select(range(start, stop)), text_bytes=self.text_bytes[start:stop], file_starts=(0,)
+        )
 
 
 def local_files(source: str) -> list[Path]:
@@ -105,24 +109,42 @@ def hash_files(source: str, files: list[Path]) -> dict[str, str]:
     return {file.relative_to(root).as_posix(): file_sha256(file) for file in files}
 
 
-def open_documents(source: str, *, split: str, text_field: str, cache: Path) -> Documents:
+def is_txt_folder(source: str) -> bool:
+    """Whether a source is a folder of .txt files."""
+    files = local_files(source)
+    return Path(source).is_dir() and kind_of(files[0]) == ".txt"
+
+
+def open_documents(source: str, *, split: str, text_field: str, cache: Path, paragraphs: bool = False) -> Documents:
     """Read a file, folder or hub dataset (through `datasets`) into an Arrow file in the folder `cache`.
+
+    `paragraphs`: documents of a .txt file are separated by blank lines, in a folder too.
 
     Raises:
         ValueError: whatever a user can repair, in one sentence.
     """
     files = local_files(source)
-    digest = hashlib.sha256()
+    digest, starts = hashlib.sha256(), list[int]()
     texts: Iterable[str]
     if files:
-        texts = (text for file in files for text in read_texts(file, text_field))
+        texts = _file_texts(files, text_field, starts, whole_txt=is_txt_folder(source) and not paragraphs)
     else:
         texts = _hub_texts(source, split=split, text_field=text_field, digest=digest)
     table, text_bytes = _written(texts, cache)
     if table is None or not text_bytes.any():
         raise ValueError(f"source: {source} is an empty corpus; pass files with text in them")
     hashes = hash_files(source, files) if files else {f"{source}@{split}": digest.hexdigest()}
-    return Documents(table, text_bytes, hashes)
+    return Documents(table, text_bytes, hashes, tuple(starts) or (0,))
+
+
+def _file_texts(files: list[Path], text_field: str, starts: list[int], *, whole_txt: bool) -> Iterator[str]:
+    """The texts of all files; `starts` gets the number of the first one of each."""
+    number = 0
+    for file in files:
+        starts.append(number)
+        for text in read_texts(file, text_field, whole_txt=whole_txt):
+            number += 1
+            yield text
 
 
 def _is_data(file: Path) -> bool:

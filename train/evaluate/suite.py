@@ -105,8 +105,9 @@ def read_files(suite: Suite) -> SuiteFiles:
 class SuiteScores:
     """Everything measured so far, in a JSON file where one is wanted.
 
-    `results`: {"stores": {domain: figures, "total": figures}, "choice": {file: figures}, "exact": {file: figures},
-    "tasks": {task: figures}, "left_out": sentences}, each only where asked for, and "finished": whether it is complete.
+    `results`: {"stores": {domain: figures, "total": figures}, "baselines": {domain: figures}, "choice": {file:
+    figures}, "exact": {file: figures}, "tasks": {task: figures}, "left_out": sentences}, each only where asked for, and
+    "finished": whether it is complete.
     """
 
     def __init__(self, out: Path | None) -> None:
@@ -117,7 +118,7 @@ class SuiteScores:
         self.results: dict[str, Any] = {"finished": False}
 
     def add(self, section: str, name: str, figures: Mapping[str, Any]) -> None:
-        """Keep a score: of "stores", "choice", "exact" or "tasks"."""
+        """Keep a score: of "stores", "baselines", "choice", "exact" or "tasks"."""
         self.results.setdefault(section, {})[name] = figures
         self._write()
 
@@ -191,6 +192,7 @@ def summary_lines(results: Mapping[str, Any]) -> Iterator[str]:
             f"{name}: {figures['bits_per_byte']:.4f} bits per byte, perplexity {figures['perplexity']:.3f} per token, "
             f"{figures['tokens']} tokens, {figures['text_bytes']} bytes"
         )
+        yield from _baseline_line(results.get("baselines", {}).get(name))
     for file, ways in results.get("choice", {}).items():
         for way, figures in ways.items():
             for name, value in figures.items():
@@ -214,6 +216,14 @@ def summary_lines(results: Mapping[str, Any]) -> Iterator[str]:
         yield from _cut_line(name, figures)
     for sentence in results.get("left_out", ()):
         yield f"left out: {sentence}"
+
+
+def _baseline_line(figures: Mapping[str, Any] | None) -> Iterator[str]:
+    if figures and "left_out" in figures:
+        yield f"  baselines left out: {figures['left_out']}"
+    elif figures:
+        parts = ", ".join(f"{name} {figures[name]:.4f}" for name in ("bigram", "xz", "unigram"))
+        yield f"  to beat: {parts} bits per byte, learnt from {figures['learn_from']}"
 
 
 def _cut_line(name: str, figures: Mapping[str, Any]) -> Iterator[str]:

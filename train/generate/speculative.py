@@ -28,10 +28,10 @@ from train.generate.latent_cache import Decoder, LatentCache, Span
 from train.generate.sampling import Sampling, draw, probabilities, verify
 from train.model.config import ModelConfig
 
-Reason = Literal["eos", "max_tokens", "max_position_embeddings"]
+Reason = Literal["eos", "stop", "max_tokens", "max_position_embeddings"]
 # Called as soon as tokens are certain, with the index of a sequence, its new tokens (end-of-sentence included), and why
-# it ends there, if it does.
-OnTokens = Callable[[int, list[int], Reason | None], None]
+# it ends there, if it does. True ends the sequence: its text has come to a stop.
+OnTokens = Callable[[int, list[int], Reason | None], bool | None]
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ def _continue(
     while active:
         for sequence, new_ids in zip(active, _verify(decoder, cache, active, sampling), strict=True):
             added = _add(sequence, new_ids, eos)
-            if on_tokens is not None:
-                on_tokens(sequence.index, added, sequence.reason)
+            if on_tokens is not None and on_tokens(sequence.index, added, sequence.reason):
+                sequence.reason = "stop"
         active = [sequence for sequence in active if sequence.reason is None]
         if drafting:
             _draft(decoder, cache, active, sampling)

@@ -1,6 +1,7 @@
 """Text from a model: prompts to tokens, tokens to a terminal as they come, and what drafting gains.
 
-    continue_texts   prompts in; prompt and continuation out, in order, as soon as each character is complete
+    continue_texts   prompts in; prompt and continuation out, in order, as soon as each character is complete, up to a
+                     stop text
     measure          the same work with and without drafting, in one process: acceptance rate and the ratio of speeds
 
 A token of byte-level BPE may hold part of a character. What is printed ends before an incomplete character, and a byte
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -34,10 +36,18 @@ class GenerationSettings:
     # Of the first prompt; the i-th, from 0, has seed + i, so it can be repeated alone.
     seed: int = 0
     sampling: Sampling = field(default_factory=Sampling)
-    # None: if the model has MTP layers.
+    # None: where it is faster, `drafts_pay`.
     drafting: bool | None = None
     # Positions of the caches that are held together.
     batch_tokens: int = 16384
+    # Each ends a continuation, which is written up to it.
+    stops: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for stop in self.stops:
+            if not stop:
+                raise ValueError("--stop is empty, so nothing would be written: give the text before which to end")
+            check_utf8("--stop", stop)
 
     def requests(self, prompts: Sequence[Sequence[int]]) -> list[GenerationRequest]:
         """One request per prompt, given as tokens."""
@@ -68,22 +78,55 @@ class TextStream:
         return text
 
 
+class StopFilter:
+    """Text in, the text before the first stop out; what may be the beginning of a stop waits for more."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops, self._waiting, self.stopped = stops, "", False
+
+    def add(self, text: str) -> str:
+        """What is certain not to belong to a stop; nothing once there was one."""
+        if self.stopped:
+            return ""
+        text = self._waiting + text
+        # The stop that ends first, however the text was cut into tokens; of these the longest.
+        ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if ends:
+            self.stopped = True
+            return text[: min(ends)[1]]
+        beginnings = (stop[:n] for stop in self._stops for n in range(1, len(stop)))
+        held = max((len(part) for part in beginnings if text.endswith(part)), default=0)
+        self._waiting = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def end(self) -> str:
+        """What waited in vain."""
+        return "" if self.stopped else self._waiting
+
+
 class _OrderedWriter:
     """Writes several texts one after another: the first unfinished one as it comes, later ones from memory."""
 
-    def __init__(self, heads: Sequence[str], tokenizer: TextTokenizer, write: Callable[[str], None]) -> None:
-        self._streams = [TextStream(tokenizer) for _ in heads]
+    def __init__(
+        self, heads: Sequence[str], tokenizer: TextTokenizer, write: Callable[[str], None], stops: Sequence[str]
+    ) -> None:
+        self._streams = [(TextStream(tokenizer), StopFilter(stops)) for _ in heads]
         self._waiting, self._done = list(heads), [False] * len(heads)
         self._write, self._current = write, 0
         self._flush()
 
-    def on_tokens(self, index: int, ids: Sequence[int], reason: Reason | None) -> None:
-        stream = self._streams[index]
-        self._waiting[index] += stream.add(ids[:-1] if reason == "eos" else ids)
+    def on_tokens(self, index: int, ids: Sequence[int], reason: Reason | None) -> bool:
+        """Whether the text has come to a stop."""
+        stream, filter_ = self._streams[index]
+        new = stream.add(ids[:-1] if reason == "eos" else ids)
         if reason is not None:
-            self._waiting[index] += stream.end() + "\n"
+            new += stream.end()
+        self._waiting[index] += filter_.add(new)
+        if reason is not None or filter_.stopped:
+            self._waiting[index] += filter_.end() + "\n"
             self._done[index] = True
         self._flush()
+        return filter_.stopped
 
     def _flush(self) -> None:
         while self._current < len(self._waiting):
@@ -105,21 +148,38 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
-def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
-    """Prompts of the command line, then the lines of a file; without any, the empty one."""
+def check_utf8(flag: str, text: str) -> None:
+    """Raise ValueError for bytes of the command line that are no text."""
+    if text.encode(errors="replace").decode() != text:
+        raise ValueError(f"{flag} {text!a} is not UTF-8 text; put it into a file and give --prompts-file")
+
+
+def read_prompts(given: Sequence[str], file: Path | None, pipe: BinaryIO | None = None) -> list[str]:
+    """Prompts of the command line, then the lines of a file or, with `-` or without any other, of a pipe.
+
+    Without any, or with a pipe that is empty, the empty prompt.
+    """
     for text in given:
-        if text.encode(errors="replace").decode() != text:
-            raise ValueError(f"--prompt {text!a} is not UTF-8 text; put it into a file and give --prompts-file")
-    if file is None:
+        check_utf8("--prompt", text)
+    named = file is not None
+    if file == Path("-"):
+        file = None
+        if pipe is None:
+            raise ValueError("prompts-file: - reads a pipe, and there is none; send prompts in, one a line")
+    elif named or given:
+        pipe = None
+    if file is None and pipe is None:
         return list(given) or [""]
+    name = str(file) if file is not None else "the pipe"
     try:
         # Lines of a file: neither U+2028 nor a form feed ends one, and a byte order mark is no part of the first.
-        content = file.read_bytes().decode("utf-8-sig")
+        raw = file.read_bytes() if file is not None else pipe.read()  # type: ignore[union-attr]
+        content = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompts-file: {file} cannot be read as UTF-8 text ({error}); one prompt a line") from None
+        raise ValueError(f"prompts-file: {name} cannot be read as UTF-8 text ({error}); one prompt a line") from None
     lines = content.replace("\r\n", "\n").removesuffix("\n").split("\n")
-    if not content:
-        raise ValueError(f"prompts-file: {file} is empty; put one prompt on a line")
+    if named and not content:
+        raise ValueError(f"prompts-file: {name} is empty; put one prompt on a line")
     return [*given, *lines]
 
 
@@ -153,7 +213,7 @@ def continue_texts(
 ) -> str:
     """Continue every text and write it as it comes, several under headings; returns a line on speed and drafting."""
     heads = [f"--- {i} of {len(texts)} ---\n{text}" for i, text in enumerate(texts, 1)] if len(texts) > 1 else texts
-    writer = _OrderedWriter(heads, tokenizer, write)
+    writer = _OrderedWriter(heads, tokenizer, write, settings.stops)
     started = time.perf_counter()
     done = generate(
         decoder,
@@ -161,10 +221,15 @@ def continue_texts(
         batch_tokens=settings.batch_tokens,
         sampling=settings.sampling,
         eos=tokenizer.special_ids.eos,
-        drafting=decoder.depths > 0 if settings.drafting is None else settings.drafting,
+        drafting=drafts_pay(decoder) if settings.drafting is None else settings.drafting,
         on_tokens=writer.on_tokens,
     )
     return _summary(done, time.perf_counter() - started, decoder)
+
+
+def drafts_pay(decoder: Decoder) -> bool:
+    """Whether to draft if nobody says: with MTP layers, and not on a CPU, where it was slower (docs/generation.md)."""
+    return decoder.depths > 0 and decoder.model.lm_head.weight.device.type != "cpu"
 
 
 def _summary(done: Sequence[Completion], seconds: float, decoder: Decoder) -> str:

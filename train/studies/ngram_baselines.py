@@ -20,14 +20,16 @@ Shapes: pairs = (context, target) positions of a store, vocab = ids, seen = diff
 from __future__ import annotations
 
 import lzma
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from train.data.batch import IGNORE_INDEX, Batch
-from train.data.store import TokenStore
+from train.data.store import MANIFEST_NAME, TokenStore, check_same_tokenizer
 from train.data.tokenizer import load_tokenizer
 from train.evaluate.score import score_store
 
@@ -39,6 +41,8 @@ ADDED_MASSES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 # How held-out text is cut makes no difference here: only the token before counts, and every target has it.
 SEQUENCE_LENGTH, BATCH_SEQUENCES = 1024, 16
+# Text of both stores that is measured without being asked for: xz takes a second a megabyte, twice.
+UNASKED_BYTES = 32_000_000
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,11 @@ def store_text(store: TokenStore) -> bytes:
     tokenizer = load_tokenizer(store.tokenizer_path)
     documents = (store.document(index)[:-1].tolist() for index in range(len(store.lengths)))
     text = "".join(tokenizer.decode(ids) for ids in documents).encode()
-    assert len(text) == store.manifest.text_bytes, (len(text), store.manifest.text_bytes)
+    if len(text) != store.manifest.text_bytes:
+        raise ValueError(
+            f"data.store: the tokeniser of {store.path} does not give back its text ({len(text)} bytes of "
+            f"{store.manifest.text_bytes}), so xz has nothing to compress"
+        )
     return text
 
 
@@ -194,3 +202,43 @@ def measure_baselines(store: TokenStore, heldout: TokenStore) -> Baselines:
         bigram=ngram_bits_per_byte(train_bigram(store), heldout),
         xz=xz_bits_per_byte(store_text(store), store_text(heldout)),
     )
+
+
+def open_beside(heldout: Mapping[str, Path], learn_from: Path | None) -> dict[str, tuple[TokenStore, TokenStore] | str]:
+    """Held-out stores by name -> what their baselines learn from and they, or why there are none.
+
+    `learn_from` is for all of them; None takes the store `train` beside each.
+    Raises:
+        ValueError: a store cannot be opened, or `learn_from` has another tokeniser.
+    """
+    found: dict[str, tuple[TokenStore, TokenStore] | str] = {}
+    for name, path in heldout.items():
+        store, place = TokenStore.open(path), learn_from or path.parent / "train"
+        if learn_from is None and (place.resolve() == path.resolve() or not (place / MANIFEST_NAME).exists()):
+            found[name] = f"no store `train` is beside {path}; name the one to learn from with --learn-from"
+            continue
+        try:
+            train = TokenStore.open(place)
+            check_same_tokenizer(train, store)
+            found[name] = train, store
+        except ValueError as error:
+            if learn_from is not None:
+                raise
+            found[name] = str(error)
+    return found
+
+
+def measure_beside(pair: tuple[TokenStore, TokenStore] | str, *, asked: bool) -> dict[str, object]:
+    """Figures of the baselines for a report, with "learn_from"; {"left_out": why} where there are none.
+
+    Without being `asked` for, only what takes about a minute is measured.
+    """
+    if isinstance(pair, str):
+        return {"left_out": pair}
+    text_bytes = sum(store.manifest.text_bytes for store in pair)
+    if text_bytes > UNASKED_BYTES and not asked:
+        return {"left_out": f"{text_bytes / 1e6:.0f} MB of text take minutes; --baselines measures them all the same"}
+    try:
+        return {**vars(measure_baselines(*pair)), "learn_from": str(pair[0].path)}
+    except ValueError as error:
+        return {"left_out": str(error)}

@@ -32,8 +32,9 @@ from train.config import PretrainConfig, compose
 from train.model import attention
 from train.model.sizes import Held, held_by, weights
 from train.stage import stage_specs
-from train.studies.plan import dry_run as planner
-from train.studies.plan.dry_run import Memory, dry_run, measure
+from train.studies.plan import memory as planner
+from train.studies.plan.dry_run import dry_run
+from train.studies.plan.memory import Memory, measure
 
 GB = 1e9
 ROOT = Path(__file__).resolve().parents[3]
@@ -65,7 +66,7 @@ def small(**changes: object) -> PretrainConfig:
     return compose([f"{name}={value}" for name, value in fields.items()])
 
 
-def plan(config: PretrainConfig, *, rank: int, num_micro_batches: int) -> tuple[Memory, StateBytes]:
+def plan(config: PretrainConfig, *, rank: int, num_micro_batches: int, known: Any = None) -> tuple[Memory, StateBytes]:
     """What `measure` counts for a rank under the fake process group, and the closed form of its state."""
     init_processes(rank=rank, world=config.layout.world, backend="fake", store=None)
     try:
@@ -73,7 +74,7 @@ def plan(config: PretrainConfig, *, rank: int, num_micro_batches: int) -> tuple[
         held = held_by(config.model, stage_specs(config.model, mesh).values())
         table = weights(config.model, held, ep=config.layout.ep)
         closed = state_bytes(table, config.layout, precision=config.precision.name, dp_rank=mesh.dp.rank)
-        return measure(config, mesh, num_micro_batches=num_micro_batches), closed
+        return measure(config, mesh, num_micro_batches=num_micro_batches, known=known), closed
     finally:
         dist.destroy_process_group()
 
@@ -89,11 +90,16 @@ OTHER_ROWS = (
     "activations at the schedule's peak", "temporaries above that, dispatch buffers apart", "dispatch buffers"
 )  # fmt: skip
 # Cluster -> the ranks that are planned.
-PLANNED = {"h800_2048": (0, 1024, 2047), "h100_8": (7,), "h100_256": (255,)}
+PLANNED: dict[str, tuple[int | str, ...]] = {
+    "h800_2048": (0, 1024, 2047, "all"), "h100_8": (7,), "h100_256": (255,)
+}  # fmt: skip
+
+
+Plans = dict[tuple[str, int | str], str]
 
 
 @pytest.fixture(scope="module")
-def plans() -> dict[tuple[str, int], str]:
+def plans() -> Plans:
     """(cluster, rank) -> what the command prints; one process runs it for all of them."""
     calls = [(cluster, rank) for cluster, ranks in PLANNED.items() for rank in ranks]
     code = "from launch.pretrain import main"
@@ -117,8 +123,8 @@ def held_of(output: str) -> Held:
 
 def check_plan(output: str, closed: StateBytes, *, padding_gb: float, dispatch_bytes: int, counts: list[int]) -> None:
     """State and dispatch buffers are the closed forms, the rows add up, and the verdict is the distance from 80 GB."""
-    rows = re.findall(r"^(\S.*?)\s{2,}([\d.]+) (?:GB|TFLOP)$", output, flags=re.MULTILINE)
-    shown = {name: float(value) for name, value in rows}
+    rows = re.findall(r"^(\S.*?)\s{2,}([\d.]+) (GB|MB|kB|TFLOP)$", output, flags=re.MULTILINE)
+    shown = {name: float(value) / {"MB": 1e3, "kB": 1e6}.get(unit, 1) for name, value, unit in rows}
     for row, field in STATE_ROWS.items():
         # Half a unit of the last digit, and the padding.
         assert abs(shown[row] - getattr(closed, field) / GB) < 0.005 + padding_gb, row
@@ -145,7 +151,7 @@ def ramp_lines(output: str) -> list[str]:
     [(0, True, "0-3", [24, 31, 120]), (1024, False, "0-3", [24, 120]), (2047, False, "252-255", [24, 120])],
 )
 def test_a_rank_of_2048_is_planned_on_a_laptop(
-    rank: int, ends: bool, experts: str, counts: list[int], plans: dict[tuple[str, int], str]
+    rank: int, ends: bool, experts: str, counts: list[int], plans: Plans
 ) -> None:
     output = plans["h800_2048", rank]
     # Peak of all children so far, kB on Linux: this one was among them. The issue allows 8 GiB.
@@ -163,8 +169,21 @@ def test_a_rank_of_2048_is_planned_on_a_laptop(
 
 
 @pytest.mark.long
+def test_all_kinds_of_2048_ranks_are_what_each_is_alone(plans: Plans) -> None:
+    lines = plans["h800_2048", "all"].splitlines()
+    totals = {line.split()[0]: float(line.split()[8]) for line in lines if re.match(r"\d+-\d+ ", line)}
+    assert list(totals) == [f"{128 * pp}-{128 * pp + 127}" for pp in range(16)]
+    for rank in (0, 1024, 2047):
+        (alone,) = re.findall(r"^total +([\d.]+) GB$", plans["h800_2048", rank], flags=re.MULTILINE)
+        # Data ranks differ by padding, below a megabyte or two; two roundings.
+        assert abs(float(alone) - totals[f"{rank // 128 * 128}-{rank // 128 * 128 + 127}"]) < 0.013
+    fullest = max(totals, key=lambda ranks: totals[ranks]).split("-")[0]
+    assert f"the fullest is rank {fullest}," in plans["h800_2048", "all"]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(("cluster", "counts"), [("h100_8", [8, 32]), ("h100_256", [18])])
-def test_the_clusters_of_h100_are_planned(cluster: str, counts: list[int], plans: dict[tuple[str, int], str]) -> None:
+def test_the_clusters_of_h100_are_planned(cluster: str, counts: list[int], plans: Plans) -> None:
     """No pipeline: one micro-batch in flight, so no threshold. The 16 B model fits (configs/cluster/h100_8.yaml)."""
     config = compose([f"+cluster={cluster}"])
     output = plans[cluster, config.layout.world - 1]
@@ -181,8 +200,8 @@ def test_a_rank_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str
     assert pretrain.main(["+cluster=h800_2048", "dry_run=true", "rank=2048"]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err == "pretrain: rank=2048 is not one of the 2048 ranks: use 0 to 2047\n"
-    with pytest.raises(ValueError, match="rank=-1 is not one of the 1 ranks: use 0 to 0"):
+    assert shown.err == "pretrain: rank=2048 is not one of the 2048 ranks: use 0 to 2047, or all\n"
+    with pytest.raises(ValueError, match="rank=-1 is not one of the 1 ranks: use 0 to 0, or all"):
         dry_run(replace(small(), rank=-1))
 
 
@@ -342,18 +361,19 @@ def test_more_micro_batches_than_the_plan_takes_hold_no_more(
     # One layer a stage.
     layers = 6 if schedule == "ZBVZeroBubble" else 3
     config = replace(small(model_num_hidden_layers=layers, **changes), rank=rank)
-    taken: list[tuple[int, Memory]] = []
+    taken: list[tuple[int, Memory, Any]] = []
 
-    def spy(config: PretrainConfig, mesh: Any, *, num_micro_batches: int) -> Memory:
-        taken.append((num_micro_batches, measure(config, mesh, num_micro_batches=num_micro_batches)))
-        return taken[-1][1]
+    def spy(config: PretrainConfig, mesh: Any, *, num_micro_batches: int, known: Any) -> Memory:
+        memory = measure(config, mesh, num_micro_batches=num_micro_batches, known=known)
+        taken.append((num_micro_batches, memory, known))
+        return memory
 
-    monkeypatch.setattr(planner, "measure", spy)
+    monkeypatch.setattr("train.studies.plan.dry_run.measure", spy)
     dry_run(config)
-    ((count, memory),) = taken
+    ((count, memory, known),) = taken
     assert count < 24, "fewer than the run has, else nothing is saved"
     more = 5
-    again, _ = plan(config, rank=rank, num_micro_batches=count + more)
+    again, _ = plan(config, rank=rank, num_micro_batches=count + more, known=known)
     # Token ids and labels of 40 int64 each; on the stage that ends also one FP32 loss each, and its gradient.
     inputs = more * 2 * 40 * 8
     assert 0 <= again.held - memory.held - inputs <= 8 * more

@@ -1,12 +1,12 @@
-"""Will it fit? One rank of a cluster, built and run for one step without memory, network or GPU.
+"""Will it fit? The fullest rank of a cluster, built and run for one step without memory, network or GPU.
 
     fake process group      this process plays any rank of any world; collectives move nothing
     fake tensors            operators allocate nothing and say what they would (`kernels/operators.py`)
     assumed routing         every expert gets the same number of tokens, every token goes to as many ranks as it can
 
-The rank's own model, optimizer and pipeline schedule run: forward, backward, reduction, update. State is counted from
-the tensors that were built, activations from what is alive during the schedule (`live_bytes.py`); FLOPs and bytes
-on the wire are closed forms (`train/model/sizes.py`, `traffic.py`).
+A rank's own model, optimizer and pipeline schedule run: forward, backward, reduction, update (`memory.py`). Data ranks
+of one pipeline rank differ by the padding of their shares only; the fullest is found over all ranks. FLOPs and bytes on
+the wire are closed forms (`train/model/sizes.py`, `traffic.py`).
 
 Left out: what CUDA, NCCL and the allocator take for themselves (some GB), messages to other stages that are still on
 their way, the masks of `data.mask_documents`, and temporaries inside kernels. Routing is never perfectly balanced, so a
@@ -18,30 +18,24 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
 
-from kernels.formats import Quantized
-from parallel.collectives import Traffic
-from parallel.expert import ExpertParallelDispatcher
-from parallel.grads import reduce_and_clip
 from parallel.layout import Layout
 from parallel.mesh import Mesh, init_processes, make_mesh
 from parallel.pipeline import Pipeline
-from train.assemble import assemble
 from train.config import PretrainConfig
-from train.losses import LossWeights
 from train.model.sizes import flops_per_token, held_by, parameters, weights
-from train.model.transformer import StageSpec, recompute_up_projections
+from train.model.transformer import StageSpec
 from train.schedules import ScheduleConfig, scheduled_values
-from train.stage import StepMetrics, build_stages, stage_specs
-from train.step import Engine
-from train.studies.plan.live_bytes import LiveBytes
+from train.stage import stage_specs
+from train.studies.plan.memory import Memory, measure, share_bytes
+from train.studies.plan.stand_ins import ChunkBytes, StageKind
 from train.studies.plan.traffic import expected_destinations, expert_bytes, pipeline_bytes, update_bytes
 
 GB = 1e9
@@ -50,58 +44,125 @@ DEVICE_GB = 80.0
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank.
+class RankPlan:
+    """What the ranks of one pipeline rank hold.
 
-    held: kept for backward at the schedule's peak. transient: above that, for a moment. dispatch: buffers of one
-    exchange of a MoE layer, counted in transient too.
+    rank: the fullest of them, whose memory this is. ranks: all that it stands for. spread: bytes that another has less,
+    at most.
     """
 
-    weights: int
-    fp8_copies: int
-    gradients: int
-    masters: int
-    moments: int
-    held: int
-    transient: int
-    dispatch: int
-
-    @property
-    def total(self) -> int:
-        """At the highest moment of the step."""
-        state = self.weights + self.fp8_copies + self.gradients + self.masters + self.moments
-        return state + self.held + self.transient
+    rank: int
+    ranks: range
+    memory: Memory
+    spread: int
 
 
 def dry_run(config: PretrainConfig) -> str:
-    """Plan rank `config.rank` of the configured layout; returns tables for the terminal."""
-    layout = config.layout
-    if not 0 <= config.rank < layout.world:
-        raise ValueError(f"rank={config.rank} is not one of the {layout.world} ranks: use 0 to {layout.world - 1}")
-    started = time.perf_counter()
-    init_processes(rank=config.rank, world=layout.world, backend="fake", store=None)
+    """Plan the fullest rank, or the one of `config.rank`, or all kinds of ranks; returns tables for the terminal.
+
+    Raises:
+        ValueError: `config.rank` is no rank of the layout.
+    """
+    started, world = time.perf_counter(), config.layout.world
+    known: dict[StageKind, ChunkBytes] = {}
+    if isinstance(config.rank, int):
+        if not 0 <= config.rank < world:
+            raise ValueError(f"rank={config.rank} is not one of the {world} ranks: use 0 to {world - 1}, or all")
+        tables = _tables(config, config.rank, _measured(config, config.rank, known))
+    else:
+        plans = [plan_pipeline_rank(config, pp_rank, known) for pp_rank in range(config.layout.pp)]
+        if config.rank == "all":
+            tables = [_all_table(config, plans)]
+        else:
+            fullest = max(plans, key=lambda plan: plan.memory.total)
+            others = "rank=all shows each pipeline rank, rank=N any one"
+            head = [f"the fullest of {world:,} ranks is rank {fullest.rank} ({others})"] if world > 1 else []
+            tables = [head] * (world > 1) + _tables(config, fullest.rank, fullest.memory)
+    tables.append([f"planned in {time.perf_counter() - started:.0f} s"])
+    return "\n\n".join("\n".join(table) for table in tables)
+
+
+@contextmanager
+def _as_rank(config: PretrainConfig, rank: int) -> Iterator[Mesh]:
+    """This process plays the rank."""
+    init_processes(rank=rank, world=config.layout.world, backend="fake", store=None)
     try:
         tied = config.model.num_nextn_predict_layers > 0
-        mesh = make_mesh(layout, device=torch.device("cpu"), tied_embedding=tied)
+        yield make_mesh(config.layout, device=torch.device("cpu"), tied_embedding=tied)
+    finally:
+        dist.destroy_process_group()
+
+
+def plan_pipeline_rank(config: PretrainConfig, pp_rank: int, known: dict[StageKind, ChunkBytes]) -> RankPlan:
+    """The fullest data rank of a pipeline rank; `known` as for `measure`."""
+    layout = config.layout
+    ranks = range(pp_rank * layout.dp, (pp_rank + 1) * layout.dp)
+    with _as_rank(config, ranks[0]) as mesh:
+        shares = share_bytes(config, mesh)
+    rank = ranks[shares.index(max(shares))]
+    return RankPlan(rank, ranks, _measured(config, rank, known), max(shares) - min(shares))
+
+
+def _measured(config: PretrainConfig, rank: int, known: dict[StageKind, ChunkBytes]) -> Memory:
+    # The full batch's peak: more micro-batches only repeat the same round. Fewer may have more in flight, but weight
+    # gradients that wait for their slot hold more than the activations that they replace, and most of them wait from
+    # 2 pp - 1 micro-batches on. One more lets a receive buffer meet them.
+    schedule, layout = config.schedule, config.layout
+    full = scheduled_values(schedule, step=0, tokens_seen=schedule.batch_ramp_tokens).batch_sequences
+    count = min(2 * layout.pp, full // layout.dp // config.run.micro_batch_sequences)
+    with _as_rank(config, rank) as mesh:
+        return measure(config, mesh, num_micro_batches=count, known=known)
+
+
+def _tables(config: PretrainConfig, rank: int, memory: Memory) -> list[list[str]]:
+    """Everything about one rank."""
+    with _as_rank(config, rank) as mesh:
         parts = stage_specs(config.model, mesh)
         stages = {index: nn.Identity() for index in parts}
         idle = Pipeline(stages, mesh=mesh, hidden_size=1, dtype=config.precision.dtype)
         in_flight = functools.cache(idle.most_in_flight)
-        points = ramp_points(config.schedule, layout, config.run.micro_batch_sequences, in_flight)
-        # The full batch's peak: more micro-batches only repeat the same round. Fewer may have more in flight, but
-        # weight gradients that wait for their slot hold more than the activations that they replace, and most of them
-        # wait from 2 pp - 1 micro-batches on. One more lets a receive buffer meet them.
-        memory = measure(config, mesh, num_micro_batches=min(2 * layout.pp, points[-1].micro_batches))
-    finally:
-        dist.destroy_process_group()
-    tables = [
+        points = ramp_points(config.schedule, config.layout, config.run.micro_batch_sequences, in_flight)
+    return [
         _position(config, mesh, parts),
         _memory_table(memory),
         _ramp_table(points),
         _work_table(config, mesh, parts.values(), points[-1]),
-        [f"planned in {time.perf_counter() - started:.0f} s"],
     ]
-    return "\n\n".join("\n".join(table) for table in tables)
+
+
+def _all_table(config: PretrainConfig, plans: list[RankPlan]) -> list[str]:
+    """One line for each pipeline rank, and a verdict on all."""
+    columns = ("state", "activations", "temporary", "total")
+    lines = [f"{'ranks':<13}{'pipeline rank':>13}" + "".join(f"{name:>13}" for name in columns) + f"{'of 80 GB':>13}"]
+    for pp_rank, plan in enumerate(plans):
+        memory = plan.memory
+        sizes = "".join(f"{size(n):>13}" for n in (memory.state, memory.held, memory.transient, memory.total))
+        first, last = plan.ranks[0], plan.ranks[-1]
+        left = DEVICE_GB - memory.total / GB
+        verdict = f"{abs(left):.1f} GB {'left' if left >= 0 else 'over'}"
+        lines.append(f"{f'{first}-{last}' if last > first else first!s:<13}{pp_rank:>13}{sizes}{verdict:>13}")
+    fullest = max(plans, key=lambda plan: plan.memory.total)
+    over = [len(plan.ranks) for plan in plans if plan.memory.total > DEVICE_GB * GB]
+    fits = f"{sum(over):,} of {config.layout.world:,} ranks do not fit" if over else "all fit"
+    lines.append(f"{fits}; the fullest is rank {fullest.rank}, whose tables are shown without rank=all")
+    if spread := max(plan.spread for plan in plans):
+        lines.append(f"each line is the fullest of its ranks; the others hold up to {size(spread)} less")
+    return lines
+
+
+def size(num_bytes: float) -> str:
+    """A number of bytes in the largest unit in which it does not read 0.00."""
+    return _scaled(num_bytes, ("GB", "MB", "kB", "B"), digits=2)
+
+
+def _scaled(value: float, units: tuple[str, ...], *, digits: int) -> str:
+    # Units from 1e9 down; what is nothing is so in the first.
+    power = 1e9 if units[0] == "GB" else 1e12
+    for unit in units if value else ():
+        if float(f"{value / power:.{digits}f}") or unit == units[-1]:
+            return f"{value / power:.{digits}f} {unit}"
+        power /= 1e3
+    return f"{0:.{digits}f} {units[0]}"
 
 
 @dataclass(frozen=True)
@@ -143,84 +204,6 @@ def ramp_points(
     return points
 
 
-def measure(config: PretrainConfig, mesh: Mesh, *, num_micro_batches: int) -> Memory:
-    """Build this rank's stages of fake tensors, run one step, and count; `mesh` is of the fake process group."""
-    traffic, precision = Traffic(), config.precision
-    dispatcher = None
-    if mesh.ep.size > 1:
-        dispatcher = ExpertParallelDispatcher(
-            config.model.n_routed_experts,
-            mesh.ep,
-            wire=precision.wire,
-            power_of_two=precision.power_of_two_scales,
-            assume_balanced=True,
-            traffic=traffic,
-        )
-    with FakeTensorMode(), LiveBytes() as live:
-        stages = build_stages(config.model, precision, mesh, dispatcher)
-        for stage in stages.values():
-            if config.run.recompute:
-                recompute_up_projections(stage.model)
-        # The moving average is stored in CPU memory and not counted.
-        engine = assemble(stages, replace(config.optim, ema_decay=None), mesh)
-        state = live.now
-        gradients = sum(bucket.grad_bytes for bucket in engine.optimizer.buckets)
-        optimizer = engine.optimizer.state_shards()
-        masters = _storage_bytes(piece.tensor for name, piece in optimizer.items() if name.startswith("master."))
-        moments = _storage_bytes(piece.tensor for name, piece in optimizer.items() if name.startswith("exp_avg"))
-        live.peak = live.now
-        held = _run_step(config, engine, live, num_micro_batches)
-        copies = _storage_bytes(
-            tensor for model in engine.models for parameter in model.parameters() for tensor in _fp8_copy(parameter)
-        )
-        peak = live.peak
-    return Memory(
-        weights=state - gradients - masters - moments,
-        fp8_copies=copies,
-        gradients=gradients,
-        masters=masters,
-        moments=moments,
-        held=held - state - copies,
-        transient=peak - held,
-        dispatch=traffic.largest_exchange,
-    )
-
-
-def _run_step(config: PretrainConfig, engine: Engine, live: LiveBytes, num_micro_batches: int) -> int:
-    """Run one step of the schedule; returns the bytes alive after the forward at which most is held."""
-    shape = (num_micro_batches * config.run.micro_batch_sequences, config.data.sequence_length)
-    inputs = {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
-    now = scheduled_values(config.schedule, step=0, tokens_seen=0)
-    step = LossWeights(now.mtp_weight, now.balance_alpha, torch.ones((), dtype=torch.int64), num_sequences=1)
-    metrics = StepMetrics(config.model, engine.mesh.device)
-    most_held = 0
-
-    def look(*_: object) -> None:
-        nonlocal most_held
-        most_held = max(most_held, live.now)
-
-    for stage in engine.stages.values():
-        stage.begin(step, metrics)
-        stage.register_forward_hook(look)
-    engine.optimizer.zero_grad()
-    engine.pipeline.run(inputs, num_micro_batches=num_micro_batches)
-    buckets, world = engine.optimizer.buckets, engine.mesh.world
-    reduce_and_clip(buckets, num_targets=step.num_targets, max_norm=config.optim.clip_norm, world=world)
-    engine.optimizer.step(lr=now.lr, step=1)
-    return most_held
-
-
-def _fp8_copy(parameter: Tensor) -> tuple[Tensor, ...]:
-    if (cached := getattr(parameter, "_fp8_copy", None)) is None:
-        return ()
-    copy: Quantized = cached[1]
-    return tuple(tensor for tensor in (copy.payload, copy.scale, copy.payload_t) if tensor is not None)
-
-
-def _storage_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
-
-
 def _position(config: PretrainConfig, mesh: Mesh, parts: dict[int, StageSpec]) -> list[str]:
     layout: Layout = mesh.layout
     held = held_by(config.model, parts.values())
@@ -229,12 +212,16 @@ def _position(config: PretrainConfig, mesh: Mesh, parts: dict[int, StageSpec]) -
     count = parameters(weights(config.model, held, ep=layout.ep))
     holds = "; ".join(f"stage {index}: {_layers(part)}" for index, part in parts.items())
     where = f"node {mesh.rank // layout.ranks_per_node}, pipeline rank {mesh.pp.rank} of {layout.pp}"
-    dense, experts = count.dense / 1e9, count.expert / 1e9
+    dense, experts = count.dense, count.expert
     return [
         f"rank {mesh.rank} of {layout.world}: {where}, data rank {mesh.dp.rank} of {layout.dp}",
         f"holds {holds}; experts {first}-{first + local - 1} of {config.model.n_routed_experts}",
-        f"parameters {dense + experts:.3f} B: dense {dense:.3f} B, experts {experts:.3f} B",
+        f"parameters {_billions(dense + experts)}: dense {_billions(dense)}, experts {_billions(experts)}",
     ]
+
+
+def _billions(count: float) -> str:
+    return f"{count / 1e9:.3f} B" if count >= 1e8 or not count else f"{count / 1e6:.3f} M"
 
 
 def _layers(spec: StageSpec) -> str:
@@ -260,7 +247,7 @@ def _memory_table(memory: Memory) -> list[str]:
     ]
     left = DEVICE_GB - memory.total / GB
     verdict = f"fits {DEVICE_GB:.0f} GB, {left:.1f} GB left" if left >= 0 else f"does not fit: {-left:.1f} GB too much"
-    return [*(f"{name:<48}{size / GB:>9.2f} GB" for name, size in rows), verdict]
+    return [*(f"{name:<48}{size(num_bytes):>12}" for name, num_bytes in rows), verdict]
 
 
 def _ramp_table(points: list[RampPoint]) -> list[str]:
@@ -283,12 +270,13 @@ def _work_table(config: PretrainConfig, mesh: Mesh, parts: Iterable[StageSpec], 
     destinations = expected_destinations(model, ep=layout.ep)
     to_experts = expert_bytes(model, layout, held, tokens=tokens, precision=name, destinations=destinations)
     to_stages = pipeline_bytes(model, layout, pp_rank=mesh.pp.rank, tokens=tokens, precision=name)
+    flops = _scaled(sum(per_token.values()) * tokens * count, ("TFLOP", "GFLOP", "MFLOP"), digits=1)
     lines = [
         f"one step of {point.batch_sequences} sequences on this rank:",
-        f"{'FLOPs, forward and backward':<48}{sum(per_token.values()) * tokens * count / 1e12:>9.1f} TFLOP",
-        *(f"{f'sent to experts, {kind}':<48}{sent * count / GB:>9.2f} GB" for kind, sent in to_experts.items()),
-        f"{'sent between stages':<48}{to_stages * count / GB:>9.2f} GB",
+        f"{'FLOPs, forward and backward':<48}{flops:>15}",
+        *(f"{f'sent to experts, {kind}':<48}{size(sent * count):>12}" for kind, sent in to_experts.items()),
+        f"{'sent between stages':<48}{size(to_stages * count):>12}",
     ]
     for axis, kinds in update_bytes(model, layout, table, precision=name).items():
-        lines += [f"{f'sent over {axis}, {kind}':<48}{sent / GB:>9.2f} GB" for kind, sent in kinds.items() if sent]
+        lines += [f"{f'sent over {axis}, {kind}':<48}{size(sent):>12}" for kind, sent in kinds.items() if sent]
     return lines
