@@ -45,6 +45,7 @@ from train.model.attention import LATENT_NORM_EPS
 from train.model.sizes import model_flops_per_token
 from train.observe.fp8_health import Fp8Health
 from train.observe.guards import (
+    AskedToStop,
     DataRefused,
     DeadExpertGuard,
     Diverged,
@@ -98,7 +99,8 @@ class Trainer:
         self.announce_step: int | None = None
         self.failed_saves = 0
         self.quarantines = 0
-        self.stop_agreed = False
+        self.stop_agreed, self.is_unscored = False, False
+        self.termination = TerminationGuard()
         self.changed: dict[str, list[object]] = {}
 
     def fit(self) -> TrainState:
@@ -110,11 +112,11 @@ class Trainer:
             Diverged: the loss left its band and did not come back.
             DataRefused: token data are damaged; a checkpoint was saved.
         """
-        with self.open_sinks() as sinks, TerminationGuard() as termination:
+        with self.open_sinks() as sinks, self.termination:
             changed = {"changed": self.changed} if self.changed else {}
             sinks.event("resume" if self.state.step else "start", step=self.state.step, **changed)
             try:
-                reason = self.train(sinks, termination)
+                reason = self.train(sinks)
                 sinks.event("stop", step=self.state.step, reason=reason)
             except TrainingStopped as stopped:
                 sinks.event("stop", step=self.state.step, reason=str(stopped))
@@ -125,16 +127,18 @@ class Trainer:
                     self.engine.ema.close()
         return self.state
 
-    def train(self, sinks: Sinks | NoSinks, termination: TerminationGuard) -> str:
+    def train(self, sinks: Sinks | NoSinks) -> str:
         """Step after step, and the last checkpoint; returns why it ended, and raises as `fit`."""
         try:
+            # Asked while the model was built or a checkpoint read.
+            self.stop_agreed = self.holds_on_a_rank(self.termination.requested)
             # The process that took the step may have died before it was scored.
-            if self.evaluation_is_due() and self.evaluation_is_missing(sinks):
+            if self.evaluation_is_due() and self.holds_on_a_rank(sinks.lacks_evaluation(self.state.step)):
                 self.log_evaluation(sinks)
             while not (self.budget_is_spent() or self.stop_agreed):
-                self.take_step(sinks, stop=termination.requested)
+                self.take_step(sinks)
                 # One process need not ask the others.
-                self.stop_agreed |= termination.requested and self.mesh.world.size == 1
+                self.stop_agreed |= self.termination.requested and self.mesh.world.size == 1
             check_any_applied(self.state.step, updates=self.state.updates, ended=self.budget_is_spent())
         except (SavesFailed, Diverged):
             raise
@@ -142,7 +146,10 @@ class Trainer:
             self.save_last(sinks)
             raise
         self.save_last(sinks)
-        return "token budget spent" if self.budget_is_spent() else "asked to stop; the same command resumes"
+        if not self.budget_is_spent():
+            return "asked to stop; the same command resumes"
+        unscored = "; asked to stop before the held-out text was scored: the same command scores it"
+        return f"token budget spent{unscored * self.is_unscored}"
 
     def open_sinks(self) -> Sinks | NoSinks:
         """The run's log on the first rank, nothing on the others."""
@@ -157,12 +164,11 @@ class Trainer:
         dropped = sum(count for _, count in self.spikes.dropped)
         return run_card(self.config, self.components) | ({"dropped_sequences": dropped} if dropped else {})
 
-    def take_step(self, sinks: Sinks | NoSinks, *, stop: bool = False) -> None:
+    def take_step(self, sinks: Sinks | NoSinks) -> None:
         """One optimizer step, its record, and a checkpoint when one is due; or, of a damaged batch, its quarantine.
 
-        Args:
-            sinks: of the run.
-            stop: whether this rank was asked to stop; all ranks stop after the step in which any of them was.
+        All ranks stop after the step before which any of them was asked to, one process after that in which it was.
+
         Raises:
             TrainingStopped: too many steps in a row were skipped.
             Diverged: as `fit`.
@@ -185,7 +191,7 @@ class Trainer:
             batch,
             num_micro_batches=share // config.run.micro_batch_sequences,
             now=now,
-            stop=stop,
+            stop=self.termination.requested,
             busy_s=self.busy_s,
             health=health,
         )
@@ -341,22 +347,32 @@ class Trainer:
         due = self.budget_is_spent() or (every > 0 and self.state.step % every == 0)
         return due and self.state.step > 0 and self.components.heldout is not None
 
-    def evaluation_is_missing(self, sinks: Sinks | NoSinks) -> bool:
-        """Whether the log, which only rank 0 has, lacks the evaluation of this step; a collective call."""
-        missing = torch.tensor(int(sinks.lacks_evaluation(self.state.step)), device=self.mesh.device)
-        return bool(sum_over(missing, self.mesh.world))
+    def holds_on_a_rank(self, holds: bool) -> bool:
+        """Whether something that one rank knows, such as a signal or its log, holds on any; a collective call."""
+        return bool(sum_over(torch.tensor(int(holds), device=self.mesh.device), self.mesh.world))
 
     def log_evaluation(self, sinks: Sinks | NoSinks) -> None:
-        """Score the held-out store with the weights of now; DataRefused where its data are damaged."""
+        """Score the held-out store with the weights of now, unless asked to stop; DataRefused if it is damaged."""
+        self.is_unscored = True
+        if self.stop_agreed:
+            return
         try:
             scores = {"eval/bits_per_byte": self.evaluate()}
         except DamagedData as damage:
             raise DataRefused(str(damage)) from None
+        except AskedToStop:
+            self.stop_agreed = True
+            return
+        self.is_unscored = False
         sinks.event("evaluation", step=self.state.step, tokens_seen=self.state.tokens_seen, **scores)
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Bits per byte of the main model on the held-out store; expert counts and biases stay as they are."""
+        """Bits per byte of the main model on the held-out store; expert counts and biases stay as they are.
+
+        Raises:
+            AskedToStop: on all ranks, between two batches.
+        """
         assert self.components.heldout is not None
         return score_store(
             self.negative_log_likelihood,
@@ -367,7 +383,11 @@ class Trainer:
         ).bits_per_byte
 
     def negative_log_likelihood(self, batch: Batch) -> tuple[float, int]:
-        """Sum over the batch's targets, in nats, and their number; each data rank scores its share."""
+        """Sum over the batch's targets, in nats, and their number; each data rank scores its share.
+
+        Raises:
+            AskedToStop: some rank was.
+        """
         share = batch.share(self.mesh.dp.rank, self.mesh.dp.size)
         inputs = share.inputs(self.mesh.device)
 
@@ -380,7 +400,12 @@ class Trainer:
 
         scored = self.engine.pipeline.relay(inputs, forward)
         nats = torch.zeros((), dtype=torch.float64, device=self.mesh.device) if scored is None else scored
-        return float(sum_over(nats, self.mesh.world)), batch.num_targets
+        # The ranks agree on a stop in the sum that each batch has anyway.
+        stop = torch.tensor(self.termination.requested, device=self.mesh.device)
+        total, num_stops = sum_over(torch.stack((nats, stop.double())), self.mesh.world).tolist()
+        if num_stops:
+            raise AskedToStop
+        return total, batch.num_targets
 
     def tensors(self) -> dict[str, Tensor | LocalShard]:
         """This rank's part of the run's state, by name: live tensors, so loading fills them in place."""
@@ -428,7 +453,8 @@ class Trainer:
     def save_last(self, sinks: Sinks | NoSinks) -> None:
         """Save this step, again if that fails."""
         self.wait_for_save(sinks)
-        while self.saved_step != self.state.step:
+        # Before the first step there is nothing to save.
+        while self.state.step and self.saved_step != self.state.step:
             self.save(sinks)
             self.wait_for_save(sinks)
 

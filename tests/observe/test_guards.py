@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 
-from train.observe.guards import DeadExpertGuard, TerminationGuard, TrainingStopped, check_consecutive_skips
+from train.observe.guards import (
+    AskedToStop,
+    DeadExpertGuard,
+    TerminationGuard,
+    TrainingStopped,
+    check_consecutive_skips,
+)
 
 
 def test_the_run_stops_at_the_limit_and_not_before():
@@ -39,11 +46,27 @@ def test_a_signal_sets_the_flag_and_the_old_handler_returns(number: signal.Signa
     assert {n: signal.getsignal(n) for n in before} == before
 
 
-def test_only_the_second_ctrl_c_interrupts():
+def test_only_the_second_ctrl_c_interrupts_and_its_echo_does_not(monkeypatch: pytest.MonkeyPatch):
+    clock = iter([10.0, 11.0, 11.9])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     with TerminationGuard() as guard:
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        # The first reads the clock, and so does the first Ctrl-C.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
             os.kill(os.getpid(), number)
             assert guard.requested
+        monkeypatch.setattr(time, "monotonic", lambda: 11.0 + guard.ECHO_S + 0.1)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_guard_interrupts_until_one_inside_it_is_entered():
+    with TerminationGuard(interrupts=True) as outer:
+        with pytest.raises(AskedToStop):
+            signal.raise_signal(signal.SIGTERM)
+        with TerminationGuard() as inner:
+            assert inner.received == signal.SIGTERM
+            signal.raise_signal(signal.SIGINT)
+            assert inner.received == signal.SIGINT
+        signal.raise_signal(signal.SIGTERM)
+        assert outer.requested

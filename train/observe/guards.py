@@ -4,7 +4,8 @@
     DeadExpertGuard           experts without a token for many steps in a row (arXiv:2412.19437 §2.1.2: the routing
                               bias keeps the balance, and an expert that it cannot bring back is lost)
     StragglerGuard            a rank that is slower than the others for many steps in a row
-    TerminationGuard          SIGTERM (a scheduler's notice) or Ctrl-C: finish the step, save, exit 0
+    TerminationGuard          SIGTERM (a scheduler's notice) or Ctrl-C: finish the step, save, exit 0; before the first
+                              step: leave at once
 
 The trainer saves a checkpoint when it sees the exception or the flag.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -45,6 +47,10 @@ class DataRefused(TrainingStopped):
     """Token data were altered after preparing; nothing of the step that met them was applied."""
 
     exit_code = 2
+
+
+class AskedToStop(BaseException):
+    """A signal came before the first step; there is nothing to save."""
 
 
 def check_consecutive_skips(skips: int, *, limit: int, step: int) -> None:
@@ -165,13 +171,18 @@ class StragglerGuard:
 class TerminationGuard:
     """Context manager, of the main thread: `requested` becomes True on SIGTERM or the first SIGINT.
 
-    Inside another one it knows what that one has received.
+    Inside another one it knows what that one has received. One that `interrupts` raises AskedToStop where the signal
+    finds it, until one that does not is entered inside: from then on there may be something to finish.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    # A terminal sends Ctrl-C to torchrun and to its workers, and torchrun sends it to them again.
+    ECHO_S = 2.0
 
-    def __init__(self) -> None:
+    def __init__(self, *, interrupts: bool = False) -> None:
+        self.interrupts = interrupts
         self.received: signal.Signals | None = None
+        self._received_s = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
@@ -183,7 +194,9 @@ class TerminationGuard:
         self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         outer = getattr(self._previous[signal.SIGTERM], "__self__", None)
         if isinstance(outer, TerminationGuard):
-            self.received = outer.received
+            outer.interrupts = False
+            # It may have come meanwhile.
+            self.received = self.received or outer.received
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -193,6 +206,11 @@ class TerminationGuard:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # A second Ctrl-C interrupts at once.
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        is_second = number == signal.SIGINT and self.received == signal.SIGINT
+        if is_second and time.monotonic() - self._received_s > self.ECHO_S:
             raise KeyboardInterrupt
+        if not is_second:
+            self._received_s = time.monotonic()
         self.received = signal.Signals(number)
+        if self.interrupts:
+            raise AskedToStop
