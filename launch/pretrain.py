@@ -52,13 +52,14 @@ def meet(config: PretrainConfig, *, rank: int, world: int) -> WorkerInfo:
     """This process among all, as torchrun gives it; NCCL's settings are put where NCCL looks for them."""
     check_world(config.layout, world)
     if world == 1:
-        return WorkerInfo()
+        return WorkerInfo(tell_launcher=tell_launcher)
     for name, value in network_environment(config).items():
         os.environ.setdefault(name, value)
     store, _, _ = next(rendezvous("env://", rank, world))
     hosted_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return WorkerInfo(rank, world, local_rank, store, None if hosted_by_launcher else 0)
+    store_rank = None if hosted_by_launcher else 0
+    return WorkerInfo(rank, world, local_rank, store, store_rank=store_rank, tell_launcher=tell_launcher)
 
 
 def stop_with_launcher() -> None:

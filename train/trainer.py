@@ -46,10 +46,12 @@ from train.model.sizes import model_flops_per_token
 from train.observe.fp8_health import Fp8Health
 from train.observe.guards import (
     AskedToStop,
+    CheckpointAge,
     DataRefused,
     DeadExpertGuard,
     Diverged,
     SavesFailed,
+    SpeedGuard,
     StragglerGuard,
     TerminationGuard,
     TrainingStopped,
@@ -67,10 +69,11 @@ from train.observe.metrics import (
     dense_bf16_peak,
     step_record,
 )
+from train.observe.sentences import closing, opening
 from train.observe.sinks import NoSinks, Sinks, open_sinks, write_whole
 from train.optim.balance import expert_biases
 from train.run_directory import CHECKPOINTS, LOCK, run_directory
-from train.schedules import scheduled_values
+from train.schedules import scheduled_values, steps_to_go
 from train.spikes import Score, SpikeState, rollback_order
 from train.stage import Stage
 from train.state import TrainState
@@ -96,7 +99,12 @@ class Trainer:
         flops = model_flops_per_token(config.model, sequence_length=config.data.sequence_length)
         self.speed = Speed(flops, peak, self.mesh.world.size)
         self.saved_step: int | None = None
+        # Saved, and to be waited for; of these the last that was logged.
         self.announce_step: int | None = None
+        self.logged_step: int | None = None
+        self.checkpoint_age = CheckpointAge(config.observe.stale_checkpoint_s)
+        self.speed_guard = SpeedGuard()
+        self.last_record: Record = {}
         self.failed_saves = 0
         self.quarantines = 0
         self.stop_agreed, self.is_unscored = False, False
@@ -114,14 +122,19 @@ class Trainer:
         """
         with self.open_sinks() as sinks, self.termination:
             changed = {"changed": self.changed} if self.changed else {}
+            if isinstance(sinks, Sinks):
+                sinks.say(self.opening())
             sinks.event("resume" if self.state.step else "start", step=self.state.step, **changed)
+            self.checkpoint_age.published()
             try:
                 reason = self.train(sinks)
                 sinks.event("stop", step=self.state.step, reason=reason)
             except TrainingStopped as stopped:
-                sinks.event("stop", step=self.state.step, reason=str(stopped))
+                sinks.event("stop", step=self.state.step, reason=str(stopped), exit_code=stopped.exit_code)
                 raise
             finally:
+                if isinstance(sinks, Sinks):
+                    sinks.say(self.closing(sinks))
                 self.saver.close()
                 if self.engine.ema:
                     self.engine.ema.close()
@@ -158,6 +171,25 @@ class Trainer:
         self.directory.mkdir(parents=True, exist_ok=True)
         write_whole(self.directory / "config.yaml", to_yaml(self.config))
         return open_sinks(self.config.observe, self.directory, self.run_card(), asdict(self.config))
+
+    def opening(self) -> list[str]:
+        """What the run is, for the console."""
+        schedule, state = self.config.schedule, self.state
+        steps = steps_to_go(schedule, sequence_length=self.config.data.sequence_length, tokens_seen=state.tokens_seen)
+        every = self.config.checkpoint.every_steps
+        return opening(
+            self.run_card(), directory=self.directory, num_steps=state.step + steps, step=state.step, every_steps=every
+        )
+
+    def closing(self, sinks: Sinks) -> list[str]:
+        """What came out of it and what can be done with it, for the console."""
+        return closing(
+            self.directory,
+            last=self.last_record,
+            scores=sinks.jsonl.evaluated,
+            tokens_per_s=self.speed_guard.median,
+            heldout=self.config.data.heldout,
+        )
 
     def run_card(self) -> dict[str, Any]:
         """What the run is, and how many sequences it left out, if any."""
@@ -223,11 +255,13 @@ class Trainer:
         if observe.due(self.state.step, observe.bias_every_steps):
             record |= bias_table(expert_biases(self.engine.models, self.mesh))
         is_new = sinks.write(record)
+        self.last_record = record
         dead = self.dead_experts.note(dead_experts(gradients.counts))
         # A step that is repeated after a resume has logged them before.
         if dead and is_new:
             sinks.event("dead_experts", step=self.state.step, steps=observe.dead_expert_steps, experts=dead)
         self.log_stragglers(sinks, record)
+        self.log_watch(sinks, record["speed/tokens_per_s"])
         if not applied:
             self.log_skipped(sinks, score, loss=loss, norm=norm, positions=[position, end])
         if self.spikes.in_a_row >= config.spikes.max_skips or self.spikes.has_risen(config.spikes):
@@ -272,6 +306,15 @@ class Trainer:
             times_ms = {phase: record[f"step/{phase}_ms"][slow.pipeline_rank][slow.data_rank] for phase in PHASES}
             longest = max(PHASES, key=times_ms.__getitem__)
             sinks.event("straggler", step=self.state.step, **asdict(slow), phase=longest)
+
+    def log_watch(self, sinks: Sinks | NoSinks, tokens_per_s: float) -> None:
+        """What is to be looked at after each step: a checkpoint just published, or none for long; the speed."""
+        self.log_published(sinks)
+        if (age_s := self.checkpoint_age.note()) is not None:
+            sinks.event("stale_checkpoint", step=self.state.step, age_s=age_s)
+        if self.speed_guard.note(tokens_per_s):
+            speeds = {"tokens_per_s": tokens_per_s, "best_tokens_per_s": self.speed_guard.best}
+            sinks.event("low_speed", step=self.state.step, **speeds)
 
     def go_back(self, sinks: Sinks | NoSinks, *, spike_end: int, batch_sequences: int) -> None:
         """Take up the last good checkpoint without the data around the spikes; later checkpoints are deleted.
@@ -364,6 +407,7 @@ class Trainer:
             self.stop_agreed = True
             return
         self.is_unscored = False
+        self.log_published(sinks)
         sinks.event("evaluation", step=self.state.step, tokens_seen=self.state.tokens_seen, **scores)
 
     @torch.no_grad()
@@ -424,6 +468,15 @@ class Trainer:
             stay = self.spikes.stay(self.state.step)
             self.saver.save_async(self.state.step, self.tensors(), state, stay=stay)
             self.saved_step = self.announce_step = self.state.step
+            self.logged_step = None
+            self.log_published(sinks)
+
+    def log_published(self, sinks: Sinks | NoSinks) -> None:
+        """Log the last checkpoint if it has been published meanwhile; waits for nothing."""
+        if self.announce_step not in (None, self.logged_step) and self.saver.is_published:
+            sinks.event("checkpoint", step=self.announce_step)
+            self.logged_step = self.announce_step
+            self.checkpoint_age.published()
 
     def wait_for_save(self, sinks: Sinks | NoSinks) -> None:
         """Wait for the save under way, if any, and log it.
@@ -433,9 +486,9 @@ class Trainer:
         """
         with self.failures_counted(sinks):
             self.saver.wait()
+            self.log_published(sinks)
             if self.announce_step is not None:
                 self.failed_saves = 0
-                sinks.event("checkpoint", step=self.announce_step)
             self.announce_step = None
 
     @contextmanager

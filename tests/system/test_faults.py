@@ -266,7 +266,8 @@ def test_three_failed_saves_in_a_row_end_the_run_with_the_older_checkpoint_whole
     with pytest.raises(SavesFailed, match=r"No space left on device.*save 3 of that kind in a row") as stopped:
         trainer.fit()
     assert stopped.value.exit_code == 4
-    assert read_events(tmp_path / "run")[-1]["event"] == "stop"
+    stop = read_events(tmp_path / "run")[-1]
+    assert (stop["event"], stop["exit_code"]) == ("stop", 4)
     assert [path.name for path in publish.published(tmp_path / "run/checkpoints")] == ["step_00000005"]
     monkeypatch.undo()
     assert trainer_of(config).state.step == 5

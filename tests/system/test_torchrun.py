@@ -7,6 +7,7 @@ mark in their environment, which they inherit, and only those are signalled.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -218,7 +219,8 @@ def test_a_killed_node_is_named_by_the_ranks_of_the_others(start: Start, tmp_pat
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     meeting = f"--nnodes 2 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port {port} --node-rank"
-    nodes = [start("schedule.total_tokens=1000000", options=(*meeting.split(), rank)) for rank in "01"]
+    changes = ("schedule.total_tokens=1000000", f"observe.alert_command=tee {tmp_path / 'alert'}")
+    nodes = [start(*changes, options=(*meeting.split(), rank)) for rank in "01"]
     wait_for_step(nodes[0].torchrun, tmp_path / "run", lambda step: step >= 2, output=nodes[0].said)
     ((rank, victim),) = nodes[1].workers().items()
     assert rank == 1
@@ -231,6 +233,9 @@ def test_a_killed_node_is_named_by_the_ranks_of_the_others(start: Start, tmp_pat
     # Two nodes that share a machine; between real ones it is the heartbeat that is missed.
     assert sentence.endswith(f"pid {victim}) is dead: its process has ended")
     assert nodes[0].reported() == {0: DEATH_EXIT_CODE}
+    assert nodes[0].said().splitlines()[-2] == f"  {sentence}"
+    alert = json.loads((tmp_path / "alert").read_text())
+    assert (alert["kind"], alert["message"], alert["run"]) == ("dead_rank", sentence, "run")
     nodes[1].wait()
     assert nodes[0].alive() | nodes[1].alive() == {}
 

@@ -3,6 +3,8 @@
     check_consecutive_skips   several steps in a row not finite: skipping no longer helps, the run stops
     DeadExpertGuard           experts without a token for many steps in a row (arXiv:2412.19437 §2.1.2: the routing
                               bias keeps the balance, and an expert that it cannot bring back is lost)
+    SpeedGuard                a run that is far slower than it was
+    CheckpointAge             a run that would lose too much work now
     StragglerGuard            a rank that is slower than the others for many steps in a row
     TerminationGuard          SIGTERM (a scheduler's notice) or Ctrl-C: finish the step, save, exit 0; before the first
                               step: leave at once
@@ -16,7 +18,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -166,6 +168,59 @@ class StragglerGuard:
             usual.append(others * median_low(past) if len(past) >= self.LEAST_PAST else math.inf)
             past.append(busy / max(others, 1e-3))
         return usual
+
+
+class SpeedGuard:
+    """Finds a run below SHARE of its best speed for SLOW_S and SLOW_STEPS; reported once until it has recovered.
+
+    A step may take long by itself: a paused process, a sampled step.
+    """
+
+    SHARE, SLOW_S, SLOW_STEPS = 0.25, 20.0, 5
+    RECENT_STEPS = 1000
+
+    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._clock_s, self.best = clock_s, 0.0
+        self._recent: deque[float] = deque(maxlen=self.RECENT_STEPS)
+        # When the slow steps in a row began and how many they are.
+        self._since_s, self._steps, self._is_reported = 0.0, 0, False
+
+    @property
+    def median(self) -> float | None:
+        """Of the last steps, tokens/s."""
+        return median_low(self._recent) if self._recent else None
+
+    def note(self, tokens_per_s: float) -> bool:
+        """Take a step's speed; returns whether the run has become slow with it."""
+        self._recent.append(tokens_per_s)
+        self.best, now_s = max(self.best, tokens_per_s), self._clock_s()
+        if tokens_per_s >= self.SHARE * self.best:
+            self._since_s, self._steps, self._is_reported = now_s, 0, False
+            return False
+        self._steps += 1
+        is_slow = now_s - self._since_s >= self.SLOW_S and self._steps >= self.SLOW_STEPS
+        is_new, self._is_reported = is_slow and not self._is_reported, is_slow or self._is_reported
+        return is_new
+
+
+class CheckpointAge:
+    """How long no checkpoint was published, on a clock that suspension stops; once every `limit_s`, 0 never."""
+
+    def __init__(self, limit_s: float, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._limit_s, self._clock_s = limit_s, clock_s
+        self.published()
+
+    def published(self) -> None:
+        """A checkpoint was; or nothing has been trained yet."""
+        self._since_s, self._reports = self._clock_s(), 0
+
+    def note(self) -> float | None:
+        """The age in seconds, where it has reached a multiple of the limit."""
+        age_s = self._clock_s() - self._since_s
+        if not self._limit_s or age_s < self._limit_s * (self._reports + 1):
+            return None
+        self._reports = int(age_s / self._limit_s)
+        return age_s
 
 
 class TerminationGuard:
