@@ -55,11 +55,12 @@ def opening(card: Mapping[str, Any], *, directory: Path, num_steps: int, step: i
     threads = f" (threads: {card['threads']})" if card["device"] == "cpu" else ""
     several = "1 process" if processes == 1 else f"{processes} processes (pp {layout['pp']}, dp {layout['dp']}, "
     several += f"ep {layout['ep']}, {layout['schedule']})" if processes > 1 else ""
-    mtp = f", and {short(sizes['mtp'])} in MTP layers" if sizes["mtp"] else ""
+    total, active, mtp = (short(sizes[name]).replace("G", "B") for name in ("total", "active", "mtp"))
+    apart = f", and {mtp} in MTP layers" if sizes["mtp"] else ""
     budget = f"{card['tokens_total']:,} tokens in {num_steps:,} steps, sequences of {card['sequence_length']}"
     return [
         f"{card['precision']} on {card['device']}{threads}, {several}, torch {card['torch']}",
-        f"model: {short(sizes['total'])} parameters, {short(sizes['active'])} active per token{mtp}",
+        f"model: {total} parameters, {active} active per token{apart}",
         f"budget: {budget}; {num_steps - step:,} steps to go",
         f"folder: {directory}, a checkpoint every {every_steps} steps; SIGTERM or Ctrl-C saves and stops",
     ]
