@@ -27,10 +27,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from train.observe.metrics import Record
 from train.observe.sentences import announcement
+
+if TYPE_CHECKING:
+    from train.observe.sinks import JsonlSink
 
 Kind = Literal["divergence", "dead_rank", "stale_checkpoint", "low_speed", "disk"]
 TIMEOUT_S, EVERY_S = 10.0, 600.0
@@ -109,11 +112,14 @@ class AlertCommand:
 class AlertSink:
     """The mirror of a run's log that sends alerts."""
 
-    def __init__(self, command: AlertCommand) -> None:
-        self._command = command
+    def __init__(self, command: AlertCommand, log: JsonlSink) -> None:
+        self._command, self._log = command, log
 
     def write(self, record: Record) -> None:
-        """A step is no reason."""
+        """Send that the log cannot be written: no event can say so there."""
+        if self._log.is_full:
+            message = f"{self._log.path} cannot be written; records are kept in memory"
+            self._command.send("disk", message, step=record["step"])
 
     def event(self, event: Record) -> None:
         """Send an alert if the event is a reason for one."""
@@ -121,10 +127,6 @@ class AlertSink:
         kind = _OF_EXIT_CODE.get(event.get("exit_code", 0)) if is_last else _OF_EVENT.get(event["event"])
         if kind is not None:
             self._command.send(kind, str(announcement(event)), step=event["step"], is_last=is_last)
-
-    def log_waits(self, path: Path, *, step: int) -> None:
-        """Send that the log cannot be written: no event can say so there."""
-        self._command.send("disk", f"{path} cannot be written; records are kept in memory", step=step)
 
     def close(self) -> None:
         """Let what was sent arrive, within a bounded time."""

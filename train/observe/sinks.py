@@ -251,8 +251,8 @@ class Sinks:
         if self._wandb and record["step"] > self._mirrored_step:
             self._mirrored_step = record["step"]
             self._wandb.write(record)
-        if self._alerts and self.jsonl.is_full:
-            self._alerts.log_waits(self.jsonl.path, step=record["step"])
+        if self._alerts:
+            self._alerts.write(record)
         return appended
 
     def say(self, sentences: list[str]) -> None:
@@ -352,7 +352,7 @@ def open_sinks(
     if config.wandb != "off":
         described = {**(run_config or {}), "run_card": dict(run_card)}
         wandb = WandbSink(config.wandb, project=config.wandb_project, run_dir=run_dir, run_config=described)
-    alerts = AlertSink(AlertCommand(config.alert_command, run_dir))
+    alerts = AlertSink(AlertCommand(config.alert_command, run_dir), jsonl)
     return Sinks(jsonl, console=console, wandb=wandb, alerts=alerts)
 
 
