@@ -258,6 +258,8 @@ class TerminationGuard:
         for number, handler in self._previous.items():
             # None is a handler that was not installed from Python; it cannot be given back by name.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        # What comes after, such as a look at the held-out score, was not asked to stop.
+        self.received = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # A second Ctrl-C interrupts at once.
