@@ -24,6 +24,8 @@ from train.observe.sinks import read_events
 from train.trainer import Trainer
 
 Overrides = Callable[..., list[str]]
+# Few batches are the whole held-out text.
+LONG = "data.sequence_length=256"
 
 
 def signalled(function: Callable[..., Any], *, call: int) -> Callable[..., Any]:
@@ -71,8 +73,9 @@ def test_all_ranks_stop_within_a_step_and_the_same_command_finishes(
     world: int, small_run: Overrides, tmp_path: Path
 ) -> None:
     layout = ("layout.dp=2", "layout.ep=2") if world == 2 else ()
-    changes = ("run.eval_every_steps=3", "checkpoint.every_steps=2", "schedule.total_tokens=256")
-    by_rank = run_ranks(world, lives, small_run(*layout, *changes, f"run.directory={tmp_path}"))
+    changes = ("run.eval_every_steps=3", "checkpoint.every_steps=2", "schedule.total_tokens=2048", LONG)
+    overrides = small_run(*layout, *changes, f"run.directory={tmp_path}")
+    by_rank = run_ranks(world, lives, overrides) if world > 1 else [lives(0, 1, overrides)]
     wanted = [(steps[world - 1], batches) for *steps, batches in MOMENTS.values()]
     assert [ends[:-1] for ends in by_rank] == [wanted] * world
     for (name, _), (step, _) in zip(MOMENTS, wanted, strict=True):
@@ -91,7 +94,7 @@ def test_asked_to_stop_in_the_last_evaluation_the_next_start_scores_the_same(
 ) -> None:
     scores = []
     for name, call in (("whole", 0), ("stopped", 2)):
-        overrides = small_run("schedule.total_tokens=64", f"run.directory={tmp_path}", f"run.name={name}")
+        overrides = small_run("schedule.total_tokens=512", LONG, f"run.directory={tmp_path}", f"run.name={name}")
         trainer = Trainer(compose(overrides), build_alone(compose(overrides)))
         trainer.negative_log_likelihood = signalled(trainer.negative_log_likelihood, call=call)  # type: ignore[method-assign]
         trainer.fit()
