@@ -42,7 +42,7 @@ def train(precision: str, overrides: list[str], console: Console) -> Path:
         trainer.resume()
         console.print(f"{precision}: {config.schedule.total_tokens:,} tokens on {trainer.mesh.device.type}")
         trainer.fit()
-    if not trainer.budget_is_spent():
+    if trainer.stop_agreed or not trainer.budget_is_spent():
         raise ValueError(f"stopped in the {precision} run at step {trainer.state.step}; the same command goes on")
     return trainer.directory
 

@@ -2,9 +2,10 @@
 
 Arguments are Hydra overrides of configs/pretrain.yaml. `--config` prints the composed configuration and stops;
 `dry_run=true` plans the fullest rank (`rank=N` another, `rank=all` each pipeline rank) and stops. A wrong key, value,
-layout, store or device is one sentence and exit code 2, before anything is allocated. SIGTERM finishes the step, saves
-and exits 0; the same command then resumes. Exit code 3: stopped by the non-finite guard. 4: nothing could be saved any
-more. 5: the loss left its band for good. 75: another rank died, and is named.
+layout, store or device is one sentence and exit code 2, before anything is allocated. SIGTERM or Ctrl-C finishes the
+step, saves and exits 0 (before the first step: at once); the same command then resumes. Exit code 3: stopped by the
+non-finite guard. 4: nothing could be saved any more. 5: the loss left its band for good. 75: another rank died, and is
+named. docs/operating.md says more.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import sys
 import time
 
+from launch.ending import STOPPED, leave_at_once, tell_launcher
 from launch.threads import spin_default
 
 # Kept before the imports, which take seconds: a launcher that dies meanwhile would not be missed.
@@ -22,12 +24,15 @@ os.environ["V3FP8_LAUNCHER_PID"] = str(os.getppid())
 # cuBLAS repeats bit for bit only with a fixed workspace; it reads this once, when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.update(spin_default(os.environ))
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, leave_at_once)
+    signal.signal(signal.SIGINT, leave_at_once)
 
 from torch.distributed.rendezvous import rendezvous
 
 from parallel.layout import check_world
 from train.config import PretrainConfig, changed_world, compose, to_yaml
-from train.observe.guards import TrainingStopped
+from train.observe.guards import AskedToStop, TerminationGuard, TrainingStopped
 from train.run_directory import run_directory
 from train.studies.plan.dry_run import dry_run
 from train.worker import WorkerInfo, pretrain
@@ -48,13 +53,14 @@ def meet(config: PretrainConfig, *, rank: int, world: int) -> WorkerInfo:
     """This process among all, as torchrun gives it; NCCL's settings are put where NCCL looks for them."""
     check_world(config.layout, world)
     if world == 1:
-        return WorkerInfo()
+        return WorkerInfo(tell_launcher=tell_launcher)
     for name, value in network_environment(config).items():
         os.environ.setdefault(name, value)
     store, _, _ = next(rendezvous("env://", rank, world))
     hosted_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return WorkerInfo(rank, world, local_rank, store, None if hosted_by_launcher else 0)
+    store_rank = None if hosted_by_launcher else 0
+    return WorkerInfo(rank, world, local_rank, store, store_rank=store_rank, tell_launcher=tell_launcher)
 
 
 def stop_with_launcher() -> None:
@@ -65,29 +71,41 @@ def stop_with_launcher() -> None:
             raise ValueError("torchrun has ended while this worker started; start it again")
 
 
+def run(arguments: list[str], *, rank: int, world: int) -> None:
+    """Do what the command line says; ValueError and TrainingStopped as `pretrain`."""
+    overrides = [argument for argument in arguments if argument != "--config"]
+    config = compose(overrides)
+    if "--config" in arguments:
+        print(to_yaml(config), end="")
+    elif config.dry_run:
+        if sentence := changed_world(overrides, config):
+            print(f"{sentence}\n")
+        print(dry_run(config))
+    else:
+        stop_with_launcher()
+        pretrain(config, meet(config, rank=rank, world=world))
+
+
 def main(arguments: list[str]) -> int:
     """Compose, meet the other ranks, train; returns the exit code."""
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    overrides = [argument for argument in arguments if argument != "--config"]
     try:
-        config = compose(overrides)
-        if "--config" in arguments:
-            print(to_yaml(config), end="")
-        elif config.dry_run:
-            if sentence := changed_world(overrides, config):
-                print(f"{sentence}\n")
-            print(dry_run(config))
-        else:
-            stop_with_launcher()
-            pretrain(config, meet(config, rank=rank, world=world))
+        with TerminationGuard(interrupts=True):
+            run(arguments, rank=rank, world=world)
+    except AskedToStop:
+        if rank == 0:
+            print(STOPPED, end="", file=sys.stderr)
     except (ValueError, TrainingStopped) as error:
+        sentence = f"pretrain: {error}"
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            tell_launcher(sentence)
         # What is wrong for one rank is wrong for all: one of them says it. torchrun ends all ranks of a node as soon as
         # one has ended, so the others wait: else a first rank that starts more slowly would be ended unheard.
         if rank == 0:
-            print(f"pretrain: {error}", file=sys.stderr)
+            print(sentence, file=sys.stderr)
         else:
             time.sleep(SPEAKER_S)
         return error.exit_code if isinstance(error, TrainingStopped) else 2
@@ -95,4 +113,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

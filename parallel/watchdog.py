@@ -156,7 +156,7 @@ class Watchdog:
         self._beats = 0
         self._counted_as_finished = False
         self._own_report: Death | None = None
-        self._lost_contact = False
+        self._lost_contact, self._store_is_lost = False, False
         self._death: Death | None = None
         self._sentence = ""
         # Orders of the main thread.
@@ -209,6 +209,18 @@ class Watchdog:
         # If the caller went on before the monitor has ended the process, the exit code would be the caller's.
         self._monitor_done.wait()
         return self._sentence
+
+    @property
+    def reports_death(self) -> bool:
+        """Whether this rank is to report the death to somebody outside: one rank is, or two where the store is lost."""
+        death = self._death
+        if death is None:
+            return False
+        if self._store_is_lost:
+            # No rank knows which others live.
+            return self.rank in (0, self.world - 1)
+        # A rank that fails by its own report ends in its own way.
+        return self.rank == (death.seen_by if death.seen_by != death.rank else int(death.rank == 0))
 
     def __enter__(self) -> Self:
         self.start()
@@ -355,6 +367,7 @@ class Watchdog:
         return Death(rank, str(host), int(str(pid or 0)), str(label), line, seen_by=self.rank)
 
     def _store_lost(self, error: str) -> Death:
+        self._store_is_lost = True
         what = f"the store at {self._address} is gone ({(error.strip().splitlines() or [''])[0][:120]})"
         if self._store_rank is None:
             host = "its host, the first node's launcher, has ended (read its log) or cannot be reached"

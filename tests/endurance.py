@@ -39,6 +39,7 @@ from tests.system.lives import losses
 from tests.system.test_torchrun import ONE_NODE, Launch
 from train.checkpoint import publish
 from train.checkpoint.dcp import load
+from train.observe.guards import TerminationGuard
 from train.observe.sinks import read_events, read_run
 
 STEPS, SPIKE_STEPS, SPIKE_AT, EVERY, TOKENS = 1500, 400, 200, 20, 4 * 32
@@ -200,8 +201,10 @@ def ctrl_c_to_torchrun(run: Training) -> None:
 @kind
 def ctrl_c_twice_to_a_rank(run: Training) -> None:
     run.signal_rank(0, signal.SIGINT)
-    time.sleep(0.05)
-    run.signal_rank(0, signal.SIGINT)
+    time.sleep(TerminationGuard.ECHO_S + 0.1)
+    # It may have ended meanwhile.
+    if run.launch is not None and 0 in run.launch.workers():
+        run.signal_rank(0, signal.SIGINT)
     run.ended()
 
 

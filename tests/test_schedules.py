@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.schedules import ScheduleConfig, scheduled_values
+from train.schedules import ScheduleConfig, scheduled_values, steps_to_go
 
 T = 10**12
 B = 10**9
@@ -204,3 +204,22 @@ def test_inconsistent_config_is_refused_by_name_and_value(changes: dict[str, flo
     with pytest.raises(ValueError, match=re.escape(named)) as refusal:
         dataclasses.replace(V3, **changes)  # type: ignore[arg-type]
     assert ";" in str(refusal.value), "the sentence after the semicolon is the fix"
+
+
+@pytest.mark.parametrize("ramp_tokens", [0, 7_000, 64_000, 64_001])
+@pytest.mark.parametrize("tokens_seen", [0, 3_000, 9_999, 64_001, 70_000])
+def test_the_steps_to_go_are_those_that_a_run_takes(ramp_tokens: int, tokens_seen: int) -> None:
+    small = {"batch_start_sequences": 2, "batch_full_sequences": 6, "batch_multiple_sequences": 2}
+    config = dataclasses.replace(
+        V3,
+        total_tokens=64_001,
+        batch_ramp_tokens=ramp_tokens,
+        **dict.fromkeys(("constant_until_tokens", "decay_until_tokens", "final_from_tokens"), 1000),
+        **dict.fromkeys(("bias_speed_until_tokens", "mtp_weight_until_tokens"), 1000),
+        **small,
+    )
+    steps, tokens = 0, tokens_seen
+    while tokens < config.total_tokens:
+        tokens += scheduled_values(config, step=steps, tokens_seen=tokens).batch_sequences * 32
+        steps += 1
+    assert steps_to_go(config, sequence_length=32, tokens_seen=tokens_seen) == steps

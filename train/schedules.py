@@ -139,6 +139,16 @@ def scheduled_values(config: ScheduleConfig, *, step: int, tokens_seen: int) -> 
     )
 
 
+def steps_to_go(config: ScheduleConfig, *, sequence_length: int, tokens_seen: int) -> int:
+    """Steps that the rest of the budget takes, after `tokens_seen` tokens."""
+    steps = 0
+    while tokens_seen < min(config.batch_ramp_tokens, config.total_tokens):
+        tokens_seen += _batch_sequences(config, tokens_seen) * sequence_length
+        steps += 1
+    rest = max(config.total_tokens - tokens_seen, 0)
+    return steps + -(-rest // (config.batch_full_sequences * sequence_length))
+
+
 def _learning_rate(config: ScheduleConfig, *, step: int, tokens_seen: int) -> float:
     """The warm-up counts steps, all later phases count tokens; their product is both at once."""
     rate = _learning_rate_after_warmup(config, tokens_seen)

@@ -45,10 +45,13 @@ from train.model.attention import LATENT_NORM_EPS
 from train.model.sizes import model_flops_per_token
 from train.observe.fp8_health import Fp8Health
 from train.observe.guards import (
+    AskedToStop,
+    CheckpointAge,
     DataRefused,
     DeadExpertGuard,
     Diverged,
     SavesFailed,
+    SpeedGuard,
     StragglerGuard,
     TerminationGuard,
     TrainingStopped,
@@ -66,10 +69,11 @@ from train.observe.metrics import (
     dense_bf16_peak,
     step_record,
 )
+from train.observe.sentences import closing, opening
 from train.observe.sinks import NoSinks, Sinks, open_sinks, write_whole
 from train.optim.balance import expert_biases
 from train.run_directory import CHECKPOINTS, LOCK, run_directory
-from train.schedules import scheduled_values
+from train.schedules import scheduled_values, steps_to_go
 from train.spikes import Score, SpikeState, rollback_order
 from train.stage import Stage
 from train.state import TrainState
@@ -95,10 +99,16 @@ class Trainer:
         flops = model_flops_per_token(config.model, sequence_length=config.data.sequence_length)
         self.speed = Speed(flops, peak, self.mesh.world.size)
         self.saved_step: int | None = None
+        # Saved, and to be waited for; of these the last that was logged.
         self.announce_step: int | None = None
+        self.logged_step: int | None = None
+        self.checkpoint_age = CheckpointAge(config.observe.stale_checkpoint_s)
+        self.speed_guard = SpeedGuard()
+        self.last_record: Record = {}
         self.failed_saves = 0
         self.quarantines = 0
-        self.stop_agreed = False
+        self.stop_agreed, self.is_unscored = False, False
+        self.termination = TerminationGuard()
         self.changed: dict[str, list[object]] = {}
 
     def fit(self) -> TrainState:
@@ -110,31 +120,38 @@ class Trainer:
             Diverged: the loss left its band and did not come back.
             DataRefused: token data are damaged; a checkpoint was saved.
         """
-        with self.open_sinks() as sinks, TerminationGuard() as termination:
+        with self.open_sinks() as sinks, self.termination:
             changed = {"changed": self.changed} if self.changed else {}
+            if isinstance(sinks, Sinks):
+                sinks.say(self.opening())
             sinks.event("resume" if self.state.step else "start", step=self.state.step, **changed)
+            self.checkpoint_age.published()
             try:
-                reason = self.train(sinks, termination)
+                reason = self.train(sinks)
                 sinks.event("stop", step=self.state.step, reason=reason)
             except TrainingStopped as stopped:
-                sinks.event("stop", step=self.state.step, reason=str(stopped))
+                sinks.event("stop", step=self.state.step, reason=str(stopped), exit_code=stopped.exit_code)
                 raise
             finally:
+                if isinstance(sinks, Sinks):
+                    sinks.say(self.closing(sinks))
                 self.saver.close()
                 if self.engine.ema:
                     self.engine.ema.close()
         return self.state
 
-    def train(self, sinks: Sinks | NoSinks, termination: TerminationGuard) -> str:
+    def train(self, sinks: Sinks | NoSinks) -> str:
         """Step after step, and the last checkpoint; returns why it ended, and raises as `fit`."""
         try:
+            # Asked while the model was built or a checkpoint read.
+            self.stop_agreed = self.holds_on_a_rank(self.termination.requested)
             # The process that took the step may have died before it was scored.
-            if self.evaluation_is_due() and self.evaluation_is_missing(sinks):
+            if self.evaluation_is_due() and self.holds_on_a_rank(sinks.lacks_evaluation(self.state.step)):
                 self.log_evaluation(sinks)
             while not (self.budget_is_spent() or self.stop_agreed):
-                self.take_step(sinks, stop=termination.requested)
+                self.take_step(sinks)
                 # One process need not ask the others.
-                self.stop_agreed |= termination.requested and self.mesh.world.size == 1
+                self.stop_agreed |= self.termination.requested and self.mesh.world.size == 1
             check_any_applied(self.state.step, updates=self.state.updates, ended=self.budget_is_spent())
         except (SavesFailed, Diverged):
             raise
@@ -142,7 +159,10 @@ class Trainer:
             self.save_last(sinks)
             raise
         self.save_last(sinks)
-        return "token budget spent" if self.budget_is_spent() else "asked to stop; the same command resumes"
+        if not self.budget_is_spent():
+            return "asked to stop; the same command resumes"
+        unscored = "; asked to stop before the held-out text was scored: the same command scores it"
+        return f"token budget spent{unscored * self.is_unscored}"
 
     def open_sinks(self) -> Sinks | NoSinks:
         """The run's log on the first rank, nothing on the others."""
@@ -152,17 +172,35 @@ class Trainer:
         write_whole(self.directory / "config.yaml", to_yaml(self.config))
         return open_sinks(self.config.observe, self.directory, self.run_card(), asdict(self.config))
 
+    def opening(self) -> list[str]:
+        """What the run is, for the console."""
+        schedule, state = self.config.schedule, self.state
+        steps = steps_to_go(schedule, sequence_length=self.config.data.sequence_length, tokens_seen=state.tokens_seen)
+        every = self.config.checkpoint.every_steps
+        return opening(
+            self.run_card(), directory=self.directory, num_steps=state.step + steps, step=state.step, every_steps=every
+        )
+
+    def closing(self, sinks: Sinks) -> list[str]:
+        """What came out of it and what can be done with it, for the console."""
+        return closing(
+            self.directory,
+            last=self.last_record,
+            scores=sinks.jsonl.evaluated,
+            tokens_per_s=self.speed_guard.median,
+            heldout=self.config.data.heldout,
+        )
+
     def run_card(self) -> dict[str, Any]:
         """What the run is, and how many sequences it left out, if any."""
         dropped = sum(count for _, count in self.spikes.dropped)
         return run_card(self.config, self.components) | ({"dropped_sequences": dropped} if dropped else {})
 
-    def take_step(self, sinks: Sinks | NoSinks, *, stop: bool = False) -> None:
+    def take_step(self, sinks: Sinks | NoSinks) -> None:
         """One optimizer step, its record, and a checkpoint when one is due; or, of a damaged batch, its quarantine.
 
-        Args:
-            sinks: of the run.
-            stop: whether this rank was asked to stop; all ranks stop after the step in which any of them was.
+        All ranks stop after the step before which any of them was asked to, one process after that in which it was.
+
         Raises:
             TrainingStopped: too many steps in a row were skipped.
             Diverged: as `fit`.
@@ -185,7 +223,7 @@ class Trainer:
             batch,
             num_micro_batches=share // config.run.micro_batch_sequences,
             now=now,
-            stop=stop,
+            stop=self.termination.requested,
             busy_s=self.busy_s,
             health=health,
         )
@@ -217,11 +255,13 @@ class Trainer:
         if observe.due(self.state.step, observe.bias_every_steps):
             record |= bias_table(expert_biases(self.engine.models, self.mesh))
         is_new = sinks.write(record)
+        self.last_record = record
         dead = self.dead_experts.note(dead_experts(gradients.counts))
         # A step that is repeated after a resume has logged them before.
         if dead and is_new:
             sinks.event("dead_experts", step=self.state.step, steps=observe.dead_expert_steps, experts=dead)
         self.log_stragglers(sinks, record)
+        self.log_watch(sinks, record["speed/tokens_per_s"])
         if not applied:
             self.log_skipped(sinks, score, loss=loss, norm=norm, positions=[position, end])
         if self.spikes.in_a_row >= config.spikes.max_skips or self.spikes.has_risen(config.spikes):
@@ -266,6 +306,15 @@ class Trainer:
             times_ms = {phase: record[f"step/{phase}_ms"][slow.pipeline_rank][slow.data_rank] for phase in PHASES}
             longest = max(PHASES, key=times_ms.__getitem__)
             sinks.event("straggler", step=self.state.step, **asdict(slow), phase=longest)
+
+    def log_watch(self, sinks: Sinks | NoSinks, tokens_per_s: float) -> None:
+        """What is to be looked at after each step: a checkpoint just published, or none for long; the speed."""
+        self.log_published(sinks)
+        if (age_s := self.checkpoint_age.note()) is not None:
+            sinks.event("stale_checkpoint", step=self.state.step, age_s=age_s)
+        if self.speed_guard.note(tokens_per_s):
+            speeds = {"tokens_per_s": tokens_per_s, "best_tokens_per_s": self.speed_guard.best}
+            sinks.event("low_speed", step=self.state.step, **speeds)
 
     def go_back(self, sinks: Sinks | NoSinks, *, spike_end: int, batch_sequences: int) -> None:
         """Take up the last good checkpoint without the data around the spikes; later checkpoints are deleted.
@@ -341,22 +390,33 @@ class Trainer:
         due = self.budget_is_spent() or (every > 0 and self.state.step % every == 0)
         return due and self.state.step > 0 and self.components.heldout is not None
 
-    def evaluation_is_missing(self, sinks: Sinks | NoSinks) -> bool:
-        """Whether the log, which only rank 0 has, lacks the evaluation of this step; a collective call."""
-        missing = torch.tensor(int(sinks.lacks_evaluation(self.state.step)), device=self.mesh.device)
-        return bool(sum_over(missing, self.mesh.world))
+    def holds_on_a_rank(self, holds: bool) -> bool:
+        """Whether something that one rank knows, such as a signal or its log, holds on any; a collective call."""
+        return bool(sum_over(torch.tensor(int(holds), device=self.mesh.device), self.mesh.world))
 
     def log_evaluation(self, sinks: Sinks | NoSinks) -> None:
-        """Score the held-out store with the weights of now; DataRefused where its data are damaged."""
+        """Score the held-out store with the weights of now, unless asked to stop; DataRefused if it is damaged."""
+        self.is_unscored = True
+        if self.stop_agreed:
+            return
         try:
             scores = {"eval/bits_per_byte": self.evaluate()}
         except DamagedData as damage:
             raise DataRefused(str(damage)) from None
+        except AskedToStop:
+            self.stop_agreed = True
+            return
+        self.is_unscored = False
+        self.log_published(sinks)
         sinks.event("evaluation", step=self.state.step, tokens_seen=self.state.tokens_seen, **scores)
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Bits per byte of the main model on the held-out store; expert counts and biases stay as they are."""
+        """Bits per byte of the main model on the held-out store; expert counts and biases stay as they are.
+
+        Raises:
+            AskedToStop: on all ranks, between two batches.
+        """
         assert self.components.heldout is not None
         return score_store(
             self.negative_log_likelihood,
@@ -367,7 +427,11 @@ class Trainer:
         ).bits_per_byte
 
     def negative_log_likelihood(self, batch: Batch) -> tuple[float, int]:
-        """Sum over the batch's targets, in nats, and their number; each data rank scores its share."""
+        """Sum over the batch's targets, in nats, and their number; each data rank scores its share.
+
+        Raises:
+            AskedToStop: some rank was.
+        """
         share = batch.share(self.mesh.dp.rank, self.mesh.dp.size)
         inputs = share.inputs(self.mesh.device)
 
@@ -380,7 +444,12 @@ class Trainer:
 
         scored = self.engine.pipeline.relay(inputs, forward)
         nats = torch.zeros((), dtype=torch.float64, device=self.mesh.device) if scored is None else scored
-        return float(sum_over(nats, self.mesh.world)), batch.num_targets
+        # The ranks agree on a stop in the sum that each batch has anyway.
+        stop = torch.tensor(self.termination.requested, device=self.mesh.device)
+        total, num_stops = sum_over(torch.stack((nats, stop.double())), self.mesh.world).tolist()
+        if num_stops:
+            raise AskedToStop
+        return total, batch.num_targets
 
     def tensors(self) -> dict[str, Tensor | LocalShard]:
         """This rank's part of the run's state, by name: live tensors, so loading fills them in place."""
@@ -399,6 +468,15 @@ class Trainer:
             stay = self.spikes.stay(self.state.step)
             self.saver.save_async(self.state.step, self.tensors(), state, stay=stay)
             self.saved_step = self.announce_step = self.state.step
+            self.logged_step = None
+            self.log_published(sinks)
+
+    def log_published(self, sinks: Sinks | NoSinks) -> None:
+        """Log the last checkpoint if it has been published meanwhile; waits for nothing."""
+        if self.announce_step not in (None, self.logged_step) and self.saver.is_published:
+            sinks.event("checkpoint", step=self.announce_step)
+            self.logged_step = self.announce_step
+            self.checkpoint_age.published()
 
     def wait_for_save(self, sinks: Sinks | NoSinks) -> None:
         """Wait for the save under way, if any, and log it.
@@ -408,9 +486,9 @@ class Trainer:
         """
         with self.failures_counted(sinks):
             self.saver.wait()
+            self.log_published(sinks)
             if self.announce_step is not None:
                 self.failed_saves = 0
-                sinks.event("checkpoint", step=self.announce_step)
             self.announce_step = None
 
     @contextmanager
@@ -428,7 +506,8 @@ class Trainer:
     def save_last(self, sinks: Sinks | NoSinks) -> None:
         """Save this step, again if that fails."""
         self.wait_for_save(sinks)
-        while self.saved_step != self.state.step:
+        # Before the first step there is nothing to save.
+        while self.state.step and self.saved_step != self.state.step:
             self.save(sinks)
             self.wait_for_save(sinks)
 

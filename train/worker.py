@@ -13,7 +13,7 @@ afterwards. What only one of them meets ends it for all: its watchdog reports to
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -23,9 +23,10 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from parallel.consensus import Ranks, StoreTransport
 from parallel.mesh import Mesh, init_processes, make_mesh, shutdown, single
-from parallel.watchdog import Watchdog
+from parallel.watchdog import Watchdog, end_process
 from train.assemble import Resources, build, device_of, open_resources
 from train.config import PretrainConfig
+from train.observe.alerts import AlertCommand, check_command
 from train.observe.guards import TerminationGuard, TrainingStopped
 from train.run_directory import locked, run_directory
 from train.trainer import Trainer
@@ -40,6 +41,7 @@ class WorkerInfo:
     local_rank: int = 0  # on its node
     store: Store | None = None  # at which the processes meet; None with one process
     store_rank: int | None = None  # the rank whose process hosts the store, None where the launcher does
+    tell_launcher: Callable[[str], None] = lambda _: None  # leaves the last sentence of this process for its report
 
 
 def pretrain(config: PretrainConfig, info: WorkerInfo) -> None:
@@ -95,6 +97,7 @@ def open_here(config: PretrainConfig, info: WorkerInfo, held: ExitStack) -> Open
     Raises:
         ValueError: one of them is missing here, or the directory is in use or cannot be written.
     """
+    check_command(config.observe.alert_command)
     device = device_of(config)
     resources = open_resources(config)
     if info.rank == 0:
@@ -145,6 +148,15 @@ def joined(config: PretrainConfig, info: WorkerInfo, opened: Opened) -> Iterator
     if info.store is None:
         yield single(opened.device)
         return
+
+    def end(sentence: str) -> None:
+        info.tell_launcher(sentence)
+        if watchdog.reports_death:
+            alert = AlertCommand(config.observe.alert_command, run_directory(config.run))
+            alert.send("dead_rank", sentence)
+            alert.close()
+        end_process(sentence)
+
     # When a rank dies, torchrun sends SIGTERM to the others, who have yet to find out and say which one it was.
     with (
         TerminationGuard(),
@@ -155,7 +167,8 @@ def joined(config: PretrainConfig, info: WorkerInfo, opened: Opened) -> Iterator
             peer_timeout_s=config.network.peer_timeout_s,
             describe="pipeline rank {}, data rank {}".format(*divmod(info.rank, config.layout.dp)),
             store_rank=info.store_rank,
-        ),
+            on_death=end,
+        ) as watchdog,
     ):
         init_processes(
             rank=info.rank,

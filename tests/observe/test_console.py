@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 
-import pytest
 from rich.console import Console
 
 from train.observe.console import ConsoleSink
@@ -46,34 +45,6 @@ def test_a_terminal_gets_a_bar_with_the_same_numbers():
     assert " 50 %" in last
     for part in ("loss 3.214", "mtp 3.876", "12.3k tok/s", "MaxVio 0.31", "ETA 0:32"):
         assert part in last
-
-
-@pytest.mark.parametrize(
-    ("speeds", "step_s", "said_at"),
-    [
-        ([1300.0] * 10 + [17.0] * 40, 5.0, 15),  # five steps that last 25 s
-        ([1300.0] * 10 + [17.0] * 400, 0.1, 210),  # 20 s, of many steps
-        ([1300.0] * 10 + ([17.0] * 4 + [1300.0]) * 20, 60.0, None),  # long pauses of a few steps
-        ([500.0] * 10 + [1300.0] * 10 + [326.0] * 100, 5.0, None),  # a batch ramp, then just above a quarter
-        ([17.0] * 100, 60.0, None),
-    ],
-)
-def test_a_run_far_below_its_own_best_says_once_what_to_do(
-    speeds: list[float], step_s: float, said_at: int | None
-) -> None:
-    screen, clock = io.StringIO(), iter(range(len(speeds)))
-    sink = ConsoleSink(
-        progress=False,
-        every_steps=10**6,
-        total_tokens=None,
-        name="x",
-        console=Console(file=screen),
-        clock_s=lambda: step_s * next(clock),
-    )
-    for step, speed in enumerate(speeds, 1):
-        sink.write({"step": step, "tokens_seen": step, "time_unix_s": 0.0, "speed/tokens_per_s": speed})
-    said = [line for line in screen.getvalue().splitlines() if "OMP_WAIT_POLICY=passive" in line]
-    assert [line.split(":")[0] for line in said] == ([f"x  step {said_at}"] if said_at else [])
 
 
 def test_a_record_without_optional_numbers_is_shown():

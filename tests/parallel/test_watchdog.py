@@ -421,6 +421,27 @@ def test_of_two_deaths_at_the_same_instant_the_first_written_is_reported() -> No
     assert told == ["rank 0 ends because rank 1 (host node1, pid 11) is dead: out of memory"]
 
 
+class LostStore(CountingStore):
+    def check(self, keys: list[str]) -> bool:
+        raise RuntimeError("Connection reset by peer")
+
+
+@pytest.mark.parametrize(("dead", "seen_by", "reporters"), [(1, 0, [0]), (0, 3, [3]), (2, 2, [0]), (0, 0, [1]),
+                                                            (None, 0, [0, 3])])  # fmt: skip
+def test_one_living_rank_reports_a_death_outside(dead: int | None, seen_by: int, reporters: list[int]) -> None:
+    """The one that noticed; another where a rank reports itself; the first and the last where the store is lost."""
+    reported = []
+    for rank in range(4):
+        store = LostStore() if dead is None else CountingStore()
+        store.values["watchdog/dead"] = json.dumps(asdict(Death(dead, "node", 1, "", "gone", seen_by))).encode()
+        watchdog = Watchdog(store, rank, 4, peer_timeout_s=3, on_death=str)
+        watchdog.start()
+        watchdog.wait_for_death(DEADLINE_S)
+        watchdog.finish()
+        reported += [rank] if rank != dead and watchdog.reports_death else []
+    assert reported == reporters
+
+
 def test_no_rank_finishes_before_the_last() -> None:
     store = dist.HashStore()
     told: list[str] = []

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import parse_args
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = ("README.md", "docs/first_hour.md")
@@ -101,6 +102,15 @@ def test_the_commands_of_the_documents_are_found() -> None:
     assert "python launch/ablate.py" in commands("docs/promises.md")
     everything = [command for document in (*FIRST, *OTHERS) for command in commands(document)]
     assert [beginning for beginning in ELSEWHERE if not any(c.startswith(beginning) for c in everything)] == []
+
+
+def test_launch_lines_of_clusters_carry_their_grace() -> None:
+    """Read by torchrun's own parser, so that a flag that it does not know ends here."""
+    texts = "\n".join((ROOT / document).read_text(encoding="utf-8") for document in (*FIRST, *OTHERS))
+    shown = re.findall(r"^\$ torchrun (.*\+cluster=.*)$", texts, flags=re.MULTILINE)
+    # What is shown as refused needs none.
+    patience = [parse_args(shlex.split(line)).shutdown_timeout for line in shown if "--nproc-per-node 2 " not in line]
+    assert patience == [1800] * 4
 
 
 def test_a_mistyped_key_is_refused_as_the_document_shows(checkout: Path) -> None:

@@ -7,6 +7,7 @@ mark in their environment, which they inherit, and only those are signalled.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -28,13 +29,12 @@ ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 MARK = "V3FP8_TEST_LAUNCH"
 TIMEOUT_S = 120
-STEPS = 16
 PEER_TIMEOUT_S = 3
 ONE_NODE = ("--standalone", "--nproc-per-node", "2")
 # Short and without scores, on two data ranks, which share the experts: two sequences of 32 tokens a step.
 TWO_RANKS = (
     "data.heldout=null",
-    f"schedule.total_tokens={STEPS * 64}",
+    "schedule.total_tokens=1024",
     "layout.dp=2",
     "layout.ep=2",
     f"network.peer_timeout_s={PEER_TIMEOUT_S}",
@@ -67,6 +67,8 @@ class Launch:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=err,
+                # A terminal's Ctrl-C goes to a whole group.
+                start_new_session=True,
             )
 
     def alive(self) -> dict[int, int | None]:
@@ -140,6 +142,8 @@ def assert_refused(launch: Launch, sentence: str) -> None:
     """One worker says one sentence and exits 2, torchrun ends the others and exits 1, and nothing is left."""
     assert launch.wait() == 1
     assert launch.sentences() == [sentence]
+    # Above the border of torchrun's table: the last that its user reads.
+    assert launch.said().splitlines()[-2] == f"  {sentence}"
     codes = launch.reported()
     assert codes.pop(0) == 2
     assert set(codes.values()) <= {2, -signal.SIGTERM}
@@ -159,7 +163,8 @@ def test_too_few_ranks_are_refused_in_one_sentence(start: Start, tmp_path: Path)
     slow = "import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(2)\n"
     (tmp_path / "sitecustomize.py").write_text(slow)
     changes = ("layout.dp=4", "layout.ep=1", "schedule.batch_start_sequences=4", "schedule.batch_full_sequences=4")
-    launch = start(*changes, PYTHONPATH=str(tmp_path))
+    path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    launch = start(*changes, PYTHONPATH=path)
     assert_refused(
         launch, "pretrain: 2 processes were started, but layout.pp=1 x layout.dp=4 needs 4: start 4, or set layout.dp=2"
     )
@@ -214,7 +219,8 @@ def test_a_killed_node_is_named_by_the_ranks_of_the_others(start: Start, tmp_pat
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     meeting = f"--nnodes 2 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port {port} --node-rank"
-    nodes = [start("schedule.total_tokens=1000000", options=(*meeting.split(), rank)) for rank in "01"]
+    changes = ("schedule.total_tokens=1000000", f"observe.alert_command=tee {tmp_path / 'alert'}")
+    nodes = [start(*changes, options=(*meeting.split(), rank)) for rank in "01"]
     wait_for_step(nodes[0].torchrun, tmp_path / "run", lambda step: step >= 2, output=nodes[0].said)
     ((rank, victim),) = nodes[1].workers().items()
     assert rank == 1
@@ -227,24 +233,34 @@ def test_a_killed_node_is_named_by_the_ranks_of_the_others(start: Start, tmp_pat
     # Two nodes that share a machine; between real ones it is the heartbeat that is missed.
     assert sentence.endswith(f"pid {victim}) is dead: its process has ended")
     assert nodes[0].reported() == {0: DEATH_EXIT_CODE}
+    assert nodes[0].said().splitlines()[-2] == f"  {sentence}"
+    alert = json.loads((tmp_path / "alert").read_text())
+    assert (alert["kind"], alert["message"], alert["run"]) == ("dead_rank", sentence, "run")
     nodes[1].wait()
     assert nodes[0].alive() | nodes[1].alive() == {}
 
 
-def test_sigterm_to_the_workers_saves_and_the_same_command_finishes(start: Start, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    launch = start()
-    wait_for_step(launch.torchrun, run, lambda step: step >= 3, output=launch.said)
-    for pid in launch.workers().values():
-        os.kill(pid, signal.SIGTERM)
-    assert launch.wait() == 0, launch.said()
-    stopped = read_run(run)[-1]["step"]
-    assert 3 <= stopped < STEPS
-    assert latest(run / "checkpoints") == run / "checkpoints" / f"step_{stopped:08d}"
-    again = start()
-    assert again.wait() == 0, again.said()
-    assert [record["step"] for record in read_run(run)] == list(range(1, STEPS + 1))
-    events = read_events(run)
-    assert [event["step"] for event in events if event["event"] == "resume"] == [stopped]
-    assert events[-1]["event"] == "stop"
-    assert launch.alive() | again.alive() == {}
+def test_sigterm_to_the_workers_or_ctrl_c_saves_and_the_same_command_goes_on(start: Start, tmp_path: Path) -> None:
+    """SIGTERM to the workers is the stop without a word of torchrun's; a Ctrl-C reaches each worker twice."""
+    run, stopped = tmp_path / "run", 0
+
+    def to_the_workers(launch: Launch) -> None:
+        for pid in launch.workers().values():
+            os.kill(pid, signal.SIGTERM)
+
+    def by_ctrl_c(launch: Launch) -> None:
+        os.killpg(launch.torchrun.pid, signal.SIGINT)
+
+    for stop, code in ((to_the_workers, 0), (by_ctrl_c, 1)):
+        before, launch = stopped, start("schedule.total_tokens=1000000")
+        wait_for_step(launch.torchrun, run, lambda step, least=before + 3: step >= least, output=launch.said)  # type: ignore[misc]
+        stop(launch)
+        assert launch.wait() == code, launch.said()
+        stopped = read_run(run)[-1]["step"]
+        assert latest(run / "checkpoints") == run / "checkpoints" / f"step_{stopped:08d}"
+        assert read_events(run)[-1]["reason"] == "asked to stop; the same command resumes"
+        assert_no_traceback_of_ours(launch)
+        assert launch.alive() == {}
+        resumed = [event["step"] for event in read_events(run) if event["event"] == "resume"]
+        assert resumed == ([before] if before else [])
+    assert [record["step"] for record in read_run(run)] == list(range(1, stopped + 1))

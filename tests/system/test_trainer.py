@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ import train.trainer
 from kernels.deferred import deferred, take
 from tests.system.lives import copied_state, losses
 from train.assemble import Components, build_alone, choose_device
+from train.checkpoint import publish
 from train.checkpoint.dcp import Saver, latest
 from train.config import PretrainConfig, compose
 from train.data.ingest import Recipe, prepare
@@ -218,6 +220,56 @@ def test_sigterm_during_the_last_save_is_survived(config: PretrainConfig, monkey
         signal.signal(signal.SIGTERM, before)
     checkpoints = trainer.directory / "checkpoints"
     assert latest(checkpoints) == checkpoints / "step_00000010"
+
+
+def test_events_are_logged_when_they_happen(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The save of step 5 is held back until step 7 is over: no step waits for it, and the next one logs it."""
+    held, publish_manifest, alerts = threading.Event(), publish.write_manifest, Path(config.run.directory) / "alerts"
+    monkeypatch.setattr(publish, "write_manifest", lambda *a: held.wait() and publish_manifest(*a))
+    # After these two steps a clock has jumped, and a step was slow.
+    ages, slow = {2: 7300.0}, {3}
+    trainer = trainer_of(replace(config, observe=replace(config.observe, alert_command=f"tee -a {alerts}")))
+    monkeypatch.setattr(trainer.checkpoint_age, "note", lambda: ages.get(trainer.state.step))
+    monkeypatch.setattr(trainer.speed_guard, "note", lambda _: trainer.state.step in slow)
+    take_step = trainer.take_step
+
+    def stepped(*arguments: object) -> None:
+        if trainer.state.step == 7:
+            held.set()
+            trainer.saver._in_flight.result()  # type: ignore[union-attr]
+        take_step(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer, "take_step", stepped)
+    trainer.fit()
+    lines = [json.loads(line) for line in (trainer.directory / "metrics.jsonl").read_text().splitlines()]
+    order = [(line.get("event", "step"), line["step"]) for line in lines]
+    before = {("stale_checkpoint", 2): 2, ("low_speed", 3): 3, ("checkpoint", 5): 8, ("checkpoint", 10): 10}
+    for event, step in before.items():
+        assert [each for each in order[: order.index(event)] if each[0] == "step"][-1] == ("step", step)
+    assert order.count(("checkpoint", 5)) == 1
+    assert next(line["age_s"] for line in lines if line.get("event") == "stale_checkpoint") == 7300.0
+    kinds = [json.loads(line)["kind"] for line in alerts.read_text().splitlines()]
+    assert sorted(kinds) == ["low_speed", "stale_checkpoint"]
+
+
+def test_start_and_end_are_said(config: PretrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = trainer_of(config)
+    trainer.fit()
+    said = capsys.readouterr().out.splitlines()
+    numel = {name: p.numel() for name, p in trainer.engine.models[0].named_parameters()}
+    total = sum(count for name, count in numel.items() if not name.startswith("mtp."))
+    assert f"model: {total / 1e3:.1f}k parameters, " in said[1]
+    assert said[0].startswith("run  bf16 on cpu (threads: 1), 1 process, torch ")
+    assert said[2] == "run  budget: 640 tokens in 10 steps, sequences of 32; 10 steps to go"
+    assert said[3].startswith(f"run  folder: {trainer.directory}, a checkpoint every 5 steps; ")
+    last = read_run(trainer.directory)[-1]
+    end = said.index("run  ended after step 10: token budget spent")
+    score = f"held-out {last['eval/bits_per_byte']:.4f} bits per byte at step 10"
+    assert said[end + 1].startswith(f"run  loss {last['loss/main']:.3f}, {score}, ")
+    commands = [line.removeprefix("run  next: ") for line in said[end + 2 :]]
+    assert [command.split()[1:3] for command in commands] == [
+        [f"launch/{name}.py", str(trainer.directory)] for name in ("score", "generate", "dashboard")
+    ]
 
 
 @pytest.mark.parametrize(

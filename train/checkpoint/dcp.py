@@ -121,6 +121,12 @@ class Saver:
             future, self._in_flight = self._in_flight, None
             future.result()
 
+    @property
+    def is_published(self) -> bool:
+        """Whether no save is under way, or the one under way has just been published; returns at once."""
+        job = self._in_flight
+        return job is None or (job.done() and job.exception() is None)
+
     def drop_newer(self, step: int) -> None:
         """Delete the checkpoints after `step`."""
         self.wait()

@@ -3,8 +3,11 @@
     check_consecutive_skips   several steps in a row not finite: skipping no longer helps, the run stops
     DeadExpertGuard           experts without a token for many steps in a row (arXiv:2412.19437 §2.1.2: the routing
                               bias keeps the balance, and an expert that it cannot bring back is lost)
+    SpeedGuard                a run that is far slower than it was
+    CheckpointAge             a run that would lose too much work now
     StragglerGuard            a rank that is slower than the others for many steps in a row
-    TerminationGuard          SIGTERM (a scheduler's notice) or Ctrl-C: finish the step, save, exit 0
+    TerminationGuard          SIGTERM (a scheduler's notice) or Ctrl-C: finish the step, save, exit 0; before the first
+                              step: leave at once
 
 The trainer saves a checkpoint when it sees the exception or the flag.
 """
@@ -13,8 +16,9 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -45,6 +49,10 @@ class DataRefused(TrainingStopped):
     """Token data were altered after preparing; nothing of the step that met them was applied."""
 
     exit_code = 2
+
+
+class AskedToStop(BaseException):
+    """A signal came before the first step; there is nothing to save."""
 
 
 def check_consecutive_skips(skips: int, *, limit: int, step: int) -> None:
@@ -162,16 +170,74 @@ class StragglerGuard:
         return usual
 
 
+class SpeedGuard:
+    """Finds a run below SHARE of its best speed for SLOW_S and SLOW_STEPS; reported once until it has recovered.
+
+    A step may take long by itself: a paused process, a sampled step.
+    """
+
+    SHARE, SLOW_S, SLOW_STEPS = 0.25, 20.0, 5
+    RECENT_STEPS = 1000
+
+    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._clock_s, self.best = clock_s, 0.0
+        self._recent: deque[float] = deque(maxlen=self.RECENT_STEPS)
+        # When the slow steps in a row began and how many they are.
+        self._since_s, self._steps, self._is_reported = 0.0, 0, False
+
+    @property
+    def median(self) -> float | None:
+        """Of the last steps, tokens/s."""
+        return median_low(self._recent) if self._recent else None
+
+    def note(self, tokens_per_s: float) -> bool:
+        """Take a step's speed; returns whether the run has become slow with it."""
+        self._recent.append(tokens_per_s)
+        self.best, now_s = max(self.best, tokens_per_s), self._clock_s()
+        if tokens_per_s >= self.SHARE * self.best:
+            self._since_s, self._steps, self._is_reported = now_s, 0, False
+            return False
+        self._steps += 1
+        is_slow = now_s - self._since_s >= self.SLOW_S and self._steps >= self.SLOW_STEPS
+        is_new, self._is_reported = is_slow and not self._is_reported, is_slow or self._is_reported
+        return is_new
+
+
+class CheckpointAge:
+    """How long no checkpoint was published, on a clock that suspension stops; once every `limit_s`, 0 never."""
+
+    def __init__(self, limit_s: float, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._limit_s, self._clock_s = limit_s, clock_s
+        self.published()
+
+    def published(self) -> None:
+        """A checkpoint was; or nothing has been trained yet."""
+        self._since_s, self._reports = self._clock_s(), 0
+
+    def note(self) -> float | None:
+        """The age in seconds, where it has reached a multiple of the limit."""
+        age_s = self._clock_s() - self._since_s
+        if not self._limit_s or age_s < self._limit_s * (self._reports + 1):
+            return None
+        self._reports = int(age_s / self._limit_s)
+        return age_s
+
+
 class TerminationGuard:
     """Context manager, of the main thread: `requested` becomes True on SIGTERM or the first SIGINT.
 
-    Inside another one it knows what that one has received.
+    Inside another one it knows what that one has received. One that `interrupts` raises AskedToStop where the signal
+    finds it, until one that does not is entered inside: from then on there may be something to finish.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    # A terminal sends Ctrl-C to torchrun and to its workers, and torchrun sends it to them again.
+    ECHO_S = 2.0
 
-    def __init__(self) -> None:
+    def __init__(self, *, interrupts: bool = False) -> None:
+        self.interrupts = interrupts
         self.received: signal.Signals | None = None
+        self._received_s = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
@@ -183,16 +249,25 @@ class TerminationGuard:
         self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         outer = getattr(self._previous[signal.SIGTERM], "__self__", None)
         if isinstance(outer, TerminationGuard):
-            self.received = outer.received
+            outer.interrupts = False
+            # It may have come meanwhile.
+            self.received = self.received or outer.received
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             # None is a handler that was not installed from Python; it cannot be given back by name.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        # What comes after, such as a look at the held-out score, was not asked to stop.
+        self.received = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # A second Ctrl-C interrupts at once.
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        is_second = number == signal.SIGINT and self.received == signal.SIGINT
+        if is_second and time.monotonic() - self._received_s > self.ECHO_S:
             raise KeyboardInterrupt
+        if not is_second:
+            self._received_s = time.monotonic()
         self.received = signal.Signals(number)
+        if self.interrupts:
+            raise AskedToStop

@@ -84,7 +84,7 @@ REQUIRED = ("step", "tokens_seen", "time_unix_s")
 EVENTS: dict[str, str] = {
     "start": "the run began at step 0",
     "resume": "a new process continued from a checkpoint",
-    "checkpoint": "a checkpoint was published",
+    "checkpoint": "the checkpoint of this step was published, during the steps just logged",
     "save_failed": "a checkpoint could not be written; older ones are untouched; says why",
     "evaluation": "the held-out store was scored after this step; holds `eval/bits_per_byte`",
     "skip": "a step was skipped: loss or gradient not finite; names ranks and tensors of such gradients",
@@ -93,8 +93,10 @@ EVENTS: dict[str, str] = {
     "quarantine": "samples of the coming step are damaged and dropped; names positions, files and blocks",
     "dead_experts": "experts got no token for observe.dead_expert_steps steps in a row; names layers and experts",
     "straggler": "a rank was slow for observe.straggler_steps steps in a row; names it, both times and the phase",
+    "low_speed": "the speed stayed below a quarter of the run's best; holds both",
+    "stale_checkpoint": "no checkpoint was published for observe.stale_checkpoint_s; says for how long",
     "records_dropped": "the disk was full for so long that lines of this file were lost; says how many",
-    "stop": "the process ended its training loop",
+    "stop": "the process ended its training loop; says why, and its exit code where that is not 0",
     "replay_differs": "a step repeated after a resume did not give the logged numbers",
 }
 

@@ -23,15 +23,20 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from train.observe.metrics import EVENTS, METRICS, Record, check_record, encode, same_bits
+
+if TYPE_CHECKING:
+    from train.observe.alerts import AlertSink
+    from train.observe.console import ConsoleSink
 
 METRICS_FILE = "metrics.jsonl"
 _log = logging.getLogger(__name__)
@@ -60,6 +65,10 @@ class ObserveConfig:
     # (0 never) in a row; docs/reliability.md counts the false alarms.
     straggler_ratio: float = 2.0
     straggler_steps: int = 5
+    # A command that gets one line of JSON on stdin when the run needs somebody (`train/observe/alerts.py`); None: none.
+    alert_command: str | None = None
+    # Seconds without a published checkpoint after which an event says so, and again after as many; 0 never.
+    stale_checkpoint_s: float = 7200.0
     # Of one device, FLOP/s, for the MFU; None takes the dense BF16 peak where the device is a known one.
     peak_flops: float | None = None
 
@@ -76,11 +85,23 @@ class ObserveConfig:
                 f"observe.straggler_ratio={self.straggler_ratio} must be above 1: give how many times longer than the "
                 "others a slow rank works, such as 2; observe.straggler_steps=0 reports none"
             )
+        self._check_alerts()
         if self.peak_flops is not None and self.peak_flops <= 0:
             raise ValueError(
                 f"observe.peak_flops={self.peak_flops} must be above 0: give FLOP/s of one device, such as 989.4e12, "
                 "or null"
             )
+
+    def _check_alerts(self) -> None:
+        if not self.stale_checkpoint_s >= 0:
+            raise ValueError(f"observe.stale_checkpoint_s={self.stale_checkpoint_s} is negative: use 0 for never")
+        if self.alert_command is not None:
+            try:
+                is_empty = not shlex.split(self.alert_command)
+            except ValueError as error:
+                raise ValueError(f"observe.alert_command={self.alert_command!r}: {error}") from error
+            if is_empty:
+                raise ValueError("observe.alert_command is empty: give a command and its arguments, or null for none")
 
     @staticmethod
     def due(step: int, every_steps: int) -> bool:
@@ -111,7 +132,7 @@ class JsonlSink:
         self._size = os.fstat(self._file).st_size
         # Lines that the disk has not taken, the first perhaps in part, and how many were dropped for want of memory.
         self._unwritten: deque[bytes] = deque()
-        self._unwritten_bytes, self._dropped, self._is_full = 0, 0, False
+        self._unwritten_bytes, self._dropped, self.is_full = 0, 0, False
         if self._size and os.pread(self._file, 1, self._size - 1) != b"\n":
             self._append("")
         lines = _valid(read_lines(path))
@@ -201,11 +222,11 @@ class JsonlSink:
             self._unwritten_bytes -= written
             if written < len(line):
                 self._unwritten.appendleft(line[written:])
-                if not self._is_full:
+                if not self.is_full:
                     _log.warning("%s cannot be written (%s); records are kept in memory", self.path, reason)
-                self._is_full = True
+                self.is_full = True
                 return
-        self._is_full = False
+        self.is_full = False
         if self._dropped:
             dropped, self._dropped = self._dropped, 0
             self._append(encode({"event": "records_dropped", "step": self.last_step, "lines": dropped}))
@@ -214,11 +235,12 @@ class JsonlSink:
 class Sinks:
     """The file and its mirrors; a context manager, which gives the terminal back."""
 
-    def __init__(self, jsonl: JsonlSink, *, console: Sink | None, wandb: Sink | None) -> None:
+    def __init__(
+        self, jsonl: JsonlSink, *, console: ConsoleSink | None, wandb: Sink | None, alerts: AlertSink | None = None
+    ) -> None:
         self.jsonl = jsonl
-        self._console = console
-        self._wandb = wandb
-        self._mirrors = [mirror for mirror in (console, wandb) if mirror]
+        self._console, self._wandb, self._alerts = console, wandb, alerts
+        self._mirrors: list[Sink] = [mirror for mirror in (console, wandb, alerts) if mirror]
         self._mirrored_step = jsonl.last_step
 
     def write(self, record: Record) -> bool:
@@ -229,7 +251,14 @@ class Sinks:
         if self._wandb and record["step"] > self._mirrored_step:
             self._mirrored_step = record["step"]
             self._wandb.write(record)
+        if self._alerts:
+            self._alerts.write(record)
         return appended
+
+    def say(self, sentences: list[str]) -> None:
+        """Show sentences on the console; they are in no file."""
+        if self._console:
+            self._console.say(sentences)
 
     def event(self, kind: str, *, step: int, **details: Any) -> None:
         """Log an event after `step` steps; `kind` is one of `metrics.EVENTS`."""
@@ -304,6 +333,7 @@ def open_sinks(
         run_config: the run's whole configuration, for wandb.
     """
     # Here, so that a configuration can be read where rich is missing.
+    from train.observe.alerts import AlertCommand, AlertSink
     from train.observe.console import ConsoleSink
     from train.observe.wandb_sink import WandbSink
 
@@ -322,7 +352,8 @@ def open_sinks(
     if config.wandb != "off":
         described = {**(run_config or {}), "run_card": dict(run_card)}
         wandb = WandbSink(config.wandb, project=config.wandb_project, run_dir=run_dir, run_config=described)
-    return Sinks(jsonl, console=console, wandb=wandb)
+    alerts = AlertSink(AlertCommand(config.alert_command, run_dir), jsonl)
+    return Sinks(jsonl, console=console, wandb=wandb, alerts=alerts)
 
 
 def _write_card(run_dir: Path, run_card: Mapping[str, Any]) -> None:

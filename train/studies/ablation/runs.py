@@ -203,7 +203,7 @@ def _run_locked(config: PretrainConfig, start: float) -> dict[str, Any]:
     except TrainingStopped as error:
         # A variant that diverges is a result.
         stopped = str(error)
-    if stopped is None and not trainer.budget_is_spent():
+    if stopped is None and (trainer.stop_agreed or not trainer.budget_is_spent()):
         raise ValueError(f"stopped in {config.run.name} at step {trainer.state.step}; the same command goes on")
     if any(event["event"] == "replay_differs" for event in read_events(trainer.directory)):
         raise ValueError(

@@ -1,0 +1,130 @@
+"""The user's command gets one line of JSON for each kind of alert; it can neither stop nor hold up a run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train.observe import alerts
+from train.observe.alerts import AlertCommand, check_command
+from train.observe.sinks import ObserveConfig, Sinks, open_sinks
+
+SLOW = {"rank": 5, "pipeline_rank": 1, "data_rank": 1, "busy_ms": 300.0, "usual_ms": 100.0, "steps": 5, "phase": "data"}
+# Event, details -> kind and words of the message; no kind: no alert.
+EVENTS: list[tuple[str, dict[str, Any], str | None, str]] = [
+    ("rollback", {"left_at_step": 9, "dropped_positions": []}, "divergence", "back from step 9 to step 7"),
+    ("stop", {"reason": "the loss left", "exit_code": 5}, "divergence", "ended after step 7: the loss left"),
+    ("stop", {"reason": "not finite", "exit_code": 3}, "divergence", "not finite"),
+    ("stop", {"reason": "no room", "exit_code": 4}, "disk", "no room"),
+    ("stop", {"reason": "altered", "exit_code": 2}, "disk", "altered"),
+    ("save_failed", {"error": "No space left"}, "disk", "step 7: No space left"),
+    ("records_dropped", {"lines": 3}, "disk", "3 lines of the log are lost"),
+    ("quarantine", {"windows": [{"error": "block 3 is altered"}]}, "disk", "block 3 is altered"),
+    ("stale_checkpoint", {"age_s": 7300.2}, "stale_checkpoint", "no checkpoint was published for 7300 s"),
+    ("low_speed", {"tokens_per_s": 1200.0, "best_tokens_per_s": 9000.0}, "low_speed", "1.2k tok/s, where it was 9.0k"),
+    ("straggler", SLOW, "low_speed", "rank 5 (pipeline rank 1, data rank 1) is slow"),
+    ("stop", {"reason": "token budget spent"}, None, ""),
+    ("checkpoint", {}, None, ""),
+    ("skip", {"nonfinite": []}, None, ""),
+]
+
+
+def opened(folder: Path, command: str) -> Sinks:
+    return open_sinks(ObserveConfig(wandb="off", alert_command=command), folder / "run", {"name": "run"})
+
+
+def python(code: str) -> str:
+    return shlex.join([sys.executable, "-S", "-c", code])
+
+
+@pytest.mark.parametrize(("event", "details", "kind", "words"), EVENTS)
+def test_each_event_that_needs_somebody_is_sent(
+    event: str, details: dict[str, Any], kind: str | None, words: str, tmp_path: Path
+) -> None:
+    # Words of a shell arrive as they are.
+    file = tmp_path / "got $(date) it"
+    with opened(tmp_path, shlex.join(["tee", str(file)])) as sinks:
+        sinks.event(event, step=7, **details)
+    if kind is None:
+        assert not file.exists()
+        return
+    (line,) = file.read_text().splitlines()
+    alert = json.loads(line)
+    assert (alert["kind"], alert["run"], alert["directory"], alert["step"]) == (
+        kind, "run", str(tmp_path / "run"), 7,
+    )  # fmt: skip
+    assert words in alert["message"]
+
+
+def test_a_log_that_cannot_be_written_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, write = tmp_path / "got", os.write
+    with opened(tmp_path, shlex.join(["tee", str(file)])) as sinks:
+        with monkeypatch.context() as full:
+            full.setattr(os, "write", lambda *_: 0)
+            sinks.write({"step": 1, "tokens_seen": 1, "time_unix_s": 0.0})
+        assert os.write is write
+    assert json.loads(file.read_text())["message"].endswith("cannot be written; records are kept in memory")
+
+
+def test_a_kind_comes_once_in_a_while_and_at_the_end_in_any_case(tmp_path: Path) -> None:
+    now = [0.0]
+    command = AlertCommand(f"tee -a {tmp_path / 'got'}", tmp_path / "run", clock_s=lambda: now[0])
+    for at_s, kind, is_last in ((0, "disk", False), (1, "low_speed", False), (599, "disk", False), (600, "disk", False),
+                                (601, "disk", True)):  # fmt: skip
+        now[0] = at_s
+        command.send(kind, f"at {at_s}", is_last=is_last)  # type: ignore[arg-type]
+        command.close()
+    messages = [json.loads(line)["message"] for line in (tmp_path / "got").read_text().splitlines()]
+    assert messages == ["at 0", "at 1", "at 600", "at 601"]
+
+
+def test_a_command_that_fails_or_hangs_is_counted_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It hangs until its end of a pipe is closed, which only its death can do: `send` does not wait for it."""
+    monkeypatch.setattr(alerts, "TIMEOUT_S", 0.5)
+    reader, writer = os.pipe()
+    os.set_inheritable(writer, True)
+    monkeypatch.setattr(alerts.subprocess.Popen, "__init__", _inheriting(writer, alerts.subprocess.Popen.__init__))
+    # A child of its own holds the pipe too.
+    hangs = f"import subprocess, time; subprocess.run(['sleep', '600'], close_fds=False); time.sleep({writer})"
+    failing = {python("raise SystemExit(3)"): "exit code 3", str(tmp_path): "Permission denied", python(hangs): "0.5 s"}
+    with caplog.at_level(logging.ERROR):
+        senders = [AlertCommand(command, tmp_path / "run") for command in failing]
+        for kind, sender in itertools.product(("disk", "low_speed"), senders):
+            sender.send(kind, "x" * 100_000)
+            sender.close()
+    os.close(writer)
+    assert os.read(reader, 1) == b"", "nothing of a command that hung is left"
+    os.close(reader)
+    assert len(caplog.messages) == 6
+    for number, (words, message) in enumerate(zip(2 * list(failing.values()), caplog.messages, strict=True)):
+        assert words in message
+        assert message.endswith(f"(failure {1 + number // 3})")
+
+
+def _inheriting(writer: int, original: Any) -> Any:
+    def init(self: Any, *arguments: Any, **named: Any) -> None:
+        original(self, *arguments, **named, pass_fds=(writer,))
+
+    return init
+
+
+def test_a_command_that_cannot_be_is_refused() -> None:
+    check_command(None)
+    check_command("tee x")
+    with pytest.raises(ValueError, match=r"observe.alert_command: 'pagerx' is no program that can be run here"):
+        check_command("pagerx --now")
+    for command, words in (("tee 'x", "No closing quotation"), ("", "is empty")):
+        with pytest.raises(ValueError, match=words):
+            ObserveConfig(alert_command=command)
+    with pytest.raises(ValueError, match="stale_checkpoint_s=-1 is negative"):
+        ObserveConfig(stale_checkpoint_s=-1)

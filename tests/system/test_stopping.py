@@ -1,0 +1,126 @@
+"""A run that is asked to stop does so within a step, whatever it does: start, training, evaluation; all ranks together.
+
+The signal comes to the last rank alone, at a moment that the test chooses; `tests/system/test_torchrun.py` has the
+moments that it does not choose.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import train.worker
+from launch import pretrain
+from tests.ranks import run_ranks
+from tests.system.lives import trainer_on
+from train.assemble import build_alone
+from train.config import compose
+from train.observe.guards import TerminationGuard
+from train.observe.sinks import read_events
+from train.trainer import Trainer
+
+Overrides = Callable[..., list[str]]
+# Few batches are the whole held-out text.
+LONG = "data.sequence_length=256"
+
+
+def signalled(function: Callable[..., Any], *, call: int) -> Callable[..., Any]:
+    """`function`, with SIGTERM in its n-th call; 0: never."""
+    calls = iter(range(1, 10**6))
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+        return function(*arguments, **named)
+
+    return wrapped
+
+
+# Method and call in which the signal comes -> last step on one rank and on two, batches scored. Two ranks learn of it
+# in the step after.
+MOMENTS = {
+    ("resume", 1): (0, 0, 0),
+    ("take_step", 2): (2, 2, 0),
+    ("save", 1): (2, 3, 0),
+    ("negative_log_likelihood", 3): (3, 3, 3),
+}
+
+
+def life(rank: int, world: int, overrides: list[str], method: str = "resume", call: int = 0) -> tuple[int, int]:
+    """One life of a run with a signal in the n-th call of a method at the last rank: its last step, batches scored."""
+    with TerminationGuard():
+        trainer = trainer_on(compose(overrides), world)
+        scored: list[int] = []
+        count = trainer.negative_log_likelihood
+        trainer.negative_log_likelihood = lambda batch: scored.append(1) or count(batch)  # type: ignore[method-assign]
+        setattr(trainer, method, signalled(getattr(trainer, method), call=call * (rank == world - 1)))
+        trainer.resume()
+        return trainer.fit().step, len(scored)
+
+
+def lives(rank: int, world: int, overrides: list[str]) -> list[tuple[int, int]]:
+    """A stopped run for each moment, and the rest of the last one."""
+    stopped = [life(rank, world, [*overrides, f"run.name={moment[0]}"], *moment) for moment in MOMENTS]
+    return [*stopped, life(rank, world, [*overrides, f"run.name={list(MOMENTS)[-1][0]}"])]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_all_ranks_stop_within_a_step_and_the_same_command_finishes(
+    world: int, small_run: Overrides, tmp_path: Path
+) -> None:
+    layout = ("layout.dp=2", "layout.ep=2") if world == 2 else ()
+    changes = ("run.eval_every_steps=3", "checkpoint.every_steps=2", "schedule.total_tokens=2048", LONG)
+    overrides = small_run(*layout, *changes, f"run.directory={tmp_path}")
+    by_rank = run_ranks(world, lives, overrides) if world > 1 else [lives(0, 1, overrides)]
+    wanted = [(steps[world - 1], batches) for *steps, batches in MOMENTS.values()]
+    assert [ends[:-1] for ends in by_rank] == [wanted] * world
+    for (name, _), (step, _) in zip(MOMENTS, wanted, strict=True):
+        checkpoints = sorted(path.name for path in (tmp_path / name / "checkpoints").glob("*"))
+        assert checkpoints[-1:] == ([f"step_{step:08d}"] if step else []) or name == "negative_log_likelihood"
+        events = read_events(tmp_path / name)
+        stop = next(event for event in events if event["event"] == "stop")
+        assert (stop["step"], stop["reason"]) == (step, "asked to stop; the same command resumes")
+    # Of the last: an interrupted evaluation is no result, and is made by the process that goes on.
+    kinds = [(event["event"], event["step"]) for event in events if event["event"] != "checkpoint"]
+    assert kinds == [("start", 0), ("stop", 3), ("resume", 3), ("evaluation", 3), ("evaluation", 4), ("stop", 4)]
+
+
+def test_asked_to_stop_in_the_last_evaluation_the_next_start_scores_the_same(
+    small_run: Overrides, tmp_path: Path
+) -> None:
+    scores = []
+    for name, call in (("whole", 0), ("stopped", 2)):
+        overrides = small_run("schedule.total_tokens=512", LONG, f"run.directory={tmp_path}", f"run.name={name}")
+        trainer = Trainer(compose(overrides), build_alone(compose(overrides)))
+        trainer.negative_log_likelihood = signalled(trainer.negative_log_likelihood, call=call)  # type: ignore[method-assign]
+        trainer.fit()
+        if call:
+            assert read_events(tmp_path / name)[-1]["reason"].startswith("token budget spent; asked to stop before the")
+            assert pretrain.main(overrides) == 0
+        events = read_events(tmp_path / name)
+        scores.append([event["eval/bits_per_byte"] for event in events if event["event"] == "evaluation"])
+        assert events[-1]["reason"] == "token budget spent"
+    assert len(scores[0]) == 1
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_start_is_left_at_once(
+    number: signal.Signals,
+    small_run: Overrides,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def built(*_: object) -> None:
+        signal.raise_signal(number)
+        pytest.fail("the start went on")
+
+    monkeypatch.setattr(train.worker, "build", built)
+    assert pretrain.main(small_run(f"run.directory={tmp_path}", "run.name=run")) == 0
+    assert capsys.readouterr().err == pretrain.STOPPED
+    assert [path.name for path in (tmp_path / "run").glob("*")] == ["lock"]
