@@ -72,12 +72,13 @@ class AdamW:
         names = Counter(name for bucket in self.buckets for name in bucket.parameters)
         if name := next((name for name, count in names.items() if count > 1), None):
             raise ValueError(f"parameter name {name!r} appears twice; give each parameter its own name")
-        self._states = {held.name: self._adopt(held) for bucket in self.buckets for held in bucket.parameter_shards()}
+        self._states = {
+            held.name: self._adopt(held, bucket.master(held))
+            for bucket in self.buckets
+            for held in bucket.parameter_shards()
+        }
 
-    def _adopt(self, held: ParameterShard) -> _State:
-        start = held.shard.offsets[0]
-        weights = held.parameter.detach().view(-1)[start : start + held.shard.numel]
-        master = weights if weights.dtype == torch.float32 else weights.to(torch.float32)
+    def _adopt(self, held: ParameterShard, master: Tensor) -> _State:
         dtype = MOMENT_DTYPES[self.config.moments_dtype]
         return _State(held, master, torch.zeros_like(master, dtype=dtype), torch.zeros_like(master, dtype=dtype))
 
@@ -85,16 +86,27 @@ class AdamW:
     def step(self, *, lr: float, step: int) -> None:
         """Update this rank's masters, then give the new weights to all ranks; `step` counts from 1."""
         assert step >= 1, f"updates are counted from 1, got step {step}"
-        update = partial(adamw_update, lr=lr, betas=self.config.betas, eps=self.config.eps, step=step)
         for bucket in self.buckets:
-            states = {held.name: self._states[held.name] for held in bucket.parameter_shards()}
-            for name, state in states.items():
-                weight_decay = self.config.weight_decay if decays(name, state.held.parameter) else 0.0
-                update(state.master, state.held.grad, state.exp_avg, state.exp_avg_sq, weight_decay=weight_decay)
-                if self.config.moments_dtype == "fp8":
-                    round_to_fp8(state.exp_avg)
-                    round_to_fp8(state.exp_avg_sq)
-            bucket.gather({name: state.master for name, state in states.items()})
+            bucket.gather(partial(self._update, lr=lr, step=step))
+
+    def _update(self, name: str, new_weights: Tensor, *, lr: float, step: int) -> None:
+        """Move master and moments of one shard; its new weights are written rounded."""
+        state, config = self._states[name], self.config
+        adamw_update(
+            state.master,
+            state.held.grad,
+            state.exp_avg,
+            state.exp_avg_sq,
+            lr=lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay if decays(name, state.held.parameter) else 0.0,
+            step=step,
+        )
+        if config.moments_dtype == "fp8":
+            round_to_fp8(state.exp_avg)
+            round_to_fp8(state.exp_avg_sq)
+        new_weights.copy_(state.master)
 
     def zero_grad(self) -> None:
         """Set every `main_grad` to zero in place and drop what autograd may have left in `.grad`."""

@@ -6,6 +6,7 @@ A file of its own: the configuration of a run is read without the machinery of m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -23,6 +24,7 @@ class OptimConfig:
     clip_norm: float = 1.0  # the global gradient norm is clipped to this
     moments_dtype: str = "bf16"  # storage of both moments (§3.3.3); a key of `MOMENT_DTYPES`, docs/numerics.md
     ema_decay: float | None = None  # moving average of the weights in CPU memory (`train/optim/ema.py`); None for none
+    backend: Literal["native", "deepspeed"] = "native"  # who keeps weights, gradients and masters in flat memory
 
     def __post_init__(self) -> None:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
