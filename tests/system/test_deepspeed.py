@@ -32,19 +32,15 @@ from train.trainer import Trainer
 BACKENDS = ("native", "deepspeed")
 SHORT = ["schedule.total_tokens=512", "checkpoint.every_steps=2", "schedule.lr_peak=0.02", "schedule.warmup_steps=1"]
 DP2, EP2 = "layout.dp=2", "layout.ep=2"
-FOUR_LAYERS = "model.num_hidden_layers=4"
 CLIP_NORM = 0.5
+THREE_STEPS = "schedule.total_tokens=384"
+FOUR_LAYERS = ["model.num_hidden_layers=4", THREE_STEPS]
 ROWS = {
-    "dp2 BF16": ["precision=bf16", DP2],
+    "dp2 BF16": ["precision=bf16", DP2, THREE_STEPS],
     "dp2 FP8, clipped": ["precision=fp8", DP2, f"optim.clip_norm={CLIP_NORM}"],
-    "ep2 BF16": ["precision=bf16", DP2, EP2],
-    "pp2 ZBVZeroBubble FP8": [
-        "precision=fp8",
-        "layout.pp=2",
-        "layout.schedule=ZBVZeroBubble",
-        "model.num_hidden_layers=4",
-    ],
-    "dp2 BF16, a gradient not finite": ["precision=bf16", DP2],
+    "ep2 BF16": ["precision=bf16", DP2, EP2, THREE_STEPS],
+    "pp2 ZBVZeroBubble FP8": ["precision=fp8", "layout.pp=2", "layout.schedule=ZBVZeroBubble", *FOUR_LAYERS],
+    "dp2 BF16, a gradient not finite": ["precision=bf16", DP2, THREE_STEPS],
 }
 CLIPPED, POISONED = list(ROWS)[1], list(ROWS)[-1]
 # What resumes from step 2 of the clipped FP8 row: (backend that saved, backend that resumes, layout).
@@ -157,7 +153,7 @@ def test_losses_norms_and_state_are_those_of_the_native_optimizer(
 ) -> None:
     runs, seen = ranks
     ours, theirs = (logged(runs / run_name(row, backend)) for backend in reversed(BACKENDS))
-    assert len(theirs) == 4
+    assert len(theirs) == (4 if row == CLIPPED else 3)
     assert {step: values for step, values in ours.items() if row != POISONED or step != 2} == {
         step: values for step, values in theirs.items() if row != POISONED or step != 2
     }

@@ -54,7 +54,8 @@ class Memory:
     """Bytes of one rank.
 
     held: kept for backward at the schedule's peak. transient: above that, for a moment. dispatch: buffers of one
-    exchange of a MoE layer, counted in transient too.
+    exchange of a MoE layer, counted in transient too. With `optim.offload=cpu`, host: masters and moments, not in the
+    total; staging: the buffers on the device through which they pass.
     """
 
     weights: int
@@ -65,11 +66,14 @@ class Memory:
     held: int
     transient: int
     dispatch: int
+    staging: int = 0
+    host: int = 0
 
     @property
     def total(self) -> int:
         """At the highest moment of the step."""
         state = self.weights + self.fp8_copies + self.gradients + self.masters + self.moments
+        state += self.staging
         return state + self.held + self.transient
 
 
@@ -161,8 +165,8 @@ def measure(config: PretrainConfig, mesh: Mesh, *, num_micro_batches: int) -> Me
         for stage in stages.values():
             if config.run.recompute:
                 recompute_up_projections(stage.model)
-        # The moving average is stored in CPU memory and not counted.
-        engine = assemble(stages, replace(config.optim, ema_decay=None), mesh)
+        # The moving average is stored in CPU memory and not counted; DeepSpeed's flat memory is as large as ours.
+        engine = assemble(stages, replace(config.optim, ema_decay=None, backend="native"), mesh)
         state = live.now
         gradients = sum(bucket.grad_bytes for bucket in engine.optimizer.buckets)
         optimizer = engine.optimizer.state_shards()
@@ -170,19 +174,23 @@ def measure(config: PretrainConfig, mesh: Mesh, *, num_micro_batches: int) -> Me
         moments = _storage_bytes(piece.tensor for name, piece in optimizer.items() if name.startswith("exp_avg"))
         live.peak = live.now
         held = _run_step(config, engine, live, num_micro_batches)
+        staging = engine.optimizer.staging.num_bytes if engine.optimizer.staging else 0
+        host = masters + moments if engine.optimizer.staging else 0
         copies = _storage_bytes(
             tensor for model in engine.models for parameter in model.parameters() for tensor in _fp8_copy(parameter)
         )
         peak = live.peak
     return Memory(
-        weights=state - gradients - masters - moments,
+        weights=state - gradients - masters - moments - staging,
         fp8_copies=copies,
         gradients=gradients,
-        masters=masters,
-        moments=moments,
+        masters=0 if host else masters,
+        moments=0 if host else moments,
         held=held - state - copies,
         transient=peak - held,
         dispatch=traffic.largest_exchange,
+        staging=staging,
+        host=host,
     )
 
 
@@ -253,6 +261,7 @@ def _memory_table(memory: Memory) -> list[str]:
         ("FP32 gradients", memory.gradients),
         ("FP32 masters, this rank's share", memory.masters),
         ("moments, this rank's share", memory.moments),
+        *([("buffers of the offloaded state", memory.staging)] if memory.host else []),
         ("activations at the schedule's peak", memory.held),
         ("temporaries above that, dispatch buffers apart", memory.transient - memory.dispatch),
         ("dispatch buffers", memory.dispatch),
@@ -260,7 +269,8 @@ def _memory_table(memory: Memory) -> list[str]:
     ]
     left = DEVICE_GB - memory.total / GB
     verdict = f"fits {DEVICE_GB:.0f} GB, {left:.1f} GB left" if left >= 0 else f"does not fit: {-left:.1f} GB too much"
-    return [*(f"{name:<48}{size / GB:>9.2f} GB" for name, size in rows), verdict]
+    host = [f"{'host memory: masters and moments, pinned':<48}{memory.host / GB:>9.2f} GB"] if memory.host else []
+    return [*(f"{name:<48}{size / GB:>9.2f} GB" for name, size in rows), verdict, *host]
 
 
 def _ramp_table(points: list[RampPoint]) -> list[str]:
