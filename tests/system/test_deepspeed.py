@@ -12,15 +12,18 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from kernels.fp8_linear import weight_fp8
 from kernels.quantize import quantize_blocks
+from parallel.mesh import group_of_one
 from tests.golden.runs import COMMON, SMALL, standing_in, write_golden_store
 from tests.ranks import run_ranks
 from tests.system.lives import Look, look, trainer_on, whole
@@ -98,6 +101,18 @@ def stale_copies(trainer: Trainer) -> int:
     return count
 
 
+def gathered(rank: int, group: dist.ProcessGroup | None) -> set[float]:
+    """What stands in a rank's own expert, filled with the rank's number, after DeepSpeed's gather over a group."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    expert, settings = nn.Parameter(torch.full((512,), rank).bfloat16()), SimpleNamespace(enabled=True)
+    settings.immediate_grad_update = False
+    inner = torch.optim.Optimizer([{"params": [expert]}], {})
+    options = {"dp_process_group": group, "grad_acc_dtype": torch.float32}
+    BF16_Optimizer(inner, {expert: "expert"}, settings, **options).update_lp_params()
+    return set(expert.tolist())
+
+
 def on_two_ranks(rank: int, world: int, folder: Path) -> dict[str, Any]:
     """Final look of each row and crossing, what was printed, and what comes of each trap."""
     seen: dict[str, Any] = {}
@@ -122,7 +137,8 @@ def on_two_ranks(rank: int, world: int, folder: Path) -> dict[str, Any]:
             patch.setattr(deepspeed_backend, "group_of_one", lambda: None)
             with pytest.raises(AssertionError) as refused:
                 trainer_for("mixed", "deepspeed", ROWS["ep2 BF16"])
-            seen["mixed"] = str(refused.value)
+            seen["refused"] = str(refused.value)
+        seen["of all"], seen["of one"] = (gathered(rank, each) for each in (None, group_of_one()))
     return seen
 
 
@@ -215,8 +231,10 @@ def test_weights_written_without_a_new_version_leave_stale_fp8_copies(ranks: tup
 def test_an_axis_of_one_rank_without_a_group_is_not_taken_for_the_world(
     ranks: tuple[Path, list[dict[str, Any]]],
 ) -> None:
-    """Trap 2, the cure taken away: the two ranks' different experts would be mixed."""
-    assert all("cut for another number of ranks" in rank["mixed"] for rank in ranks[1])
+    """Trap 2, the cure taken away: DeepSpeed mixes two ranks' different experts; the adapter refuses its partition."""
+    for rank, seen in enumerate(ranks[1]):
+        assert (seen["of all"], seen["of one"]) == ({0.0, 1.0}, {float(rank)})
+        assert "cut for another number of ranks" in seen["refused"]
 
 
 @pytest.mark.parametrize("overrides", [[], [DP2, "layout.zero=false"]])
