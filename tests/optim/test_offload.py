@@ -23,7 +23,7 @@ from train.optim import offload
 from train.optim.config import OptimConfig
 from train.trainer import Trainer
 
-SHORT = ["schedule.total_tokens=512", "checkpoint.every_steps=2", "schedule.lr_peak=0.02", "schedule.warmup_steps=1"]
+SHORT = ["schedule.total_tokens=512", "checkpoint.every_steps=2", "schedule.lr_peak=0.02", "schedule.warmup_steps=0"]
 STEP_2 = "checkpoints/step_00000002"
 
 

@@ -33,7 +33,7 @@ from train.optim import deepspeed_backend
 from train.trainer import Trainer
 
 BACKENDS = ("native", "deepspeed")
-SHORT = ["schedule.total_tokens=512", "checkpoint.every_steps=2", "schedule.lr_peak=0.02", "schedule.warmup_steps=1"]
+SHORT = ["schedule.total_tokens=512", "checkpoint.every_steps=2", "schedule.lr_peak=0.02", "schedule.warmup_steps=0"]
 DP2, EP2 = "layout.dp=2", "layout.ep=2"
 CLIP_NORM = 0.5
 THREE_STEPS = "schedule.total_tokens=384"
@@ -223,8 +223,8 @@ def test_weights_written_without_a_new_version_leave_stale_fp8_copies(ranks: tup
     """Trap 1, the cure taken away: the first step is right, the later ones use the weights from before it."""
     truth, stale = (logged(ranks[0] / name) for name in (run_name(CLIPPED, "native"), "stale"))
     assert stale[1] == truth[1]
-    # Measured 7.6e-3; the BF16 weights (embedding, head, norms, router) are new.
-    assert abs(stale[4][0] - truth[4][0]) > 1e-3
+    # Measured 2.0e-2; the BF16 weights (embedding, head, norms, router) are new.
+    assert abs(stale[4][0] - truth[4][0]) > 1e-2
     assert all(rank["stale"] > 0 for rank in ranks[1])
 
 
