@@ -186,6 +186,14 @@ def cpu_group(*, timeout_s: int = TIMEOUT_S) -> dist.ProcessGroup | None:
     return group
 
 
+def group_of_one() -> dist.ProcessGroup:
+    """A group of this rank alone, for a library that takes None for all ranks; no other rank takes part."""
+    group: dist.ProcessGroup = dist.new_group(
+        [dist.get_rank()], use_local_synchronization=True, group_desc="group_of_one"
+    )
+    return group
+
+
 def init_processes(
     *, rank: int, world: int, backend: Literal["gloo", "nccl", "fake"], store: Store | None, timeout_s: int = TIMEOUT_S
 ) -> None:

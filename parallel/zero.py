@@ -22,7 +22,7 @@ multiple of ALIGNMENT in its bucket and a bucket's length is a multiple of ALIGN
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,10 @@ _GATHERS_IN_FLIGHT = 2
 # torch 2.13 renames the two calls and deprecates the names that torch 2.11 has.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+# What updates one parameter shard: name, and where its new weights are to be written, [elements] of any dtype.
+WeightUpdate = Callable[[str, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,8 @@ class GradientBuckets:
         self._tied, self._counts_in_norm = tied, counts_in_norm
         self.parameters = _unique(named_params)
         sizes = [(name, parameter.numel(), parameter.dtype) for name, parameter in self.parameters.items()]
-        self._buckets = [*map(self._allocate, plan_buckets(sizes, shards=axis.size, bucket_bytes=bucket_bytes))]
+        plans = plan_buckets(sizes, shards=axis.size, bucket_bytes=bucket_bytes)
+        self._buckets = [*map(self._bucket, plans, self.allocate(plans))]
         self._shards = {shard.name: shard for bucket in self._buckets for shard in self._cut(bucket)}
         # Two roads lead into `main_grad`. Matrices (linears, router, embedding) are added in FP32 by the wgrad closures
         # (`kernels.deferred.accumulate_grad`). Norm gains come out of autograd as `.grad`; this hook moves it over as
@@ -148,9 +153,19 @@ class GradientBuckets:
         for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(_move_into_main_grad)
 
-    def _allocate(self, plan: BucketPlan) -> _Bucket:
+    def allocate(self, plans: Sequence[BucketPlan]) -> Sequence[Tensor]:
+        """The gradients of each bucket, zero; called once, by the constructor."""
+        devices = [self.parameters[plan.ranges[0].name].device for plan in plans]
+        return [torch.zeros(p.numel, dtype=torch.float32, device=d) for p, d in zip(plans, devices, strict=True)]
+
+    def master(self, held: ParameterShard) -> Tensor:
+        """[elements] fp32, the weights that the optimizer moves; of an FP32 parameter a view, else a copy."""
+        start = held.shard.offsets[0]
+        weights = held.parameter.detach().view(-1)[start : start + held.shard.numel]
+        return weights if weights.dtype == torch.float32 else weights.to(torch.float32)
+
+    def _bucket(self, plan: BucketPlan, grads: Tensor) -> _Bucket:
         parameters = tuple(self.parameters[each.name] for each in plan.ranges)
-        grads = torch.zeros(plan.numel, dtype=torch.float32, device=parameters[0].device)
         for each, parameter in zip(plan.ranges, parameters, strict=True):
             assert parameter.is_contiguous(), f"{each.name} is not contiguous: its flat view would be a copy"
             main_grad = grads[each.start : each.start + each.numel].view(parameter.shape)
@@ -249,33 +264,29 @@ class GradientBuckets:
             torch._foreach_mul_(owned, factor)
 
     @torch.no_grad()
-    def gather(self, values: Mapping[str, Tensor]) -> None:
-        """Give every rank of the axis the new weights.
-
-        Args:
-            values: name -> [elements] fp32 of each of `parameter_shards()`; may be a view of the parameter.
-        """
+    def gather(self, update: WeightUpdate) -> None:
+        """Make the new weights, each of `parameter_shards()` in order, and give them to every rank of the axis."""
         # Weights are written by `copy_`, which raises the parameter's version: that makes cached FP8 copies stale.
         if not self.sharded or self.axis.size == 1:
             for name, shard in self._shards.items():
-                shard.parameter.copy_(values[name].view(shard.parameter.shape))
+                update(name, shard.parameter.detach().view(-1))
             return
         in_flight: deque[tuple[_Bucket, Tensor, dist.Work]] = deque()
         for bucket in self._buckets:
-            in_flight.append(self._start_gather(bucket, values))
+            in_flight.append(self._start_gather(bucket, update))
             if len(in_flight) == _GATHERS_IN_FLIGHT:
                 _finish_gather(*in_flight.popleft())
         while in_flight:
             _finish_gather(*in_flight.popleft())
 
-    def _start_gather(self, bucket: _Bucket, values: Mapping[str, Tensor]) -> tuple[_Bucket, Tensor, dist.Work]:
+    def _start_gather(self, bucket: _Bucket, update: WeightUpdate) -> tuple[_Bucket, Tensor, dist.Work]:
         weights = torch.empty(bucket.plan.numel, dtype=bucket.plan.dtype, device=bucket.grads.device)
         for each in bucket.plan.ranges:
             if each.name in self._shards:
                 shard = self._shards[each.name].shard
                 first = each.start + shard.offsets[0]
-                # Rounds FP32 masters to the weights' dtype before they travel.
-                weights[first : first + shard.numel].copy_(values[each.name])
+                # Rounded to the weights' dtype before they travel.
+                update(each.name, weights[first : first + shard.numel])
         own = weights[bucket.shard_start : bucket.shard_start + bucket.shard.numel()]
         work = _all_gather(weights, own, group=self.axis.group, async_op=True)
         return bucket, weights, work

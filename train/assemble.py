@@ -11,6 +11,7 @@ before the model is allocated.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,6 +35,7 @@ from train.model.te_linear import require_te
 from train.model.transformer import Transformer, recompute_up_projections
 from train.optim.adamw import AdamW
 from train.optim.config import OptimConfig
+from train.optim.deepspeed_backend import DeepSpeedBuckets, check_installed
 from train.optim.ema import Ema
 from train.run_directory import CHECKPOINTS, run_directory
 from train.stage import Stage, build_stages, expert_shards
@@ -42,6 +44,7 @@ from train.step import Engine
 if TYPE_CHECKING:
     from train.huggingface.weights import WeightSource
 
+BUCKETS = {"native": GradientBuckets, "deepspeed": DeepSpeedBuckets}
 # Of a save: a rank that has written waits for the slowest one.
 SAVE_TIMEOUT_S = 3600
 
@@ -130,8 +133,11 @@ def open_resources(config: PretrainConfig) -> Resources:
     """The stores and the source of the first weights.
 
     Raises:
-        ValueError: one of them is missing here, or does not fit the configuration; says what to do.
+        ValueError: one of them, or DeepSpeed where it is asked for, is missing here, or does not fit the configuration;
+            says what to do.
     """
+    if config.optim.backend == "deepspeed":
+        check_installed()
     source = first_weights(config)
     return Resources(open_stores(config.data, vocab_size=config.model.vocab_size, seed=config.run.seed), source)
 
@@ -152,13 +158,11 @@ def build_optimizer(models: list[Transformer], config: OptimConfig, mesh: Mesh) 
                 tied[name] = parameter
             else:
                 dense[name] = parameter
-    sharded = mesh.layout.zero
+    made_of = partial(BUCKETS[config.backend], sharded=mesh.layout.zero)
     buckets = [
-        GradientBuckets(dense.items(), axis=mesh.dp, sharded=sharded),
-        GradientBuckets(experts.items(), axis=mesh.edp, sharded=sharded),
-        GradientBuckets(
-            tied.items(), axis=mesh.dp, sharded=sharded, tied=mesh.tied, counts_in_norm=mesh.tied.rank == 0
-        ),
+        made_of(dense.items(), axis=mesh.dp),
+        made_of(experts.items(), axis=mesh.edp),
+        made_of(tied.items(), axis=mesh.dp, tied=mesh.tied, counts_in_norm=mesh.tied.rank == 0),
     ]
     return AdamW(buckets, config, flat_shards)
 

@@ -107,10 +107,19 @@ class PretrainConfig:
         self._check_budget()
         check_layout(self.layout, self.workload)
         self._check_transformer_engine()
+        self._check_backend()
         if self.data.heldout is None and self.run.eval_every_steps:
             raise ConfigError(
                 f"run.eval_every_steps={self.run.eval_every_steps} asks for scores but data.heldout is null: "
                 "name a held-out store, or set run.eval_every_steps=0"
+            )
+
+    def _check_backend(self) -> None:
+        if self.optim.backend == "deepspeed" and not (self.layout.zero and self.layout.world > 1):
+            what = f"layout.zero={str(self.layout.zero).lower()} on {self.layout.world} rank(s)"
+            raise ConfigError(
+                f"optim.backend=deepspeed shards its state over two ranks or more, but this is {what}: use "
+                "layout.zero=true with layout.dp=2 or more, or optim.backend=native"
             )
 
     def _check_sequence(self) -> None:

@@ -149,8 +149,11 @@ def life_without(rank: int, world: int, config: PretrainConfig, windows: list[li
 
 
 @pytest.mark.long
-def test_two_ranks_go_back_together(composed: Callable[..., PretrainConfig], tmp_path: Path) -> None:
-    config = composed("layout.dp=2", "layout.ep=2")
+@pytest.mark.parametrize("changes", [(), ("optim.backend=deepspeed", "precision=fp8")])
+def test_two_ranks_go_back_together(
+    composed: Callable[..., PretrainConfig], tmp_path: Path, changes: tuple[str, ...]
+) -> None:
+    config = composed("layout.dp=2", "layout.ep=2", *changes)
     looks = run_ranks(2, life_with_a_fault, config)
     (rollback,) = events_of(tmp_path / "run", "rollback")
     reference = run_ranks(2, life_without, config, rollback["dropped_positions"])

@@ -14,9 +14,10 @@ ranks had cut it. Shapes: all companions are [elements], as long as their shard.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from kernels.quantize import dequantize_tiles, quantize_tiles
 from parallel.shards import LocalShard, Shard
 from parallel.zero import GradientBuckets, ParameterShard
 from train.optim.config import MOMENT_DTYPES, OptimConfig
+from train.optim.offload import Segment, Staging, on_host, segments
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -55,6 +57,10 @@ class _State:
     exp_avg: Tensor
     exp_avg_sq: Tensor
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.master, self.exp_avg, self.exp_avg_sq
+
 
 class AdamW:
     """AdamW over what this rank updates of gradient buckets; owns masters and moments.
@@ -72,29 +78,51 @@ class AdamW:
         names = Counter(name for bucket in self.buckets for name in bucket.parameters)
         if name := next((name for name, count in names.items() if count > 1), None):
             raise ValueError(f"parameter name {name!r} appears twice; give each parameter its own name")
-        self._states = {held.name: self._adopt(held) for bucket in self.buckets for held in bucket.parameter_shards()}
+        self._states = {
+            held.name: self._adopt(held, bucket.master(held))
+            for bucket in self.buckets
+            for held in bucket.parameter_shards()
+        }
+        self.staging: Staging | None = None
+        self._segments: dict[str, list[Segment]] = {}
+        if config.offload == "cpu" and self._states:
+            self._segments = {name: [*segments(state.tensors)] for name, state in self._states.items()}
+            device = next(iter(self._states.values())).held.grad.device
+            self.staging = Staging(device, self._segments.values())
 
-    def _adopt(self, held: ParameterShard) -> _State:
-        start = held.shard.offsets[0]
-        weights = held.parameter.detach().view(-1)[start : start + held.shard.numel]
-        master = weights if weights.dtype == torch.float32 else weights.to(torch.float32)
+    def _adopt(self, held: ParameterShard, master: Tensor) -> _State:
         dtype = MOMENT_DTYPES[self.config.moments_dtype]
-        return _State(held, master, torch.zeros_like(master, dtype=dtype), torch.zeros_like(master, dtype=dtype))
+        moments = (torch.zeros_like(master, dtype=dtype) for _ in range(2))
+        if self.config.offload == "none":
+            return _State(held, master, *moments)
+        # An FP32 parameter is its own master and stays where it is.
+        is_own = held.parameter.dtype == torch.float32
+        return _State(held, master if is_own else on_host(master), *map(on_host, moments))
 
     @torch.no_grad()
     def step(self, *, lr: float, step: int) -> None:
         """Update this rank's masters, then give the new weights to all ranks; `step` counts from 1."""
         assert step >= 1, f"updates are counted from 1, got step {step}"
-        update = partial(adamw_update, lr=lr, betas=self.config.betas, eps=self.config.eps, step=step)
+        passing = None if self.staging is None else self.staging.passing(self._segments.values())
         for bucket in self.buckets:
-            states = {held.name: self._states[held.name] for held in bucket.parameter_shards()}
-            for name, state in states.items():
-                weight_decay = self.config.weight_decay if decays(name, state.held.parameter) else 0.0
-                update(state.master, state.held.grad, state.exp_avg, state.exp_avg_sq, weight_decay=weight_decay)
-                if self.config.moments_dtype == "fp8":
-                    round_to_fp8(state.exp_avg)
-                    round_to_fp8(state.exp_avg_sq)
-            bucket.gather({name: state.master for name, state in states.items()})
+            bucket.gather(partial(self._update, lr=lr, step=step, passing=passing))
+        assert passing is None or next(passing, None) is None, "a segment was not updated"
+
+    def _update(
+        self, name: str, new_weights: Tensor, *, lr: float, step: int, passing: Iterator[Segment] | None
+    ) -> None:
+        """Move master and moments of one shard; its new weights are written rounded."""
+        state, config = self._states[name], self.config
+        weight_decay = config.weight_decay if decays(name, state.held.parameter) else 0.0
+        update = partial(adamw_update, lr=lr, betas=config.betas, eps=config.eps, weight_decay=weight_decay, step=step)
+        whole = [Segment(0, len(new_weights), state.tensors)]
+        for segment in whole if passing is None else islice(passing, len(self._segments[name])):
+            master, exp_avg, exp_avg_sq = segment.tensors
+            update(master, state.held.grad[segment.start : segment.stop], exp_avg, exp_avg_sq)
+            if config.moments_dtype == "fp8":
+                round_to_fp8(exp_avg)
+                round_to_fp8(exp_avg_sq)
+            new_weights[segment.start : segment.stop].copy_(master)
 
     def zero_grad(self) -> None:
         """Set every `main_grad` to zero in place and drop what autograd may have left in `.grad`."""
@@ -107,6 +135,7 @@ class AdamW:
         'exp_avg.<name>', 'exp_avg_sq.<name>', and 'master.<name>' where the master is a tensor of its own (an FP32
         parameter is its own master and travels with the model); each a shard of the flattened global parameter.
         """
+        self._wait_for_host()
         shards: dict[str, LocalShard] = {}
         for name, state in self._states.items():
             if state.held.parameter.dtype != torch.float32:
@@ -117,7 +146,12 @@ class AdamW:
 
     def masters(self) -> dict[str, LocalShard]:
         """The FP32 weights that this rank updates, live, by parameter name; FP32 parameters included."""
+        self._wait_for_host()
         return {name: self._local_shard(state, state.master) for name, state in self._states.items()}
+
+    def _wait_for_host(self) -> None:
+        if self.staging is not None:
+            self.staging.wait()
 
     def _local_shard(self, state: _State, tensor: Tensor) -> LocalShard:
         whole = Shard.whole((state.held.parameter.numel(),))

@@ -6,6 +6,7 @@ A file of its own: the configuration of a run is read without the machinery of m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -23,6 +24,8 @@ class OptimConfig:
     clip_norm: float = 1.0  # the global gradient norm is clipped to this
     moments_dtype: str = "bf16"  # storage of both moments (§3.3.3); a key of `MOMENT_DTYPES`, docs/numerics.md
     ema_decay: float | None = None  # moving average of the weights in CPU memory (`train/optim/ema.py`); None for none
+    backend: Literal["native", "deepspeed"] = "native"  # who keeps weights, gradients and masters in flat memory
+    offload: Literal["none", "cpu"] = "none"  # cpu: masters and moments in host memory (`train/optim/offload.py`)
 
     def __post_init__(self) -> None:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
@@ -35,6 +38,13 @@ class OptimConfig:
             raise ValueError(f"optim.clip_norm = {self.clip_norm} must be above 0; the report uses 1.0")
         if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"optim.ema_decay = {self.ema_decay} must be in [0, 1); use 0.999, or null for none")
+        if self.offload == "cpu" and (self.backend, self.ema_decay) != ("native", None):
+            key = "backend" if self.backend != "native" else "ema_decay"
+            why = "DeepSpeed keeps its masters on the device" if key == "backend" else "the average follows those there"
+            raise ValueError(
+                f"optim.offload=cpu takes masters off the device, but optim.{key} = {getattr(self, key)} needs them "
+                f"({why}): use optim.offload=none, or leave optim.{key} out"
+            )
         if self.moments_dtype not in MOMENT_DTYPES:
             raise ValueError(
                 f"optim.moments_dtype = {self.moments_dtype!r} is unknown; use one of {sorted(MOMENT_DTYPES)}"

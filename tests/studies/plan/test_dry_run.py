@@ -79,6 +79,18 @@ def plan(config: PretrainConfig, *, rank: int, num_micro_batches: int, known: An
         dist.destroy_process_group()
 
 
+def test_an_offloaded_state_is_in_host_memory_but_for_two_buffers() -> None:
+    config = small()
+    on_device, _ = plan(config, rank=0, num_micro_batches=1)
+    offloaded, _ = plan(replace(config, optim=replace(config.optim, offload="cpu")), rank=0, num_micro_batches=1)
+    # Two buffers of the longest parameter, the experts' first matrices, with master and BF16 moments.
+    model = config.model
+    staging = 2 * model.n_routed_experts * 2 * model.moe_intermediate_size * model.hidden_size * (4 + 2 + 2)
+    expected = replace(on_device, masters=0, moments=0, staging=staging, host=on_device.masters + on_device.moments)
+    assert offloaded == expected
+    assert on_device.total - offloaded.total == expected.host - staging
+
+
 STATE_ROWS = {
     "weights": "weights",
     "FP8 copies of weights": "fp8_copies",

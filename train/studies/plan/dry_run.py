@@ -240,6 +240,7 @@ def _memory_table(memory: Memory) -> list[str]:
         ("FP32 gradients", memory.gradients),
         ("FP32 masters, this rank's share", memory.masters),
         ("moments, this rank's share", memory.moments),
+        *([("buffers of the offloaded state", memory.staging)] if memory.host else []),
         ("activations at the schedule's peak", memory.held),
         ("temporaries above that, dispatch buffers apart", memory.transient - memory.dispatch),
         ("dispatch buffers", memory.dispatch),
@@ -247,7 +248,9 @@ def _memory_table(memory: Memory) -> list[str]:
     ]
     left = DEVICE_GB - memory.total / GB
     verdict = f"fits {DEVICE_GB:.0f} GB, {left:.1f} GB left" if left >= 0 else f"does not fit: {-left:.1f} GB too much"
-    return [*(f"{name:<48}{size(num_bytes):>12}" for name, num_bytes in rows), verdict]
+    host = [("host memory: masters and moments, pinned", memory.host)] if memory.host else []
+    lines = [f"{name:<48}{size(num_bytes):>12}" for name, num_bytes in (*rows, *host)]
+    return [*lines[: len(rows)], verdict, *lines[len(rows) :]]
 
 
 def _ramp_table(points: list[RampPoint]) -> list[str]:

@@ -35,7 +35,8 @@ class Memory:
     """Bytes of one rank.
 
     held: kept for backward at the schedule's peak. transient: above that, for a moment. dispatch: buffers of one
-    exchange of a MoE layer, counted in transient too.
+    exchange of a MoE layer, counted in transient too. With `optim.offload=cpu`, host: masters and moments, not in the
+    total; staging: the buffers on the device through which they pass.
     """
 
     weights: int
@@ -46,11 +47,13 @@ class Memory:
     held: int
     transient: int
     dispatch: int
+    staging: int = 0
+    host: int = 0
 
     @property
     def state(self) -> int:
         """What is there between steps."""
-        return self.weights + self.fp8_copies + self.gradients + self.masters + self.moments
+        return self.weights + self.fp8_copies + self.gradients + self.masters + self.moments + self.staging
 
     @property
     def total(self) -> int:
@@ -82,8 +85,8 @@ def measure(
         for stage in stages.values():
             if config.run.recompute:
                 recompute_up_projections(stage.model)
-        # The moving average is stored in CPU memory and not counted.
-        engine = assemble(stages, replace(config.optim, ema_decay=None), mesh)
+        # The moving average is stored in CPU memory and not counted; DeepSpeed's flat memory is as large as ours.
+        engine = assemble(stages, replace(config.optim, ema_decay=None, backend="native"), mesh)
         state = live.now
         gradients = sum(bucket.grad_bytes for bucket in engine.optimizer.buckets)
         optimizer = engine.optimizer.state_shards()
@@ -93,29 +96,35 @@ def measure(
         stood_in = step.replace_stages(live, traffic, known) if known is not None and mesh.pp.size > 1 else []
         live.peak = live.now
         held = step.run(live)
+        staging = engine.optimizer.staging.num_bytes if engine.optimizer.staging else 0
+        host = masters + moments if engine.optimizer.staging else 0
         parameters = [parameter for model in engine.models for parameter in model.parameters()]
         copies = storage_bytes(tensor for parameter in parameters for tensor in fp8_copy(parameter))
         if stood_in:
             copies = sum(found.fp8_copies for found in stood_in)
         peak = live.peak
     return Memory(
-        weights=state - gradients - masters - moments,
+        weights=state - gradients - masters - moments - staging,
         fp8_copies=copies,
         gradients=gradients,
-        masters=masters,
-        moments=moments,
+        masters=0 if host else masters,
+        moments=0 if host else moments,
         held=held - state - copies,
         transient=peak - held,
         dispatch=max((found.exchange for found in stood_in), default=traffic.largest_exchange),
+        staging=staging,
+        host=host,
     )
 
 
 def share_bytes(config: PretrainConfig, mesh: Mesh) -> list[int]:
-    """Bytes of masters and moments on each data rank of this pipeline rank; they differ by padding."""
+    """Bytes of masters and moments on each data rank's device, for this pipeline rank; they differ by padding."""
+    if config.optim.offload == "cpu":
+        return [0] * config.layout.dp
     layout, moment = config.layout, MOMENT_DTYPES[config.optim.moments_dtype].itemsize
     with FakeTensorMode():
         models = [stage.model for stage in build_stages(config.model, config.precision, mesh).values()]
-        buckets = build_optimizer(models, config.optim, mesh).buckets
+        buckets = build_optimizer(models, replace(config.optim, backend="native"), mesh).buckets
     shares = [0] * layout.dp
     for dp_rank in range(layout.dp):
         for bucket in buckets:
