@@ -323,6 +323,15 @@ def test_no_file_is_in_both_stores(tmp_path: Path, files: list[int], share: floa
     assert made.split == f"held out: {said}"
 
 
+def test_a_split_that_holds_out_more_than_it_leaves_is_refused(tmp_path: Path) -> None:
+    for name, count in (("test", 1), ("train", 9)):
+        lines = (json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(count))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    with pytest.raises(ValueError, match=r"9 of 10 documents: held out would be 90.0%, not 10.0%; give --heldout 0, "):
+        prepare(Recipe(source=str(tmp_path), vocab_size=270), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_store_of_paragraphs_made_before_is_reused_by_asking_for_them(tmp_path: Path) -> None:
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()

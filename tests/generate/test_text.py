@@ -199,6 +199,8 @@ def test_prompts_come_from_a_pipe_where_nothing_else_is_given(tmp_path: Path) ->
     assert text.read_prompts([], None, pipe()) == lines
     assert text.read_prompts(["zero"], dash, pipe()) == ["zero", *lines]
     assert text.read_prompts(["zero"], None, pipe()) == ["zero"]
+    # `echo` after a command that ended its line.
+    assert text.read_prompts([], None, io.BytesIO(b"a\n\n")) == ["a"]
     assert text.read_prompts([], None, io.BytesIO()) == [""]
     for file, stream, message in [(dash, io.BytesIO(), "- is empty|pipe is empty"), (dash, None, "there is none")]:
         with pytest.raises(ValueError, match=message):

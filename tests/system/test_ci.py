@@ -26,7 +26,7 @@ from train.studies.gpu_sections import PARTS, Section, Status
 
 ROOT = Path(__file__).resolve().parents[2]
 GREEN: dict[str, Section] = dict.fromkeys(PARTS, Section("green")) | {
-    "te": Section("left out", "not installed, skipped")
+    "te": Section("left out", "transformer-engine not installed, skipped")
 }
 
 
@@ -58,7 +58,7 @@ def ci_gpu(tmp_path: Path, text: str | None, *, status: int = 0) -> subprocess.C
 def test_a_green_report_passes_and_says_what_was_left_out(tmp_path: Path) -> None:
     done = ci_gpu(tmp_path, report(tmp_path, GREEN))
     assert done.returncode == 0, done.stderr
-    assert "gpu: parity te: left out, not installed, skipped" in done.stdout
+    assert "gpu: parity te: left out, transformer-engine not installed, skipped" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("gpu: green, ")
 
 
@@ -71,6 +71,7 @@ def test_a_green_report_passes_and_says_what_was_left_out(tmp_path: Path) -> Non
         # For a person at a machine without pytest a note; for CI a suite that did not run.
         ("tests", "left out", "parity tests: left out, planted"),
         ("te", "red", "parity te: red, planted"),
+        ("te", "left out", "parity te: left out, planted"),
     ],
 )
 def test_a_part_that_is_red_or_did_not_run_fails(tmp_path: Path, part: str, status: Status, words: str) -> None:

@@ -169,6 +169,12 @@ def _split(recipe: Recipe, documents: Documents) -> _Split:
         return _Split(int(with_text[-wanted]), f"held out: the last {wanted} of {where} {total} documents")
     # The nearest to what was asked for; of two equally near the smaller.
     start = min(cuts, key=lambda start: (abs(cuts[start] - wanted), cuts[start]))
+    if 2 * cuts[start] > total and cuts[start] > wanted:
+        raise ValueError(
+            f"source: files are kept whole, and of {recipe.source} the last has {cuts[start]} of {total} documents: "
+            f"held out would be {cuts[start] / total:.1%}, not {recipe.heldout:.1%}; give --heldout 0, one file, or "
+            "files of more even size"
+        )
     files = sum(other >= start for other in documents.file_starts)
     return _Split(
         start,

@@ -47,7 +47,7 @@ class GenerationSettings:
         for stop in self.stops:
             if not stop:
                 raise ValueError("--stop is empty, so nothing would be written: give the text before which to end")
-            check_utf8("--stop", stop)
+            check_utf8("--stop", stop, "give it as UTF-8")
 
     def requests(self, prompts: Sequence[Sequence[int]]) -> list[GenerationRequest]:
         """One request per prompt, given as tokens."""
@@ -148,10 +148,10 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
-def check_utf8(flag: str, text: str) -> None:
+def check_utf8(flag: str, text: str, cure: str) -> None:
     """Raise ValueError for bytes of the command line that are no text."""
     if text.encode(errors="replace").decode() != text:
-        raise ValueError(f"{flag} {text!a} is not UTF-8 text; put it into a file and give --prompts-file")
+        raise ValueError(f"{flag} {text!a} is not UTF-8 text; {cure}")
 
 
 def read_prompts(given: Sequence[str], file: Path | None, pipe: BinaryIO | None = None) -> list[str]:
@@ -160,7 +160,7 @@ def read_prompts(given: Sequence[str], file: Path | None, pipe: BinaryIO | None 
     Without any, or with a pipe that is empty, the empty prompt.
     """
     for text in given:
-        check_utf8("--prompt", text)
+        check_utf8("--prompt", text, "put it into a file and give --prompts-file")
     named = file is not None
     if file == Path("-"):
         file = None
@@ -177,7 +177,9 @@ def read_prompts(given: Sequence[str], file: Path | None, pipe: BinaryIO | None 
         content = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompts-file: {name} cannot be read as UTF-8 text ({error}); one prompt a line") from None
-    lines = content.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    content = content.replace("\r\n", "\n")
+    # Of a pipe, empty lines at the end come from the command before it.
+    lines = (content.removesuffix("\n") if file is not None else content.rstrip("\n")).split("\n")
     if named and not content:
         raise ValueError(f"prompts-file: {name} is empty; put one prompt on a line")
     return [*given, *lines]
