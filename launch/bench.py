@@ -2,7 +2,7 @@
 
 Without a subcommand: the table of kernels against their peers, on a CUDA GPU when there is one. `layer`: MoE blocks of
 DeepSeek-V3 at full width, forward and backward, which needs a CUDA GPU (`--tiny`: a tiny one on whatever there is).
-Parity is checked before anything is timed; the exit status is 1 when a check is red.
+Parity is checked before anything is timed; the exit status is 1 when a check is red, 2 when there is no such case.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from train.studies.bench import table as bench_table
 
 def kernels(arguments: argparse.Namespace, device: torch.device) -> int:
     """Measure and print; 1 where a parity check is red."""
-    chosen = [case for case in bench_rows.cases() if arguments.only in (None, case.name)]
+    try:
+        chosen = bench_rows.chosen(arguments.only)
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
     rows = bench_table.run(chosen, device, clock=bench_rows.clock_of(device))
     print(bench_table.render(rows, device))
     if arguments.csv is not None:
@@ -45,9 +49,10 @@ def layer(arguments: argparse.Namespace, device: torch.device) -> int:
 
 def main() -> int:
     """Choose the bench."""
-    names = [case.name for case in bench_rows.cases()]
+    names = ", ".join(case.name for case in bench_rows.cases())
+    files = ", ".join(bench_rows.ROWS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="NAME", choices=names, help="measure one entry; one of: " + ", ".join(names))
+    parser.add_argument("--only", metavar="NAME", help=f"one case ({names}) or all cases of one kernel file ({files})")
     parser.add_argument("--csv", metavar="PATH", type=Path, help="also write the rows to this file")
     benches = parser.add_subparsers(dest="bench", metavar="layer", help="MoE blocks instead of single kernels")
     benches.add_parser("layer").add_argument("--tiny", action="store_true", help="small sizes, on a CPU too")

@@ -389,6 +389,28 @@ def test_every_test_that_a_document_names_exists() -> None:
     none_of(offenders, "the promise has lost its test")
 
 
+def names_in(path: Path) -> set[str]:
+    """Every identifier and every whole text constant of a Python file."""
+    fields = ("name", "id", "arg", "attr", "value")
+    found = {getattr(node, field, None) for node in ast.walk(tree(path)) for field in fields}
+    return {each for each in found if isinstance(each, str)}
+
+
+def test_a_guide_shows_the_code_as_it_is() -> None:
+    """docs/add_*.md: a name in backticks and a Python excerpt are in one of the files that the page names."""
+    offenders = []
+    for guide in (ROOT / "docs").glob("add_*.md"):
+        text = guide.read_text()
+        files = [ROOT / name for _, name in named_paths(guide) if name.endswith(".py") and (ROOT / name).is_file()]
+        code, known = "\n".join(path.read_text() for path in files), set().union(*map(names_in, files))
+        excerpts = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+        offenders += [f"{place(guide)}: {each}" for each in excerpts if each not in code]
+        prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+        spans = re.findall(r"`([A-Za-z_][\w.]*)`", prose)
+        offenders += [f"{place(guide)}: {name}" for name in spans if not set(name.split(".")) <= known]
+    none_of(offenders, "the guide shows what is not there: mend it")
+
+
 def pins() -> dict[str, str]:
     """Package -> exact version, from requirements/."""
     found: dict[str, str] = {}
@@ -456,6 +478,8 @@ OFFENCES = [
     (test_no_file_names_a_folder_of_one_machine, "configs/a.yaml", "store: /" + "home/me/text\n"),
     (test_every_file_that_a_text_names_exists, "docs/a.md", "See `train/" + "gone.py`.\n"),
     (test_every_file_that_a_text_names_exists, "docs/a.md", "[there](gone.md)\n"),
+    (test_a_guide_shows_the_code_as_it_is, "docs/add_a.md", "`gone`\n"),
+    (test_a_guide_shows_the_code_as_it_is, "docs/add_a.md", "```python\ngone = 1\n```\n"),
     (test_every_test_that_a_document_names_exists, "docs/a.md", "tests/" + "gone.py::test_x\n"),
 ]
 

@@ -238,8 +238,10 @@ def kernel_benches(options: Options, budget_s: float) -> Section:
     for row in found:
         parity = ("RED " if row["name"] in red else "") + _shown(row["parity_error"], ".1e")
         rates = (_shown(row["speedup"], ".2f"), _shown(row["tflop_per_s"]), _shown(row["gbyte_per_s"]))
-        cells.append((row["name"], row["peer_name"], parity, _shown(row["time_us"]), *rates))
-    markdown = table(("kernel", "peer", "parity", "us", "peer time / ours", "TFLOP/s", "GB/s"), cells)
+        bound = _shown(row["tolerance"], ".1e")
+        cells.append((row["name"], row["peer_name"], parity, bound, _shown(row["time_us"]), *rates))
+    markdown = table(("case", "peer", "parity", "bound", "us", "ours/peer", "TFLOP/s", "GB/s"), cells)
+    markdown += "\n\n" + "\n".join(f"- {line}" for line in bench_table.LEGEND)
     markdown += f"\n\nNot measured, the budget was spent: {', '.join(late)}." if late else ""
     data = {"rows": found, "not_measured": late}
     return Section(verdict(not red), f"parity is red: {', '.join(red)}" if red else "", data, markdown)

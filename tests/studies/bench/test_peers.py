@@ -39,7 +39,7 @@ KINDS = ("fprop", "dgrad", "wgrad", "grouped fprop", "grouped dgrad", "grouped w
 
 def few(*kinds: str) -> list[Case]:
     """The last case of each kind, of wgrads the last with += and the last with =; grouped ones are uneven."""
-    found = {(case.kind, case.name.endswith("+=")): case for case in bench_peers.cases(small=True)}
+    found = {(case.kind, case.name.endswith("accumulate")): case for case in bench_peers.cases(small=True)}
     return [case for (kind, _), case in found.items() if kind in kinds]
 
 
@@ -105,16 +105,16 @@ def test_shapes_are_those_of_deepseek_v3() -> None:
     names = [shape.name for shape in shapes]
     assert len(set(names)) == len(names) == 8 + 8 + 16 + 6 + 6 + 12
     for name in (
-        "fprop M4096 N2112 K7168",
-        "fprop M4096 N32768 K512",
-        "dgrad M4096 N512 K32768",
-        "dgrad M4096 N7168 K36864",
-        "wgrad M36864 N7168 K4096 =",
-        "wgrad M7168 N18432 K4096 +=",
-        "grouped fprop G4 M32768 N4096 K7168",
-        "grouped dgrad G32 M32768 N2048 K7168",
-        "grouped wgrad G32 M7168 N2048 K32768 +=",
-        "grouped fprop G8 uneven M32768 N7168 K2048",
+        "fprop_M4096_N2112_K7168",
+        "fprop_M4096_N32768_K512",
+        "dgrad_M4096_N512_K32768",
+        "dgrad_M4096_N7168_K36864",
+        "wgrad_M36864_N7168_K4096_overwrite",
+        "wgrad_M7168_N18432_K4096_accumulate",
+        "grouped_fprop_G4_M32768_N4096_K7168",
+        "grouped_dgrad_G32_M32768_N2048_K7168",
+        "grouped_wgrad_G32_M7168_N2048_K32768_accumulate",
+        "grouped_fprop_G8_uneven_M32768_N7168_K2048",
     ):
         assert name in names
     for shape in [*shapes, *bench_cases.shapes(small=True)]:
@@ -173,7 +173,7 @@ def test_a_wrong_operator_of_ours_is_red_and_fails_the_build(monkeypatch: pytest
     found = list(measured("fprop", "wgrad").values())
     red = bench_table.red(found)
     # Of wgrad only the case that is to add: forgetting it leaves `=` right.
-    assert [row.case[-2:] if row.kind == "wgrad" else row.kind for row in red] == ["fprop", "+="]
+    assert [row.case.split("_")[-1] if row.kind == "wgrad" else row.kind for row in red] == ["fprop", "accumulate"]
     assert all(row.time_us is None for row in red)
     timed = [row for row in found if "BF16" in row.candidate]
     assert all(row.time_us is not None for row in timed)
@@ -222,7 +222,7 @@ def test_an_empty_group_that_is_not_written_is_red(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(bench_peers, "grouped_gemm_tile_tile", skipping)
     (red,) = bench_table.red(list(measured("grouped wgrad").values()))
-    assert red.case.endswith(" =")
+    assert red.case.endswith("overwrite")
     assert math.isnan(red.parity_error or 0.0)
     json.dumps(bench_table.records([red]), allow_nan=False)
 
@@ -274,11 +274,11 @@ def test_markdown_holds_every_row_and_the_medians(rows: list[Row]) -> None:
     lines = text.splitlines()
     for row in rows:
         assert len([line for line in lines if line.startswith(f"| {row.case} | {row.candidate} |")]) == 1
-    assert all(line.count(" | ") == 8 for line in lines if line.startswith("| "))
+    assert all(line.count(" | ") == 9 for line in lines if line.startswith("| "))
     assert [line[4:] for line in lines if line.startswith("###")] == list(dict.fromkeys(row.kind for row in rows))
     assert "- ours / torch.mm BF16: median" in text
     planted = Row("c", "fprop", "peer", "red", "a | b", parity_error=0.5, tolerance=0.1)
-    assert "| c | peer | 5.0e-01 | - | - | - | - | - | RED: a / b |" in bench_table.markdown([planted])
+    assert "| c | peer | 5.0e-01 | 1.0e-01 | - | - | - | - | - | RED: a / b |" in bench_table.markdown([planted])
 
 
 def test_records_survive_json(rows: list[Row]) -> None:
@@ -374,7 +374,7 @@ def test_deep_gemm_gets_the_layouts_it_asks_for(monkeypatch: pytest.MonkeyPatch)
     )
     monkeypatch.setitem(sys.modules, "deep_gemm", library)  # type: ignore[arg-type]
     for (case, candidate), row in measured(*KINDS).items():
-        if candidate == "DeepGEMM" and case.endswith(" ="):
+        if candidate == "DeepGEMM" and case.endswith("overwrite"):
             assert row.status == "absent"
             assert "always adds" in row.reason
         elif candidate == "DeepGEMM":

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def case(error: float, run: Callable[[Tensor], Tensor] | None = None) -> Case:
     """An operation whose result is off by the relative error given."""
     return bench_rows.pair(
-        f"off by {error}",
+        f"off_by_{error}".replace(".", "_"),
         lambda device: (torch.ones(4, device=device),),
         run or (lambda x: x * (1 + error)),
         lambda x: x * 2 if run else x.clone(),
@@ -70,11 +70,11 @@ def test_a_green_row_has_times_and_their_ratios() -> None:
 @pytest.mark.parametrize("error", [0.02, math.nan])
 def test_a_red_row_is_never_timed(error: float) -> None:
     rows = measured(case(error))
-    assert [row.case for row in bench_table.red(rows)] == [f"off by {error}"]
+    assert [row.case for row in bench_table.red(rows)] == [rows[0].case]
     (row,) = bench_table.summaries(rows)
     assert [row[key] for key in bench_table.SUMMARY[4:]] == [None] * 5
-    line = bench_table.render(rows, CPU).splitlines()[-1]
-    assert line.split("RED")[1].split()[1:5] == ["-", "-", "-", "-"]
+    line = bench_table.render(rows, CPU).splitlines()[2]
+    assert line.split("RED")[1].split()[1:6] == ["1.0e-02", "-", "-", "-", "-"]
 
 
 def test_parity_gets_fresh_inputs_when_an_operation_works_in_place() -> None:
@@ -106,7 +106,36 @@ def test_exit_status_is_one_when_a_parity_is_red(
     assert launch_bench.main() == 0
     monkeypatch.setattr(bench_rows, "ROWS", {"a": (case(0.0), case(0.5))})
     assert launch_bench.main() == 1
-    assert "off by 0.5" in capsys.readouterr().err
+    assert "off_by_0_5" in capsys.readouterr().err
+
+
+def test_the_legend_says_what_each_column_means_and_which_way_is_better() -> None:
+    heading, _, blank, *legend = bench_table.render(measured(case(0.0)), CPU).splitlines()[1:]
+    named = {name for line in legend for name in line.partition(": ")[0].split(", ")} | {"case", "bound", "peer"}
+    assert (blank, set(heading.split())) == ("", named)
+    assert all("better" in line or "faster" in line for line in legend)
+    assert all(line in bench_table.markdown(measured(case(0.0))) for line in legend)
+
+
+def test_a_printed_name_can_be_given_back_and_a_mistyped_one_is_told_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = bench_rows.cases()
+    assert [bench_rows.chosen(case.name) for case in every] == [[case] for case in every]
+    for file, cases in bench_rows.ROWS.items():
+        assert bench_rows.chosen(file) == cases
+    for typed, near in {
+        "rmsnrom": "rmsnorm",
+        "Quantize_tile": "quantize_tiles",
+        "route forward+backward": "route_forward",
+    }.items():
+        monkeypatch.setattr("sys.argv", ["bench.py", "--only", typed])
+        assert launch_bench.main() == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"bench: --only {typed} is no case and no kernel file: did you mean {near}")
+    monkeypatch.setattr(bench_rows, "ROWS", {"a": [bench_rows.pair("a b", *[None] * 4, tolerance=0, bytes=0)]})
+    with pytest.raises(ValueError, match=r"'a b'.*letters, digits and underscores"):
+        bench_rows.cases()
 
 
 def test_command_prints_the_table_and_writes_the_csv(
@@ -115,5 +144,5 @@ def test_command_prints_the_table_and_writes_the_csv(
     path = tmp_path / "rope.csv"
     done = run_command("launch/bench.py", "--only", "rope", "--csv", path)
     assert "torch, elementwise" in done.stdout
-    assert len(done.stdout.splitlines()) == 3
+    assert len(done.stdout.splitlines()) == 3 + 1 + len(bench_table.LEGEND)
     assert path.read_text().count("\n") == 2

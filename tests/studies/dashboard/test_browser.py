@@ -366,3 +366,122 @@ def test_a_hostile_name_stays_text(chromium: Chromium, tmp_path: Path):
             show(tab, figure)
         assert tab.value("window.hurt") is None
         assert tab.value("document.images.length") == 0
+
+
+# A tab in the background draws nothing: these come after the tests of the offline page.
+ODD: dict[str, Any] = {"name": "odd", "store": {"tokenizer": "2"}, "parameters": {"total": 9}}
+
+
+@pytest.fixture(scope="module")
+def ended(chromium: Chromium, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    """A run stopped with a dead expert, one that paused for 25 hours, one of another text and one step."""
+    folder = tmp_path_factory.mktemp("ended")
+    events = [{"event": kind, "step": 20} for kind in ("straggler", "spike", "stop")]
+    lines = [with_tables(record(step), dead=True) for step in range(1, 21)]
+    for line in lines:
+        line |= {"moe/expert_load": [[0.0, *[1.0] * 10, 2.0]] * 3, "moe/expert_bias": [[-0.2, 0.0, 0.4, 0.1]] * 3}
+        line["fp8/amax"] = [[1.25e-5] * 6] * 3
+    card = {"store": {"tokenizer": "1"}, "parameters": {"total": 9}}
+    write_run(folder / "a", [*lines, *events], **card, precision="bf16")
+    lines = [record(step) for step in range(1, 21)]
+    for line in lines[10:]:
+        line["time_unix_s"] += 90_000
+    lines.insert(10, {"event": "resume", "step": 10})
+    write_run(folder / "b", [*lines, {"event": "evaluation", "step": 20, "eval/bits_per_byte": 1.5}], **card)
+    write_run(folder / "c", [record(1)], **ODD)
+    render([folder], folder / "page.html")
+    with opened(chromium, (folder / "page.html").as_uri()) as tab:
+        yield tab
+
+
+def test_the_hours_leave_out_a_pause_and_say_so(ended: Tab):
+    ended.click("[data-axis=hours]")
+    (line,) = lines_in(ended, 1)[1:]
+    # Three seconds a step; the first after the pause takes its 512 tokens at 1,011 tokens/s.
+    seconds = [3.0 * step for step in range(10)] + [27 + 512 / 1011 + 3 * step for step in range(10)]
+    assert line["x"] == pytest.approx([each / 3600 for each in seconds], abs=1e-9)
+    assert "pauses left out" in ended.value(f"{PLOT}.layout.xaxis.title.text")
+    assert "left out" in ended.value("document.querySelector('[data-axis=hours]').title")
+    ended.click("[data-axis=step]")
+
+
+def test_a_gap_is_of_one_model_and_text_else_the_page_says_why_not(ended: Tab):
+    gap = "document.querySelector('#gap')"
+    show(ended, "gap")
+    assert ended.value(f"{gap}.querySelectorAll('.badge').length") == 1
+    assert "no gap of odd, it is no run of one model and text with a: another tokeniser" in ended.value(
+        f"{gap}.innerText"
+    )
+    ended.value("state.reference = 2, redraw()")
+    ended.wait(f"{gap}.querySelectorAll('.badge').length === 0")
+    assert "no gap of a (and of 1 more)" in ended.value(f"{gap}.innerText")
+    assert ended.value(f"{gap}.querySelector('.plot').clientHeight") == 0
+    ended.value("state.reference = null, redraw()")
+
+
+def test_one_point_has_an_axis_from_zero(ended: Tab):
+    show(ended, "eval-bits_per_byte")
+    # At step 20 a score of 1.5: in the right part of the axis and in its upper part.
+    (x, y) = ended.value(
+        "(l => [l.xaxis.range, l.yaxis.range])(document.querySelector('#eval-bits_per_byte .plot').layout)"
+    )
+    assert (x[0], y[0]) == (0, 0)
+    assert 20 < x[1] < 24
+    assert 1.5 < y[1] < 2
+    ended.value("toggle([0, 1], true)")
+    show(ended, "grad-norm")
+    assert x_range(ended, "grad-norm")[0] == 0
+    ended.value("toggle([0, 1], false)")
+
+
+def test_a_run_that_has_ended_raises_no_alarm(ended: Tab):
+    assert ended.value("data.runs.map(run => [run.status.state, run.dead?.level])")[0] == ["stopped", "idle"]
+    notes = ended.value("[...document.querySelectorAll('.note')].map(note => note.textContent)")
+    assert notes == ["Notea: 1 step was skipped: the loss left its band (▲ on the curves)."]
+    ended.value("data.runs[0].status.state = 'running', fillNotes()")
+    assert ended.value("document.querySelectorAll('.note').length") == 3
+    ended.value("data.runs[0].status.state = 'stopped', fillNotes()")
+
+
+def test_biases_are_coloured_by_sign_and_zero_is_neutral(ended: Tab):
+    show(ended, "expert-bias")
+    colors = ended.value("document.querySelector('#expert-bias .plot').data.map(trace => trace.line.color)")
+    blue, grey, orange = (ended.value(f"css('{name}')") for name in ("idle", "soft", "busy"))
+    half = ended.value("mixed(css('soft'), css('busy'), .5)")
+    # 0.4 is the largest: 0.1 and -0.2 are a half and 0.71 of the way to the colours of their signs.
+    assert colors == [ended.value(f"mixed('{grey}', '{blue}', Math.SQRT1_2)"), grey, orange, half]
+    assert half == "#" + "".join(
+        f"{round((a + b) / 2 + 1e-9):02x}" for a, b in zip(*map(bytes.fromhex, (grey[1:], orange[1:])), strict=True)
+    )
+
+
+# Pairs of numbers in the left maps that cover each other.
+OVERLAPS = """(() => {
+  const maps = ["#expert-load", "#fp8-health"].map(id => `${id} .plot:first-child .heatmap-label`).join();
+  const boxes = [...document.querySelectorAll(maps)].map(one => one.getBoundingClientRect());
+  const covers = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+  return boxes.filter((a, i) => boxes.slice(i + 1).some(b => covers(a, b))).length;
+})()"""
+
+
+def test_on_a_phone_the_bar_is_one_line_the_table_is_cards_and_numbers_are_apart(ended: Tab):
+    cell = "document.querySelector('#table tbody td:last-child')"
+    for width, phone in ((390, True), (1440, False)):
+        ended.send("Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1, mobile=phone)
+        ended.wait(f"innerWidth === {width}")
+        assert ended.value("by('bar').offsetHeight") < 60
+        assert (ended.value("getComputedStyle(document.querySelector('.controls')).display") == "none") is phone
+        assert (ended.value(f"{cell}.getBoundingClientRect().left") < 100) is phone
+        assert (ended.value(f"getComputedStyle({cell}, '::before').content") == '"Time"') is phone
+        for figure in ("expert-load", "fp8-health"):
+            show(ended, figure)
+        # Twelve experts leave 20 pixels each.
+        ended.wait(f"document.querySelectorAll('#expert-load .heatmap-label').length === {0 if phone else 36}")
+        # plotly follows the window's width a moment later.
+        ended.wait(f"{OVERLAPS} === 0")
+        assert ended.value("document.documentElement.scrollWidth <= innerWidth"), width
+        if phone:
+            ended.click("#menu")
+            assert ended.value("getComputedStyle(document.querySelector('.controls')).display") == "flex"
+            assert ended.value("by('menu').getAttribute('aria-expanded')") == "true"
+            ended.click("#menu")

@@ -28,6 +28,7 @@ from train.studies.dashboard.page import CURVE_BYTES, TABLE_BYTES, names, render
 from train.studies.dashboard.run_reader import RunReader
 from train.studies.dashboard.series import MAX_COLUMNS
 
+HUGE = 10**400
 LOADING_ATTRIBUTES = {"src", "href", "srcset", "action", "formaction", "data", "poster", "background", "ping"}
 
 
@@ -226,6 +227,25 @@ def test_the_page_of_many_runs_stays_within_its_budget(tmp_path: Path):
     assert pages.curve_limit(readers, CURVE_BYTES) < 599, "the budget must bind in this test"
     highest = np.frombuffer(base64.b64decode(curves[7]["loss/main"]["high"]), "<f4").max()
     assert highest == np.float32(max(r["loss/main"] for r in read_run(tmp_path / "run")))
+
+
+def test_a_loss_is_known_by_the_model_and_the_data(tmp_path: Path):
+    def identity(name: str, model: str, data: str, **card: object) -> dict[str, str]:
+        run_dir = write_run(tmp_path / name, [record(1)], **card)
+        (run_dir / "config.yaml").write_text(f"model: {model}\ndata: {data}\noptim: {{lr: {len(name)}}}\n")
+        return drawn([run_dir]).data["runs"][0]["identity"]
+
+    model, data = "{hidden_size: 256, initializer_range: 0.1}", "{store: a, sequence_length: 64}"
+    card = {"store": {"tokenizer": "1f", "tokens.bin": "2e"}, "parameters": {"total": 12345}, "seed": 1}
+    found = identity("a", model, data, **card)
+    assert found == {
+        "hidden_size": "256", "sequence_length": "64", "tokeniser": "1f", "text": "{'tokens.bin': '2e'}",
+        "parameters": "12,345",
+    }  # fmt: skip
+    # Another seed, place of the same text, optimiser and spread of initial values: the same losses in all but chance.
+    other = "{hidden_size: 256, initializer_range: 0.2}", "{store: b, sequence_length: 64}"
+    assert identity("bb", *other, **card | {"seed": 2}) == found
+    assert identity("c", "[1]", "null", store="a", parameters=HUGE) == {}
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path):

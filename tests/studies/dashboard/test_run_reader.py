@@ -195,6 +195,54 @@ def test_the_eta_is_the_tokens_left_over_the_recent_speed(tmp_path: Path):
     assert state["tokens_per_s"] == pytest.approx(256.0)
 
 
+def timed(step: int, at_s: float) -> Record:
+    # 512 tokens of a step at 256 tokens/s are two seconds.
+    return record(step) | {"time_unix_s": at_s, "speed/tokens_per_s": 256.0}
+
+
+# What happens between step 3, at 106 s, and step 4, at 90,000 s.
+PAUSES: dict[str, list[Record]] = {
+    "stopped overnight": [{"event": "stop", "step": 3, "reason": "signal"}, {"event": "resume", "step": 3}],
+    "killed, two steps repeated": [{"event": "resume", "step": 1, "time_unix_s": 89990.0}],
+    "asleep, without an event": [],
+}
+
+
+@pytest.mark.parametrize("between", PAUSES.values(), ids=PAUSES.keys())
+@pytest.mark.parametrize("chunk_bytes", [600, 1 << 20])
+def test_a_pause_is_no_time_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, between: list[Record], chunk_bytes: int
+) -> None:
+    monkeypatch.setattr(run_reader, "_CHUNK_BYTES", chunk_bytes)
+    lines = [*(timed(step, 100.0 + 2 * step) for step in (1, 2, 3)), *between]
+    reader = reader_of(write_run(tmp_path / "run", [*lines, timed(4, 90000.0), timed(5, 90003.0)]))
+    assert reader.series["time/trained_s"].means.tolist() == [0.0, 2.0, 4.0, 6.0, 9.0]
+    assert dict(row(reader))["Time"] == "0:00:09"
+    assert "time/trained_s" not in run_json(reader, key=0, name="run", limit=64, now_unix_s=0.0)["series"]
+
+
+def test_a_slow_run_is_not_asleep(tmp_path: Path) -> None:
+    lines = [record(step) | {"time_unix_s": 300.0 * step, "speed/tokens_per_s": 512 / 300} for step in range(1, 6)]
+    reader = reader_of(write_run(tmp_path / "run", [*lines, lines[-1] | {"step": 6, "time_unix_s": 4300.0}]))
+    # Nine steps long is no pause, and a step of five minutes is a step.
+    assert reader.series["time/trained_s"].means.tolist() == pytest.approx([0, 300, 600, 900, 1200, 4000])
+
+
+@pytest.mark.parametrize("kind", ["spike", "skip", "dead_experts", "evaluation"])
+def test_an_event_that_a_resumed_run_repeats_is_counted_once(tmp_path: Path, kind: str) -> None:
+    def at(*steps: int) -> list[Record]:
+        return [{"event": kind, "step": step} for step in steps]
+
+    resume, rollback = ({"event": event, "step": 5} for event in ("resume", "rollback"))
+    lines = [*map(record, range(1, 9)), *at(3, 7, 8), resume, *at(7, 8), resume, *at(7, 8, 9), record(9)]
+    once = write_run(tmp_path / "once", lines)
+    assert reader_of(once).events[kind].steps == [3, 7, 8, 9]
+    assert reader_of(once).events["resume"].total == 2
+    # After a rollback the steps have other data, so these are other events.
+    again = reader_of(write_run(tmp_path / "again", [*lines, rollback, *at(7), resume, *at(7), record(6)]))
+    assert (again.events[kind].total, again.events[kind].steps[-1]) == (5, 7)
+
+
 STOP = {"event": "stop", "step": 3, "reason": "signal"}
 # Lines after three steps, token budget, seconds since the last record, state, whether there is an ETA.
 STATES: list[tuple[list[Record], int, int, str, bool]] = [

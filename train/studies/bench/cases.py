@@ -63,10 +63,10 @@ class Shape:
     @property
     def name(self) -> str:
         """Unique in the table."""
-        words = [self.kind, self.label, f"M{self.m} N{self.n} K{self.k}"]
+        words = [*self.kind.split(), *self.label.split(), f"M{self.m}_N{self.n}_K{self.k}"]
         if self.is_wgrad:
-            words.append("+=" if self.accumulate else "=")
-        return " ".join(word for word in words if word)
+            words.append("accumulate" if self.accumulate else "overwrite")
+        return "_".join(words)
 
     @property
     def flops(self) -> float:

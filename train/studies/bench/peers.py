@@ -101,7 +101,7 @@ def deep_gemm(op: GemmOperands) -> Call:
     library = importlib.import_module("deep_gemm")
     if op.shape.is_wgrad:
         if not op.shape.accumulate:
-            raise ValueError("DeepGEMM's product of tiles always adds to its output; compare the case with +=")
+            raise ValueError("DeepGEMM's product of tiles always adds to its output; compare the case that accumulates")
         return _deep_gemm_wgrad(op, library)
     a, b = (op.a.payload, op.a.scale.t()), (op.b.payload, op.b.scale)
     d = torch.zeros(op.shape.m, op.shape.n, dtype=torch.bfloat16, device=op.a.payload.device)
@@ -154,7 +154,7 @@ def copy(inputs: MemoryInputs) -> Call:
 
 def _memory_case(kernel: MemoryBound) -> Case:
     mine = Candidate(OURS, lambda inputs: lambda: kernel.run(*inputs.tensors), kernel.tolerance, repeats=True)
-    name = f"{kernel.name} {kernel.rows}x{kernel.cols}"
+    name = f"{kernel.name}_{kernel.rows}x{kernel.cols}"
     candidates = (mine, Candidate("copy_, equal bytes", copy))
     return Case(name, "memory", 0.0, kernel.bytes, partial(memory_inputs, kernel), candidates)
 

@@ -7,6 +7,8 @@ seconds; V3's sizes are in `peers.py`. FLOPs and bytes are of one ideal call. Be
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -103,7 +105,7 @@ def pair(
     """One operation and its peer.
 
     Args:
-        name: unique.
+        name: unique; letters, digits and underscores, so that it can be typed after `--only`.
         make: device -> the positional inputs of `run` and `peer`, seeded.
         run: ours; returns one tensor.
         peer: returns a tensor of the same shape.
@@ -324,7 +326,7 @@ ROWS: dict[str, list[Case]] = {
         tolerance=2**-21, flops=14.0 * (1 << 20), bytes=7 * 4.0 * (1 << 20),
     )],
     "attention": [pair(
-        "attention forward+backward", _attention_inputs,
+        "attention_forward_backward", _attention_inputs,
         partial(_attention, partial(causal_attention, scale=96**-0.5, document_ids=None)),
         partial(_attention, partial(F.scaled_dot_product_attention, is_causal=True, scale=96**-0.5)),
         "F.scaled_dot_product_attention",
@@ -335,14 +337,14 @@ ROWS: dict[str, list[Case]] = {
         flops=0.5 * 7 * 2 * 32 * 256 * 256 * 96, bytes=2.0 * 10 * 32 * 256 * 96,
     )],
     "cross_entropy": [pair(
-        "cross_entropy forward+backward", _cross_entropy_inputs,
+        "cross_entropy_forward_backward", _cross_entropy_inputs,
         lambda logits, labels: torch.autograd.grad(cross_entropy_sum(logits, labels), logits)[0],
         _torch_cross_entropy, "F.cross_entropy on fp32 logits",
         # Both round one fp32 gradient to bf16: at most one rounding (2^-8) apart.
         tolerance=2**-8, flops=8.0 * 2048 * 2048, bytes=3 * 2.0 * 2048 * 2048,
     )],
     "e5m6": [pair(
-        "pack_e5m6, unpack_e5m6",
+        "pack_unpack_e5m6",
         lambda device: (torch.randn(2048, 512, generator=seeded()).to(device, BF16),),
         lambda x: unpack_e5m6(*pack_e5m6(x, power_of_two=True), out_dtype=BF16),
         lambda x: x.half().bfloat16(), "through FP16, no scales: the shortest such path in torch",
@@ -356,7 +358,7 @@ ROWS: dict[str, list[Case]] = {
         tolerance=0.0, bytes=2 * 2048 * 256 * 4.0,
     )],
     "fp8_linear": [pair(
-        "fp8_linear forward+backward", _linear_inputs,
+        "fp8_linear_forward_backward", _linear_inputs,
         partial(_linear_gradients, partial(fp8_linear, power_of_two=False)),
         partial(_linear_gradients, F.linear), "torch.nn.functional.linear, FP32",
         # docs/numerics.md expects 0.037 for dx and 0.0445 for dW.
@@ -385,7 +387,7 @@ ROWS: dict[str, list[Case]] = {
         lambda ids: grouping(ids, 64).rows_of_token, _torch_layout, "cumsum of one-hot, one map only",
         tolerance=0.0, bytes=8.0 * 3 * 2048 * 6,
     ), pair(
-        "group+combine forward+backward", _permute_inputs, _input_gradient(_permute),
+        "group_combine_forward_backward", _permute_inputs, _input_gradient(_permute),
         _input_gradient(_torch_permute), "index_select + index_add, no padding",
         # The peer's index_select adds two bf16 gradients in bf16, ours in fp32: one bf16 rounding, at most 2^-8.
         tolerance=2**-8, bytes=2.0 * 256 * (4 * 2048 + 6 * 4096),
@@ -406,7 +408,7 @@ ROWS: dict[str, list[Case]] = {
         _torch_blocks, "max_pool2d and repeated scales", tolerance=0.0, bytes=5.0 * 2048 * 512,
     )],
     "rmsnorm": [pair(
-        "rmsnorm forward+backward", _rmsnorm_inputs,
+        "rmsnorm_forward_backward", _rmsnorm_inputs,
         lambda x, weight, grad: torch.autograd.grad(rmsnorm(x, weight, 1e-6), (x, weight), grad)[0],
         lambda x, w, grad: torch.autograd.grad(F.rms_norm(x, w.shape, w, 1e-6), (x, w), grad)[0], "F.rms_norm",
         # One bf16 rounding (2^-8 at most): the peer may round an intermediate once more than we do.
@@ -418,7 +420,7 @@ ROWS: dict[str, list[Case]] = {
         tolerance=2**-8, flops=3.0 * 8 * 4 * 256 * 32, bytes=2.0 * 2 * 8 * 4 * 256 * 32,
     )],
     "router": [pair(
-        "route forward+backward", _router_inputs, _input_gradient(_route), _input_gradient(_torch_route),
+        "route_forward_backward", _router_inputs, _input_gradient(_route), _input_gradient(_torch_route),
         "torch.topk, autograd",
         # The same fp32 quotients, sums of six and differences in another order: a few fp32 epsilons (2^-23).
         tolerance=4 * 2**-23, bytes=4.0 * 4 * 2048 * 64,
@@ -429,12 +431,12 @@ ROWS: dict[str, list[Case]] = {
         "torch.topk, scatter", tolerance=0.0, bytes=4.0 * 2048 * 64,
     )],
     "swiglu": [pair(
-        "swiglu forward+backward", _swiglu_inputs, _input_gradient(swiglu),
+        "swiglu_forward_backward", _swiglu_inputs, _input_gradient(swiglu),
         _input_gradient(_torch_swiglu), "F.silu(gate) * up, autograd",
         # The same bf16 operations in the same order; one bf16 rounding (2^-8) for another way to silu.
         tolerance=2**-8, flops=12.0 * 4096 * 256, bytes=9 * 2.0 * 4096 * 256,
     ), pair(
-        "gated_swiglu forward+backward", _gated_inputs, _input_gradient(gated_swiglu),
+        "gated_swiglu_forward_backward", _gated_inputs, _input_gradient(gated_swiglu),
         _input_gradient(_torch_gated_swiglu), "(F.silu(gate) * up * gates) in fp32, autograd",
         # Both compute in fp32 and round the gradient to bf16 once: equal but where fp32 is on a bf16 tie.
         tolerance=2**-12, flops=14.0 * 4096 * 256, bytes=9 * 2.0 * 4096 * 256,
@@ -462,10 +464,10 @@ ROWS: dict[str, list[Case]] = {
         tolerance=4e-3, flops=2.0 * 128 * 128 * 1024, bytes=4.0 * (2 * 128 * 1024 + 128 * 128),
     )],
     "linear": [pair(
-        "ablated_linear forward, nothing changed",
+        "ablated_linear_forward",
         lambda device: torch.randn(2, 256, 512, generator=seeded()).to(device).unbind(),
         AblatedLinears(Ablation(), power_of_two=True).linear, partial(fp8_linear, power_of_two=True), "fp8_linear",
-        # On a CPU the same bits; a GPU's kernel sums in another order, with some 14 bits inside a tile.
+        # Nothing changed: on a CPU equal bits; a GPU's kernel sums in another order, with some 14 bits inside a tile.
         tolerance=1e-3, flops=2.0 * 256 * 256 * 512, bytes=4.0 * (2 * 256 * 512 + 256 * 256),
     )],
 }  # fmt: skip
@@ -475,11 +477,29 @@ def cases() -> list[Case]:
     """Every row, in order of file.
 
     Raises:
-        ValueError: two rows share a name.
+        ValueError: two rows share a name, or one has a name that cannot be typed.
     """
     found = [case for each in ROWS.values() for case in each]
+    odd = [case.name for case in found if not re.fullmatch(r"\w+", case.name, re.ASCII)]
+    if odd:
+        raise ValueError(f"bench rows {odd}: use letters, digits and underscores, for `--only` to take the name")
     names = [case.name for case in found]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"bench rows {repeated} appear twice; give each its own name")
+    return found
+
+
+def chosen(name: str | None) -> list[Case]:
+    """The row of that name, else the rows of the kernel file of that name; None: every row.
+
+    Raises:
+        ValueError: there is neither; says which name is nearest.
+    """
+    everything = cases()
+    found = [case for case in everything if name in (None, case.name)] or ROWS.get(str(name), [])
+    if not found:
+        names = [*(case.name for case in everything), *ROWS]
+        near = difflib.get_close_matches(str(name).lower()[:100], names, n=1, cutoff=0.0)[0]
+        raise ValueError(f"--only {name} is no case and no kernel file: did you mean {near}? --help lists them")
     return found

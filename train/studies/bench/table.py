@@ -35,6 +35,14 @@ SUMMARY = (
     *("tflop_per_s", "gbyte_per_s", "speedup"),
 )
 
+# Under every table.
+LEGEND = (
+    "parity: relative error (Frobenius) of our result; at most the bound, else RED and not timed; lower is better",
+    "us: one call, median of rounds in which the candidates take turns; lower is better",
+    "TFLOP/s, GB/s: work of an ideal call over that time; higher is better; 0 or - where the case counts none",
+    "ours/peer: our speed over the peer's, its time over ours; above 1 ours is faster",
+)
+
 # "red": wrong, or ours failed. "absent": a peer that cannot run.
 Status = Literal["measured", "red", "absent", "not measured"]
 
@@ -268,16 +276,17 @@ def render(rows: Sequence[Row], device: torch.device) -> str:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     lines = [
         f"torch {torch.__version__}, {where}",
-        f"{'kernel':<34} {'parity':>9} {'us':>10} {'TFLOP/s':>8} {'GB/s':>7} {'x peer':>7}  peer",
+        f"{'case':<30} {'parity':>9} {'bound':>7} {'us':>10} {'TFLOP/s':>8} {'GB/s':>7} {'ours/peer':>9}  peer",
     ]
     wrong = {row.case for row in red(rows)}
     for row in summaries(rows):
         parity = f"RED {cell(row['parity_error'], '.0e')}" if row["name"] in wrong else f"{row['parity_error']:9.1e}"
         lines.append(
-            f"{row['name']:<34} {parity:>9} {cell(row['time_us']):>10} {cell(row['tflop_per_s'], '.3f'):>8} "
-            f"{cell(row['gbyte_per_s']):>7} {cell(row['speedup'], '.2f'):>7}  {row['peer_name']}"
+            f"{row['name']:<30} {parity:>9} {cell(row['tolerance'], '.1e'):>7} {cell(row['time_us']):>10} "
+            f"{cell(row['tflop_per_s'], '.3f'):>8} {cell(row['gbyte_per_s']):>7} {cell(row['speedup'], '.2f'):>9}  "
+            f"{row['peer_name']}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *LEGEND])
 
 
 def _line(row: Row) -> str:
@@ -286,7 +295,8 @@ def _line(row: Row) -> str:
     rate = cell(row.gbyte_per_s if row.kind == "memory" else row.tflop_per_s)
     ratio = "-" if row.candidate == OURS else cell(row.ours_per_peer_ratio, ".2f")
     times = (cell(row.time_us), cell(row.spread_ratio, ".0%"), rate, ratio, cell(row.host_us))
-    cells = (row.case, row.candidate, cell(row.parity_error, ".1e"), *times, (note + row.reason) or power)
+    parity = (cell(row.parity_error, ".1e"), cell(row.tolerance, ".1e"))
+    cells = (row.case, row.candidate, *parity, *times, (note + row.reason) or power)
     return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
 
 
@@ -299,8 +309,8 @@ def markdown(rows: Sequence[Row]) -> str:
         lines += [
             f"### {kind}",
             "",
-            f"| case | candidate | parity error | us | spread | {unit} | ours/peer | host us | note |",
-            "|---|---|---|---|---|---|---|---|---|",
+            f"| case | candidate | parity | bound | us | spread | {unit} | ours/peer | host us | note |",
+            "|---|---|---|---|---|---|---|---|---|---|",
             *(_line(row) for row in mine),
             "",
         ]
@@ -309,4 +319,4 @@ def markdown(rows: Sequence[Row]) -> str:
             if ratios:
                 lines.append(f"- ours / {peer}: median {statistics.median(ratios):.2f} over {len(ratios)} cases")
         lines.append("")
-    return "\n".join(lines).strip() + "\n"
+    return "\n".join([*lines, *(f"- {line}" for line in LEGEND)]).strip() + "\n"

@@ -19,6 +19,8 @@ const MAX_ALARMS = 5, MAX_NOTES = 2;
 
 const tinted = (made, run) => { made.style.setProperty("--run", `var(--run-${run.key % NUM_COLORS})`); return made; };
 const dot = run => tinted(element("i"), run);
+// A cell's column, for a table that is drawn as cards.
+const labelled = (label, cell) => { cell.dataset.label = label; return cell; };
 
 function fillSubtitle() {
   const count = data.runs.length, tokens = data.runs.reduce((sum, run) => sum + run.status.tokens, 0);
@@ -38,11 +40,14 @@ function deadNote(run) {
   return ["alarm", `Dead experts in ${run.name}: ${got} no token since step ${dead.since.toLocaleString("en")}, ${dead.streak.toLocaleString("en")} logged steps in a row${pairs && `: ${pairs}`}.`];
 }
 
+// Of a run that has ended, what it is like now asks for nothing: only what its numbers suffered is noted.
 function notesOf(run) {
-  const notes = run.dead ? [deadNote(run)] : [], count = kind => run.events[kind] ? run.events[kind].total : 0;
+  const ended = run.status.state === "stopped" || run.status.state === "finished";
+  const notes = run.dead && !ended ? [deadNote(run)] : [], count = kind => run.events[kind] ? run.events[kind].total : 0;
   if (count("replay_differs")) notes.push(["alarm", `${run.name}: ${count("replay_differs")} steps repeated after a resume did not give the logged numbers.`]);
   if (count("skip")) notes.push(["warn", `${run.name}: ${count("skip") === 1 ? "1 step was" : count("skip") + " steps were"} skipped: loss or gradient not finite (✕ on the curves).`]);
-  if (count("straggler")) notes.push(["warn", `${run.name}: a slow rank was reported ${count("straggler") === 1 ? "once" : count("straggler") + " times"} (▽ on the curves; Work of each rank shows which).`]);
+  if (count("spike")) notes.push(["warn", `${run.name}: ${count("spike") === 1 ? "1 step was" : count("spike") + " steps were"} skipped: the loss left its band (▲ on the curves).`]);
+  if (count("straggler") && !ended) notes.push(["warn", `${run.name}: a slow rank was reported ${count("straggler") === 1 ? "once" : count("straggler") + " times"} (▽ on the curves; Work of each rank shows which).`]);
   if (data.live && run.status.state === "silent") notes.push(["warn", `${run.name}: no step for ${clock(run.status.age_s)}. Is it still running?`]);
   return notes;
 }
@@ -94,10 +99,11 @@ function fillTable() {
   const lines = data.runs.map(run => {
     const name = element("th", "", dot(run), run.name);
     name.scope = "row";
-    return element("tr", "", name, progressCell(run), ...run.row.filter(pair => used.includes(pair[0])).map(([label, text]) => element("td", label === "Bits per byte" && run.bits_per_byte !== null && run.bits_per_byte === best ? "best" : "", text)));
+    const cells = run.row.filter(pair => used.includes(pair[0])).map(([label, text]) => labelled(label, element("td", label === "Bits per byte" && run.bits_per_byte !== null && run.bits_per_byte === best ? "best" : "", text)));
+    return element("tr", "", name, labelled("Progress", progressCell(run)), ...cells);
   });
   const baselines = Object.entries(Object.assign({}, ...data.runs.map(run => run.baselines)));
-  lines.push(...baselines.map(([label, value]) => element("tr", "baseline", element("th", "", label), element("td"), ...used.map(column => element("td", "", column === "Bits per byte" ? value.toFixed(4) : "")))));
+  lines.push(...baselines.map(([label, value]) => element("tr", "baseline", element("th", "", label), element("td"), ...used.map(column => labelled(column, element("td", "", column === "Bits per byte" ? value.toFixed(4) : ""))))));
   by("table").replaceChildren(element("table", "", element("thead", "", head), element("tbody", "", ...lines)));
 }
 
@@ -114,7 +120,7 @@ function differences() {
   const names = [...new Set(data.runs.flatMap(run => Object.keys(run.fields)))];
   const differing = names.filter(name => !/(^|\.)name$/.test(name) && new Set(data.runs.map(run => run.fields[name])).size > 1);
   const head = element("tr", "", element("th", "", "Field"), ...data.runs.map(run => element("th", "", dot(run), run.name)));
-  const lines = differing.slice(0, MAX_DIFFERENCES).map(name => element("tr", "", element("th", "", name), ...data.runs.map(run => element("td", "", run.fields[name] ?? "–"))));
+  const lines = differing.slice(0, MAX_DIFFERENCES).map(name => element("tr", "", element("th", "", name), ...data.runs.map(run => labelled(run.name, element("td", "", run.fields[name] ?? "–")))));
   const wrap = element("div", "table differences", differing.length ? element("table", "", head, ...lines) : element("p", "blank", "The runs have the same card and configuration, but for their names."));
   if (differing.length > MAX_DIFFERENCES) wrap.append(element("p", "blank", `${differing.length - MAX_DIFFERENCES} more fields differ.`));
   return wrap;
@@ -149,7 +155,7 @@ function wantedFigures(section) {
   const wanted = data.charts.filter(chart => chart.section === section && data.runs.some(run => run.series[chart.metric] && run.series[chart.metric].mean.length && run.records >= chart.least_values))
     .map(chart => ({ id: chart.metric.replaceAll("/", "-"), title: chart.title, hint: chart.hint, about: chart.about, wide: chart.wide, draws: [() => drawCurves(chart)] }));
   if (section === "loss") {
-    if (gapsOf().length) wanted.splice(1, 0, { id: "gap", title: "Relative gap of the smoothed loss", about: "(loss − reference loss) / reference loss, both smoothed", wide: true, draws: [drawGap] });
+    if (gapsOf().length || noGapText()) wanted.splice(1, 0, { id: "gap", title: "Relative gap of the smoothed loss", about: "(loss − reference loss) / reference loss, both smoothed", wide: true, draws: [drawGap] });
     if (scores().length) wanted.push({ id: "bits-per-byte", title: "Held-out bits per byte", hint: "beside simpler models of the same text; shorter is better", shared: false, draws: [drawScores] });
   }
   for (const figure of TABLE_FIGURES[section] || []) if (figure.needs.some(name => data.runs.some(run => run.table_names.includes(name)))) wanted.push(figure);
@@ -184,7 +190,7 @@ function fillSections() {
 }
 
 function fillReference(figure) {
-  const able = data.runs.filter(run => run.series["loss/main"]);
+  const able = withLoss();
   if (able.length > 1 && !figure.controls.contains(document.activeElement)) figure.controls.replaceChildren(select("Reference", able.map(run => [run.key, run.name]), referenceRun().key, value => { state.reference = Number(value); document.activeElement.blur(); redraw([figure]); }));
 }
 
@@ -209,6 +215,9 @@ function listen() {
   by("raw").onclick = () => change({ raw: !state.raw });
   by("smoothing").oninput = event => change({ span: SPANS[Number(event.target.value)] });
   by("theme").onclick = () => { root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark"; fillControls(); redraw(); };
+  by("menu").onclick = () => by("menu").setAttribute("aria-expanded", by("bar").classList.toggle("open"));
+  // Whether numbers fit into the cells of a map depends on its width.
+  addEventListener("resize", () => redraw(tableFigures()));
   by("reset").onclick = () => { state.range = null; state.zooms++; state.resets++; redraw(); };
   by("filter").oninput = fillChips;
   by("all").onclick = () => toggle(data.runs.map(run => run.key), false);

@@ -67,7 +67,7 @@ class Chart:
     marks: bool = False
 
 
-_EVENTS = "next token, nats; faint as logged; ○ checkpoint, ✕ skipped, ◆ replay differs"
+_EVENTS = "next token, nats; faint as logged; ○ checkpoint, ✕ skipped, ▲ spike, ◆ replay differs"
 # In the order of the page. Tables (expert load and bias, FP8 statistics) have figures of their own in its script.
 CHARTS = (
     Chart("loss/main", "loss", "Loss", _EVENTS, smooth=True, wide=True, logarithmic=True, marks=True),
@@ -85,7 +85,7 @@ CHARTS = (
     Chart("loss/balance", "experts", "Balance loss", "sequence-wise, without α", smooth=True),
 )
 # Axes, and sums of what is drawn. Every other metric gets a plain chart in "More", whatever a trainer logs.
-NOT_DRAWN = frozenset({"step", "tokens_seen", "time_unix_s", "loss/total", "guard/skipped_steps"})
+NOT_DRAWN = frozenset({"step", "tokens_seen", "time/trained_s", "loss/total", "guard/skipped_steps"})
 
 
 def charts_for(metrics: set[str]) -> list[Json]:
@@ -187,7 +187,7 @@ def names(readers: Sequence[RunReader]) -> list[str]:
 
 def run_json(reader: RunReader, *, key: int, name: str, limit: int, now_unix_s: float) -> Json:
     """One run as the page draws it; `limit` bounds the buckets of each curve."""
-    axes = ("tokens_seen", "time_unix_s")
+    axes = ("tokens_seen", "time/trained_s")
     return {
         "key": key,
         "name": name,
@@ -197,6 +197,7 @@ def run_json(reader: RunReader, *, key: int, name: str, limit: int, now_unix_s: 
         "moe_layer_ids": run_card.moe_layer_ids(reader),
         "facts": run_card.facts(reader),
         "fields": run_card.fields(reader),
+        "identity": run_card.identity(reader),
         "row": run_card.row(reader),
         "bits_per_byte": run_card.bits_per_byte(reader),
         "baselines": run_card.baselines(reader),

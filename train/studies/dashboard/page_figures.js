@@ -98,11 +98,11 @@ function interpolate(knots, value, steps) {
 // Steps of a run on the chosen axis.
 function along(run, axis, steps) {
   if (axis === "step") return steps;
-  const packed = run.axes[axis === "tokens" ? "tokens_seen" : "time_unix_s"];
+  const packed = run.axes[axis === "tokens" ? "tokens_seen" : "time/trained_s"];
   if (!packed) return steps;
   if (typeof packed.step === "string") { packed.step = unpack(packed.step, "u4"); packed.value = unpack(packed.value, "f8"); }
   const values = interpolate(packed.step, packed.value, steps);
-  return axis === "tokens" ? values : values.map(value => (value - packed.value[0]) / 3600);
+  return axis === "tokens" ? values : values.map(value => value / 3600);
 }
 
 // 1234567 -> "1.23 M"; seconds -> "2 d 4 h", "1:02:05".
@@ -122,8 +122,8 @@ function clock(seconds) {
 
 const root = document.documentElement;
 const CONFIG = { responsive: true, displaylogo: false, displayModeBar: "hover", modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
-const SYMBOL = { checkpoint: "circle-open", resume: "triangle-right", skip: "x", stop: "square", replay_differs: "diamond", dead_experts: "cross", straggler: "triangle-down-open", start: "circle" };
-const EVENT_TEXT = { checkpoint: "checkpoint", resume: "resumed", skip: "step skipped", stop: "end", replay_differs: "replay differs", dead_experts: "dead expert", straggler: "slow rank" };
+const SYMBOL = { checkpoint: "circle-open", resume: "triangle-right", skip: "x", spike: "triangle-up", stop: "square", replay_differs: "diamond", dead_experts: "cross", straggler: "triangle-down-open", start: "circle" };
+const EVENT_TEXT = { checkpoint: "checkpoint", resume: "resumed", skip: "step skipped", spike: "spike skipped", stop: "end", replay_differs: "replay differs", dead_experts: "dead expert", straggler: "slow rank" };
 const DASH = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
 const NUM_COLORS = 8;
 // Beyond this many runs, a label for each at the pointer would cover the chart.
@@ -138,7 +138,7 @@ const dash = run => DASH[Math.floor(run / NUM_COLORS) % DASH.length];
 const lineWidth = run => 1.8 + (data.runs.length < 4 ? 2.2 * (data.runs.length - 1 - run) : 0);
 const escapeText = text => text.replace(/[&<>]/g, c => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[c]);
 const shown = run => !state.hidden.has(run.key);
-const AXIS_TITLE = { step: "step", tokens: "tokens", hours: "hours since the first step" };
+const AXIS_TITLE = { step: "step", tokens: "tokens", hours: "hours of training, pauses left out" };
 
 const axisTitle = (text, standoff = 8) => ({ text, standoff, font: { size: 12, color: css("soft") } });
 const axisLayout = extra => ({
@@ -209,22 +209,44 @@ function drawCurves(chart) {
   return [traces, layoutOf({ yaxis: axisLayout({ type: chart.logarithmic && state.logY ? "log" : "linear", tickformat: chart.ticks, ticksuffix: chart.percent ? " %" : "", ...range }) })];
 }
 
-// The run that others are compared with: chosen, else the first that is not FP8 if any run is, else the first.
+// Why the losses of two runs cannot be compared: the first thing that both name and that differs; "" where none does.
+function whyNoGap(run, reference) {
+  const name = Object.keys(run.identity).find(key => key in reference.identity && run.identity[key] !== reference.identity[key]);
+  if (!name) return "";
+  return name === "text" || name === "tokeniser" ? `another ${name}` : `${name} is ${run.identity[name]}, not ${reference.identity[name]}`;
+}
+
+const withLoss = () => data.runs.filter(run => run.series["loss/main"]);
+// The run that others are compared with: chosen, else of those that can be compared with another the first that is not
+// FP8 if any run is, else the first.
 function referenceRun() {
-  const chosen = data.runs.find(run => run.key === state.reference);
-  const plain = data.runs.some(run => run.precision === "fp8") && data.runs.find(run => run.precision && run.precision !== "fp8");
-  return chosen || plain || data.runs[0];
+  const able = withLoss(), paired = able.filter(run => able.some(other => other !== run && !whyNoGap(other, run)));
+  const plain = data.runs.some(run => run.precision === "fp8") && paired.find(run => run.precision && run.precision !== "fp8");
+  return able.find(run => run.key === state.reference) || plain || paired[0] || able[0];
 }
 
 function gapsOf() {
   const reference = referenceRun();
-  if (!reference || !reference.series["loss/main"]) return [];
+  if (!reference) return [];
   const base = unpackSeries(reference.series["loss/main"]);
-  return data.runs.filter(run => run !== reference && run.series["loss/main"]).map(run => ({ run, ...relativeGap(unpackSeries(run.series["loss/main"]), base, data.smoothing_steps) })).filter(gap => gap.gaps.length);
+  return withLoss().filter(run => run !== reference && !whyNoGap(run, reference)).map(run => ({ run, ...relativeGap(unpackSeries(run.series["loss/main"]), base, data.smoothing_steps) })).filter(gap => gap.gaps.length);
+}
+
+// Of runs that are no match for the reference: the first by name and reason, the others counted.
+function noGapText() {
+  const reference = referenceRun(), others = withLoss().map(run => [run, whyNoGap(run, reference)]).filter(([, why]) => why);
+  if (!others.length) return "";
+  const [run, why] = others[0], more = others.length > 1 ? ` (and of ${others.length - 1} more)` : "";
+  return `no gap of ${run.name}${more}, it is no run of one model and text with ${reference.name}: ${why}`;
 }
 
 function drawGap(chart) {
   const reference = referenceRun(), gaps = gapsOf(), visible = gaps.filter(gap => shown(gap.run)), band = data.band_percent;
+  if (!gaps.length) {
+    chart.badges([], "");
+    chart.hint(noGapText());
+    return null;
+  }
   const settled = visible.flatMap(gap => gap.gaps.slice(Math.floor(gap.gaps.length / 10))).map(Math.abs).filter(Number.isFinite).sort((a, b) => a - b);
   // A spike may leave the picture; zooming out shows it.
   const limit = Math.max(3 * band, 1.15 * (settled[Math.floor(.998 * settled.length)] || 0));
@@ -235,7 +257,7 @@ function drawGap(chart) {
     line: { color: color(gap.run.key), width: 1.8, dash: dash(gap.run.key) }, hovertemplate: (gaps.length > MANY_RUNS ? "%{fullData.name} " : "") + "%{y:+.3f} %" + (gaps.length > MANY_RUNS ? "<extra></extra>" : ""),
   }));
   chart.badges(visible.slice(0, 4).map(gap => ({ text: (visible.length > 1 ? gap.run.name + " " : "") + (gap.mean >= 0 ? "+" : "−") + Math.abs(gap.mean).toFixed(3) + " %", good: Math.abs(gap.mean) <= band })), "mean over the second half");
-  chart.hint(`against ${reference.name}; band: ±${band} %; smoothed over ${data.smoothing_steps} steps as in the report`);
+  chart.hint(`against ${reference.name}; band: ±${band} %; smoothed over ${data.smoothing_steps} steps as in the report` + (noGapText() && `; ${noGapText()}`));
   return [traces, layoutOf({
     shapes: [bandShape, flat(band, "dot"), flat(-band, "dot"), { ...flat(0, "solid"), line: { color: css("soft"), width: 1 } }],
     yaxis: axisLayout({ range: [-limit, limit], ticksuffix: " %" }),
@@ -298,12 +320,29 @@ function makeFigure({ id, title, hint, about, wide, shared = true, draws }) {
   return figure;
 }
 
+// Of one value plotly makes an axis from itself - 1 to + 1. Here it begins at 0, so that the value shows how far a run is
+// or how large it is; a map of one column names that column.
+function widenSingle(traces, layout) {
+  const curves = traces.filter(trace => trace.type === "scatter" && trace.visible !== false);
+  for (const name of ["x", "y"]) {
+    let only;
+    const single = curves.every(trace => trace[name].every(value => !Number.isFinite(value) || value === (only ??= value)));
+    if (single && only !== undefined) layout[name + "axis"].rangemode = "tozero";
+  }
+  for (const trace of traces) if (trace.type === "heatmap" && trace.x?.length === 1) layout.xaxis.tickvals = trace.x;
+}
+
 function drawIfDue(figure) {
   if (!figure.dirty) return;
   figure.dirty = false;
   for (const { plot, draw } of figure.plots) {
-    const first = !plot.classList.contains("js-plotly-plot");
-    Plotly.react(plot, ...draw(), CONFIG);
+    const first = !plot.classList.contains("js-plotly-plot"), drawn = draw();
+    // Where there is nothing to draw, the hint says why.
+    plot.style.display = drawn ? "" : "none";
+    if (!drawn) continue;
+    const [traces, layout] = drawn;
+    widenSingle(traces, layout);
+    Plotly.react(plot, traces, layout, CONFIG);
     if (first && figure.shared) shareZoom(plot);
   }
 }
@@ -337,8 +376,11 @@ const STATISTICS = {
   "fp8/underflow_ratio": { label: "underflow", about: "share of non-zero values that became zero", percent: true, tint: "busy" },
   "fp8/snr_db": { label: "SNR", about: "signal to quantisation noise, dB; low is bad", unit: " dB", tint: "busy", reversed: true },
 };
-// More cells in a row, or rows in a picture, leave no room for legible numbers.
-const fitsText = (rows, cells) => rows <= 20 && cells <= 14;
+// Numbers of so many characters in each cell of a picture, where they have room.
+function fitsText(figure, rows, cells, characters) {
+  const plot = figure.plots[0].plot;
+  return (plot.clientWidth - 70) / cells >= 7 * characters + 6 && (plot.clientHeight - 74) / rows >= 15;
+}
 
 const hasTables = (run, prefix) => run.table_names.some(name => name.startsWith(prefix));
 // The run whose tables of one kind ("moe/", "fp8/", "step/") are shown: the chosen one if it has any, else one with an alarm.
@@ -407,7 +449,7 @@ function drawLoadNow(figure) {
   figure.hint(`load over the layer's mean: 1 is balanced, 0 no token · ${spanText(table, column)}`);
   const dead = z.flatMap((row, layer) => row.flatMap((value, expert) => value === 0 ? [[layer, expert]] : []));
   return [[
-    { type: "heatmap", z, ...loadScale(), xgap: experts > 64 ? 0 : 1, ygap: layers > 32 ? 0 : 1, hoverongaps: false, showscale: false, customdata: z.map((row, layer) => row.map(() => moeLayerName(run, layer))), hovertemplate: "MoE layer %{customdata}, expert %{x}<br><b>%{z:.2f}</b> × mean<extra></extra>", texttemplate: fitsText(layers, experts) ? "%{z:.2f}" : "", textfont: { size: 12 } },
+    { type: "heatmap", z, ...loadScale(), xgap: experts > 64 ? 0 : 1, ygap: layers > 32 ? 0 : 1, hoverongaps: false, showscale: false, customdata: z.map((row, layer) => row.map(() => moeLayerName(run, layer))), hovertemplate: "MoE layer %{customdata}, expert %{x}<br><b>%{z:.2f}</b> × mean<extra></extra>", texttemplate: fitsText(figure, layers, experts, 4) ? "%{z:.2f}" : "", textfont: { size: 12 } },
     { type: "scatter", mode: "markers", x: dead.map(pair => pair[1]), y: dead.map(pair => pair[0]), marker: { symbol: "x-thin", size: 10, line: { width: 2, color: css("bad") } }, hovertemplate: "no token<extra></extra>" },
   ], layersLayout(layers, chosenLayer(table, "layer"), "MoE layer", row => moeLayerName(run, row), axisLayout({ title: axisTitle("expert", 6), showgrid: false, ...integerTicks(experts), range: [-.5, experts - .5] }))];
 }
@@ -433,15 +475,22 @@ function drawBias(figure) {
   const layer = chosenLayer(table, "layer"), x = columnTimes(run, table), rows = layerOverTime(table, layer);
   const order = rows.map((row, expert) => [row[row.length - 1] ?? 0, expert]).sort((a, b) => a[0] - b[0]).map(pair => pair[1]);
   const low = new Set(order.slice(0, Math.min(3, order.length >> 1))), high = new Set(order.slice(-Math.min(3, order.length >> 1)));
-  figure.hint(`routing bias of each expert of MoE layer ${moeLayerName(run, layer)}; the raised and the lowered most are named`);
-  const tint = expert => high.has(expert) ? css("busy") : low.has(expert) ? css("idle") : css("soft");
+  figure.hint(`routing bias of each expert of MoE layer ${moeLayerName(run, layer)}, orange above 0 and blue below; the highest and the lowest are named`);
+  const last = expert => rows[expert][x.length - 1] ?? 0, largest = Math.max(...order.map(expert => Math.abs(last(expert))));
+  const tint = expert => mixed(css("soft"), css(last(expert) > 0 ? "busy" : "idle"), largest ? Math.sqrt(Math.abs(last(expert)) / largest) : 0);
   return [
     rows.map((y, expert) => {
       const named = low.has(expert) || high.has(expert);
       return { type: "scatter", mode: "lines", x, y, name: `expert ${expert}`, opacity: named ? 1 : .35, line: { color: tint(expert), width: named ? 2 : 1 }, hovertemplate: `expert ${expert}: %{y:.4g}<extra></extra>` };
     }),
-    layoutOf({ hovermode: "closest", margin: { l: 56, r: 66, t: 12, b: 44 }, annotations: spread([...low, ...high].map(expert => ({ expert, y: rows[expert][x.length - 1] ?? 0 })), rows).map(label => ({ xref: "paper", x: 1, xanchor: "left", y: label.y, text: ` expert ${label.expert}`, showarrow: false, font: { size: 11.5, color: tint(label.expert) } })) }),
+    layoutOf({ hovermode: "closest", margin: { l: 56, r: 66, t: 12, b: 44 }, yaxis: axisLayout({ zeroline: true, zerolinecolor: css("soft"), zerolinewidth: 1 }), annotations: spread([...low, ...high].map(expert => ({ expert, y: last(expert) })), rows).map(label => ({ xref: "paper", x: 1, xanchor: "left", y: label.y, text: ` expert ${label.expert}`, showarrow: false, font: { size: 11.5, color: tint(label.expert) } })) }),
   ];
+}
+
+// Between two colours such as #1b2430.
+function mixed(from, to, share) {
+  const parts = text => text.match(/[0-9a-f]{2}/gi).map(part => parseInt(part, 16)), end = parts(to);
+  return "#" + parts(from).map((part, i) => Math.round(part + share * (end[i] - part)).toString(16).padStart(2, "0")).join("");
 }
 
 // Labels moved apart so that none covers another.
@@ -480,10 +529,11 @@ function drawHealthNow(figure) {
   if (!table) return empty(nothing(run));
   const column = columnAt(table), values = layersAt(table, column), height = value => value === null ? null : statistic.log ? value > 0 ? Math.log10(value) : null : value;
   const z = values.map(row => row.map(height)), ramp = [[0, css("even")], [1, css("tint-" + statistic.tint)]];
+  const text = values.map(row => row.map(value => shownValue(statistic, value) + (statistic.unit || "")));
   figure.hint(`${statistic.about} · ${spanText(table, column)}`);
   return [[{
-    type: "heatmap", z, x: data.fp8_operands, y: values.map((_, i) => i), text: values.map(row => row.map(value => shownValue(statistic, value) + (statistic.unit || ""))), colorscale: ramp, reversescale: !!statistic.reversed, xgap: 2, ygap: values.length > 32 ? 0 : 2,
-    showscale: false, hovertemplate: "layer %{customdata}, %{x}<br><b>%{text}</b><extra></extra>", customdata: values.map((row, i) => row.map(() => layerName(run, i))), texttemplate: fitsText(values.length, 6) ? "%{text}" : "", textfont: { size: 12, color: css("ink") },
+    type: "heatmap", z, x: data.fp8_operands, y: values.map((_, i) => i), text, colorscale: ramp, reversescale: !!statistic.reversed, xgap: 2, ygap: values.length > 32 ? 0 : 2,
+    showscale: false, hovertemplate: "layer %{customdata}, %{x}<br><b>%{text}</b><extra></extra>", customdata: values.map((row, i) => row.map(() => layerName(run, i))), texttemplate: fitsText(figure, values.length, data.fp8_operands.length, Math.max(...text.flat().map(one => one.length))) ? "%{text}" : "", textfont: { size: 12, color: css("ink") },
   }], layersLayout(values.length, chosenLayer(table, "fp8Layer"), "layer", row => layerName(run, row), axisLayout({ showgrid: false }))];
 }
 

@@ -3,6 +3,7 @@
     state      running, finished, stopped (by a signal or a guard), silent (no record for long), empty
     ETA        tokens still to come over the tokens per second of the newest records of this process
     row        last smoothed values (`compare.ema`, decay 0.9), held-out bits per byte, skipped steps
+    identity   what two runs must share for a gap of their losses to mean anything: the model's shape and the data
     fields     every field of run_card.json and of config.yaml by its dotted name: the page shows where runs differ
 
 run_card.json (written by `open_sinks`): name, precision, parameters {total, active, mtp}, tokens_total,
@@ -28,11 +29,12 @@ from train.studies.dashboard.run_reader import RunReader
 from train.studies.dashboard.series import Json, Steps
 
 SMOOTHING = 0.9
-# A run is silent after this long without a record, or after ten of its steps, whichever is longer.
-SILENT_S = 120.0
 # Without tokens for so many steps an expert is dead, where the run's configuration does not say; a tiny batch leaves
 # one idle now and then by chance.
 DEAD_STEPS = 50
+# Fields of `model` that are no shape, and those of `data` that change what a loss is taken over.
+INITIAL_VALUES = ("initializer_range", "embedding_initializer_range")
+DATA_FIELDS = ("sequence_length", "fim_rate", "mask_documents")
 
 
 def bits_per_byte(run: RunReader) -> float | None:
@@ -74,8 +76,7 @@ def _state(run: RunReader, total: float | None, age_s: float | None) -> str:
         return "finished"
     if run.stopped is not None:
         return "stopped"
-    step_s = (run.recent[-1][0] - run.recent[0][0]) / (len(run.recent) - 1) if len(run.recent) > 1 else 0.0
-    return "silent" if age_s > max(SILENT_S, 10 * step_s) else "running"
+    return "silent" if age_s > run.silent_after_s else "running"
 
 
 def _recent_speed(run: RunReader) -> float | None:
@@ -162,6 +163,23 @@ def moe_layer_ids(run: RunReader) -> list[int]:
     return [layer for layer in layer_ids(run) if layer >= first] if type(first) is int else []
 
 
+def identity(run: RunReader) -> dict[str, str]:
+    """What makes a loss comparable, by name; what neither card nor configuration says is left out."""
+    model, data, store = (
+        part if isinstance(part, Mapping) else {}
+        for part in (run.config.get("model"), run.config.get("data"), run.card.get("store"))
+    )
+    found = {name: str(value) for name, value in model.items() if name not in INITIAL_VALUES}
+    found |= {name: str(data[name]) for name in DATA_FIELDS if name in data}
+    if "tokenizer" in store:
+        found["tokeniser"] = str(store["tokenizer"])
+    if text := {name: value for name, value in store.items() if name != "tokenizer"}:
+        found["text"] = str(text)
+    parameters = run.card.get("parameters")
+    size = parameters.get("total") if isinstance(parameters, Mapping) else parameters
+    return found | ({"parameters": f"{size:,}"} if finite(size) is not None else {})
+
+
 def fields(run: RunReader) -> dict[str, str]:
     """Every value of the run card and of the configuration, by dotted name."""
     return {name: str(value) for name, value in (_flat(run.card) | _flat(run.config, "config.")).items()}
@@ -200,7 +218,7 @@ def row(run: RunReader) -> list[list[str]]:
         ["MFU", median("speed/mfu_ratio", lambda ratio: f"{100 * ratio:.1f} %")],
         ["MaxVio", last("moe/max_violation_ratio", 2)],
         ["Skipped", f"{skipped.tail[-1]:.0f}" if skipped and math.isfinite(skipped.tail[-1]) else "–"],
-        ["Time", str(timedelta(seconds=round(run.last_time_s - run.first_time_s)))],
+        ["Time", str(timedelta(seconds=round(run.trained_s)))],
     ]
 
 

@@ -13,6 +13,8 @@ counted.
 
 An expert is idle in a step when it got no token: a zero of `moe/expert_load`, or a count in `moe/dead_experts` where
 only that is logged.
+
+Time of training is the time between records without the pauses: between two processes, and whenever the run was silent.
 """
 
 from __future__ import annotations
@@ -50,6 +52,11 @@ TABLES: dict[str, Reduction] = {
     "fp8/snr_db": "min",
 }
 KEPT_EVENTS = 200
+# Events that a resumed run repeats with the steps in which they happened.
+REPEATED_EVENTS = frozenset({"checkpoint", "dead_experts", "evaluation", "replay_differs", "skip", "spike"})
+# A run is silent after this long without a record, or after ten of its steps, whichever is longer.
+SILENT_S = 120.0
+SILENT_STEPS = 10
 # Records and metrics that a file may bring; a hostile file cannot fill memory with names.
 _CHUNK_BYTES = 4 << 20
 _MAX_METRICS = 200
@@ -65,11 +72,21 @@ class EventLog:
     total: int = 0
     first: list[int] = field(default_factory=list)
     last: deque[int] = field(default_factory=lambda: deque(maxlen=KEPT_EVENTS))
+    # Steps at which one is not counted again.
+    counted: deque[int] = field(default_factory=lambda: deque(maxlen=KEPT_EVENTS))
 
-    def add(self, step: int) -> None:
-        """Count one."""
+    def add(self, step: int, *, once: bool) -> None:
+        """Count one; `once`: unless one of that step is counted."""
+        if once:
+            if step in self.counted:
+                return
+            self.counted.append(step)
         self.total += 1
         (self.first if len(self.first) < KEPT_EVENTS else self.last).append(step)
+
+    def go_back(self, step: int) -> None:
+        """Later steps come again with other data: their events are others."""
+        self.counted = deque((each for each in self.counted if each <= step), maxlen=KEPT_EVENTS)
 
     @property
     def steps(self) -> list[int]:
@@ -160,12 +177,14 @@ class RunReader:
         self.tables: dict[str, TableSeries] = {}
         self.events: dict[str, EventLog] = {}
         self.dead = DeadExperts()
+        # Seconds of training up to the last record, and whether the time since then is a pause.
+        self.trained_s, self._paused = 0.0, False
         # (time, tokens) of the newest records of this process, for the speed.
         self.recent: deque[tuple[float, int]] = deque(maxlen=_RECENT_RECORDS)
         # Reason of the last stop event, None when a record, a start or a resume came after it.
         self.stopped: str | None = None
         self.records, self.last_step, self.tokens_seen, self.evaluated_step = 0, -1, 0, -1
-        self.first_time_s, self.last_time_s = 0.0, 0.0
+        self.last_time_s = 0.0
         self.offset, self.size = 0, 0
         self.problems.pop(METRICS_FILE, None)
 
@@ -199,8 +218,10 @@ class RunReader:
         kind, step = str(event["event"]), event.get("step")
         if not _is_step(step) or (kind not in self.events and len(self.events) >= _MAX_METRICS):
             return
-        self.events.setdefault(kind, EventLog()).add(step)
+        self.events.setdefault(kind, EventLog()).add(step, once=kind in REPEATED_EVENTS)
         if kind == "rollback":
+            for log in self.events.values():
+                log.go_back(step)
             self._went_back |= len(self._limits) == 1
             self._limits = self._limits[:-1] or self._limits
         if kind == "evaluation" and self.evaluated_step < step <= self._limits[-1]:
@@ -213,19 +234,37 @@ class RunReader:
             self._take_records(before)
             before.clear()
             self.recent.clear()
-            self.stopped = None
+            self.stopped, self._paused = None, True
 
     def _take_records(self, records: list[Record]) -> None:
         if not records:
             return
         steps = [record["step"] for record in records]
-        if not self.records:
-            self.first_time_s = records[0]["time_unix_s"]
-        self.records += len(records)
-        self.tokens_seen, self.last_time_s = records[-1]["tokens_seen"], records[-1]["time_unix_s"]
-        self.recent.extend((r["time_unix_s"], r["tokens_seen"]) for r in records[-_RECENT_RECORDS:])
-        for name in sorted(set[str]().union(*records) - {"step"}):
+        # In place of the clock, which runs on through pauses.
+        self._take_column("time/trained_s", steps, [self._take_time(record) for record in records])
+        for name in sorted(set[str]().union(*records) - {"step", "time_unix_s", "time/trained_s"}):
             self._take_column(name, steps, [record.get(name) for record in records])
+
+    def _take_time(self, record: Record) -> float:
+        """Add the time since the last record to the training, or after a pause the step's own; returns the sum."""
+        now_s, tokens = record["time_unix_s"], record["tokens_seen"]
+        passed_s = max(0.0, now_s - self.last_time_s)
+        if self.records and (self._paused or (passed_s > SILENT_S and passed_s > self.silent_after_s)):
+            # Steps that were repeated after the pause are no new training either.
+            speed = _number(record.get("speed/tokens_per_s"))
+            passed_s = min(passed_s, max(0, tokens - self.tokens_seen) / speed) if speed > 0 else 0.0
+        self.trained_s += passed_s if self.records else 0.0
+        self._paused = False
+        self.records += 1
+        self.tokens_seen, self.last_time_s = tokens, now_s
+        self.recent.append((now_s, tokens))
+        return self.trained_s
+
+    @property
+    def silent_after_s(self) -> float:
+        """How long without a record is silence: more than ten of the newest steps take."""
+        steps = len(self.recent) - 1
+        return max(SILENT_S, SILENT_STEPS * (self.recent[-1][0] - self.recent[0][0]) / steps if steps > 0 else 0.0)
 
     def _take_column(self, name: str, steps: list[int], values: list[Any]) -> None:
         if None in values:
