@@ -123,7 +123,7 @@ function clock(seconds) {
 const root = document.documentElement;
 const CONFIG = { responsive: true, displaylogo: false, displayModeBar: "hover", modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
 const SYMBOL = { checkpoint: "circle-open", resume: "triangle-right", skip: "x", spike: "triangle-up", stop: "square", replay_differs: "diamond", dead_experts: "cross", straggler: "triangle-down-open", start: "circle" };
-const EVENT_TEXT = { checkpoint: "checkpoint", resume: "resumed", skip: "step skipped", spike: "spike skipped", stop: "end", replay_differs: "replay differs", dead_experts: "dead expert", straggler: "slow rank" };
+const EVENT_TEXT = { checkpoint: "checkpoint", resume: "resumed", skip: "step skipped", spike: "spike skipped", stop: "end", replay_differs: "replay differs", dead_experts: "dead expert", straggler: "slow rank", low_speed: "low speed", stale_checkpoint: "old checkpoint" };
 const DASH = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
 const NUM_COLORS = 8;
 // Beyond this many runs, a label for each at the pointer would cover the chart.
