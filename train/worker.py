@@ -150,12 +150,14 @@ def joined(config: PretrainConfig, info: WorkerInfo, opened: Opened) -> Iterator
         return
 
     def end(sentence: str) -> None:
-        info.tell_launcher(sentence)
-        if watchdog.reports_death:
-            alert = AlertCommand(config.observe.alert_command, run_directory(config.run))
-            alert.send("dead_rank", sentence)
-            alert.close()
-        end_process(sentence)
+        try:
+            info.tell_launcher(sentence)
+            if watchdog.reports_death:
+                alert = AlertCommand(config.observe.alert_command, run_directory(config.run))
+                alert.send("dead_rank", sentence)
+                alert.close()
+        finally:
+            end_process(sentence)
 
     # When a rank dies, torchrun sends SIGTERM to the others, who have yet to find out and say which one it was.
     with (

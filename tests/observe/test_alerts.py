@@ -8,11 +8,18 @@ import logging
 import os
 import shlex
 import sys
+import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from train import worker
+from train.config import compose
 from train.observe import alerts
 from train.observe.alerts import AlertCommand, check_command
 from train.observe.sinks import ObserveConfig, Sinks, open_sinks
@@ -109,6 +116,40 @@ def test_a_command_that_fails_or_hangs_is_counted_and_the_run_goes_on(
     for number, (words, message) in enumerate(zip(2 * list(failing.values()), caplog.messages, strict=True)):
         assert words in message
         assert message.endswith(f"(failure {1 + number // 3})")
+
+
+def test_an_alert_that_gets_no_thread_is_a_failure_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = AlertCommand(f"tee {tmp_path / 'got'}", tmp_path / "run")
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", _no_thread)
+        command.send("disk", "lost")
+        command.close()
+    command.send("disk", "sent", is_last=True)
+    command.close()
+    assert caplog.messages == ["observe.alert_command failed for disk: can't start new thread (failure 1)"]
+    assert json.loads((tmp_path / "got").read_text())["message"] == "sent"
+
+
+def _no_thread(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_a_rank_whose_alert_fails_ends_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    dog = SimpleNamespace(reports_death=True)
+    monkeypatch.setattr(worker, "Watchdog", lambda *_, **named: ended.append(named["on_death"]) or nullcontext(dog))
+    for name, stand_in in {"init_processes": lambda **_: None, "make_mesh": lambda *_, **__: None,
+                           "shutdown": lambda: None, "end_process": ended.append}.items():  # fmt: skip
+        monkeypatch.setattr(worker, name, stand_in)
+    config = compose(["layout.dp=2", f"run.directory={tmp_path}"])
+    opened = worker.Opened(torch.device("cpu"), "gloo", None)  # type: ignore[arg-type]
+    with worker.joined(config, worker.WorkerInfo(1, 2, 1, dist.HashStore()), opened):
+        monkeypatch.setattr(AlertCommand, "send", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ended.pop()("rank 1 ends")  # type: ignore[operator]
+    assert ended == ["rank 1 ends"]
 
 
 def _inheriting(writer: int, original: Any) -> Any:

@@ -78,8 +78,14 @@ class AlertCommand:
         alert = {"kind": kind, **run, "step": step, "time_unix_s": time.time(), "message": message}
         line = json.dumps(alert, ensure_ascii=False) + "\n"
         thread = threading.Thread(target=self._run, args=(kind, line.encode()), name="alert", daemon=True)
-        self._threads = [each for each in self._threads if each.is_alive()] + [thread]
-        thread.start()
+        self._threads = [each for each in self._threads if each.is_alive()]
+        try:
+            thread.start()
+        except RuntimeError as error:
+            # The system gives no thread. It is no reason to end a run.
+            self._failed(kind, str(error))
+        else:
+            self._threads.append(thread)
 
     def close(self) -> None:
         """Wait for what was started, each for TIMEOUT_S at most."""
@@ -104,9 +110,12 @@ class AlertCommand:
         except OSError as error:
             failure = str(error)
         if failure:
-            with self._counting:
-                self._failures += 1
-                _log.error("observe.alert_command failed for %s: %s (failure %d)", kind, failure, self._failures)
+            self._failed(kind, failure)
+
+    def _failed(self, kind: Kind, failure: str) -> None:
+        with self._counting:
+            self._failures += 1
+            _log.error("observe.alert_command failed for %s: %s (failure %d)", kind, failure, self._failures)
 
 
 class AlertSink:

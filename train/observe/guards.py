@@ -251,7 +251,8 @@ class TerminationGuard:
         if isinstance(outer, TerminationGuard):
             outer.interrupts = False
             # It may have come meanwhile.
-            self.received = self.received or outer.received
+            if self.received is None:
+                self.received, self._received_s = outer.received, outer._received_s
         return self
 
     def __exit__(self, *_: object) -> None:
