@@ -81,16 +81,39 @@ def test_a_log_that_cannot_be_written_is_sent(tmp_path: Path, monkeypatch: pytes
     assert json.loads(file.read_text())["message"].endswith("cannot be written; records are kept in memory")
 
 
-def test_a_kind_comes_once_in_a_while_and_at_the_end_in_any_case(tmp_path: Path) -> None:
+def test_no_alert_hides_another_one(tmp_path: Path) -> None:
+    sent = [("quarantine", {"windows": [{"error": "altered"}]}), ("save_failed", {"error": "No space"}),
+            ("straggler", SLOW), ("straggler", SLOW | {"rank": 6}), ("straggler", SLOW)]  # fmt: skip
+    with opened(tmp_path, f"tee -a {tmp_path / 'got'}") as sinks:
+        for event, details in sent:
+            sinks.event(event, step=7, **details)
+    messages = sorted(json.loads(line)["message"] for line in (tmp_path / "got").read_text().splitlines())
+    assert len(messages) == 4
+    for message, words in zip(messages, ("samples left out", "No space", "rank 5", "rank 6"), strict=True):
+        assert words in message
+
+
+def test_an_event_comes_once_in_a_while_and_at_the_end_in_any_case(tmp_path: Path) -> None:
     now = [0.0]
     command = AlertCommand(f"tee -a {tmp_path / 'got'}", tmp_path / "run", clock_s=lambda: now[0])
-    for at_s, kind, is_last in ((0, "disk", False), (1, "low_speed", False), (599, "disk", False), (600, "disk", False),
-                                (601, "disk", True)):  # fmt: skip
+    for at_s, source, is_last in ((0, "save", False), (1, "log", False), (599, "save", False), (600, "save", False),
+                                  (601, "save", True)):  # fmt: skip
         now[0] = at_s
-        command.send(kind, f"at {at_s}", is_last=is_last)  # type: ignore[arg-type]
+        command.send("disk", f"at {at_s}", source=source, is_last=is_last)
         command.close()
     messages = [json.loads(line)["message"] for line in (tmp_path / "got").read_text().splitlines()]
     assert messages == ["at 0", "at 1", "at 600", "at 601"]
+
+
+def test_after_a_failure_an_event_is_sent_again_in_a_minute(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    failing = python("import sys; print('no\\nroute ' * 9999 + 'home', file=sys.stderr); sys.exit(3)")
+    command = AlertCommand(failing, tmp_path / "run", clock_s=lambda: now[0])
+    for now[0] in (0, 59, 60):
+        command.send("disk", "full")
+        command.close()
+    sentence = "observe.alert_command failed for disk: exit code 3: 'route home' (failure %d)"
+    assert caplog.messages == [sentence % 1, sentence % 2]
 
 
 def test_a_command_that_fails_or_hangs_is_counted_and_the_run_goes_on(
@@ -107,7 +130,7 @@ def test_a_command_that_fails_or_hangs_is_counted_and_the_run_goes_on(
     with caplog.at_level(logging.ERROR):
         senders = [AlertCommand(command, tmp_path / "run") for command in failing]
         for kind, sender in itertools.product(("disk", "low_speed"), senders):
-            sender.send(kind, "x" * 100_000)
+            sender.send(kind, "x" * 100_000, source=kind)
             sender.close()
     os.close(writer)
     assert os.read(reader, 1) == b"", "nothing of a command that hung is left"
