@@ -28,7 +28,7 @@ from train.config import PretrainConfig, compose
 from train.data.ingest import Recipe, prepare
 from train.data.stream import iterate_windows
 from train.losses import LossWeights, balance_sum, loss_sums
-from train.observe.guards import TrainingStopped
+from train.observe.guards import Diverged, SavesFailed, TrainingStopped
 from train.observe.sinks import read_events, read_run
 from train.optim.balance import routers
 from train.schedules import scheduled_values
@@ -270,6 +270,17 @@ def test_start_and_end_are_said(config: PretrainConfig, capsys: pytest.CaptureFi
     assert [command.split()[1:3] for command in commands] == [
         [f"launch/{name}.py", str(trainer.directory)] for name in ("score", "generate", "dashboard")
     ]
+
+
+@pytest.mark.parametrize("error", [Diverged("it left"), SavesFailed("full"), RuntimeError("a defect")])
+def test_after_a_failure_no_next_command_is_said(
+    error: Exception, config: PretrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(config)
+    monkeypatch.setattr(trainer, "save_last", lambda _: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error), match=str(error)):
+        trainer.fit()
+    assert "next:" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
