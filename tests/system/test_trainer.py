@@ -226,11 +226,11 @@ def test_events_are_logged_when_they_happen(config: PretrainConfig, monkeypatch:
     """The save of step 5 is held back until step 7 is over: no step waits for it, and the next one logs it."""
     held, publish_manifest, alerts = threading.Event(), publish.write_manifest, Path(config.run.directory) / "alerts"
     monkeypatch.setattr(publish, "write_manifest", lambda *a: held.wait() and publish_manifest(*a))
-    # After these two steps a clock has jumped, and a step was slow.
-    ages, slow = {2: 7300.0}, {3}
-    trainer = trainer_of(replace(config, observe=replace(config.observe, alert_command=f"tee -a {alerts}")))
-    monkeypatch.setattr(trainer.checkpoint_age, "note", lambda: ages.get(trainer.state.step))
-    monkeypatch.setattr(trainer.speed_guard, "note", lambda _: trainer.state.step in slow)
+    observe = replace(config.observe, alert_command=f"tee -a {alerts}", stale_checkpoint_s=2500.0)
+    trainer = trainer_of(replace(config, observe=observe))
+    # A step takes 1000 s, and the third is slow.
+    monkeypatch.setattr(trainer.checkpoint_age, "_clock_s", lambda: 1000.0 * trainer.state.step)
+    monkeypatch.setattr(trainer.speed_guard, "note", lambda _: trainer.state.step == 3)
     take_step = trainer.take_step
 
     def stepped(*arguments: object) -> None:
@@ -243,11 +243,12 @@ def test_events_are_logged_when_they_happen(config: PretrainConfig, monkeypatch:
     trainer.fit()
     lines = [json.loads(line) for line in (trainer.directory / "metrics.jsonl").read_text().splitlines()]
     order = [(line.get("event", "step"), line["step"]) for line in lines]
-    before = {("stale_checkpoint", 2): 2, ("low_speed", 3): 3, ("checkpoint", 5): 8, ("checkpoint", 10): 10}
+    before = {("stale_checkpoint", 3): 3, ("low_speed", 3): 3, ("checkpoint", 5): 8, ("checkpoint", 10): 10}
     for event, step in before.items():
         assert [each for each in order[: order.index(event)] if each[0] == "step"][-1] == ("step", step)
     assert order.count(("checkpoint", 5)) == 1
-    assert next(line["age_s"] for line in lines if line.get("event") == "stale_checkpoint") == 7300.0
+    # At each multiple of the limit until the save of step 5 is published.
+    assert [line["age_s"] for line in lines if line.get("event") == "stale_checkpoint"] == [3000.0, 5000.0]
     kinds = [json.loads(line)["kind"] for line in alerts.read_text().splitlines()]
     assert sorted(kinds) == ["low_speed", "stale_checkpoint"]
 
