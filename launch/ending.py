@@ -10,7 +10,8 @@ import json
 import os
 import signal
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from train.observe.guards import TerminationGuard
@@ -37,6 +38,16 @@ def handle_early(arguments: list[str]) -> None:
     for number, default in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
         signal.signal(number, _leave_at_once)
         EARLY.callback(signal.signal, number, default)
+
+
+@contextmanager
+def guarded(arguments: list[str], *, interrupts: bool) -> Iterator[TerminationGuard]:
+    """The run's guard takes over from the handlers of the imports; it is in force only for what trains."""
+    with EARLY.pop_all() as signals:
+        guard = TerminationGuard(interrupts=interrupts)
+        if trains(arguments):
+            signals.enter_context(guard)
+        yield guard
 
 
 def _leave_at_once(*_: object) -> None:

@@ -17,7 +17,7 @@ import sys
 import time
 from dataclasses import replace
 
-from launch.ending import EARLY, STOPPED, handle_early, tell_launcher, trains
+from launch.ending import STOPPED, guarded, handle_early, tell_launcher
 from launch.threads import spin_default
 from train.observe.guards import AskedToStop, TerminationGuard, TrainingStopped
 
@@ -94,10 +94,7 @@ def main(arguments: list[str]) -> int:
         return 0
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        with EARLY.pop_all() as signals:
-            guard = TerminationGuard(interrupts=world == 1)
-            if trains(arguments):
-                signals.enter_context(guard)
+        with guarded(arguments, interrupts=world == 1) as guard:
             run(arguments, rank=rank, world=world, guard=guard)
     except AskedToStop:
         if rank == 0:
