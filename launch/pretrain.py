@@ -3,9 +3,9 @@
 Arguments are Hydra overrides of configs/pretrain.yaml. `--config` prints the composed configuration and stops;
 `dry_run=true` plans the fullest rank (`rank=N` another, `rank=all` each pipeline rank) and stops. A wrong key, value,
 layout, store or device is one sentence and exit code 2, before anything is allocated. SIGTERM or Ctrl-C finishes the
-step, saves and exits 0 (before the first step: at once); the same command then resumes. Exit code 3: stopped by the
-non-finite guard. 4: nothing could be saved any more. 5: the loss left its band for good. 75: another rank died, and is
-named. docs/operating.md says more.
+step, saves and exits 0 (before the first step: saves nothing); the same command then resumes. Exit code 3: stopped by
+the non-finite guard. 4: nothing could be saved any more. 5: the loss left its band for good. 75: another rank died, and
+is named. docs/operating.md says more.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 
-from launch.ending import STOPPED, leave_at_once, tell_launcher
+from launch.ending import STOPPED, guarded, handle_early, tell_launcher
 from launch.threads import spin_default
+from train.observe.guards import AskedToStop, TerminationGuard, TrainingStopped
 
 # Kept before the imports, which take seconds: a launcher that dies meanwhile would not be missed.
 os.environ["V3FP8_LAUNCHER_PID"] = str(os.getppid())
@@ -25,14 +27,12 @@ os.environ["V3FP8_LAUNCHER_PID"] = str(os.getppid())
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.update(spin_default(os.environ))
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, leave_at_once)
-    signal.signal(signal.SIGINT, leave_at_once)
+    handle_early(sys.argv[1:])
 
 from torch.distributed.rendezvous import rendezvous
 
 from parallel.layout import check_world
 from train.config import PretrainConfig, changed_world, compose, to_yaml
-from train.observe.guards import AskedToStop, TerminationGuard, TrainingStopped
 from train.run_directory import run_directory
 from train.studies.plan.dry_run import dry_run
 from train.worker import WorkerInfo, pretrain
@@ -71,7 +71,7 @@ def stop_with_launcher() -> None:
             raise ValueError("torchrun has ended while this worker started; start it again")
 
 
-def run(arguments: list[str], *, rank: int, world: int) -> None:
+def run(arguments: list[str], *, rank: int, world: int, guard: TerminationGuard) -> None:
     """Do what the command line says; ValueError and TrainingStopped as `pretrain`."""
     overrides = [argument for argument in arguments if argument != "--config"]
     config = compose(overrides)
@@ -83,7 +83,8 @@ def run(arguments: list[str], *, rank: int, world: int) -> None:
         print(dry_run(config))
     else:
         stop_with_launcher()
-        pretrain(config, meet(config, rank=rank, world=world))
+        info = meet(config, rank=rank, world=world)
+        pretrain(config, replace(info, is_asked_to_stop=lambda: guard.requested))
 
 
 def main(arguments: list[str]) -> int:
@@ -93,8 +94,8 @@ def main(arguments: list[str]) -> int:
         return 0
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        with TerminationGuard(interrupts=True):
-            run(arguments, rank=rank, world=world)
+        with guarded(arguments, interrupts=world == 1) as guard:
+            run(arguments, rank=rank, world=world, guard=guard)
     except AskedToStop:
         if rank == 0:
             print(STOPPED, end="", file=sys.stderr)
@@ -113,6 +114,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

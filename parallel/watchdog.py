@@ -339,27 +339,31 @@ class Watchdog:
 
     def _monitor(self) -> None:
         """Ends the process; makes no call to the store, so it cannot block."""
-        beats, still = -1, 0
-        while not self._heartbeat_done.wait(self.interval_s):
-            # Counted in looks, as silence is: a stopped process comes back with one look, not with many.
-            beats, still = self._beats, still + 1 if beats == self._beats else 0
-            if still * self.interval_s > self.peer_timeout_s:
-                if not self._counted_as_finished and not self._stopping.is_set():
-                    self._death = self._store_lost(f"no answer for {self.peer_timeout_s:g} s")
-                break
-        if (death := self._death) is not None:
-            self._sentence = death.sentence(self.rank)
-            self._death_known.set()
-            # After its own report a rank gets time for its traceback and its own way out.
-            is_own = self._own_report is not None and death.rank == self.rank
-            if not (is_own and self._stopping.wait(self.peer_timeout_s)):
-                if death.reason.startswith(HANGS):
-                    # A full pipe must not keep the process alive.
-                    printer = threading.Thread(target=_print_stacks, daemon=True)
-                    printer.start()
-                    printer.join(2.0)
-                self._on_death(self._sentence)
-        self._monitor_done.set()
+        try:
+            beats, still = -1, 0
+            while not self._heartbeat_done.wait(self.interval_s):
+                # Counted in looks, as silence is: a stopped process comes back with one look, not with many.
+                beats, still = self._beats, still + 1 if beats == self._beats else 0
+                if still * self.interval_s > self.peer_timeout_s:
+                    if not self._counted_as_finished and not self._stopping.is_set():
+                        self._death = self._store_lost(f"no answer for {self.peer_timeout_s:g} s")
+                    break
+            if (death := self._death) is not None:
+                self._sentence = death.sentence(self.rank)
+                self._death_known.set()
+                # After its own report a rank gets time for its traceback and its own way out.
+                is_own = self._own_report is not None and death.rank == self.rank
+                if not (is_own and self._stopping.wait(self.peer_timeout_s)):
+                    if death.reason.startswith(HANGS):
+                        # A full pipe must not keep the process alive.
+                        printer = threading.Thread(target=_print_stacks, daemon=True)
+                        # The system may give no thread; the end does not wait for that.
+                        with contextlib.suppress(RuntimeError):
+                            printer.start()
+                            printer.join(2.0)
+                    self._on_death(self._sentence)
+        finally:
+            self._monitor_done.set()
 
     def _death_of(self, rank: int | None, identity: dict[str, object], reason: str) -> Death:
         line = (reason.strip().splitlines() or ["no reason given"])[0][:_MAX_REASON_CHARACTERS]

@@ -133,11 +133,11 @@ class Trainer:
                 sinks.event("stop", step=self.state.step, reason=str(stopped), exit_code=stopped.exit_code)
                 raise
             finally:
-                if isinstance(sinks, Sinks):
-                    sinks.say(self.closing(sinks))
                 self.saver.close()
                 if self.engine.ema:
                     self.engine.ema.close()
+            if isinstance(sinks, Sinks) and self.saved_step is not None:
+                sinks.say(self.closing(sinks))
         return self.state
 
     def train(self, sinks: Sinks | NoSinks) -> str:

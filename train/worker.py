@@ -27,7 +27,7 @@ from parallel.watchdog import Watchdog, end_process
 from train.assemble import Resources, build, device_of, open_resources
 from train.config import PretrainConfig
 from train.observe.alerts import AlertCommand, check_command
-from train.observe.guards import TerminationGuard, TrainingStopped
+from train.observe.guards import AskedToStop, TerminationGuard, TrainingStopped
 from train.run_directory import locked, run_directory
 from train.trainer import Trainer
 
@@ -41,6 +41,7 @@ class WorkerInfo:
     local_rank: int = 0  # on its node
     store: Store | None = None  # at which the processes meet; None with one process
     store_rank: int | None = None  # the rank whose process hosts the store, None where the launcher does
+    is_asked_to_stop: Callable[[], bool] = lambda: False  # this process, by a signal
     tell_launcher: Callable[[str], None] = lambda _: None  # leaves the last sentence of this process for its report
 
 
@@ -118,15 +119,17 @@ def open_on_every_rank(config: PretrainConfig, info: WorkerInfo, held: ExitStack
     """`open_here` on every rank; what one of them raises is raised by all.
 
     Raises:
+        AskedToStop: one of several ranks was; all leave.
         ValueError: what a rank raised, with its number where it is not the first; or some processes did not come.
     """
     if info.store is None:
         return open_here(config, info, held)
     opened: list[Opened] = []
 
-    def open_mine() -> None:
+    def open_mine() -> bool:
         try:
             opened.append(open_here(config, info, held))
+            return info.is_asked_to_stop()
         except ValueError as error:
             # A node may lack what others have, so the sentence names the rank.
             raise ValueError(f"rank {info.rank}: {error}" if info.rank else str(error)) from error
@@ -138,7 +141,8 @@ def open_on_every_rank(config: PretrainConfig, info: WorkerInfo, held: ExitStack
         timeout_s=config.network.timeout_s,
         hosts_store=info.rank == info.store_rank,
     )
-    Ranks(meeting).agree(open_mine, lambda reports: reports)
+    if Ranks(meeting).agree(open_mine, lambda reports: [any(reports)] * len(reports)):
+        raise AskedToStop
     return opened[0]
 
 
@@ -150,12 +154,14 @@ def joined(config: PretrainConfig, info: WorkerInfo, opened: Opened) -> Iterator
         return
 
     def end(sentence: str) -> None:
-        info.tell_launcher(sentence)
-        if watchdog.reports_death:
-            alert = AlertCommand(config.observe.alert_command, run_directory(config.run))
-            alert.send("dead_rank", sentence)
-            alert.close()
-        end_process(sentence)
+        try:
+            info.tell_launcher(sentence)
+            if watchdog.reports_death:
+                alert = AlertCommand(config.observe.alert_command, run_directory(config.run))
+                alert.send("dead_rank", sentence)
+                alert.close()
+        finally:
+            end_process(sentence)
 
     # When a rank dies, torchrun sends SIGTERM to the others, who have yet to find out and say which one it was.
     with (

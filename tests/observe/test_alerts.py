@@ -8,11 +8,18 @@ import logging
 import os
 import shlex
 import sys
+import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from train import worker
+from train.config import compose
 from train.observe import alerts
 from train.observe.alerts import AlertCommand, check_command
 from train.observe.sinks import ObserveConfig, Sinks, open_sinks
@@ -74,16 +81,39 @@ def test_a_log_that_cannot_be_written_is_sent(tmp_path: Path, monkeypatch: pytes
     assert json.loads(file.read_text())["message"].endswith("cannot be written; records are kept in memory")
 
 
-def test_a_kind_comes_once_in_a_while_and_at_the_end_in_any_case(tmp_path: Path) -> None:
+def test_no_alert_hides_another_one(tmp_path: Path) -> None:
+    sent = [("quarantine", {"windows": [{"error": "altered"}]}), ("save_failed", {"error": "No space"}),
+            ("straggler", SLOW), ("straggler", SLOW | {"rank": 6}), ("straggler", SLOW)]  # fmt: skip
+    with opened(tmp_path, f"tee -a {tmp_path / 'got'}") as sinks:
+        for event, details in sent:
+            sinks.event(event, step=7, **details)
+    messages = sorted(json.loads(line)["message"] for line in (tmp_path / "got").read_text().splitlines())
+    assert len(messages) == 4
+    for message, words in zip(messages, ("samples left out", "No space", "rank 5", "rank 6"), strict=True):
+        assert words in message
+
+
+def test_an_event_comes_once_in_a_while_and_at_the_end_in_any_case(tmp_path: Path) -> None:
     now = [0.0]
     command = AlertCommand(f"tee -a {tmp_path / 'got'}", tmp_path / "run", clock_s=lambda: now[0])
-    for at_s, kind, is_last in ((0, "disk", False), (1, "low_speed", False), (599, "disk", False), (600, "disk", False),
-                                (601, "disk", True)):  # fmt: skip
+    for at_s, source, is_last in ((0, "save", False), (1, "log", False), (599, "save", False), (600, "save", False),
+                                  (601, "save", True)):  # fmt: skip
         now[0] = at_s
-        command.send(kind, f"at {at_s}", is_last=is_last)  # type: ignore[arg-type]
+        command.send("disk", f"at {at_s}", source=source, is_last=is_last)
         command.close()
     messages = [json.loads(line)["message"] for line in (tmp_path / "got").read_text().splitlines()]
     assert messages == ["at 0", "at 1", "at 600", "at 601"]
+
+
+def test_after_a_failure_an_event_is_sent_again_in_a_minute(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    failing = python("import sys; print('no\\nroute ' * 9999 + 'home', file=sys.stderr); sys.exit(3)")
+    command = AlertCommand(failing, tmp_path / "run", clock_s=lambda: now[0])
+    for now[0] in (0, 59, 60):
+        command.send("disk", "full")
+        command.close()
+    sentence = "observe.alert_command failed for disk: exit code 3: 'route home' (failure %d)"
+    assert caplog.messages == [sentence % 1, sentence % 2]
 
 
 def test_a_command_that_fails_or_hangs_is_counted_and_the_run_goes_on(
@@ -100,7 +130,7 @@ def test_a_command_that_fails_or_hangs_is_counted_and_the_run_goes_on(
     with caplog.at_level(logging.ERROR):
         senders = [AlertCommand(command, tmp_path / "run") for command in failing]
         for kind, sender in itertools.product(("disk", "low_speed"), senders):
-            sender.send(kind, "x" * 100_000)
+            sender.send(kind, "x" * 100_000, source=kind)
             sender.close()
     os.close(writer)
     assert os.read(reader, 1) == b"", "nothing of a command that hung is left"
@@ -109,6 +139,40 @@ def test_a_command_that_fails_or_hangs_is_counted_and_the_run_goes_on(
     for number, (words, message) in enumerate(zip(2 * list(failing.values()), caplog.messages, strict=True)):
         assert words in message
         assert message.endswith(f"(failure {1 + number // 3})")
+
+
+def test_an_alert_that_gets_no_thread_is_a_failure_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = AlertCommand(f"tee {tmp_path / 'got'}", tmp_path / "run")
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", _no_thread)
+        command.send("disk", "lost")
+        command.close()
+    command.send("disk", "sent", is_last=True)
+    command.close()
+    assert caplog.messages == ["observe.alert_command failed for disk: can't start new thread (failure 1)"]
+    assert json.loads((tmp_path / "got").read_text())["message"] == "sent"
+
+
+def _no_thread(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_a_rank_whose_alert_fails_ends_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    dog = SimpleNamespace(reports_death=True)
+    monkeypatch.setattr(worker, "Watchdog", lambda *_, **named: ended.append(named["on_death"]) or nullcontext(dog))
+    for name, stand_in in {"init_processes": lambda **_: None, "make_mesh": lambda *_, **__: None,
+                           "shutdown": lambda: None, "end_process": ended.append}.items():  # fmt: skip
+        monkeypatch.setattr(worker, name, stand_in)
+    config = compose(["layout.dp=2", f"run.directory={tmp_path}"])
+    opened = worker.Opened(torch.device("cpu"), "gloo", None)  # type: ignore[arg-type]
+    with worker.joined(config, worker.WorkerInfo(1, 2, 1, dist.HashStore()), opened):
+        monkeypatch.setattr(AlertCommand, "send", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ended.pop()("rank 1 ends")  # type: ignore[operator]
+    assert ended == ["rank 1 ends"]
 
 
 def _inheriting(writer: int, original: Any) -> Any:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
 
+import pytest
 from rich.console import Console
 
 from train.observe.console import ConsoleSink
@@ -30,6 +33,23 @@ def test_without_a_terminal_there_is_one_line_every_few_steps():
     assert [line.split()[2] for line in lines[:3]] == ["10", "20", "25"]
     assert lines[3] == "tiny_fp8  step 25 skipped: loss or gradient not finite"
     assert len(lines) == 4
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_output_that_cannot_be_written_ends_no_run(terminal: bool, full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full" if full else writer, "w") as output:
+        # rich puts another file in the place of stdout.
+        monkeypatch.setattr(sys, "stdout", output)
+        console = Console(file=output, force_terminal=terminal, width=110)
+        sink = ConsoleSink(progress=True, every_steps=1, total_tokens=None, name="x", console=console)
+        for step in (1, 2):
+            sink.write({"step": step, "tokens_seen": step, "time_unix_s": float(step)})
+            sink.event({"event": "resume", "step": step})
+        sink.close()
+        assert console.quiet
 
 
 def test_a_line_holds_every_number_and_a_right_eta():

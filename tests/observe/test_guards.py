@@ -70,6 +70,10 @@ def test_a_guard_interrupts_until_one_inside_it_is_entered():
             assert inner.received == signal.SIGTERM
             signal.raise_signal(signal.SIGINT)
             assert inner.received == signal.SIGINT
+            # The echo of a Ctrl-C may come to the one inside.
+            with TerminationGuard() as innermost:
+                signal.raise_signal(signal.SIGINT)
+                assert innermost.received == signal.SIGINT
         signal.raise_signal(signal.SIGTERM)
         assert outer.requested
 

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.places import waits_for_others
-from parallel.watchdog import DEATH_EXIT_CODE, Death, Watchdog, end_process, is_communication_error
+from parallel.watchdog import DEATH_EXIT_CODE, HANGS, Death, Watchdog, end_process, is_communication_error
 from tests.ranks import PRELOAD
 
 EXIT_CODE = 41
@@ -379,6 +379,27 @@ def test_a_beat_costs_the_same_at_any_world() -> None:
         beat_at = [index for index, call in enumerate(store.calls) if call == "set watchdog/beat/7"]
         cost = store.calls[beat_at[2] : beat_at[3]]
         assert cost == ["set watchdog/beat/7", "check ['watchdog/dead']", f"get {neighbour}"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_hanging_rank_ends_though_the_system_gives_no_thread_and_the_end_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start, told = threading.Thread.start, list[str]()
+    store = CountingStore()
+    store.values["watchdog/dead"] = json.dumps(asdict(Death(1, "", 2, "", f"{HANGS} x", 1))).encode()
+    # What `on_death` raises must not keep the main thread waiting.
+    watchdog = Watchdog(store, 0, 2, peer_timeout_s=1, on_death=lambda sentence: told.append(sentence) or 1 / 0)
+    watchdog.start()
+
+    def no_thread(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    assert watchdog.wait_for_death(DEADLINE_S) == f"rank 0 ends because rank 1 (pid 2) is dead: {HANGS} x"
+    monkeypatch.setattr(threading.Thread, "start", start)
+    watchdog.finish()
+    assert len(told) == 1
 
 
 def test_the_first_death_is_the_one_that_is_reported() -> None:

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 import train.worker
-from launch import pretrain
+from launch import ending, pretrain
 from tests.ranks import run_ranks
 from tests.system.lives import trainer_on
 from train.assemble import build_alone
-from train.config import compose
-from train.observe.guards import TerminationGuard
+from train.config import PretrainConfig, compose
+from train.observe.guards import AskedToStop, TerminationGuard
 from train.observe.sinks import read_events
 from train.trainer import Trainer
+from train.worker import WorkerInfo
 
 Overrides = Callable[..., list[str]]
 # Few batches are the whole held-out text.
@@ -106,6 +111,51 @@ def test_asked_to_stop_in_the_last_evaluation_the_next_start_scores_the_same(
         assert events[-1]["reason"] == "token budget spent"
     assert len(scores[0]) == 1
     assert scores[0] == scores[1]
+
+
+def test_a_signal_to_one_of_several_ranks_before_they_meet_ends_all_of_them(
+    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes while rank 1 starts; it goes on until the others know, and leaves with them."""
+    infos: list[WorkerInfo] = []
+
+    def pretrain_on_both_ranks(config: PretrainConfig, info: WorkerInfo) -> None:
+        infos.extend((info, replace(info, rank=0, is_asked_to_stop=lambda: False)))
+        with ThreadPoolExecutor() as ranks, ExitStack() as held:
+            starts = [ranks.submit(train.worker.open_on_every_rank, config, each, held) for each in infos]
+            errors = [start.exception() for start in starts]
+        assert [type(error) for error in errors] == [AskedToStop] * 2
+        raise AskedToStop
+
+    store = dist.HashStore()
+    monkeypatch.setattr(pretrain, "rendezvous", lambda *_: iter([(signal.raise_signal(signal.SIGTERM) or store, 1, 2)]))
+    monkeypatch.setattr(train.worker, "open_here", lambda *_: None)
+    monkeypatch.setattr(pretrain, "pretrain", pretrain_on_both_ranks)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert pretrain.main(small_run("layout.dp=2", "layout.ep=2")) == 0
+    assert len(infos) == 2
+
+
+@pytest.mark.parametrize("argument", ["dry_run=true", "--config"])
+def test_what_does_not_train_dies_by_a_signal(
+    argument: str, small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [signal.getsignal(each) for each in TerminationGuard.SIGNALS]
+    handlers: list[object] = []
+
+    def planned(_: object) -> str:
+        handlers.extend(signal.getsignal(each) for each in TerminationGuard.SIGNALS)
+        return ""
+
+    monkeypatch.setattr(pretrain, "dry_run", planned)
+    monkeypatch.setattr(pretrain, "to_yaml", planned)
+    arguments = small_run(argument)
+    assert not ending.trains(arguments)
+    assert ending.trains([*small_run(), "dry_run=false"])
+    ending.handle_early(arguments)
+    assert pretrain.main(arguments) == 0
+    assert handlers == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

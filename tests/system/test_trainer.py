@@ -28,7 +28,7 @@ from train.config import PretrainConfig, compose
 from train.data.ingest import Recipe, prepare
 from train.data.stream import iterate_windows
 from train.losses import LossWeights, balance_sum, loss_sums
-from train.observe.guards import TrainingStopped
+from train.observe.guards import Diverged, SavesFailed, TrainingStopped
 from train.observe.sinks import read_events, read_run
 from train.optim.balance import routers
 from train.schedules import scheduled_values
@@ -226,11 +226,11 @@ def test_events_are_logged_when_they_happen(config: PretrainConfig, monkeypatch:
     """The save of step 5 is held back until step 7 is over: no step waits for it, and the next one logs it."""
     held, publish_manifest, alerts = threading.Event(), publish.write_manifest, Path(config.run.directory) / "alerts"
     monkeypatch.setattr(publish, "write_manifest", lambda *a: held.wait() and publish_manifest(*a))
-    # After these two steps a clock has jumped, and a step was slow.
-    ages, slow = {2: 7300.0}, {3}
-    trainer = trainer_of(replace(config, observe=replace(config.observe, alert_command=f"tee -a {alerts}")))
-    monkeypatch.setattr(trainer.checkpoint_age, "note", lambda: ages.get(trainer.state.step))
-    monkeypatch.setattr(trainer.speed_guard, "note", lambda _: trainer.state.step in slow)
+    observe = replace(config.observe, alert_command=f"tee -a {alerts}", stale_checkpoint_s=2500.0)
+    trainer = trainer_of(replace(config, observe=observe))
+    # A step takes 1000 s, and the third is slow.
+    monkeypatch.setattr(trainer.checkpoint_age, "_clock_s", lambda: 1000.0 * trainer.state.step)
+    monkeypatch.setattr(trainer.speed_guard, "note", lambda _: trainer.state.step == 3)
     take_step = trainer.take_step
 
     def stepped(*arguments: object) -> None:
@@ -243,11 +243,12 @@ def test_events_are_logged_when_they_happen(config: PretrainConfig, monkeypatch:
     trainer.fit()
     lines = [json.loads(line) for line in (trainer.directory / "metrics.jsonl").read_text().splitlines()]
     order = [(line.get("event", "step"), line["step"]) for line in lines]
-    before = {("stale_checkpoint", 2): 2, ("low_speed", 3): 3, ("checkpoint", 5): 8, ("checkpoint", 10): 10}
+    before = {("stale_checkpoint", 3): 3, ("low_speed", 3): 3, ("checkpoint", 5): 8, ("checkpoint", 10): 10}
     for event, step in before.items():
         assert [each for each in order[: order.index(event)] if each[0] == "step"][-1] == ("step", step)
     assert order.count(("checkpoint", 5)) == 1
-    assert next(line["age_s"] for line in lines if line.get("event") == "stale_checkpoint") == 7300.0
+    # At each multiple of the limit until the save of step 5 is published.
+    assert [line["age_s"] for line in lines if line.get("event") == "stale_checkpoint"] == [3000.0, 5000.0]
     kinds = [json.loads(line)["kind"] for line in alerts.read_text().splitlines()]
     assert sorted(kinds) == ["low_speed", "stale_checkpoint"]
 
@@ -270,6 +271,17 @@ def test_start_and_end_are_said(config: PretrainConfig, capsys: pytest.CaptureFi
     assert [command.split()[1:3] for command in commands] == [
         [f"launch/{name}.py", str(trainer.directory)] for name in ("score", "generate", "dashboard")
     ]
+
+
+@pytest.mark.parametrize("error", [Diverged("it left"), SavesFailed("full"), RuntimeError("a defect")])
+def test_after_a_failure_no_next_command_is_said(
+    error: Exception, config: PretrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(config)
+    monkeypatch.setattr(trainer, "save_last", lambda _: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error), match=str(error)):
+        trainer.fit()
+    assert "next:" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

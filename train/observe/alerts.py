@@ -10,7 +10,8 @@
      "message": "step 400: saving checkpoint ... failed: ..."}
 
 Rank 0 sends all but `dead_rank`. The command runs without a shell, in a thread of its own; nothing waits for it but the
-end of the run, for TIMEOUT_S at most. A kind comes once in EVERY_S; what ends a run comes in any case.
+end of the run, for TIMEOUT_S at most. The same event (of a slow rank: the same rank's) comes once in EVERY_S, RETRY_S
+after a command that failed; what ends a run comes in any case.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
     from train.observe.sinks import JsonlSink
 
 Kind = Literal["divergence", "dead_rank", "stale_checkpoint", "low_speed", "disk"]
-TIMEOUT_S, EVERY_S = 10.0, 600.0
+TIMEOUT_S, RETRY_S, EVERY_S = 10.0, 60.0, 600.0
+# Of its stderr, of which the last line is logged.
+SAID_BYTES = 1000
 _OF_EVENT: dict[str, Kind] = {
     "rollback": "divergence",
     "stale_checkpoint": "stale_checkpoint",
@@ -64,22 +67,31 @@ class AlertCommand:
     def __init__(self, command: str | None, directory: Path, *, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._words = shlex.split(command) if command else []
         self._directory, self._clock_s = directory, clock_s
-        self._sent_s: dict[Kind, float] = {}
+        # By source, when it may come again.
+        self._due_s: dict[str, float] = {}
         self._threads: list[threading.Thread] = []
         self._failures, self._counting = 0, threading.Lock()
 
-    def send(self, kind: Kind, message: str, *, step: int | None = None, is_last: bool = False) -> None:
-        """Start the command and return at once, unless this kind was sent a short while ago and is not the last."""
+    def send(
+        self, kind: Kind, message: str, *, source: str = "", step: int | None = None, is_last: bool = False
+    ) -> None:
+        """Start the command and return at once, unless this source sent a short while ago and it is not the last."""
         now_s = self._clock_s()
-        if not self._words or (now_s - self._sent_s.get(kind, -EVERY_S) < EVERY_S and not is_last):
+        if not self._words or (now_s < self._due_s.get(source, now_s) and not is_last):
             return
-        self._sent_s[kind] = now_s
+        self._due_s[source] = now_s + EVERY_S
         run = {"run": self._directory.name, "directory": str(self._directory), "host": socket.gethostname()}
         alert = {"kind": kind, **run, "step": step, "time_unix_s": time.time(), "message": message}
         line = json.dumps(alert, ensure_ascii=False) + "\n"
-        thread = threading.Thread(target=self._run, args=(kind, line.encode()), name="alert", daemon=True)
-        self._threads = [each for each in self._threads if each.is_alive()] + [thread]
-        thread.start()
+        thread = threading.Thread(target=self._run, args=(kind, line.encode(), source), name="alert", daemon=True)
+        self._threads = [each for each in self._threads if each.is_alive()]
+        try:
+            thread.start()
+        except RuntimeError as error:
+            # The system gives no thread. It is no reason to end a run.
+            self._failed(kind, str(error), source)
+        else:
+            self._threads.append(thread)
 
     def close(self) -> None:
         """Wait for what was started, each for TIMEOUT_S at most."""
@@ -87,12 +99,17 @@ class AlertCommand:
             # A second more, in which it is killed and its failure logged.
             thread.join(TIMEOUT_S + 1)
 
-    def _run(self, kind: Kind, line: bytes) -> None:
-        quiet = subprocess.DEVNULL
+    def _run(self, kind: Kind, line: bytes, source: str) -> None:
+        try:
+            # No pipe: a child that the command leaves behind may keep it open.
+            stderr = os.memfd_create("stderr") if hasattr(os, "memfd_create") else os.open(os.devnull, os.O_RDWR)
+        except OSError as error:
+            self._failed(kind, str(error), source)
+            return
         try:
             # A session of its own: killed with its children, and out of reach of a terminal's Ctrl-C.
             process = subprocess.Popen(
-                self._words, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True
+                self._words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
             )
             try:
                 process.communicate(line, timeout=TIMEOUT_S)
@@ -103,10 +120,17 @@ class AlertCommand:
                 failure = f"it did not end within {TIMEOUT_S:g} s"
         except OSError as error:
             failure = str(error)
+        said = os.pread(stderr, SAID_BYTES, max(os.fstat(stderr).st_size - SAID_BYTES, 0))
+        os.close(stderr)
         if failure:
-            with self._counting:
-                self._failures += 1
-                _log.error("observe.alert_command failed for %s: %s (failure %d)", kind, failure, self._failures)
+            last_line = said.decode(errors="replace").strip().rpartition("\n")[2]
+            self._failed(kind, f"{failure}: {last_line!r}" if last_line else failure, source)
+
+    def _failed(self, kind: Kind, failure: str, source: str) -> None:
+        with self._counting:
+            self._failures += 1
+            self._due_s[source] = self._clock_s() + RETRY_S
+            _log.error("observe.alert_command failed for %s: %s (failure %d)", kind, failure, self._failures)
 
 
 class AlertSink:
@@ -119,14 +143,16 @@ class AlertSink:
         """Send that the log cannot be written: no event can say so there."""
         if self._log.is_full:
             message = f"{self._log.path} cannot be written; records are kept in memory"
-            self._command.send("disk", message, step=record["step"])
+            self._command.send("disk", message, source="log", step=record["step"])
 
     def event(self, event: Record) -> None:
         """Send an alert if the event is a reason for one."""
         is_last = event["event"] == "stop"
         kind = _OF_EXIT_CODE.get(event.get("exit_code", 0)) if is_last else _OF_EVENT.get(event["event"])
         if kind is not None:
-            self._command.send(kind, str(announcement(event)), step=event["step"], is_last=is_last)
+            # Ranks may become slow one after the other.
+            source = f"{event['event']} {event.get('rank', '')}"
+            self._command.send(kind, str(announcement(event)), source=source, step=event["step"], is_last=is_last)
 
     def close(self) -> None:
         """Let what was sent arrive, within a bounded time."""

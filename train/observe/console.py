@@ -3,10 +3,15 @@
     tiny_fp8  ━━━━━━━━━━━━╸━━━━━━━━━━  42 %  loss 3.214  mtp 3.876  MaxVio 0.31  12.3k tok/s  ETA 1:42
 
 ETA = tokens still to come over the tokens per second of this process so far. Quiet by intent: what asks for attention
-is announced (`train/observe/sentences.py`), checkpoints are not.
+is announced (`train/observe/sentences.py`), checkpoints are not. A reader that goes away, as of `| head`, ends the
+console and not the run.
 """
 
 from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -54,15 +59,29 @@ class ConsoleSink:
         """Print sentences, each on a line with the run's name."""
         if not self._bar:
             self._draw()
-        for sentence in sentences:
-            self._console.print(f"{self._name}  {sentence}", markup=False, soft_wrap=True)
+        with self._kept_running():
+            for sentence in sentences:
+                self._console.print(f"{self._name}  {sentence}", markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Draw the last record and give the terminal back."""
         self._draw()
         if self._bar:
-            self._bar.stop()
+            with self._kept_running():
+                self._bar.stop()
             self._bar = None
+
+    @contextmanager
+    def _kept_running(self) -> Iterator[None]:
+        """Go quiet where the output cannot be written."""
+        try:
+            yield
+        # rich exits for a reader that has gone.
+        except (OSError, SystemExit):
+            self._console.quiet = True
+            # What is still buffered would be an error at the end of the interpreter.
+            with suppress(OSError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._console.file.fileno())
 
     def _start_bar(self) -> None:
         self._bar = Progress(
@@ -75,7 +94,11 @@ class ConsoleSink:
             expand=True,
         )
         self._task = self._bar.add_task(self._name, total=self._total_tokens, status="")
-        self._bar.start()
+        with self._kept_running():
+            self._bar.start()
+        if self._console.quiet:
+            # It has not started, so it cannot be stopped.
+            self._bar = None
 
     def _draw(self) -> None:
         record, self._pending = self._pending, None
@@ -84,10 +107,12 @@ class ConsoleSink:
         if self._bar:
             self._last_drawn_unix_s = record["time_unix_s"]
             self._bar.update(self._task, completed=record["tokens_seen"], status=self._status(record))
-            self._bar.refresh()
+            with self._kept_running():
+                self._bar.refresh()
         else:
             line = f"{self._name}  step {record['step']:>5}  {self._status(record)}"
-            self._console.print(line, markup=False, soft_wrap=True)
+            with self._kept_running():
+                self._console.print(line, markup=False, soft_wrap=True)
 
     def _status(self, record: Record) -> str:
         parts = [text.format(record[name]) for name, text in _STATUS.items() if name in record]

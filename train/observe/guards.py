@@ -7,7 +7,7 @@
     CheckpointAge             a run that would lose too much work now
     StragglerGuard            a rank that is slower than the others for many steps in a row
     TerminationGuard          SIGTERM (a scheduler's notice) or Ctrl-C: finish the step, save, exit 0; before the first
-                              step: leave at once
+                              step: leave at once, several ranks together
 
 The trainer saves a checkpoint when it sees the exception or the flag.
 """
@@ -251,7 +251,8 @@ class TerminationGuard:
         if isinstance(outer, TerminationGuard):
             outer.interrupts = False
             # It may have come meanwhile.
-            self.received = self.received or outer.received
+            if self.received is None:
+                self.received, self._received_s = outer.received, outer._received_s
         return self
 
     def __exit__(self, *_: object) -> None:
