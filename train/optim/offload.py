@@ -45,6 +45,11 @@ def on_host(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 
 
+def pinned_bytes(tensor: Tensor) -> int:
+    """Of the block that torch takes for a pinned tensor: a power of two."""
+    return int(1 << (tensor.nbytes - 1).bit_length())
+
+
 class Staging:
     """Two buffers on the device that the gradients are on, each as long as the longest segment."""
 
