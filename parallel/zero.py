@@ -21,7 +21,7 @@ multiple of ALIGNMENT in its bucket and a bucket's length is a multiple of ALIGN
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -192,12 +192,10 @@ class GradientBuckets:
         for each in plan.ranges:
             yield each, max(first, each.start), min(first + length, each.start + each.numel)
 
-    def elements_of(self, rank: int) -> Counter[torch.dtype]:
-        """Elements that a rank of the axis updates, by the dtype of their weights."""
-        found: Counter[torch.dtype] = Counter()
-        for bucket in self._buckets:
-            found[bucket.plan.dtype] += sum(max(0, stop - start) for _, start, stop in self._owned(bucket.plan, rank))
-        return found
+    def sizes_of(self, rank: int) -> list[tuple[torch.dtype, int]]:
+        """Dtype of the weights and elements of each shard that a rank of the axis updates."""
+        plans = [bucket.plan for bucket in self._buckets]
+        return [(p.dtype, stop - start) for p in plans for _, start, stop in self._owned(p, rank) if start < stop]
 
     @property
     def grad_bytes(self) -> int:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from kernels.operators import LAUNCHERS
 from parallel.mesh import init_processes, shutdown
 from tests.gpu.launcher_cases import CASES, WIDTHS, Results, distance, run
-from tests.gpu.one_rank import average_beside_the_step, collectives
+from tests.gpu.one_rank import average_beside_the_step, collectives, state_right_after_a_step
 
 CPU = torch.device("cpu")
 
@@ -71,3 +71,9 @@ def test_the_average_beside_the_step_is_the_closed_form() -> None:
     average, expected = average_beside_the_step(CPU)
     assert expected.item() == 3.5
     assert bool((average.double() == expected).all())
+
+
+def test_an_offloaded_state_is_updated_bit_for_bit() -> None:
+    expected, found = (state_right_after_a_step(CPU, place) for place in ("none", "cpu"))
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    assert len(expected) == len(found) == 7

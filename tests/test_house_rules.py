@@ -329,6 +329,21 @@ def test_the_step_never_waits_for_the_device() -> None:
     none_of(offenders, "keep it on the device, or read it back after the step")
 
 
+def test_no_assert_has_an_effect() -> None:
+    """Under `python -O` it would be lost."""
+    effects = ("next", "append", "extend", "add", "update", "pop", "popleft", "popitem", "remove", "setdefault")
+    offenders = [
+        place(path, check)
+        for path in sources(*ROOMS)
+        for check in ast.walk(tree(path))
+        if isinstance(check, ast.Assert)
+        for node in ast.walk(check.test)
+        if isinstance(node, ast.NamedExpr)
+        or (isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in effects)
+    ]
+    none_of(offenders, "do it on the line before")
+
+
 @pytest.mark.parametrize("key", sorted(HOST_READS))
 def test_each_exception_is_still_needed(key: str) -> None:
     file, _, name = key.partition(":")
@@ -475,6 +490,7 @@ OFFENCES = [
     (test_nothing_unpickles, "train/a.py", "import pickle\n"),
     (test_nothing_unpickles, "train/a.py", "import torch as t, torch\ntorch.load('a')\n"),
     (test_the_step_never_waits_for_the_device, "kernels/a.py", "def f(x):\n    return x.sum().item()\n"),
+    (test_no_assert_has_an_effect, "train/a.py", "assert next(x, None) is None\n"),
     (test_no_file_names_a_folder_of_one_machine, "configs/a.yaml", "store: /" + "home/me/text\n"),
     (test_every_file_that_a_text_names_exists, "docs/a.md", "See `train/" + "gone.py`.\n"),
     (test_every_file_that_a_text_names_exists, "docs/a.md", "[there](gone.md)\n"),

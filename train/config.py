@@ -115,12 +115,15 @@ class PretrainConfig:
             )
 
     def _check_backend(self) -> None:
-        if self.optim.backend == "deepspeed" and not (self.layout.zero and self.layout.world > 1):
-            what = f"layout.zero={str(self.layout.zero).lower()} on {self.layout.world} rank(s)"
-            raise ConfigError(
-                f"optim.backend=deepspeed shards its state over two ranks or more, but this is {what}: use "
-                "layout.zero=true with layout.dp=2 or more, or optim.backend=native"
-            )
+        if self.optim.backend != "deepspeed" or (self.layout.zero and self.layout.world > 1):
+            return
+        wrong, cure = "layout.zero=false", "layout.zero=true"
+        if self.layout.zero:
+            wrong, cure = "layout.pp=1 and layout.dp=1 make one", "layout.dp=2"
+        raise ConfigError(
+            "optim.backend=deepspeed needs two processes or more and layout.zero=true, but "
+            f"{wrong}: use {cure}, or optim.backend=native"
+        )
 
     def _check_sequence(self) -> None:
         length, limit = self.data.sequence_length, self.model.max_position_embeddings

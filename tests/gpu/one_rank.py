@@ -6,13 +6,19 @@ Among one rank every collective is a copy: the result is known, and the transpor
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
+import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel import zero
+from parallel.mesh import Axis
 from parallel.shards import LocalShard
+from train.optim import offload
+from train.optim.adamw import AdamW
+from train.optim.config import OptimConfig
 from train.optim.ema import Ema
 
 
@@ -56,3 +62,29 @@ def average_beside_the_step(device: torch.device) -> tuple[Tensor, Tensor]:
         weight.fill_(1e6)
     ema.close()
     return ema.state_shards()["ema.w"].tensor, expected
+
+
+def state_right_after_a_step(device: torch.device, place: Literal["none", "cpu"]) -> dict[str, Tensor]:
+    """Weights, masters and moments of two updates, read as soon as the last one returns; small segments."""
+    torch.manual_seed(1)
+    drawn = {"w": torch.randn(2049, 1024).bfloat16(), "router": torch.randn(257, 1024)}
+    parameters = {name: nn.Parameter(each.to(device)) for name, each in drawn.items()}
+    gradients = {name: torch.randn(each.shape).to(device) for name, each in drawn.items()}
+    buckets = zero.GradientBuckets(parameters.items(), axis=Axis("dp", 1, 0, None), sharded=False)
+    with pytest.MonkeyPatch.context() as patch:
+        # Several for each parameter, the last one short.
+        patch.setattr(offload, "SEGMENT_ELEMENTS", 2**17)
+        optimizer = AdamW([buckets], OptimConfig(offload=place))
+    for step in (1, 2):
+        if device.type == "cuda":
+            # About a tenth of a second: first the updates are late, then the copies.
+            copies = optimizer.staging._stream if optimizer.staging else None
+            with torch.cuda.stream(copies if step == 2 else None):
+                torch.cuda._sleep(200_000_000)
+        for name, parameter in parameters.items():
+            parameter.main_grad.copy_(gradients[name] * step)  # type: ignore[attr-defined]
+        optimizer.step(lr=0.02, step=step)
+    # In the order of the current stream; then, of a tensor on the host, what it holds now.
+    state = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    state |= {name: piece.tensor.clone() for name, piece in optimizer.state_shards().items()}
+    return {name: tensor.cpu() for name, tensor in state.items()}

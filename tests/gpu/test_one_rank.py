@@ -13,7 +13,7 @@ import torch.distributed as dist
 from kernels.fp8_linear import fp8_linear
 from parallel.layout import Layout
 from parallel.mesh import init_processes, make_mesh, shutdown
-from tests.gpu.one_rank import average_beside_the_step, collectives
+from tests.gpu.one_rank import average_beside_the_step, collectives, state_right_after_a_step
 from tests.parity.te_stand_in import TABLE, signature_of
 
 pytestmark = pytest.mark.gpu
@@ -63,6 +63,12 @@ def test_a_linear_on_a_second_stream_has_the_bits_of_the_first(device: torch.dev
 def test_the_average_on_its_stream_reads_before_the_step_writes(device: torch.device) -> None:
     average, expected = average_beside_the_step(device)
     assert bool((average.double() == expected).all())
+
+
+def test_an_offloaded_state_is_updated_bit_for_bit_on_its_stream(device: torch.device) -> None:
+    expected, found = (state_right_after_a_step(device, place) for place in ("none", "cpu"))
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    assert len(expected) == len(found) == 7
 
 
 @pytest.mark.parametrize("name", TABLE["callables"])

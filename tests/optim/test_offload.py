@@ -5,7 +5,7 @@ On a CPU the two buffers and the order of the copies are those of a GPU; the str
 
 from __future__ import annotations
 
-import re
+import math
 import shutil
 from pathlib import Path
 
@@ -65,25 +65,42 @@ def test_every_bit_is_that_of_a_state_on_the_device_and_checkpoints_cross(
     assert staging.num_bytes == 2 * 384 * (4 + 2 * (2 if moments == "bf16" else 4))
 
 
-def differing(rank: int, world: int, folder: Path) -> set[str]:
-    """Names of this rank's tensors that depend on where the state is."""
+def offloaded(rank: int, world: int, folder: Path) -> tuple[set[str], dict[str, tuple[int, int]], int]:
+    """Tensors of this rank that depend on where the state is; name -> elements, of how many; bytes of the buffers."""
     with standing_in(folder):
-        expected, found = (trained(each, each, "bf16", "layout.dp=2", "layout.ep=2")[1] for each in ("none", "cpu"))
+        (_, expected), (trainer, found) = (
+            trained(each, each, "bf16", "layout.dp=2", "layout.ep=2") for each in ("none", "cpu")
+        )
     assert found.keys() == expected.keys()
-    return {name for name in expected if not torch.equal(found[name], expected[name])}
+    optimizer = trainer.engine.optimizer
+    assert optimizer.staging is not None
+    held = {
+        name: (piece.tensor.numel(), math.prod(piece.shard.global_shape))
+        for name, piece in optimizer.state_shards().items()
+    }
+    differing = {name for name in expected if not torch.equal(found[name], expected[name])}
+    return differing, held, optimizer.staging.num_bytes
 
 
 @pytest.mark.long
 def test_every_rank_keeps_its_share_in_its_host_memory(tmp_path: Path) -> None:
     write_golden_store(tmp_path / "store")
-    assert run_ranks(2, differing, tmp_path) == [set(), set()]
+    ranks = run_ranks(2, offloaded, tmp_path)
+    for differing, held, staged in ranks:
+        assert differing == set()
+        assert staged == 2 * max(elements for elements, _ in held.values()) * (4 + 2 + 2)
+    # Each element of the state is on one rank.
+    whole = {name: of for _, held, _ in ranks for name, (_, of) in held.items()}
+    assert whole == {name: sum(held.get(name, (0, 0))[0] for _, held, _ in ranks) for name in whole}
     assert losses(tmp_path / "runs/cpu") == losses(tmp_path / "runs/none")
 
 
-@pytest.mark.parametrize("changes", [{"backend": "deepspeed"}, {"ema_decay": 0.9}])
-def test_what_needs_masters_on_the_device_is_refused(changes: dict[str, object]) -> None:
-    ((name, value),) = changes.items()
+@pytest.mark.parametrize(
+    ("name", "value", "cure"),
+    [("backend", "deepspeed", "optim.backend=native"), ("ema_decay", 0.9, "optim.ema_decay=null")],
+)
+def test_what_needs_masters_on_the_device_is_refused(name: str, value: object, cure: str) -> None:
     with pytest.raises(
-        ValueError, match=re.escape(f"optim.offload=cpu takes masters off the device, but optim.{name} = {value}")
+        ValueError, match=rf"takes masters off the device, but optim.{name} = {value} .* optim.offload=none, or {cure}$"
     ):
-        OptimConfig(offload="cpu", **changes)  # type: ignore[arg-type]
+        OptimConfig(offload="cpu", **{name: value})  # type: ignore[arg-type]

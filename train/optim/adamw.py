@@ -86,7 +86,7 @@ class AdamW:
         self.staging: Staging | None = None
         self._segments: dict[str, list[Segment]] = {}
         if config.offload == "cpu" and self._states:
-            self._segments = {name: [*segments(state.tensors)] for name, state in self._states.items()}
+            self._segments = {name: [*segments(name, state.tensors)] for name, state in self._states.items()}
             device = next(iter(self._states.values())).held.grad.device
             self.staging = Staging(device, self._segments.values())
 
@@ -106,7 +106,10 @@ class AdamW:
         passing = None if self.staging is None else self.staging.passing(self._segments.values())
         for bucket in self.buckets:
             bucket.gather(partial(self._update, lr=lr, step=step, passing=passing))
-        assert passing is None or next(passing, None) is None, "a segment was not updated"
+        if passing is not None:
+            # What is asked for after the last segment copies that one back.
+            after = next(passing, None)
+            assert after is None, f"a segment of {after.name} was not updated"
 
     def _update(
         self, name: str, new_weights: Tensor, *, lr: float, step: int, passing: Iterator[Segment] | None
@@ -115,8 +118,9 @@ class AdamW:
         state, config = self._states[name], self.config
         weight_decay = config.weight_decay if decays(name, state.held.parameter) else 0.0
         update = partial(adamw_update, lr=lr, betas=config.betas, eps=config.eps, weight_decay=weight_decay, step=step)
-        whole = [Segment(0, len(new_weights), state.tensors)]
+        whole = [Segment(name, 0, len(new_weights), state.tensors)]
         for segment in whole if passing is None else islice(passing, len(self._segments[name])):
+            assert segment.name == name, f"{name} was to be updated, but a segment of {segment.name} has come"
             master, exp_avg, exp_avg_sq = segment.tensors
             update(master, state.held.grad[segment.start : segment.stop], exp_avg, exp_avg_sq)
             if config.moments_dtype == "fp8":

@@ -39,11 +39,11 @@ class OptimConfig:
         if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"optim.ema_decay = {self.ema_decay} must be in [0, 1); use 0.999, or null for none")
         if self.offload == "cpu" and (self.backend, self.ema_decay) != ("native", None):
-            key = "backend" if self.backend != "native" else "ema_decay"
+            key, cure = ("backend", "native") if self.backend != "native" else ("ema_decay", "null")
             why = "DeepSpeed keeps its masters on the device" if key == "backend" else "the average follows those there"
             raise ValueError(
                 f"optim.offload=cpu takes masters off the device, but optim.{key} = {getattr(self, key)} needs them "
-                f"({why}): use optim.offload=none, or leave optim.{key} out"
+                f"({why}): use optim.offload=none, or optim.{key}={cure}"
             )
         if self.moments_dtype not in MOMENT_DTYPES:
             raise ValueError(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -28,8 +29,7 @@ from parallel.mesh import group_of_one
 from parallel.waiting import waiting
 from parallel.zero import BucketPlan, GradientBuckets, ParameterShard, WeightUpdate
 
-SUPPORTED = "0.19"  # its optimizer is no public interface: another version is another one
-TESTED = "0.19.8"
+SERIES, TESTED = "0.19", "0.19.8"  # its optimizer is no public interface: another version is another one
 
 
 def check_installed() -> None:
@@ -38,9 +38,11 @@ def check_installed() -> None:
         found = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
         found = None
-    if found is None or not found.startswith(f"{SUPPORTED}."):
+    # As pyproject.toml says: 0.19.8 or a later one of the series.
+    numbers = re.match(rf"{re.escape(SERIES)}\.(\d+)", found or "")
+    if numbers is None or int(numbers[1]) < int(TESTED.rpartition(".")[2]):
         raise ValueError(
-            f"optim.backend=deepspeed needs DeepSpeed {SUPPORTED}, but {found or 'none'} is installed: "
+            f"optim.backend=deepspeed needs DeepSpeed >= {TESTED} of {SERIES}, but {found or 'none'} is installed: "
             f"run pip install deepspeed=={TESTED}, or use optim.backend=native"
         )
 
@@ -62,6 +64,8 @@ class DeepSpeedBuckets(GradientBuckets):
             if plan.dtype == torch.float32:
                 partition.data = weights[self.axis.rank]
             self._masters |= _views(plan, partition.detach(), first=self.axis.rank * len(partition))
+        # Else its `safe_get_full_fp32_param` would read the FP32 partitions that were replaced.
+        self._optimizer._link_all_hp_params()
         gradients: list[Tensor] = self._optimizer.fp32_groups_gradients_flat
         return gradients
 

@@ -13,7 +13,7 @@ after the other. Shapes: all tensors of a shard are [elements]; a segment is the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,23 +25,29 @@ SEGMENT_ELEMENTS = 2**24
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """A range of a shard's tensors."""
+    """A range of the tensors of a parameter's shard."""
 
+    name: str
     start: int
     stop: int
     tensors: tuple[Tensor, ...]
 
 
-def segments(tensors: Sequence[Tensor]) -> Iterator[Segment]:
-    """Cut tensors of one length into segments."""
+def segments(name: str, tensors: Sequence[Tensor]) -> Iterator[Segment]:
+    """Cut a parameter's tensors, of one length, into segments."""
     for start in range(0, len(tensors[0]), SEGMENT_ELEMENTS):
         stop = min(start + SEGMENT_ELEMENTS, len(tensors[0]))
-        yield Segment(start, stop, tuple(tensor[start:stop] for tensor in tensors))
+        yield Segment(name, start, stop, tuple(tensor[start:stop] for tensor in tensors))
 
 
 def on_host(tensor: Tensor) -> Tensor:
     """A copy in host memory, pinned where the tensor is on a CUDA device."""
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
+
+
+def pinned_bytes(tensor: Tensor) -> int:
+    """Of the block that torch takes for a pinned tensor: a power of two."""
+    return int(1 << (tensor.nbytes - 1).bit_length())
 
 
 class Staging:
@@ -80,7 +86,7 @@ class Staging:
 
     def _fetch(self, index: int, host: Segment) -> tuple[Segment, torch.cuda.Event | None]:
         staged = tuple(tensor[: host.stop - host.start] for tensor in self._buffers[index % 2])
-        return Segment(host.start, host.stop, staged), self._copy(host.tensors, staged)
+        return replace(host, tensors=staged), self._copy(host.tensors, staged)
 
     def _copy(self, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> torch.cuda.Event | None:
         """Behind all that the current stream was given until now."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import re
 import resource
@@ -31,7 +32,7 @@ from tests.studies.plan.closed_form import StateBytes, state_bytes
 from train.config import PretrainConfig, compose
 from train.model import attention
 from train.model.sizes import Held, held_by, weights
-from train.stage import stage_specs
+from train.stage import build_stages, stage_specs
 from train.studies.plan import memory as planner
 from train.studies.plan.dry_run import dry_run
 from train.studies.plan.memory import Memory, measure
@@ -86,9 +87,14 @@ def test_an_offloaded_state_is_in_host_memory_but_for_two_buffers() -> None:
     # Two buffers of the longest parameter, the experts' first matrices, with master and BF16 moments.
     model = config.model
     staging = 2 * model.n_routed_experts * 2 * model.moe_intermediate_size * model.hidden_size * (4 + 2 + 2)
-    expected = replace(on_device, masters=0, moments=0, staging=staging, host=on_device.masters + on_device.moments)
-    assert offloaded == expected
-    assert on_device.total - offloaded.total == expected.host - staging
+    # A pinned block each for two BF16 moments and, where the weight is not FP32, a master: the next power of two.
+    stages = build_stages(config.model, config.precision, single("cpu")).values()
+    every = [weight for stage in stages for weight in stage.model.parameters() if weight.requires_grad]
+    sizes = [w.numel() * width for w in every for width in ((2, 2) if w.dtype == torch.float32 else (2, 2, 4))]
+    assert sum(sizes) == on_device.masters + on_device.moments
+    host = sum(2 ** math.ceil(math.log2(num_bytes)) for num_bytes in sizes)
+    assert offloaded == replace(on_device, masters=0, moments=0, staging=staging, host=host)
+    assert on_device.total - offloaded.total == sum(sizes) - staging
 
 
 STATE_ROWS = {

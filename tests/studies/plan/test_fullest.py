@@ -49,6 +49,16 @@ def test_the_fullest_rank_is_that_of_brute_force() -> None:
     check_against_brute_force(small(precision="fp8", **V))
 
 
+def test_with_an_offloaded_state_it_is_the_data_rank_of_the_largest_buffers() -> None:
+    config = small(layout_dp=4, optim_offload="cpu")
+    plan = plan_pipeline_rank(config, 0, {})
+    real = [by_brute_force(config, rank) for rank in range(4)]
+    buffers = [memory.staging for memory in real]
+    assert plan.rank == buffers.index(max(buffers))
+    assert plan.spread == max(buffers) - min(buffers) > 0
+    assert plan.memory.staging == max(buffers)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     "changes",

@@ -248,7 +248,7 @@ def _memory_table(memory: Memory) -> list[str]:
     ]
     left = DEVICE_GB - memory.total / GB
     verdict = f"fits {DEVICE_GB:.0f} GB, {left:.1f} GB left" if left >= 0 else f"does not fit: {-left:.1f} GB too much"
-    host = [("host memory: masters and moments, pinned", memory.host)] if memory.host else []
+    host = [("host memory: pinned blocks (2^n) of that state", memory.host)] if memory.host else []
     lines = [f"{name:<48}{size(num_bytes):>12}" for name, num_bytes in (*rows, *host)]
     return [*lines[: len(rows)], verdict, *lines[len(rows) :]]
 

@@ -22,6 +22,7 @@ from train.config import PretrainConfig
 from train.losses import LossWeights
 from train.model.sizes import FP32_BYTES
 from train.model.transformer import recompute_up_projections
+from train.optim import offload
 from train.optim.config import MOMENT_DTYPES
 from train.schedules import scheduled_values
 from train.stage import StepMetrics, build_stages
@@ -35,8 +36,8 @@ class Memory:
     """Bytes of one rank.
 
     held: kept for backward at the schedule's peak. transient: above that, for a moment. dispatch: buffers of one
-    exchange of a MoE layer, counted in transient too. With `optim.offload=cpu`, host: masters and moments, not in the
-    total; staging: the buffers on the device through which they pass.
+    exchange of a MoE layer, counted in transient too. With `optim.offload=cpu`, host: pinned blocks of masters and
+    moments, not in the total; staging: the buffers on the device through which they pass.
     """
 
     weights: int
@@ -97,7 +98,7 @@ def measure(
         live.peak = live.now
         held = step.run(live)
         staging = engine.optimizer.staging.num_bytes if engine.optimizer.staging else 0
-        host = masters + moments if engine.optimizer.staging else 0
+        host = sum(offload.pinned_bytes(piece.tensor) for piece in optimizer.values()) if staging else 0
         parameters = [parameter for model in engine.models for parameter in model.parameters()]
         copies = storage_bytes(tensor for parameter in parameters for tensor in fp8_copy(parameter))
         if stood_in:
@@ -118,19 +119,23 @@ def measure(
 
 
 def share_bytes(config: PretrainConfig, mesh: Mesh) -> list[int]:
-    """Bytes of masters and moments on each data rank's device, for this pipeline rank; they differ by padding."""
-    if config.optim.offload == "cpu":
-        return [0] * config.layout.dp
+    """Bytes of masters and moments on each data rank's device, for this pipeline rank; they differ by padding.
+
+    With `optim.offload=cpu` of the buffers through which they pass: they differ by where the longest shard is cut.
+    """
     layout, moment = config.layout, MOMENT_DTYPES[config.optim.moments_dtype].itemsize
     with FakeTensorMode():
         models = [stage.model for stage in build_stages(config.model, config.precision, mesh).values()]
         buckets = build_optimizer(models, replace(config.optim, backend="native"), mesh).buckets
-    shares = [0] * layout.dp
+    shares = []
     for dp_rank in range(layout.dp):
-        for bucket in buckets:
-            rank = dp_rank // layout.ep if bucket.axis.name == "edp" else dp_rank
-            for dtype, elements in bucket.elements_of(rank).items():
-                shares[dp_rank] += elements * (2 * moment + (FP32_BYTES if dtype != torch.float32 else 0))
+        ranks = [dp_rank // layout.ep if bucket.axis.name == "edp" else dp_rank for bucket in buckets]
+        sizes = [size for bucket, rank in zip(buckets, ranks, strict=True) for size in bucket.sizes_of(rank)]
+        if config.optim.offload == "cpu":
+            longest = min(offload.SEGMENT_ELEMENTS, max((elements for _, elements in sizes), default=0))
+            shares.append(2 * longest * (FP32_BYTES + 2 * moment))
+        else:
+            shares.append(sum(n * (2 * moment + (FP32_BYTES if dtype != torch.float32 else 0)) for dtype, n in sizes))
     return shares
 
 
