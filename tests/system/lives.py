@@ -105,20 +105,20 @@ def _live(rank: int, world: int, plan: Plan) -> Life:
     trainer.resume()
     before = look(trainer, score=plan.score) if plan.look == "before" else None
     if plan.stop_after is not None and rank == world - 1:
-        # Ranks agree at the end of a step on what was asked before it; one process stops at once.
-        _terminate(trainer, during_step=plan.stop_after - (world > 1))
+        # Before the ranks agree, at the beginning of that step, on whether it is the last.
+        _terminate(trainer, before_step=plan.stop_after)
     if plan.train:
         trainer.fit()
     names = sorted(path.name for path in checkpoints.glob("*"))
     return Life(before or look(trainer, score=plan.score), trainer.state.step, names)
 
 
-def _terminate(trainer: Trainer, *, during_step: int) -> None:
-    """Send this process SIGTERM while it takes a step (counted from 1)."""
+def _terminate(trainer: Trainer, *, before_step: int) -> None:
+    """Send this process SIGTERM as it begins a step (counted from 1)."""
     take_step = trainer.take_step
 
     def interrupted(*args: Any, **named: Any) -> None:
-        if trainer.state.step + 1 == during_step:
+        if trainer.state.step + 1 == before_step:
             os.kill(os.getpid(), signal.SIGTERM)
         take_step(*args, **named)
 
