@@ -134,7 +134,8 @@ def test_a_rank_killed_under_torchrun_is_named_and_another_layout_goes_on(
     assert sentences
     for sentence in sentences:
         assert f" ends because rank {victim} (" in sentence
-        assert sentence.endswith(f"pid {workers[victim]}) is dead: its process has ended")
+        # With more than two ranks it goes on: who has seen it.
+        assert f"pid {workers[victim]}) is dead: its process has ended" in sentence
     if ranks == 4:
         steps = read_run(run)[-1]["step"] + 2
         again = launched([*overrides, f"schedule.total_tokens={steps * ranks * 32}", "layout.pp=2"], ranks=2)
