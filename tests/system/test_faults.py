@@ -121,8 +121,9 @@ def test_a_rank_killed_under_torchrun_is_named_and_another_layout_goes_on(
 ) -> None:
     """torchrun ends the others by SIGTERM at once; they say first who died, long before the timeout of 60 s."""
     batch = [f"schedule.batch_{which}_sequences={ranks}" for which in ("start", "full")]
-    overrides = small_run(f"run.directory={tmp_path}", "run.name=run", "schedule.total_tokens=640000", *batch)
-    launcher = launched([*overrides, f"layout.dp={ranks}", "layout.ep=2"], ranks=ranks)
+    common = [f"run.directory={tmp_path}", "run.name=run", *batch]
+    first = small_run("schedule.total_tokens=640000", f"layout.dp={ranks}", "layout.ep=2", *common)
+    launcher = launched(first, ranks=ranks)
     run = tmp_path / "run"
     wait_for_step(launcher, run, lambda step: step >= 2 and bool(publish.published(run / "checkpoints")))
     workers = {rank_of(pid): pid for pid in children(launcher.pid)}
@@ -138,7 +139,7 @@ def test_a_rank_killed_under_torchrun_is_named_and_another_layout_goes_on(
         assert f"pid {workers[victim]}) is dead: its process has ended" in sentence
     if ranks == 4:
         steps = read_run(run)[-1]["step"] + 2
-        again = launched([*overrides, f"schedule.total_tokens={steps * ranks * 32}", "layout.pp=2"], ranks=2)
+        again = launched(small_run(f"schedule.total_tokens={steps * ranks * 32}", "layout.pp=2", *common), ranks=2)
         output, _ = again.communicate(timeout=TIMEOUT_S)
         assert again.returncode == 0, output
         assert len(losses(run)) == steps
