@@ -99,9 +99,8 @@ class Trainer:
         flops = model_flops_per_token(config.model, sequence_length=config.data.sequence_length)
         self.speed = Speed(flops, peak, self.mesh.world.size)
         self.saved_step: int | None = None
-        # Saved, and to be waited for; of these the last that was logged.
+        # Saved, and not known to be published.
         self.announce_step: int | None = None
-        self.logged_step: int | None = None
         self.checkpoint_age = CheckpointAge(config.observe.stale_checkpoint_s)
         self.speed_guard = SpeedGuard()
         self.last_record: Record = {}
@@ -468,15 +467,14 @@ class Trainer:
             stay = self.spikes.stay(self.state.step)
             self.saver.save_async(self.state.step, self.tensors(), state, stay=stay)
             self.saved_step = self.announce_step = self.state.step
-            self.logged_step = None
             self.log_published(sinks)
 
     def log_published(self, sinks: Sinks | NoSinks) -> None:
         """Log the last checkpoint if it has been published meanwhile; waits for nothing."""
-        if self.announce_step not in (None, self.logged_step) and self.saver.is_published:
+        if self.announce_step is not None and self.saver.is_published:
             sinks.event("checkpoint", step=self.announce_step)
-            self.logged_step = self.announce_step
             self.checkpoint_age.published()
+            self.announce_step, self.failed_saves = None, 0
 
     def wait_for_save(self, sinks: Sinks | NoSinks) -> None:
         """Wait for the save under way, if any, and log it.
@@ -487,9 +485,6 @@ class Trainer:
         with self.failures_counted(sinks):
             self.saver.wait()
             self.log_published(sinks)
-            if self.announce_step is not None:
-                self.failed_saves = 0
-            self.announce_step = None
 
     @contextmanager
     def failures_counted(self, sinks: Sinks | NoSinks) -> Iterator[None]:
