@@ -23,11 +23,10 @@ from packaging.requirements import Requirement
 from train.studies import gpu_report
 from train.studies.gpu_report import Finished
 from train.studies.gpu_sections import PARTS, Section, Status
+from train.studies.te_parity import ABSENT
 
 ROOT = Path(__file__).resolve().parents[2]
-GREEN: dict[str, Section] = dict.fromkeys(PARTS, Section("green")) | {
-    "te": Section("left out", "transformer-engine not installed, skipped")
-}
+GREEN: dict[str, Section] = dict.fromkeys(PARTS, Section("green")) | {"te": Section("left out", ABSENT)}
 
 
 def report(folder: Path, sections: dict[str, Section], *, gpu: bool = True) -> str:
@@ -58,7 +57,7 @@ def ci_gpu(tmp_path: Path, text: str | None, *, status: int = 0) -> subprocess.C
 def test_a_green_report_passes_and_says_what_was_left_out(tmp_path: Path) -> None:
     done = ci_gpu(tmp_path, report(tmp_path, GREEN))
     assert done.returncode == 0, done.stderr
-    assert "gpu: parity te: left out, transformer-engine not installed, skipped" in done.stdout
+    assert f"gpu: parity te: left out, {ABSENT}" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("gpu: green, ")
 
 
@@ -128,17 +127,16 @@ def test_the_container_s_pins_agree_with_ours() -> None:
     text, pins = (ROOT / "launch/container/Dockerfile").read_text(), dockerfile_pins()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for requirement in map(Requirement, [*extras["te"], *extras.get("deepspeed", [])]):
-        (version,) = pins[requirement.name]
-        assert requirement.specifier.contains(version), requirement
+    (engine,) = map(Requirement, extras["te"])
+    assert [engine.specifier.contains(version) for version in pins[engine.name]] == [True]
     assert pins["transformer-engine"] == ["2.20.2"]
-    assert pins["deepspeed"] == ["0.19.8"]
     table = json.loads((ROOT / "tests/parity/te_signatures.json").read_text())
     assert table["package"] == f"transformer-engine {pins['transformer-engine'][0]} (PyPI)"
-    # torch and Triton come from requirements/, and what the comments say of them is what stands there.
-    assert "torch" not in pins
-    for name, version in (("torch", "2.13.0"), ("triton", "3.7.1")):
-        assert f"{name}=={version}" in (ROOT / "requirements/torch.txt").read_text()
+    # These come from requirements/, and what the comments say of them is what stands there.
+    ours = "".join((ROOT / f"requirements/{name}.txt").read_text() for name in ("torch", "dev"))
+    for name, version in (("torch", "2.13.0"), ("triton", "3.7.1"), ("deepspeed", "0.19.8")):
+        assert name not in pins
+        assert re.search(rf"(?m)^{name}=={re.escape(version)}\b", ours), name
         assert re.search(rf"(?i){name} {re.escape(version)}", text), name
     # NCCL: torch's own, and a later one for DeepEP alone, after `pip check`.
     assert pins["nvidia-nccl-cu13"] == ["2.29.7", "2.30.7"]
