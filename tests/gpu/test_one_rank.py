@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 
 def test_nccl_among_one_rank_carries_what_training_sends(device: torch.device) -> None:
     if not dist.is_nccl_available():
-        pytest.skip("this torch was built without NCCL")
+        pytest.skip("this torch was built without NCCL: run `make gpu` with the one that requirements/torch.txt pins")
     torch.cuda.set_device(0)
     init_processes(rank=0, world=1, backend="nccl", store=dist.HashStore(), timeout_s=60)
     mesh = make_mesh(Layout(), device=torch.device("cuda", 0), tied_embedding=True)
@@ -74,7 +74,7 @@ def test_an_offloaded_state_is_updated_bit_for_bit_on_its_stream(device: torch.d
 @pytest.mark.parametrize("name", TABLE["callables"])
 def test_the_installed_transformer_engine_has_the_recorded_signatures(name: str) -> None:
     if importlib.util.find_spec("transformer_engine") is None:
-        pytest.skip("transformer-engine not installed, skipped")
+        pytest.skip("transformer-engine is not installed: `make gpu` in the image of launch/container runs this")
     module, _, rest = name.removeprefix("transformer_engine.").partition(".")
     parts = rest.split(".")
     if module == "common":
