@@ -135,7 +135,7 @@ class Trainer:
                 self.saver.close()
                 if self.engine.ema:
                     self.engine.ema.close()
-            if isinstance(sinks, Sinks) and self.saved_step is not None:
+            if isinstance(sinks, Sinks):
                 sinks.say(self.closing(sinks))
         return self.state
 

@@ -273,6 +273,16 @@ def test_start_and_end_are_said(config: PretrainConfig, capsys: pytest.CaptureFi
     ]
 
 
+def test_a_run_that_took_no_step_says_no_next_command(
+    config: PretrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(config)
+    monkeypatch.setattr(trainer, "holds_on_a_rank", lambda _: True)
+    trainer.fit()
+    assert read_events(trainer.directory)[-1]["reason"] == "asked to stop; the same command resumes"
+    assert "next:" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("error", [Diverged("it left"), SavesFailed("full"), RuntimeError("a defect")])
 def test_after_a_failure_no_next_command_is_said(
     error: Exception, config: PretrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
