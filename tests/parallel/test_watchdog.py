@@ -387,7 +387,6 @@ def test_a_hanging_rank_ends_though_the_system_gives_no_thread_and_the_end_fails
 ) -> None:
     start, told = threading.Thread.start, list[str]()
     store = CountingStore()
-    store.values["watchdog/dead"] = json.dumps(asdict(Death(1, "", 2, "", f"{HANGS} x", 1))).encode()
     # What `on_death` raises must not keep the main thread waiting.
     watchdog = Watchdog(store, 0, 2, peer_timeout_s=1, on_death=lambda sentence: told.append(sentence) or 1 / 0)
     watchdog.start()
@@ -396,6 +395,8 @@ def test_a_hanging_rank_ends_though_the_system_gives_no_thread_and_the_end_fails
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", no_thread)
+    # Only now, or the monitor would have printed the stacks before.
+    store.values["watchdog/dead"] = json.dumps(asdict(Death(1, "", 2, "", f"{HANGS} x", 1))).encode()
     assert watchdog.wait_for_death(DEADLINE_S) == f"rank 0 ends because rank 1 (pid 2) is dead: {HANGS} x"
     monkeypatch.setattr(threading.Thread, "start", start)
     watchdog.finish()
