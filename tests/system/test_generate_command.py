@@ -52,9 +52,10 @@ def test_greedy_text_is_the_same_with_and_without_drafts(trained_run: Path, gene
 
 def test_prompts_come_from_a_pipe(trained_run: Path, generated: Any) -> None:
     given = ["--max-tokens", "4", "--stop", "zzz", "--precision", "fp32"]
-    expected = generated(trained_run, "--prompt", "the king", "--prompt", "", *given).out
+    expected = generated(trained_run, "--prompt", "the king", "--prompt", "", "--prompt", "a", *given).out
     ours, theirs = os.pipe()
-    os.write(theirs, b"the king\n\n")
+    # The empty line within is a prompt; the one at the end comes from the command before.
+    os.write(theirs, b"the king\n\na\n\n")
     os.close(theirs)
     before = os.dup(0)
     os.dup2(ours, 0)
