@@ -181,8 +181,8 @@ def test_a_missing_store_is_refused_in_one_sentence(start: Start, tmp_path: Path
 
 
 def test_runs_end_in_order_every_time_with_one_log(start: Start, tmp_path: Path) -> None:
-    """Three times: where a thread outlives the interpreter, one process in five aborts at its very end."""
-    for name in ("first", "second", "third"):
+    """Twice: where a thread outlives the interpreter, one process in five aborts at its very end."""
+    for name in ("first", "second"):
         launch = start("schedule.total_tokens=192", f"run.name={name}")
         assert launch.wait() == 0, launch.said()
         assert launch.alive() == {}
