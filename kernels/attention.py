@@ -8,20 +8,19 @@ Sequences and heads may be sharded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends import cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.operators import operator
 
-# torch's fused kernels; the first that can serve a call does. With V3's 192 and 128 wide heads, 128 of them and 4096
-# tokens, cuDNN takes 1.25 ms forward and 4.56 backward on an H100, flash 2.81 and 9.60 (torch's kernels, measured
-# alone). Under deterministic algorithms torch passes cuDNN over.
-BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Widths of q and v that cuDNN's kernel was measured with; where it has no plan for others, that shows as it runs.
+CUDNN_WIDTHS = ((192, 128),)
 
 
 def _mask(tokens: int, document_ids: Tensor | None, like: Tensor) -> Tensor:
@@ -105,6 +104,46 @@ CORE_OPERATORS = (
 )
 
 
+# V3's heads on an H100, 128 of them and 4096 tokens, forward and backward, torch's kernels measured alone: cuDNN 1.25
+# and 4.56 ms, flash with v padded to 192 2.81 and 9.60, the efficient one, in deterministic mode, 4.91 and 35.3. Under
+# deterministic algorithms torch refuses cuDNN; flash it refuses where v is not as wide as q, whence `_widened`.
+def fused_backend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> SDPBackend:
+    """The fastest of torch's kernels that takes a call, by torch's own checks of the host."""
+
+    def accepted(check: Callable[[cuda.SDPAParams], bool], q: Tensor, k: Tensor, v: Tensor) -> bool:
+        return check(cuda.SDPAParams(q, k, v, mask, 0.0, mask is None, False))
+
+    if (q.shape[-1], v.shape[-1]) in CUDNN_WIDTHS and accepted(cuda.can_use_cudnn_attention, q, k, v):
+        return SDPBackend.CUDNN_ATTENTION
+    if accepted(cuda.can_use_flash_attention, *_widened(q, k, v)):
+        return SDPBackend.FLASH_ATTENTION
+    efficient = accepted(cuda.can_use_efficient_attention, q, k, v)
+    return SDPBackend.EFFICIENT_ATTENTION if efficient else SDPBackend.MATH
+
+
+def _widened(*tensors: Tensor) -> list[Tensor]:
+    """All as wide as the widest; zeros change neither a score nor the columns of o that are kept."""
+    widest = max(x.shape[-1] for x in tensors)
+    return [x if x.shape[-1] == widest else F.pad(x, (0, widest - x.shape[-1])) for x in tensors]
+
+
+def backend_name(*, heads: int, qk_dim: int, v_dim: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Who computes attention for such heads, without document masks, in the mode of determinism that is set now."""
+    if device.type != "cuda":
+        return "batched GEMMs"
+    q, v = (torch.empty(1, heads, 128, d, dtype=dtype, device=device, requires_grad=True) for d in (qk_dim, v_dim))
+    return fused_backend(q, q, v, None).name.removesuffix("_ATTENTION").lower()
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    backend, width = fused_backend(q, k, v, mask), v.shape[-1]
+    if backend is SDPBackend.FLASH_ATTENTION:
+        q, k, v = _widened(q, k, v)
+    with sdpa_kernel(backend):
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return o[..., :width]
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, scale: float) -> Tensor:
@@ -126,7 +165,5 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_
     token reads another document.
     """
     if q.is_cuda:
-        mask = None if document_ids is None else _mask(q.shape[-2], document_ids, q)
-        with sdpa_kernel(BACKENDS, set_priority=True):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+        return _fused(q, k, v, scale, None if document_ids is None else _mask(q.shape[-2], document_ids, q))
     return _Attention.apply(q, k, v, document_ids, scale)  # type: ignore[no-any-return, no-untyped-call]

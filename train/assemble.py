@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from kernels.attention import backend_name
 from parallel.mesh import Mesh, cpu_group, single
 from parallel.pipeline import Pipeline
 from parallel.shards import Shard
@@ -279,6 +280,13 @@ def run_card(config: PretrainConfig, components: Components) -> dict[str, object
         "device": device_name(mesh.device),
         "threads": torch.get_num_threads(),
         "deterministic": config.run.deterministic,
+        "attention": backend_name(
+            heads=config.model.num_attention_heads,
+            qk_dim=config.model.qk_head_dim,
+            v_dim=config.model.v_head_dim,
+            dtype=config.precision.dtype,
+            device=mesh.device,
+        ),
         "torch": torch.__version__,
         "store": store_hashes(components.stream.store),
     }

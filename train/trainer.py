@@ -123,7 +123,8 @@ class Trainer:
             changed = {"changed": self.changed} if self.changed else {}
             if isinstance(sinks, Sinks):
                 sinks.say(self.opening())
-            sinks.event("resume" if self.state.step else "start", step=self.state.step, **changed)
+            inexact = {} if not self.state.step or self.config.run.deterministic else {"deterministic": False}
+            sinks.event("resume" if self.state.step else "start", step=self.state.step, **changed, **inexact)
             self.checkpoint_age.published()
             try:
                 reason = self.train(sinks)

@@ -273,6 +273,24 @@ def test_start_and_end_are_said(config: PretrainConfig, capsys: pytest.CaptureFi
     ]
 
 
+def test_a_run_that_is_not_deterministic_says_so(
+    config: PretrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, run=replace(config.run, deterministic=False))
+    trainer = trainer_of(config)
+    monkeypatch.setattr(trainer, "budget_is_spent", lambda: trainer.state.step == 2)
+    trainer.fit()
+    assert "run  a resume goes on not bit for bit, since run.deterministic is false" in capsys.readouterr().out
+    again = trainer_of(config)
+    again.resume()
+    again.fit()
+    assert "run  resumed at step 2; not bit for bit, since run.deterministic is false" in capsys.readouterr().out
+    (resumed,) = (event for event in read_events(again.directory) if event["event"] == "resume")
+    assert resumed["deterministic"] is False
+    card = json.loads((again.directory / "run_card.json").read_text())
+    assert (card["deterministic"], card["attention"]) == (False, "batched GEMMs")
+
+
 def test_a_run_that_took_no_step_says_no_next_command(
     config: PretrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,7 +83,7 @@ REQUIRED = ("step", "tokens_seen", "time_unix_s")
 
 EVENTS: dict[str, str] = {
     "start": "the run began at step 0",
-    "resume": "a new process continued from a checkpoint",
+    "resume": "a new process continued from a checkpoint; `deterministic`: false where that is not bit for bit",
     "checkpoint": "the checkpoint of this step was published, during the steps just logged",
     "save_failed": "a checkpoint could not be written; older ones are untouched; says why",
     "evaluation": "the held-out store was scored after this step; holds `eval/bits_per_byte`",

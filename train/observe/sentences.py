@@ -12,8 +12,9 @@ from train.observe.metrics import Record
 # Dead experts that are named; metrics.jsonl names all.
 _NAMED = 4
 
+_INEXACT = "not bit for bit, since run.deterministic is false"
 _ANNOUNCED = {
-    "resume": "resumed at step {step}",
+    "resume": "resumed at step {step}{inexact}",
     "skip": "step {step} skipped: loss or gradient not finite{where}",
     "spike": "step {step} skipped: loss {loss:.3f} is out of the band ({loss_z:.1f} deviations)",
     "rollback": "back from step {left_at_step} to step {step}; the data around the spikes is left out",
@@ -45,7 +46,9 @@ def announcement(event: Record) -> str | None:
     who = "" if first is None or first["rank"] is None else f"rank {first['rank']}, "
     where = f": {who}{first['tensor']}" if first else ""
     speed, best = (short(event.get(name, 0.0)) for name in ("tokens_per_s", "best_tokens_per_s"))
-    return _ANNOUNCED[event["event"]].format(**event | {"names": names, "where": where, "speed": speed, "best": best})
+    inexact = "" if event.get("deterministic", True) else f"; {_INEXACT}"
+    words = {"names": names, "where": where, "speed": speed, "best": best, "inexact": inexact}
+    return _ANNOUNCED[event["event"]].format(**event | words)
 
 
 def opening(card: Mapping[str, Any], *, directory: Path, num_steps: int, step: int, every_steps: int) -> list[str]:
@@ -58,11 +61,13 @@ def opening(card: Mapping[str, Any], *, directory: Path, num_steps: int, step: i
     total, active, mtp = (short(sizes[name]).replace("G", "B") for name in ("total", "active", "mtp"))
     apart = f", and {mtp} in MTP layers" if sizes["mtp"] else ""
     budget = f"{card['tokens_total']:,} tokens in {num_steps:,} steps, sequences of {card['sequence_length']}"
+    inexact = [] if card["deterministic"] else [f"a resume goes on {_INEXACT}"]
     return [
         f"{card['precision']} on {card['device']}{threads}, {several}, torch {card['torch']}",
         f"model: {total} parameters, {active} active per token{apart}",
         f"budget: {budget}; {num_steps - step:,} steps to go",
         f"folder: {directory}, a checkpoint every {every_steps} steps; SIGTERM or Ctrl-C saves and stops",
+        *inexact,
     ]
 
 

@@ -99,9 +99,11 @@ def test_nan_is_never_green() -> None:
     assert not bench_layer.Parity({"a": 0.0}, {"a": float("nan")}).green
 
 
-def test_both_precisions_are_measured_alike(sizes: Sizes) -> None:
+def test_both_precisions_are_measured_alike_with_and_without_determinism(sizes: Sizes) -> None:
     found = bench_layer.run(sizes, CPU)
-    assert [time.precision for time in found.times] == ["bf16", "fp8"]
+    modes = [(time.precision, time.deterministic) for time in found.times]
+    assert modes == [("bf16", False), ("bf16", True), ("fp8", False), ("fp8", True)]
+    assert torch.are_deterministic_algorithms_enabled(), "as it was before"
     for time in found.times:
         assert time.tokens_per_s * time.time_ms == pytest.approx(1e3 * sizes.tokens)
         flops = bench_layer.flops_per_layer(sizes.model, sizes.tokens)

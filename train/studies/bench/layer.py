@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from kernels.attention import backend_name
 from parallel.mesh import single
 from parallel.zero import GradientBuckets
 from train.model.attention import RopeTables
@@ -91,6 +92,8 @@ class LayerTime:
     """One precision, per layer unless it says otherwise; what a CPU cannot measure is None."""
 
     precision: PrecisionName
+    deterministic: bool
+    attention: str  # torch's kernel
     time_ms: float  # forward and backward, median
     host_ms: float  # until both are enqueued, from an idle device, median
     tokens_per_s: float
@@ -169,7 +172,8 @@ def parity(layers: Mapping[PrecisionName, Layers]) -> Parity:
 
 
 def measure(layers: Layers, sizes: Sizes, precision: PrecisionName) -> LayerTime:
-    """Times, kernels and memory of one precision."""
+    """Times, kernels and memory of one precision, in the mode of determinism that is set."""
+    model = sizes.model
     device, count = layers.x.device, sizes.model.num_hidden_layers
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -185,6 +189,14 @@ def measure(layers: Layers, sizes: Sizes, precision: PrecisionName) -> LayerTime
     kernels, slowest = _kernels(layers) if on_gpu else (None, ())
     return LayerTime(
         precision=precision,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        attention=backend_name(
+            heads=model.num_attention_heads,
+            qk_dim=model.qk_head_dim,
+            v_dim=model.v_head_dim,
+            dtype=layers.x.dtype,
+            device=device,
+        ),
         time_ms=time_ms,
         host_ms=host_ms,
         tokens_per_s=sizes.tokens / time_ms * 1e3,
@@ -213,7 +225,7 @@ def _time(layers: Layers, *, on_gpu: bool) -> tuple[float, float]:
 
 
 def _kernels(layers: Layers) -> tuple[int, tuple[tuple[str, float, float], ...]]:
-    """Launches of one run, and the eight kernels that take most time."""
+    """Launches of one run, and the ten kernels that take most time."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         layers.step()
         end = torch.cuda.Event()
@@ -224,7 +236,7 @@ def _kernels(layers: Layers) -> tuple[int, tuple[tuple[str, float, float], ...]]
     for event in on_device:
         launches, micros = total.get(event.name, (0, 0.0))
         total[event.name] = (launches + 1, micros + event.time_range.elapsed_us())
-    by_time = sorted(total.items(), key=lambda item: -item[1][1])[:8]
+    by_time = sorted(total.items(), key=lambda item: -item[1][1])[:10]
     return len(on_device), tuple((name[:60], float(n), micros) for name, (n, micros) in by_time)
 
 
@@ -237,10 +249,19 @@ class LayerBench:
 
 
 def run(sizes: Sizes, device: torch.device) -> LayerBench:
-    """Parity of both precisions, then each alone, so that its memory is its own."""
-    checked = parity({precision: make(sizes, precision, device) for precision in PRECISIONS})
-    timed = PRECISIONS if checked.green else ()
-    return LayerBench(checked, tuple(measure(make(sizes, each, device), sizes, each) for each in timed))
+    """Parity of both precisions, then each alone, so that its memory is its own, with and without determinism."""
+    before = torch.are_deterministic_algorithms_enabled()
+    checked, times = parity({precision: make(sizes, precision, device) for precision in PRECISIONS}), []
+    try:
+        for precision in PRECISIONS if checked.green else ():
+            layers = make(sizes, precision, device)
+            for deterministic in (False, True):
+                torch.use_deterministic_algorithms(deterministic)
+                times.append(measure(layers, sizes, precision))
+            del layers
+    finally:
+        torch.use_deterministic_algorithms(before)
+    return LayerBench(checked, tuple(times))
 
 
 def markdown(bench: LayerBench) -> str:
@@ -256,18 +277,22 @@ def markdown(bench: LayerBench) -> str:
     if not bench.times:
         return "\n".join([*lines, "Parity is red: no time is given."])
     lines += [
-        "| per layer | ms | tokens/s | TFLOP/s | kernels | host ms | peak GB, all layers | of that state GB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| per layer | attention | ms | tokens/s | TFLOP/s | kernels | host ms | peak GB, all layers | of it state |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {t.precision} | {t.time_ms:.2f} | {t.tokens_per_s:,.0f} | {t.tflop_per_s:.1f} | {_shown(t.kernels, 1)} "
-        f"| {t.host_ms:.2f} | {_shown(t.peak_bytes, 1e9)} | {_shown(t.state_bytes, 1e9)} |"
+        f"| {_mode(t)} | {t.attention} | {t.time_ms:.2f} | {t.tokens_per_s:,.0f} | {t.tflop_per_s:.1f} "
+        f"| {_shown(t.kernels, 1)} | {t.host_ms:.2f} | {_shown(t.peak_bytes, 1e9)} | {_shown(t.state_bytes, 1e9)} |"
         for t in bench.times
     ]
     for t in bench.times:
-        lines += ["", f"Kernels of {t.precision} that take most time, all layers:", ""] if t.slowest else []
+        lines += ["", f"Kernels of {_mode(t)} that take most time, all layers:", ""] if t.slowest else []
         lines += [f"- {micros:,.0f} us in {launches:.0f}: `{name}`" for name, launches, micros in t.slowest]
     return "\n".join(lines)
+
+
+def _mode(time: LayerTime) -> str:
+    return f"{time.precision}, deterministic" if time.deterministic else str(time.precision)
 
 
 def _shown(value: float | None, unit: float) -> str:
