@@ -1,20 +1,21 @@
 """Which implementation of an operator runs: Triton, Gluon for Hopper, or the reference in plain torch.
 
-A tensor on a CPU always takes the reference. On a GPU the kernels of `kernels/gpu/` run, unless the environment says
-`V3FP8_REFERENCE=1`, to find out whether a kernel is to blame. Nothing is tuned at run time: a configuration is a
-function of shapes, and two runs of one program launch the same code.
+A tensor on a CPU always takes the reference. On a GPU the kernels of `kernels/gpu/` run, unless `use_backend` says
+otherwise for this process (`kernels.backend` of the configuration), to find out whether a kernel is to blame. Nothing
+is tuned at run time: a configuration is a function of shapes, and two runs of one program launch the same code.
 """
 
 from __future__ import annotations
 
 import functools
-import os
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-# Set to 1: every operator computes by its reference on every device.
-REFERENCE_VARIABLE = "V3FP8_REFERENCE"
+# gluon: FP8 products in Gluon on Hopper, all else in Triton. portable: those in Triton too. reference: plain torch.
+Backend = Literal["gluon", "portable", "reference"]
+_OF_PROCESS: dict[str, Backend] = {"backend": "gluon"}
 
 # FP8 tensor cores exist from compute capability 8.9 on; the Gluon GEMMs are written for 9.0 alone.
 FIRST_WITH_FP8 = (8, 9)
@@ -24,15 +25,19 @@ _capability = functools.cache(torch.cuda.get_device_capability)
 _properties = functools.cache(torch.cuda.get_device_properties)
 
 
+def use_backend(name: Backend) -> None:
+    """Choose for every call that this process makes from now on."""
+    _OF_PROCESS["backend"] = name
+
+
 def use_triton(x: Tensor) -> bool:
     """Whether the kernels of `kernels/gpu/` may run on this tensor's device."""
-    wanted = x.is_cuda and os.environ.get(REFERENCE_VARIABLE) != "1"
-    return wanted and _capability(x.get_device()) >= FIRST_WITH_FP8
+    return x.is_cuda and _OF_PROCESS["backend"] != "reference" and _capability(x.get_device()) >= FIRST_WITH_FP8
 
 
-def is_hopper(x: Tensor) -> bool:
-    """Whether this tensor lives on a GPU of compute capability 9.0 (H100, H200, H800, GH200)."""
-    return x.is_cuda and _capability(x.get_device()) == HOPPER
+def use_gluon(x: Tensor) -> bool:
+    """Whether the Gluon products may: on compute capability 9.0 (H100, H200, H800, GH200)."""
+    return x.is_cuda and _OF_PROCESS["backend"] == "gluon" and _capability(x.get_device()) == HOPPER
 
 
 def multiprocessors(x: Tensor) -> int:

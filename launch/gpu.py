@@ -13,11 +13,13 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import get_args
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 
+from kernels.backend import Backend
 from train.studies.gpu_report import is_green, run_all, run_part, write
 from train.studies.gpu_sections import PARTS, ROOT, Options
 
@@ -32,6 +34,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="SECONDS", help="of all parts together")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--kernels", choices=get_args(Backend), default="gluon", help=argparse.SUPPRESS)
     parser.add_argument("--part", choices=tuple(PARTS), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -42,14 +45,14 @@ def main() -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("gpu: this machine shows no CUDA GPU; `make test` runs what a CPU can check", file=sys.stderr)
         return 2
-    options = Options(torch.device(arguments.device), tiny=arguments.tiny)
+    options = Options(torch.device(arguments.device), tiny=arguments.tiny, backend=arguments.kernels)
     if arguments.part:
         run_part(arguments.part, options, arguments.budget, arguments.out)
         return 0
 
-    def command(part: str, seconds: float, out: Path) -> list[str]:
+    def command(part: str, seconds: float, out: Path, backend: Backend) -> list[str]:
         line = [sys.executable, "-m", "launch.gpu", "--part", part, "--budget", str(seconds), "--out", str(out)]
-        return [*line, "--device", arguments.device, *(["--tiny"] if arguments.tiny else [])]
+        return [*line, "--kernels", backend, "--device", arguments.device, *(["--tiny"] if arguments.tiny else [])]
 
     # The tests' own default is Triton's interpreter.
     environment = os.environ | {"TRITON_INTERPRET": "0"}

@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from kernels.attention import backend_name
+from kernels.backend import use_backend
 from parallel.mesh import Mesh, cpu_group, single
 from parallel.pipeline import Pipeline
 from parallel.shards import Shard
@@ -233,6 +234,7 @@ def build(config: PretrainConfig, mesh: Mesh, resources: Resources) -> Component
     """
     run, (stream, heldout) = config.run, resources.stores
     set_determinism(seed=run.seed, deterministic=run.deterministic, threads=run.threads)
+    use_backend(config.kernels.backend)
     engine = build_engine(
         config.model,
         config.precision,
@@ -280,6 +282,7 @@ def run_card(config: PretrainConfig, components: Components) -> dict[str, object
         "device": device_name(mesh.device),
         "threads": torch.get_num_threads(),
         "deterministic": config.run.deterministic,
+        "kernels": config.kernels.backend,
         "attention": backend_name(
             heads=config.model.num_attention_heads,
             qk_dim=config.model.qk_head_dim,

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 from yaml import YAMLError
 
+from kernels.backend import Backend
 from parallel.layout import Layout, Workload, check_layout
 from parallel.mesh import NetworkConfig
 from train.checkpoint.config import CheckpointConfig
@@ -85,6 +86,13 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class KernelsConfig:
+    """Who computes on a GPU."""
+
+    backend: Backend = "gluon"  # see `kernels/backend.py`
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """Everything a pre-training run depends on; one field for each group under `configs/`."""
 
@@ -99,6 +107,7 @@ class PretrainConfig:
     checkpoint: CheckpointConfig
     spikes: SpikeConfig
     run: RunConfig
+    kernels: KernelsConfig
     dry_run: bool = False  # plan the memory of a rank and stop
     rank: int | Literal["all"] | None = None  # which one; None finds the fullest
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.backend import is_hopper, multiprocessors
+from kernels.backend import multiprocessors, use_gluon
 from kernels.formats import Quantized, ceil_div
 from kernels.gpu import gemm_hopper, gemm_portable
 from kernels.gpu.gemm_hopper import Config
@@ -60,7 +60,7 @@ def grouped_gemm_tile_block(
     if not out.numel():
         return out
     aq, bq = _contiguous(a, a_scale), Quantized(b.contiguous(), b_scale)
-    if is_hopper(out) and out_dtype == torch.bfloat16 and k % 16 == 0 and n % 8 == 0:
+    if use_gluon(out) and out_dtype == torch.bfloat16 and k % 16 == 0 and n % 8 == 0:
         programs = multiprocessors(out)
         config = tile_block_config(m, n, programs=programs, groups=0 if group_ends is None else len(group_ends))
         gemm_hopper.gemm(aq, bq, out, config=config, programs=programs, group_ends=group_ends)
@@ -83,7 +83,7 @@ def grouped_gemm_tile_tile(
     if not out.numel():
         return
     aq, bq, k = _contiguous(a, a_scale), _contiguous(b, b_scale), a.shape[1]
-    if is_hopper(out) and k % 16 == 0 and k:
+    if use_gluon(out) and k % 16 == 0 and k:
         config, programs = tile_tile_config(), multiprocessors(out)
         gemm_hopper.gemm(aq, bq, out, config=config, programs=programs, group_ends=group_ends, accumulate=accumulate)
     else:

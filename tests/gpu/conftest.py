@@ -7,15 +7,24 @@ would begin after `--gpu-seconds` are skipped and say so, for `make gpu` has eig
 from __future__ import annotations
 
 import time
+from typing import get_args
 
 import pytest
 import torch
+
+from kernels.backend import Backend, use_backend
 
 STARTED_S = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu-seconds", type=float, help="skip GPU tests that would begin later than this")
+    parser.addoption("--kernels", choices=get_args(Backend), default="gluon", help="kernels.backend of this process")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Known only where this folder is what pytest was asked for.
+    use_backend(config.getoption("--kernels", default="gluon"))
 
 
 @pytest.fixture(autouse=True)

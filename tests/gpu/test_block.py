@@ -86,18 +86,20 @@ def test_forward_and_backward_never_wait_for_the_device(
 REFERENCE = """
 import sys
 import torch
+from kernels.backend import use_backend
 from train.studies import smoke_runs
 from train.studies import step_parity
 
+use_backend("reference")
 smoke_runs.prepare(deterministic=True)
 found = step_parity.compare_step(smoke_runs.smoke_run("tiny", sequences=1, tokens=64), "fp8", torch.device("cuda"))
 print([name for name in sys.modules if name.startswith("kernels.gpu")], found.worst_error, found.green)
 """
 
 
-def test_the_environment_variable_keeps_the_references(
+def test_the_backend_of_references_runs_no_kernel(
     run_command: Callable[..., subprocess.CompletedProcess[str]], device: torch.device
 ) -> None:
-    done = run_command("-c", REFERENCE, V3FP8_REFERENCE="1", PYTHONPATH=".")
+    done = run_command("-c", REFERENCE, PYTHONPATH=".")
     assert done.stdout.startswith("[] "), f"a kernel ran: {done.stdout}"
     assert done.stdout.strip().endswith("True"), f"the references on the GPU differ from the CPU's: {done.stdout}"

@@ -13,8 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from train.studies import gpu_report, gpu_sections
-from train.studies.gpu_report import Finished
+from kernels.backend import Backend
+from kernels.formats import Quantized
+from kernels.gpu import gemm_hopper
+from tests.kernels.gluon_interpreter import interpret
+from train.studies import gpu_canary, gpu_report, gpu_sections
+from train.studies.gpu_report import Command, Finished
 from train.studies.gpu_sections import PARTS, Section
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +66,7 @@ def test_the_whole_report_comes_out_of_small_sizes(folder: Path, report: Any) ->
     assert page.index("# Parity") < places[0]
     speed = page.index("# Speed")
     assert {name for name, place in zip(PARTS, places, strict=True) if place > speed} == {"kernels", "peers", "layer"}
-    assert list(report["parity"]) == ["tests", "one_step", "training", "resume", "small", "te"]
+    assert list(report["parity"]) == ["canary", "tests", "one_step", "training", "resume", "small", "te"]
     assert {"date", "commit", "device", "versions", "left_out"} <= set(report)
     assert report["versions"]["torch"] == torch.__version__
     assert len(report["parity"]["training"]["data"]["losses"]["fp8"]) == 6
@@ -74,7 +78,7 @@ def test_the_whole_report_comes_out_of_small_sizes(folder: Path, report: Any) ->
 def test_a_part_runs_where_only_torch_is_installed(report: Any) -> None:
     statuses = {name: part["status"] for kind in ("parity", "speed") for name, part in report[kind].items()}
     wanted = dict.fromkeys(PARTS, "green") | {"te": "left out"}
-    wanted |= {} if torch.cuda.is_available() else {"tests": "left out"}
+    wanted |= {} if torch.cuda.is_available() else {"tests": "left out", "canary": "left out"}
     assert statuses == wanted
     assert report["green"] is True
     assert {"hydra", "datasets", "wandb", "plotly", "transformer_engine"} <= set(report["left_out"])
@@ -90,8 +94,8 @@ def test_the_gpu_tests_are_collected_and_skipped_without_triton(folder: Path, re
     assert " passed" not in (folder / "tests.log").read_text()
 
 
-def python(code: str) -> Callable[[str, float, Path], Sequence[str]]:
-    return lambda part, seconds, out: [sys.executable, "-c", code, part, str(out)]
+def python(code: str) -> Command:
+    return lambda part, seconds, out, backend: [sys.executable, "-c", code, part, str(out)]
 
 
 @pytest.fixture
@@ -126,7 +130,7 @@ def test_a_part_beyond_its_time_is_killed_and_listed(tmp_path: Path, monkeypatch
 def test_time_that_a_part_leaves_is_the_next_ones(tmp_path: Path) -> None:
     given = []
 
-    def command(part: str, seconds: float, out: Path) -> Sequence[str]:
+    def command(part: str, seconds: float, out: Path, backend: Backend) -> Sequence[str]:
         given.append(seconds)
         code = "import json, sys; open(sys.argv[1], 'w').write(json.dumps({'status': 'green'}))"
         return [sys.executable, "-c", code, str(out)]
@@ -162,10 +166,104 @@ JUNIT = """<testsuites><testsuite>
 
 def test_failures_and_skips_of_pytest_are_listed(tmp_path: Path) -> None:
     (tmp_path / "junit.xml").write_text(JUNIT)
-    section = gpu_sections.read_junit(tmp_path / "junit.xml")
+    section = gpu_sections.read_junit([tmp_path / "junit.xml"])
     assert (section.status, section.data["passed"]) == ("red", 1)
     assert "FAILED `tests.gpu.a::bad`: assert 1 == 2" in section.markdown
     assert "skipped 1: not measured: the 9 s were spent" in section.markdown
+
+
+OPTIONS = """
+def pytest_addoption(parser):
+    parser.addoption("--kernels")
+    parser.addoption("--gpu-seconds")
+"""
+GROUPS = {
+    "good": "def test_one():\n    pass\ndef test_two():\n    pass\n",
+    "bad": "def test_sum():\n    assert 1 + 1 == 3\n",
+    # As an illegal access does.
+    "dead": "import os\ndef test_access():\n    os._exit(6)\n",
+    "late": "import pytest\ndef test_skipped():\n    pytest.skip('not run: the 9 s were spent')\n",
+    "hangs": "import time\ndef test_sleep():\n    time.sleep(600)\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("names", "status", "reason"),
+    [
+        (["good"], "green", ""),
+        (["good", "bad", "dead", "late"], "red", "2 tests failed"),
+        (["good", "late"], "not measured", "the budget was spent before 1 tests"),
+        (["good", "hangs"], "not measured", "the budget was spent before {hangs}"),
+    ],
+)
+def test_each_group_of_tests_has_its_own_process(
+    names: list[str], status: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What dies, hangs or comes too late costs itself only, and is never green."""
+    monkeypatch.setattr(gpu_sections, "PATIENCE_S", 0.0)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    (tmp_path / "conftest.py").write_text(OPTIONS)
+    files = {name: tmp_path / f"test_{name}.py" for name in names}
+    for name, path in files.items():
+        path.write_text(GROUPS[name])
+    section = gpu_sections.run_tests([[str(path)] for path in files.values()], "portable", 10.0)
+    assert (section.status, section.reason) == (status, reason.format(**files))
+    assert section.data["passed"] == 2, "of the good one"
+    if "dead" in names:
+        assert section.data["failed"][0] == [str(files["dead"]), "its process ended with 6: without a word"]
+
+
+def test_a_canary_that_falls_silent_is_named_within_its_time() -> None:
+    codes = {
+        "two_waves": "pass",
+        "two_blocks": "import time; time.sleep(600)",
+        "wide": "import sys; sys.exit('relative error 1.0e+00')",
+        "wgrad": "import os; os.abort()",
+    }
+    assert gpu_canary.silent(lambda name: [sys.executable, "-S", "-c", codes[name]], limit_s=3.0) == {
+        "two_blocks": "nothing after 3 s",
+        "wide": "ended with 1: relative error 1.0e+00",
+        "wgrad": "ended with -6: without a word",
+    }
+
+
+@pytest.mark.parametrize("section", [Section("red", "wide: nothing after 20 s"), Section("failed"), Section("green")])
+def test_where_the_canary_fails_all_parts_take_portable_products_and_the_page_says_so(
+    section: Section, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_report, "PARTS", {name: PARTS[name] for name in ("canary", "training", "layer")})
+    given = []
+
+    def command(part: str, seconds: float, out: Path, backend: Backend) -> Sequence[str]:
+        given.append(backend)
+        status = section.status if part == "canary" else "green"
+        code = "import json, sys; open(sys.argv[1], 'w').write(json.dumps({'status': sys.argv[2]}))"
+        return [sys.executable, "-S", "-c", code, str(out), status]
+
+    done = gpu_report.run_all(command, tmp_path, environment=os.environ)
+    fell_back = section.status != "green"
+    assert given == ["gluon", *["portable" if fell_back else "gluon"] * 2]
+    assert gpu_report.is_green(done) is not fell_back
+    page = gpu_report.write(done, torch.device("cpu"), tmp_path).read_text()
+    assert ("**THE GLUON PRODUCTS FAILED" in page) is fell_back
+
+
+@pytest.mark.parametrize("name", gpu_canary.BOUNDS)
+def test_a_canary_sings_in_the_interpreter_and_not_with_another_scale(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for size, value in {"ROWS": 256, "COLS": 192, "INNER": 256}.items():
+        monkeypatch.setattr(gpu_canary, size, value)
+    with interpret(races=False):
+        assert gpu_canary.sing(name, torch.device("cpu")) is None
+    multiply = gemm_hopper.gemm
+
+    def with_the_neighbours_scale(a: Quantized, *args: Any, **named: Any) -> None:
+        multiply(Quantized(a.payload, a.scale.roll(1, 1)), *args, **named)
+
+    monkeypatch.setattr(gemm_hopper, "gemm", with_the_neighbours_scale)
+    with interpret(races=False):
+        assert str(gpu_canary.sing(name, torch.device("cpu"))).startswith("relative error ")
 
 
 def test_absent_packages_are_listed_with_what_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

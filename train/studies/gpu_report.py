@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from kernels.backend import Backend, use_backend
 from train.studies.gpu_sections import PARTS, ROOT, Options, Section
 
 # Package -> what is left out without it.
@@ -42,8 +43,8 @@ OPTIONAL = {
 VERSIONS = ("torch", "triton", "numpy", "pytest", "transformers")
 # A part is asked to finish this long before it is killed, which leaves it time to write its section.
 GRACE_S = 8.0
-# (part, seconds, JSON file) -> a command line that calls `run_part`.
-Command = Callable[[str, float, Path], Sequence[str]]
+# (part, seconds, JSON file, kernels.backend) -> a command line that calls `run_part`.
+Command = Callable[[str, float, Path, Backend], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Finished:
 
 def run_part(name: str, options: Options, budget_s: float, out: Path) -> None:
     """Run a part in this process, which is killed after budget_s seconds, and write its section as JSON."""
+    use_backend(options.backend)
     section = PARTS[name].run(options, max(1.0, budget_s - GRACE_S))
     out.write_text(json.dumps(plain(vars(section)), allow_nan=False), encoding="utf-8")
 
@@ -78,28 +80,33 @@ def run_all(
     """Every part, one after the other, shares stretched to the sum `total_s`; logs are written into the directory."""
     directory.mkdir(parents=True, exist_ok=True)
     stretch = 1.0 if total_s is None else total_s / sum(plan.share_s for plan in PARTS.values())
-    deadline_s, finished = time.monotonic(), []
+    deadline_s, finished = time.monotonic(), list[Finished]()
     for name, plan in PARTS.items():
         deadline_s += plan.share_s * stretch
         began_s = time.monotonic()
         print(f"gpu: {plan.title} ...", end=" ", flush=True)
-        section = _run_process(name, deadline_s - began_s, command, directory, environment)
+        out, budget_s = directory / f"{name}.json", deadline_s - began_s
+        backend: Backend = "portable" if without_gluon(finished) else "gluon"
+        section = _run_process(command(name, budget_s, out, backend), out, budget_s, environment)
         finished.append(Finished(name, section, time.monotonic() - began_s))
         print(f"{section.status}, {finished[-1].seconds:.0f} s {section.reason}".rstrip(), flush=True)
     return finished
 
 
-def _run_process(
-    name: str, budget_s: float, command: Command, directory: Path, environment: Mapping[str, str]
-) -> Section:
-    out, log = directory / f"{name}.json", directory / f"{name}.log"
+def without_gluon(finished: Sequence[Finished]) -> bool:
+    """Whether the canary found a fault, or died of one, so that the parts after it multiply in portable Triton."""
+    return any(each.name == "canary" and each.section.status not in ("green", "left out") for each in finished)
+
+
+def _run_process(command: Sequence[str], out: Path, budget_s: float, environment: Mapping[str, str]) -> Section:
+    log = out.with_suffix(".log")
     out.unlink(missing_ok=True)
     if budget_s <= GRACE_S:
         return Section("not measured", "the budget was spent by the parts before it")
     with log.open("w", encoding="utf-8") as stream:
         try:
             done = subprocess.run(
-                [*command(name, budget_s, out)],
+                [*command],
                 cwd=ROOT,
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
@@ -194,6 +201,8 @@ def markdown(finished: Sequence[Finished], where: Mapping[str, Any], absent: Map
     lines = ["# GPU report", "", f"**{'green' if is_green(finished) else 'RED'}**, {where['date']}.", ""]
     lines += [f"- {key.replace('_', ' ')}: {value}" for key, value in device.items()]
     lines += [f"- commit: {where['commit']}", "- " + ", ".join(f"{key} {value}" for key, value in versions.items()), ""]
+    if without_gluon(finished):
+        lines += ["**THE GLUON PRODUCTS FAILED: every part after the canary multiplied in portable Triton.**", ""]
     lines += ["| part | status | s | why |", "|---|---|---|---|"]
     parts = [(PARTS[each.name], each.section, each.seconds) for each in finished]
     lines += [

@@ -1,6 +1,7 @@
 """The parts of `make gpu`, each a section of its report: tests, training, one step, resume, a large step, benches.
 
-    parity   tests       tests/gpu: every launcher against its reference, graphs, host waits
+    parity   canary      three products of the Gluon GEMM, each in a process   `train/studies/gpu_canary.py`
+             tests       tests/gpu: every launcher against its reference, graphs, host waits
              one_step    one step against the CPU, in FP32, BF16 and FP8       `train/studies/step_parity.py`
              training    50 steps of tiny in BF16 and FP8                     `train/studies/smoke_runs.py`
              resume      save, load, go on                                    `train/studies/smoke_runs.py`
@@ -17,17 +18,25 @@ returns a Section, figures as data for JSON and as Markdown. On a CPU the same p
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
+import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 
-from train.studies import smoke_runs, step_parity, te_parity
+from kernels.backend import Backend
+from train.studies import gpu_canary, smoke_runs, step_parity, te_parity
 from train.studies.bench import layer as bench_layer
 from train.studies.bench import table as bench_table
 from train.studies.bench.timing import Clock
@@ -47,6 +56,7 @@ class Options:
 
     device: torch.device
     tiny: bool = False
+    backend: Backend = "gluon"  # of this process, by `kernels.backend.use_backend`
 
 
 @dataclass(frozen=True)
@@ -83,40 +93,107 @@ def verdict(green: bool) -> Status:
     return "green" if green else "red"
 
 
+def canary(options: Options, budget_s: float) -> Section:
+    """Whether the Gluon GEMM can be trusted with the parts that follow."""
+    if not gpu_canary.can_sing(options.device):
+        return Section("left out", "the Gluon products are for compute capability 9.0")
+    silent = gpu_canary.silent(lambda name: [sys.executable, "-m", "train.studies.gpu_canary", name])
+    lines = [f"- {name}: {silent.get(name, 'right')}" for name in gpu_canary.BOUNDS]
+    reason = "; ".join(f"{name}: {why}" for name, why in silent.items())
+    return Section(verdict(not silent), reason, {}, "\n".join(lines))
+
+
 def tests(options: Options, budget_s: float) -> Section:
-    """`tests/gpu` in this process; tests that would begin after the budget are skipped and listed."""
+    """`tests/gpu`, each operator's in a process of its own; what was not run within the budget is not measured."""
     try:
-        import pytest
+        import pytest  # noqa: F401
     except ModuleNotFoundError:
         return Section("left out", "pytest is not installed here")
-    with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder) / "junit.xml"
-        # Warnings of libraries are errors on the pinned versions only.
-        arguments = ["-q", "-W", "default", "-p", "no:cacheprovider", f"--gpu-seconds={budget_s:.0f}"]
-        pytest.main([str(ROOT / "tests/gpu"), f"--rootdir={ROOT}", *arguments, f"--junitxml={found}"])
-        if not found.exists():
-            return Section("failed", "pytest wrote no result; the log has its words")
-        return read_junit(found)
+    folder = ROOT / "tests/gpu"
+    groups = _by_operator(folder) if options.device.type == "cuda" else [[str(folder)]]
+    return run_tests(groups, options.backend, budget_s)
 
 
-def read_junit(path: Path) -> Section:
-    """A Section from pytest's own report."""
-    cases = list(ElementTree.parse(path).getroot().iter("testcase"))
-    failures, skips = [], Counter[str]()
-    for case in cases:
+def _by_operator(folder: Path) -> list[list[str]]:
+    """The ids of the tests of a folder, in groups that one process runs: an operator's, or a test function's."""
+    command = [*_PYTEST, "--collect-only", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    groups: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        if "::" in line:
+            function, _, parameters = line.partition("[")
+            # tests/gpu/test_launchers.py names operator, rows and width.
+            operator = parameters.partition("-")[0] if "launcher" in function else ""
+            groups.setdefault(f"{function}[{operator}", []).append(line)
+    # The bench of peers takes longest to compile, and decides least.
+    return sorted(groups.values(), key=lambda names: "bench_peers" in names[0])
+
+
+# Warnings of libraries are errors on the pinned versions only.
+_PYTEST = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
+
+
+def run_tests(groups: Sequence[Sequence[str]], backend: Backend, budget_s: float) -> Section:
+    """Each group by a pytest of its own, as many at once as there are cores but two; kernels compile side by side."""
+    deadline_s = time.monotonic() + budget_s
+
+    def run(number: int, group: Sequence[str], folder: Path) -> str | None:
+        """None, or why the group has no result."""
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            return LATE
+        options = [f"--kernels={backend}", f"--gpu-seconds={left_s:.0f}", f"--junitxml={folder / str(number)}.xml"]
+        try:
+            done = subprocess.run(
+                [*_PYTEST, *options, *group], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                timeout=left_s + PATIENCE_S, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return LATE
+        print(done.stdout, done.stderr, flush=True)
+        if (folder / f"{number}.xml").exists():
+            return None
+        last = ((done.stderr or done.stdout).strip().splitlines() or ["without a word"])[-1]
+        return f"its process ended with {done.returncode}: {last[:200]}"
+
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 2)) as pool:
+        folder = Path(place)
+        reasons = list(pool.map(partial(run, folder=Path(place)), range(len(groups)), groups))
+        without = {group[0]: reason for group, reason in zip(groups, reasons, strict=True) if reason}
+        return read_junit(sorted(folder.glob("*.xml")), without)
+
+
+# Beyond the budget, for a test under way.
+PATIENCE_S = 5.0
+# How a skip begins that only time explains; as in tests/gpu/conftest.py.
+LATE = "not run"
+
+
+def read_junit(paths: Sequence[Path], without: Mapping[str, str] = MappingProxyType({})) -> Section:
+    """A Section from pytest's own reports, and of the groups without one: first test -> why."""
+    failures, skips, num_cases = [pair for pair in without.items() if pair[1] != LATE], Counter[str](), 0
+    for case in (case for path in paths for case in ElementTree.parse(path).getroot().iter("testcase")):
+        num_cases += 1
         name = f"{case.get('classname', '')}::{case.get('name', '')}"
         for kind in ("failure", "error"):
             failures += [(name, found.get("message", "")[:200]) for found in case.findall(kind)]
         skips.update(found.get("message", "") for found in case.findall("skipped"))
     skipped = sum(skips.values())
-    passed = len(cases) - skipped - len({name for name, _ in failures})
-    data = {"passed": passed, "failed": [list(pair) for pair in failures], "skipped": dict(skips)}
+    passed = num_cases - skipped - len({name for name, _ in failures if name not in without})
+    late = [name for name, reason in without.items() if reason == LATE]
+    late += [f"{count} tests" for message, count in skips.items() if message.startswith(LATE)]
+    data = {"passed": passed, "failed": [list(pair) for pair in failures], "skipped": dict(skips), "not_run": late}
     lines = [f"{passed} passed, {len(failures)} failed, {skipped} skipped.", ""]
     lines += [f"- FAILED `{name}`: {message}" for name, message in failures[:SHOWN_FAILURES]]
     lines += [f"- skipped {count}: {reason}" for reason, count in skips.items()]
+    lines += [
+        f"- not run, the budget was spent: {name} and the others of its process" for name in without if name in late
+    ]
     markdown = "\n".join(lines)
     if failures:
         return Section("red", f"{len(failures)} tests failed", data, markdown)
+    if late:
+        return Section("not measured", f"the budget was spent before {', '.join(late[:5])}", data, markdown)
     if not passed:
         return Section("left out", "; ".join(skips) or "no test was found", data, markdown)
     return Section("green", "", data, markdown)
@@ -273,7 +350,8 @@ def _shown(value: float | None, spec: str = ".1f") -> str:
 # In the order of the report. The shares are what a first run on an H100 is expected to need, kernels compiled on the
 # way; together 460 s, which leaves 20 of 8 minutes for starting and writing.
 PARTS: dict[str, PartPlan] = {
-    "tests": PartPlan("GPU tests", "parity", 135, tests),
+    "canary": PartPlan("Canary of the Gluon products", "parity", 25, canary),
+    "tests": PartPlan("GPU tests", "parity", 110, tests),
     "one_step": PartPlan("One step of tiny against the CPU", "parity", 35, step_against_cpu),
     "training": PartPlan("Training tiny in BF16 and FP8", "parity", 55, training),
     "resume": PartPlan("Resume", "parity", 30, resumed),
