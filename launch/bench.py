@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,12 +57,24 @@ def ledger(arguments: argparse.Namespace) -> int:
         return 2
     from train.studies.bench import ledger as bench_ledger
 
-    for layer_name in bench_ledger.LAYERS if arguments.layer is None else (arguments.layer,):
-        for precision in bench_ledger.PRECISIONS if arguments.precision is None else (arguments.precision,):
-            found = bench_ledger.ledger(layer_name, precision)
-            print(bench_ledger.by_operation(found), end="\n\n")
-            if not arguments.summary:
-                print(bench_ledger.by_line(found), end="\n\n")
+    if arguments.cluster is None:
+        layers = bench_ledger.LAYERS if arguments.layer is None else (arguments.layer,)
+        precisions = bench_ledger.PRECISIONS if arguments.precision is None else (arguments.precision,)
+        calls = [partial(bench_ledger.ledger, layer, precision) for layer in layers for precision in precisions]
+    elif arguments.layer or arguments.precision:
+        print("bench ledger: --cluster has a layer and a precision; leave out --layer and --precision", file=sys.stderr)
+        return 2
+    else:
+        calls = [partial(bench_ledger.cluster_ledger, arguments.cluster)]
+    for call in calls:
+        try:
+            found = call()
+        except ValueError as error:
+            print(f"bench ledger: {error}", file=sys.stderr)
+            return 2
+        print(bench_ledger.by_operation(found), end="\n\n")
+        if not arguments.summary:
+            print(bench_ledger.by_line(found), end="\n\n")
     return 0
 
 
@@ -77,6 +90,7 @@ def main() -> int:
     counted = benches.add_parser("ledger")
     counted.add_argument("--precision", choices=("fp8", "bf16"), help="one of them; both without")
     counted.add_argument("--layer", choices=("moe", "dense"), help="one of them; both without")
+    counted.add_argument("--cluster", metavar="NAME", help="a MoE layer as a rank of +cluster=NAME runs it instead")
     counted.add_argument(
         "--summary", action="store_true", help="only the tables by operation, those of docs/kernels.md"
     )

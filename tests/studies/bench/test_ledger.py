@@ -22,6 +22,7 @@ from kernels.operators import LAUNCHERS
 from launch import bench
 from tests.gpu import launcher_cases
 from tests.gpu.launcher_cases import operator
+from train.config import PretrainConfig, compose
 from train.model.attention import RopeTables
 from train.model.block import DenseBlock
 from train.model.precision import Precision
@@ -29,6 +30,9 @@ from train.studies.bench import launches
 from train.studies.bench import ledger as bench_ledger
 from train.studies.bench.ledger import LAYERS, PRECISIONS, Entry, Ledger
 from train.studies.bench.minimum import minimum_bytes
+from train.studies.plan.dry_run import as_rank
+from train.studies.plan.live_bytes import LiveBytes
+from train.studies.plan.stand_ins import storage_bytes
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "kernels.md"
 BEGIN, END = "<!-- ledger: begin -->\n", "\n<!-- ledger: end -->"
@@ -40,6 +44,8 @@ CEILINGS = {
     ("dense", "fp8"): (159, 27_225_758_176, 1_301_348_368),
     ("dense", "bf16"): (148, 31_584_747_552, 1_663_631_376),
 }
+# Bytes that a rank of h800_2048 keeps a token in a MoE layer.
+KEPT_BY_A_RANK = 226_796.3
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +95,67 @@ def test_what_is_at_its_minimum_is_counted_so(ledgers: list[Ledger]) -> None:
         # Seeds.
         assert counted("attention core") == pytest.approx(least["attention core"], rel=1e-7)
         assert found.bytes > sum(least.values())
+
+
+def kept_of_a_rank(config: PretrainConfig) -> dict[str, list[float]]:
+    """Closed form: bytes a token of each storage that a MoE layer of h800_2048 keeps, by the document's names."""
+    model, topk = config.model, config.model.num_experts_per_tok
+    h, inter, local = model.hidden_size, model.moe_intermediate_size, model.n_routed_experts // config.layout.ep
+    o = 2.0 * model.num_attention_heads * model.v_head_dim
+    latents = 2.0 * (model.q_width + model.kv_lora_rank + model.qk_rope_head_dim)
+    per_micro_batch = 1 / config.data.sequence_length
+
+    def fp8(width: float, rows: int = 1) -> list[float]:
+        return [rows * width, rows * width / 32]
+
+    return {
+        "the layer's input, BF16": [2 * h],
+        "sum of it and attention, BF16": [2 * h],
+        "norm of that, BF16, for the router": [2 * h],
+        "1 / RMS of both norms, FP32": [4, 4],
+        "input of `q_kv_a_proj`, FP8": fp8(h),
+        "latents and RoPE key, BF16": [latents],
+        "output of attention, BF16": [o],
+        "the same by token, BF16": [o],
+        "log-sums of attention, FP32, and its seeds": [4 * model.num_attention_heads, *[8 * per_micro_batch] * 2],
+        "router: scores and their sum, FP32, ids, counts": [
+            4 * model.n_routed_experts, 4, 8 * topk, 4 * model.n_routed_experts * per_micro_batch,
+        ],
+        "exchange: which token each copy is, and back": [8 * topk, 8 * topk],
+        "grouping: slots, rows of a token, gates, ends": [
+            8 * topk, 8 * local * topk, 4 * topk, 4 * local * per_micro_batch,
+        ],
+        "rows of experts, FP8": fp8(h, topk),
+        "gate and up of experts, FP8": fp8(2 * inter, topk),
+        "input of the shared expert, FP8": fp8(h),
+        "gate and up of the shared expert, FP8": fp8(2 * inter),
+    }  # fmt: skip
+
+
+def test_a_rank_of_h800_2048_keeps_what_the_closed_form_says() -> None:
+    """To the byte, storage by storage; the document shows it by tensor. The plan counts all but cuDNN's layout."""
+    config = compose(["+cluster=h800_2048"])
+    predicted, tokens = kept_of_a_rank(config), config.data.sequence_length
+    found = bench_ledger.cluster_ledger("h800_2048")
+    counted = sorted(each.num_bytes for each in found.kept)
+    assert counted == sorted(tokens * each for storages in predicted.values() for each in storages)
+    assert found.kept_bytes_per_token < KEPT_BY_A_RANK + 0.05
+    rows = [f"| {name} | {sum(storages):,.1f} |" for name, storages in predicted.items()]
+    table = "\n".join([*rows, f"| **all** | {found.kept_bytes_per_token:,.1f} |"])
+    assert table in (DOCUMENT.parent / "numerics.md").read_text(), f"docs/numerics.md should show\n{table}"
+
+    shape = (1, tokens, config.model.hidden_size)
+    with as_rank(config, 0) as mesh, FakeTensorMode(), LiveBytes() as live:
+        block = bench_ledger.block_of_rank(config, mesh)
+        for _ in range(2):
+            before = live.now
+            hidden, routing = block(torch.empty(shape, dtype=BF16, requires_grad=True), None)
+            balance = routing.balance
+            del routing
+            planned = live.now - before - storage_bytes([hidden, balance])
+            del hidden, balance
+    # Attention's output follows q's layout there, heads before tokens, and is copied for the linear behind it.
+    assert sum(counted) - planned == tokens * sum(predicted["the same by token, BF16"]) + 16
 
 
 # ---- what counts

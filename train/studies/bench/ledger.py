@@ -1,6 +1,7 @@
 """The ledger of one layer: every launch, forward and backward, with the bytes it moves and what is kept for backward.
 
     python -m launch.bench ledger [--precision fp8|bf16] [--layer moe|dense]
+    python -m launch.bench ledger --cluster h800_2048       a MoE layer as rank 0 of that cluster runs it
 
 The layer runs at DeepSeek-V3's width on fake tensors that say that they are on a Hopper GPU, so every operator takes
 its GPU path, and each thing that would be launched is one entry:
@@ -41,15 +42,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from parallel.mesh import single
+from parallel.expert import ExpertParallelDispatcher
+from parallel.mesh import Mesh, single
 from parallel.zero import GradientBuckets
+from train.config import PretrainConfig, compose
 from train.model.attention import RopeTables
 from train.model.block import DenseBlock, MoEBlock
 from train.model.config import ModelConfig
-from train.model.moe import LocalDispatcher
+from train.model.moe import LocalDispatcher, TokenDispatcher
 from train.studies.bench import layer as bench_layer
 from train.studies.bench.launches import Launch, standing_in_for_a_gpu, touched_bytes
 from train.studies.bench.minimum import minimum_bytes
+from train.studies.plan.dry_run import as_rank
 from train.studies.smoke_runs import PrecisionName, precision_config
 
 LayerName = Literal["moe", "dense"]
@@ -70,14 +74,15 @@ OPERATIONS = (
     (r"kernels/attention", "attention core"),
     (r"swiglu", "SwiGLU"),
     (r"permute|gather", "permute"),
+    (r"parallel/(expert|collectives)", "exchange of tokens"),
     (r"router|train/model/moe", "router"),
     (r"quantize", "quantise"),
     (r"gemm|fp8_linear", "GEMM"),
     (r"deferred|parallel/zero", "adds of weight gradients"),
 )
-SHARED = re.compile(r"kernels/|train/model/(layers|precision)\.py")
+SHARED = re.compile(r"kernels/|parallel/collectives\.py|train/model/(layers|precision)\.py")
 # Operators of torch that write what they are given without reading it.
-WRITE_ONLY = re.compile(r"(copy|fill|zero|normal|uniform)_$")
+WRITE_ONLY = re.compile(r"(copy|fill|zero|normal|uniform|alltoall_base)_$")
 # Operators of torch that take only shape and type of what they are given.
 FACTORY = re.compile(r"new_|.*_like$")
 # Operators of torch that read some rows of their first tensor: at most as much as they return.
@@ -117,10 +122,11 @@ class Ledger:
     """What one layer launches and keeps."""
 
     layer: LayerName
-    precision: PrecisionName
+    precision: str
     tokens: int
     entries: tuple[Entry, ...]
     kept: tuple[Kept, ...]
+    cluster: str = ""
 
     @property
     def launches(self) -> int:
@@ -157,6 +163,37 @@ def ledger(layer: LayerName, precision: PrecisionName) -> Ledger:
         GradientBuckets(block.named_parameters(), axis=single(torch.device("cpu")).dp, sharded=False)
         entries, kept = trace(block, (1, tokens, config.hidden_size), recipe.dtype)
     return Ledger(layer, precision, tokens, entries, kept)
+
+
+def cluster_ledger(cluster: str) -> Ledger:
+    """Trace a MoE layer and one micro-batch as rank 0 of a configuration in `configs/cluster/` runs them.
+
+    Routing is balanced, and a collective counts with what it reads and writes on this rank.
+
+    Raises:
+        ValueError: no such cluster.
+    """
+    config = compose([f"+cluster={cluster}"])
+    shape = config.run.micro_batch_sequences, config.data.sequence_length, config.model.hidden_size
+    with as_rank(config, 0) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+        block = block_of_rank(config, mesh)
+        GradientBuckets(block.named_parameters(), axis=single(mesh.device).dp, sharded=False)
+        entries, kept = trace(block, shape, config.precision.dtype)
+    return Ledger("moe", config.precision.name, shape[0] * shape[1], entries, kept, cluster)
+
+
+def block_of_rank(config: PretrainConfig, mesh: Mesh) -> MoEBlock:
+    """A MoE layer of a rank, with its exchange of tokens under balanced routing and its recomputation."""
+    model, recipe = config.model, config.precision
+    dispatcher: TokenDispatcher = LocalDispatcher(model.n_routed_experts)
+    if mesh.ep.size > 1:
+        wire, power_of_two = recipe.wire, recipe.power_of_two_scales
+        dispatcher = ExpertParallelDispatcher(
+            model.n_routed_experts, mesh.ep, wire=wire, power_of_two=power_of_two, assume_balanced=True
+        )
+    block = MoEBlock(model, recipe, RopeTables(model), dispatcher)
+    block.self_attn.recompute = config.run.recompute
+    return block
 
 
 def trace(block: Block, shape: Sequence[int], dtype: torch.dtype) -> tuple[tuple[Entry, ...], tuple[Kept, ...]]:
@@ -232,6 +269,9 @@ class _Trace(TorchDispatchMode):
 
     def _write_down(self, func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
         given, changed = _tensors((args, kwargs)), list(_changed(func, args, kwargs))
+        if func.namespace == "c10d":
+            # Its schemas do not say that the first tensor receives.
+            changed = given[:1]
         known = {tensor.untyped_storage()._cdata for tensor in given}
         made = [tensor for tensor in _tensors(result) if tensor.untyped_storage()._cdata not in known]
         base, name = func.overloadpacket.__name__, func.name().removeprefix("aten::")
@@ -286,7 +326,7 @@ def _inside(func: Any) -> torch._C.DispatchKey | None:
     def has(key: torch._C.DispatchKey) -> bool:
         return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key) or key in func.py_kernels
 
-    if func.namespace == "prim" or (func.namespace == "aten" and not has(keys.CompositeImplicitAutograd)):
+    if func.namespace in ("prim", "c10d") or (func.namespace == "aten" and not has(keys.CompositeImplicitAutograd)):
         return None
     for key in (keys.CUDA, keys.CompositeExplicitAutograd, keys.CompositeImplicitAutograd):
         if has(key) and (func.namespace != "aten" or key is keys.CompositeImplicitAutograd):
@@ -385,6 +425,7 @@ def by_operation(found: Ledger) -> str:
     """One table: launches, bytes, what is kept, and the minimum, of each operation."""
     config, tokens = sizes()
     minimum = minimum_bytes(config, tokens, moe=found.layer == "moe", fp8=found.precision == "fp8")
+    minimum = {} if found.cluster else minimum
     kept: dict[str, int] = defaultdict(int)
     for each in found.kept:
         kept[each.operation] += each.num_bytes
@@ -394,8 +435,9 @@ def by_operation(found: Ledger) -> str:
         if entries or operation in kept:
             rows.append((operation, *_sums(entries), kept[operation], minimum.get(operation, 0.0)))
     totals = [sum(column) for column in list(zip(*rows, strict=True))[1:]]
+    of_cluster = f" of a rank of {found.cluster}" if found.cluster else ""
     lines = [
-        f"{found.layer} layer, {found.precision}, {found.tokens:,} tokens:",
+        f"{found.layer} layer{of_cluster}, {found.precision}, {found.tokens:,} tokens:",
         "",
         "| operation | launches forward | backward | GB read | GB written | kB kept a token | GB at least |",
         "|---|---|---|---|---|---|---|",
@@ -403,10 +445,11 @@ def by_operation(found: Ledger) -> str:
     for name, forward, backward, read, written, num_kept, least in [*rows, ("**all**", *totals)]:
         lines.append(
             f"| {name} | {forward} | {backward} | {read / 1e9:.2f} | {written / 1e9:.2f} "
-            f"| {num_kept / found.tokens / 1e3:.1f} | {least / 1e9:.2f} |"
+            f"| {num_kept / found.tokens / 1e3:.1f} | {f'{least / 1e9:.2f}' if minimum else '-'} |"
         )
     summary = f"{found.launches} launches, {found.bytes / 1e9:.2f} GB, {found.kept_bytes_per_token / 1e3:.1f} kB kept a"
-    return "\n".join([*lines, "", f"{summary} token; at least {totals[-1] / 1e9:.2f} GB."])
+    at_least = f"; at least {totals[-1] / 1e9:.2f} GB" if minimum else ""
+    return "\n".join([*lines, "", f"{summary} token{at_least}."])
 
 
 def by_line(found: Ledger) -> str:
