@@ -32,7 +32,6 @@ from train.studies.bench.ledger import LAYERS, PRECISIONS, Entry, Ledger
 from train.studies.bench.minimum import minimum_bytes
 from train.studies.plan.dry_run import as_rank
 from train.studies.plan.live_bytes import LiveBytes
-from train.studies.plan.stand_ins import storage_bytes
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "kernels.md"
 BEGIN, END = "<!-- ledger: begin -->\n", "\n<!-- ledger: end -->"
@@ -149,11 +148,9 @@ def test_a_rank_of_h800_2048_keeps_what_the_closed_form_says() -> None:
         block = bench_ledger.block_of_rank(config, mesh)
         for _ in range(2):
             before = live.now
-            hidden, routing = block(torch.empty(shape, dtype=BF16, requires_grad=True), None)
-            balance = routing.balance
-            del routing
-            planned = live.now - before - storage_bytes([hidden, balance])
-            del hidden, balance
+            ends = bench_ledger.forward(block, shape, BF16)
+            planned = live.now - before
+            del ends
     # Attention's output follows q's layout there, heads before tokens, and is copied for the linear behind it.
     assert sum(counted) - planned == tokens * sum(predicted["the same by token, BF16"]) + 16
 
@@ -251,25 +248,28 @@ def test_an_operator_whose_inside_cannot_be_seen_is_an_error() -> None:
 
 
 class Keeping(torch.autograd.Function):
-    """Keeps one tensor twice as views, one as an attribute, its input if wanted, and lets one go."""
+    """Keeps one tensor twice as views, one as an attribute, its input or output if wanted, and lets one go."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keeps_input: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, besides: str) -> Tensor:
         twice, ctx.attribute, _ = x * 2, (x + 1).float(), x * 3
-        ctx.save_for_backward(twice[:3], twice.t(), *([x] if keeps_input else []))
-        return x * 4
+        y = torch.neg(x)
+        ctx.save_for_backward(twice[:3], twice.t(), *{"input": [x], "output": [y], "": []}[besides])
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0] * 2, None
 
 
-@pytest.mark.parametrize("keeps_input", [False, True])
-def test_kept_is_each_storage_once_that_is_alive_after_forward(keeps_input: bool) -> None:
+@pytest.mark.parametrize("besides", ["", "input", "output"])
+def test_kept_is_each_storage_once_that_is_alive_after_forward(besides: str) -> None:
     with FakeTensorMode():
-        _, kept = bench_ledger.trace(lambda x, _: (Keeping.apply(x, keeps_input), None), (256, 512), BF16)
-    expected = [("the layer's input", ALL)] * keeps_input + [("mul.Tensor", ALL), ("_to_copy", 2 * ALL)]
-    assert [(each.name or each.operation, each.num_bytes) for each in kept] == expected
+        _, kept = bench_ledger.trace(lambda x, _: (Keeping.apply(x, besides), None), (256, 512), BF16)
+    expected = {("mul.Tensor", ALL), ("_to_copy", 2 * ALL)}
+    expected |= {"input": {("the layer's input", ALL)}, "output": {("neg", ALL)}, "": set()}[besides]
+    assert {(each.name or each.operation, each.num_bytes) for each in kept} == expected
+    assert len(kept) == len(expected)
 
 
 # ---- what a kernel touches
@@ -372,3 +372,21 @@ def test_the_command_lists_lines_and_tensors(
     assert "moe layer" not in shown
     assert "| kernels/attention.py:" in shown
     assert "| [1, 4096, 7168] | bfloat16 |  | the layer's input | 58.7 |" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--cluster", "h800"], "did you mean +cluster=h800_2048?"),
+        (["--cluster", "h800_2048", "--layer", "moe"], "leave out --layer and --precision"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bench", "ledger", *arguments])
+    assert bench.main() == 2
+    shown = capsys.readouterr()
+    assert sentence in shown.err
+    assert not shown.out
+    assert shown.err.count("\n") == 1

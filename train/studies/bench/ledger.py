@@ -17,20 +17,21 @@ Bytes are those of the tensors, each once for a launch: HBM traffic if no cache 
 next and everything within one. Weights have their FP8 copies and RoPE its tables, as in all micro-batches but the
 first; wgrad adds to FP32 gradients; the gradient comes in through the output and the balance loss, as in training.
 
-Kept for backward is every storage born in forward that is alive after it, and the layer's input if it is; weights, and
-the output, which is the next layer's input, are not. An entry belongs to the operation whose file launches it
-(`OPERATIONS`), and to the line of the model that called it, in backward the one that made the graph's node.
+Kept for backward is every storage born in forward that the graph holds after it, and the layer's input if it does.
+Weights are not, nor is an output that only the next layer needs. An entry belongs to the operation whose file launches
+it (`OPERATIONS`), and to the line of the model that called it, in backward the one that made the graph's node.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 from unittest import mock
@@ -39,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -60,8 +62,8 @@ LayerName = Literal["moe", "dense"]
 LAYERS: tuple[LayerName, ...] = get_args(LayerName)
 PRECISIONS: tuple[PrecisionName, ...] = ("fp8", "bf16")
 Phase = Literal["forward", "backward"]
-# As the blocks of the model are called: (hidden, None) -> (hidden, routing or None).
-Block = Callable[[Tensor, None], tuple[Tensor, Any]]
+# As the blocks of the model are called: (what the layer before hands on, None) -> (what it hands on, routing or None).
+Block = Callable[..., tuple[Any, ...]]
 
 ROOT = Path(__file__).resolve().parents[3]
 OURS = re.compile(rf"{re.escape(str(ROOT))}/((?:kernels|parallel|train/model)/\S+?\.py)$")
@@ -206,7 +208,7 @@ def trace(block: Block, shape: Sequence[int], dtype: torch.dtype) -> tuple[tuple
 
 
 class _Entrance(torch.autograd.Function):
-    """Makes the layer's input, which then lives as long as the layer keeps it."""
+    """Makes an input of the layer, which then lives as long as the layer keeps it."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -215,6 +217,20 @@ class _Entrance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
         return None, None, None
+
+
+def forward(
+    block: Block, shape: Sequence[int], dtype: torch.dtype
+) -> dict[GradientEdge, tuple[torch.Size, torch.dtype]]:
+    """Run a block and let go of its inputs and outputs; returns where each output's gradient enters, and its shape.
+
+    As many tensors of `shape` go in as its forward takes before `document_ids`: what layers hand to each other.
+    """
+    count = len(inspect.signature(getattr(block, "forward", block)).parameters) - 1
+    anchor = torch.empty(0, requires_grad=True)
+    *stream, routing = block(*(_Entrance.apply(anchor, shape, dtype) for _ in range(count)), None)  # type: ignore[no-untyped-call]
+    outputs = stream if routing is None else [*stream, routing.balance]
+    return {get_gradient_edge(output): (output.shape, output.dtype) for output in outputs}
 
 
 class _Trace(TorchDispatchMode):
@@ -231,24 +247,19 @@ class _Trace(TorchDispatchMode):
         self.kept: list[Kept] = []
         self._alive: dict[int, Kept] = {}
 
-    def run(
-        self, block: Callable[[Tensor, None], tuple[Tensor, Any]], shape: Sequence[int], dtype: torch.dtype
-    ) -> None:
+    def run(self, block: Block, shape: Sequence[int], dtype: torch.dtype) -> None:
         """One forward and one backward."""
         self.phase = "forward"
         # Nodes made now remember their lines, for launches of autograd itself.
         with torch.autograd.set_detect_anomaly(True, check_nan=False):
-            x = _Entrance.apply(torch.empty(0, requires_grad=True), shape, dtype)  # type: ignore[no-untyped-call]
-            self._remember([x], "the layer's input", "", "")
-            hidden, routing = block(x, None)
-        del x
-        ends = [hidden] if routing is None else [hidden, routing.balance]
-        del routing
-        ends_here = {end.untyped_storage()._cdata for end in ends}
-        self.kept = [kept for key, kept in self._alive.items() if key not in ends_here and kept.num_bytes]
-        gradients = [torch.empty_like(end) for end in ends]
+            ends = forward(block, shape, dtype)
+        self.kept = [
+            each if each.operation else replace(each, operation="the layer's input", name="")
+            for each in self._alive.values()
+            if each.num_bytes
+        ]
         self.phase = "backward"
-        torch.autograd.backward(ends, gradients)
+        torch.autograd.backward(list(ends), [torch.empty(shape, dtype=dtype) for shape, dtype in ends.values()])
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -415,12 +426,6 @@ def _cudnn_attention(
     return o
 
 
-def operations(ledgers: Iterable[Ledger]) -> list[str]:
-    """Operations in the order of `OPERATIONS`, then those of files that it does not list."""
-    names = dict.fromkeys(name for _, name in OPERATIONS)
-    return list(names | dict.fromkeys(entry.operation for each in ledgers for entry in each.entries))
-
-
 def by_operation(found: Ledger) -> str:
     """One table: launches, bytes, what is kept, and the minimum, of each operation."""
     config, tokens = sizes()
@@ -430,7 +435,7 @@ def by_operation(found: Ledger) -> str:
     for each in found.kept:
         kept[each.operation] += each.num_bytes
     rows = []
-    for operation in [*operations([found]), *(name for name in kept if name not in operations([found]))]:
+    for operation in dict.fromkeys([*(name for _, name in OPERATIONS), *(e.operation for e in found.entries), *kept]):
         entries = [entry for entry in found.entries if entry.operation == operation]
         if entries or operation in kept:
             rows.append((operation, *_sums(entries), kept[operation], minimum.get(operation, 0.0)))
