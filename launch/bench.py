@@ -1,14 +1,17 @@
-"""The benches: `python -m launch.bench [--only NAME] [--csv PATH]`, or `python -m launch.bench layer [--tiny]`.
+"""The benches: `python -m launch.bench [--only NAME] [--csv PATH]`, `... bench layer [--tiny]`, or `... bench ledger`.
 
 Without a subcommand: the table of kernels against their peers, on a CUDA GPU when there is one. `layer`: MoE blocks of
 DeepSeek-V3 at full width, forward and backward, which needs a CUDA GPU (`--tiny`: a tiny one on whatever there is).
+`ledger`: what such a block, or a dense one, launches, reads, writes and keeps, counted without a GPU.
 Parity is checked before anything is timed; the exit status is 1 when a check is red, 2 when there is no such case.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,6 +50,34 @@ def layer(arguments: argparse.Namespace, device: torch.device) -> int:
     return 0 if result.parity.green else 1
 
 
+def ledger(arguments: argparse.Namespace) -> int:
+    """Print the ledgers that are asked for; 2 without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        print("bench ledger: needs Triton, whose kernels it counts; there is one for Linux only", file=sys.stderr)
+        return 2
+    from train.studies.bench import ledger as bench_ledger
+
+    if arguments.cluster is None:
+        layers = bench_ledger.LAYERS if arguments.layer is None else (arguments.layer,)
+        precisions = bench_ledger.PRECISIONS if arguments.precision is None else (arguments.precision,)
+        calls = [partial(bench_ledger.ledger, layer, precision) for layer in layers for precision in precisions]
+    elif arguments.layer or arguments.precision:
+        print("bench ledger: --cluster has a layer and a precision; leave out --layer and --precision", file=sys.stderr)
+        return 2
+    else:
+        calls = [partial(bench_ledger.cluster_ledger, arguments.cluster)]
+    for call in calls:
+        try:
+            found = call()
+        except ValueError as error:
+            print(f"bench ledger: {error}", file=sys.stderr)
+            return 2
+        print(bench_ledger.by_operation(found), end="\n\n")
+        if not arguments.summary:
+            print(bench_ledger.by_line(found), end="\n\n")
+    return 0
+
+
 def main() -> int:
     """Choose the bench."""
     names = ", ".join(case.name for case in bench_rows.cases())
@@ -54,9 +85,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="NAME", help=f"one case ({names}) or all cases of one kernel file ({files})")
     parser.add_argument("--csv", metavar="PATH", type=Path, help="also write the rows to this file")
-    benches = parser.add_subparsers(dest="bench", metavar="layer", help="MoE blocks instead of single kernels")
+    benches = parser.add_subparsers(dest="bench", metavar="layer | ledger", help="MoE blocks instead of single kernels")
     benches.add_parser("layer").add_argument("--tiny", action="store_true", help="small sizes, on a CPU too")
+    counted = benches.add_parser("ledger")
+    counted.add_argument("--precision", choices=("fp8", "bf16"), help="one of them; both without")
+    counted.add_argument("--layer", choices=("moe", "dense"), help="one of them; both without")
+    counted.add_argument("--cluster", metavar="NAME", help="a MoE layer as a rank of +cluster=NAME runs it instead")
+    counted.add_argument(
+        "--summary", action="store_true", help="only the tables by operation, those of docs/kernels.md"
+    )
     arguments = parser.parse_args()
+    if arguments.bench == "ledger":
+        return ledger(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return layer(arguments, device) if arguments.bench == "layer" else kernels(arguments, device)
 

@@ -83,8 +83,8 @@ def dry_run(config: PretrainConfig) -> str:
 
 
 @contextmanager
-def _as_rank(config: PretrainConfig, rank: int) -> Iterator[Mesh]:
-    """This process plays the rank."""
+def as_rank(config: PretrainConfig, rank: int) -> Iterator[Mesh]:
+    """This process plays the rank: collectives return at once, and move nothing."""
     init_processes(rank=rank, world=config.layout.world, backend="fake", store=None)
     try:
         tied = config.model.num_nextn_predict_layers > 0
@@ -97,7 +97,7 @@ def plan_pipeline_rank(config: PretrainConfig, pp_rank: int, known: dict[StageKi
     """The fullest data rank of a pipeline rank; `known` as for `measure`."""
     layout = config.layout
     ranks = range(pp_rank * layout.dp, (pp_rank + 1) * layout.dp)
-    with _as_rank(config, ranks[0]) as mesh:
+    with as_rank(config, ranks[0]) as mesh:
         shares = share_bytes(config, mesh)
     rank = ranks[shares.index(max(shares))]
     return RankPlan(rank, ranks, _measured(config, rank, known), max(shares) - min(shares))
@@ -110,13 +110,13 @@ def _measured(config: PretrainConfig, rank: int, known: dict[StageKind, ChunkByt
     schedule, layout = config.schedule, config.layout
     full = scheduled_values(schedule, step=0, tokens_seen=schedule.batch_ramp_tokens).batch_sequences
     count = min(2 * layout.pp, full // layout.dp // config.run.micro_batch_sequences)
-    with _as_rank(config, rank) as mesh:
+    with as_rank(config, rank) as mesh:
         return measure(config, mesh, num_micro_batches=count, known=known)
 
 
 def _tables(config: PretrainConfig, rank: int, memory: Memory) -> list[list[str]]:
     """Everything about one rank."""
-    with _as_rank(config, rank) as mesh:
+    with as_rank(config, rank) as mesh:
         parts = stage_specs(config.model, mesh)
         stages = {index: nn.Identity() for index in parts}
         idle = Pipeline(stages, mesh=mesh, hidden_size=1, dtype=config.precision.dtype)
