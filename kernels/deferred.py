@@ -4,6 +4,9 @@ The linears compute dgrad in backward and `push` their wgrad as a closure. While
 closures queue up, and `PipelineStage(dw_builder=deferred.take)` runs them in the W slot; otherwise a pushed closure
 runs at once. `check_drained()` belongs before gradients are read. Weight gradients reach the weight through
 `accumulate_grad` or `accumulate_product`: autograd's accumulation hooks do not fire for them.
+
+The first gradient of a step replaces what is in `main_grad`, the others are added: no bytes are spent on zeros
+(`forget`). What a step left without a gradient is zeroed where gradients are read (`settle`).
 """
 
 from __future__ import annotations
@@ -84,12 +87,30 @@ def check_drained() -> None:
         )
 
 
+def forget(weight: Tensor) -> None:
+    """Let the next gradient replace `weight.main_grad`."""
+    weight.main_grad_is_stale = True  # type: ignore[attr-defined]
+
+
+def is_stale(weight: Tensor) -> bool:
+    """Whether `weight.main_grad` still holds an earlier step's sum; whoever asks must write it now."""
+    stale: bool = getattr(weight, "main_grad_is_stale", False)
+    weight.main_grad_is_stale = False  # type: ignore[attr-defined]
+    return stale
+
+
+def settle(weight: Tensor) -> None:
+    """Zero `weight.main_grad` if no gradient of this step has come, for whoever adds to it or reads it."""
+    if is_stale(weight):
+        weight.main_grad.zero_()  # type: ignore[attr-defined]
+
+
 @torch.no_grad()
 def accumulate_grad(weight: Tensor, dw: Tensor) -> None:
-    """Add `dw`, fp32, into `weight.main_grad` (fp32, Megatron-LM's name) if it exists, else into `weight.grad`."""
+    """Put `dw` into `weight.main_grad` (fp32, Megatron-LM's name) if it exists, else into `weight.grad`."""
     main_grad: Tensor | None = getattr(weight, "main_grad", None)
     if main_grad is not None:
-        main_grad.add_(dw)
+        (main_grad.copy_ if is_stale(weight) else main_grad.add_)(dw)
     elif weight.grad is None:
         weight.grad = dw.to(weight.dtype)
     else:
@@ -104,7 +125,7 @@ def accumulate_product(weight: Tensor, product: Callable[[Tensor, bool], object]
     """
     main_grad: Tensor | None = getattr(weight, "main_grad", None)
     if main_grad is not None:
-        product(main_grad, True)
+        product(main_grad, not is_stale(weight))
         return
     dw = torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
     product(dw, False)

@@ -3,7 +3,7 @@
 arXiv:2412.19437 §3.2, §3.3.3. Ranks of one axis hold the same parameters and different tokens. Their gradients are
 stored in flat FP32 buckets, `main_grad` is a view of one. A bucket is cut into `axis.size` equal shards:
 
-    backward   main_grad += ...                     every rank, its own tokens
+    backward   main_grad = or += ...                    every rank, its own tokens
     reduce     reduce-scatter, sum                  rank r holds the finished sums of shard r
     update     masters and moments of the shard     `train.optim`, on `parameter_shards()`
     gather     all-gather in the weights' dtype     every rank holds all new weights
@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kernels.deferred import accumulate_grad, forget, settle
 from parallel.mesh import Axis
 from parallel.shards import Shard
 from parallel.waiting import waiting
@@ -212,16 +213,17 @@ class GradientBuckets:
         return [bucket.shard for bucket in self._buckets] if self._counts_in_norm else []
 
     def zero(self) -> None:
-        """Set every `main_grad` to zero in place and drop what autograd may have left in `.grad`."""
-        if self._buckets:
-            torch._foreach_zero_([bucket.grads for bucket in self._buckets])
+        """Begin a step: the first gradient replaces each `main_grad`; drop what autograd may have left in `.grad`."""
         for parameter in self.parameters.values():
+            forget(parameter)
             parameter.grad = None
 
     @torch.no_grad()
     def reduce(self) -> None:
         """Sum the gradients over the axis, and over the tied copies; once per step."""
         assert all(p.grad is None for p in self.parameters.values()), "a gradient was left in .grad, not in main_grad"
+        for parameter in self.parameters.values():
+            settle(parameter)
         # With ZeRO, `main_grad` outside this rank's shard still holds afterwards what this rank alone has summed.
         group, several = self.axis.group, self.axis.size > 1
         if several:
@@ -321,7 +323,7 @@ def _unique(named_params: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Pa
 @torch.no_grad()
 def _move_into_main_grad(parameter: Tensor) -> None:
     if parameter.grad is not None:
-        parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+        accumulate_grad(parameter, parameter.grad)
         parameter.grad = None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -12,9 +13,11 @@ from tests.tiny_model import FP32, TINY
 from train.assemble import build_engine
 from train.data.batch import IGNORE_INDEX, Batch
 from train.losses import LossWeights, attach_loss, balance_sum, loss_sums
+from train.model.precision import Precision
 from train.optim.config import OptimConfig
 from train.schedules import ScheduledValues
 from train.step import Engine, StepGradients, compute_gradients
+from train.studies.smoke_runs import PrecisionName
 
 NOW = ScheduledValues(lr=1e-3, batch_sequences=4, bias_speed=1e-3, mtp_weight=0.3, balance_alpha=0.01)
 
@@ -65,6 +68,20 @@ def test_total_is_the_reports_objective_times_the_number_of_targets() -> None:
     objective = main / 33 + 0.3 * (mtp[0] + mtp[1]) / 2 / 33 + 0.01 * balance / 4
     # FP32 sums of about 100 terms against FP64: 100 * 2^-24 = 6e-6.
     assert math.isclose(float(total.detach()) / 33, objective, rel_tol=6e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+def test_no_gradient_reads_what_the_step_before_left(precision: PrecisionName) -> None:
+    """The first micro-batch writes where the second adds: NaN from before shows in whatever adds to it."""
+    parts = build_engine(TINY, Precision(precision), OptimConfig(clip_norm=1e9), single("cpu"), seed=0)
+    found = []
+    for left in (0.0, float("nan")):
+        for parameter in parts.models[0].parameters():
+            parameter.main_grad.fill_(left)
+        step_of(parts, batch(), micro_batches=2)
+        found.append({name: p.main_grad.clone() for name, p in parts.models[0].named_parameters()})
+    assert [name for name, gradient in found[0].items() if not torch.equal(gradient, found[1][name])] == []
+    assert all(gradient.any() for gradient in found[0].values())
 
 
 def test_gradients_do_not_depend_on_the_cut_into_micro_batches() -> None:

@@ -86,6 +86,28 @@ def test_main_grad_sums_in_fp32_and_leaves_grad_alone() -> None:
     assert weight.grad is None
 
 
+def test_the_first_gradient_of_a_step_replaces_and_a_step_without_one_leaves_zeros() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    weight.main_grad = torch.full((2,), float("nan"))  # type: ignore[attr-defined]
+    accumulated: list[bool] = []
+
+    def product(out: torch.Tensor, accumulate: bool) -> None:
+        accumulated.append(accumulate)
+        out.add_(2.0) if accumulate else out.fill_(2.0)
+
+    deferred.forget(weight)
+    deferred.accumulate_product(weight, product)
+    deferred.accumulate_product(weight, product)
+    deferred.settle(weight)
+    assert (weight.main_grad.tolist(), accumulated) == ([4.0, 4.0], [False, True])  # type: ignore[attr-defined]
+    deferred.forget(weight)
+    deferred.accumulate_grad(weight, torch.tensor([1.0, -2.0]))
+    assert weight.main_grad.tolist() == [1.0, -2.0]  # type: ignore[attr-defined]
+    deferred.forget(weight)
+    deferred.settle(weight)
+    assert weight.main_grad.tolist() == [0.0, 0.0]  # type: ignore[attr-defined]
+
+
 def test_without_main_grad_the_gradient_adds_up_in_the_weights_dtype() -> None:
     weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
     deferred.accumulate_grad(weight, torch.tensor([1.0, -2.0]))

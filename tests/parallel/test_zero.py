@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from kernels.deferred import accumulate_grad
 from kernels.fp8_linear import fp8_linear
 from parallel.grads import GradNorm, reduce_and_clip
 from parallel.mesh import Axis
@@ -64,7 +65,7 @@ def add_gradients(parameters: dict[str, nn.Parameter], *, rank: int, step: int, 
     generator = torch.Generator().manual_seed(1000 * step + rank)
     for parameter in parameters.values():
         gradient = torch.randn(parameter.shape, generator=generator)
-        main_grad(parameter).add_((gradient.clamp(-3.9, 3.9) * 64).round() / 64 if exact else gradient)
+        accumulate_grad(parameter, (gradient.clamp(-3.9, 3.9) * 64).round() / 64 if exact else gradient)
 
 
 def arrays(parameters: dict[str, nn.Parameter]) -> Arrays:

@@ -140,11 +140,15 @@ def _new_module(weight: Tensor, *, keep_input: bool) -> Any:
 
 
 class _Ends:
-    """What the two ends of one call share: its module, and `zero_or_nan` of dy."""
+    """What the two ends of one call share: its module, its weight, and `zero_or_nan` of dy."""
 
-    def __init__(self, module: Any, *, has_wgrad: bool) -> None:
-        self.module, self.has_wgrad = module, has_wgrad
+    def __init__(self, module: Any, weight: Tensor) -> None:
+        self.module, self.weight = module, weight
         self.dy_nothing: Tensor | None = None
+
+    def add_wgrad(self) -> None:
+        deferred.settle(self.weight)
+        self.module.backward_dw()
 
 
 def _call(module: Any, x: Tensor, weight: Tensor, *splits: Tensor) -> Tensor:
@@ -155,7 +159,7 @@ def _call(module: Any, x: Tensor, weight: Tensor, *splits: Tensor) -> Tensor:
     ends = None
     if torch.is_grad_enabled():
         assert hasattr(weight, "main_grad") or not weight.requires_grad, "TE adds wgrad into main_grad: there is none"
-        ends = _Ends(module, has_wgrad=weight.requires_grad)
+        ends = _Ends(module, weight)
         x = _Enter.apply(x if x.requires_grad else x.detach().requires_grad_(), ends)  # type: ignore[no-untyped-call]
     rows = len(x)
     if rows % MULTIPLE:
@@ -182,10 +186,10 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
         ends: _Ends = ctx.ends
-        if ends.has_wgrad:
+        if ends.weight.requires_grad:
             # First in, first out, in the module as in the queue. Two micro-batches whose W slots change places add up
-            # to the same sum.
-            deferred.push(ends.module.backward_dw)
+            # to the same sum. TE always adds.
+            deferred.push(ends.add_wgrad)
         assert ends.dy_nothing is not None, "backward begins at the other end"
         return dx + ends.dy_nothing, None
 

@@ -129,7 +129,7 @@ class AdamW:
             new_weights[segment.start : segment.stop].copy_(master)
 
     def zero_grad(self) -> None:
-        """Set every `main_grad` to zero in place and drop what autograd may have left in `.grad`."""
+        """Begin a step; see `GradientBuckets.zero`."""
         for bucket in self.buckets:
             bucket.zero()
 
