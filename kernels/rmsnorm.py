@@ -54,8 +54,8 @@ def add_norm_quantize_reference(
         delta: [rows, dim] or None.
         quantized, plain: whether tiles, and y, are wanted.
     Returns:
-        sum, y, payload, scale, rstd [rows], and one NaN [1] for carriers to expand. What is not asked for, and the sum
-        without delta, has no elements.
+        sum, y, payload, scale, rstd [rows], and one NaN [1] in rstd's dtype, of which carriers are made. What is not
+        asked for, and the sum without delta, has no elements.
     """
     total = x if delta is None else x + delta
     wide = total.to(_wide(x.dtype))
@@ -63,7 +63,7 @@ def add_norm_quantize_reference(
     y = normed_rows(total, weight, rstd)
     payload, scale = quantize_tiles_reference(y, power_of_two) if quantized else empty_tiles(x, 0, 0)
     total = x.new_empty(0, 0) if delta is None else total
-    return total, y if plain else x.new_empty(0, 0), payload, scale, rstd, x.new_full((1,), float("nan"))
+    return total, y if plain else x.new_empty(0, 0), payload, scale, rstd, rstd.new_full((1,), float("nan"))
 
 
 def norm_backward_reference(
@@ -104,7 +104,8 @@ def _allocate(
     total = x.new_empty(rows, dim) if delta is not None else x.new_empty(0, 0)
     y = x.new_empty(rows, dim) if plain else x.new_empty(0, 0)
     tiles = empty_tiles(x, rows, dim) if quantized else empty_tiles(x, 0, 0)
-    return total, y, *tiles, x.new_empty(rows, dtype=_wide(x.dtype)), x.new_empty(1)
+    rstd = x.new_empty(rows, dtype=_wide(x.dtype))
+    return total, y, *tiles, rstd, rstd.new_empty(1)
 
 
 add_norm_quantize = operator("add_norm_quantize", add_norm_quantize_reference, fake=_allocate, gpu="rmsnorm")
@@ -140,8 +141,10 @@ class _AddNorm(torch.autograd.Function):
         ctx.has_delta = delta is not None
         ctx.mark_non_differentiable(payload, scale, rstd)
         ctx.set_materialize_grads(False)
+        # The upper half of an FP32 NaN is a BF16 NaN.
+        carrier = nan.view(x.dtype)[-1:]
         # Views of one tensor, each an output of its own.
-        readers = (*(y.view(x.shape) for _ in range(plain)), *(nan.expand(x.shape) for _ in range(tiles)))
+        readers = (*(y.view(x.shape) for _ in range(plain)), *(carrier.expand(x.shape) for _ in range(tiles)))
         return total, payload, scale, rstd, *readers
 
     @staticmethod

@@ -28,14 +28,14 @@ from kernels.formats import empty_tiles
 from kernels.gpu.quantize import scale_of, to_e4m3
 
 # A program holds whole rows in registers. Elements of a program of narrow rows (16 a thread; at 32 some spill), most
-# elements of a row, and warps. Compiled, not measured: 66 registers at 7168 columns.
+# elements of a row, and warps. Compiled, not measured: 64 registers at 7168 columns.
 ELEMENTS, ELEMENTS_MAX, WARPS = 4096, 32768, 8
 # Backward: elements of a thread in one step, and rows of a program, a constant: were it chosen by the number of
-# multiprocessors, the bits of dw would depend on the GPU. A row of 7168 takes 16 warps: 106 registers, one program a
+# multiprocessors, the bits of dw would depend on the GPU. A row of 7168 takes 16 warps: 110 registers, one program a
 # multiprocessor with 43 kB of loads in flight; 8 warps take 176 registers, one program still.
 ELEMENTS_OF_THREAD, ROWS_OF_PROGRAM = 16, 16
 # Columns and partial rows that a program of the sum over programs adds at once, by one warp: 2 columns a thread.
-COLUMNS, PARTS = 64, 64
+COLUMNS, PARTS = 64, 32
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def add_norm_quantize(
     total = x.new_empty(rows, cols) if delta is not None else x.new_empty(0, 0)
     y = x.new_empty(rows, cols) if plain else x.new_empty(0, 0)
     payload, scale = empty_tiles(x, rows, cols) if quantized else empty_tiles(x, 0, 0)
-    rstd, nan = x.new_empty(rows, dtype=torch.float32), x.new_empty(1)
+    rstd, nan = x.new_empty(rows, dtype=torch.float32), x.new_empty(1, dtype=torch.float32)
     if x.numel():
         width = _width(cols)
         height = max(1, ELEMENTS // width)
