@@ -6,6 +6,7 @@ E4M3 (`torch.float8_e4m3fn`): 1 sign, 4 exponent, 3 mantissa bits, largest 448, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,29 @@ class Quantized:
         """The transposed matrix: the transposed copy or a view. Only 128x128 blocks allow it, without requantising."""
         payload_t = self.payload.mT if self.payload_t is None else self.payload_t
         return Quantized(payload_t, self.scale.mT, self.payload)
+
+
+@dataclass(frozen=True)
+class CarriedTiles:
+    """An activation in 1x128 tiles as one reader gets it, with what carries that reader's gradient back.
+
+    FP8 is never differentiable: autograd would cast its gradient to E4M3 in silence, and 1000 would arrive as 448.
+    """
+
+    # [..., cols] in the activation's dtype, a single NaN expanded: no memory, and nothing to be read.
+    carrier: Tensor
+    tiles: Quantized  # payload [rows, cols]; every reader's are the same
+    # Row numbers [sampled] int64 -> those rows before quantisation: for a probe.
+    rows: Callable[[Tensor], Tensor]
+
+    @property
+    def shape(self) -> torch.Size:
+        """[..., cols]."""
+        return self.carrier.shape
+
+    def dim(self) -> int:
+        """Number of dims."""
+        return self.carrier.dim()
 
 
 def ceil_div(numerator: int, denominator: int) -> int:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kernels import deferred, probe
-from kernels.formats import Quantized
+from kernels.formats import CarriedTiles, Quantized
 from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
 from kernels.gemm_grouped import group_rows, grouped_gemm_tile_block, grouped_gemm_tile_tile
 from kernels.operators import operator
@@ -43,6 +43,9 @@ from kernels.swiglu import (
     swiglu_quantize,
     swiglu_quantize_transposed,
 )
+
+# What an FP8 linear reads: numbers, or what a norm has quantised for it.
+LinearInput = Tensor | CarriedTiles
 
 
 def weight_fp8(weight: Tensor, *, power_of_two: bool) -> Quantized:
@@ -133,18 +136,27 @@ class _Linear(torch.autograd.Function):
 
 
 class _Fp8Linear(torch.autograd.Function):
-    """Keeps x's payload and scales, or x itself where another operation keeps it anyway: dW sees x rounded once."""
+    """x carries the gradient and is not read, unless another operation keeps it anyway: then dW sees it rounded once.
+
+    Keeps the tiles, which other readers of the same activation may share, or else x.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, group_ends: Tensor | None, power_of_two: bool, x_is_kept: bool
+        ctx: Any,
+        x: Tensor,
+        tiles: Quantized,
+        rows_of_x: probe.Rows,
+        weight: Tensor,
+        group_ends: Tensor | None,
+        power_of_two: bool,
+        x_is_kept: bool,
     ) -> Tensor:
-        xq = quantize_tiles(x, power_of_two=power_of_two)
-        ctx.save_for_backward(group_ends, *([x] if x_is_kept else [xq.payload, xq.scale]))
-        return _fprop(ctx, xq, partial(x.index_select, 0), weight, group_ends, power_of_two=power_of_two, dtype=x.dtype)
+        ctx.save_for_backward(group_ends, *([x] if x_is_kept else [tiles.payload, tiles.scale]))
+        return _fprop(ctx, tiles, rows_of_x, weight, group_ends, power_of_two=power_of_two, dtype=x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         group_ends, *kept = ctx.saved_tensors
         power_of_two: bool = ctx.power_of_two
 
@@ -153,7 +165,7 @@ class _Fp8Linear(torch.autograd.Function):
                 return quantize_tiles_transposed(kept[0], power_of_two=power_of_two)
             return requantize_transposed(Quantized(*kept), power_of_two=power_of_two)
 
-        return _dgrad_and_push_wgrad(ctx, dy, group_ends, by_channel), None, None, None, None
+        return _dgrad_and_push_wgrad(ctx, dy, group_ends, by_channel), None, None, None, None, None, None
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -276,11 +288,9 @@ def linear(x: Tensor, weight: Tensor, *, dtype: torch.dtype | None = None) -> Te
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def fp8_linear(x: Tensor, weight: Tensor, *, power_of_two: bool) -> Tensor:
-    """x @ weight.T with all three GEMMs in FP8."""
-    _check_features(x, weight, grouped=False)
-    y: Tensor = _Fp8Linear.apply(x.flatten(0, -2), weight, None, power_of_two, False)  # type: ignore[no-untyped-call]
-    return y.view(*x.shape[:-1], weight.shape[0])
+def fp8_linear(x: LinearInput, weight: Tensor, *, power_of_two: bool) -> Tensor:
+    """x @ weight.T with all three GEMMs in FP8; of tiles, bit-equal, where the operation before has quantised."""
+    return _fp8_linear(x, weight, None, power_of_two=power_of_two, x_is_kept=False)
 
 
 def fp8_linear_of_kept(x: Tensor, weight: Tensor, *, power_of_two: bool) -> Tensor:
@@ -288,9 +298,19 @@ def fp8_linear_of_kept(x: Tensor, weight: Tensor, *, power_of_two: bool) -> Tens
 
     The output of attention is one (§3.3.3 keeps it once, too, in 12 bits). x must not be changed before backward.
     """
-    _check_features(x, weight, grouped=False)
-    y: Tensor = _Fp8Linear.apply(x.flatten(0, -2), weight, None, power_of_two, True)  # type: ignore[no-untyped-call]
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return _fp8_linear(x, weight, None, power_of_two=power_of_two, x_is_kept=True)
+
+
+def _fp8_linear(
+    x: LinearInput, weight: Tensor, group_ends: Tensor | None, *, power_of_two: bool, x_is_kept: bool
+) -> Tensor:
+    _check_features(x, weight, grouped=group_ends is not None)
+    if isinstance(x, Tensor):
+        rows = x.detach().flatten(0, -2)
+        x = CarriedTiles(x, quantize_tiles(rows, power_of_two=power_of_two), partial(rows.index_select, 0))
+    carrier = x.carrier.flatten(0, -2)
+    y: Tensor = _Fp8Linear.apply(carrier, x.tiles, x.rows, weight, group_ends, power_of_two, x_is_kept)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], weight.shape[-2])
 
 
 def grouped_linear(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
@@ -301,8 +321,7 @@ def grouped_linear(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
 
 def grouped_fp8_linear(x: Tensor, weight: Tensor, group_ends: Tensor, *, power_of_two: bool) -> Tensor:
     """x[rows of g] @ weight[g].T for every expert g with all three GEMMs in FP8."""
-    _check_features(x, weight, grouped=True)
-    return _Fp8Linear.apply(x, weight, group_ends, power_of_two, False)  # type: ignore[no-any-return, no-untyped-call]
+    return _fp8_linear(x, weight, group_ends, power_of_two=power_of_two, x_is_kept=False)
 
 
 def fp8_swiglu_linear(gate_up: Tensor, weight: Tensor, *, power_of_two: bool) -> Tensor:
@@ -323,7 +342,7 @@ def grouped_fp8_swiglu_linear(
     return _Fp8SwigluLinear.apply(gate_up, gates, weight, group_ends, power_of_two)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _check_features(x: Tensor, weight: Tensor, *, grouped: bool) -> None:
+def _check_features(x: LinearInput, weight: Tensor, *, grouped: bool) -> None:
     fits = (x.dim() == 2 and weight.dim() == 3) if grouped else (x.dim() >= 2 and weight.dim() == 2)
     if not fits or x.shape[-1] != weight.shape[-1]:
         expected = "[rows, in] and [groups, out, in]" if grouped else "[..., in] and [out, in]"

@@ -1,47 +1,205 @@
-"""RMSNorm: divide by the root mean square over the last dim, times a learned gain (arXiv:1910.07467 eq. 4).
+"""RMSNorm of a residual stream: add, divide by the root mean square, times a learned gain (arXiv:1910.07467 eq. 4).
 
-arXiv:2412.19437 §2.1 (before attention and FFN, on the latents c_Q and c_KV, and in MTP eq. 21). The rounding order is
-that of transformers 5.23 `DeepseekV3RMSNorm`: the normalised vector is rounded to x.dtype first, then multiplied by the
-gain. Backward keeps x and one reciprocal root per row. Shapes: x [..., dim]; weight [dim]; dim may not be sharded.
+arXiv:2412.19437 §2.1 (before attention and FFN, on the latents c_Q and c_KV, and in MTP eq. 21), §3.2.3 (only the sum
+and one root a row are kept) and §3.3.2 (tiles). One call computes
+
+    sum = x + delta    rstd = 1 / sqrt(mean(sum^2) + eps)    y = weight * round(sum * rstd)    tiles = y in 1x128 tiles
+
+in the rounding order of transformers 5.23 `DeepseekV3RMSNorm`. y itself is written only for readers of plain numbers.
+Every reader has an output of its own, so that their gradients arrive apart and are added in the backward kernel.
+
+Shapes: x, delta, y [..., dim], in operators [rows, dim]; weight [dim]; dim may not be sharded.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.formats import CarriedTiles, Quantized, empty_tiles
+from kernels.operators import operator
+from kernels.quantize import quantize_tiles_reference
+
+# Gradients that the backward kernel adds.
+MAX_READERS = 3
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """FP32, or FP64 for FP64: what arithmetic and rstd are in."""
+    return torch.promote_types(dtype, torch.float32)
+
 
 def rmsnorm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm in plain torch, differentiable by autograd. Same arguments as `rmsnorm`."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(_wide(x.dtype))
     norm = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (weight * norm.to(x.dtype)).to(x.dtype)
 
 
-class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # [..., 1]
-        ctx.save_for_backward(x, weight, rstd)
-        return (weight * (wide * rstd).to(x.dtype)).to(x.dtype)
+def normed_rows(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    """y of rows of the sum, [rows, dim], and their rstd [rows]."""
+    return (weight * (x.to(rstd.dtype) * rstd[:, None]).to(x.dtype)).to(x.dtype)
+
+
+def add_norm_quantize_reference(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, power_of_two: bool, quantized: bool, plain: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One operation after the other.
+
+    Args:
+        x: [rows, dim]; its rows may lie apart.
+        delta: [rows, dim] or None.
+        quantized, plain: whether tiles, and y, are wanted.
+    Returns:
+        sum, y, payload, scale, rstd [rows], and one NaN [1] in rstd's dtype, of which carriers are made. What is not
+        asked for, and the sum without delta, has no elements.
+    """
+    total = x if delta is None else x + delta
+    wide = total.to(_wide(x.dtype))
+    rstd = torch.rsqrt(wide.square().mean(-1) + eps)
+    y = normed_rows(total, weight, rstd)
+    payload, scale = quantize_tiles_reference(y, power_of_two) if quantized else empty_tiles(x, 0, 0)
+    total = x.new_empty(0, 0) if delta is None else total
+    return total, y if plain else x.new_empty(0, 0), payload, scale, rstd, rstd.new_full((1,), float("nan"))
+
+
+def norm_backward_reference(
+    dy: Tensor,
+    dy1: Tensor | None,
+    dy2: Tensor | None,
+    d_sum: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """The gradient of sum, and with it of x and delta, into `out`; returns that of the weight.
+
+    Args:
+        dy, dy1, dy2: [rows, dim], of each reader of y; added in this order, each sum rounded.
+        d_sum: [rows, dim], of the sum where others read it; added last.
+        x: [rows, dim], the sum of forward; its rows may lie apart.
+        rstd: [rows], of forward.
+        out: [rows, dim], its rows may lie apart.
+    """
+    for each in (dy1, dy2):
+        dy = dy if each is None else dy + each
+    wide_weight, grad_y, root = weight.to(rstd.dtype), dy.to(rstd.dtype), rstd[:, None]
+    norm = x.to(rstd.dtype) * root  # [rows, dim]
+    products = grad_y * norm
+    grad_weight = products.sum(0)  # [dim]
+    projection = (products @ wide_weight / weight.numel())[:, None]  # [rows, 1]
+    grad = (torch.addcmul(grad_y * wide_weight, norm, projection, value=-1) * root).to(x.dtype)
+    out.copy_(grad if d_sum is None else grad + d_sum)
+    return grad_weight.to(weight.dtype)
+
+
+def _allocate(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, power_of_two: bool, quantized: bool, plain: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, dim = x.shape
+    total = x.new_empty(rows, dim) if delta is not None else x.new_empty(0, 0)
+    y = x.new_empty(rows, dim) if plain else x.new_empty(0, 0)
+    tiles = empty_tiles(x, rows, dim) if quantized else empty_tiles(x, 0, 0)
+    rstd = x.new_empty(rows, dtype=_wide(x.dtype))
+    return total, y, *tiles, rstd, rstd.new_empty(1)
+
+
+add_norm_quantize = operator("add_norm_quantize", add_norm_quantize_reference, fake=_allocate, gpu="rmsnorm")
+norm_backward = operator(
+    "norm_backward",
+    norm_backward_reference,
+    fake=lambda dy, dy1, dy2, d_sum, x, weight, *_: weight.new_empty(weight.shape),
+    gpu="rmsnorm",
+    mutates=("out",),
+)
+
+
+class _AddNorm(torch.autograd.Function):
+    """sum, payload, scale, rstd; then y for each plain reader and a carrier for each reader of tiles."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, rstd = ctx.saved_tensors
-        wide_weight = weight.to(rstd.dtype)
-        grad_y = grads[0].to(rstd.dtype)
-        norm = x.to(rstd.dtype) * rstd  # [..., dim]
-        products = grad_y * norm
-        grad_weight = products.flatten(0, -2).sum(0)  # [dim]
-        projection = (products @ wide_weight / weight.numel())[..., None]  # [..., 1]
-        grad_x = torch.addcmul(grad_y * wide_weight, norm, projection, value=-1) * rstd
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        delta: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        plain: int,
+        tiles: int,
+        power_of_two: bool,
+    ) -> tuple[Tensor, ...]:
+        flat = None if delta is None else delta.flatten(0, -2)
+        total, y, payload, scale, rstd, nan = add_norm_quantize(
+            x.flatten(0, -2), flat, weight, eps, power_of_two, tiles > 0, plain > 0
+        )
+        total = x if delta is None else total.view(x.shape)
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.has_delta = delta is not None
+        ctx.mark_non_differentiable(payload, scale, rstd)
+        ctx.set_materialize_grads(False)
+        # The upper half of an FP32 NaN is a BF16 NaN.
+        carrier = nan.view(x.dtype)[-1:]
+        # Views of one tensor, each an output of its own.
+        readers = (*(y.view(x.shape) for _ in range(plain)), *(carrier.expand(x.shape) for _ in range(tiles)))
+        return total, payload, scale, rstd, *readers
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight, rstd = ctx.saved_tensors
+        d_sum = grads[0]
+        # Autograd's own order: the reader that ran last in forward comes first; (a + b) + c is not a + (b + c) in BF16.
+        dys = [each.flatten(0, -2) for each in reversed(grads[4:]) if each is not None]
+        if not dys:
+            return d_sum, d_sum if ctx.has_delta else None, None, None, None, None, None
+        x = total.flatten(0, -2)
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dy, dy1, dy2 = (*dys, None, None)[:MAX_READERS]
+        assert dy is not None
+        d_weight = norm_backward(dy, dy1, dy2, None if d_sum is None else d_sum.flatten(0, -2), x, weight, rstd, dx)
+        # Of both summands, the same tensor: autograd adds in place only to what it alone holds.
+        dx = dx.view(total.shape)
+        return dx, dx if ctx.has_delta else None, d_weight, None, None, None, None
+
+
+def add_rmsnorm(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    plain: int = 0,
+    tiles: int = 0,
+    power_of_two: bool = False,
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[CarriedTiles, ...]]:
+    """RMSNorm of x + delta, for up to three readers, named in the order in which they run: plain ones first.
+
+    Args:
+        x, delta: [..., dim]; without delta the sum is x.
+        plain: readers of y, [..., dim] in x's dtype.
+        tiles: readers of y in 1x128 tiles.
+        power_of_two: of the tiles' scales.
+    Returns:
+        x + delta, rounded to x's dtype; y for each plain reader; tiles for each other one.
+    """
+    assert x.shape[-1:] == weight.shape, (x.shape, weight.shape)
+    assert delta is None or delta.shape == x.shape, (x.shape, delta)
+    assert 1 <= plain + tiles <= MAX_READERS, (plain, tiles)
+    total, payload, scale, rstd, *readers = _AddNorm.apply(x, delta, weight, eps, plain, tiles, power_of_two)  # type: ignore[no-untyped-call]
+    rows = partial(_rows_of, total.detach(), weight.detach(), rstd)
+    carried = tuple(CarriedTiles(carrier, Quantized(payload, scale), rows) for carrier in readers[plain:])
+    return total, tuple(readers[:plain]), carried
+
+
+def _rows_of(total: Tensor, weight: Tensor, rstd: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of y, which was never written: for a probe."""
+    return normed_rows(total.flatten(0, -2).index_select(0, rows), weight, rstd.index_select(0, rows))
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise x [..., dim] by its root mean square, computed in fp32 (fp64 stays fp64), times weight [dim]."""
-    assert x.shape[-1:] == weight.shape, (x.shape, weight.shape)
-    return _RmsNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
+    _, (y,), _ = add_rmsnorm(x, None, weight, eps, plain=1)
+    return y

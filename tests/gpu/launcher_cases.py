@@ -127,6 +127,13 @@ def _after_swiglu(_: Sequence[Any], returned: Any) -> Results:
     return *kept_input, decode_tiles(payload, scale)
 
 
+def _after_norm(_: Sequence[Any], returned: Any) -> Results:
+    """The tiles as numbers, and without the NaN of carriers."""
+    total, y, payload, scale, rstd, nan = returned
+    assert bool(nan.isnan())
+    return total, y, decode_tiles(payload, scale), rstd
+
+
 def _accumulated(arguments: Sequence[Any], _: Any) -> Results:
     return (arguments[-2],)
 
@@ -184,6 +191,30 @@ CASES: dict[str, Case] = {
     "swiglu_backward_kept": Case(lambda rows, width: (*tiles(rows, 2 * width), normal(rows, width)), TIPPED),
     "gated_swiglu_backward_kept": Case(
         lambda rows, width: (*tiles(rows, 2 * width), torch.rand(rows), normal(rows, width)), TIPPED
+    ),
+    # rstd is within four units of the last place, and y tips where it decides.
+    "add_norm_quantize": Case(
+        lambda rows, width: (
+            *(normal(2, rows, width) * torch.randn(rows, 1).exp().bfloat16()),
+            normal(width),
+            1e-6,
+            True,
+            True,
+            True,
+        ),
+        TIPPED_E4M3,
+        _after_norm,
+    ),
+    # Two BF16 roundings on top of FP32 sums in another order.
+    "norm_backward": Case(
+        lambda rows, width: (
+            *normal(5, rows, width),
+            normal(width),
+            torch.rand(rows) + 0.5,
+            torch.zeros(rows, width + 64).bfloat16()[:, :width],
+        ),
+        TIPPED,
+        lambda arguments, returned: (returned, arguments[-1]),
     ),
     "gemm_tile_block": Case(
         lambda rows, width: (*tiles(rows, width), *blocks(other(width), width), torch.bfloat16), FP8_SUM_BF16

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from kernels.gpu import e5m6, permute, quantize, router, swiglu
+from kernels.gpu import e5m6, permute, quantize, rmsnorm, router, swiglu
 from tests.kernels.gemm_cases import TOKENS, bf16, tiles
 
 HIDDEN = 7168
@@ -19,6 +19,8 @@ HIDDEN = 7168
 EXPERT, DENSE = 2048, 18432
 # Width of the input of the linear after attention.
 ATTENTION = 16384
+# The latents of queries and keys, slices of one matrix.
+LATENTS, QUERY, KEY = 2112, 1536, 512
 # Routed experts, experts of a token, and rows of this rank's experts.
 EXPERTS, TOPK = 256, 8
 ROWS = TOPK * TOKENS
@@ -53,6 +55,40 @@ CASES: dict[str, Callable[[], object]] = {
     "swiglu_backward_kept": partial(swiglu.swiglu_backward_kept, *tiles(TOKENS, 2 * DENSE), bf16(TOKENS, DENSE)),
     "gated_swiglu_backward_kept": partial(
         swiglu.gated_swiglu_backward_kept, *tiles(TOKENS, 2 * EXPERT), fp32(TOKENS), bf16(TOKENS, EXPERT)
+    ),
+    "add_norm_quantize": partial(
+        rmsnorm.add_norm_quantize, bf16(TOKENS, HIDDEN), bf16(TOKENS, HIDDEN), bf16(HIDDEN), 1e-6, True, True, False
+    ),
+    "add_norm_quantize, FP32 scales": partial(
+        rmsnorm.add_norm_quantize, bf16(TOKENS, HIDDEN), bf16(TOKENS, HIDDEN), bf16(HIDDEN), 1e-6, False, True, False
+    ),
+    "add_norm_quantize, and BF16": partial(
+        rmsnorm.add_norm_quantize, bf16(TOKENS, HIDDEN), bf16(TOKENS, HIDDEN), bf16(HIDDEN), 1e-6, True, True, True
+    ),
+    "add_norm_quantize, BF16 only": partial(
+        rmsnorm.add_norm_quantize, bf16(TOKENS, HIDDEN), bf16(TOKENS, HIDDEN), bf16(HIDDEN), 1e-6, True, False, True
+    ),
+    "add_norm_quantize, 1536 of 2112 columns": partial(
+        rmsnorm.add_norm_quantize, bf16(TOKENS, LATENTS)[:, :QUERY], None, bf16(QUERY), 1e-6, True, True, False
+    ),
+    "add_norm_quantize, 512 of 2112 columns": partial(
+        rmsnorm.add_norm_quantize, bf16(TOKENS, LATENTS)[:, QUERY : QUERY + KEY], None, bf16(KEY), 1e-6, True, True,
+        False,
+    ),
+    "norm_backward, 1 reader": partial(
+        rmsnorm.norm_backward, bf16(TOKENS, HIDDEN), None, None, *(bf16(TOKENS, HIDDEN),) * 2, bf16(HIDDEN),
+        fp32(TOKENS), bf16(TOKENS, HIDDEN),
+    ),
+    "norm_backward, 3 readers": partial(
+        rmsnorm.norm_backward, *(bf16(TOKENS, HIDDEN),) * 5, bf16(HIDDEN), fp32(TOKENS), bf16(TOKENS, HIDDEN)
+    ),
+    "norm_backward, 1536 of 2112 columns": partial(
+        rmsnorm.norm_backward, bf16(TOKENS, QUERY), None, None, None, bf16(TOKENS, LATENTS)[:, :QUERY], bf16(QUERY),
+        fp32(TOKENS), bf16(TOKENS, LATENTS)[:, :QUERY],
+    ),
+    "norm_backward, 512 of 2112 columns": partial(
+        rmsnorm.norm_backward, bf16(TOKENS, KEY), None, None, None, bf16(TOKENS, LATENTS)[:, QUERY : QUERY + KEY],
+        bf16(KEY), fp32(TOKENS), bf16(TOKENS, LATENTS)[:, QUERY : QUERY + KEY],
     ),
     "pack_e5m6": partial(e5m6.pack_e5m6, bf16(TOKENS, ATTENTION), True),
     "pack_e5m6, FP32 scales": partial(e5m6.pack_e5m6, bf16(TOKENS, ATTENTION), False),

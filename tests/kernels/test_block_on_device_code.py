@@ -80,7 +80,7 @@ NOT_IN_TRAINING = {"dequantize_tiles", "pack_e5m6", "unpack_e5m6"}
 
 
 def test_device_code_and_references_train_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within two BF16 roundings; measured 1.5e-7 in FP8, where sums round alike, and 4.1e-3 in BF16."""
+    """Within two BF16 roundings; measured 1.5e-7 in FP8, where sums round alike, and 3.8e-3 in BF16."""
     monkeypatch.setattr(gemm_fp8, "use_gluon", lambda _: True)
     called: set[str] = set()
     for precision in ("fp8", "bf16"):

@@ -94,6 +94,26 @@ CALLS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("swiglu_quantize_transposed", lambda: (*tiles(63, 600), torch.rand(63), FP32, False)),
     ("swiglu_backward_kept", lambda: (*tiles(129, 126), normal(129, 63))),
     ("gated_swiglu_backward_kept", lambda: (*tiles(63, 600), torch.rand(63), normal(63, 300))),
+    ("add_norm_quantize", lambda: (normal(63, 300), normal(63, 300), normal(300), 1e-6, True, True, True)),
+    ("add_norm_quantize", lambda: (normal(129, 600)[:, :300], None, normal(300), 1e-6, False, True, False)),
+    ("add_norm_quantize", lambda: (torch.randn(1, 63), None, torch.randn(63), 1e-6, False, False, True)),
+    (
+        "norm_backward",
+        lambda: (*normal(4, 129, 63), normal(129, 63), normal(63), torch.rand(129), normal(129, 100)[:, :63]),
+    ),
+    (
+        "norm_backward",
+        lambda: (
+            torch.randn(1, 300),
+            None,
+            None,
+            None,
+            torch.randn(1, 300),
+            torch.randn(300),
+            torch.rand(1),
+            torch.empty(1, 300),
+        ),
+    ),
     ("pack_e5m6", lambda: (normal(63, 300), True)),
     ("unpack_e5m6", lambda: (*pack_e5m6(torch.randn(129, 126), power_of_two=False), BF16)),
 ]

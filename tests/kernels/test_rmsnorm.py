@@ -1,4 +1,7 @@
-"""RMSNorm equals transformers' DeepseekV3RMSNorm, both ways, and keeps only x and one root a row."""
+"""RMSNorm equals transformers' DeepseekV3RMSNorm, both ways, and keeps only x and one root a row.
+
+With the addition before it and readers after it, its bits are those of the separate operations under autograd.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,14 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 from torch.func import functional_call
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
-from kernels.rmsnorm import rmsnorm, rmsnorm_reference
+from kernels.formats import CarriedTiles
+from kernels.fp8_linear import LinearInput, fp8_linear, linear
+from kernels.quantize import quantize_tiles
+from kernels.rmsnorm import add_rmsnorm, rmsnorm, rmsnorm_reference
 from tests.kernels.gemm_inputs import beside_reference, kept_for_backward, relative_error
 
 EPS = 1e-6
@@ -63,4 +70,75 @@ def test_a_zero_row_gives_zero_and_a_finite_gradient() -> None:
 def test_only_x_the_gain_and_one_number_per_row_are_kept_for_backward() -> None:
     x, weight = torch.randn(129, 64, requires_grad=True), torch.ones(64, requires_grad=True)
     kept = kept_for_backward(lambda: rmsnorm(x, weight, EPS))
-    assert sorted(tuple(tensor.shape) for tensor in kept) == [(64,), (129, 1), (129, 64)]
+    assert sorted(tuple(tensor.shape) for tensor in kept) == [(64,), (129,), (129, 64)]
+
+
+def separate(x: Tensor, delta: Tensor | None, weight: Tensor, count: int) -> tuple[Tensor, list[LinearInput]]:
+    """The addition and the norm as operations of their own, one output for all readers: autograd adds gradients."""
+    total = x.clone() if delta is None else x + delta
+    return total, [rmsnorm(total, weight, EPS)] * count
+
+
+def fused(x: Tensor, delta: Tensor | None, weight: Tensor, plain: int, tiles: int) -> tuple[Tensor, list[LinearInput]]:
+    total, numbers, carried = add_rmsnorm(x, delta, weight, EPS, plain=plain, tiles=tiles, power_of_two=True)
+    return total, [*numbers, *carried]
+
+
+@pytest.mark.parametrize("added", [True, False], ids=["sum", "slice"])
+@pytest.mark.parametrize(("plain", "tiles"), [(0, 1), (1, 0), (1, 2), (2, 1), (3, 0)])
+def test_bits_are_those_of_separate_operations_whose_gradients_autograd_adds(
+    plain: int, tiles: int, added: bool
+) -> None:
+    """Readers as in a MoE block: an FP32 linear, BF16 ones, FP8 ones; then another reader of the sum."""
+    readers = [torch.randn(32, 192) for _ in range(plain + tiles)]
+    inputs = torch.randn(2, 65, 192).bfloat16(), torch.randn(2, 65, 192).bfloat16() if added else None, torch.rand(192)
+    results = []
+    for run in (partial(separate, count=plain + tiles), partial(fused, plain=plain, tiles=tiles)):
+        whole = torch.cat((inputs[0], inputs[0]), -1).requires_grad_()
+        delta = None if inputs[1] is None else inputs[1].clone().requires_grad_()
+        weight = inputs[2].bfloat16().requires_grad_()
+        # One of two slices, as a latent is.
+        total, outputs = run(whole[..., :192], delta, weight)
+        weights = [reader.bfloat16().requires_grad_() for reader in readers]
+        ys = [
+            fp8_linear(x, w, power_of_two=True)
+            if nth >= plain
+            else linear(x, w, dtype=torch.float32 if not nth else None)  # type: ignore[arg-type]
+            for nth, (x, w) in enumerate(zip(outputs, weights, strict=True))
+        ]
+        generator = torch.Generator().manual_seed(1)
+        ys.append(total)
+        torch.autograd.backward(ys, [torch.randn(y.shape, generator=generator).to(y.dtype) for y in ys])
+        given = [whole, weight, *weights, *([] if delta is None else [delta])]
+        results.append([*ys, *(each.grad for each in given)])
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_tiles_are_no_differentiable_output_and_a_carrier_takes_no_memory() -> None:
+    """Nor is one reader's the other's; rows for a probe are those that were quantised."""
+    x, delta = torch.randn(2, 3, 130, 192).bfloat16().requires_grad_()
+    weight = torch.rand(192).bfloat16().requires_grad_()
+    _, (y,), (one, other) = add_rmsnorm(x, delta, weight, EPS, plain=1, tiles=2, power_of_two=True)
+    assert isinstance(one, CarriedTiles)
+    expected = quantize_tiles(y.flatten(0, -2), power_of_two=True)
+    for reader in (one, other):
+        assert not reader.tiles.payload.requires_grad
+        assert not reader.tiles.scale.requires_grad
+        assert reader.carrier.requires_grad
+        assert (reader.shape, reader.carrier.dtype) == (x.shape, x.dtype)
+        assert reader.carrier.untyped_storage().nbytes() == 4
+        assert bool(reader.carrier.isnan().all())
+        assert torch.equal(reader.tiles.payload.view(torch.uint8), expected.payload.view(torch.uint8))
+        assert torch.equal(reader.tiles.scale, expected.scale)
+    assert one.carrier is not other.carrier
+    rows = torch.tensor([5, 0, 389])
+    assert torch.equal(one.rows(rows), y.flatten(0, -2)[rows])
+
+
+def test_a_sum_that_alone_is_read_hands_its_gradient_on() -> None:
+    x, delta, weight = (torch.randn(3, 8, requires_grad=True) for _ in range(3))
+    total, _, _ = add_rmsnorm(x, delta, weight[0], EPS, plain=1)
+    grad = torch.randn(3, 8)
+    for found in torch.autograd.grad(total, (x, delta), grad):
+        assert torch.equal(found, grad)

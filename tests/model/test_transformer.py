@@ -88,11 +88,12 @@ def test_phases_compose_to_the_block() -> None:
     net = model()
     block = net.layers["1"]
     hidden = torch.randn(2, 6, TINY.hidden_size, generator=torch.Generator().manual_seed(3))
-    attended = block.attend(hidden, None)
-    routed = block.route(attended)
+    delta = torch.randn_like(hidden)
+    routed = block.route(*block.attend(hidden, delta, None))
     dispatched = block.dispatch(routed)
     combined = block.combine(routed, dispatched, block.experts(dispatched))
-    whole, routing = block(hidden, None)
+    residual, whole, routing = block(hidden, delta, None)
+    assert torch.equal(residual, routed.residual)
     assert torch.equal(whole, combined)
     assert int(routing.counts.sum()) == 2 * 6 * TINY.num_experts_per_tok
 

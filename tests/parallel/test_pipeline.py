@@ -190,15 +190,21 @@ STACKS = 2 * MOE_BLOCKS
 DOWNS = BLOCKS + MOE_BLOCKS
 # Keep an input that is there anyway, in full: every o.
 KEPT = BLOCKS
+# Read what a norm has quantised: q_kv_a, q_b, kv_b, and gate_up of a dense FFN or a shared expert.
+NORMED = 4 * BLOCKS
+# One before each of them; enorm, hnorm and the depth's own for MTP; the final one.
+NORMS = NORMED + 3 * MODEL.num_nextn_predict_layers + 1
 PER_MICRO_BATCH = {
     # fprop and dgrad; wgrad.
     "gemm_tile_block": 2 * LINEARS,
     "gemm_tile_tile": LINEARS,
     "grouped_gemm_tile_block": 2 * STACKS,
     "grouped_gemm_tile_tile": STACKS,
-    # The input by row, of a down-projection together with SwiGLU; dy by row and by column; the input by column, from
-    # what was kept of it.
-    "quantize_tiles": LINEARS + STACKS - DOWNS,
+    # The input by row, together with the norm before it or, of a down-projection, with SwiGLU; dy by row and by
+    # column; the input by column, from what was kept of it.
+    "quantize_tiles": LINEARS + STACKS - DOWNS - NORMED,
+    "add_norm_quantize": NORMS,
+    "norm_backward": NORMS,
     "swiglu_quantize": DOWNS,
     "quantize_tiles_both": LINEARS + STACKS,
     "quantize_tiles_transposed": KEPT,
@@ -208,8 +214,8 @@ PER_MICRO_BATCH = {
 EACH_STEP = Counter({operator: calls * MICRO_BATCHES for operator, calls in PER_MICRO_BATCH.items()})
 # Each weight once, however many micro-batches use it, and not again before it changes.
 FIRST_STEP = EACH_STEP + Counter(quantize_blocks=LINEARS + STACKS)
-# q_b and kv_b run their fprop again, on an input quantised again.
-AGAIN = Counter(gemm_tile_block=2 * BLOCKS * MICRO_BATCHES, quantize_tiles=2 * BLOCKS * MICRO_BATCHES)
+# q_b and kv_b run their fprop again, after their norms.
+AGAIN = Counter(gemm_tile_block=2 * BLOCKS * MICRO_BATCHES, add_norm_quantize=2 * BLOCKS * MICRO_BATCHES)
 
 
 def test_each_fp8_gemm_runs_exactly_once_per_micro_batch(walks: Walks) -> None:
@@ -219,7 +225,9 @@ def test_each_fp8_gemm_runs_exactly_once_per_micro_batch(walks: Walks) -> None:
     assert totals == ranks[0].alone
     for total, expected in zip(totals, (FIRST_STEP, EACH_STEP, EACH_STEP + AGAIN), strict=True):
         assert {
-            operator: n for operator, n in total.items() if "gemm" in operator or "quantize" in operator
+            operator: n
+            for operator, n in total.items()
+            if any(part in operator for part in ("gemm", "quantize", "norm"))
         } == expected
     # Recomputation repeats no other operator either: no attention core, no wgrad. And it changes no bit.
     assert totals[2] - totals[1] == AGAIN

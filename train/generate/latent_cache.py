@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kernels.fp8_linear import weight_fp8
+from kernels.fp8_linear import LinearInput, weight_fp8
 from kernels.quantize import dequantize_blocks
 from kernels.rope import apply_rope, rope_tables
 from train.model.attention import MultiHeadLatentAttention
@@ -193,10 +193,10 @@ class Decoder:
         norm; `model.logits` takes it.
         """
         indices = _PassIndices(spans, cache)
-        hidden = self._embed(input_ids)  # [1, tokens, hidden]
+        residual, delta = self._embed(input_ids), None  # [1, tokens, hidden]
         for name, block in self.model.layers.items():
-            hidden = self._block(int(name), block, hidden, cache, indices)
-        normed: Tensor = self.model.norm(hidden)
+            residual, delta = self._block(int(name), block, residual, delta, cache, indices)
+        normed: Tensor = self.model.norm(residual, delta)
         return normed[0]
 
     @torch.no_grad()
@@ -219,8 +219,8 @@ class Decoder:
         assert isinstance(predictor, MultiTokenPredictor)
         embeds = self._embed(next_ids)
         joined = torch.cat((predictor.enorm(embeds), predictor.hnorm(previous[None])), dim=-1)
-        hidden = self._block(layer_id, predictor.block, predictor.eh_proj(joined), cache, _PassIndices(spans, cache))
-        normed: Tensor = predictor.norm(hidden)
+        start, indices = predictor.eh_proj(joined), _PassIndices(spans, cache)
+        normed: Tensor = predictor.norm(*self._block(layer_id, predictor.block, start, None, cache, indices))
         return normed[0]
 
     def _embed(self, input_ids: Sequence[int]) -> Tensor:
@@ -245,27 +245,38 @@ class Decoder:
         return up_k, up_v.mT
 
     def _block(
-        self, layer_id: int, block: nn.Module, hidden: Tensor, cache: LatentCache, indices: _PassIndices
-    ) -> Tensor:
-        """A layer of `train.model.block` whose attention reads the cache. [1, tokens, hidden] -> the same."""
+        self,
+        layer_id: int,
+        block: nn.Module,
+        residual: Tensor,
+        delta: Tensor | None,
+        cache: LatentCache,
+        indices: _PassIndices,
+    ) -> tuple[Tensor, Tensor]:
+        """A layer of `train.model.block` whose attention reads the cache: residual, delta -> the same after it."""
         assert isinstance(block, DenseBlock | MoEBlock)
-        normed = block.input_layernorm(hidden)
-        hidden = hidden + self._attend(layer_id, block.self_attn, normed, cache, indices)
+        normed = block.input_layernorm.of_sum(residual, delta, linears=1)
+        attended = self._attend(layer_id, block.self_attn, normed.linears[0], cache, indices)
         if isinstance(block, DenseBlock):
-            dense: Tensor = hidden + block.mlp(block.post_attention_layernorm(hidden))
-            return dense
-        routed = block.route(hidden)
+            normed = block.post_attention_layernorm.of_sum(normed.residual, attended, linears=1)
+            return normed.residual, block.mlp(normed.linears[0])
+        routed = block.route(normed.residual, attended)
         dispatched = block.dispatch(routed)
-        return block.combine(routed, dispatched, block.experts(dispatched))
+        return routed.residual, block.combine(routed, dispatched, block.experts(dispatched))
 
     def _attend(
-        self, layer_id: int, attention: MultiHeadLatentAttention, x: Tensor, cache: LatentCache, indices: _PassIndices
+        self,
+        layer_id: int,
+        attention: MultiHeadLatentAttention,
+        x: LinearInput,
+        cache: LatentCache,
+        indices: _PassIndices,
     ) -> Tensor:
         """Absorbed MLA: writes the new entries, then reads. [1, tokens, hidden] -> the same."""
         config, (up_k, up_v) = self.config, self._absorbed[layer_id]
         q, kv_latent, k_rope = attention.q_kv_a_proj(x).split(attention.a_widths, dim=-1)
         if config.q_lora_rank is not None:
-            q = attention.q_b_proj(attention.q_a_layernorm(q))
+            q = attention.q_b_proj(attention.q_a_layernorm.for_linear(q))
 
         k_rope = apply_rope(k_rope, indices.cos, indices.sin)
         new = torch.cat((attention.kv_a_layernorm(kv_latent), k_rope), dim=-1)[0]  # [tokens, width]

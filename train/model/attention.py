@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from kernels.attention import CORE_OPERATORS, causal_attention
+from kernels.fp8_linear import LinearInput
 from kernels.rope import apply_rope, rope_tables, yarn_softmax_factor
 from train.model.config import ModelConfig
-from train.model.layers import KeptLinear, Linear, RMSNorm
+from train.model.layers import KeptLinear, NormedLinear, RMSNorm
 from train.model.precision import Precision
 
 
@@ -73,15 +74,15 @@ class MultiHeadLatentAttention(nn.Module):
         self.config, self.rope, self.scale = config, rope, softmax_scale(config)
         heads, kv_rank, rope_dim = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
         self.a_widths = (config.q_width, kv_rank, rope_dim)
-        self.q_kv_a_proj = Linear(config.hidden_size, sum(self.a_widths), precision)
+        self.q_kv_a_proj = NormedLinear(config.hidden_size, sum(self.a_widths), precision)
         if config.q_lora_rank is not None:
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, precision)
-            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, precision)
+            self.q_b_proj = NormedLinear(config.q_lora_rank, heads * config.qk_head_dim, precision)
         self.kv_a_layernorm = RMSNorm(kv_rank, LATENT_NORM_EPS, precision)
-        self.kv_b_proj = Linear(kv_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), precision)
+        self.kv_b_proj = NormedLinear(kv_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), precision)
         self.o_proj = KeptLinear(heads * config.v_head_dim, config.hidden_size, precision)
 
-    def forward(self, x: Tensor, document_ids: Tensor | None) -> Tensor:
+    def forward(self, x: LinearInput, document_ids: Tensor | None) -> Tensor:
         """[sequences, tokens, hidden] -> the same; `document_ids` [sequences, tokens] limits attention if given."""
         num_sequences, num_tokens, _ = x.shape
         latents = self.q_kv_a_proj(x)
@@ -101,8 +102,8 @@ class MultiHeadLatentAttention(nn.Module):
         cos, sin = self.rope.at(latents.shape[1], latents.device)
         q, kv_latent, k_rope = latents.split(self.a_widths, dim=-1)
         if config.q_lora_rank is not None:
-            q = self.q_b_proj(self.q_a_layernorm(q))
-        kv = self.kv_b_proj(self.kv_a_layernorm(kv_latent))
+            q = self.q_b_proj(self.q_a_layernorm.for_linear(q))
+        kv = self.kv_b_proj(self.kv_a_layernorm.for_linear(kv_latent))
 
         q = self._heads(q)  # [sequences, heads, tokens, qk]
         q_nope, q_rope = q.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)

@@ -5,7 +5,8 @@
 Each phase takes and returns explicit tensors: a pipeline schedule can interleave the phases of one micro-batch's
 forward with another's backward (§3.2.1) without touching the math.
 
-Shapes: hidden [sequences, tokens, hidden]; rows as in `moe.py`.
+A block hands on the residual stream and what its FFN adds to it, not yet added: the next norm adds, normalises and
+quantises in one pass. Shapes: residual, delta [sequences, tokens, hidden]; rows as in `moe.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from kernels.fp8_linear import LinearInput
 from kernels.permute import Dispatched
 from train.model.attention import MultiHeadLatentAttention, RopeTables
 from train.model.config import ModelConfig
@@ -24,10 +26,11 @@ from train.model.precision import Precision
 
 @dataclass(frozen=True)
 class DispatchInput:
-    """What leaves `route`: the residual stream, its normed copy as flat tokens, and the router's decision."""
+    """What leaves `route`: the residual stream, its normed copy for each reader, and the router's decision."""
 
-    residual: Tensor
-    tokens: Tensor
+    residual: Tensor  # [sequences, tokens, hidden]
+    tokens: Tensor  # [sequences * tokens, hidden]
+    shared: LinearInput | None  # [sequences, tokens, hidden], for the shared expert
     routing: Routing
 
 
@@ -53,10 +56,14 @@ class DenseBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
         self.mlp = FeedForward(config, config.intermediate_size, precision)
 
-    def forward(self, hidden: Tensor, document_ids: Tensor | None) -> tuple[Tensor, None]:
-        """[sequences, tokens, hidden] -> (the same, no routing)."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), document_ids)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), None
+    def forward(
+        self, residual: Tensor, delta: Tensor | None, document_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, None]:
+        """Residual stream and what is to be added to it -> the same after this layer; no routing."""
+        normed = self.input_layernorm.of_sum(residual, delta, linears=1)
+        attended = self.self_attn(normed.linears[0], document_ids)
+        normed = self.post_attention_layernorm.of_sum(normed.residual, attended, linears=1)
+        return normed.residual, self.mlp(normed.linears[0]), None
 
 
 class MoEBlock(nn.Module):
@@ -71,15 +78,23 @@ class MoEBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
         self.mlp = MoE(config, precision, dispatcher)
 
-    def attend(self, hidden: Tensor, document_ids: Tensor | None) -> Tensor:
-        """Phase 1: residual + attention. [sequences, tokens, hidden] -> the same."""
-        attended: Tensor = hidden + self.self_attn(self.input_layernorm(hidden), document_ids)
-        return attended
+    def attend(self, residual: Tensor, delta: Tensor | None, document_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Phase 1: norm and attention -> (residual + delta, attention's output), not added yet."""
+        normed = self.input_layernorm.of_sum(residual, delta, linears=1)
+        return normed.residual, self.self_attn(normed.linears[0], document_ids)
 
-    def route(self, hidden: Tensor) -> DispatchInput:
-        """Phase 2: norm, scores, choice and gates."""
-        normed = self.post_attention_layernorm(hidden)
-        return DispatchInput(residual=hidden, tokens=normed.flatten(0, 1), routing=self.mlp.gate(normed))
+    def route(self, residual: Tensor, delta: Tensor | None) -> DispatchInput:
+        """Phase 2: norm of the sum, scores, choice and gates."""
+        shared = self.mlp.shared_experts is not None
+        # Readers in the order in which they run: router, routed experts, shared expert.
+        normed = self.post_attention_layernorm.of_sum(residual, delta, plain=2, linears=int(shared))
+        for_router, tokens = normed.plain
+        return DispatchInput(
+            residual=normed.residual,
+            tokens=tokens.flatten(0, 1),
+            shared=normed.linears[0] if shared else None,
+            routing=self.mlp.gate(for_router),
+        )
 
     def dispatch(self, routed: DispatchInput) -> Dispatched:
         """Phase 3: token copies travel to their experts."""
@@ -91,17 +106,19 @@ class MoEBlock(nn.Module):
         return rows
 
     def combine(self, routed: DispatchInput, dispatched: Dispatched, rows: Tensor) -> Tensor:
-        """Phase 5: results g_i FFN_i(u) travel home; residual + shared(u) + their sum."""
-        out = self.mlp.dispatcher.combine(rows, dispatched)  # [tokens, hidden]
+        """Phase 5: results g_i FFN_i(u) travel home; their sum + shared(u), to be added to the residual stream."""
+        out = self.mlp.dispatcher.combine(rows, dispatched).view_as(routed.residual)
         if self.mlp.shared_experts is not None:
-            out = out + self.mlp.shared_experts(routed.tokens)
-        return routed.residual + out.view_as(routed.residual)
+            out = out + self.mlp.shared_experts(routed.shared)
+        return out
 
-    def forward(self, hidden: Tensor, document_ids: Tensor | None) -> tuple[Tensor, Routing]:
-        """The five phases in order."""
-        routed = self.route(self.attend(hidden, document_ids))
+    def forward(
+        self, residual: Tensor, delta: Tensor | None, document_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, Routing]:
+        """The five phases in order: residual stream and what is to be added to it -> the same after this layer."""
+        routed = self.route(*self.attend(residual, delta, document_ids))
         dispatched = self.dispatch(routed)
-        return self.combine(routed, dispatched, self.experts(dispatched)), routed.routing
+        return routed.residual, self.combine(routed, dispatched, self.experts(dispatched)), routed.routing
 
 
 def make_block(

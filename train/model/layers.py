@@ -6,11 +6,14 @@ Initial values are set afterwards, by parameter name (`init.py`); construction o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from kernels.embedding import embedding
-from kernels.rmsnorm import rmsnorm
+from kernels.fp8_linear import LinearInput
+from kernels.rmsnorm import add_rmsnorm
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 
@@ -24,6 +27,14 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=precision.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        return self.precision.linear(x, self.weight)
+
+
+class NormedLinear(Linear):
+    """A linear right after a norm, which may have quantised for it."""
+
+    def forward(self, x: LinearInput) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         return self.precision.linear(x, self.weight)
 
@@ -64,17 +75,39 @@ class Embedding(nn.Module):
         return embedding(input_ids, self.weight)
 
 
+@dataclass(frozen=True)
+class Normed:
+    """What a norm of the residual stream hands on; each entry is for one reader."""
+
+    residual: Tensor  # [..., dim], the sum that was normalised
+    plain: tuple[Tensor, ...]  # [..., dim]
+    linears: tuple[LinearInput, ...]  # [..., dim], in FP8 tiles where the recipe's linears read them
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dim, FP32 inside."""
 
     def __init__(self, dim: int, eps: float, precision: Precision) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.precision = eps, precision
         self.weight = nn.Parameter(torch.empty(dim, dtype=precision.dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., dim] -> [..., dim]."""
-        return rmsnorm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
+        """[..., dim] (plus delta) -> [..., dim]."""
+        return self.of_sum(x, delta, plain=1).plain[0]
+
+    def for_linear(self, x: Tensor) -> LinearInput:
+        """[..., dim] -> the same, for one linear."""
+        return self.of_sum(x, None, linears=1).linears[0]
+
+    def of_sum(self, residual: Tensor, delta: Tensor | None, *, plain: int = 0, linears: int = 0) -> Normed:
+        """Add and normalise for so many readers; those of plain numbers run before the linears."""
+        tiles = linears if self.precision.reads_tiles else 0
+        total, numbers, carried = add_rmsnorm(
+            residual, delta, self.weight, self.eps, plain=plain + linears - tiles, tiles=tiles,
+            power_of_two=self.precision.power_of_two_scales,
+        )  # fmt: skip
+        return Normed(total, numbers[:plain], (*numbers[plain:], *carried))
 
 
 class FeedForward(nn.Module):
@@ -85,10 +118,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig, intermediate_size: int, precision: Precision) -> None:
         super().__init__()
-        self.gate_up_proj = Linear(config.hidden_size, 2 * intermediate_size, precision)
+        self.gate_up_proj = NormedLinear(config.hidden_size, 2 * intermediate_size, precision)
         self.down_proj = SwigluLinear(intermediate_size, config.hidden_size, precision)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: LinearInput) -> Tensor:
         """[..., hidden] -> [..., hidden]."""
         down: Tensor = self.down_proj(self.gate_up_proj(x))
         return down

@@ -39,5 +39,5 @@ class MultiTokenPredictor(nn.Module):
     def forward(self, previous: Tensor, embeds: Tensor, document_ids: Tensor | None) -> tuple[Tensor, Routing | None]:
         """h^{k-1} and Emb(t_{i+k}), both [sequences, T - k, hidden] -> (h^k normed, routing)."""
         joined = torch.cat((self.enorm(embeds), self.hnorm(previous)), dim=-1)
-        hidden, routing = self.block(self.eh_proj(joined), document_ids)
-        return self.norm(hidden), routing
+        residual, delta, routing = self.block(self.eh_proj(joined), None, document_ids)
+        return self.norm(residual, delta), routing

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.fp8_linear import (
+    LinearInput,
     fp8_linear,
     fp8_linear_of_kept,
     fp8_swiglu_linear,
@@ -62,10 +63,16 @@ class Precision:
         """Storage type of parameters and activations."""
         return torch.float32 if self.name == "fp32" else torch.bfloat16
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+    @property
+    def reads_tiles(self) -> bool:
+        """Whether `linear` takes what a norm has quantised; Transformer Engine quantises by itself."""
+        return self.name == "fp8"
+
+    def linear(self, x: LinearInput, weight: Tensor) -> Tensor:
         """`x @ weight.T` by the recipe: [..., in] x [out, in] -> [..., out]."""
         if self.name == "fp8":
             return fp8_linear(x, weight, power_of_two=self.power_of_two_scales)
+        assert isinstance(x, Tensor), "only an FP8 linear reads tiles"
         if self.name == "fp8_te":
             return te_linear(x, weight)
         return linear(x, weight)

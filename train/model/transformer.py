@@ -102,13 +102,18 @@ class Transformer(nn.Module):
         assert start is not None, "a stage after the first needs the hidden state of the one before"
         return start
 
-    def _main(self, hidden: Tensor, document_ids: Tensor | None, routings: dict[int, Routing]) -> Tensor:
+    def _main(self, start: Tensor, document_ids: Tensor | None, routings: dict[int, Routing]) -> Tensor:
         """Every layer and, on the last stage, the final norm; adds each layer's routing to `routings`."""
+        residual, delta = start, None
         for layer_id, block in self.layers.items():
-            hidden, routing = block(hidden, document_ids)
+            residual, delta, routing = block(residual, delta, document_ids)
             if routing is not None:
                 routings[int(layer_id)] = routing
-        return self.norm(hidden) if self.spec.is_last else hidden
+        if self.spec.is_last:
+            normed: Tensor = self.norm(residual, delta)
+            return normed
+        # One tensor travels to the next stage.
+        return residual if delta is None else residual + delta
 
     def _predict_further(
         self, hidden: Tensor, input_ids: Tensor, document_ids: Tensor | None, routings: dict[int, Routing]

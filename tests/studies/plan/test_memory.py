@@ -180,7 +180,7 @@ def test_flops_of_a_layer_are_those_its_operators_count(layer_id: int) -> None:
         block = make_block(V3, Precision("fp8"), RopeTables(V3), LocalDispatcher(256), layer_id=layer_id)
         x = torch.empty(1, tokens, V3.hidden_size, dtype=torch.bfloat16, requires_grad=True)
         with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter:
-            y, _ = block(x, None)
+            _, y, _ = block(x, None, None)
             y.backward(torch.empty_like(y))
     counted = {str(op).rpartition(".")[2]: n for op, n in counter.get_flop_counts()["Global"].items()}
     grouped = sum(n for name, n in counted.items() if name.startswith("grouped"))

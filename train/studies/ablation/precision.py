@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from kernels.fp8_linear import LinearInput
 from kernels.swiglu import gated_swiglu, swiglu
 from train.model.precision import Precision
 from train.studies.ablation.linear import AblatedLinears, Ablation
@@ -33,8 +34,14 @@ class AblatedPrecision(Precision):
         """What replaces the recipe's linears."""
         return AblatedLinears(self.ablation, self.power_of_two_scales)
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+    @property
+    def reads_tiles(self) -> bool:
+        """It quantises by itself."""
+        return False
+
+    def linear(self, x: LinearInput, weight: Tensor) -> Tensor:
         """`x @ weight.T`."""
+        assert isinstance(x, Tensor), "an ablation quantises by itself"
         return self.linears.linear(x, weight)
 
     def linear_of_kept(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -133,9 +133,10 @@ class Layers(nn.Module):
     def step(self) -> Tensor:
         """Forward and backward; gradients are added to `main_grad` and `x.grad`. Returns the output."""
         self.x.grad = None
-        hidden = self.x
+        residual, delta = self.x, None
         for block in self.blocks:
-            hidden, _ = block(hidden, None)
+            residual, delta, _ = block(residual, delta, None)
+        hidden = residual if delta is None else residual + delta
         hidden.backward(self.grad)
         output: Tensor = hidden.detach()
         return output

@@ -36,7 +36,7 @@ from kernels.quantize import (
     quantize_tiles,
     quantize_tiles_transposed,
 )
-from kernels.rmsnorm import rmsnorm
+from kernels.rmsnorm import add_norm_quantize, norm_backward, rmsnorm, rmsnorm_reference
 from kernels.rope import apply_rope, apply_rope_reference, rope_tables
 from kernels.router import route
 from kernels.swiglu import gated_swiglu, gated_swiglu_backward_kept, swiglu, swiglu_quantize, swiglu_quantize_transposed
@@ -250,6 +250,42 @@ def _rmsnorm_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return x.requires_grad_(), weight.requires_grad_(), grad
 
 
+def _norm_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    generator = seeded()
+    x, delta = torch.randn(2, 2048, 512, generator=generator).to(device, BF16)
+    return x, delta, torch.randn(512, generator=generator).to(device, BF16)
+
+
+def _add_norm_quantize(x: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+    return add_norm_quantize(x, delta, weight, 1e-6, True, True, False)[2]
+
+
+def _torch_norm_tiles(x: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+    return quantize_tiles(rmsnorm_reference(x + delta, weight, 1e-6), power_of_two=True).payload
+
+
+def _norm_gradients(device: torch.device) -> tuple[Tensor, ...]:
+    x, _, weight = _norm_inputs(device)
+    rstd = add_norm_quantize(x, None, weight, 1e-6, True, False, True)[4]
+    return *torch.randn(4, 2048, 512, generator=seeded(seed=1)).to(device, BF16).unbind(), x, weight, rstd
+
+
+def _norm_backward(
+    dy: Tensor, dy1: Tensor, dy2: Tensor, d_sum: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
+) -> Tensor:
+    out = torch.empty_like(x)
+    norm_backward(dy, dy1, dy2, d_sum, x, weight, rstd, out)
+    return out
+
+
+def _torch_norm_backward(
+    dy: Tensor, dy1: Tensor, dy2: Tensor, d_sum: Tensor, x: Tensor, weight: Tensor, _: Tensor
+) -> Tensor:
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    y = F.rms_norm(x, weight.shape, weight, 1e-6)
+    return torch.autograd.grad(y, (x, weight), dy + dy1 + dy2)[0] + d_sum
+
+
 def _rope_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     cos, sin = rope_tables(256, 32, 10000.0, yarn=None)
     return torch.randn(8, 4, 256, 32, generator=seeded()).to(device, BF16), cos.to(device), sin.to(device)
@@ -413,6 +449,16 @@ ROWS: dict[str, list[Case]] = {
         lambda x, w, grad: torch.autograd.grad(F.rms_norm(x, w.shape, w, 1e-6), (x, w), grad)[0], "F.rms_norm",
         # One bf16 rounding (2^-8 at most): the peer may round an intermediate once more than we do.
         tolerance=2**-8, flops=16.0 * 2048 * 256, bytes=5 * 2.0 * 2048 * 256,
+    ), pair(
+        "add_norm_quantize", _norm_inputs, _add_norm_quantize, _torch_norm_tiles, "add, norm and quantise apart",
+        # The same roundings; where a GPU's rstd differs in its last place, a BF16 number may tip, and one E4M3 number
+        # in sixteen of those by 2^-4.
+        tolerance=2**-8, bytes=(7 + 4 / TILE) * 2048 * 512,
+    ), pair(
+        "norm_backward", _norm_gradients, _norm_backward, _torch_norm_backward,
+        "F.rms_norm, autograd, four gradients added apart",
+        # One bf16 rounding (2^-8 at most): the peer may round an intermediate once more than we do.
+        tolerance=2**-8, bytes=(6 * 2.0 + 0.5) * 2048 * 512,
     )],
     "rope": [pair(
         "rope", _rope_inputs, apply_rope, apply_rope_reference, "torch, elementwise",
