@@ -57,6 +57,15 @@ def test_a_folder_without_manifest_is_refused(tmp_path: Path) -> None:
         TokenStore.open(tmp_path)
 
 
+def test_a_folder_of_stores_is_told_their_names(tmp_path: Path) -> None:
+    for name in ("train", "heldout"):
+        write_store(tmp_path / "mine" / name, consecutive([3]))
+    with pytest.raises(
+        ValueError, match=r"^store: \S+/mine holds .* did you mean \S+/mine/heldout or \S+/mine/train\?$"
+    ):
+        TokenStore.open(tmp_path / "mine")
+
+
 def truncate(store: TokenStore) -> str:
     (file,) = store.path.glob("*.arrow")
     size = file.stat().st_size
