@@ -27,7 +27,9 @@ from train.observe.sinks import read_events, read_run
 pytestmark = pytest.mark.long
 # Of the texts of a user, in the order in which a folder is read; the empty one is no document.
 NAMES = ("-1.txt", "Chapter 10.txt", "Chapter 9.TXT", "a'b & c.txt", "empty.txt", "sub dir/x.txt", "Übung “2”.txt")
-STEPS = 8
+# Enough to be stopped in between.
+STEPS = 16
+BUDGET = f"schedule.total_tokens={STEPS * 2 * 64}"
 
 
 def line(name: str, own: dict[str, str] | None = None, more: str = "") -> str:
@@ -112,7 +114,7 @@ def test_own_text_on_a_laptop(place: Path) -> None:
         "README.md",
         "SIGTERM or Ctrl-C finishes the step, saves, and exits 0; torchrun makes 1 and a traceback of its own",
     )
-    errors, ended = stopped_and_ended(line("train"), place, "mine", ctrl_c, code=1)
+    errors, ended = stopped_and_ended(line("train", more=BUDGET), place, "mine", ctrl_c, code=1)
     assert "SignalException" in errors
     says("docs/first_hour.md", "A run says at its end why it ended, its figures and the commands that come next.")
     score = line("score", {"runs/tiny_fp8": "runs/mine", "stores/demo": "stores/mine"}).strip()
@@ -163,7 +165,7 @@ def test_a_cluster_is_planned_and_two_ranks_are_operated(place: Path) -> None:
 
     alert = place / "alert.json"
     settings = f"observe.alert_command={shlex.quote(f'tee {alert}')} observe.stale_checkpoint_s=0.01"
-    command = line("train on two ranks", more=f"{STORES} {settings}")
+    command = line("train on two ranks", more=f"{STORES} {BUDGET} {settings}")
     says("docs/operating.md", "torchrun then exits with 0 and says nothing.")
     errors, _ = stopped_and_ended(command, place, "tiny_ep2", stop_the_workers, code=0)
     assert errors == ""

@@ -128,7 +128,9 @@ def read_manifest_of_any_format(folder: Path) -> Manifest:
         values = json.loads(read_regular(path))
     except (FileNotFoundError, NotADirectoryError):
         inside = [str(manifest.parent) for manifest in sorted(folder.glob(f"*/{MANIFEST_NAME}"))]
-        remedy = f"make one with `python launch/prepare.py --source TEXT --out {folder.parent}`"
+        # The working directory is no folder to make stores in.
+        out = folder.parent if folder.parent.name else Path("stores/mine")
+        remedy = f"make one with `python launch/prepare.py --source TEXT --out {out}`"
         if inside:
             remedy = f"did you mean {' or '.join(inside[:3])}?"
         raise ValueError(
