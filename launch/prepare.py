@@ -50,6 +50,7 @@ def main(arguments: list[str]) -> int:
     import datasets
 
     from train.data.ingest import Recipe, prepare
+    from train.data.sources import passed_by
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if not sys.stderr.isatty():
@@ -69,6 +70,8 @@ def main(arguments: list[str]) -> int:
         )
     if prepared.split:
         print(f"  {prepared.split}")
+    if others := passed_by(options.source):
+        print(f"  passed by, as hidden or of no known kind: {len(others)}, such as {others[0]}")
     return 0
 
 

@@ -251,16 +251,21 @@ def test_every_kernel_has_a_reference_a_test_and_a_bench_entry(path: Path) -> No
 
 
 def test_all_device_code_is_run_by_a_test() -> None:
-    """In the interpreters: a test imports each file of `kernels/gpu/`, and the compiler is shown each of them."""
+    """Each file of `kernels/gpu/` and each launcher in it: in the interpreters by a test, by the compiler as a case."""
     tests = {path.name: path.read_text() for path in sources("tests") if path.parent.name == "kernels"}
+    registered = set(re.findall(r'operator\(\s*"(\w+)"', "".join(path.read_text() for path in sources("kernels"))))
     offenders = []
     for path in sources("kernels/gpu"):
         name = re.compile(rf"from kernels\.gpu(\.{path.stem} import| import [\w, ]*\b{path.stem}\b)")
+        launchers = registered & {function.name for function in functions(path)}
         if path.stem != "__init__":
             for prefix, suffix in (("test_", ".py"), ("", "_cases.py")):
                 texts = [text for test, text in tests.items() if test.startswith(prefix) and test.endswith(suffix)]
-                if not any(name.search(text) for text in texts):
-                    offenders.append(f"{place(path)}: in no tests/kernels/{prefix}*{suffix}")
+                using = "".join(text for text in texts if name.search(text))
+                where = f"in no tests/kernels/{prefix}*{suffix}"
+                offenders += [] if using else [f"{place(path)}: {where}"]
+                missing = [launcher for launcher in sorted(launchers) if not re.search(rf"\.{launcher}\b", using)]
+                offenders += [f"{place(path)}: {launcher} {where}" for launcher in missing if using]
     none_of(offenders, "run it in an interpreter (tests/kernels/test_*.py) and add a case to tests/kernels/*_cases.py")
 
 

@@ -37,7 +37,7 @@ def read_all(folder: Path) -> list[list[int]] | str:
 
 
 def is_sentence(found: list[list[int]] | str, folder: Path) -> bool:
-    return isinstance(found, str) and found.startswith("data.store: ") and str(folder) in found
+    return isinstance(found, str) and found.startswith("store: ") and str(folder) in found
 
 
 def mutate(content: bytes, chooser: random.Random) -> bytes:

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from train.data import readers, sources
-from train.data.sources import Documents, open_documents
+from train.data.sources import Documents, open_documents, passed_by
 
 TEXTS = ["first line\nsecond line", "zwei: äöü 😀", "  third, with spaces  "]
 
@@ -101,11 +101,14 @@ def test_a_txt_file_of_a_folder_is_one_document_unless_paragraphs_are_asked_for(
     assert "b.txt, line 3, is unreadable (byte 0xe9 is not UTF-8)" in refusal(tmp_path / "in", tmp_path)
 
 
-def test_a_folder_is_read_in_order_of_its_names(tmp_path: Path) -> None:
+def test_a_folder_is_read_in_order_of_its_names_without_what_is_hidden(tmp_path: Path) -> None:
     write(tmp_path / "in" / "b.jsonl", jsonl(["2"]))
     write(tmp_path / "in" / "sub" / "c.jsonl.gz", gzip.compress(jsonl(["3"]).encode()))
     write(tmp_path / "in" / "a.jsonl", jsonl(["1"]))
-    write(tmp_path / "in" / "README", "not data")
+    others = ["._a.jsonl", ".cache/1.jsonl", "README", "sub/.d.txt"]
+    for name in others:
+        write(tmp_path / "in" / name, "not data")
+    assert passed_by(str(tmp_path / "in")) == others
     documents = documents_of(tmp_path / "in", tmp_path)
     assert list(documents.all_texts()) == ["1", "2", "3"]
     assert list(documents.hashes) == ["a.jsonl", "b.jsonl", "sub/c.jsonl.gz"]

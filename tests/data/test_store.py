@@ -55,6 +55,17 @@ def test_another_tokenizer_is_refused(tmp_path: Path, store: TokenStore) -> None
 def test_a_folder_without_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no manifest.json.*launch/prepare.py"):
         TokenStore.open(tmp_path)
+    with pytest.raises(ValueError, match=r"store: texts holds .* --out stores/mine`$"):
+        TokenStore.open("texts")
+
+
+def test_a_folder_of_stores_is_told_their_names(tmp_path: Path) -> None:
+    for name in ("train", "heldout"):
+        write_store(tmp_path / "mine" / name, consecutive([3]))
+    with pytest.raises(
+        ValueError, match=r"^store: \S+/mine holds .* did you mean \S+/mine/heldout or \S+/mine/train\?$"
+    ):
+        TokenStore.open(tmp_path / "mine")
 
 
 def truncate(store: TokenStore) -> str:

@@ -2,7 +2,8 @@
 
 Commands are read from the documents: lines of code blocks, fenced or indented, and code spans that begin with `python`
 or `torchrun`. Training commands get a smaller budget appended; nothing else is touched. A line after `$` shows
-output or needs other machines; what else is not run here is in ELSEWHERE with the test that runs it.
+output or needs other machines; what else is not run here is in ELSEWHERE with the test that runs it, or in TYPED,
+the lines that the walks of new users type (`tests/system/test_walks.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.distributed.run import parse_args
@@ -36,44 +38,68 @@ ELSEWHERE = {
     "python launch/score.py MODEL --tasks": "needs a network: tests/evaluate/test_lm_eval_adapter.py has the adapter",
     "torchrun launch/pretrain.py +cluster=h100_1": "needs a GPU: test_the_h100_cluster_says_what_it_needs_or_composes",
 }
+STORES = "data.store=stores/mine/train data.heldout=stores/mine/heldout"
+TWO_RANKS = "layout.dp=2 layout.ep=2 run.micro_batch_sequences=1"
+# What the walks type: name -> document, and the line as it is written there.
+TYPED = {
+    "prepare": (
+        "docs/first_hour.md",
+        "python launch/prepare.py --source data/king_james_bible/text.jsonl --out stores/mine --vocab-size 1024",
+    ),
+    "train": ("docs/first_hour.md", f"torchrun launch/pretrain.py experiment=tiny run.name=mine {STORES}"),
+    "dashboard": ("docs/first_hour.md", "python launch/dashboard.py runs/mine --out runs/mine.html"),
+    "generate": ("README.md", 'python launch/generate.py runs/tiny_fp8 --prompt "In the beginning" --max-tokens 60'),
+    "score": ("README.md", "python launch/score.py runs/tiny_fp8 --store stores/demo/heldout"),
+    "export": ("README.md", "python launch/convert.py export runs/tiny_fp8 runs/hugging_face --format fp8 --verify"),
+    "plan": ("README.md", "python launch/pretrain.py +cluster=h800_2048 dry_run=true"),
+    "train on two ranks": (
+        "README.md",
+        f"torchrun --nproc-per-node 2 launch/pretrain.py experiment=tiny {TWO_RANKS} run.name=tiny_ep2",
+    ),
+    "stop the workers": ("docs/operating.md", "pkill -TERM -P PID_OF_TORCHRUN"),
+    "prove the kernel": ("docs/add_a_kernel.md", "python -m pytest tests/kernels/test_e5m6.py -k bits"),
+    "time the kernel": ("docs/add_a_kernel.md", "python -m launch.bench --only e5m6"),
+}
 SHORT = ["schedule.total_tokens=1024", "data.sequence_length=64", "schedule.batch_start_sequences=2"]
 SHORT += ["schedule.batch_full_sequences=2", "run.micro_batch_sequences=2", "run.threads=1", "run.device=cpu"]
 
 
-def commands(document: str) -> list[str]:
-    """What a document asks its reader to type, in order; once each."""
+def code_of(document: str) -> list[str]:
+    """The lines of a document's code blocks and its code spans, without comments, in order."""
     text = (ROOT / document).read_text(encoding="utf-8")
     fenced = re.findall(r"^```\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     outside = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     lines = [line for block in fenced for line in block.splitlines()]
     lines += [line[4:] for line in outside.splitlines() if line.startswith("    ")]
     lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", outside)]
-    found = [re.sub(r"\s+#.*", "", line).removeprefix(".venv/bin/").strip() for line in lines]
-    typed = [line for line in found if re.match(r"(python|torchrun) \S", line) and "..." not in line]
-    return list(dict.fromkeys(typed))
+    return [re.sub(r"\s+#.*", "", line).removeprefix(".venv/bin/").strip() for line in lines]
+
+
+def commands(document: str) -> list[str]:
+    """What a document asks its reader to type, in order; once each."""
+    found = code_of(document)
+    return list(dict.fromkeys(line for line in found if re.match(r"(python|torchrun) \S", line) and "..." not in line))
 
 
 def elsewhere(command: str) -> bool:
-    return any(command.startswith(beginning) for beginning in ELSEWHERE)
+    walked = any(command == line for _, line in TYPED.values())
+    return walked or any(command.startswith(beginning) for beginning in ELSEWHERE)
 
 
-def run(command: str, place: Path) -> subprocess.CompletedProcess[str]:
+def process(command: str, place: Path) -> dict[str, Any]:
+    """What `subprocess` is given to start a command as a user would, with the small budget."""
     words = shlex.split(command)
     if "launch/pretrain.py" in words and not {"--config", "dry_run=true"} & set(words):
         words += [word for word in SHORT if word.split("=")[0] not in command]
     binaries = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(place)
-    return subprocess.run(
-        words,
-        cwd=place,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return {"args": words, "cwd": place, "env": environment} | streams
+
+
+def run(command: str, place: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(**process(command, place), timeout=600, check=False)
 
 
 def run_all(documents: Iterable[str], place: Path, *, without: Iterable[str] = ()) -> None:
@@ -103,6 +129,15 @@ def test_the_commands_of_the_documents_are_found() -> None:
     assert "python launch/ablate.py" in commands("docs/promises.md")
     everything = [command for document in (*FIRST, *OTHERS) for command in commands(document)]
     assert [beginning for beginning in ELSEWHERE if not any(c.startswith(beginning) for c in everything)] == []
+
+
+def test_every_line_of_the_walks_is_written_as_they_type_it() -> None:
+    missing = {
+        f"{document}: {line}"
+        for document, line in TYPED.values()
+        if line not in [code.removeprefix("$ ") for code in code_of(document)]
+    }
+    assert missing == set(), "the document has changed: walk as it says now"
 
 
 def test_launch_lines_of_clusters_carry_their_grace() -> None:

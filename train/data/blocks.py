@@ -143,7 +143,7 @@ class BlockReader:
 
     def _damaged(self, file: int, what: str, block: int | None = None) -> DamagedData:
         return DamagedData(
-            f"data.store: {self.folder / self.names[file]} {what}; it was altered after the store was made: restore "
+            f"store: {self.folder / self.names[file]} {what}; it was altered after the store was made: restore "
             "the file, or remove the store's folder and run launch/prepare.py again",
             file=self.names[file],
             block=block,

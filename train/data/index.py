@@ -109,8 +109,8 @@ def _lists_of(batch: Any, dtype: str, file: Path) -> Any:
         f"list<item: {dtype}>",
         f"list<element: {dtype}>",
     ):
-        raise ValueError(f"data.store: {file} has {batch.schema.to_string()} where lists of {dtype} belong")
+        raise ValueError(f"store: {file} has {batch.schema.to_string()} where lists of {dtype} belong")
     column = batch.column(0)
     if column.null_count or column.values.null_count:
-        raise ValueError(f"data.store: {file} has documents or ids that are null; prepare the store again")
+        raise ValueError(f"store: {file} has documents or ids that are null; prepare the store again")
     return column

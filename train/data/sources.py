@@ -80,7 +80,7 @@ def local_files(source: str) -> list[Path]:
     """
     path = Path(source)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if not file.is_dir() and _is_data(file))
+        files = [file for file in _files_below(path) if _is_data(file, path)]
         if not files:
             raise ValueError(f"source: folder {path} holds none of {KNOWN}")
     elif path.is_file():
@@ -101,6 +101,12 @@ def local_files(source: str) -> list[Path]:
             f"pass one kind of {KNOWN}"
         )
     return files
+
+
+def passed_by(source: str) -> list[str]:
+    """The files of a local folder that are not read: hidden ones, and those of no known kind."""
+    path = Path(source)
+    return [str(file.relative_to(path)) for file in _files_below(path) if not _is_data(file, path)]
 
 
 def hash_files(source: str, files: list[Path]) -> dict[str, str]:
@@ -147,7 +153,14 @@ def _file_texts(files: list[Path], text_field: str, starts: list[int], *, whole_
             yield text
 
 
-def _is_data(file: Path) -> bool:
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if not file.is_dir())
+
+
+def _is_data(file: Path, folder: Path) -> bool:
+    """Whether a file of a folder is text to be read; what programs put beside it (._x.txt, .git) is hidden."""
+    if any(part.startswith(".") for part in file.relative_to(folder).parts):
+        return False
     return kind_of(file) is not None or (
         file.suffix.lower() in OTHER_COMPRESSIONS and Path(file.stem).suffix.lower() in READERS
     )

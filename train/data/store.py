@@ -115,7 +115,7 @@ def read_manifest(folder: Path) -> Manifest:
     manifest = read_manifest_of_any_format(folder)
     if manifest.format_version != FORMAT_VERSION:
         raise ValueError(
-            f"data.store: {folder} was made by an earlier version and has no hashes of its blocks; add them once: "
+            f"store: {folder} was made by an earlier version and has no hashes of its blocks; add them once: "
             f"`python launch/prepare.py --upgrade {folder}` (the data and the runs on it stay as they are)"
         )
     return manifest
@@ -127,21 +127,26 @@ def read_manifest_of_any_format(folder: Path) -> Manifest:
     try:
         values = json.loads(read_regular(path))
     except (FileNotFoundError, NotADirectoryError):
+        inside = [str(manifest.parent) for manifest in sorted(folder.glob(f"*/{MANIFEST_NAME}"))]
+        # The working directory is no folder to make stores in.
+        out = folder.parent if folder.parent.name else Path("stores/mine")
+        remedy = f"make one with `python launch/prepare.py --source TEXT --out {out}`"
+        if inside:
+            remedy = f"did you mean {' or '.join(inside[:3])}?"
         raise ValueError(
-            f"data.store: {folder} holds no {MANIFEST_NAME}, so it is not a tokenised store; "
-            f"make one with `python launch/prepare.py --source TEXT --out {folder.parent}`"
+            f"store: {folder} holds no {MANIFEST_NAME}, so it is not a tokenised store; {remedy}"
         ) from None
     except OSError as error:
-        raise ValueError(f"data.store: {path} cannot be read ({error.strerror}); {REMEDY}") from None
+        raise ValueError(f"store: {path} cannot be read ({error.strerror}); {REMEDY}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"data.store: {path} is not readable JSON ({error}); {REMEDY}") from None
+        raise ValueError(f"store: {path} is not readable JSON ({error}); {REMEDY}") from None
     version = values.get("format_version") if isinstance(values, dict) else None
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(
-            f"data.store: {path} has format_version {str(version)[:20]}, and 1 to {FORMAT_VERSION} are read; {REMEDY}"
+            f"store: {path} has format_version {str(version)[:20]}, and 1 to {FORMAT_VERSION} are read; {REMEDY}"
         )
     if version > 1 and values.pop("sha256", None) != _sha256_of(values):
-        raise ValueError(f"data.store: {path} does not have its own sha256, so it was altered; {REMEDY}")
+        raise ValueError(f"store: {path} does not have its own sha256, so it was altered; {REMEDY}")
     try:
         values["special_ids"] = SpecialIds(**values["special_ids"])
         values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
@@ -150,9 +155,9 @@ def read_manifest_of_any_format(folder: Path) -> Manifest:
         manifest = Manifest(**values)
     except (KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"data.store: {path} lacks or misnames a field ({reason}); {REMEDY}") from None
+        raise ValueError(f"store: {path} lacks or misnames a field ({reason}); {REMEDY}") from None
     if wrong := next(_wrong_fields(manifest), None):
-        raise ValueError(f"data.store: {path} has {wrong}; {REMEDY}")
+        raise ValueError(f"store: {path} has {wrong}; {REMEDY}")
     return manifest
 
 
@@ -213,7 +218,7 @@ def check_size(folder: Path, name: str, record: FileRecord) -> None:
         found = f"cannot be used ({error.strerror})"
     if found:
         raise ValueError(
-            f"data.store: {path} {found} where the manifest records {record.num_bytes} bytes; the store is truncated "
+            f"store: {path} {found} where the manifest records {record.num_bytes} bytes; the store is truncated "
             f"or altered: {REMEDY}"
         )
 
@@ -250,7 +255,7 @@ class TokenStore:
                 id_bytes=ID_DTYPES[manifest.token_dtype].itemsize,
             )
         except (OSError, ValueError) as error:
-            raise ValueError(f"data.store: {folder / INDEX_NAME} {error}; {REMEDY}") from None
+            raise ValueError(f"store: {folder / INDEX_NAME} {error}; {REMEDY}") from None
         return cls(folder, manifest, starts, runs, BlockReader(folder, files, hashes, manifest.block_bytes))
 
     @property
@@ -280,7 +285,7 @@ class TokenStore:
         # A negative id is a large one.
         if len(ids) and (largest := int(ids.view(f"<u{dtype.itemsize}").max())) > self.manifest.max_token_id:
             raise DamagedData(
-                f"data.store: document {index} of {self.path} has the id {largest}, beyond the manifest's largest, "
+                f"store: document {index} of {self.path} has the id {largest}, beyond the manifest's largest, "
                 f"{self.manifest.max_token_id}; {REMEDY}",
                 file=self.blocks.names[file],
             )
@@ -290,7 +295,7 @@ class TokenStore:
         """Raise a ValueError for a model whose embedding is too small for this store."""
         if self.manifest.max_token_id >= vocab_size:
             raise ValueError(
-                f"data.store: {self.path} holds token id {self.manifest.max_token_id}, beyond the model's "
+                f"store: {self.path} holds token id {self.manifest.max_token_id}, beyond the model's "
                 f"vocab_size {vocab_size}; set model.vocab_size >= {self.manifest.max_token_id + 1} "
                 f"(the tokeniser has {self.manifest.vocab_size} ids) or prepare a store with fewer"
             )
@@ -307,7 +312,7 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
         found = file_sha256(folder / name)
         if found != record.sha256:
             raise ValueError(
-                f"data.store: {folder / name} has sha256 {found} where the manifest records {record.sha256}; the file "
+                f"store: {folder / name} has sha256 {found} where the manifest records {record.sha256}; the file "
                 f"was altered: {REMEDY}"
             )
 

@@ -44,7 +44,7 @@ def _upgrade_one(folder: Path) -> bool:
         found = (len(index.starts) - 1, int(index.starts[-1]))
         if found != (manifest.documents, manifest.tokens) or largest > manifest.max_token_id:
             raise ValueError(
-                f"data.store: {folder} holds {found[0]} documents, {found[1]} tokens and ids up to {largest} where the "
+                f"store: {folder} holds {found[0]} documents, {found[1]} tokens and ids up to {largest} where the "
                 f"manifest records {manifest.documents}, {manifest.tokens} and {manifest.max_token_id}; {REMEDY}"
             )
         manifest.seal(folder, index)

@@ -115,7 +115,7 @@ def _slices(store: TokenStore) -> tuple[range, range]:
     documents = len(store.lengths)
     if documents < 2:
         raise ValueError(
-            f"data.store: {store.path} holds {documents} document; the n-gram baselines need 2 or more "
+            f"store: {store.path} holds {documents} document; the n-gram baselines need 2 or more "
             "(one to count, one to choose their parameters on)"
         )
     counted = min(documents - 1, round(0.9 * documents))
@@ -171,7 +171,7 @@ def store_text(store: TokenStore) -> bytes:
     text = "".join(tokenizer.decode(ids) for ids in documents).encode()
     if len(text) != store.manifest.text_bytes:
         raise ValueError(
-            f"data.store: the tokeniser of {store.path} does not give back its text ({len(text)} bytes of "
+            f"store: the tokeniser of {store.path} does not give back its text ({len(text)} bytes of "
             f"{store.manifest.text_bytes}), so xz has nothing to compress"
         )
     return text
