@@ -104,11 +104,22 @@ def route_backward_reference(
     return grad_logits
 
 
-def topk_counts_reference(scores: Tensor, topk: int) -> Tensor:
-    """How often each expert is among a sequence's plain top-k: [sequences, experts], exact below 2^24 tokens."""
+def sequence_balance_reference(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """The loss, and f [sequences, experts], exact below 2^24 tokens. Same arguments as `sequence_balance`."""
+    sequences, tokens, experts = scores.shape
     chosen = _best(scores, topk).flatten(1)  # [sequences, tokens * topk]
-    counts = scores.new_zeros(scores.shape[0], scores.shape[2])
-    return counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=scores.dtype))
+    counts = scores.new_zeros(sequences, experts).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=scores.dtype))
+    f = counts * (experts / (topk * tokens))  # eq. 18
+    p = (scores / scores.sum(-1, keepdim=True)).mean(1)  # eq. 19-20 [sequences, experts]
+    return (f * p).sum(), f  # eq. 17
+
+
+def sequence_balance_backward_reference(grad: Tensor, scores: Tensor, f: Tensor) -> Tensor:
+    """Gradient of the scores as autograd makes it of eq. 17 with constant f; grad is that of the loss, a scalar."""
+    total = scores.sum(-1, keepdim=True)  # [sequences, tokens, 1]
+    grad_share = (grad * f)[:, None] / scores.shape[1]  # [sequences, 1, experts]
+    grad_total = (-grad_share * ((scores / total) / total)).sum(-1, keepdim=True)
+    return grad_share / total + grad_total
 
 
 def _allocate_routed(
@@ -127,10 +138,16 @@ _route_backward = operator(
     fake=lambda scores, ids, grad_scores, grad_gates, scale, normalize: scores.new_empty(scores.shape),
     gpu="router",
 )
-_topk_counts = operator(
-    "topk_counts",
-    topk_counts_reference,
-    fake=lambda scores, topk: scores.new_empty(scores.shape[0], scores.shape[2]),
+_sequence_balance = operator(
+    "sequence_balance",
+    sequence_balance_reference,
+    fake=lambda scores, topk: (scores.new_empty(()), scores.new_empty(scores.shape[0], scores.shape[2])),
+    gpu="router",
+)
+_sequence_balance_backward = operator(
+    "sequence_balance_backward",
+    sequence_balance_backward_reference,
+    fake=lambda grad, scores, f: scores.new_empty(scores.shape),
     gpu="router",
 )
 
@@ -170,16 +187,25 @@ def route(
     return RouterOutput(*_Route.apply(logits, bias.detach(), *how))  # type: ignore[no-untyped-call]
 
 
+class _SequenceBalance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, topk: int) -> Tensor:
+        loss, f = _sequence_balance(scores, topk)
+        ctx.save_for_backward(scores, f)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _sequence_balance_backward(grads[0], *ctx.saved_tensors), None
+
+
 def sequence_balance(scores: Tensor, topk: int) -> Tensor:
     """Sum over sequences of sum_i f_i P_i, without the factor alpha; 1 per sequence under perfect balance.
 
     f_i counts the plain top-k of the scores [sequences, tokens, experts] (no bias, no groups) and carries no gradient;
     P_i is the mean over the sequence of the scores normalised over all experts.
     """
-    _, tokens, experts = scores.shape
-    f = _topk_counts(scores.detach(), topk) * (experts / (topk * tokens))  # eq. 18 [sequences, experts]
-    p = (scores / scores.sum(-1, keepdim=True)).mean(1)  # eq. 19-20 [sequences, experts]
-    return (f * p).sum()  # eq. 17
+    return _SequenceBalance.apply(scores, topk)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def select_experts_reference(scores: Tensor, bias: Tensor, *, n_group: int, topk_group: int, topk: int) -> Tensor:

@@ -39,7 +39,7 @@ def test_the_arguments_fit_the_operator_and_results_repeat(name: str, rows: int)
 def test_one_wrong_row_is_further_away_than_the_tolerance(name: str) -> None:
     """The smallest defect that a GPU test must see: one row of one result is another one's."""
     for index, expected in enumerate(results(name, 129)):
-        if len(expected) < 2:
+        if expected.dim() == 0 or len(expected) < 2:
             continue
         rows = expected.reshape(len(expected), -1).float()
         # Two neighbours that differ: padding rows are alike.

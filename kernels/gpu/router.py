@@ -6,8 +6,8 @@
 
 Comparing integers settles every case alike: a NaN is chosen first, as torch's sort does, an expert of an excluded group
 has the key of -inf, what was chosen before or pads a block has one below that, and an id is always one of the block.
-Scores and keys stay in registers. Counts are sums of ones, integers or FP32 below 2^24: any order of the atomic
-additions gives the same.
+Scores and keys stay in registers. Counts of `route` are integers: any order of the atomic additions gives the same.
+The balance loss is added up by blocks in a fixed order, its gradient is one more kernel.
 
 Shapes: a block is [TOKENS, GROUPS * SIZE], where GROUPS and SIZE are n_group and the group size rounded up to powers of
 two, so a *place* of the block is no id where they differ. Offsets are int64. Source: arXiv:2412.19437 §2.1.2.
@@ -22,6 +22,8 @@ from torch import Tensor
 
 # Scores of a program, and its warps: one token of V3 (256 experts) a warp. Not measured on a GPU.
 ELEMENTS, WARPS = 1024, 4
+# Blocks of tokens that a program of the balance loss adds up: 64 programs for a sequence of V3.
+STEPS = 16
 
 # Below every key of a number.
 LOWEST = tl.constexpr(-(2**31))
@@ -164,24 +166,77 @@ def _route_backward_kernel(
     tl.store(grad_logits_ptr + where, grad * (1.0 - score) * score, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def _topk_counts_kernel(
-    scores_ptr, counts_ptr, tokens, tokens_per_sequence, EXPERTS: tl.constexpr, TOPK: tl.constexpr,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+@triton.jit(do_not_specialize=["tokens", "parts"])
+def _sequence_balance_kernel(
+    scores_ptr, counts_ptr, shares_ptr, tokens, parts, EXPERTS: tl.constexpr, TOPK: tl.constexpr, TOKENS: tl.constexpr,
+    STEPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """`tokens` are those of all sequences."""
+    """Of STEPS * TOKENS tokens of a sequence: how often each expert is among the top-k, and its share of the scores."""
+    part, sequence = tl.program_id(0), tl.program_id(1)
+    expert = tl.arange(0, WIDTH)
+    real = expert < EXPERTS
+    experts = tl.broadcast_to(expert[None, :], (TOKENS, WIDTH))
+    count = tl.zeros((WIDTH,), tl.float32)
+    share = tl.zeros((WIDTH,), tl.float32)
+    for step in range(STEPS):
+        token = (part * STEPS + step).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+        exists = token < tokens
+        place = (sequence.to(tl.int64) * tokens + token)[:, None] * EXPERTS + expert[None, :]
+        score = tl.load(scores_ptr + place, mask=exists[:, None] & real[None, :], other=0.0)
+        total = tl.where(exists, tl.sum(score, axis=1), 1.0)
+        share += tl.sum(tl.div_rn(score, tl.broadcast_to(total[:, None], (TOKENS, WIDTH))), axis=0)
+        key = tl.where(real[None, :], key_of(score), LOWEST)
+        for _ in tl.static_range(TOPK):
+            is_best = experts == first_of_largest(key, experts, 1)[:, None]
+            key = tl.where(is_best, LOWEST, key)
+            count += tl.sum(tl.where(is_best & exists[:, None], 1.0, 0.0), axis=0)
+    place = (sequence.to(tl.int64) * parts + part) * EXPERTS + expert
+    tl.store(counts_ptr + place, count, mask=real)
+    tl.store(shares_ptr + place, share, mask=real)
+
+
+@triton.jit(do_not_specialize=["sequences", "tokens", "parts"])
+def _sum_balance_kernel(
+    counts_ptr, shares_ptr, loss_ptr, f_ptr, sequences, tokens, parts, EXPERTS: tl.constexpr, TOPK: tl.constexpr,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One program adds up the parts in a fixed order."""
+    expert = tl.arange(0, WIDTH)
+    real = expert < EXPERTS
+    per_token = tl.full((WIDTH,), tokens, tl.float32)
+    loss = tl.zeros((WIDTH,), tl.float32)
+    for sequence in range(sequences):
+        count = tl.zeros((WIDTH,), tl.float32)
+        share = tl.zeros((WIDTH,), tl.float32)
+        for first in range(0, parts, PARTS):
+            part = first + tl.arange(0, PARTS)
+            place = (sequence * parts + part)[:, None] * EXPERTS + expert[None, :]
+            inside = (part < parts)[:, None] & real[None, :]
+            count += tl.sum(tl.load(counts_ptr + place, mask=inside, other=0.0), axis=0)
+            share += tl.sum(tl.load(shares_ptr + place, mask=inside, other=0.0), axis=0)
+        f = count * tl.div_rn(tl.full((WIDTH,), EXPERTS, tl.float32), TOPK * per_token)
+        tl.store(f_ptr + sequence * EXPERTS + expert, f, mask=real)
+        loss += f * tl.div_rn(share, per_token)
+    tl.store(loss_ptr, tl.sum(loss, axis=0))
+
+
+@triton.jit(do_not_specialize=["tokens", "tokens_per_sequence"])
+def _sequence_balance_backward_kernel(
+    grad_ptr, scores_ptr, f_ptr, out_ptr, tokens, tokens_per_sequence, EXPERTS: tl.constexpr, TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """With S the sum of a token's scores s and g = grad f / tokens: ds = g / S - sum_j g_j s_j / S^2."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, WIDTH)
-    real = (expert < EXPERTS)[None, :]
-    inside = (token < tokens)[:, None] & real
+    exists = (token < tokens)[:, None]
+    inside = exists & (expert < EXPERTS)[None, :]
     score = tl.load(scores_ptr + token[:, None] * EXPERTS + expert[None, :], mask=inside, other=0.0)
-    key = tl.where(real, key_of(score), LOWEST)
-    experts = tl.broadcast_to(expert[None, :], (TOKENS, WIDTH))
-    counts_ptr += token // tokens_per_sequence * EXPERTS
-    for _ in tl.static_range(TOPK):
-        best = first_of_largest(key, experts, 1)  # [TOKENS]
-        key = tl.where(experts == best[:, None], LOWEST, key)
-        tl.atomic_add(counts_ptr + best, tl.full((TOKENS,), 1.0, tl.float32), mask=token < tokens, sem="relaxed")
+    f = tl.load(f_ptr + (token // tokens_per_sequence)[:, None] * EXPERTS + expert[None, :], mask=inside, other=0.0)
+    grad = tl.div_rn(tl.load(grad_ptr) * f, tl.full((TOKENS, WIDTH), tokens_per_sequence, tl.float32))
+    total = tl.broadcast_to(tl.where(exists, tl.sum(score, axis=1)[:, None], 1.0), (TOKENS, WIDTH))
+    grad_total = tl.sum(-grad * tl.div_rn(tl.div_rn(score, total), total), axis=1)
+    out = tl.div_rn(grad, total) + grad_total[:, None]
+    tl.store(out_ptr + token[:, None] * EXPERTS + expert[None, :], out, mask=inside)
 
 
 def route(
@@ -228,18 +283,40 @@ def route_backward(
     return grad_logits
 
 
-def topk_counts(scores: Tensor, topk: int) -> Tensor:
-    """[sequences, tokens, experts] -> [sequences, experts] fp32, whole numbers."""
+def sequence_balance(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """[sequences, tokens, experts] -> the loss, fp32 scalar, and f [sequences, experts]."""
     assert scores.dtype == torch.float32, scores.dtype
     scores = scores.contiguous()
     sequences, tokens, experts = scores.shape
     assert topk <= experts, (topk, experts)
-    counts = scores.new_zeros(sequences, experts)
+    width = triton.next_power_of_2(experts)
+    tokens_per_step = max(1, ELEMENTS // width)
+    parts = triton.cdiv(tokens, tokens_per_step * STEPS)
+    counts, shares = (scores.new_empty(sequences, parts, experts) for _ in range(2))
+    loss, f = scores.new_empty(()), scores.new_empty(sequences, experts)
+    if parts * sequences:
+        _sequence_balance_kernel[parts, sequences](
+            scores, counts, shares, tokens, parts, EXPERTS=experts, TOPK=topk, TOKENS=tokens_per_step, STEPS=STEPS,
+            WIDTH=width, num_warps=WARPS,
+        )  # fmt: skip
+    _sum_balance_kernel[(1,)](
+        counts, shares, loss, f, sequences, tokens, parts, EXPERTS=experts, TOPK=topk, PARTS=tokens_per_step,
+        WIDTH=width, num_warps=WARPS,
+    )  # fmt: skip
+    return loss, f
+
+
+def sequence_balance_backward(grad: Tensor, scores: Tensor, f: Tensor) -> Tensor:
+    """Gradient of the loss, a scalar, and f [sequences, experts] -> of the scores [sequences, tokens, experts]."""
+    assert scores.dtype == grad.dtype == torch.float32, (scores.dtype, grad.dtype)
+    scores, f = scores.contiguous(), f.contiguous()
+    sequences, tokens, experts = scores.shape
+    out = torch.empty_like(scores)
     if scores.numel():
         width = triton.next_power_of_2(experts)
         tokens_per_program = max(1, ELEMENTS // width)
-        _topk_counts_kernel[(triton.cdiv(sequences * tokens, tokens_per_program),)](
-            scores, counts, sequences * tokens, tokens, EXPERTS=experts, TOPK=topk, TOKENS=tokens_per_program,
-            WIDTH=width, num_warps=WARPS,
+        _sequence_balance_backward_kernel[(triton.cdiv(sequences * tokens, tokens_per_program),)](
+            grad, scores, f, out, sequences * tokens, tokens, EXPERTS=experts, TOKENS=tokens_per_program, WIDTH=width,
+            num_warps=WARPS,
         )  # fmt: skip
-    return counts
+    return out

@@ -164,6 +164,11 @@ def _route_backward(rows: int, width: int) -> Sequence[Any]:
     return scores, ids, torch.randn_like(scores), torch.randn_like(gates), 2.5, True
 
 
+def _sequence_balance_backward(rows: int, width: int) -> Sequence[Any]:
+    scores = torch.rand(2, rows, EXPERTS)
+    return torch.tensor(0.5), scores, operator("sequence_balance")(scores, TOPK)[1]
+
+
 def _sum_rows(rows: int, width: int) -> Sequence[Any]:
     slot_of_row, rows_of_token, _ = layout(rows)
     return normal(len(slot_of_row), width), rows_of_token, False, torch.bfloat16
@@ -256,11 +261,12 @@ CASES: dict[str, Case] = {
     ),
     "route": Case(routing, FP32),
     "route_backward": Case(_route_backward, FP32),
-    "topk_counts": Case(lambda rows, width: (torch.rand(2, rows, EXPERTS), TOPK)),
+    "sequence_balance": Case(lambda rows, width: (torch.rand(2, rows, EXPERTS), TOPK), FP32),
+    "sequence_balance_backward": Case(_sequence_balance_backward, FP32),
     "lay_out": Case(lambda rows, width: (choices(rows), EXPERTS, (rows * TOPK + EXPERTS * 127) // 128 * 128)),
     "copy_tokens": Case(lambda rows, width: (normal(rows, width), layout(rows)[0], TOPK)),
     "sum_rows": Case(_sum_rows),
     "scatter_gates": Case(lambda rows, width: (torch.rand(len(slots := layout(rows)[0])), slots, rows, TOPK)),
 }
 # Their results do not depend on a width.
-WITHOUT_WIDTH = ("route", "route_backward", "topk_counts", "lay_out", "scatter_gates")
+WITHOUT_WIDTH = ("route", "route_backward", "sequence_balance", "sequence_balance_backward", "lay_out", "scatter_gates")

@@ -101,7 +101,10 @@ CASES: dict[str, Callable[[], object]] = {
         router.route_backward, fp32(TOKENS, EXPERTS), int64(TOKENS, TOPK), fp32(TOKENS, EXPERTS), fp32(TOKENS, TOPK),
         2.5, True,
     ),
-    "topk_counts": partial(router.topk_counts, fp32(1, TOKENS, EXPERTS), TOPK),
+    "sequence_balance": partial(router.sequence_balance, fp32(1, TOKENS, EXPERTS), TOPK),
+    "sequence_balance_backward": partial(
+        router.sequence_balance_backward, torch.empty(()), fp32(1, TOKENS, EXPERTS), fp32(1, EXPERTS)
+    ),
     "lay_out, all experts": partial(permute.lay_out, int64(TOKENS, TOPK), EXPERTS, ROWS),
     "lay_out, 4 experts": partial(permute.lay_out, torch.empty(ROWS, TOPK, dtype=torch.int32), 4, ROWS),
     "copy_tokens": partial(permute.copy_tokens, bf16(TOKENS, HIDDEN), int64(ROWS), TOPK),

@@ -75,7 +75,8 @@ CALLS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("route", lambda: (torch.randn(1, 8), torch.randn(8), 1, 1, 1, 1.0, False)),
     ("route_backward", lambda: (torch.rand(63, 15), distinct(63, 15, 4), None, torch.randn(63, 4), 2.5, True)),
     ("route_backward", lambda: (torch.rand(1, 15), distinct(1, 15, 4), torch.randn(1, 15), None, 2.5, False)),
-    ("topk_counts", lambda: (torch.rand(3, 63, 15), 4)),
+    ("sequence_balance", lambda: (torch.rand(3, 63, 15), 4)),
+    ("sequence_balance_backward", lambda: (torch.ones(()), torch.rand(3, 63, 15), torch.rand(3, 15))),
     ("lay_out", lambda: (distinct(129, 5, 3), 5, 896)),
     ("lay_out", lambda: (torch.tensor([[1, -1, 0], [-1, -1, -1]], dtype=torch.int32), 2, 256)),
     ("copy_tokens", lambda: (normal(63, 129), torch.randint(-1, 126, (256,)), 2)),
@@ -151,7 +152,7 @@ FP64_CALLS: list[tuple[str, Callable[[torch.dtype], tuple[Any, ...]]]] = [
         "route_backward",
         lambda dtype: (torch.rand(63, 15).to(dtype), distinct(63, 15, 4), None, torch.rand(63, 4).to(dtype), 2.5, True),
     ),
-    ("topk_counts", lambda dtype: (torch.rand(3, 63, 15).to(dtype), 4)),
+    ("sequence_balance", lambda dtype: (torch.rand(3, 63, 15).to(dtype), 4)),
     ("sum_rows", lambda dtype: (torch.randn(256, 63).to(dtype), torch.randint(257, (129, 3)), True, FP32)),
     ("sum_rows", lambda dtype: (torch.randn(256, 63), torch.randint(257, (129, 3)), True, dtype)),
 ]

@@ -183,13 +183,30 @@ def test_nan_and_infinite_logits_choose_as_the_reference_and_spoil_their_own_tok
 @pytest.mark.parametrize(
     ("sequences", "tokens", "experts", "topk"), [(1, 4097, 8, 2), (3, 63, 15, 4), (2, 1, 256, 8), (1, 129, 8, 8)]
 )
-def test_counts_of_the_plain_choice(sequences: int, tokens: int, experts: int, topk: int) -> None:
+def test_balance_loss_and_gradient(sequences: int, tokens: int, experts: int, topk: int) -> None:
     # Quarters: ties are common, and the choice is exact.
     scores = torch.randint(1, 5, (sequences, tokens, experts)) / 4
-    actual = gpu.topk_counts(scores, topk)
-    assert actual.dtype == torch.float32
-    assert torch.equal(actual, router.topk_counts_reference(scores, topk))
-    assert bool((actual.sum(-1) == tokens * topk).all())
+    (loss, f), grad = gpu.sequence_balance(scores, topk), torch.tensor(-0.75)
+    want, want_f = router.sequence_balance_reference(scores.double(), topk)
+    # A whole number times one rounded quotient.
+    assert torch.allclose(f.double(), want_f, rtol=2 * EPSILON, atol=0)
+    assert torch.equal(f == 0, want_f == 0)
+    # Sums of positive terms: a block's 16 steps of log2 ELEMENTS additions, 64 parts, quotients; 2^-17 is 64 roundings.
+    assert float(loss) == pytest.approx(float(want), rel=2**-17)
+    actual = gpu.sequence_balance_backward(grad, scores, f)
+    expected = router.sequence_balance_backward_reference(grad.double(), scores.double(), want_f)
+    # A difference of g / S and a sum of up to 256 terms, none larger than g / S of the largest g.
+    error = (actual.double() - expected).abs().amax()
+    assert float(error) <= 16 * EPSILON * float((grad * f).abs().max()) / tokens / float(scores.sum(-1).min())
+    assert torch.equal(gpu.sequence_balance(scores, topk)[0], loss)
+
+
+def test_a_nan_score_makes_the_balance_loss_nan() -> None:
+    scores = torch.rand(2, 63, 15)
+    scores[1, 60, 3] = float("nan")
+    loss, f = gpu.sequence_balance(scores, 4)
+    assert bool(loss.isnan())
+    assert torch.equal(f[0], gpu.sequence_balance(scores[:1], 4)[1][0])
 
 
 def test_no_tokens() -> None:
@@ -197,4 +214,4 @@ def test_no_tokens() -> None:
     assert (scores.shape, ids.shape, gates.shape) == ((0, 8), (0, 2), (0, 2))
     assert counts.tolist() == [0] * 8
     assert gpu.route_backward(scores, ids, None, gates, 2.5, True).shape == (0, 8)
-    assert gpu.topk_counts(torch.empty(2, 0, 8), 2).tolist() == [[0.0] * 8] * 2
+    assert gpu.sequence_balance_backward(torch.ones(()), torch.empty(2, 0, 8), torch.empty(2, 8)).shape == (2, 0, 8)

@@ -38,7 +38,7 @@ from kernels.quantize import (
 )
 from kernels.rmsnorm import add_norm_quantize, norm_backward, rmsnorm, rmsnorm_reference
 from kernels.rope import apply_rope, apply_rope_reference, rope_tables
-from kernels.router import route
+from kernels.router import route, sequence_balance
 from kernels.swiglu import gated_swiglu, gated_swiglu_backward_kept, swiglu, swiglu_quantize, swiglu_quantize_transposed
 from train.studies.ablation.hopper_accumulation import Factors, factors, hopper_matmul_reference
 from train.studies.ablation.linear import AblatedLinears, Ablation
@@ -312,6 +312,16 @@ def _torch_route(logits: Tensor, bias: Tensor) -> Tensor:
     return F.normalize(scores.gather(1, ids), p=1.0, dim=-1) * 2.5
 
 
+def _balance_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
+    scores = torch.randn(4, 512, 64, generator=seeded()).sigmoid().to(device)
+    return scores.requires_grad_(), torch.ones((), device=device)
+
+
+def _torch_balance(scores: Tensor) -> Tensor:
+    counts = torch.zeros_like(scores).scatter_(-1, scores.topk(6, dim=-1).indices, 1.0).sum(1)
+    return (counts * (64 / (6 * 512)) * F.normalize(scores, p=1.0, dim=-1).mean(1)).sum()
+
+
 def _swiglu_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
     generator = seeded()
     gate_up = torch.randn(4096, 512, generator=generator).to(device, BF16)
@@ -471,10 +481,11 @@ ROWS: dict[str, list[Case]] = {
         # The same fp32 quotients, sums of six and differences in another order: a few fp32 epsilons (2^-23).
         tolerance=4 * 2**-23, bytes=4.0 * 4 * 2048 * 64,
     ), pair(
-        "topk_counts", lambda device: (torch.randn(4, 512, 64, generator=seeded()).sigmoid().to(device),),
-        lambda scores: torch.ops.v3fp8.topk_counts(scores, 6),
-        lambda scores: torch.zeros_like(scores).scatter_(-1, scores.topk(6, dim=-1).indices, 1.0).sum(1),
-        "torch.topk, scatter", tolerance=0.0, bytes=4.0 * 2048 * 64,
+        "sequence_balance_forward_backward", _balance_inputs,
+        _input_gradient(lambda scores: sequence_balance(scores, 6)), _input_gradient(_torch_balance),
+        "torch.topk, scatter, autograd",
+        # Sums of 64 scores, then of 512 shares, in another order: a few fp32 epsilons (2^-23).
+        tolerance=16 * 2**-23, bytes=4.0 * 3 * 2048 * 64,
     )],
     "swiglu": [pair(
         "swiglu_forward_backward", _swiglu_inputs, _input_gradient(swiglu),
