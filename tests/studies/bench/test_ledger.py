@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from train.config import PretrainConfig, compose
 from train.model.attention import RopeTables
 from train.model.block import DenseBlock
 from train.model.precision import Precision
+from train.model.sizes import Held, weights
 from train.studies.bench import launches
 from train.studies.bench import ledger as bench_ledger
 from train.studies.bench.ledger import LAYERS, PRECISIONS, Entry, Ledger
@@ -67,6 +69,17 @@ def test_the_totals_only_fall(ledgers: list[Ledger]) -> None:
             found.precision,
             totals,
         )
+
+
+def test_written_gradients_spare_one_read_of_each_weights_sum(ledgers: list[Ledger]) -> None:
+    """4 bytes a weight: FP8 products, and the sums of the others, write where they would read and write."""
+    for found in ledgers:
+        config, _ = bench_ledger.sizes()
+        config = config if found.layer == "moe" else replace(config, first_k_dense_replace=1)
+        held = weights(config, Held((0,), embedding=False, head=False), ep=1)
+        assert found.first_bytes is not None
+        elements = sum(each.elements for each in held if each.trained)
+        assert found.bytes - found.first_bytes == 4 * elements, found.layer
 
 
 def test_every_entry_has_a_line_and_a_known_operation(ledgers: list[Ledger]) -> None:

@@ -129,6 +129,7 @@ class Ledger:
     entries: tuple[Entry, ...]
     kept: tuple[Kept, ...]
     cluster: str = ""
+    first_bytes: int | None = None  # of a step's first micro-batch, whose weight gradients replace; None: not counted
 
     @property
     def launches(self) -> int:
@@ -138,12 +139,16 @@ class Ledger:
     @property
     def bytes(self) -> int:
         """Read and written."""
-        return sum(entry.read_bytes + entry.written_bytes for entry in self.entries)
+        return _bytes(self.entries)
 
     @property
     def kept_bytes_per_token(self) -> float:
         """Of backward's tensors."""
         return sum(each.num_bytes for each in self.kept) / self.tokens
+
+
+def _bytes(entries: Iterable[Entry]) -> int:
+    return sum(entry.read_bytes + entry.written_bytes for entry in entries)
 
 
 def sizes() -> tuple[ModelConfig, int]:
@@ -162,9 +167,11 @@ def ledger(layer: LayerName, precision: PrecisionName) -> Ledger:
             block = MoEBlock(config, recipe, rope, LocalDispatcher(config.n_routed_experts))
         else:
             block = DenseBlock(config, recipe, rope)
-        GradientBuckets(block.named_parameters(), axis=single(torch.device("cpu")).dp, sharded=False)
-        entries, kept = trace(block, (1, tokens, config.hidden_size), recipe.dtype)
-    return Ledger(layer, precision, tokens, entries, kept)
+        buckets = GradientBuckets(block.named_parameters(), axis=single(torch.device("cpu")).dp, sharded=False)
+        shape = 1, tokens, config.hidden_size
+        entries, kept = trace(block, shape, recipe.dtype)
+        first, _ = trace(block, shape, recipe.dtype, before=buckets.zero)
+    return Ledger(layer, precision, tokens, entries, kept, first_bytes=_bytes(first))
 
 
 def cluster_ledger(cluster: str) -> Ledger:
@@ -198,10 +205,13 @@ def block_of_rank(config: PretrainConfig, mesh: Mesh) -> MoEBlock:
     return block
 
 
-def trace(block: Block, shape: Sequence[int], dtype: torch.dtype) -> tuple[tuple[Entry, ...], tuple[Kept, ...]]:
-    """Run a block twice, within a FakeTensorMode, and list what the second run launches and keeps."""
+def trace(
+    block: Block, shape: Sequence[int], dtype: torch.dtype, *, before: Callable[[], None] = lambda: None
+) -> tuple[tuple[Entry, ...], tuple[Kept, ...]]:
+    """Run a block twice, `before` in between, in a FakeTensorMode; list what the second run launches and keeps."""
     with _as_on_a_gpu() as mode:
         mode.run(block, shape, dtype)
+        before()
         mode.reset()
         mode.run(block, shape, dtype)
     return tuple(mode.entries), tuple(mode.kept)
@@ -458,9 +468,12 @@ def by_operation(found: Ledger) -> str:
             f"| {name} | {forward} | {backward} | {read / 1e9:.2f} | {written / 1e9:.2f} "
             f"| {num_kept / found.tokens / 1e3:.1f} | {f'{least / 1e9:.2f}' if minimum else '-'} |"
         )
-    summary = f"{found.launches} launches, {found.bytes / 1e9:.2f} GB, {found.kept_bytes_per_token / 1e3:.1f} kB kept a"
+    summary = f"{found.launches} launches, {found.bytes / 1e9:.2f} GB"
+    if found.first_bytes is not None:
+        summary += f" ({found.first_bytes / 1e9:.2f} where weight gradients are written, not added to)"
+    summary += f", {found.kept_bytes_per_token / 1e3:.1f} kB kept a token"
     at_least = f"; at least {totals[-1] / 1e9:.2f} GB" if minimum else ""
-    return "\n".join([*lines, "", f"{summary} token{at_least}."])
+    return "\n".join([*lines, "", f"{summary}{at_least}."])
 
 
 def by_line(found: Ledger) -> str:
