@@ -8,8 +8,10 @@ import itertools
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
+from typing import get_args
 from unittest.mock import Mock
 
 import pytest
@@ -103,7 +105,7 @@ def test_ratio_and_rate_follow_from_times(rows: list[Row]) -> None:
 def test_shapes_are_those_of_deepseek_v3() -> None:
     shapes = bench_cases.shapes(small=False)
     names = [shape.name for shape in shapes]
-    assert len(set(names)) == len(names) == 8 + 8 + 16 + 6 + 6 + 12
+    assert len(set(names)) == len(names) == 8 + 8 + 16 + 8 + 8 + 16
     for name in (
         "fprop_M4096_N2112_K7168",
         "fprop_M4096_N32768_K512",
@@ -117,6 +119,11 @@ def test_shapes_are_those_of_deepseek_v3() -> None:
         "grouped_fprop_G8_uneven_M32768_N7168_K2048",
     ):
         assert name in names
+    # One layer has six weights and its experts two: all three products of each, before time runs out.
+    counted = Counter(shape.kind for shape in shapes[:24])
+    assert counted == {kind: 2 if "grouped" in kind else 6 for kind in get_args(bench_cases.Kind)}
+    assert all(shape.accumulate == shape.is_wgrad and shape.label in ("", "G8") for shape in shapes[:24])
+    assert not any(dim in (36864, 18432) for shape in shapes[:24] for dim in (shape.m, shape.n, shape.k))
     for shape in [*shapes, *bench_cases.shapes(small=True)]:
         if shape.ends:
             rows = shape.k if shape.is_wgrad else shape.m
