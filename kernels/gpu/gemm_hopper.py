@@ -267,7 +267,7 @@ def _store_fp32(out_ptr, total, m0, n0, M, N, ACCUMULATE: gl.constexpr):
 @gluon.jit
 def _consume(
     out_desc, out2_desc, out_ptr, b_scale_ptr, a_bufs, b_bufs, b2_bufs, a_scales, b_scales, out_bufs, out2_bufs,
-    full, empty, ends_ptr, M, N, K, b_scale_stride_n, b_scale_stride_k, groups, tiles,
+    full, empty, ends_ptr, M, N, K, b_scale_stride_n, b_scale_stride_k, b_scale_stride_group, groups, tiles,
     HALF: gl.constexpr, TILE_TILE: gl.constexpr, GROUPED: gl.constexpr, ACCUMULATE: gl.constexpr, BM: gl.constexpr,
     WIDE: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr, ORDER: gl.constexpr
 ):  # fmt: skip
@@ -292,13 +292,13 @@ def _consume(
         partial2 = gl.zeros([64, 128], gl.float32, LAYOUT)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         steps = gl.cdiv(K, 128 * BLOCKS)
-        scale_row = 0
+        first_scale = 0
         if GROUPED == "rows":
             group, first_tile, start, end, m0, pn, steps = rows_tile(
                 tile, group, first_tile, start, end, ends_ptr, M, num_n, groups, steps, BM, ORDER
             )
             # Padding rows have no weight; any scale does.
-            scale_row = gl.minimum(group, groups - 1) * blocks_n
+            first_scale = gl.minimum(group, groups - 1) * b_scale_stride_group
         elif GROUPED == "contraction":
             group, m0, pn, _, steps = contraction_tile(tile, ends_ptr, num_m, num_n, BM, ORDER)
         else:
@@ -313,10 +313,10 @@ def _consume(
             total2 = gl.zeros([64, 64], gl.float32, LAYOUT2)
         if not TILE_TILE:
             # A wide tile may begin or end behind the last column.
-            scale_ptr = b_scale_ptr + (scale_row + gl.minimum(n0 // 128, blocks_n - 1)) * b_scale_stride_n
+            scale_ptr = b_scale_ptr + first_scale + gl.minimum(n0 // 128, blocks_n - 1) * b_scale_stride_n
             next_scale = gl.load(scale_ptr)
             if WIDE:
-                scale2_ptr = b_scale_ptr + (scale_row + gl.minimum(n2 // 128, blocks_n - 1)) * b_scale_stride_n
+                scale2_ptr = b_scale_ptr + first_scale + gl.minimum(n2 // 128, blocks_n - 1) * b_scale_stride_n
                 next_scale2 = gl.load(scale2_ptr)
             if BLOCKS == 2:
                 next_scale2 = gl.load(scale_ptr + gl.minimum(1, blocks_k - 1) * b_scale_stride_k)
@@ -407,7 +407,7 @@ def _consume(
 @gluon.jit
 def _gemm_kernel(
     a_desc, b_desc, b2_desc, a_scale_desc, b_scale_desc, out_desc, out2_desc, out_ptr, b_scale_ptr, ends_ptr,
-    M, N, K, a_scale_stride, b_scale_stride_n, b_scale_stride_k, groups, tiles,
+    M, N, K, a_scale_stride, b_scale_stride_n, b_scale_stride_k, b_scale_stride_group, groups, tiles,
     TILE_TILE: gl.constexpr, GROUPED: gl.constexpr, ACCUMULATE: gl.constexpr, BM: gl.constexpr, WIDE: gl.constexpr,
     STAGES: gl.constexpr, BLOCKS: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
@@ -442,13 +442,13 @@ def _gemm_kernel(
         [
             (_consume, (
                 out_desc, out2_desc, out_ptr, b_scale_ptr, a_bufs, b_bufs, b2_bufs, a_scales, b_scales, out_bufs,
-                out2_bufs, full, empty, ends_ptr, M, N, K, b_scale_stride_n, b_scale_stride_k, groups, tiles,
-                0, TILE_TILE, GROUPED, ACCUMULATE, BM, WIDE, STAGES, BLOCKS, ORDER,
+                out2_bufs, full, empty, ends_ptr, M, N, K, b_scale_stride_n, b_scale_stride_k, b_scale_stride_group,
+                groups, tiles, 0, TILE_TILE, GROUPED, ACCUMULATE, BM, WIDE, STAGES, BLOCKS, ORDER,
             )),
             (_consume, (
                 out_desc, out2_desc, out_ptr, b_scale_ptr, a_bufs, b_bufs, b2_bufs, a_scales, b_scales, out_bufs,
-                out2_bufs, full, empty, ends_ptr, M, N, K, b_scale_stride_n, b_scale_stride_k, groups, tiles,
-                1, TILE_TILE, GROUPED, ACCUMULATE, BM, WIDE, STAGES, BLOCKS, ORDER,
+                out2_bufs, full, empty, ends_ptr, M, N, K, b_scale_stride_n, b_scale_stride_k, b_scale_stride_group,
+                groups, tiles, 1, TILE_TILE, GROUPED, ACCUMULATE, BM, WIDE, STAGES, BLOCKS, ORDER,
             )),
             (_produce, (
                 a_desc, b_desc, b2_desc, a_scale_desc, b_scale_desc, a_bufs, b_bufs, b2_bufs, a_scales, b_scales,
@@ -501,16 +501,15 @@ def gemm(
     if tile_tile:
         b_scale = _padded_scale(b.scale)
         b_scale_desc, out_desc, out2_desc = _vector(b_scale, BN), a_desc, a_desc
-        stride_n, stride_k = 0, b_scale.stride(0)
+        stride_n, stride_k, stride_group = 0, b_scale.stride(0), 0
     else:
-        # Blocks of all groups below one another.
-        b_scale = b.scale if b.scale.dim() == 2 else b.scale.flatten(0, 1)
+        b_scale = b.scale
         b_scale_desc, out_desc, out2_desc = a_scale_desc, _matrix(out, 64), _matrix(out, 64, cols=64)
-        stride_n, stride_k = b_scale.stride()
+        stride_group, stride_n, stride_k = b_scale.stride() if b_scale.dim() == 3 else (0, *b_scale.stride())
     _gemm_kernel[(min(programs, tiles),)](
         a_desc, _matrix(weight, BN), _matrix(weight, BN2), a_scale_desc, b_scale_desc, out_desc, out2_desc,
         out, b_scale, a_scale if group_ends is None else group_ends,
-        m, n, k, a_scale.stride(0), stride_n, stride_k, groups, tiles,
+        m, n, k, a_scale.stride(0), stride_n, stride_k, stride_group, groups, tiles,
         tile_tile, grouped, accumulate, bm, config.schedule == "wide", config.stages, config.blocks, config.order,
         num_warps=4, maxnreg=168,
     )  # fmt: skip

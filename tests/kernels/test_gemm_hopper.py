@@ -248,7 +248,7 @@ DEFECTS: dict[str, tuple[Case, list[Edit]]] = {
         ("    tma.store_wait(0)\n    buffer.store(right)", "    buffer.store(right)"),
     ]),
     "all groups multiply the first one's weight": (fprop(ends=ENDS), [("b_row = group * N", "b_row = 0")]),
-    "all groups take the first one's scales": (fprop(ends=ENDS), [("gl.minimum(group, groups - 1) * blocks_n", "0")]),
+    "all groups take the first one's scales": (fprop(ends=ENDS), [("* b_scale_stride_group", "* 0")]),
     "padding rows are not written": (fprop(ends=ENDS), [("while (group < groups) &", "while (group < groups - 1) &")]),
     "a tile begins where its group does not": (fprop(ends=ENDS), [("start + pm * BM)", "pm * BM)")]),
     "ends are read behind the last": (fprop(ends=ENDS), [(NEXT_END, "gl.load(ends_ptr + group + 1)")]),

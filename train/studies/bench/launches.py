@@ -68,6 +68,7 @@ def touched_bytes(tensors: Iterable[Tensor]) -> int:
 @contextmanager
 def standing_in_for_a_gpu(record: Callable[[Launch], None]) -> Iterator[None]:
     """Within this context tensors are on a Hopper GPU as far as they say, and kernel launches go to `record`."""
+    from triton.experimental.gluon._runtime import GluonJITFunction
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -81,6 +82,8 @@ def standing_in_for_a_gpu(record: Callable[[Launch], None]) -> Iterator[None]:
         (backend, "_capability", lambda _: backend.HOPPER),
         (backend, "_properties", lambda _: HOPPER_PROPERTIES),
         (JITFunction, "run", run),
+        # Whatever else has given it a `run` of its own.
+        (GluonJITFunction, "run", run),
         (InterpretedFunction, "run", run),
     ]
     with ExitStack() as stack:
