@@ -266,7 +266,7 @@ class GradientBuckets:
     @torch.no_grad()
     def gather(self, update: WeightUpdate) -> None:
         """Make the new weights, each of `parameter_shards()` in order, and give them to every rank of the axis."""
-        # Weights are written by `copy_`, which raises the parameter's version: that makes cached FP8 copies stale.
+        # Whoever writes weights raises the parameter's version: that makes cached FP8 copies stale.
         if not self.sharded or self.axis.size == 1:
             for name, shard in self._shards.items():
                 update(name, shard.parameter.detach().view(-1))

@@ -121,6 +121,10 @@ def other(width: int) -> int:
     return WIDTHS[1] if width == WIDTHS[0] else WIDTHS[0]
 
 
+# lr, both betas, eps, decay.
+ADAMW = (1e-2, 0.9, 0.95, 1e-8, 0.1)
+
+
 def _after_swiglu(_: Sequence[Any], returned: Any) -> Results:
     """The kept input as it is, the activation as numbers: a scale may double where a rounding tips."""
     *kept_input, payload, scale = returned
@@ -220,6 +224,19 @@ CASES: dict[str, Case] = {
         ),
         TIPPED,
         lambda arguments, returned: (returned, arguments[-1]),
+    ),
+    # FP32 quotients and differences in another order; a rounding of what is stored in BF16 may tip.
+    "adamw": Case(
+        lambda rows, width: (
+            *torch.randn(2, rows * width),
+            torch.randn(rows * width).bfloat16(),
+            torch.rand(rows * width).bfloat16(),
+            torch.zeros(rows * width).bfloat16(),
+            ADAMW,
+            3,
+        ),
+        TIPPED,
+        lambda arguments, _: (arguments[0], *arguments[2:5]),
     ),
     "gemm_tile_block": Case(
         lambda rows, width: (*tiles(rows, width), *blocks(other(width), width), torch.bfloat16), FP8_SUM_BF16

@@ -11,7 +11,8 @@ from functools import partial
 
 import torch
 
-from kernels.gpu import e5m6, permute, quantize, rmsnorm, router, swiglu
+from kernels.gpu import adamw, e5m6, permute, quantize, rmsnorm, router, swiglu
+from tests.gpu.launcher_cases import ADAMW
 from tests.kernels.gemm_cases import TOKENS, bf16, tiles
 
 HIDDEN = 7168
@@ -90,6 +91,10 @@ CASES: dict[str, Callable[[], object]] = {
         rmsnorm.norm_backward, bf16(TOKENS, KEY), None, None, None, bf16(TOKENS, LATENTS)[:, QUERY : QUERY + KEY],
         bf16(KEY), fp32(TOKENS), bf16(TOKENS, LATENTS)[:, QUERY : QUERY + KEY],
     ),
+    "adamw, BF16 moments": partial(
+        adamw.adamw, fp32(HIDDEN * EXPERT), fp32(HIDDEN * EXPERT), *(bf16(HIDDEN * EXPERT),) * 3, ADAMW, 3
+    ),
+    "adamw, FP32": partial(adamw.adamw, *(fp32(HIDDEN * EXPERT),) * 5, ADAMW, 3),
     "pack_e5m6": partial(e5m6.pack_e5m6, bf16(TOKENS, ATTENTION), True),
     "pack_e5m6, FP32 scales": partial(e5m6.pack_e5m6, bf16(TOKENS, ATTENTION), False),
     "unpack_e5m6": partial(

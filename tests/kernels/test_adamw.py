@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels import adamw
 from kernels.adamw import AdamWHyper, adamw_update, adamw_update_reference
 from tests.kernels.gemm_inputs import relative_error
 
@@ -82,3 +83,31 @@ def test_error_of_bf16_moments_stays_bounded_over_many_steps() -> None:
 def test_step_zero_is_refused() -> None:
     with pytest.raises(AssertionError, match="0"):
         adamw_update(*torch.zeros(4, 1), **hyper(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [1, 63, 128, 129, 4097])
+def test_the_kernel_takes_the_exact_step_and_writes_the_weight(size: int, dtype: torch.dtype) -> None:
+    pytest.importorskip("triton", reason="Triton exists on Linux only; CI runs this test")
+    from kernels.gpu import adamw as gpu
+
+    master, grad = torch.randn(size), torch.randn(size)
+    exp_avg, exp_avg_sq = torch.randn(size).to(dtype), torch.rand(size).to(dtype)
+    want_master, want_m, want_v = adamw_update_reference(master, grad, exp_avg, exp_avg_sq, **hyper(7))
+    weight = torch.full((size,), float("nan"), dtype=torch.bfloat16)
+    gpu.adamw(master, grad, exp_avg, exp_avg_sq, weight, (1e-2, 0.9, 0.95, 1e-8, 0.1), 7)
+    # As above: about eight fp32 roundings, and one of what is stored in fewer bits.
+    torch.testing.assert_close(master.double(), want_master, rtol=1e-6, atol=1e-7)
+    stored = 2**-8 if dtype == torch.bfloat16 else 0.0
+    torch.testing.assert_close(exp_avg.double(), want_m, rtol=stored + 1e-6, atol=1e-7)
+    torch.testing.assert_close(exp_avg_sq.double(), want_v, rtol=stored + 1e-6, atol=0)
+    assert torch.equal(weight, master.bfloat16())
+
+
+def test_the_weights_version_is_raised_whoever_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel raises none by itself, and cached FP8 copies of the weight would stay."""
+    monkeypatch.setattr(adamw, "_adamw", lambda *_: None)
+    weight = torch.zeros(4, dtype=torch.bfloat16)
+    before = weight._version
+    adamw_update(*torch.zeros(4, 4), weight[1:3].view(-1), **hyper(1))
+    assert weight._version > before

@@ -95,6 +95,7 @@ CALLS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("swiglu_quantize_transposed", lambda: (*tiles(63, 600), torch.rand(63), FP32, False)),
     ("swiglu_backward_kept", lambda: (*tiles(129, 126), normal(129, 63))),
     ("gated_swiglu_backward_kept", lambda: (*tiles(63, 600), torch.rand(63), normal(63, 300))),
+    ("adamw", lambda: (*torch.randn(2, 129), *normal(3, 129).abs(), launcher_cases.ADAMW, 3)),
     ("add_norm_quantize", lambda: (normal(63, 300), normal(63, 300), normal(300), 1e-6, True, True, True)),
     ("add_norm_quantize", lambda: (normal(129, 600)[:, :300], None, normal(300), 1e-6, False, True, False)),
     ("add_norm_quantize", lambda: (torch.randn(1, 63), None, torch.randn(63), 1e-6, False, False, True)),

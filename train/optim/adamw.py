@@ -122,11 +122,11 @@ class AdamW:
         for segment in whole if passing is None else islice(passing, len(self._segments[name])):
             assert segment.name == name, f"{name} was to be updated, but a segment of {segment.name} has come"
             master, exp_avg, exp_avg_sq = segment.tensors
-            update(master, state.held.grad[segment.start : segment.stop], exp_avg, exp_avg_sq)
+            grad, weight = (each[segment.start : segment.stop] for each in (state.held.grad, new_weights))
+            update(master, grad, exp_avg, exp_avg_sq, weight)
             if config.moments_dtype == "fp8":
                 round_to_fp8(exp_avg)
                 round_to_fp8(exp_avg_sq)
-            new_weights[segment.start : segment.stop].copy_(master)
 
     def zero_grad(self) -> None:
         """Begin a step; see `GradientBuckets.zero`."""
