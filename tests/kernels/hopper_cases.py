@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from kernels.gpu import e5m6, permute, quantize, rmsnorm, router, swiglu
+from kernels.gpu import e5m6, heads, permute, quantize, rmsnorm, router, swiglu
 from tests.kernels.gemm_cases import TOKENS, bf16, tiles
 
 HIDDEN = 7168
@@ -21,6 +21,9 @@ EXPERT, DENSE = 2048, 18432
 ATTENTION = 16384
 # The latents of queries and keys, slices of one matrix.
 LATENTS, QUERY, KEY = 2112, 1536, 512
+# Attention's heads, their plain and rotary dims, and the tables of a sequence of 4,096 tokens.
+HEADS, NOPE, ROPE = 128, 128, 64
+TABLE = torch.empty(TOKENS, ROPE // 2)
 # Routed experts, experts of a token, and rows of this rank's experts.
 EXPERTS, TOPK = 256, 8
 ROWS = TOPK * TOKENS
@@ -89,6 +92,23 @@ CASES: dict[str, Callable[[], object]] = {
     "norm_backward, 512 of 2112 columns": partial(
         rmsnorm.norm_backward, bf16(TOKENS, KEY), None, None, None, bf16(TOKENS, LATENTS)[:, QUERY : QUERY + KEY],
         bf16(KEY), fp32(TOKENS), bf16(TOKENS, LATENTS)[:, QUERY : QUERY + KEY],
+    ),
+    "heads_forward": partial(
+        heads.heads_forward, bf16(TOKENS, HEADS, NOPE + ROPE), bf16(TOKENS, HEADS, 2 * NOPE),
+        bf16(TOKENS, LATENTS)[:, QUERY + KEY :], TABLE, TABLE,
+    ),
+    "turn_back": partial(
+        heads.turn_back, bf16(TOKENS, HEADS, NOPE + ROPE), TABLE, TABLE, bf16(TOKENS, HEADS * (NOPE + ROPE))
+    ),
+    "rope_key_backward": partial(
+        heads.rope_key_backward, bf16(TOKENS, HEADS, NOPE + ROPE), TABLE, TABLE,
+        bf16(TOKENS, LATENTS)[:, QUERY + KEY :],
+    ),
+    "turn_back_quantize_both": partial(
+        heads.turn_back_quantize_both, bf16(TOKENS, HEADS, NOPE + ROPE), TABLE, TABLE, True
+    ),
+    "heads_quantize_both": partial(
+        heads.heads_quantize_both, bf16(TOKENS, HEADS, NOPE + ROPE), bf16(TOKENS, HEADS, NOPE), NOPE, True
     ),
     "pack_e5m6": partial(e5m6.pack_e5m6, bf16(TOKENS, ATTENTION), True),
     "pack_e5m6, FP32 scales": partial(e5m6.pack_e5m6, bf16(TOKENS, ATTENTION), False),

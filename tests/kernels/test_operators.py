@@ -114,6 +114,11 @@ CALLS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
             torch.empty(1, 300),
         ),
     ),
+    ("heads_forward", lambda: (normal(63, 3, 28), normal(63, 3, 27), normal(63, 40)[:, 26:], *torch.rand(2, 21, 7))),
+    ("turn_back", lambda: (normal(63, 3, 28), *torch.rand(2, 21, 7), normal(63, 99)[:, 15:])),
+    ("rope_key_backward", lambda: (torch.randn(129, 3, 28), *torch.rand(2, 129, 7), torch.randn(129, 50)[:, 36:])),
+    ("turn_back_quantize_both", lambda: (normal(63, 3, 28).mT.contiguous().mT, *torch.rand(2, 21, 7), True)),
+    ("heads_quantize_both", lambda: (normal(129, 3, 28), normal(3, 129, 13).transpose(0, 1), 14, False)),
     ("pack_e5m6", lambda: (normal(63, 300), True)),
     ("unpack_e5m6", lambda: (*pack_e5m6(torch.randn(129, 126), power_of_two=False), BF16)),
 ]
