@@ -245,8 +245,11 @@ def test_attention_of_v3_keeps_log_sums_and_no_probabilities() -> None:
     """A fake run on a CPU counts the GPU's fused kernel: o and one FP32 number per query and head."""
     sequences, heads, tokens, qk_dim, v_dim = 1, 128, 4096, 192, 128
     with FakeTensorMode():
-        q, k = (torch.empty(sequences, heads, tokens, qk_dim, dtype=BF16, requires_grad=True) for _ in "qk")
-        v = torch.empty(sequences, heads, tokens, v_dim, dtype=BF16, requires_grad=True)
+        # Token by token in memory, as the model makes them.
+        q, k, v = (
+            torch.empty(sequences, tokens, heads, dim, dtype=BF16).transpose(1, 2).requires_grad_()
+            for dim in (qk_dim, qk_dim, v_dim)
+        )
         grad = torch.empty(tokens, heads * v_dim, dtype=BF16)
         with LiveBytes() as memory, FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as flops:
             o = causal_attention(q, k, v, scale=qk_dim**-0.5, document_ids=None)
