@@ -71,15 +71,17 @@ def _batched_gemm_backward(
 
 
 # The fakes describe the GPU on purpose: a plan made on a laptop then counts what a GPU would hold. They keep one fp32
-# log-sum-exp per query where the real CPU operator keeps a row of probabilities, and lay o out as [sequences, tokens,
-# heads, v_dim], as the fused kernel does. FLOPs are those of the causal half, without the scores that a fused backward
+# log-sum-exp per query where the real CPU operator keeps a row of probabilities, and lay o out as q is and gradients as
+# q, k and v are, as cuDNN does. FLOPs are those of the causal half, without the scores that a fused backward
 # computes again.
 def _allocate_fused_forward(
     q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    sequences, heads, tokens, _ = q.shape
-    o = q.new_empty(sequences, tokens, heads, v.shape[-1]).transpose(1, 2)
-    return o, q.new_empty(sequences, heads, tokens, dtype=torch.float32)
+    shape = (*q.shape[:3], v.shape[-1])
+    outermost_first = sorted(range(4), key=q.stride, reverse=True)
+    o = q.new_empty([shape[dim] for dim in outermost_first])
+    o = o.permute([outermost_first.index(dim) for dim in range(4)])
+    return o, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _forward_flops(q: Sequence[int], k: object, v: Sequence[int], *_: object, out_shape: object) -> int:
@@ -91,7 +93,7 @@ _attention = operator("attention", _batched_gemm_forward, fake=_allocate_fused_f
 _attention_backward = operator(
     "attention_backward",
     _batched_gemm_backward,
-    fake=lambda dy, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
+    fake=lambda dy, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
     flops=lambda dy, *qkv, out_shape: 2 * _forward_flops(*qkv, out_shape=out_shape),
 )
 

@@ -17,6 +17,7 @@ ValueError; so are bad group_ends on a CPU, while a GPU kernel reads them unchec
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -250,17 +251,27 @@ def _dgrad_and_push_wgrad(
     ctx: Any, dy: Tensor, group_ends: Tensor | None, input_by_channel: Callable[[], Quantized]
 ) -> Tensor:
     """Return dy @ W, of each group its own W; hand over dy.T @ x. x is regrouped only when wgrad runs."""
-    weight, power_of_two = _kept_weight(ctx), ctx.power_of_two
-    watch: probe.Watch | None = ctx.watch
-    x_sample: probe.Sample | None = ctx.x_sample
-    w = weight_fp8(weight, power_of_two=power_of_two).transposed_blocks()
-    dyq_t: Quantized | None = None
-    if weight.requires_grad:
-        dyq, dyq_t = quantize_tiles_both(dy, power_of_two=power_of_two)
+    rows = partial(dy.index_select, 0)
+    if _kept_weight(ctx).requires_grad:
+        gradient = Fp8Gradient(*quantize_tiles_both(dy, power_of_two=ctx.power_of_two), rows)
     else:
-        dyq = quantize_tiles(dy, power_of_two=power_of_two)
+        gradient = Fp8Gradient(quantize_tiles(dy, power_of_two=ctx.power_of_two), None, rows)
+    return _multiply(ctx, gradient, group_ends, input_by_channel, dy.dtype)
+
+
+def _multiply(
+    call: Any,
+    gradient: Fp8Gradient,
+    group_ends: Tensor | None,
+    input_by_channel: Callable[[], Quantized],
+    dtype: torch.dtype,
+) -> Tensor:
+    weight, dyq, dyq_t = _kept_weight(call), gradient.by_row, gradient.by_channel
+    watch: probe.Watch | None = call.watch
+    x_sample: probe.Sample | None = call.x_sample
+    w = weight_fp8(weight, power_of_two=call.power_of_two).transposed_blocks()
     if watch is not None:
-        sample = probe.sample(partial(dy.index_select, 0), dy, group_ends, num_blocks=watch.num_blocks)
+        sample = probe.sample(gradient.rows, dyq.payload, group_ends, num_blocks=watch.num_blocks)
         watch.rows("dy.dgrad", sample, dyq)
         if dyq_t is not None:
             watch.columns("dy.wgrad", sample, dyq_t)
@@ -278,7 +289,40 @@ def _dgrad_and_push_wgrad(
 
     if dyq_t is not None:
         deferred.push(lambda: deferred.accumulate_product(weight, product))
-    return _rows_times(dyq, w, group_ends, dy.dtype)
+    return _rows_times(dyq, w, group_ends, dtype)
+
+
+@dataclass(frozen=True)
+class Fp8Gradient:
+    """The gradient of an FP8 linear's output, quantised for dgrad and, where the weight has a gradient, for wgrad."""
+
+    by_row: Quantized  # 1x128 tiles
+    by_channel: Quantized | None  # 128x1 tiles
+    rows: probe.Rows  # before quantisation, for a probe
+
+
+class Fp8Call:
+    """One call of an FP8 linear inside a larger autograd Function: what its backward needs besides the input's tiles.
+
+    In forward the linear is called with `reads(x)`; backward hands over a gradient that is quantised already.
+    """
+
+    weight: Tensor
+    power_of_two: bool
+
+    def reads(self, x: CarriedTiles) -> CarriedTiles:
+        """x for the linear, which then leaves here what backward needs."""
+        return _PartTiles(x.carrier, x.tiles, x.rows, self)
+
+    def backward(self, gradient: Fp8Gradient, x: Quantized, dtype: torch.dtype) -> Tensor:
+        """Return dy @ W [rows, in]; hand dy.T @ x over to `kernels.deferred`."""
+        by_channel = partial(requantize_transposed, x, power_of_two=self.power_of_two)
+        return _multiply(self, gradient, None, by_channel, dtype)
+
+
+@dataclass(frozen=True)
+class _PartTiles(CarriedTiles):
+    call: Fp8Call
 
 
 def linear(x: Tensor, weight: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -309,7 +353,10 @@ def _fp8_linear(
         rows = x.detach().flatten(0, -2)
         x = CarriedTiles(x, quantize_tiles(rows, power_of_two=power_of_two), partial(rows.index_select, 0))
     carrier = x.carrier.flatten(0, -2)
-    y: Tensor = _Fp8Linear.apply(carrier, x.tiles, x.rows, weight, group_ends, power_of_two, x_is_kept)  # type: ignore[no-untyped-call]
+    if isinstance(x, _PartTiles):
+        y: Tensor = _fprop(x.call, x.tiles, x.rows, weight, group_ends, power_of_two=power_of_two, dtype=carrier.dtype)
+    else:
+        y = _Fp8Linear.apply(carrier, x.tiles, x.rows, weight, group_ends, power_of_two, x_is_kept)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[-2])
 
 

@@ -194,6 +194,13 @@ def add_rmsnorm(
     return total, tuple(readers[:plain]), carried
 
 
+def norm_for_linear(x: Tensor, weight: Tensor, eps: float, *, power_of_two: bool) -> tuple[CarriedTiles, Tensor]:
+    """RMSNorm of x [rows, dim] in tiles for one reader, and rstd [rows]; for a Function: not differentiable."""
+    _, _, payload, scale, rstd, nan = add_norm_quantize(x, None, weight, eps, power_of_two, True, False)
+    rows = partial(_rows_of, x, weight, rstd)
+    return CarriedTiles(nan.view(x.dtype)[-1:].expand(x.shape), Quantized(payload, scale), rows), rstd
+
+
 def _rows_of(total: Tensor, weight: Tensor, rstd: Tensor, rows: Tensor) -> Tensor:
     """Some rows of y, which was never written: for a probe."""
     return normed_rows(total.flatten(0, -2).index_select(0, rows), weight, rstd.index_select(0, rows))

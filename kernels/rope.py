@@ -82,8 +82,8 @@ def apply_rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)  # [..., tokens, dim]
 
 
-def _rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Multiply each pair, read as a complex number, by its turn."""
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Multiply each pair of x, read as a complex number, by its turn [..., tokens, dim / 2]; not differentiable."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
     if wide.storage_offset() % 2:
         # Some columns of a wider row may be contiguous (one token) and yet begin in the middle of a pair.
@@ -98,12 +98,12 @@ class _ApplyRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, torch.complex(cos, sin))
+        return rotate(x, torch.complex(cos, sin))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotate(grads[0], torch.complex(cos, -sin)), None, None
+        return rotate(grads[0], torch.complex(cos, -sin)), None, None
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -178,6 +178,17 @@ def _sum_rows(rows: int, width: int) -> Sequence[Any]:
     return normal(len(slot_of_row), width), rows_of_token, False, torch.bfloat16
 
 
+def tables(rows: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of 32 pairs, for sequences of a third of the rows where that is a whole number."""
+    angles = torch.randn(rows // 3 if rows % 3 == 0 else rows, 32)
+    return angles.cos(), angles.sin()
+
+
+def heads(rows: int, width: int) -> Tensor:
+    """Of V3's dims, as many as fit the width, an even number, at least two."""
+    return normal(rows, max(2, width // 192 // 2 * 2), 192)
+
+
 CASES: dict[str, Case] = {
     "quantize_tiles": Case(lambda rows, width: (normal(rows, width), True)),
     "quantize_tiles_transposed": Case(lambda rows, width: (normal(rows, width), False)),
@@ -237,6 +248,33 @@ CASES: dict[str, Case] = {
         ),
         TIPPED,
         lambda arguments, _: (arguments[0], *arguments[2:5]),
+    ),
+    "heads_forward": Case(
+        lambda rows, width: (
+            q := heads(rows, width),
+            normal(rows, q.shape[1], 256),
+            normal(rows, 2112)[:, 2048:],
+            *tables(rows),
+        ),
+        results=lambda arguments, returned: (arguments[0], returned),
+    ),
+    "turn_back": Case(
+        lambda rows, width: (
+            q := heads(rows, width),
+            *tables(rows),
+            torch.zeros(rows, q[0].numel() + 64).bfloat16()[:, 64:],
+        ),
+        results=lambda arguments, _: (arguments[-1],),
+    ),
+    # A sum over heads in another order, before two roundings.
+    "rope_key_backward": Case(
+        lambda rows, width: (heads(rows, width), *tables(rows), torch.zeros(rows, 128).bfloat16()[:, 64:]),
+        TIPPED,
+        lambda arguments, _: (arguments[-1],),
+    ),
+    "turn_back_quantize_both": Case(lambda rows, width: (heads(rows, width), *tables(rows), True)),
+    "heads_quantize_both": Case(
+        lambda rows, width: (q := heads(rows, width), normal(rows, q.shape[1], 128), 128, False)
     ),
     "gemm_tile_block": Case(
         lambda rows, width: (*tiles(rows, width), *blocks(other(width), width), torch.bfloat16), FP8_SUM_BF16

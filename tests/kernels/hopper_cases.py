@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from kernels.gpu import adamw, e5m6, permute, quantize, rmsnorm, router, swiglu
+from kernels.gpu import adamw, e5m6, heads, permute, quantize, rmsnorm, router, swiglu
 from tests.gpu.launcher_cases import ADAMW
 from tests.kernels.gemm_cases import TOKENS, bf16, tiles
 
@@ -22,6 +22,9 @@ EXPERT, DENSE = 2048, 18432
 ATTENTION = 16384
 # The latents of queries and keys, slices of one matrix.
 LATENTS, QUERY, KEY = 2112, 1536, 512
+# Attention's heads, their plain and rotary dims, and the tables of a sequence of 4,096 tokens.
+HEADS, NOPE, ROPE = 128, 128, 64
+TABLE = torch.empty(TOKENS, ROPE // 2)
 # Routed experts, experts of a token, and rows of this rank's experts.
 EXPERTS, TOPK = 256, 8
 ROWS = TOPK * TOKENS
@@ -95,6 +98,23 @@ CASES: dict[str, Callable[[], object]] = {
         adamw.adamw, fp32(HIDDEN * EXPERT), fp32(HIDDEN * EXPERT), *(bf16(HIDDEN * EXPERT),) * 3, ADAMW, 3
     ),
     "adamw, FP32": partial(adamw.adamw, *(fp32(HIDDEN * EXPERT),) * 5, ADAMW, 3),
+    "heads_forward": partial(
+        heads.heads_forward, bf16(TOKENS, HEADS, NOPE + ROPE), bf16(TOKENS, HEADS, 2 * NOPE),
+        bf16(TOKENS, LATENTS)[:, QUERY + KEY :], TABLE, TABLE,
+    ),
+    "turn_back": partial(
+        heads.turn_back, bf16(TOKENS, HEADS, NOPE + ROPE), TABLE, TABLE, bf16(TOKENS, HEADS * (NOPE + ROPE))
+    ),
+    "rope_key_backward": partial(
+        heads.rope_key_backward, bf16(TOKENS, HEADS, NOPE + ROPE), TABLE, TABLE,
+        bf16(TOKENS, LATENTS)[:, QUERY + KEY :],
+    ),
+    "turn_back_quantize_both": partial(
+        heads.turn_back_quantize_both, bf16(TOKENS, HEADS, NOPE + ROPE), TABLE, TABLE, True
+    ),
+    "heads_quantize_both": partial(
+        heads.heads_quantize_both, bf16(TOKENS, HEADS, NOPE + ROPE), bf16(TOKENS, HEADS, NOPE), NOPE, True
+    ),
     "pack_e5m6": partial(e5m6.pack_e5m6, bf16(TOKENS, ATTENTION), True),
     "pack_e5m6, FP32 scales": partial(e5m6.pack_e5m6, bf16(TOKENS, ATTENTION), False),
     "unpack_e5m6": partial(

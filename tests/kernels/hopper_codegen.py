@@ -48,6 +48,8 @@ class Figures:
         loop: instructions of the innermost loop that holds a tensor-core instruction; 0 without one.
         loop_tensor_core: tensor-core instructions in that loop.
         tma: bulk loads and stores.
+        multiply_adds: FP32 ones, FFMA.
+        contracts: whether the compiler may make one of a product and a sum.
         widths: accesses to global memory by kind and width, "LDG 16": loads of 16 bytes a thread.
     """
 
@@ -62,6 +64,8 @@ class Figures:
     loop: int
     loop_tensor_core: int
     tma: int
+    multiply_adds: int
+    contracts: bool
     widths: dict[str, int]
 
 
@@ -130,6 +134,8 @@ def figures(case: str, launch: stand_in_driver.Launch) -> Figures:
         loop=len(inner),
         loop_tensor_core=_tensor_core(inner),
         tma=sum(count for opcode, count in counts.items() if opcode.startswith(("UTMALDG", "UTMASTG"))),
+        multiply_adds=sum(count for opcode, count in counts.items() if opcode.startswith("FFMA")),
+        contracts=kernel.metadata.enable_fp_fusion,
         widths=dict(sorted(widths.items())),
     )
 

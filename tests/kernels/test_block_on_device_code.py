@@ -25,7 +25,7 @@ from tests.tiny_model import TINY
 from train.model.precision import Precision
 from train.model.transformer import Transformer
 
-# Ragged where DeepSeek-V3 is: q_kv_a_proj has 64 + 64 + 16 rows; 160 tokens are no multiple of 128.
+# Ragged where DeepSeek-V3 is: q_kv_a_proj has 64 + 64 + 64 rows; 160 tokens are no multiple of 128. Its heads.
 CONFIG = replace(
     TINY,
     hidden_size=256,
@@ -33,9 +33,9 @@ CONFIG = replace(
     moe_intermediate_size=128,
     q_lora_rank=64,
     kv_lora_rank=64,
-    qk_nope_head_dim=32,
-    qk_rope_head_dim=16,
-    v_head_dim=32,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
     n_routed_experts=8,
     n_group=4,
     topk_group=2,
@@ -75,12 +75,12 @@ def run(precision: str, *, device_code: bool) -> tuple[dict[str, Tensor], set[st
     return {"hidden": hidden.detach(), **gradients}, set(mode.counts)
 
 
-# Launchers that training does not call: dequantising alone, and E5M6.
-NOT_IN_TRAINING = {"dequantize_tiles", "pack_e5m6", "unpack_e5m6"}
+# Launchers that this training does not call: dequantising alone, E5M6, and what V3's heads do not need.
+NOT_IN_TRAINING = {"dequantize_tiles", "pack_e5m6", "unpack_e5m6", "turn_back"}
 
 
 def test_device_code_and_references_train_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within two BF16 roundings; measured 1.5e-7 in FP8, where sums round alike, and 3.8e-3 in BF16."""
+    """Within two BF16 roundings; measured 5.5e-3 in FP8, all by the norms' sums (1.8e-7 without), 5.7e-3 in BF16."""
     monkeypatch.setattr(gemm_fp8, "use_gluon", lambda _: True)
     called: set[str] = set()
     for precision in ("fp8", "bf16"):

@@ -91,7 +91,8 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(compiled: list[dict[str, 
         "_swiglu_backward_kernel", "_swiglu_quantize_kernel", "_swiglu_quantize_transposed_kernel",
         "_pack_e5m6_kernel", "_unpack_e5m6_kernel", "_rows_kernel", "_contraction_kernel", "_copy_tokens_kernel",
         "_sum_rows_kernel", "_route_kernel", "_route_backward_kernel",
-        "_add_norm_quantize_kernel", "_norm_backward_kernel",
+        "_add_norm_quantize_kernel", "_norm_backward_kernel", "_heads_forward_kernel", "_turn_back_kernel",
+        "_turn_back_quantize_both_kernel", "_heads_quantize_both_kernel",
     }  # fmt: skip
     # One gate a row: no other access to it.
     single = ("copy_tokens, gates", "sum_rows, gates of copies")
@@ -102,6 +103,16 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(compiled: list[dict[str, 
         assert row["widths"].get("STG 16", 0) > 0, row["case"]
     for row in shipped(compiled):
         assert not {"LDG 1", "LDG 2", "STG 1", "STG 2"} & set(row["widths"]), row["case"]
+
+
+def test_turns_round_each_product(compiled: list[dict[str, Any]]) -> None:
+    """As on a CPU. Where nothing is divided there is no multiply-add at all."""
+    found = {row["case"]: row for row in shipped(compiled)}
+    for case in ("heads_forward", "turn_back", "rope_key_backward"):
+        assert found[case]["multiply_adds"] == 0, case
+    assert {row["case"] for row in shipped(compiled) if not row["contracts"]} == {
+        "heads_forward", "turn_back", "rope_key_backward", "turn_back_quantize_both"
+    }  # fmt: skip
 
 
 # Compute capability and shared memory of a program: Ada (L40S, RTX 4090), consumer Blackwell.

@@ -116,6 +116,11 @@ CALLS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
             torch.empty(1, 300),
         ),
     ),
+    ("heads_forward", lambda: (normal(63, 3, 28), normal(63, 3, 27), normal(63, 40)[:, 26:], *torch.rand(2, 21, 7))),
+    ("turn_back", lambda: (normal(63, 3, 28), *torch.rand(2, 21, 7), normal(63, 99)[:, 15:])),
+    ("rope_key_backward", lambda: (torch.randn(129, 3, 28), *torch.rand(2, 129, 7), torch.randn(129, 50)[:, 36:])),
+    ("turn_back_quantize_both", lambda: (normal(63, 3, 28).mT.contiguous().mT, *torch.rand(2, 21, 7), True)),
+    ("heads_quantize_both", lambda: (normal(129, 3, 28), normal(3, 129, 13).transpose(0, 1), 14, False)),
     ("pack_e5m6", lambda: (normal(63, 300), True)),
     ("unpack_e5m6", lambda: (*pack_e5m6(torch.randn(129, 126), power_of_two=False), BF16)),
 ]
@@ -242,8 +247,11 @@ def test_attention_of_v3_keeps_log_sums_and_no_probabilities() -> None:
     """A fake run on a CPU counts the GPU's fused kernel: o and one FP32 number per query and head."""
     sequences, heads, tokens, qk_dim, v_dim = 1, 128, 4096, 192, 128
     with FakeTensorMode():
-        q, k = (torch.empty(sequences, heads, tokens, qk_dim, dtype=BF16, requires_grad=True) for _ in "qk")
-        v = torch.empty(sequences, heads, tokens, v_dim, dtype=BF16, requires_grad=True)
+        # Token by token in memory, as the model makes them.
+        q, k, v = (
+            torch.empty(sequences, tokens, heads, dim, dtype=BF16).transpose(1, 2).requires_grad_()
+            for dim in (qk_dim, qk_dim, v_dim)
+        )
         grad = torch.empty(tokens, heads * v_dim, dtype=BF16)
         with LiveBytes() as memory, FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as flops:
             o = causal_attention(q, k, v, scale=qk_dim**-0.5, document_ids=None)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
+from torch import Tensor
 
+from kernels.attention import causal_attention_reference
+from kernels.operators import NAMESPACE
+from tests.operator_calls import OperatorCalls
 from tests.tiny_model import TINY
+from train.model import attention
 from train.model.config import ModelConfig
 from train.model.init import initialize
 from train.model.layers import Linear
@@ -111,3 +116,75 @@ def test_forward_hooks_fire_on_every_linear(precision: PrecisionName) -> None:
     # 2 layers and 2 MTP depths of 4 in attention; FFNs of 2, 3 of them shared experts; 2 eh_proj, the head.
     assert len(linears) == 4 * 4 + 4 * 2 + 2 + 1
     assert fired == dict.fromkeys(linears, 1)
+
+
+class LaidOutAsInputs(torch.autograd.Function):
+    """Attention with the memory of torch's cuDNN backend: o has q's order of dims, gradients those of q, k and v.
+
+    Source: `alloc_with_matching_layout` and `empty_like` in torch 2.13, ATen/native/cudnn/MHA.cpp.
+    """
+
+    given: ClassVar[list[Tensor]] = []
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.scale = scale
+        order = sorted(range(4), key=q.stride, reverse=True)
+        shape = (*q.shape[:3], v.shape[3])
+        o = q.new_empty([shape[dim] for dim in order]).permute([order.index(dim) for dim in range(4)])
+        return o.copy_(causal_attention_reference(q, k, v, scale=scale, document_ids=None))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            o = causal_attention_reference(*inputs, scale=ctx.scale, document_ids=None)
+            found = torch.autograd.grad(o, inputs, grads[0])
+        returned = [torch.empty_like(x).copy_(grad) for x, grad in zip(inputs, found, strict=True)]
+        LaidOutAsInputs.given += returned
+        return *returned, None
+
+
+class FirstArguments(OperatorCalls):
+    """Where the first argument of each call of an operator lies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: dict[str, set[int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == NAMESPACE:
+            self.places.setdefault(func._opname, set()).add(args[0].data_ptr())
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+def test_attentions_output_and_gradients_are_not_copied_where_they_are_laid_out_as_its_inputs(
+    precision: PrecisionName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Tensor] = []
+    written: list[Tensor] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_ids: None) -> Tensor:
+        o: Tensor = LaidOutAsInputs.apply(q, k, v, scale)  # type: ignore[no-untyped-call]
+        written.append(o.detach())
+        return o
+
+    monkeypatch.setattr(attention, "causal_attention", attend)
+    monkeypatch.setattr(LaidOutAsInputs, "given", [])
+    net = model(replace(TINY, num_nextn_predict_layers=0), precision=precision)
+    for block in net.layers.values():
+        block.self_attn.o_proj.register_forward_pre_hook(lambda _, args: read.append(args[0].detach()))
+    with FirstArguments() as calls:
+        net(torch.randint(TINY.vocab_size, (2, 9))).hidden.float().square().sum().backward()
+    heads, v_dim = TINY.num_attention_heads, TINY.v_head_dim
+    for o, x in zip(written, read, strict=True):
+        assert o.stride() == (9 * heads * v_dim, v_dim, heads * v_dim, 1)
+        assert x.data_ptr() == o.data_ptr()
+        assert x.is_contiguous()
+    if precision == "fp8":
+        dq, dk, dv = (LaidOutAsInputs.given[nth::3] for nth in range(3))
+        assert calls.places["turn_back"] == {grad.data_ptr() for grad in dq}
+        assert calls.places["rope_key_backward"] == {grad.data_ptr() for grad in dk}
+        assert len(dv) == 2

@@ -6,6 +6,8 @@
     o              = softmax([q_C; q_R] [k_C; k_R]^T * scale) v_C          k_R is one vector for all heads
     u              = W_O o
 
+FP8 computes all up to the core in one operation (`kernels/heads.py`), to the same bits.
+
 Shapes: sequences, tokens, heads; qk = qk_nope_head_dim + qk_rope_head_dim. Without a query latent
 (`q_lora_rank=None`) the first rows of `q_kv_a_proj` are the heads' queries themselves and `q_b_proj` is absent.
 The block scales of FP8 split cleanly at 1536, a multiple of 128.
@@ -26,6 +28,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from kernels.attention import CORE_OPERATORS, causal_attention
 from kernels.fp8_linear import LinearInput
+from kernels.heads import HeadSizes, UpProjection, latents_to_heads
 from kernels.rope import apply_rope, rope_tables, yarn_softmax_factor
 from train.model.config import ModelConfig
 from train.model.layers import KeptLinear, NormedLinear, RMSNorm
@@ -98,22 +101,41 @@ class MultiHeadLatentAttention(nn.Module):
 
     def attend(self, latents: Tensor, document_ids: Tensor | None) -> Tensor:
         """Latents -> heads -> attention core: [sequences, tokens, a_widths] -> [sequences, heads, tokens, v]."""
+        make = self._heads_in_fp8 if self.kv_b_proj.precision.reads_tiles else self._heads_apart
+        q, k, v = make(latents, *self.rope.at(latents.shape[1], latents.device))
+        return causal_attention(q, k, v, scale=self.scale, document_ids=document_ids)
+
+    def _heads_in_fp8(self, latents: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> q, k [sequences, heads, tokens, qk], v [sequences, heads, tokens, v], in memory token by token.
+
+        Fused attention then lays out o in the same way, and `o_proj` reads it as it is.
+        """
+        config, precision = self.config, self.kv_b_proj.precision
+        q_up = None if config.q_lora_rank is None else self._up(self.q_a_layernorm, self.q_b_proj)
+        kv_up = self._up(self.kv_a_layernorm, self.kv_b_proj)
+        sizes = HeadSizes(
+            config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim, precision.power_of_two_scales
+        )
+        q, k, v = latents_to_heads(latents.flatten(0, 1), cos, sin, sizes, q=q_up, kv=kv_up)
+        q, k, v = (x.unflatten(0, latents.shape[:2]).transpose(1, 2) for x in (q, k, v))
+        return q, k, v
+
+    def _up(self, norm: RMSNorm, linear: NormedLinear) -> UpProjection:
+        return UpProjection(norm.weight, norm.eps, linear.weight, linear)
+
+    def _heads_apart(self, latents: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, one operation after the other."""
         config = self.config
-        cos, sin = self.rope.at(latents.shape[1], latents.device)
         q, kv_latent, k_rope = latents.split(self.a_widths, dim=-1)
         if config.q_lora_rank is not None:
             q = self.q_b_proj(self.q_a_layernorm.for_linear(q))
         kv = self.kv_b_proj(self.kv_a_layernorm.for_linear(kv_latent))
 
-        q = self._heads(q)  # [sequences, heads, tokens, qk]
+        q, kv = (x.unflatten(-1, (config.num_attention_heads, -1)) for x in (q, kv))  # [sequences, tokens, heads, dim]
         q_nope, q_rope = q.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
-        q = torch.cat((q_nope, apply_rope(q_rope, cos, sin)), dim=-1)
-        k_nope, v = self._heads(kv).split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
-        k_rope = apply_rope(k_rope.unsqueeze(1), cos, sin)  # [sequences, 1, tokens, rope]
-        k = torch.cat((k_nope, k_rope.expand(-1, config.num_attention_heads, -1, -1)), dim=-1)
-
-        return causal_attention(q, k, v, scale=self.scale, document_ids=document_ids)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """[sequences, tokens, heads * dim] -> [sequences, heads, tokens, dim]."""
-        return x.view(*x.shape[:-1], self.config.num_attention_heads, -1).transpose(1, 2)
+        q_rope = apply_rope(q_rope.transpose(1, 2), cos, sin).transpose(1, 2)
+        q = torch.cat((q_nope, q_rope), dim=-1)
+        k_nope, v = kv.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
+        k_rope = apply_rope(k_rope, cos, sin).unsqueeze(2)  # [sequences, tokens, 1, rope]
+        k = torch.cat((k_nope, k_rope.expand(-1, -1, config.num_attention_heads, -1)), dim=-1)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

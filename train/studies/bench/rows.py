@@ -28,6 +28,7 @@ from kernels.formats import E4M3_MAX, TILE, Quantized
 from kernels.fp8_linear import fp8_linear
 from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
 from kernels.gemm_grouped import grouped_gemm_tile_block
+from kernels.heads import heads_forward, heads_quantize_both, turn_back_quantize_both
 from kernels.permute import combine_tokens, group_tokens, grouping
 from kernels.quantize import (
     dequantize_blocks,
@@ -291,6 +292,38 @@ def _rope_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(8, 4, 256, 32, generator=seeded()).to(device, BF16), cos.to(device), sin.to(device)
 
 
+def _heads_inputs(device: torch.device) -> tuple[Tensor, ...]:
+    generator = seeded()
+    cos, sin = rope_tables(512, 64, 10000.0, yarn=None)
+    q, kv, k_rope = (torch.randn(2048, 4, width, generator=generator).to(device, BF16) for width in (192, 256, 64))
+    return q, kv, k_rope[:, 0], cos.to(device), sin.to(device)
+
+
+def _heads(q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    k = heads_forward(q, kv, k_rope, cos, sin)
+    return torch.cat((q, k))
+
+
+def _torch_heads(q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    q_rope, key = (_by_position(x, cos, sin) for x in (q[..., 128:], k_rope[:, None]))
+    return torch.cat((torch.cat((q[..., :128], q_rope), -1), torch.cat((kv[..., :128], key.expand(-1, 4, -1)), -1)))
+
+
+def _by_position(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [tokens, heads, dim] turned, sequence after sequence."""
+    sequences = x.unflatten(0, (-1, len(cos))).transpose(1, 2)
+    return apply_rope_reference(sequences, cos, sin).transpose(1, 2).flatten(0, 1)
+
+
+def _torch_turn_back(dq: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rows = torch.cat((dq[..., :128], _by_position(dq[..., 128:], cos, -sin)), -1).flatten(1)
+    return quantize_tiles(rows, power_of_two=True).payload
+
+
+def _torch_join(dk: Tensor, dv: Tensor, *_: Tensor) -> Tensor:
+    return quantize_tiles(torch.cat((dk[..., :128], dv[..., :128]), -1).flatten(1), power_of_two=True).payload
+
+
 def _router_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     generator = seeded()
     logits = torch.randn(2048, 64, generator=generator)
@@ -474,6 +507,19 @@ ROWS: dict[str, list[Case]] = {
         "rope", _rope_inputs, apply_rope, apply_rope_reference, "torch, elementwise",
         # One bf16 rounding (2^-8 at most): a fused multiply-add may move a result across a rounding edge.
         tolerance=2**-8, flops=3.0 * 8 * 4 * 256 * 32, bytes=2.0 * 2 * 8 * 4 * 256 * 32,
+    )],
+    "heads": [pair(
+        # The three below round the same numbers in the same order, so both sides have the same bits; peers quantise
+        # for dgrad only.
+        "heads_forward", _heads_inputs, _heads, _torch_heads, "torch: turns, cat",
+        tolerance=0.0, bytes=(2 * 192 + 192 + 2 * 64) * 2.0 * 2048 * 4,
+    ), pair(
+        "turn_back_quantize_both", _heads_inputs,
+        lambda dq, _, __, cos, sin: turn_back_quantize_both(dq, cos, sin, True)[0],
+        _torch_turn_back, "torch: turn, cat, then quantize_tiles", tolerance=0.0, bytes=4.0 * 192 * 2048 * 4,
+    ), pair(
+        "heads_quantize_both", _heads_inputs, lambda dk, dv, *_: heads_quantize_both(dk, dv[..., :128], 128, True)[0],
+        _torch_join, "torch: cat, then quantize_tiles", tolerance=0.0, bytes=4.0 * 256 * 2048 * 4,
     )],
     "router": [pair(
         "route_forward_backward", _router_inputs, _input_gradient(_route), _input_gradient(_torch_route),
