@@ -91,6 +91,8 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(compiled: list[dict[str, 
         "_swiglu_backward_kernel", "_swiglu_quantize_kernel", "_swiglu_quantize_transposed_kernel",
         "_pack_e5m6_kernel", "_unpack_e5m6_kernel", "_rows_kernel", "_contraction_kernel", "_copy_tokens_kernel",
         "_sum_rows_kernel", "_route_kernel", "_route_backward_kernel",
+        "_swiglu_backward_quantize_both_kernel", "_gather_tiles_kernel", "_gather_requantize_transposed_kernel",
+        "_gather_quantize_both_kernel",
         "_add_norm_quantize_kernel", "_norm_backward_kernel",
     }  # fmt: skip
     # One gate a row: no other access to it.
