@@ -17,7 +17,15 @@ from kernels.permute import copy_tokens_reference
 from tests.kernels.expert_layouts import choices, layout_of
 from tests.kernels.gemm_inputs import assert_same_bits
 
-SIZES = [(0, 128, 3), (1, 576, 3), (63, 62, 3), (128, 192, 1), (129, 320, 2), (4097, 64, 1)]
+# Tokens, columns, topk, the experts that are here, whether scales are powers of two.
+CASES = [
+    (0, 128, 3, "whole", True),
+    (1, 576, 3, "partial", False),
+    (63, 62, 3, "whole", False),
+    (128, 192, 1, "partial", True),
+    (129, 320, 2, "whole", True),
+    (4097, 64, 1, "partial", False),
+]
 E4M3, FP32 = torch.float8_e4m3fn, torch.float32
 
 
@@ -35,8 +43,7 @@ def example(tokens: int, cols: int) -> Tensor:
     return x.bfloat16()
 
 
-@pytest.mark.parametrize(("which", "power_of_two"), [("whole", False), ("partial", True)])
-@pytest.mark.parametrize(("tokens", "cols", "topk"), SIZES)
+@pytest.mark.parametrize(("tokens", "cols", "topk", "which", "power_of_two"), CASES)
 def test_rows_have_the_bits_of_copies_that_are_quantised(
     tokens: int, cols: int, topk: int, which: str, power_of_two: bool
 ) -> None:
@@ -54,7 +61,7 @@ def test_rows_have_the_bits_of_copies_that_are_quantised(
     sources = [tokens_in_tiles]
     if cols % 4 == 0:
         # As tokens arrive over the wire.
-        scales = tokens_in_tiles[1].t().contiguous()
+        scales = tokens_in_tiles[1].t().clone(memory_format=torch.contiguous_format)
         packets = torch.cat((tokens_in_tiles[0].view(torch.uint8), scales.view(torch.uint8)), dim=1)
         sources.append((packets[:, :cols].view(E4M3), packets[:, cols:].view(FP32).t()))
     for source in sources:
@@ -82,6 +89,8 @@ def test_regrouping_is_exact_outside_underflow_for_every_code_and_scale_exponent
     payload_t, scale_t = gpu.gather_requantize_transposed(payload, scale, slots, 1, True)
     before = (decode_e4m3(payload).double() * scale[0].double()[:, None])[slots]  # [rows, 256]
     new_scale = scale_t.double().repeat_interleave(128, 0)
+    amax = before.view(63, 128, 256).abs().amax(1)
+    assert torch.equal(scale_t.double(), (amax / 448).log2().ceil().clamp_min(-126).exp2())
     after = decode_e4m3(payload_t.t()).double() * new_scale
     scaled = before / new_scale
     held = (scaled.abs() >= 2**-6) | (scaled * 2**9 == (scaled * 2**9).round())
