@@ -46,6 +46,10 @@ class CarriedTiles:
     # Row numbers [sampled] int64 -> those rows before quantisation: for a probe.
     rows: Callable[[Tensor], Tensor]
 
+    def flatten(self, start_dim: int, end_dim: int) -> CarriedTiles:
+        """The same with fewer leading dims, as a tensor's; the tiles have none."""
+        return CarriedTiles(self.carrier.flatten(start_dim, end_dim), self.tiles, self.rows)
+
     @property
     def shape(self) -> torch.Size:
         """[..., cols]."""
@@ -54,6 +58,32 @@ class CarriedTiles:
     def dim(self) -> int:
         """Number of dims."""
         return self.carrier.dim()
+
+
+class GradientTiles:
+    """Where an operation's backward leaves the gradient of its input in 1x128 tiles, for the operation before it.
+
+    What autograd hands over meanwhile is a NaN expanded to the shape of that input, for the reason above.
+    """
+
+    def __init__(self) -> None:
+        self._tiles: Quantized | None = None
+
+    def put(self, tiles: Quantized) -> None:
+        """Leave a gradient, payload [rows, cols]."""
+        self._tiles = tiles
+
+    def take(self) -> Quantized:
+        """The gradient that was left."""
+        tiles, self._tiles = self._tiles, None
+        assert tiles is not None, "no gradient was left: the operation behind did not run its backward"
+        return tiles
+
+
+def rows_of_tiles(tiles: Quantized, rows: Tensor) -> Quantized:
+    """Some rows [taken] int64 of a tensor in 1x128 tiles, copied as bytes."""
+    payload = tiles.payload.view(torch.uint8).index_select(0, rows).view(tiles.payload.dtype)
+    return Quantized(payload, tiles.scale.index_select(1, rows))
 
 
 def ceil_div(numerator: int, denominator: int) -> int:

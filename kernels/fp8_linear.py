@@ -19,17 +19,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import deferred, probe
-from kernels.formats import CarriedTiles, Quantized
+from kernels.formats import CarriedTiles, GradientTiles, Quantized, rows_of_tiles
+from kernels.gather import gather_quantize_both, gather_requantize_transposed, gather_tiles
 from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
 from kernels.gemm_grouped import group_rows, grouped_gemm_tile_block, grouped_gemm_tile_tile
 from kernels.operators import operator
+from kernels.permute import Dispatched, sum_rows
 from kernels.quantize import (
+    dequantize_tiles,
     quantize_blocks,
     quantize_tiles,
     quantize_tiles_both,
@@ -41,6 +45,7 @@ from kernels.swiglu import (
     gated_swiglu_backward_kept,
     swiglu,
     swiglu_backward_kept,
+    swiglu_backward_quantize_both,
     swiglu_quantize,
     swiglu_quantize_transposed,
 )
@@ -218,6 +223,105 @@ class _Fp8SwigluLinear(torch.autograd.Function):
         return *gated_swiglu_backward_kept(kept, gates, dh), None, None, None
 
 
+class _Fp8Experts(torch.autograd.Function):
+    """The routed experts from tokens in tiles to the sum of each token's rows; a token's copies exist in FP8 only.
+
+    Keeps the tokens' tiles and SwiGLU's input in FP8. Carriers are not read: the tokens', nor, where the dispatcher
+    leaves the gradient of the sums in tiles, that gradient's.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        carrier: Tensor,
+        gates: Tensor,
+        gate_up_weight: Tensor,
+        down_weight: Tensor,
+        x: CarriedTiles,
+        dispatched: Dispatched,
+        power_of_two: bool,
+    ) -> Tensor:
+        tokens, grouping = x.tiles, dispatched.grouping
+        slots, ends, topk = grouping.slot_of_row, grouping.group_ends, grouping.topk
+        ctx.gate_up, ctx.down, ctx.gradient = SimpleNamespace(), SimpleNamespace(), dispatched.gradient
+        ctx.topk, ctx.partial, ctx.power_of_two = topk, grouping.partial, power_of_two
+        options: Any = {"power_of_two": power_of_two, "dtype": carrier.dtype}
+        rows = gather_tiles(tokens, slots, topk)
+        by_slot = partial(_rows_by_slot, x.rows, slots, topk)
+        gate_up = _fprop(ctx.gate_up, rows, by_slot, gate_up_weight, ends, **options)
+        # Each is deleted after its last use: they are larger than all that the experts keep.
+        del rows
+        kept, hq = swiglu_quantize(gate_up, gates, power_of_two=power_of_two)
+        by_row = partial(_activated_rows, gate_up, gates)
+        y = _fprop(ctx.down, hq, by_row, down_weight, ends, **options)
+        del gate_up, hq, by_row
+        ctx.save_for_backward(
+            tokens.payload, tokens.scale, kept.payload, kept.scale, gates, slots, grouping.rows_of_token, ends
+        )
+        return sum_rows(y, grouping.rows_of_token, partial=grouping.partial, out_dtype=y.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        payload, scale, kept_payload, kept_scale, gates, slots, rows_of_token, ends = ctx.saved_tensors
+        tokens, kept, topk = Quantized(payload, scale), Quantized(kept_payload, kept_scale), ctx.topk
+        power_of_two: bool = ctx.power_of_two
+        # Not dy.dtype in the closures: a waiting one would keep all of dy alive.
+        dtype = dy.dtype
+
+        def activation() -> Quantized:
+            return swiglu_quantize_transposed(kept, gates, dtype=dtype, power_of_two=power_of_two)  # [inter, rows]
+
+        gradient = _gather_gradient(dy, ctx.gradient, slots, topk, power_of_two=power_of_two)
+        dh = _multiply(ctx.down, gradient, ends, activation, dtype)
+        del gradient
+        by_row, by_channel, d_gates = swiglu_backward_quantize_both(kept, gates, dh, power_of_two=power_of_two)
+
+        def rows() -> Quantized:
+            return gather_requantize_transposed(tokens, slots, topk, power_of_two=power_of_two)  # [hidden, rows]
+
+        gradient = Fp8Gradient(by_row, by_channel, partial(_differentiated_rows, kept, gates, dh))
+        d_rows = _multiply(ctx.gate_up, gradient, ends, rows, dtype)
+        del by_row, by_channel, gradient, dh
+        d_tokens = sum_rows(d_rows, rows_of_token, partial=ctx.partial, out_dtype=dtype)
+        return d_tokens, d_gates, None, None, None, None, None
+
+
+def _gather_gradient(
+    dy: Tensor, arrived: GradientTiles | None, slots: Tensor, topk: int, *, power_of_two: bool
+) -> Fp8Gradient:
+    """The gradient of each row: of dy [tokens, hidden], or of what has arrived in its place."""
+    if arrived is None:
+        both = gather_quantize_both(dy, slots, topk, power_of_two=power_of_two)
+        return Fp8Gradient(*both, partial(_rows_by_slot, partial(dy.index_select, 0), slots, topk))
+    tiles = arrived.take()
+    by_channel = gather_requantize_transposed(tiles, slots, topk, power_of_two=power_of_two)
+    by_slot = partial(_rows_by_slot, partial(dequantized_rows, tiles, dy.dtype), slots, topk)
+    return Fp8Gradient(gather_tiles(tiles, slots, topk), by_channel, by_slot)
+
+
+def _rows_by_slot(rows_of_tokens: probe.Rows, slot_of_row: Tensor, topk: int, rows: Tensor) -> Tensor:
+    """Some gathered rows before quantisation, zeros in padding rows: for a probe."""
+    slots = slot_of_row.index_select(0, rows)
+    found = rows_of_tokens(slots.clamp_min(0).div(topk, rounding_mode="floor"))
+    return found.masked_fill((slots < 0)[:, None], 0.0)
+
+
+def _activated_rows(gate_up: Tensor, gates: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of the activation before quantisation: for a probe."""
+    return gated_swiglu(gate_up.index_select(0, rows), gates.index_select(0, rows))
+
+
+def _differentiated_rows(kept: Quantized, gates: Tensor, dh: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of the gradient of SwiGLU's input before quantisation: for a probe."""
+    taken = rows_of_tiles(kept, rows), gates.index_select(0, rows), dh.index_select(0, rows)
+    return gated_swiglu_backward_kept(*taken)[0]
+
+
+def dequantized_rows(tiles: Quantized, dtype: torch.dtype, rows: Tensor) -> Tensor:
+    """Some rows of a tensor that came in tiles, as numbers: for a probe."""
+    return dequantize_tiles(rows_of_tiles(tiles, rows), out_dtype=dtype)
+
+
 def _fprop(
     ctx: Any,
     xq: Quantized,
@@ -287,7 +391,7 @@ def _multiply(
         else:
             grouped_gemm_tile_tile(dyq_t, xq_t, group_ends, out=out, accumulate=accumulate)
 
-    if dyq_t is not None:
+    if dyq_t is not None and weight.requires_grad:
         deferred.push(lambda: deferred.accumulate_product(weight, product))
     return _rows_times(dyq, w, group_ends, dtype)
 
@@ -325,6 +429,12 @@ class _PartTiles(CarriedTiles):
     call: Fp8Call
 
 
+def carried(x: Tensor, *, power_of_two: bool) -> CarriedTiles:
+    """x [..., cols] quantised for one reader; x itself carries the gradient and is not read."""
+    rows = x.detach().flatten(0, -2)
+    return CarriedTiles(x, quantize_tiles(rows, power_of_two=power_of_two), partial(rows.index_select, 0))
+
+
 def linear(x: Tensor, weight: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """x @ weight.T in one dtype (None: x's), to which operands are converted, with a deferred FP32 wgrad."""
     _check_features(x, weight, grouped=False)
@@ -349,9 +459,7 @@ def _fp8_linear(
     x: LinearInput, weight: Tensor, group_ends: Tensor | None, *, power_of_two: bool, x_is_kept: bool
 ) -> Tensor:
     _check_features(x, weight, grouped=group_ends is not None)
-    if isinstance(x, Tensor):
-        rows = x.detach().flatten(0, -2)
-        x = CarriedTiles(x, quantize_tiles(rows, power_of_two=power_of_two), partial(rows.index_select, 0))
+    x = carried(x, power_of_two=power_of_two) if isinstance(x, Tensor) else x
     carrier = x.carrier.flatten(0, -2)
     if isinstance(x, _PartTiles):
         y: Tensor = _fprop(x.call, x.tiles, x.rows, weight, group_ends, power_of_two=power_of_two, dtype=carrier.dtype)
@@ -387,6 +495,19 @@ def grouped_fp8_swiglu_linear(
     """`fp8_swiglu_linear` of `gated_swiglu(gate_up, gates)` for every expert; gates [rows] fp32 are kept too."""
     _check_features(gate_up[..., : gate_up.shape[-1] // 2], weight, grouped=True)
     return _Fp8SwigluLinear.apply(gate_up, gates, weight, group_ends, power_of_two)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def fp8_experts(dispatched: Dispatched, gate_up_weight: Tensor, down_weight: Tensor, *, power_of_two: bool) -> Tensor:
+    """Each token's sum of gate * W_down swiglu(W_gate_up token) over its experts here, [tokens, hidden].
+
+    Bit for bit `group_tokens`, `grouped_fp8_linear`, `grouped_fp8_swiglu_linear` and `combine_tokens`.
+    """
+    tokens = dispatched.tokens
+    _check_features(tokens, gate_up_weight, grouped=True)
+    tokens = carried(tokens, power_of_two=power_of_two) if isinstance(tokens, Tensor) else tokens
+    return _Fp8Experts.apply(  # type: ignore[no-any-return, no-untyped-call]
+        tokens.carrier, dispatched.gates, gate_up_weight, down_weight, tokens, dispatched, power_of_two
+    )
 
 
 def _check_features(x: LinearInput, weight: Tensor, *, grouped: bool) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.formats import TILE
+from kernels.formats import TILE, CarriedTiles, GradientTiles
 from kernels.operators import operator
 from kernels.router import expert_counts
 
@@ -41,11 +41,13 @@ class Grouping:
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Token copies on the rank of their experts, as a dispatcher hands them to the experts."""
+    """Tokens on the rank of their experts, as a dispatcher hands them to the experts, who make the rows."""
 
-    rows: Tensor  # [rows, hidden], grouped by local expert, each group padded with zeros to a multiple of 128 rows
+    tokens: Tensor | CarriedTiles  # [tokens, hidden], each once, however many experts it has here
     gates: Tensor  # [rows] fp32, the router's gate of each row; 0 in padding rows
-    group_ends: Tensor  # [local_experts] int32, exclusive end row of each expert's group
+    grouping: Grouping  # of these tokens
+    # Where the dispatcher leaves the gradient of the experts' sums, if it arrives in tiles.
+    gradient: GradientTiles | None
     handle: object  # what the same dispatcher needs to bring the results home; opaque to others
 
 

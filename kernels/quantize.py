@@ -13,11 +13,13 @@ Shapes: rows = tokens (or output features), cols = the contraction dim; x and w 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.formats import E4M3_MAX, TILE, Quantized, ceil_div, decode_e4m3, empty_tiles
+from kernels.formats import E4M3_MAX, TILE, CarriedTiles, GradientTiles, Quantized, ceil_div, decode_e4m3, empty_tiles
 from kernels.operators import operator
 
 # No amax floor such as 1e-4, which would erase small gradients: only the scale itself is kept a normal FP32 number.
@@ -179,6 +181,37 @@ def quantize_blocks(w: Tensor, *, power_of_two: bool) -> Quantized:
 def dequantize_tiles(q: Quantized, *, out_dtype: torch.dtype = torch.float32) -> Tensor:
     """Values of a tensor in 1x128 tiles: [rows, cols], multiplied in fp32 and rounded once to `out_dtype`."""
     return _dequantize_tiles(q.payload, q.scale, out_dtype)
+
+
+class _Dequantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, tiles: Quantized) -> Tensor:
+        return dequantize_tiles(tiles, out_dtype=carrier.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _DequantizeGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gradient: GradientTiles) -> Tensor:
+        ctx.gradient = gradient
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return dequantize_tiles(ctx.gradient.take(), out_dtype=grads[0].dtype), None
+
+
+def dequantize_carried(x: CarriedTiles) -> Tensor:
+    """The values of tiles [rows, cols] for a reader of numbers, whose gradient goes back as it is."""
+    return _Dequantize.apply(x.carrier, x.tiles)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def dequantize_gradient(y: Tensor, gradient: GradientTiles) -> Tensor:
+    """y [rows, cols] for a reader that leaves y's gradient in tiles; whoever made y gets numbers."""
+    return _DequantizeGradient.apply(y, gradient)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def dequantize_blocks(q: Quantized) -> Tensor:

@@ -10,6 +10,7 @@ Around an FP8 down_proj, h = silu(gate) * up * g is never in memory at full widt
     fprop:  gate_up -> gate_up in 1x128 tiles, to be kept; h in 1x128 tiles        `swiglu_quantize`
     wgrad:  kept    -> h in 128x1 tiles                                            `swiglu_quantize_transposed`
     dgrad:  kept, dh -> gradients of gate_up and of the gates                      `[gated_]swiglu_backward_kept`
+    both:   kept, dh -> the gradient of gate_up in 1x128 and in 128x1 tiles        `swiglu_backward_quantize_both`
 
 h is rounded to the input's dtype before it is quantised: the numbers are those of the separate calls.
 
@@ -27,7 +28,12 @@ from torch import Tensor
 
 from kernels.formats import Quantized, empty_tiles
 from kernels.operators import operator
-from kernels.quantize import dequantize_tiles_reference, quantize_tiles_reference, quantize_tiles_transposed_reference
+from kernels.quantize import (
+    dequantize_tiles_reference,
+    quantize_tiles_both_reference,
+    quantize_tiles_reference,
+    quantize_tiles_transposed_reference,
+)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -99,6 +105,17 @@ def gated_swiglu_backward_kept_reference(
     return gated_swiglu_backward_reference(dequantize_tiles_reference(payload, scale, dh.dtype), gates, dh)
 
 
+def swiglu_backward_quantize_both_reference(
+    payload: Tensor, scale: Tensor, gates: Tensor | None, dh: Tensor, power_of_two: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients, quantised. Same arguments as `swiglu_backward_quantize_both`; without gates d_gates is empty."""
+    if gates is None:
+        d_gate_up, d_gates = swiglu_backward_kept_reference(payload, scale, dh), dh.new_empty(0, dtype=_wide(dh.dtype))
+    else:
+        d_gate_up, d_gates = gated_swiglu_backward_kept_reference(payload, scale, gates, dh)
+    return *quantize_tiles_both_reference(d_gate_up, power_of_two), d_gates
+
+
 def _activate_reference(gate_up: Tensor, gates: Tensor | None) -> Tensor:
     return swiglu_reference(gate_up) if gates is None else gated_swiglu_reference(gate_up, gates)
 
@@ -118,6 +135,13 @@ def _allocate_both(gate_up: Tensor, gates: Tensor | None, power_of_two: bool) ->
 
 def _allocate_gated_gradients_kept(payload: Tensor, scale: Tensor, gates: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
     return dh.new_empty(payload.shape), dh.new_empty(payload.shape[:1], dtype=_wide(dh.dtype))
+
+
+def _allocate_gradients_both(
+    payload: Tensor, scale: Tensor, gates: Tensor | None, dh: Tensor, power_of_two: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    d_gates = dh.new_empty(0 if gates is None else len(gates), dtype=_wide(dh.dtype))
+    return *empty_tiles(dh, *payload.shape), *empty_tiles(dh, *payload.shape[::-1]), d_gates
 
 
 _swiglu = operator("swiglu", swiglu_reference, fake=_allocate_output, gpu="swiglu")
@@ -150,6 +174,12 @@ _gated_swiglu_backward_kept = operator(
     "gated_swiglu_backward_kept",
     gated_swiglu_backward_kept_reference,
     fake=_allocate_gated_gradients_kept,
+    gpu="swiglu",
+)
+_swiglu_backward_quantize_both = operator(
+    "swiglu_backward_quantize_both",
+    swiglu_backward_quantize_both_reference,
+    fake=_allocate_gradients_both,
     gpu="swiglu",
 )
 
@@ -206,3 +236,13 @@ def swiglu_backward_kept(kept: Quantized, dh: Tensor) -> Tensor:
 def gated_swiglu_backward_kept(kept: Quantized, gates: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `gated_swiglu` at the input as it was kept: gate_up's in dh's dtype, the gates' fp32."""
     return _gated_swiglu_backward_kept(kept.payload, kept.scale, gates, dh)
+
+
+def swiglu_backward_quantize_both(
+    kept: Quantized, gates: Tensor | None, dh: Tensor, *, power_of_two: bool
+) -> tuple[Quantized, Quantized, Tensor | None]:
+    """The gradient of gate_up, never written in dh's dtype, in 1x128 and in 128x1 tiles; that of the gates, fp32."""
+    payload, scale, payload_t, scale_t, d_gates = _swiglu_backward_quantize_both(
+        kept.payload, kept.scale, gates, dh, power_of_two
+    )
+    return Quantized(payload, scale), Quantized(payload_t, scale_t), None if gates is None else d_gates

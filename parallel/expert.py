@@ -1,31 +1,36 @@
 """Expert parallelism: tokens travel to the ranks of their experts, results travel home (arXiv:2412.19437 §3.2.2, §3.3).
 
-    dispatch   quantise -> all-to-all -> dequantise -> one row per (token, local expert), grouped, padded to 128
-    combine    FP32 sum of a token's rows on each rank -> all-to-all -> FP32 sum over ranks, in order of rank
+    dispatch   quantise, if the norm has not -> all-to-all -> tokens in tiles, as they arrived
+    experts    one row per (token, local expert), grouped, padded to 128; FP32 sum of a token's rows (`kernels`)
+    combine    all-to-all -> FP32 sum over ranks, in order of rank
 
 Expert e is on rank e // local_experts of the axis. A token goes at most once to each rank and is expanded there; its
 experts (int32, -1 for experts elsewhere) and gates (FP32) travel with it, and the gradients of the gates come back.
-Backward of combine is a dispatch of the token's own gradient in the same format, backward of dispatch a combine.
+Backward of combine is a dispatch of the token's own gradient in the same format, backward of dispatch a combine. What
+arrives in FP8 is never expanded to numbers: experts gather rows for their products from it (`kernels.gather`).
 
 The wire follows precision: FP32; BF16; or, for fp8, E4M3 payload + FP32 scales for dispatch (one uint8 row of
-hidden + 4 * ceil(hidden / 128) bytes per (token, rank), 7392 at 7168) and BF16 for combine. With
-power-of-two scales the experts' GEMMs compute on exactly what was sent, but for underflow.
+hidden + 4 * ceil(hidden / 128) bytes per (token, rank), 7392 at 7168) and BF16 for combine. fprop of the experts' first
+linear and dgrad of their last compute on exactly what was sent, as do the wgrads with power-of-two scales, but for
+underflow.
 
 Shapes: tokens of this rank [tokens, hidden]; copies = (token, rank) pairs sent; received = copies that arrived, in
-order of (source rank, token); rows as in `kernels.permute`. Gathers and ordered sums only: results repeat to the bit.
+order of (source rank, token). Gathers and ordered sums only: results repeat to the bit.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from kernels.formats import TILE, Quantized, ceil_div
-from kernels.permute import Dispatched, Grouping, combine_tokens, group_gates, group_tokens, partial_grouping, sum_rows
-from kernels.quantize import dequantize_tiles, quantize_tiles
+from kernels.formats import TILE, CarriedTiles, GradientTiles, Quantized, ceil_div
+from kernels.fp8_linear import LinearInput, carried, dequantized_rows
+from kernels.permute import Dispatched, group_gates, partial_grouping, sum_rows
+from kernels.quantize import quantize_tiles
 from parallel.collectives import Traffic, all_to_all_rows
 from parallel.mesh import Axis
 
@@ -48,26 +53,22 @@ class ExpertChoice(Protocol):
         """[experts] int64, this rank's tokens of each expert."""
 
 
-def pack_fp8(x: Tensor, *, power_of_two: bool) -> Tensor:
-    """[tokens, hidden] fp32 or bf16 in 1x128 tiles -> [tokens, hidden + 4 * ceil(hidden / 128)] uint8, scales last."""
-    q = quantize_tiles(x, power_of_two=power_of_two)
+def pack_fp8(q: Quantized) -> Tensor:
+    """Tokens in 1x128 tiles -> packets [tokens, hidden + 4 * ceil(hidden / 128)] uint8, scales last."""
     # A fresh tensor, for `contiguous` keeps odd strides of one column, which cannot be viewed as bytes.
-    scales = torch.empty(len(x), len(q.scale), device=x.device).copy_(q.scale.t())  # [tokens, tiles]
+    scales = torch.empty(q.scale.shape[::-1], device=q.scale.device).copy_(q.scale.t())  # [tokens, tiles]
     return torch.cat((q.payload.view(torch.uint8), scales.view(torch.uint8)), dim=1)
 
 
-# With power-of-two scales an FP8 value (4 significant bits) is exact in BF16, and quantising it again is exact: the
-# expert's first linear and down_proj's dgrad compute on exactly what was sent, rounded once. 1x128 -> 128x1 for wgrad
-# is exact too, but for elements that fall below 2^-6 of their new tile's scale and are no multiple of 2^-9 of it. With
-# FP32 scales BF16 rounds the value, but quantising it again finds the payload and scale that were sent (the largest
-# element of a tile is a BF16 number, and 2^-8 is less than half an E4M3 step); 1x128 -> 128x1 is a second rounding.
-def unpack_fp8(packets: Tensor, hidden: int) -> Tensor:
-    """The values that `pack_fp8` rounded to: [tokens, hidden] fp32."""
-    payload = packets[:, :hidden].view(torch.float8_e4m3fn)
-    # Fresh as well: the scales of a single packet may be misaligned for FP32.
-    scales = torch.empty_like(packets[:, hidden:], memory_format=torch.contiguous_format)
-    scales.copy_(packets[:, hidden:])
-    return dequantize_tiles(Quantized(payload, scales.view(torch.float32).t()))
+# 1x128 -> 128x1 for wgrad is exact with power-of-two scales, but for elements that fall below 2^-6 of their new tile's
+# scale and are no multiple of 2^-9 of it; with FP32 scales it is a second rounding.
+def unpack_fp8(packets: Tensor, hidden: int) -> Quantized:
+    """The tokens in 1x128 tiles, as views of the packets: payload [tokens, hidden], scale [tiles, tokens]."""
+    scales = packets[:, hidden:]
+    if hidden % 4:
+        # Misaligned for FP32.
+        scales = torch.empty_like(scales, memory_format=torch.contiguous_format).copy_(scales)
+    return Quantized(packets[:, :hidden].view(torch.float8_e4m3fn), scales.view(torch.float32).t())
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,13 @@ class DispatchPlan:
         return all_to_all_rows(received, self.recv_splits, self.send_splits, self.axis, kind=kind, traffic=self.traffic)
 
     def to_experts(self, x: Tensor) -> Tensor:
-        """[tokens, hidden] -> [received, hidden] in x.dtype, over the dispatch wire."""
-        if self.wire == "fp8":
-            # Each token is quantised once, however many copies leave.
-            packets = pack_fp8(x, power_of_two=self.power_of_two).index_select(0, self.token_of_copy)
-            return unpack_fp8(self.send(packets, "dispatch"), x.shape[1]).to(x.dtype)
+        """[tokens, hidden] -> [received, hidden] in x.dtype, over a plain dispatch wire."""
         return self.send(x.to(self._plain_dtype).index_select(0, self.token_of_copy), "dispatch").to(x.dtype)
+
+    def tiles_to_experts(self, tokens: Quantized) -> Quantized:
+        """Tokens in tiles -> received ones, over the fp8 dispatch wire."""
+        packets = pack_fp8(tokens).index_select(0, self.token_of_copy)
+        return unpack_fp8(self.send(packets, "dispatch"), tokens.payload.shape[1])
 
     def to_tokens(self, sums: Tensor) -> Tensor:
         """[received, hidden] -> [tokens, hidden] in sums.dtype, over the combine wire, summed in order of rank."""
@@ -109,19 +111,23 @@ class DispatchPlan:
         return torch.float32 if self.wire == "fp32" else torch.bfloat16
 
 
-@dataclass(frozen=True)
-class _Handle:
-    plan: DispatchPlan
-    grouping: Grouping
+def _carrier(like: Tensor, tokens: int) -> Tensor:
+    """What autograd gets in place of tiles: [tokens, hidden], a NaN that takes no memory."""
+    return like.new_full((1, 1), float("nan")).expand(tokens, like.shape[1])
 
 
 class _Dispatch(torch.autograd.Function):
-    """Tokens and gates go out together, and their gradients come home together: one order on every rank."""
+    """Tokens and gates go out together, and their gradients come home together: one order on every rank.
+
+    Of tokens that went out in tiles, `arrived` of them, the carrier follows here.
+    """
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, gates: Tensor, ids: Tensor, plan: DispatchPlan) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, tokens: Tensor, gates: Tensor, ids: Tensor, plan: DispatchPlan, arrived: int | None
+    ) -> tuple[Tensor, ...]:
         ctx.plan = plan
-        received = plan.to_experts(tokens)
+        received = plan.to_experts(tokens) if arrived is None else _carrier(tokens, arrived)
         topk = gates.shape[1]
         gate_bits = gates.index_select(0, plan.token_of_copy).view(torch.int32)
         choices = plan.send(torch.cat((ids, gate_bits), dim=1), "routing")  # [received, 2 * topk] int32
@@ -131,24 +137,29 @@ class _Dispatch(torch.autograd.Function):
         return received, received_gates, received_ids
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         plan: DispatchPlan = ctx.plan
         grad_tokens = plan.to_tokens(grads[0])
         # Each gate was used on one rank only; the other copies bring zeros.
         by_copy = plan.send_back(grads[1], "gates")
         grad_gates = sum_rows(by_copy, plan.copies_of_token, partial=True, out_dtype=by_copy.dtype)
-        return grad_tokens, grad_gates, None, None
+        return grad_tokens, grad_gates, None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, sums: Tensor, plan: DispatchPlan) -> Tensor:
-        ctx.plan = plan
+    def forward(ctx: Any, sums: Tensor, plan: DispatchPlan, gradient: GradientTiles | None) -> Tensor:
+        ctx.plan, ctx.gradient, ctx.received = plan, gradient, len(sums)
         return plan.to_tokens(sums)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.plan.to_experts(grads[0]), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        plan: DispatchPlan = ctx.plan
+        if ctx.gradient is None:
+            return plan.to_experts(grads[0]), None, None
+        # Each token is quantised once, however many copies leave.
+        ctx.gradient.put(plan.tiles_to_experts(quantize_tiles(grads[0], power_of_two=plan.power_of_two)))
+        return _carrier(grads[0], ctx.received), None, None
 
 
 class ExpertParallelDispatcher:
@@ -185,35 +196,46 @@ class ExpertParallelDispatcher:
         local = n_routed_experts // axis.size
         self.experts = range(axis.rank * local, (axis.rank + 1) * local)
 
-    def dispatch(self, tokens: Tensor, routing: ExpertChoice) -> Dispatched:
-        """Send tokens to their experts' ranks and expand them there.
+    def dispatch(self, tokens: LinearInput, routing: ExpertChoice) -> Dispatched:
+        """Send tokens to their experts' ranks.
 
         Args:
-            tokens: [tokens, hidden] fp32 or bf16; 0 tokens are legal, the exchange still takes place.
+            tokens: [tokens, hidden] fp32 or bf16, or in tiles for an fp8 wire, which quantises what is not; 0 tokens
+                are legal, the exchange still takes place.
             routing: of these tokens.
         Returns:
-            Rows grouped by local expert in order of (source rank, token); each group padded to 128.
+            The tokens that arrived, in order of (source rank, token), and how the local experts group them. Over an fp8
+            wire they are in tiles, and so is the gradient of the experts' sums.
         """
-        assert len(tokens) == len(routing.topk_ids), (tokens.shape, routing.topk_ids.shape)
+        assert len(tokens.shape) == 2, tokens.shape
+        assert tokens.shape[0] == len(routing.topk_ids), (tokens.shape, routing.topk_ids.shape)
         plan, ids, num_rows = self._plan(routing)
-        received, gates, local_ids = _Dispatch.apply(tokens, routing.gates, ids, plan)  # type: ignore[no-untyped-call]
+        tiles = None
+        if self.wire == "fp8":
+            known = carried(tokens, power_of_two=self.power_of_two) if isinstance(tokens, Tensor) else tokens
+            tokens, tiles = known.carrier, plan.tiles_to_experts(known.tiles)
+        assert isinstance(tokens, Tensor), f"a wire in {self.wire} takes no tiles"
+        arrived = None if tiles is None else len(tiles.payload)
+        received, gates, local_ids = _Dispatch.apply(tokens, routing.gates, ids, plan, arrived)  # type: ignore[no-untyped-call]
         grouping = partial_grouping(local_ids, len(self.experts), num_rows=num_rows)
+        if tiles is not None:
+            received = CarriedTiles(received, tiles, partial(dequantized_rows, tiles, received.dtype))
         return Dispatched(
-            rows=group_tokens(received, grouping),
+            tokens=received,
             gates=group_gates(gates, grouping),
-            group_ends=grouping.group_ends,
-            handle=_Handle(plan, grouping),
+            grouping=grouping,
+            gradient=None if tiles is None else GradientTiles(),
+            handle=plan,
         )
 
-    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
-        """Sum expert outputs, gates included, per token and rank, send the sums home, and sum them there.
+    def combine(self, sums: Tensor, dispatched: Dispatched) -> Tensor:
+        """Send the experts' sums of the received tokens, gates included, home, and sum them there.
 
-        A token's sum [tokens, hidden], in rows.dtype, is rounded to the wire's dtype on each rank, and once here.
+        A token's sum [tokens, hidden], in sums.dtype, is rounded to the wire's dtype on each rank, and once here.
         """
-        handle = dispatched.handle
-        assert isinstance(handle, _Handle), type(handle)
-        sums = combine_tokens(rows, handle.grouping)  # [received, hidden]
-        y: Tensor = _Combine.apply(sums, handle.plan)  # type: ignore[no-untyped-call]
+        plan = dispatched.handle
+        assert isinstance(plan, DispatchPlan), type(plan)
+        y: Tensor = _Combine.apply(sums, plan, dispatched.gradient)  # type: ignore[no-untyped-call]
         return y
 
     @torch.no_grad()

@@ -212,6 +212,14 @@ CASES: dict[str, Case] = {
     "gated_swiglu_backward_kept": Case(
         lambda rows, width: (*tiles(rows, 2 * width), torch.rand(rows), normal(rows, width)), TIPPED
     ),
+    "swiglu_backward_quantize_both": Case(
+        lambda rows, width: (*tiles(rows, 2 * width), torch.rand(rows), normal(rows, width), True),
+        TIPPED_E4M3,
+        lambda _, returned: (decode_tiles(*returned[:2]), decode_tiles(*returned[2:4]), returned[4]),
+    ),
+    "gather_tiles": Case(lambda rows, width: (*tiles(rows, width), layout(rows)[0], TOPK)),
+    "gather_requantize_transposed": Case(lambda rows, width: (*tiles(rows, width), layout(rows)[0], TOPK, True)),
+    "gather_quantize_both": Case(lambda rows, width: (normal(rows, width), layout(rows)[0], TOPK, True)),
     # rstd is within four units of the last place, and y tips where it decides.
     "add_norm_quantize": Case(
         lambda rows, width: (

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from kernels.gpu import adamw, e5m6, heads, permute, quantize, rmsnorm, router, swiglu
+from kernels.gpu import adamw, e5m6, gather, heads, permute, quantize, rmsnorm, router, swiglu
 from tests.gpu.launcher_cases import ADAMW
 from tests.kernels.gemm_cases import TOKENS, bf16, tiles
 
@@ -28,6 +28,13 @@ TABLE = torch.empty(TOKENS, ROPE // 2)
 # Routed experts, experts of a token, and rows of this rank's experts.
 EXPERTS, TOPK = 256, 8
 ROWS = TOPK * TOKENS
+
+
+def packets() -> tuple[torch.Tensor, torch.Tensor]:
+    """Payload and scales of tokens as they arrive over the wire, in rows of 7,392 bytes."""
+    whole = torch.empty(TOKENS, HIDDEN + HIDDEN // 32, dtype=torch.uint8)
+    return whole[:, :HIDDEN].view(torch.float8_e4m3fn), whole[:, HIDDEN:].view(torch.float32).t()
+
 
 fp32, int64 = torch.empty, partial(torch.empty, dtype=torch.int64)
 CASES: dict[str, Callable[[], object]] = {
@@ -60,6 +67,24 @@ CASES: dict[str, Callable[[], object]] = {
     "gated_swiglu_backward_kept": partial(
         swiglu.gated_swiglu_backward_kept, *tiles(TOKENS, 2 * EXPERT), fp32(TOKENS), bf16(TOKENS, EXPERT)
     ),
+    "swiglu_backward_quantize_both, dense": partial(
+        swiglu.swiglu_backward_quantize_both, *tiles(TOKENS, 2 * DENSE), None, bf16(TOKENS, DENSE), True
+    ),
+    "swiglu_backward_quantize_both, expert": partial(
+        swiglu.swiglu_backward_quantize_both, *tiles(TOKENS, 2 * EXPERT), fp32(TOKENS), bf16(TOKENS, EXPERT), True
+    ),
+    "swiglu_backward_quantize_both, expert, FP32 scales": partial(
+        swiglu.swiglu_backward_quantize_both, *tiles(TOKENS, 2 * EXPERT), fp32(TOKENS), bf16(TOKENS, EXPERT), False
+    ),
+    "gather_tiles": partial(gather.gather_tiles, *tiles(TOKENS, HIDDEN), int64(ROWS), TOPK),
+    "gather_tiles, of packets": partial(gather.gather_tiles, *packets(), int64(ROWS), TOPK),
+    "gather_requantize_transposed": partial(
+        gather.gather_requantize_transposed, *tiles(TOKENS, HIDDEN), int64(ROWS), TOPK, True
+    ),
+    "gather_requantize_transposed, of packets": partial(
+        gather.gather_requantize_transposed, *packets(), int64(ROWS), TOPK, True
+    ),
+    "gather_quantize_both": partial(gather.gather_quantize_both, bf16(TOKENS, HIDDEN), int64(ROWS), TOPK, True),
     "add_norm_quantize": partial(
         rmsnorm.add_norm_quantize, bf16(TOKENS, HIDDEN), bf16(TOKENS, HIDDEN), bf16(HIDDEN), 1e-6, True, True, False
     ),

@@ -113,6 +113,30 @@ def test_the_operand_of_wgrad_is_what_separate_kernels_give(
     assert_same_bits(found, quantize.quantize_tiles_transposed_reference(h, power_of_two))
 
 
+@pytest.mark.parametrize(
+    ("rows", "inter", "gated"),
+    [(1, 256, True), (63, 192, False), (128, 256, True), (129, 192, True), (129, 256, False), (4097, 128, True)],
+)
+def test_gradients_quantised_both_ways_are_what_separate_kernels_give(
+    rows: int, inter: int, gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "ROWS_BOTH", 64)
+    monkeypatch.setattr(gpu, "COLUMNS_BOTH", 64)
+    gate_up, gates, dh = example(rows, inter, gated=gated, dtype=FP32 if rows == 128 else BF16)
+    power_of_two = rows not in (63, 128)
+    kept = quantize.quantize_tiles_reference(gate_up, power_of_two)
+    d_gate_up, *d_gates = backward_kept(*kept, gates, dh)
+    *found, found_d_gates = gpu.swiglu_backward_quantize_both(*kept, gates, dh, power_of_two)
+    assert_same_bits(found, quantize.quantize_tiles_both_reference(d_gate_up, power_of_two))
+    if gates is None:
+        assert found_d_gates.numel() == 0
+    else:
+        # The same FP32 terms in another order: eight roundings of 2^-24 in each of two trees of at most 256 terms.
+        h = activation(quantize.dequantize_tiles_reference(*kept, FP32), None).double()
+        bound = 2 * 8 * 2**-24 * (h * dh.double()).abs().sum(1)
+        assert bool(((found_d_gates.double() - d_gates[0].double()).abs() <= bound + 1e-38).all())
+
+
 @gated
 @scales
 def test_quantised_activations_are_within_one_step_of_the_references(gated: bool, power_of_two: bool) -> None:
@@ -237,4 +261,6 @@ def test_matrices_without_rows() -> None:
     assert [tuple(t.shape) for t in transposed] == [(256, 0), (0, 256)]
     assert gpu.swiglu_backward_kept(*kept[:2], dh).shape == (0, 512)
     assert [t.shape[0] for t in gpu.gated_swiglu_backward_kept(*kept[:2], gates, dh)] == [0, 0]
+    both = gpu.swiglu_backward_quantize_both(*kept[:2], gates, dh, True)
+    assert [tuple(t.shape) for t in both] == [(0, 512), (4, 0), (512, 0), (0, 512), (0,)]
     assert gpu.swiglu(gate_up).shape == (0, 256)

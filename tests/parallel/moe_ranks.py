@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.fp8_linear
-from kernels.formats import E4M3_MAX, TILE, Quantized, decode_e4m3
-from kernels.permute import Dispatched
+from kernels.formats import Quantized
+from kernels.permute import Dispatched, combine_tokens, group_tokens
+from kernels.quantize import dequantize_carried, dequantize_gradient, dequantize_tiles, quantize_tiles
 from kernels.router import expert_counts
 from parallel.collectives import Traffic
 from parallel.expert import ExpertParallelDispatcher, Wire, pack_fp8, unpack_fp8
@@ -99,8 +100,7 @@ def routed_experts(case: Case, dispatcher: TokenDispatcher, name: Wire) -> dict[
         main_grads[key] = weight.main_grad = torch.zeros(weight.shape)  # type: ignore[attr-defined]
     x, gates = case.x.clone().requires_grad_(), case.gates.clone().requires_grad_()
     dispatched = dispatcher.dispatch(x, routing_of(case.ids, gates))
-    rows = experts(dispatched.rows, dispatched.gates, dispatched.group_ends)
-    y = dispatcher.combine(rows, dispatched)
+    y = dispatcher.combine(experts(dispatched), dispatched)
     y.backward(case.grad)
     return {"y": y.detach(), "x": x.grad, "gates": gates.grad, **main_grads}
 
@@ -130,13 +130,28 @@ def relative(parts: list[dict[str, tuple[float, float]]], key: str) -> float:
     return float((error / size) ** 0.5)
 
 
+def over_the_wire(x: Tensor, *, power_of_two: bool) -> Tensor:
+    """The values that arrive in FP8: [tokens, hidden] fp32."""
+    packets = pack_fp8(quantize_tiles(x, power_of_two=power_of_two))
+    return dequantize_tiles(unpack_fp8(packets, x.shape[1]))
+
+
+def identity_experts(dispatched: Dispatched) -> Tensor:
+    """Sums of experts that return their input times the gate."""
+    tokens, grouping = dispatched.tokens, dispatched.grouping
+    tokens = tokens if isinstance(tokens, Tensor) else dequantize_carried(tokens)
+    rows = group_tokens(tokens, grouping) * dispatched.gates[:, None].to(tokens.dtype)
+    sums = combine_tokens(rows, grouping)
+    return sums if dispatched.gradient is None else dequantize_gradient(sums, dispatched.gradient)
+
+
 def there_and_back(
     case: Case, dispatcher: ExpertParallelDispatcher, gates: Tensor
 ) -> tuple[Tensor, Tensor, Dispatched]:
     """y and dx for experts that return their input times the gate."""
     x = case.x.clone().requires_grad_()
     dispatched = dispatcher.dispatch(x, routing_of(case.ids, gates))
-    y = dispatcher.combine(dispatched.rows * dispatched.gates[:, None].to(x.dtype), dispatched)
+    y = dispatcher.combine(identity_experts(dispatched), dispatched)
     y.backward(case.grad)
     return y.detach(), x.grad, dispatched
 
@@ -147,13 +162,14 @@ def identity_faults(rank: int, world: int, wire: Wire) -> list[str]:
         mine = case(kind, world, torch.float32 if wire == "fp32" else torch.bfloat16).part(rank, world)
         expected = [mine.x, mine.grad]
         if wire == "fp8":
-            expected = [unpack_fp8(pack_fp8(t, power_of_two=True), t.shape[1]).to(t.dtype) for t in expected]
+            expected = [over_the_wire(t, power_of_two=True).to(t.dtype) for t in expected]
         for slot, unit in enumerate(torch.eye(mine.ids.shape[1])):
             y, dx, dispatched = there_and_back(mine, dispatcher_of(rank, world, wire), unit.repeat(len(mine.ids), 1))
             if not (torch.equal(y, expected[0]) and torch.equal(dx, expected[1])):
                 faults.append(f"{kind}, slot {slot}")
-            if dispatched.group_ends.tolist()[-1] != len(dispatched.rows) or len(dispatched.rows) % 128:
-                faults.append(f"{kind}: {len(dispatched.rows)} rows for ends {dispatched.group_ends.tolist()}")
+            ends, num_rows = dispatched.grouping.group_ends.tolist(), dispatched.grouping.num_rows
+            if ends[-1] != num_rows or num_rows % 128:
+                faults.append(f"{kind}: {num_rows} rows for ends {ends}")
     return faults
 
 
@@ -190,7 +206,7 @@ def without_tokens(rank: int, world: int) -> dict[str, object]:
     assert gates.grad is not None
     assert dx.shape == none.x.shape
     # One exchange for the counts, two for tokens and their experts, one home; three in backward.
-    return {"rows": len(dispatched.rows), "y": tuple(y.shape), "exchanges": len(seen)}
+    return {"rows": dispatched.grouping.num_rows, "y": tuple(y.shape), "exchanges": len(seen)}
 
 
 def repeats(rank: int, world: int) -> bool:
@@ -253,38 +269,27 @@ def host_reads(rank: int, world: int) -> dict[str, list[str]]:
             return run(), list(calls)
 
     dispatched, in_dispatch = phase(lambda: dispatcher.dispatch(x, routing))
-    y, in_combine = phase(lambda: dispatcher.combine(dispatched.rows, dispatched))
+    sums = identity_experts(dispatched)
+    y, in_combine = phase(lambda: dispatcher.combine(sums, dispatched))
     _, in_backward = phase(lambda: y.backward(mine.grad))
     return {"dispatch": in_dispatch, "combine": in_combine, "backward": in_backward}
 
 
 def down_proj_dgrad_operand(case: Case, dispatcher: TokenDispatcher) -> tuple[Quantized, Tensor]:
     """What down_proj's dgrad multiplies, by rows, and the ends of the experts' groups."""
-    quantised: list[Quantized] = []
-    original = kernels.fp8_linear.quantize_tiles_both
+    operands: list[tuple[Quantized, Tensor]] = []
+    original = kernels.fp8_linear._multiply
 
-    def remember(dy: Tensor, *, power_of_two: bool) -> tuple[Quantized, Quantized]:
-        both = original(dy, power_of_two=power_of_two)
-        quantised.append(both[0])
-        return both
-
-    ends = []
-    dispatch = dispatcher.dispatch
-
-    class Recording:
-        experts, combine = dispatcher.experts, dispatcher.combine
-
-        def dispatch(self, tokens: Tensor, routing: Routing) -> Dispatched:
-            dispatched = dispatch(tokens, routing)
-            ends.append(dispatched.group_ends)
-            return dispatched
+    def remember(call: Any, gradient: Any, group_ends: Tensor, *rest: Any) -> Tensor:
+        operands.append((gradient.by_row, group_ends))
+        return original(call, gradient, group_ends, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels.fp8_linear, "quantize_tiles_both", remember)
-        routed_experts(case, Recording(), "fp8")
+        patch.setattr(kernels.fp8_linear, "_multiply", remember)
+        routed_experts(case, dispatcher, "fp8")
     # Backward meets down_proj first, then gate_up_proj.
-    assert len(quantised) == 2
-    return quantised[0], ends[0]
+    assert len(operands) == 2
+    return operands[0]
 
 
 def compare_dgrad_operands(rank: int, world: int) -> dict[str, int]:
@@ -295,15 +300,9 @@ def compare_dgrad_operands(rank: int, world: int) -> dict[str, int]:
     starts = [0, *local_ends.tolist()]
     rows = torch.cat([torch.arange(starts[expert], starts[expert + 1]) for expert in dispatcher.experts])
     assert len(rows) == int(ends[-1]) == len(sent.payload)
-    payload = decode_e4m3(local.payload.view(torch.uint8)[rows].view(torch.float8_e4m3fn))
-    scale = local.scale[:, rows]
-    amax = torch.stack([tile.abs().amax(1) for tile in payload.split(TILE, dim=1)])  # [tiles, rows]
-    halved = amax == E4M3_MAX / 2
-    scale = torch.where(halved, scale / 2, scale)
-    doubled = halved.t().repeat_interleave(TILE, 1)[:, : payload.shape[1]]
-    payload = torch.where(doubled, payload * 2, payload)
-    different = int((decode_e4m3(sent.payload) != payload).sum()) + int((sent.scale != scale).sum())
-    return {"different": different, "tiles": halved.numel(), "halved": int(halved.sum())}
+    payload = local.payload.view(torch.uint8)[rows]
+    different = int((sent.payload.view(torch.uint8) != payload).sum()) + int((sent.scale != local.scale[:, rows]).sum())
+    return {"different": different, "tiles": sent.scale.numel()}
 
 
 def measure(rank: int, world: int) -> dict[str, Any]:

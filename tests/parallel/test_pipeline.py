@@ -201,15 +201,20 @@ PER_MICRO_BATCH = {
     "grouped_gemm_tile_block": 2 * STACKS,
     "grouped_gemm_tile_tile": STACKS,
     # The input by row, together with the norm before it or, of a down-projection, with SwiGLU; dy by row and by
-    # column; the input by column, from what was kept of it.
-    "quantize_tiles": LINEARS + STACKS - DOWNS - NORMED,
+    # column; the input by column, from what was kept of it. Experts gather what the norm has quantised, and the
+    # gradient of their sums, and quantise that of SwiGLU's input where it is made.
+    "quantize_tiles": LINEARS - (DOWNS - MOE_BLOCKS) - NORMED,
+    "gather_tiles": MOE_BLOCKS,
+    "gather_requantize_transposed": MOE_BLOCKS,
+    "gather_quantize_both": MOE_BLOCKS,
+    "swiglu_backward_quantize_both": MOE_BLOCKS,
     "add_norm_quantize": NORMS,
     "norm_backward": NORMS,
     "swiglu_quantize": DOWNS,
-    "quantize_tiles_both": LINEARS + STACKS,
+    "quantize_tiles_both": LINEARS,
     "quantize_tiles_transposed": KEPT,
     "swiglu_quantize_transposed": DOWNS,
-    "requantize_transposed": LINEARS + STACKS - DOWNS - KEPT,
+    "requantize_transposed": LINEARS - (DOWNS - MOE_BLOCKS) - KEPT,
 }
 EACH_STEP = Counter({operator: calls * MICRO_BATCHES for operator, calls in PER_MICRO_BATCH.items()})
 # Each weight once, however many micro-batches use it, and not again before it changes.
@@ -227,7 +232,7 @@ def test_each_fp8_gemm_runs_exactly_once_per_micro_batch(walks: Walks) -> None:
         assert {
             operator: n
             for operator, n in total.items()
-            if any(part in operator for part in ("gemm", "quantize", "norm"))
+            if any(part in operator for part in ("gemm", "quantize", "norm", "gather"))
         } == expected
     # Recomputation repeats no other operator either: no attention core, no wgrad. And it changes no bit.
     assert totals[2] - totals[1] == AGAIN

@@ -29,8 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import kernels.router
-from kernels.formats import TILE
-from kernels.permute import Dispatched, combine_tokens, group_gates, group_tokens, partial_grouping
+from kernels.formats import TILE, CarriedTiles, ceil_div, rows_of_tiles
+from kernels.fp8_linear import LinearInput
+from kernels.permute import Dispatched, group_gates, partial_grouping
 from parallel.layout import Layout
 from parallel.mesh import make_mesh, single
 from parallel.shards import LocalShard
@@ -86,50 +87,45 @@ class _Copies(torch.autograd.Function):
     """One copy for each rank; their gradients come home rounded, are summed in FP32 and rounded once."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, ranks: int) -> tuple[Tensor, ...]:
-        return tuple(tokens.clone() for _ in range(ranks))
+    def forward(ctx: Any, tokens: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return tokens.repeat(ranks, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total = grads[0].float()
-        for grad in grads[1:]:
-            total = total + grad.float()
+        total, *rest = (grad.float() for grad in grads[0].chunk(ctx.ranks))
+        for grad in rest:
+            total = total + grad
         return total.to(grads[0].dtype), None
 
 
 class PartialSums:
-    """A dispatcher of one process that sums as `ranks` expert ranks would."""
+    """A dispatcher of one process that sums as `ranks` expert ranks would: each has a copy of every token."""
 
     def __init__(self, ranks: int) -> None:
         self.ranks, self.local = ranks, MODEL.n_routed_experts // ranks
         self.experts = range(MODEL.n_routed_experts)
 
-    def dispatch(self, tokens: Tensor, routing: Routing) -> Dispatched:
-        groups = []
-        for rank in range(self.ranks):
-            ids = routing.topk_ids - rank * self.local
-            ids = torch.where((ids >= 0) & (ids < self.local), ids, -1)
-            num_rows = ids.numel() + self.local * TILE
-            groups.append(partial_grouping(ids, self.local, num_rows=num_rows // TILE * TILE))
-        # Rows behind a rank's last group would stand between two ranks' groups: cut them off.
-        used = [int(group.group_ends[-1]) for group in groups]
-        copies: tuple[Tensor, ...] = _Copies.apply(tokens, self.ranks)  # type: ignore[no-untyped-call]
-        rows = [group_tokens(copy, group)[:end] for copy, group, end in zip(copies, groups, used, strict=True)]
-        gates = [group_gates(routing.gates, group)[:end] for group, end in zip(groups, used, strict=True)]
-        starts = [sum(used[:rank]) for rank in range(self.ranks)]
-        ends = [group.group_ends + start for group, start in zip(groups, starts, strict=True)]
-        return Dispatched(torch.cat(rows), torch.cat(gates), torch.cat(ends).int(), (groups, used))
+    def dispatch(self, tokens: LinearInput, routing: Routing) -> Dispatched:
+        rank_of_copy = torch.arange(self.ranks).repeat_interleave(len(routing.topk_ids))[:, None]
+        ids = routing.topk_ids.repeat(self.ranks, 1)
+        ids = torch.where(ids // self.local == rank_of_copy, ids, -1)
+        counts = [int((ids == expert).sum()) for expert in self.experts]
+        grouping = partial_grouping(ids, len(counts), num_rows=sum(ceil_div(count, TILE) * TILE for count in counts))
+        if isinstance(tokens, Tensor):
+            copies: LinearInput = _Copies.apply(tokens, self.ranks)  # type: ignore[no-untyped-call]
+        else:
+            rows = torch.arange(len(routing.topk_ids)).repeat(self.ranks)
+            carrier = _Copies.apply(tokens.carrier, self.ranks)  # type: ignore[no-untyped-call]
+            copies = CarriedTiles(carrier, rows_of_tiles(tokens.tiles, rows), tokens.rows)
+        gates = group_gates(routing.gates.repeat(self.ranks, 1), grouping)
+        return Dispatched(copies, gates, grouping, gradient=None, handle=None)
 
-    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
-        groups, used = dispatched.handle  # type: ignore[misc]
-        sums = []
-        for part, group in zip(rows.split(used), groups, strict=True):
-            missing = part.new_zeros(group.num_rows - len(part), part.shape[1])
-            sums.append(combine_tokens(torch.cat((part, missing)), group))
-        total = sums[0].float()
-        for part in sums[1:]:
-            total = total + part.float()
-        return total.to(rows.dtype)
+    def combine(self, sums: Tensor, dispatched: Dispatched) -> Tensor:
+        total, *rest = (part.float() for part in sums.chunk(self.ranks))
+        for part in rest:
+            total = total + part
+        return total.to(sums.dtype)
 
 
 def engine_on(layout: Layout | None, precision: str, *, expert_ranks: int = 1) -> Engine:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -176,11 +177,20 @@ def round_to_e5m2(q: Quantized) -> Quantized:
     return Quantized(rounded.clamp(-E4M3_MAX, E4M3_MAX).to(q.payload.dtype), q.scale)
 
 
-# Defect -> the operator whose result it changes, and how.
-DEFECTS: dict[str, tuple[str, Callable[[Quantized], Quantized]]] = {
-    "neighbouring_scale": ("quantize_tiles", lambda q: Quantized(q.payload, q.scale.roll(1, dims=1))),
-    "dropped_wgrad_tile": ("requantize_transposed", drop_first_tile),
-    "e5m2_weights": ("quantize_blocks", round_to_e5m2),
+def neighbouring_scale(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Products read the scales of the row before, whoever quantised."""
+    return lambda rows, *args: original(Quantized(rows.payload, rows.scale.roll(1, dims=1)), *args)
+
+
+def of_result(change: Callable[[Quantized], Quantized]) -> Callable[..., Callable[..., Quantized]]:
+    return lambda original: lambda *args, **options: change(original(*args, **options))
+
+
+# Defect -> the function that it replaces, and how.
+DEFECTS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "neighbouring_scale": ("_rows_times", neighbouring_scale),
+    "dropped_wgrad_tile": ("requantize_transposed", of_result(drop_first_tile)),
+    "e5m2_weights": ("quantize_blocks", of_result(round_to_e5m2)),
 }
 
 
@@ -188,8 +198,7 @@ DEFECTS: dict[str, tuple[str, Callable[[Quantized], Quantized]]] = {
 def planted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A defect in the FP8 linear."""
     name, change = DEFECTS[request.param]
-    original = getattr(kernels.fp8_linear, name)
-    monkeypatch.setattr(kernels.fp8_linear, name, lambda *args, **options: change(original(*args, **options)))
+    monkeypatch.setattr(kernels.fp8_linear, name, change(getattr(kernels.fp8_linear, name)))
 
 
 @pytest.mark.usefixtures("planted")

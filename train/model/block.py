@@ -6,7 +6,7 @@ Each phase takes and returns explicit tensors: a pipeline schedule can interleav
 forward with another's backward (§3.2.1) without touching the math.
 
 A block hands on the residual stream and what its FFN adds to it, not yet added: the next norm adds, normalises and
-quantises in one pass. Shapes: residual, delta [sequences, tokens, hidden]; rows as in `moe.py`.
+quantises in one pass. Shapes: residual, delta [sequences, tokens, hidden].
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class DispatchInput:
     """What leaves `route`: the residual stream, its normed copy for each reader, and the router's decision."""
 
     residual: Tensor  # [sequences, tokens, hidden]
-    tokens: Tensor  # [sequences * tokens, hidden]
+    tokens: LinearInput  # [sequences * tokens, hidden], for the routed experts
     shared: LinearInput | None  # [sequences, tokens, hidden], for the shared expert
     routing: Routing
 
@@ -87,27 +87,26 @@ class MoEBlock(nn.Module):
         """Phase 2: norm of the sum, scores, choice and gates."""
         shared = self.mlp.shared_experts is not None
         # Readers in the order in which they run: router, routed experts, shared expert.
-        normed = self.post_attention_layernorm.of_sum(residual, delta, plain=2, linears=int(shared))
-        for_router, tokens = normed.plain
+        normed = self.post_attention_layernorm.of_sum(residual, delta, plain=1, linears=1 + int(shared))
         return DispatchInput(
             residual=normed.residual,
-            tokens=tokens.flatten(0, 1),
-            shared=normed.linears[0] if shared else None,
-            routing=self.mlp.gate(for_router),
+            tokens=normed.linears[0].flatten(0, 1),
+            shared=normed.linears[1] if shared else None,
+            routing=self.mlp.gate(normed.plain[0]),
         )
 
     def dispatch(self, routed: DispatchInput) -> Dispatched:
-        """Phase 3: token copies travel to their experts."""
+        """Phase 3: tokens travel to their experts."""
         return self.mlp.dispatcher.dispatch(routed.tokens, routed.routing)
 
     def experts(self, dispatched: Dispatched) -> Tensor:
-        """Phase 4: the routed experts, each row times its gate. -> [rows, hidden]."""
-        rows: Tensor = self.mlp.experts(dispatched.rows, dispatched.gates, dispatched.group_ends)
-        return rows
+        """Phase 4: the routed experts, each times its gate, summed for each token -> [dispatched tokens, hidden]."""
+        sums: Tensor = self.mlp.experts(dispatched)
+        return sums
 
-    def combine(self, routed: DispatchInput, dispatched: Dispatched, rows: Tensor) -> Tensor:
-        """Phase 5: results g_i FFN_i(u) travel home; their sum + shared(u), to be added to the residual stream."""
-        out = self.mlp.dispatcher.combine(rows, dispatched).view_as(routed.residual)
+    def combine(self, routed: DispatchInput, dispatched: Dispatched, sums: Tensor) -> Tensor:
+        """Phase 5: sums of g_i FFN_i(u) travel home; their sum + shared(u), to be added to the residual stream."""
+        out = self.mlp.dispatcher.combine(sums, dispatched).view_as(routed.residual)
         if self.mlp.shared_experts is not None:
             out = out + self.mlp.shared_experts(routed.shared)
         return out

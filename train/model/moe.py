@@ -7,8 +7,8 @@
 A `TokenDispatcher` brings tokens to experts: `LocalDispatcher` in one process, `parallel/expert.py` over ranks.
 No token is ever dropped. `train/optim/balance.py` updates the bias.
 
-Shapes: tokens = sequences * tokens of a micro-batch; rows = dispatched token copies, grouped by local expert, each
-group padded with zeros to 128 rows.
+Shapes: tokens = sequences * tokens of a micro-batch, or those that arrived at an expert's rank; rows = one for each of
+their experts there, grouped by expert, each group padded with zeros to 128 rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from kernels.permute import Dispatched, Grouping, combine_tokens, group_gates, group_tokens, grouping
+from kernels.fp8_linear import LinearInput
+from kernels.permute import Dispatched, group_gates, grouping
 from kernels.router import route, sequence_balance
 from train.model.config import ModelConfig
 from train.model.precision import Precision
@@ -47,30 +48,29 @@ class TokenDispatcher(Protocol):
         """Global ids of the experts that live on this process."""
         ...
 
-    def dispatch(self, tokens: Tensor, routing: Routing) -> Dispatched:
-        """[tokens, hidden] -> rows and their gates, grouped by local expert."""
+    def dispatch(self, tokens: LinearInput, routing: Routing) -> Dispatched:
+        """[tokens, hidden] -> tokens where their experts are, and how these group them."""
         ...
 
-    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
-        """Expert outputs [rows, hidden], gates included -> [tokens, hidden], summed."""
+    def combine(self, sums: Tensor, dispatched: Dispatched) -> Tensor:
+        """Sums of the experts, gates included, of the dispatched tokens -> [tokens, hidden]."""
         ...
 
 
 class LocalDispatcher:
-    """All experts on this process: dispatch is a permutation, combine its inverse with a sum."""
+    """All experts on this process: no token travels."""
 
     def __init__(self, n_routed_experts: int) -> None:
         self.experts = range(n_routed_experts)
 
-    def dispatch(self, tokens: Tensor, routing: Routing) -> Dispatched:
-        """[tokens, hidden] -> [rows, hidden] and gates [rows], grouped by expert."""
+    def dispatch(self, tokens: LinearInput, routing: Routing) -> Dispatched:
+        """[tokens, hidden] as they are, and gates [rows], grouped by expert."""
         slots = grouping(routing.topk_ids, len(self.experts))
-        return Dispatched(group_tokens(tokens, slots), group_gates(routing.gates, slots), slots.group_ends, slots)
+        return Dispatched(tokens, group_gates(routing.gates, slots), slots, gradient=None, handle=None)
 
-    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
-        """[rows, hidden] -> [tokens, hidden] = sum over the rows of each token."""
-        assert isinstance(dispatched.handle, Grouping), type(dispatched.handle)
-        return combine_tokens(rows, dispatched.handle)
+    def combine(self, sums: Tensor, dispatched: Dispatched) -> Tensor:
+        """[tokens, hidden] as they are: the experts have summed."""
+        return sums
 
 
 class Router(nn.Module):
@@ -125,7 +125,6 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(len(experts), 2 * inter, hidden, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(len(experts), hidden, inter, dtype=dtype))
 
-    def forward(self, rows: Tensor, gates: Tensor, group_ends: Tensor) -> Tensor:
-        """[rows, hidden] grouped by expert, gates [rows] FP32 -> g_i FFN_i(row), [rows, hidden]."""
-        gate_up = self.precision.grouped_linear(rows, self.gate_up_proj, group_ends)
-        return self.precision.grouped_swiglu_linear(gate_up, gates, self.down_proj, group_ends)
+    def forward(self, dispatched: Dispatched) -> Tensor:
+        """Each dispatched token's sum of g_i FFN_i(token) over the experts here, [tokens, hidden]."""
+        return self.precision.experts(dispatched, self.gate_up_proj, self.down_proj)

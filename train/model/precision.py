@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels.fp8_linear import (
     LinearInput,
+    fp8_experts,
     fp8_linear,
     fp8_linear_of_kept,
     fp8_swiglu_linear,
@@ -26,6 +27,8 @@ from kernels.fp8_linear import (
     grouped_linear,
     linear,
 )
+from kernels.permute import Dispatched, combine_tokens, group_tokens
+from kernels.quantize import dequantize_carried, dequantize_gradient
 from kernels.swiglu import gated_swiglu, swiglu
 from train.model.te_linear import te_grouped_linear, te_linear
 
@@ -105,6 +108,17 @@ class Precision:
             power_of_two = self.power_of_two_scales
             return grouped_fp8_swiglu_linear(gate_up, gates, weight, group_ends, power_of_two=power_of_two)
         return self.grouped_linear(gated_swiglu(gate_up, gates), weight, group_ends)
+
+    def experts(self, dispatched: Dispatched, gate_up: Tensor, down: Tensor) -> Tensor:
+        """Each token's g_i FFN_i, summed over its experts here: -> [tokens, hidden]."""
+        if self.reads_tiles and self.cache_swiglu_input:
+            return fp8_experts(dispatched, gate_up, down, power_of_two=self.power_of_two_scales)
+        tokens, grouping = dispatched.tokens, dispatched.grouping
+        tokens = tokens if isinstance(tokens, Tensor) else dequantize_carried(tokens)
+        rows = self.grouped_linear(group_tokens(tokens, grouping), gate_up, grouping.group_ends)
+        rows = self.grouped_swiglu_linear(rows, dispatched.gates, down, grouping.group_ends)
+        sums = combine_tokens(rows, grouping)
+        return sums if dispatched.gradient is None else dequantize_gradient(sums, dispatched.gradient)
 
     def high(self, x: Tensor, weight: Tensor) -> Tensor:
         """A linear that stays in the dtype of `x`: head, `eh_proj`."""

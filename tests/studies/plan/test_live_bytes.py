@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import deferred
 from kernels import fp8_linear as fp8
+from kernels.permute import Dispatched, grouping
 from train.studies.plan.live_bytes import LiveBytes
 
 
@@ -82,12 +83,20 @@ def test_shapes_on_the_meta_device_have_no_memory(live: LiveBytes) -> None:
 
 
 ENDS, GATES = torch.tensor([128, 256], dtype=torch.int32), torch.ones(256)
+TOKENS = grouping(torch.arange(256)[:, None] // 128, 2)
+DOWN = torch.nn.Parameter(torch.zeros(2, 384, 128, dtype=torch.bfloat16))
 # Name -> (shape of the weight, the linear); the input is [256, 256].
 LINEARS: dict[str, tuple[tuple[int, ...], Callable[..., Tensor]]] = {
     "linear": ((384, 256), fp8.fp8_linear),
     "of_kept": ((384, 256), fp8.fp8_linear_of_kept),
     "swiglu": ((384, 128), fp8.fp8_swiglu_linear),
     "grouped": ((2, 384, 256), lambda x, w, **o: fp8.grouped_fp8_linear(x, w, ENDS, **o)),
+    "experts": (
+        (2, 256, 256),
+        lambda x, w, **o: fp8.fp8_experts(
+            Dispatched(x, GATES[:1].expand(TOKENS.num_rows), TOKENS, None, None), w, DOWN, **o
+        ),
+    ),
     "grouped_swiglu": ((2, 384, 128), lambda x, w, **o: fp8.grouped_fp8_swiglu_linear(x, GATES, w, ENDS, **o)),
 }
 

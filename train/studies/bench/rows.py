@@ -26,6 +26,7 @@ from kernels.e5m6 import pack_e5m6, unpack_e5m6
 from kernels.embedding import embedding_reference
 from kernels.formats import E4M3_MAX, TILE, Quantized
 from kernels.fp8_linear import fp8_linear
+from kernels.gather import gather_quantize_both, gather_requantize_transposed, gather_tiles
 from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
 from kernels.gemm_grouped import grouped_gemm_tile_block
 from kernels.heads import heads_forward, heads_quantize_both, turn_back_quantize_both
@@ -35,12 +36,21 @@ from kernels.quantize import (
     dequantize_tiles,
     quantize_blocks,
     quantize_tiles,
+    quantize_tiles_both,
     quantize_tiles_transposed,
+    requantize_transposed,
 )
 from kernels.rmsnorm import add_norm_quantize, norm_backward, rmsnorm, rmsnorm_reference
 from kernels.rope import apply_rope, apply_rope_reference, rope_tables
 from kernels.router import route, sequence_balance
-from kernels.swiglu import gated_swiglu, gated_swiglu_backward_kept, swiglu, swiglu_quantize, swiglu_quantize_transposed
+from kernels.swiglu import (
+    gated_swiglu,
+    gated_swiglu_backward_kept,
+    swiglu,
+    swiglu_backward_quantize_both,
+    swiglu_quantize,
+    swiglu_quantize_transposed,
+)
 from train.studies.ablation.hopper_accumulation import Factors, factors, hopper_matmul_reference
 from train.studies.ablation.linear import AblatedLinears, Ablation
 from train.studies.bench.table import OURS, Candidate, Case
@@ -230,6 +240,16 @@ def _torch_permute(x: Tensor, ids: Tensor) -> Tensor:
     tokens = ids.flatten().argsort(stable=True) // ids.shape[1]
     rows = x.index_select(0, tokens)
     return torch.zeros(x.shape, device=x.device).index_add(0, tokens, rows.float()).to(x.dtype)
+
+
+def _gather_inputs(device: torch.device) -> tuple[Tensor, Quantized, Tensor]:
+    """Tokens, the same in tiles, and the slots of the rows of 8 experts, two a token."""
+    x, ids, _ = _permute_inputs(device)
+    return x.detach(), quantize_tiles(x, power_of_two=True), grouping(ids, 8).slot_of_row
+
+
+def _rows(x: Tensor, slot_of_row: Tensor) -> Tensor:
+    return torch.cat((x, x.new_zeros(1, x.shape[1])))[slot_of_row // 2]
 
 
 def _torch_tiles(x: Tensor) -> Tensor:
@@ -443,6 +463,25 @@ ROWS: dict[str, list[Case]] = {
         # docs/numerics.md expects 0.037 for dx and 0.0445 for dW.
         tolerance=0.0455, flops=6.0 * 2048 * 512 * 512, bytes=4.0 * (5 * 2048 * 512 + 2 * 512 * 512),
     )],
+    # A gather copies bits, and the quantisers are the same.
+    "gather": [pair(
+        "gather_tiles", _gather_inputs,
+        lambda x, tokens, slots: gather_tiles(tokens, slots, 2).payload,
+        lambda x, tokens, slots: quantize_tiles(_rows(x, slots), power_of_two=True).payload,
+        "index of BF16 tokens, then quantize_tiles", tolerance=0.0, bytes=2.0 * 2 * 2048 * 256,
+    ), pair(
+        "gather_requantize_transposed", _gather_inputs,
+        lambda x, tokens, slots: gather_requantize_transposed(tokens, slots, 2, power_of_two=True).payload,
+        lambda x, tokens, slots: requantize_transposed(
+            quantize_tiles(_rows(x, slots), power_of_two=True), power_of_two=True
+        ).payload,
+        "index, quantize_tiles, requantize_transposed", tolerance=0.0, bytes=2.0 * 2 * 2048 * 256,
+    ), pair(
+        "gather_quantize_both", _gather_inputs,
+        lambda x, tokens, slots: gather_quantize_both(x, slots, 2, power_of_two=True)[1].payload,
+        lambda x, tokens, slots: quantize_tiles_both(_rows(x, slots), power_of_two=True)[1].payload,
+        "index of BF16 tokens, then quantize_tiles_both", tolerance=0.0, bytes=4.0 * 2 * 2048 * 256,
+    )],
     "gemm_fp8": [pair(
         "gemm_tile_block", _gemm_inputs,
         lambda a, blocks, *_: gemm_tile_block(a, blocks, out_dtype=torch.float32),
@@ -559,6 +598,16 @@ ROWS: dict[str, list[Case]] = {
         lambda kept, gates, grad: gated_swiglu_backward_kept(kept, gates, grad)[0],
         _activation_gradient, "dequantize_tiles, gated_swiglu, autograd",
         tolerance=0.0, flops=14.0 * 4096 * 256, bytes=8.0 * 4096 * 256,
+    ), pair(
+        "swiglu_backward_quantize_both", _kept_inputs,
+        lambda kept, gates, grad: swiglu_backward_quantize_both(kept, gates, grad, power_of_two=True)[1].payload,
+        lambda kept, gates, grad: quantize_tiles_both(
+            gated_swiglu_backward_kept(kept, gates, grad)[0], power_of_two=True
+        )[1].payload,
+        "gated_swiglu_backward_kept, then quantize_tiles_both",
+        # The same expressions: the same bits, unless a compiler fuses other multiply-adds; a tipped BF16 number moves
+        # one E4M3 number in sixteen by up to 2^-4 of itself.
+        tolerance=5e-3, flops=14.0 * 4096 * 256, bytes=8.0 * 4096 * 256,
     )],
     "hopper_accumulation": [pair(
         "hopper_accumulation", _factors, partial(hopper_matmul_reference, promotion_interval=128),
