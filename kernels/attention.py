@@ -117,7 +117,9 @@ def fused_backend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> SDPBa
 
     if (q.shape[-1], v.shape[-1]) in CUDNN_WIDTHS and accepted(cuda.can_use_cudnn_attention, q, k, v):
         return SDPBackend.CUDNN_ATTENTION
-    if accepted(cuda.can_use_flash_attention, *_widened(q, k, v)):
+    # In the shapes of `_widened`, without writing them.
+    widest = max((q, v), key=lambda x: x.shape[-1])
+    if accepted(cuda.can_use_flash_attention, *(x if x.shape[-1] == widest.shape[-1] else widest for x in (q, k, v))):
         return SDPBackend.FLASH_ATTENTION
     efficient = accepted(cuda.can_use_efficient_attention, q, k, v)
     return SDPBackend.EFFICIENT_ATTENTION if efficient else SDPBackend.MATH

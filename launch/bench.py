@@ -39,11 +39,14 @@ def kernels(arguments: argparse.Namespace, device: torch.device) -> int:
 
 def layer(arguments: argparse.Namespace, device: torch.device) -> int:
     """Bench MoE blocks; 2 without a GPU."""
+    from train.studies import smoke_runs
     from train.studies.bench import layer as bench_layer
 
     if device.type == "cpu" and not arguments.tiny:
         print("bench layer: needs a CUDA GPU, and this machine shows none; --tiny runs a tiny one", file=sys.stderr)
         return 2
+    # Outputs are not filled before they are written, as in training.
+    smoke_runs.prepare(deterministic=False)
     result = bench_layer.run(bench_layer.tiny_sizes() if arguments.tiny else bench_layer.v3_sizes(), device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {where}\n\n{bench_layer.markdown(result)}")

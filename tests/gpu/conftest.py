@@ -39,8 +39,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture
-def hopper(device: torch.device) -> torch.device:
-    """A GPU of compute capability 9.0, or a skip."""
+def hopper(request: pytest.FixtureRequest, device: torch.device) -> torch.device:
+    """A GPU of compute capability 9.0 whose Gluon products may run, or a skip."""
+    if request.config.getoption("--kernels", default="gluon") != "gluon":
+        pytest.skip("the Gluon GEMM was left out by --kernels")
     if torch.cuda.get_device_capability(device) != (9, 0):
         name = torch.cuda.get_device_name(device)
         pytest.skip(

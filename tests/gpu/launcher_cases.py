@@ -27,6 +27,8 @@ for module in pkgutil.iter_modules(kernels.__path__):
 
 ROWS = (1, 63, 129, 4097)
 WIDTHS = (2112, 576)
+# Beside them for operators whose one kernel takes whole tiles; of other widths several kernels do its work.
+WHOLE_TILES = dict.fromkeys(("swiglu_quantize", "swiglu_quantize_transposed", "swiglu_backward_quantize_both"), 512)
 EXPERTS, TOPK = 16, 4
 Results = tuple[Tensor, ...]
 
@@ -67,12 +69,18 @@ def operator(name: str) -> Callable[..., Any]:
 
 def run(name: str, arguments: Sequence[Any], device: torch.device) -> Results:
     """The results of an operator on a device, moved to the CPU."""
-    moved = [value.to(device, copy=True) if isinstance(value, Tensor) else value for value in arguments]
+    moved = [_copy_on(value, device) if isinstance(value, Tensor) else value for value in arguments]
     returned = operator(name)(*moved)
     case = CASES[name]
     if case.results is not None:
         returned = case.results(moved, returned)
     return tuple(value.cpu() for value in ((returned,) if isinstance(returned, Tensor) else returned))
+
+
+def _copy_on(x: Tensor, device: torch.device) -> Tensor:
+    """With its strides: some rows lie apart."""
+    copy = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=device)
+    return copy.copy_(x)
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:

@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from kernels.operators import LAUNCHERS
-from tests.gpu.launcher_cases import CASES, ROWS, WIDTHS, WITHOUT_WIDTH, bits, distance, run
+from tests.gpu.launcher_cases import CASES, ROWS, WHOLE_TILES, WIDTHS, WITHOUT_WIDTH, bits, distance, run
 
 pytestmark = pytest.mark.gpu
 SIZES = [
     (name, rows, width)
     for name in CASES
     for rows in ROWS
-    for width in (WIDTHS[:1] if name in WITHOUT_WIDTH else WIDTHS)
+    for width in (
+        WIDTHS[:1] if name in WITHOUT_WIDTH else (*WIDTHS, *([WHOLE_TILES[name]] if name in WHOLE_TILES else []))
+    )
 ]
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,20 @@ def test_a_part_beyond_its_time_is_killed_and_listed(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.usefixtures("two_parts")
+def test_what_a_killed_part_has_started_dies_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that hangs in a process of the part would spin under the parts that follow."""
+    monkeypatch.setattr(gpu_report, "GRACE_S", 0.0)
+    note = tmp_path / "pid"
+    child = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    starts = python(f"import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', {child!r}])")
+    gpu_report.run_all(starts, tmp_path, environment=os.environ, total_s=4.0)
+    pid, deadline_s = int(note.read_text()), time.monotonic() + 60
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.usefixtures("two_parts")
 def test_time_that_a_part_leaves_is_the_next_ones(tmp_path: Path) -> None:
     given = []
 
@@ -206,7 +221,7 @@ def test_each_group_of_tests_has_its_own_process(
     files = {name: tmp_path / f"test_{name}.py" for name in names}
     for name, path in files.items():
         path.write_text(GROUPS[name])
-    section = gpu_sections.run_tests([[str(path)] for path in files.values()], "portable", 10.0)
+    section = gpu_sections.run_tests([[str(path)] for path in files.values()], "portable", time.monotonic() + 10.0)
     assert (section.status, section.reason) == (status, reason.format(**files))
     assert section.data["passed"] == 2, "of the good one"
     if "dead" in names:
@@ -227,25 +242,35 @@ def test_a_canary_that_falls_silent_is_named_within_its_time() -> None:
     }
 
 
-@pytest.mark.parametrize("section", [Section("red", "wide: nothing after 20 s"), Section("failed"), Section("green")])
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        (Section("red", "wide: nothing after 20 s"), "**THE GLUON PRODUCTS FAILED: every part after it"),
+        (Section("failed"), "**The canary did not finish: every part after it"),
+        (Section("green"), ""),
+    ],
+)
 def test_where_the_canary_fails_all_parts_take_portable_products_and_the_page_says_so(
-    section: Section, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    section: Section, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_report, "PARTS", {name: PARTS[name] for name in ("canary", "training", "layer")})
-    given = []
+    given, times = [], {}
 
     def command(part: str, seconds: float, out: Path, backend: Backend) -> Sequence[str]:
         given.append(backend)
+        times[part] = seconds
         status = section.status if part == "canary" else "green"
         code = "import json, sys; open(sys.argv[1], 'w').write(json.dumps({'status': sys.argv[2]}))"
         return [sys.executable, "-S", "-c", code, str(out), status]
 
-    done = gpu_report.run_all(command, tmp_path, environment=os.environ)
+    done = gpu_report.run_all(command, tmp_path, environment=os.environ, total_s=95.0)
+    assert times["canary"] == pytest.approx(PARTS["canary"].share_s, abs=1.0), "whatever the budget is"
     fell_back = section.status != "green"
     assert given == ["gluon", *["portable" if fell_back else "gluon"] * 2]
     assert gpu_report.is_green(done) is not fell_back
     page = gpu_report.write(done, torch.device("cpu"), tmp_path).read_text()
-    assert ("**THE GLUON PRODUCTS FAILED" in page) is fell_back
+    assert says in page
+    assert ("multiplied in portable Triton" in page) is fell_back
 
 
 @pytest.mark.parametrize("name", gpu_canary.BOUNDS)

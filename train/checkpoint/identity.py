@@ -102,5 +102,7 @@ def changed_fields(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[o
         for section, values in new.items()
         if isinstance(values, dict) and isinstance(before := old.get(section) or {}, dict)
         for name, value in values.items()
+        # A version before had not the field: what it did is today's default.
+        if name in before
     }
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

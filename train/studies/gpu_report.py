@@ -16,7 +16,9 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -82,7 +84,8 @@ def run_all(
     stretch = 1.0 if total_s is None else total_s / sum(plan.share_s for plan in PARTS.values())
     deadline_s, finished = time.monotonic(), list[Finished]()
     for name, plan in PARTS.items():
-        deadline_s += plan.share_s * stretch
+        # A canary needs its seconds whatever the budget is.
+        deadline_s += plan.share_s * (1.0 if name == "canary" else stretch)
         began_s = time.monotonic()
         print(f"gpu: {plan.title} ...", end=" ", flush=True)
         out, budget_s = directory / f"{name}.json", deadline_s - began_s
@@ -104,22 +107,25 @@ def _run_process(command: Sequence[str], out: Path, budget_s: float, environment
     if budget_s <= GRACE_S:
         return Section("not measured", "the budget was spent by the parts before it")
     with log.open("w", encoding="utf-8") as stream:
+        process = subprocess.Popen(
+            [*command],
+            cwd=ROOT,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
-            done = subprocess.run(
-                [*command],
-                cwd=ROOT,
-                env=dict(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                timeout=budget_s,
-                check=False,
-            )
+            returncode = process.wait(budget_s)
         except subprocess.TimeoutExpired:
+            # With all that it has started: a kernel that hangs would spin under the parts that follow.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             return Section("not measured", f"it did not finish in its {budget_s:.0f} s; {log.name} has its words")
-    if done.returncode or not out.exists():
+    if returncode or not out.exists():
         words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
-        return Section("failed", f"its process ended with {done.returncode}: {words[-1][:300]}")
+        return Section("failed", f"its process ended with {returncode}: {words[-1][:300]}")
     section = Section(**json.loads(out.read_text(encoding="utf-8")))
     out.unlink()
     return section
@@ -202,7 +208,9 @@ def markdown(finished: Sequence[Finished], where: Mapping[str, Any], absent: Map
     lines += [f"- {key.replace('_', ' ')}: {value}" for key, value in device.items()]
     lines += [f"- commit: {where['commit']}", "- " + ", ".join(f"{key} {value}" for key, value in versions.items()), ""]
     if without_gluon(finished):
-        lines += ["**THE GLUON PRODUCTS FAILED: every part after the canary multiplied in portable Triton.**", ""]
+        (canary,) = (each.section for each in finished if each.name == "canary")
+        why = "THE GLUON PRODUCTS FAILED" if canary.status == "red" else "The canary did not finish"
+        lines += [f"**{why}: every part after it multiplied in portable Triton.**", ""]
     lines += ["| part | status | s | why |", "|---|---|---|---|"]
     parts = [(PARTS[each.name], each.section, each.seconds) for each in finished]
     lines += [

@@ -97,7 +97,8 @@ def canary(options: Options, budget_s: float) -> Section:
     """Whether the Gluon GEMM can be trusted with the parts that follow."""
     if not gpu_canary.can_sing(options.device):
         return Section("left out", "the Gluon products are for compute capability 9.0")
-    silent = gpu_canary.silent(lambda name: [sys.executable, "-m", "train.studies.gpu_canary", name])
+    command = [sys.executable, "-m", "train.studies.gpu_canary"]
+    silent = gpu_canary.silent(lambda name: [*command, name], limit_s=min(gpu_canary.LIMIT_S, budget_s))
     lines = [f"- {name}: {silent.get(name, 'right')}" for name in gpu_canary.BOUNDS]
     reason = "; ".join(f"{name}: {why}" for name, why in silent.items())
     return Section(verdict(not silent), reason, {}, "\n".join(lines))
@@ -109,9 +110,9 @@ def tests(options: Options, budget_s: float) -> Section:
         import pytest  # noqa: F401
     except ModuleNotFoundError:
         return Section("left out", "pytest is not installed here")
-    folder = ROOT / "tests/gpu"
+    folder, deadline_s = ROOT / "tests/gpu", time.monotonic() + budget_s - PATIENCE_S
     groups = _by_operator(folder) if options.device.type == "cuda" else [[str(folder)]]
-    return run_tests(groups, options.backend, budget_s)
+    return run_tests(groups, options.backend, deadline_s)
 
 
 def _by_operator(folder: Path) -> list[list[str]]:
@@ -133,9 +134,9 @@ def _by_operator(folder: Path) -> list[list[str]]:
 _PYTEST = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
 
 
-def run_tests(groups: Sequence[Sequence[str]], backend: Backend, budget_s: float) -> Section:
-    """Each group by a pytest of its own, as many at once as there are cores but two; kernels compile side by side."""
-    deadline_s = time.monotonic() + budget_s
+def run_tests(groups: Sequence[Sequence[str]], backend: Backend, deadline_s: float) -> Section:
+    """Each group by a pytest of its own, side by side: so kernels compile. None begins after deadline_s (monotonic)."""
+    processes = min(MOST_PROCESSES, max(1, len(os.sched_getaffinity(0)) - 2))
 
     def run(number: int, group: Sequence[str], folder: Path) -> str | None:
         """None, or why the group has no result."""
@@ -156,15 +157,17 @@ def run_tests(groups: Sequence[Sequence[str]], backend: Backend, budget_s: float
         last = ((done.stderr or done.stdout).strip().splitlines() or ["without a word"])[-1]
         return f"its process ended with {done.returncode}: {last[:200]}"
 
-    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 2)) as pool:
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(processes) as pool:
         folder = Path(place)
         reasons = list(pool.map(partial(run, folder=Path(place)), range(len(groups)), groups))
         without = {group[0]: reason for group, reason in zip(groups, reasons, strict=True) if reason}
         return read_junit(sorted(folder.glob("*.xml")), without)
 
 
-# Beyond the budget, for a test under way.
+# Beyond the deadline, for a test under way.
 PATIENCE_S = 5.0
+# Each has a context on the GPU.
+MOST_PROCESSES = 16
 # How a skip begins that only time explains; as in tests/gpu/conftest.py.
 LATE = "not run"
 
@@ -338,7 +341,7 @@ def layer_bench(options: Options, budget_s: float) -> Section:
     """MoE blocks at V3's width."""
     smoke_runs.prepare(deterministic=False)
     sizes = bench_layer.tiny_sizes() if options.tiny else bench_layer.v3_sizes()
-    found = bench_layer.run(sizes, options.device)
+    found = bench_layer.run(sizes, options.device, budget_s=budget_s)
     reason = "" if found.parity.green else "FP8 differs from BF16 by more than its roundings: no time is given"
     return Section(verdict(found.parity.green), reason, asdict(found), bench_layer.markdown(found))
 
@@ -350,8 +353,8 @@ def _shown(value: float | None, spec: str = ".1f") -> str:
 # In the order of the report. The shares are what a first run on an H100 is expected to need, kernels compiled on the
 # way; together 460 s, which leaves 20 of 8 minutes for starting and writing.
 PARTS: dict[str, PartPlan] = {
-    "canary": PartPlan("Canary of the Gluon products", "parity", 25, canary),
-    "tests": PartPlan("GPU tests", "parity", 110, tests),
+    "canary": PartPlan("Canary of the Gluon products", "parity", 40, canary),
+    "tests": PartPlan("GPU tests", "parity", 95, tests),
     "one_step": PartPlan("One step of tiny against the CPU", "parity", 35, step_against_cpu),
     "training": PartPlan("Training tiny in BF16 and FP8", "parity", 55, training),
     "resume": PartPlan("Resume", "parity", 30, resumed),

@@ -93,6 +93,13 @@ def test_red_parity_gives_no_time(sizes: Sizes, monkeypatch: pytest.MonkeyPatch)
     assert "no time is given" in bench_layer.markdown(found)
 
 
+def test_what_would_begin_after_the_budget_is_not_measured(sizes: Sizes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_layer, "measure", lambda *_: pytest.fail("timed although the budget is spent"))
+    found = bench_layer.run(sizes, CPU, budget_s=-1.0)
+    assert found.times == ()
+    assert "Not measured, the budget was spent." in bench_layer.markdown(found)
+
+
 def test_nan_is_never_green() -> None:
     assert bench_layer.Parity({"a": 0.0}, {"a": 0.0}).green
     assert not bench_layer.Parity({"a": float("nan")}, {"a": 0.0}).green

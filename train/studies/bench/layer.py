@@ -16,6 +16,7 @@ micro-batches of a step but the first. On a CPU it runs with small sizes, for te
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -249,14 +250,20 @@ class LayerBench:
     times: tuple[LayerTime, ...]
 
 
-def run(sizes: Sizes, device: torch.device) -> LayerBench:
-    """Parity of both precisions, then each alone, so that its memory is its own, with and without determinism."""
+def run(sizes: Sizes, device: torch.device, *, budget_s: float = math.inf) -> LayerBench:
+    """Parity of both precisions, then each alone, so that its memory is its own, with and without determinism.
+
+    What would begin after so many seconds is not measured.
+    """
+    deadline_s = time.monotonic() + budget_s
     before = torch.are_deterministic_algorithms_enabled()
     checked, times = parity({precision: make(sizes, precision, device) for precision in PRECISIONS}), []
     try:
         for precision in PRECISIONS if checked.green else ():
             layers = make(sizes, precision, device)
             for deterministic in (False, True):
+                if time.monotonic() > deadline_s:
+                    break
                 torch.use_deterministic_algorithms(deterministic)
                 times.append(measure(layers, sizes, precision))
             del layers
@@ -276,7 +283,8 @@ def markdown(bench: LayerBench) -> str:
     )
     lines = [summary, ""]
     if not bench.times:
-        return "\n".join([*lines, "Parity is red: no time is given."])
+        why = "not measured, the budget was spent" if bench.parity.green else "parity is red: no time is given"
+        return "\n".join([*lines, f"{why.capitalize()}."])
     lines += [
         "| per layer | attention | ms | tokens/s | TFLOP/s | kernels | host ms | peak GB, all layers | of it state |",
         "|---|---|---|---|---|---|---|---|---|",
