@@ -107,13 +107,14 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(compiled: list[dict[str, 
         assert not {"LDG 1", "LDG 2", "STG 1", "STG 2"} & set(row["widths"]), row["case"]
 
 
-def test_turns_round_each_product(compiled: list[dict[str, Any]]) -> None:
-    """As on a CPU. Where nothing is divided there is no multiply-add at all."""
+def test_turns_and_updates_round_each_product(compiled: list[dict[str, Any]]) -> None:
+    """As on a CPU. Of turns, where nothing is divided, there is no multiply-add at all."""
     found = {row["case"]: row for row in shipped(compiled)}
     for case in ("heads_forward", "turn_back", "rope_key_backward"):
         assert found[case]["multiply_adds"] == 0, case
     assert {row["case"] for row in shipped(compiled) if not row["contracts"]} == {
-        "heads_forward", "turn_back", "rope_key_backward", "turn_back_quantize_both"
+        "heads_forward", "turn_back", "rope_key_backward", "turn_back_quantize_both",
+        "adamw, BF16 moments", "adamw, FP32",
     }  # fmt: skip
 
 
