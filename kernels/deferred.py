@@ -92,8 +92,8 @@ def forget(weight: Tensor) -> None:
     weight.main_grad_is_stale = True  # type: ignore[attr-defined]
 
 
-def is_stale(weight: Tensor) -> bool:
-    """Whether `weight.main_grad` still holds an earlier step's sum; whoever asks must write it now."""
+def _take_stale(weight: Tensor) -> bool:
+    """Whether `weight.main_grad` still holds an earlier step's sum, said once: the caller writes it now."""
     stale: bool = getattr(weight, "main_grad_is_stale", False)
     weight.main_grad_is_stale = False  # type: ignore[attr-defined]
     return stale
@@ -101,7 +101,7 @@ def is_stale(weight: Tensor) -> bool:
 
 def settle(weight: Tensor) -> None:
     """Zero `weight.main_grad` if no gradient of this step has come, for whoever adds to it or reads it."""
-    if is_stale(weight):
+    if _take_stale(weight):
         weight.main_grad.zero_()  # type: ignore[attr-defined]
 
 
@@ -110,7 +110,7 @@ def accumulate_grad(weight: Tensor, dw: Tensor) -> None:
     """Put `dw` into `weight.main_grad` (fp32, Megatron-LM's name) if it exists, else into `weight.grad`."""
     main_grad: Tensor | None = getattr(weight, "main_grad", None)
     if main_grad is not None:
-        (main_grad.copy_ if is_stale(weight) else main_grad.add_)(dw)
+        (main_grad.copy_ if _take_stale(weight) else main_grad.add_)(dw)
     elif weight.grad is None:
         weight.grad = dw.to(weight.dtype)
     else:
@@ -125,7 +125,7 @@ def accumulate_product(weight: Tensor, product: Callable[[Tensor, bool], object]
     """
     main_grad: Tensor | None = getattr(weight, "main_grad", None)
     if main_grad is not None:
-        product(main_grad, not is_stale(weight))
+        product(main_grad, not _take_stale(weight))
         return
     dw = torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
     product(dw, False)

@@ -36,7 +36,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--kernels", choices=get_args(Backend), default="gluon", help=argparse.SUPPRESS)
-    parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--began", type=float, default=time.monotonic(), help=argparse.SUPPRESS)
     parser.add_argument("--part", choices=tuple(PARTS), help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -3,7 +3,7 @@
 arXiv:2412.19437 §3.2, §3.3.3. Ranks of one axis hold the same parameters and different tokens. Their gradients are
 stored in flat FP32 buckets, `main_grad` is a view of one. A bucket is cut into `axis.size` equal shards:
 
-    backward   main_grad = or += ...                    every rank, its own tokens
+    backward   main_grad = or += ...                every rank, its own tokens
     reduce     reduce-scatter, sum                  rank r holds the finished sums of shard r
     update     masters and moments of the shard     `train.optim`, on `parameter_shards()`
     gather     all-gather in the weights' dtype     every rank holds all new weights
@@ -212,7 +212,7 @@ class GradientBuckets:
         # With and without ZeRO: one rank of the axis counts each element, and the order of the sum is the same.
         return [bucket.shard for bucket in self._buckets] if self._counts_in_norm else []
 
-    def zero(self) -> None:
+    def forget(self) -> None:
         """Begin a step: the first gradient replaces each `main_grad`; drop what autograd may have left in `.grad`."""
         for parameter in self.parameters.values():
             forget(parameter)

@@ -48,7 +48,7 @@ def test_a_cuda_graph_of_forward_and_backward_replays_to_the_bit(
     """With a local dispatcher and a fixed number of tokens no size depends on a value."""
     layers = bench_layer.make(sizes(), precision, device)
     layers.step()
-    layers.buckets.zero()
+    layers.buckets.forget()
     expected = results(layers, layers.step())
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -58,7 +58,7 @@ def test_a_cuda_graph_of_forward_and_backward_replays_to_the_bit(
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     # What is captured is the first micro-batch of a step, which writes where later ones add.
-    layers.buckets.zero()
+    layers.buckets.forget()
     with torch.cuda.graph(graph):
         output = layers.step()
     for _ in range(2):

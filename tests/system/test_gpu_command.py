@@ -128,13 +128,28 @@ def test_a_part_beyond_its_time_is_killed_and_listed(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.usefixtures("two_parts")
-def test_what_a_killed_part_has_started_dies_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ends", ["its time", "Ctrl-C"])
+def test_what_a_part_has_started_dies_with_it(ends: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that hangs in a process of the part would spin under the parts that follow."""
     monkeypatch.setattr(gpu_report, "GRACE_S", 0.0)
     note = tmp_path / "pid"
     child = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     starts = python(f"import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', {child!r}])")
-    gpu_report.run_all(starts, tmp_path, environment=os.environ, total_s=4.0)
+    if ends == "its time":
+        gpu_report.run_all(starts, tmp_path, environment=os.environ, total_s=4.0)
+    else:
+        wait = subprocess.Popen.wait
+
+        def interrupted(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+            if timeout is None:
+                return wait(process)
+            while not (note.exists() and note.read_text()):
+                time.sleep(0.02)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            gpu_report.run_all(starts, tmp_path, environment=os.environ)
     pid, deadline_s = int(note.read_text()), time.monotonic() + 60
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline_s:
         time.sleep(0.05)
@@ -228,14 +243,14 @@ def test_each_group_of_tests_has_its_own_process(
         assert section.data["failed"][0] == [str(files["dead"]), "its process ended with 6: without a word"]
 
 
-def test_a_canary_that_falls_silent_is_named_within_its_time() -> None:
+def test_a_configuration_that_fails_is_named_within_its_time() -> None:
     codes = {
         "two_waves": "pass",
         "two_blocks": "import time; time.sleep(600)",
         "wide": "import sys; sys.exit('relative error 1.0e+00')",
         "wgrad": "import os; os.abort()",
     }
-    assert gpu_canary.silent(lambda name: [sys.executable, "-S", "-c", codes[name]], limit_s=3.0) == {
+    assert gpu_canary.faults(lambda name: [sys.executable, "-S", "-c", codes[name]], limit_s=3.0) == {
         "two_blocks": "nothing after 3 s",
         "wide": "ended with 1: relative error 1.0e+00",
         "wgrad": "ended with -6: without a word",
@@ -265,6 +280,10 @@ def test_where_the_canary_fails_all_parts_take_portable_products_and_the_page_sa
 
     done = gpu_report.run_all(command, tmp_path, environment=os.environ, total_s=95.0)
     assert times["canary"] == pytest.approx(PARTS["canary"].share_s, abs=1.0), "whatever the budget is"
+    # Each may use what is left, and all together no more than there is.
+    rest_s, shares = 95.0 - PARTS["canary"].share_s, (PARTS["training"].share_s, PARTS["layer"].share_s)
+    assert times["training"] <= PARTS["canary"].share_s + rest_s * shares[0] / sum(shares)
+    assert times["layer"] <= 95.0
     fell_back = section.status != "green"
     assert given == ["gluon", *["portable" if fell_back else "gluon"] * 2]
     assert gpu_report.is_green(done) is not fell_back
@@ -274,13 +293,13 @@ def test_where_the_canary_fails_all_parts_take_portable_products_and_the_page_sa
 
 
 @pytest.mark.parametrize("name", gpu_canary.BOUNDS)
-def test_a_canary_sings_in_the_interpreter_and_not_with_another_scale(
+def test_a_canary_is_right_in_the_interpreter_and_not_with_another_scale(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for size, value in {"ROWS": 256, "COLS": 192, "INNER": 256}.items():
         monkeypatch.setattr(gpu_canary, size, value)
     with interpret(races=False):
-        assert gpu_canary.sing(name, torch.device("cpu")) is None
+        assert gpu_canary.fault_of(name, torch.device("cpu")) is None
     multiply = gemm_hopper.gemm
 
     def with_the_neighbours_scale(a: Quantized, *args: Any, **named: Any) -> None:
@@ -288,7 +307,7 @@ def test_a_canary_sings_in_the_interpreter_and_not_with_another_scale(
 
     monkeypatch.setattr(gemm_hopper, "gemm", with_the_neighbours_scale)
     with interpret(races=False):
-        assert str(gpu_canary.sing(name, torch.device("cpu"))).startswith("relative error ")
+        assert str(gpu_canary.fault_of(name, torch.device("cpu"))).startswith("relative error ")
 
 
 def test_absent_packages_are_listed_with_what_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

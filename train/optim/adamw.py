@@ -129,9 +129,9 @@ class AdamW:
                 round_to_fp8(exp_avg_sq)
 
     def zero_grad(self) -> None:
-        """Begin a step; see `GradientBuckets.zero`."""
+        """Begin a step; see `GradientBuckets.forget`."""
         for bucket in self.buckets:
-            bucket.zero()
+            bucket.forget()
 
     def state_shards(self) -> dict[str, LocalShard]:
         """The optimizer's state on this rank, live: filling the tensors in place loads it.

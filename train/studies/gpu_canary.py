@@ -1,6 +1,6 @@
-"""Three products of the Gluon GEMM in processes of their own, before `make gpu` trusts it with its eight minutes.
+"""A product by each configuration of the Gluon GEMM, in processes of their own, before `make gpu` trusts it.
 
-One configuration each: a kernel that hangs, or poisons its context by an illegal access, then costs LIMIT_S seconds and
+A kernel that hangs, or poisons its context by an illegal access, then costs LIMIT_S seconds and
 not the parts that come after. If one of them fails, all parts multiply in portable Triton and the report is red.
 """
 
@@ -28,7 +28,7 @@ BOUNDS = {"two_waves": 2.5e-3, "two_blocks": 2.5e-3, "wide": 2.5e-3, "wgrad": 2*
 ROWS, COLS, INNER = 384, 512, 1024
 
 
-def sing(name: str, device: torch.device) -> str | None:
+def fault_of(name: str, device: torch.device) -> str | None:
     """Multiply once by the configuration of this name; what is wrong with the product, None if nothing is."""
     from kernels.gpu import gemm_fp8, gemm_hopper
 
@@ -49,8 +49,8 @@ def sing(name: str, device: torch.device) -> str | None:
     return None if error <= BOUNDS[name] else f"relative error {error:.1e}, bound {BOUNDS[name]:.1e}"
 
 
-def silent(command: Callable[[str], Sequence[str]], *, limit_s: float = LIMIT_S) -> dict[str, str]:
-    """Canaries that did not sing, and why; they run side by side, each by the command line that `command` gives it."""
+def faults(command: Callable[[str], Sequence[str]], *, limit_s: float = LIMIT_S) -> dict[str, str]:
+    """Configurations that failed, and why; they run side by side, each by the command line that `command` gives it."""
     started = {
         name: subprocess.Popen(
             [*command(name)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -72,10 +72,10 @@ def silent(command: Callable[[str], Sequence[str]], *, limit_s: float = LIMIT_S)
     return reasons
 
 
-def can_sing(device: torch.device) -> bool:
+def takes(device: torch.device) -> bool:
     """Whether the Gluon GEMM is for this device at all."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER
 
 
 if __name__ == "__main__":
-    sys.exit(sing(sys.argv[1], torch.device("cuda")))
+    sys.exit(fault_of(sys.argv[1], torch.device("cuda")))

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,12 @@ def run_all(
 ) -> list[Finished]:
     """Every part, one after the other, shares stretched to the sum `total_s`; logs are written into the directory."""
     directory.mkdir(parents=True, exist_ok=True)
-    stretch = 1.0 if total_s is None else total_s / sum(plan.share_s for plan in PARTS.values())
+    # A canary needs its seconds whatever the budget is; the others share the rest.
+    fixed_s = sum(plan.share_s for name, plan in PARTS.items() if name == "canary")
+    shared_s = sum(plan.share_s for plan in PARTS.values()) - fixed_s
+    stretch = 1.0 if total_s is None else max(0.0, total_s - fixed_s) / shared_s
     deadline_s, finished = time.monotonic(), list[Finished]()
     for name, plan in PARTS.items():
-        # A canary needs its seconds whatever the budget is.
         deadline_s += plan.share_s * (1.0 if name == "canary" else stretch)
         began_s = time.monotonic()
         print(f"gpu: {plan.title} ...", end=" ", flush=True)
@@ -119,10 +122,12 @@ def _run_process(command: Sequence[str], out: Path, budget_s: float, environment
         try:
             returncode = process.wait(budget_s)
         except subprocess.TimeoutExpired:
-            # With all that it has started: a kernel that hangs would spin under the parts that follow.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             return Section("not measured", f"it did not finish in its {budget_s:.0f} s; {log.name} has its words")
+        finally:
+            # And all that it has started, also at Ctrl-C: a kernel that hangs would spin under what follows.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     if returncode or not out.exists():
         words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
         return Section("failed", f"its process ended with {returncode}: {words[-1][:300]}")

@@ -1,6 +1,6 @@
 """The parts of `make gpu`, each a section of its report: tests, training, one step, resume, a large step, benches.
 
-    parity   canary      three products of the Gluon GEMM, each in a process   `train/studies/gpu_canary.py`
+    parity   canary      each configuration of the Gluon GEMM once             `train/studies/gpu_canary.py`
              tests       tests/gpu: every launcher against its reference, graphs, host waits
              one_step    one step against the CPU, in FP32, BF16 and FP8       `train/studies/step_parity.py`
              training    50 steps of tiny in BF16 and FP8                     `train/studies/smoke_runs.py`
@@ -95,13 +95,13 @@ def verdict(green: bool) -> Status:
 
 def canary(options: Options, budget_s: float) -> Section:
     """Whether the Gluon GEMM can be trusted with the parts that follow."""
-    if not gpu_canary.can_sing(options.device):
+    if not gpu_canary.takes(options.device):
         return Section("left out", "the Gluon products are for compute capability 9.0")
     command = [sys.executable, "-m", "train.studies.gpu_canary"]
-    silent = gpu_canary.silent(lambda name: [*command, name], limit_s=min(gpu_canary.LIMIT_S, budget_s))
-    lines = [f"- {name}: {silent.get(name, 'right')}" for name in gpu_canary.BOUNDS]
-    reason = "; ".join(f"{name}: {why}" for name, why in silent.items())
-    return Section(verdict(not silent), reason, {}, "\n".join(lines))
+    faults = gpu_canary.faults(lambda name: [*command, name], limit_s=min(gpu_canary.LIMIT_S, budget_s))
+    lines = [f"- {name}: {faults.get(name, 'right')}" for name in gpu_canary.BOUNDS]
+    reason = "; ".join(f"{name}: {why}" for name, why in faults.items())
+    return Section(verdict(not faults), reason, {}, "\n".join(lines))
 
 
 def tests(options: Options, budget_s: float) -> Section:
@@ -159,7 +159,7 @@ def run_tests(groups: Sequence[Sequence[str]], backend: Backend, deadline_s: flo
 
     with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(processes) as pool:
         folder = Path(place)
-        reasons = list(pool.map(partial(run, folder=Path(place)), range(len(groups)), groups))
+        reasons = list(pool.map(partial(run, folder=folder), range(len(groups)), groups))
         without = {group[0]: reason for group, reason in zip(groups, reasons, strict=True) if reason}
         return read_junit(sorted(folder.glob("*.xml")), without)
 

@@ -161,7 +161,7 @@ def parity(layers: Mapping[PrecisionName, Layers]) -> Parity:
     """FP8 against BF16, from equal weights, input and gradient; of the output only what the layers added to it."""
     found: dict[PrecisionName, dict[str, Tensor]] = {}
     for precision, each in layers.items():
-        each.buckets.zero()
+        each.buckets.forget()
         update = each.step() - each.x.detach()
         assert each.x.grad is not None
         grads = {shard.name: shard.grad for shard in each.buckets.parameter_shards()}

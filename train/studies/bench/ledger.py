@@ -170,7 +170,7 @@ def ledger(layer: LayerName, precision: PrecisionName) -> Ledger:
         buckets = GradientBuckets(block.named_parameters(), axis=single(torch.device("cpu")).dp, sharded=False)
         shape = 1, tokens, config.hidden_size
         entries, kept = trace(block, shape, recipe.dtype)
-        first, _ = trace(block, shape, recipe.dtype, before=buckets.zero)
+        first, _ = trace(block, shape, recipe.dtype, before=buckets.forget)
     return Ledger(layer, precision, tokens, entries, kept, first_bytes=_bytes(first))
 
 
