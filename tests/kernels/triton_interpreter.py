@@ -38,6 +38,9 @@ UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 _plain_binary = interpreter.InterpreterBuilder.binary_op
 _plain_launch = interpreter.GridExecutor.__call__
+_plain_patch = interpreter._patch_lang
+# What of Triton's language the present launch has turned into NumPy.
+_patched: set[str] = set()
 
 
 def _as_torch(data: np.ndarray, dtype: tl.dtype) -> torch.Tensor:
@@ -89,7 +92,17 @@ def _binary(self: Any, left: Any, right: Any, operation: Callable[[Any, Any], np
     return interpreter.TensorHandle(_convert(result.astype(np.float32), tl.float32, dtype, None), dtype)
 
 
+def _patch_once(function: Any) -> Any:
+    """Once a launch, where Triton searches its whole language again for each call of a device function."""
+    modules = {value.__name__ for value in function.__globals__.values() if value is tl or value is tl.core}
+    if modules <= _patched:
+        return interpreter._LangPatchScope()
+    _patched.update(modules)
+    return _plain_patch(function)
+
+
 def _launch(self: Any, *args: Any, **kwargs: Any) -> None:
+    _patched.clear()
     # A GPU divides infinity by infinity in silence.
     with np.errstate(all="ignore"):
         _plain_launch(self, *args, **kwargs)
@@ -102,3 +115,4 @@ def mend() -> None:
     interpreter.InterpreterBuilder.cast_impl = _cast
     interpreter.InterpreterBuilder.binary_op = _binary
     interpreter.GridExecutor.__call__ = _launch
+    interpreter._patch_lang = _patch_once
