@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,50 +71,62 @@ class Figures:
     widths: dict[str, int]
 
 
-def disassemble(cubin: bytes) -> tuple[list[str], str]:
-    """Lines of SASS, and cuobjdump's resource line."""
+# A line of SASS: an address, maybe a predicate, opcode and operands.
+INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*);")
+Code = list[tuple[int, str]]
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """The only .text section (ELF-64)."""
+    first, size, count, names = struct.unpack_from("<Q", cubin, 0x28) + struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, first + size * place) for place in range(count)]
+    (found,) = (each for each in sections if cubin[sections[names][4] + each[0] :].startswith(b".text."))
+    return cubin[found[4] : found[4] + found[5]]
+
+
+def disassemble(cubins: list[bytes], architecture: str) -> list[Code]:
+    """Address, opcode and operands of every instruction of each; nvdisasm takes half a second to start, so once."""
+    parts = [machine_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(parts))
+        file.flush()
+        command = [TOOLS / "nvdisasm", "-b", architecture, "-ndf", file.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = [(int(line[1], 16), line[2].strip()) for line in map(INSTRUCTION.match, sass.splitlines()) if line]
+    ends = list(accumulate(map(len, parts), initial=0))
+    # 16 bytes an instruction.
+    return [found[begin // 16 : end // 16] for begin, end in pairwise(ends)]
+
+
+def registers_of(cubin: bytes) -> int:
+    """Of a thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        sass = subprocess.run([TOOLS / "nvdisasm", "-c", "-ndf", file.name], capture_output=True, text=True, check=True)
-        usage = subprocess.run(
-            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-    return sass.stdout.splitlines(), usage.stdout
+        command = [TOOLS / "cuobjdump", "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None, usage
+    return int(registers[1])
 
 
-def instructions(lines: list[str]) -> list[str]:
-    """Opcode and operands, or a label, one a line."""
-    found = []
-    for line in lines:
-        label = re.match(r"\s*(\.L_x_\d+):", line)
-        code = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*);", line)
-        if label:
-            found.append(label[1])
-        elif code:
-            found.append(code[1].strip())
-    return found
-
-
-def loops(code: list[str]) -> Iterator[list[str]]:
-    """Every stretch from a label to a later branch back to it, without labels."""
-    places = {item: place for place, item in enumerate(code) if item.startswith(".L_x_")}
-    for place, item in enumerate(code):
-        target = re.match(r"BRA\S*\s.*`\((\.L_x_\d+)\)", item)
-        if target and places[target[1]] < place:
-            yield [each for each in code[places[target[1]] : place + 1] if not each.startswith(".L_x_")]
+def loops(code: Code) -> Iterator[list[str]]:
+    """Every stretch up to a branch back to where it begins."""
+    places = {address: place for place, (address, _) in enumerate(code)}
+    for place, (address, item) in enumerate(code):
+        target = re.match(r"BRA\b.*\b0x([0-9a-f]+)$", item)
+        if target and int(target[1], 16) < address:
+            yield [each for _, each in code[places[int(target[1], 16)] : place + 1]]
 
 
 def _tensor_core(code: list[str]) -> int:
     return sum(item.startswith(("QGMMA", "QMMA")) for item in code)
 
 
-def figures(case: str, launch: stand_in_driver.Launch) -> Figures:
+def figures(case: str, launch: stand_in_driver.Launch, code: Code) -> Figures:
     """Count one launch's kernel."""
     kernel: Any = launch.kernel
-    lines, usage = disassemble(kernel.asm["cubin"])
-    code = instructions(lines)
-    counts = Counter(item.split()[0] for item in code)
+    counts = Counter(item.split()[0] for _, item in code)
     inner = min((loop for loop in loops(code) if _tensor_core(loop)), key=len, default=[])
     widths: Counter[str] = Counter()
     for opcode, count in counts.items():
@@ -120,17 +134,15 @@ def figures(case: str, launch: stand_in_driver.Launch) -> Figures:
             bits = re.search(r"\.(8|16|32|64|128)\b|\.[US](8|16)\b", opcode)
             width = int(next(filter(None, bits.groups()), 32)) if bits else 32
             widths[f"{opcode[:3]} {width // 8}"] += count
-    registers = re.search(r"REG:(\d+)", usage)
-    assert registers is not None, usage
     return Figures(
         case=case,
         shipped=case not in TRIED_CASES,
         kernel=kernel.metadata.name,
         grid=launch.grid,
-        registers=int(registers[1]),
+        registers=registers_of(kernel.asm["cubin"]),
         spills=sum(count for opcode, count in counts.items() if opcode.startswith(("LDL", "STL"))),
         shared_bytes=kernel.metadata.shared,
-        tensor_core=_tensor_core(code),
+        tensor_core=_tensor_core([item for _, item in code]),
         loop=len(inner),
         loop_tensor_core=_tensor_core(inner),
         tma=sum(count for opcode, count in counts.items() if opcode.startswith(("UTMALDG", "UTMASTG"))),
@@ -147,8 +159,10 @@ def measure(cases: Mapping[str, Callable[[], object]], driver: stand_in_driver.S
         driver.launches.clear()
         call()
         assert driver.launches, f"{name} launches nothing"
-        found += [figures(name, launch) for launch in driver.launches]
-    return found
+        found += [(name, launch) for launch in driver.launches]
+    architecture = f"SM{driver.capability}{'a' if driver.capability >= 90 else ''}"
+    codes = disassemble([launch.kernel.asm["cubin"] for _, launch in found], architecture)
+    return [figures(name, launch, code) for (name, launch), code in zip(found, codes, strict=True)]
 
 
 def measure_portable(capability: int, shared_bytes: int) -> list[Figures]:
