@@ -70,7 +70,7 @@ def balanced_v(costs: Sequence[float], ranks: int) -> tuple[int, ...]:
     assert 1 <= ranks <= len(costs) // 2, (ranks, len(costs))
     sums = [*accumulate(costs, initial=0.0)]
 
-    def best_cut(join: Callable[[float, float, float], float], limit: float) -> tuple[float, tuple[int, ...]]:
+    def best_cut(join: Callable[[float, float, float], float], limit: float) -> tuple[float, tuple[int, ...]] | None:
         # Dynamic programming: best[front, back] = (joined costs, fronts, backs) with so many layers dealt at each end.
         best: dict[tuple[int, int], tuple[float, tuple[int, ...], tuple[int, ...]]] = {(0, 0): (0.0, (), ())}
         for rank in range(ranks):
@@ -79,24 +79,33 @@ def balanced_v(costs: Sequence[float], ranks: int) -> tuple[int, ...]:
                 # Every rank further in needs two layers; the innermost takes all that is left.
                 most = len(costs) - front - back - 2 * (ranks - 1 - rank)
                 for ahead in range(1, most):
+                    first = sums[front + ahead] - sums[front]
+                    if first > limit:
+                        break
                     for behind in range(most - ahead if rank == ranks - 1 else 1, most - ahead + 1):
-                        first = sums[front + ahead] - sums[front]
                         last = sums[len(costs) - back] - sums[len(costs) - back - behind]
-                        if first + last <= limit:
-                            cut = (join(joined, first, last), (*fronts, ahead), (*backs, behind))
-                            found.setdefault((front + ahead, back + behind), []).append(cut)
+                        if first + last > limit:
+                            break
+                        cut = (join(joined, first, last), (*fronts, ahead), (*backs, behind))
+                        found.setdefault((front + ahead, back + behind), []).append(cut)
             best = {dealt: min(cuts) for dealt, cuts in found.items()}
+        if not best:
+            return None
         joined, fronts, backs = min(best.values())
         return joined, (*fronts, *reversed(backs))
 
     # Rank r owns stages r and 2 ranks - 1 - r: layers are dealt from both ends inwards, each rank taking one stage of
     # either. Balanced stages would give the first rank, which ends with head and MTP, a full first stage besides.
-    most_expensive, _ = best_cut(lambda joined, first, last: max(joined, first + last), math.inf)
+    limit = sums[-1] / ranks
+    while (least := best_cut(lambda joined, first, last: max(joined, first + last), limit)) is None:
+        limit *= 1.25
     # As in `balanced_split`, evenness is sought in a second pass, among the cuts that the first one allows.
-    return best_cut(lambda joined, first, last: joined + first**2 + last**2, most_expensive)[1]
+    evenest = best_cut(lambda joined, first, last: joined + first**2 + last**2, least[0])
+    assert evenest is not None
+    return evenest[1]
 
 
-@cache  # a second or two for V3 on 16 ranks, asked for by the plan and by the model
+@cache  # asked for by the plan and by the model
 def balanced_layers(costs: tuple[float, ...], schedule: str, pp: int) -> tuple[int, ...]:
     """Layers of each stage that minimise the cost of the most expensive pipeline rank."""
     if pp > 1 and schedule_facts(schedule).placement == "v":
