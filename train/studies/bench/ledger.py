@@ -234,7 +234,7 @@ def forward(
 ) -> dict[GradientEdge, tuple[torch.Size, torch.dtype]]:
     """Run a block and let go of its inputs and outputs; returns where each output's gradient enters, and its shape.
 
-    As many tensors of `shape` go in as its forward takes before `document_ids`: what layers hand to each other.
+    As many tensors of `shape` go in as its forward takes before `documents`: what layers hand to each other.
     """
     count = len(inspect.signature(getattr(block, "forward", block)).parameters) - 1
     anchor = torch.empty(0, requires_grad=True)
