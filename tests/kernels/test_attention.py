@@ -34,8 +34,8 @@ def naive(q: Tensor, k: Tensor, v: Tensor, scale: float, document_ids: Tensor | 
         rows = []
         for t in range(q.shape[2]):
             keys = [j for j in range(t + 1) if document_ids is None or document_ids[s, j] == document_ids[s, t]]
-            weights = torch.stack([(q[s, :, t] * k[s, :, j]).sum(-1) * scale for j in keys], -1).softmax(-1)
-            rows.append(sum(weights[:, n, None] * v[s, :, j] for n, j in enumerate(keys)))
+            weights = ((q[s, :, t, None] * k[s, :, keys]).sum(-1) * scale).softmax(-1)  # [heads, keys]
+            rows.append((weights[..., None] * v[s, :, keys]).sum(1))
         sequences.append(torch.stack(rows, 1))
     return torch.stack(sequences)
 
