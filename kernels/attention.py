@@ -32,7 +32,7 @@ DOCUMENTS_PER_CALL = 32
 
 
 @dataclass(frozen=True)
-class Documents:
+class Packed:
     """The documents of packed sequences, end to end, in groups that one call of flash takes.
 
     lengths: of each group the tokens of its documents. cumulative: of each group 0 and the sums of its lengths so far,
@@ -43,7 +43,7 @@ class Documents:
     cumulative: tuple[Tensor, ...]
 
 
-def documents_of(document_ids: Tensor | None, device: torch.device) -> Documents | None:
+def documents_of(document_ids: Tensor | None, device: torch.device) -> Packed | None:
     """Where attention on a device is cut: between unlike neighbours of [sequences, tokens] ids and between sequences.
 
     The ids are on the host, which then knows all numbers and sizes: nothing waits for the device. None where no
@@ -62,7 +62,7 @@ def documents_of(document_ids: Tensor | None, device: torch.device) -> Documents
     # Only from pinned memory is a copy sure not to wait.
     joined = torch.tensor([*chain(*sums)], dtype=torch.int32, pin_memory=device.type == "cuda")
     cumulative = joined.to(device, non_blocking=True).split([len(each) for each in sums])
-    return Documents(tuple(groups), cumulative)
+    return Packed(tuple(groups), cumulative)
 
 
 def _causal_mask(tokens: int, like: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def _causal_mask(tokens: int, like: Tensor) -> Tensor:
     return like.new_full((tokens, tokens), float("-inf")).triu(1)
 
 
-def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float, documents: Documents | None) -> Tensor:
+def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float, documents: Packed | None) -> Tensor:
     """Attention with every score written out, fp32 inside. Same arguments as `causal_attention`."""
     q32, k32, v32 = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
     scores: Tensor = q32 @ k32.mT * scale + _causal_mask(q.shape[-2], q32)  # [sequences, heads, tokens, tokens]
@@ -217,7 +217,7 @@ def _alone(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 # Below, q, k and v are [tokens of all sequences, heads, dim].
-def _varlen_flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
+def _varlen_flash(q: Tensor, k: Tensor, v: Tensor, documents: Packed, scale: float) -> Tensor:
     """Flash's kernels for packed sequences; deterministic where flash is."""
     # Brings torch's compiler with it, which takes seconds to import.
     from torch.nn.attention.varlen import varlen_attn
@@ -234,7 +234,7 @@ def _varlen_flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: 
     return (outs[0] if len(outs) == 1 else torch.cat(outs))[..., :width]
 
 
-def _one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Packed, scale: float) -> Tensor:
     """For dtypes and widths that flash does not take, and on a CPU: memory grows with the squares of the lengths."""
     outs = []
     for part in _cut(q, k, v, [*chain(*documents.lengths)]):
@@ -250,7 +250,7 @@ def _cut(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> list[tuple[Tens
     return [*zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)]
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, documents: Documents | None) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, documents: Packed | None) -> Tensor:
     """Attention over the tokens up to and including one's own: [sequences, heads, tokens, v_dim] in q.dtype (eq. 10).
 
     `scale` is usually qk_dim ** -0.5 times YaRN's softmax factor. With `documents` no token reads another document.

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import attention
-from kernels.attention import Documents, causal_attention, causal_attention_reference, documents_of
+from kernels.attention import Packed, causal_attention, causal_attention_reference, documents_of
 from tests.kernels.gemm_inputs import beside_reference, relative_error
 from tests.varlen_flash import varlen_flash_on_cpu
 
@@ -46,7 +46,7 @@ def three_and_one(tokens: int) -> Tensor:
     return torch.stack((first, torch.zeros_like(first)))
 
 
-def on_cpu(document_ids: Tensor | None) -> Documents | None:
+def on_cpu(document_ids: Tensor | None) -> Packed | None:
     return documents_of(document_ids, torch.device("cpu"))
 
 

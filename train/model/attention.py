@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from kernels.attention import CORE_OPERATORS, Documents, causal_attention
+from kernels.attention import CORE_OPERATORS, Packed, causal_attention
 from kernels.fp8_linear import LinearInput
 from kernels.heads import HeadSizes, UpProjection, latents_to_heads
 from kernels.rope import apply_rope, rope_tables, yarn_softmax_factor
@@ -93,7 +93,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = NormedLinear(kv_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), precision)
         self.o_proj = KeptLinear(heads * config.v_head_dim, config.hidden_size, precision)
 
-    def forward(self, x: LinearInput, documents: Documents | None) -> Tensor:
+    def forward(self, x: LinearInput, documents: Packed | None) -> Tensor:
         """[sequences, tokens, hidden] -> the same; no token reads another of the `documents`."""
         num_sequences, num_tokens, _ = x.shape
         latents = self.q_kv_a_proj(x)
@@ -107,7 +107,7 @@ class MultiHeadLatentAttention(nn.Module):
         u: Tensor = self.o_proj(heads)
         return u
 
-    def attend(self, latents: Tensor, documents: Documents | None) -> Tensor:
+    def attend(self, latents: Tensor, documents: Packed | None) -> Tensor:
         """Latents -> heads -> attention core: [sequences, tokens, a_widths] -> [sequences, heads, tokens, v]."""
         make = self._heads_in_fp8 if self.kv_b_proj.precision.reads_tiles else self._heads_apart
         q, k, v = make(latents, *self.rope.at(latents.shape[1], latents.device))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kernels.attention import Documents
+from kernels.attention import Packed
 from kernels.fp8_linear import LinearInput
 from kernels.permute import Dispatched
 from train.model.attention import MultiHeadLatentAttention, RopeTables
@@ -57,9 +57,7 @@ class DenseBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
         self.mlp = FeedForward(config, config.intermediate_size, precision)
 
-    def forward(
-        self, residual: Tensor, delta: Tensor | None, documents: Documents | None
-    ) -> tuple[Tensor, Tensor, None]:
+    def forward(self, residual: Tensor, delta: Tensor | None, documents: Packed | None) -> tuple[Tensor, Tensor, None]:
         """Residual stream and what is to be added to it -> the same after this layer; no routing."""
         normed = self.input_layernorm.of_sum(residual, delta, linears=1)
         attended = self.self_attn(normed.linears[0], documents)
@@ -79,7 +77,7 @@ class MoEBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
         self.mlp = MoE(config, precision, dispatcher)
 
-    def attend(self, residual: Tensor, delta: Tensor | None, documents: Documents | None) -> tuple[Tensor, Tensor]:
+    def attend(self, residual: Tensor, delta: Tensor | None, documents: Packed | None) -> tuple[Tensor, Tensor]:
         """Phase 1: norm and attention -> (residual + delta, attention's output), not added yet."""
         normed = self.input_layernorm.of_sum(residual, delta, linears=1)
         return normed.residual, self.self_attn(normed.linears[0], documents)
@@ -113,7 +111,7 @@ class MoEBlock(nn.Module):
         return out
 
     def forward(
-        self, residual: Tensor, delta: Tensor | None, documents: Documents | None
+        self, residual: Tensor, delta: Tensor | None, documents: Packed | None
     ) -> tuple[Tensor, Tensor, Routing]:
         """The five phases in order: residual stream and what is to be added to it -> the same after this layer."""
         routed = self.route(*self.attend(residual, delta, documents))

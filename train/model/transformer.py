@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kernels.attention import Documents, documents_of
+from kernels.attention import Packed, documents_of
 from train.model.attention import MultiHeadLatentAttention, RopeTables
 from train.model.block import make_block
 from train.model.config import ModelConfig
@@ -103,7 +103,7 @@ class Transformer(nn.Module):
         assert start is not None, "a stage after the first needs the hidden state of the one before"
         return start
 
-    def _main(self, start: Tensor, documents: Documents | None, routings: dict[int, Routing]) -> Tensor:
+    def _main(self, start: Tensor, documents: Packed | None, routings: dict[int, Routing]) -> Tensor:
         """Every layer and, on the last stage, the final norm; adds each layer's routing to `routings`."""
         residual, delta = start, None
         for layer_id, block in self.layers.items():
