@@ -38,6 +38,7 @@ COMPOSITIONS = {"fp8_linear": ("gemm_fp8", "gemm_grouped", "quantize", "swiglu")
 # Functions that may read a device value inside the step, and why.
 HOST_READS = {
     "kernels/gemm_grouped.py:group_rows": "plain torch and Transformer Engine slice by group; a device kernel does not",
+    "kernels/attention.py:documents_of": "document ids are on the host, which is asserted",
     "train/optim/offload.py:wait": "before a checkpoint reads or fills the state, not in a step",
     "train/optim/ema.py:_fold": "its own thread waits for a copy, beside the step",
     "parallel/expert.py:_read_counts": "split sizes of the uneven all-to-all: one read a MoE layer and micro-batch",

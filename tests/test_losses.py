@@ -27,12 +27,12 @@ def engine(**optim: float) -> Engine:
 
 
 def batch() -> Batch:
-    """Four sequences with 12, 9, 0 and 12 targets."""
+    """Four sequences with 12, 9, 0 and 12 targets; sequence i has a second document of its last i tokens."""
     tokens = torch.randint(0, TINY.vocab_size, (4, 13), generator=torch.Generator().manual_seed(0))
     labels = tokens[:, 1:].clone()
     labels[1, :3] = IGNORE_INDEX
     labels[2] = IGNORE_INDEX
-    return Batch(tokens[:, :-1].contiguous(), labels)
+    return Batch(tokens[:, :-1].contiguous(), labels, torch.ones_like(labels).tril(-1).flip(1))
 
 
 def step_of(parts: Engine, data: Batch, *, micro_batches: int = 1) -> StepGradients:
@@ -47,7 +47,7 @@ def gradients(micro_batches: int) -> tuple[StepGradients, dict[str, torch.Tensor
 
 def test_total_is_the_reports_objective_times_the_number_of_targets() -> None:
     net, data = engine().models[0], batch()
-    output = net(data.input_ids)
+    output = net(data.input_ids, data.document_ids)
     weights = LossWeights(
         mtp_weight=0.3, balance_alpha=0.01, num_targets=torch.tensor(data.num_targets), num_sequences=4
     )
@@ -68,6 +68,7 @@ def test_total_is_the_reports_objective_times_the_number_of_targets() -> None:
     objective = main / 33 + 0.3 * (mtp[0] + mtp[1]) / 2 / 33 + 0.01 * balance / 4
     # FP32 sums of about 100 terms against FP64: 100 * 2^-24 = 6e-6.
     assert math.isclose(float(total.detach()) / 33, objective, rel_tol=6e-6)
+    assert math.isclose(float(step_of(engine(), data).loss_total), objective, rel_tol=6e-6)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])

@@ -289,6 +289,7 @@ def run_card(config: PretrainConfig, components: Components) -> dict[str, object
             v_dim=config.model.v_head_dim,
             dtype=config.precision.dtype,
             device=mesh.device,
+            documents=config.data.mask_documents,
         ),
         "torch": torch.__version__,
         "store": store_hashes(components.stream.store),

@@ -86,7 +86,8 @@ class Stage(nn.Module):
 
         Args:
             inbound: hidden of the stage before; not read on the first.
-            input_ids, labels, document_ids: [sequences, tokens] int64; labels are read on the last stage.
+            input_ids, labels: [sequences, tokens] int64; labels are read on the last stage.
+            document_ids: the same, on the host.
         Returns:
             hidden for the stage after; the total loss, a scalar, on the last.
         """

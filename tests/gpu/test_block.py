@@ -1,4 +1,7 @@
-"""Whole MoE blocks on a GPU: a CUDA graph gives the same bits, nothing waits for the device, references serve too."""
+"""Whole MoE blocks on a GPU: a CUDA graph gives the same bits, nothing waits for the device, references serve too.
+
+Attention that keeps documents apart likewise.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.attention import causal_attention, causal_attention_reference, documents_of
+from tests.kernels.gemm_inputs import relative_error
 from train.studies.bench import layer as bench_layer
 from train.studies.bench.layer import Layers, Sizes
 from train.studies.smoke_runs import PrecisionName
@@ -82,6 +87,37 @@ def test_forward_and_backward_never_wait_for_the_device(
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(bool(value.isfinite().all()) for value in results(layers, layers.step()).values())
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "dtype"), [(True, torch.bfloat16), (False, torch.bfloat16), (True, torch.float32)]
+)
+def test_attention_keeps_documents_apart_and_never_waits(
+    deterministic: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """V3's head dims; about 50 documents a sequence, so that flash is called more than once. FP32 it does not take."""
+    torch.use_deterministic_algorithms(deterministic)
+    generator = torch.Generator().manual_seed(0)
+    ids = (torch.rand(2, 257, generator=generator) < 0.2).cumsum(1)
+    q, k, v, grad = (
+        torch.randn(2, 257, 4, dim, generator=generator).to(device, dtype).transpose(1, 2).requires_grad_()
+        for dim in (192, 192, 128, 128)
+    )
+
+    def results(attend: Callable[..., Tensor]) -> list[Tensor]:
+        o = attend(q, k, v, scale=192**-0.5, documents=documents_of(ids, device))
+        return [o, *torch.autograd.grad(o, (q, k, v), grad)]
+
+    results(causal_attention)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        once, again = results(causal_attention), results(causal_attention)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    if deterministic:
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    # Roundings as in tests/kernels/test_attention.py; in FP32 tensor cores may round products to TF32.
+    assert max(relative_error(a, b) for a, b in zip(once, results(causal_attention_reference), strict=True)) < 2**-7
 
 
 REFERENCE = """

@@ -259,7 +259,7 @@ def test_attention_of_v3_keeps_log_sums_and_no_probabilities() -> None:
         )
         grad = torch.empty(tokens, heads * v_dim, dtype=BF16)
         with LiveBytes() as memory, FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as flops:
-            o = causal_attention(q, k, v, scale=qk_dim**-0.5, document_ids=None)
+            o = causal_attention(q, k, v, scale=qk_dim**-0.5, documents=None)
             rows = heads * tokens
             assert memory.live == 2 * rows * v_dim + 4 * rows
             # o_proj reads [tokens, heads * v_dim] without a copy.

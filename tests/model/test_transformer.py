@@ -14,13 +14,14 @@ from kernels.attention import causal_attention_reference
 from kernels.operators import NAMESPACE
 from tests.operator_calls import OperatorCalls
 from tests.tiny_model import TINY
+from tests.varlen_flash import varlen_flash_on_cpu
 from train.model import attention
 from train.model.config import ModelConfig
 from train.model.init import initialize
 from train.model.layers import Linear
 from train.model.moe import Experts
 from train.model.precision import Precision
-from train.model.transformer import Transformer
+from train.model.transformer import Transformer, recompute_up_projections
 
 PrecisionName = Literal["fp32", "bf16", "fp8"]
 
@@ -81,12 +82,43 @@ def test_document_ids_cut_attention_between_documents() -> None:
     first, second = torch.randint(0, TINY.vocab_size, (2, 1, 8), generator=generator)
     packed = torch.cat((first, second), dim=1)
     documents = torch.tensor([[0] * 8 + [1] * 8])
-    alone = net(first).hidden
-    masked = net(packed, documents).hidden
-    # Same numbers up to the order of FP32 sums over a wider (masked) row of scores.
-    torch.testing.assert_close(masked[:, :8], alone, rtol=1e-5, atol=1e-6)
-    open_attention = net(packed).hidden
-    assert (open_attention[:, 8:] - masked[:, 8:]).abs().max() > 1e-3
+    masked, unmasked = net(packed, documents), net(packed)
+    for start, alone in ((0, net(first)), (8, net(second))):
+        # Same numbers up to the order of FP32 sums, and to RoPE's angles, which are of positions in the sequence.
+        torch.testing.assert_close(masked.hidden[:, start : start + 8], alone.hidden, rtol=1e-5, atol=1e-5)
+        for packed_depth, depth in zip(masked.mtp_hidden, alone.mtp_hidden, strict=True):
+            rows = packed_depth[:, start : start + depth.shape[1]]
+            torch.testing.assert_close(rows, depth, rtol=1e-5, atol=1e-5)
+    for with_mask, without in zip(
+        (masked.hidden, *masked.mtp_hidden), (unmasked.hidden, *unmasked.mtp_hidden), strict=True
+    ):
+        assert (with_mask[:, 8:] - without[:, 8:]).abs().max() > 1e-3
+
+
+def test_varlen_flash_serves_every_layer_and_depth_and_is_not_repeated_by_recomputation() -> None:
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(TINY.vocab_size, (2, 12), generator=generator)
+    probe = torch.randn(2, 12, TINY.hidden_size, generator=generator)
+    documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 11 + [1]])
+
+    def gradients(*, recompute: bool) -> list[Tensor]:
+        net = model()
+        if recompute:
+            recompute_up_projections(net)
+        output = net(tokens, documents)
+        sum((x * probe[:, : x.shape[1]]).sum() for x in (output.hidden, *output.mtp_hidden)).backward()
+        return [p.grad for p in net.parameters() if p.grad is not None]
+
+    expected = gradients(recompute=False)
+    with varlen_flash_on_cpu() as flash:
+        kept = gradients(recompute=False)
+        # Two layers and two depths; without its last token, and the one before, the second sequence has one document.
+        assert flash.documents == [4, 4, 3, 3]
+        again = gradients(recompute=True)
+    assert flash.documents == [4, 4, 3, 3] * 2
+    for a, b, c in zip(expected, kept, again, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+        assert torch.equal(b, c)
 
 
 def test_phases_compose_to_the_block() -> None:
@@ -133,13 +165,13 @@ class LaidOutAsInputs(torch.autograd.Function):
         order = sorted(range(4), key=q.stride, reverse=True)
         shape = (*q.shape[:3], v.shape[3])
         o = q.new_empty([shape[dim] for dim in order]).permute([order.index(dim) for dim in range(4)])
-        return o.copy_(causal_attention_reference(q, k, v, scale=scale, document_ids=None))
+        return o.copy_(causal_attention_reference(q, k, v, scale=scale, documents=None))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-            o = causal_attention_reference(*inputs, scale=ctx.scale, document_ids=None)
+            o = causal_attention_reference(*inputs, scale=ctx.scale, documents=None)
             found = torch.autograd.grad(o, inputs, grads[0])
         returned = [torch.empty_like(x).copy_(grad) for x, grad in zip(inputs, found, strict=True)]
         LaidOutAsInputs.given += returned
@@ -166,7 +198,7 @@ def test_attentions_output_and_gradients_are_not_copied_where_they_are_laid_out_
     read: list[Tensor] = []
     written: list[Tensor] = []
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_ids: None) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, documents: None) -> Tensor:
         o: Tensor = LaidOutAsInputs.apply(q, k, v, scale)  # type: ignore[no-untyped-call]
         written.append(o.detach())
         return o

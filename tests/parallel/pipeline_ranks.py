@@ -195,9 +195,11 @@ class Walk:
 
 
 def gradients_of(engine: Engine, micro_batches: int, sequences: int) -> StepGradients:
-    """Of the first sequences of step 0, so many in each micro-batch."""
+    """Of the first sequences of step 0, so many in each micro-batch; four of them keep documents apart."""
     whole, count = batch_of(0), micro_batches * sequences
-    batch, now = Batch(whole.input_ids[:count], whole.labels[:count]), replace(NOW, batch_sequences=count)
+    # Sequence i is cut before its last i tokens.
+    documents = torch.ones_like(whole.input_ids[:count]).tril(-1).flip(1) if micro_batches == 4 else None
+    batch, now = Batch(whole.input_ids[:count], whole.labels[:count], documents), replace(NOW, batch_sequences=count)
     return compute_gradients(engine, batch, num_micro_batches=micro_batches, now=now)
 
 

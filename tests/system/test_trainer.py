@@ -276,7 +276,9 @@ def test_start_and_end_are_said(config: PretrainConfig, capsys: pytest.CaptureFi
 def test_a_run_that_is_not_deterministic_says_so(
     config: PretrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(config, run=replace(config.run, deterministic=False))
+    """And one that keeps documents apart says how."""
+    run, data = replace(config.run, deterministic=False), replace(config.data, mask_documents=True)
+    config = replace(config, run=run, data=data)
     trainer = trainer_of(config)
     monkeypatch.setattr(trainer, "budget_is_spent", lambda: trainer.state.step == 2)
     trainer.fit()
@@ -288,7 +290,8 @@ def test_a_run_that_is_not_deterministic_says_so(
     (resumed,) = (event for event in read_events(again.directory) if event["event"] == "resume")
     assert resumed["deterministic"] is False
     card = json.loads((again.directory / "run_card.json").read_text())
-    assert (card["deterministic"], card["attention"]) == (False, "batched GEMMs")
+    attention = "batched GEMMs; each document alone where a sample has several"
+    assert (card["deterministic"], card["attention"]) == (False, attention)
 
 
 def test_a_run_that_took_no_step_says_no_next_command(

@@ -36,8 +36,8 @@ class DamagedWindow:
 class Batch:
     """Samples of one step or of one evaluation call, all tensors [sequences, tokens] int64.
 
-    Labels are IGNORE_INDEX where there is no target. Document ids are counted from 0 inside each window; without them
-    attention is not limited to a document.
+    Labels are IGNORE_INDEX where there is no target. Document ids are counted from 0 inside each window, one after the
+    other; without them attention is not limited to a document.
     """
 
     input_ids: Tensor
@@ -51,9 +51,10 @@ class Batch:
         return int((self.labels != IGNORE_INDEX).sum())
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """The batch's tensors by name, on a device; without document ids where there are none."""
-        tensors = {"input_ids": self.input_ids, "labels": self.labels, "document_ids": self.document_ids}
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items() if tensor is not None}
+        """The batch's tensors by name, on a device; document ids, if any, on the host, where the model reads them."""
+        tensors = {"input_ids": self.input_ids, "labels": self.labels}
+        tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return tensors if self.document_ids is None else tensors | {"document_ids": self.document_ids}
 
     def share(self, index: int, shares: int) -> Batch:
         """The index-th of so many equal shares of the sequences, filled up with copies of the first without targets."""

@@ -21,12 +21,13 @@ these equations in absorbed form.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from kernels.attention import CORE_OPERATORS, causal_attention
+from kernels.attention import CORE_OPERATORS, Packed, causal_attention
 from kernels.fp8_linear import LinearInput
 from kernels.heads import HeadSizes, UpProjection, latents_to_heads
 from kernels.rope import apply_rope, rope_tables, yarn_softmax_factor
@@ -64,8 +65,15 @@ def softmax_scale(config: ModelConfig) -> float:
 # Of the latents' norms, whatever `rms_norm_eps` says. Source: the default of `RMSNorm` in the released inference code
 # (deepseek-ai/DeepSeek-V3, inference/model.py) and of `DeepseekV3RMSNorm` in `transformers`; neither sets another.
 LATENT_NORM_EPS = 1e-6
-# What recomputation does not repeat.
-_keep_core = partial(create_selective_checkpoint_contexts, list(CORE_OPERATORS))
+
+
+def _policy(context: object, operator: Any, *args: object, **kwargs: object) -> CheckpointPolicy:
+    """Recomputation does not repeat the core."""
+    is_core = operator.name() in CORE_OPERATORS
+    return CheckpointPolicy.MUST_SAVE if is_core else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_keep_core = partial(create_selective_checkpoint_contexts, _policy)
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -85,25 +93,25 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = NormedLinear(kv_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), precision)
         self.o_proj = KeptLinear(heads * config.v_head_dim, config.hidden_size, precision)
 
-    def forward(self, x: LinearInput, document_ids: Tensor | None) -> Tensor:
-        """[sequences, tokens, hidden] -> the same; `document_ids` [sequences, tokens] limits attention if given."""
+    def forward(self, x: LinearInput, documents: Packed | None) -> Tensor:
+        """[sequences, tokens, hidden] -> the same; no token reads another of the `documents`."""
         num_sequences, num_tokens, _ = x.shape
         latents = self.q_kv_a_proj(x)
         if self.recompute and torch.is_grad_enabled():
             o: Tensor = checkpoint(
-                self.attend, latents, document_ids, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_core
+                self.attend, latents, documents, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_core
             )
         else:
-            o = self.attend(latents, document_ids)
+            o = self.attend(latents, documents)
         heads = o.transpose(1, 2).reshape(num_sequences, num_tokens, -1)  # [sequences, tokens, heads * v]
         u: Tensor = self.o_proj(heads)
         return u
 
-    def attend(self, latents: Tensor, document_ids: Tensor | None) -> Tensor:
+    def attend(self, latents: Tensor, documents: Packed | None) -> Tensor:
         """Latents -> heads -> attention core: [sequences, tokens, a_widths] -> [sequences, heads, tokens, v]."""
         make = self._heads_in_fp8 if self.kv_b_proj.precision.reads_tiles else self._heads_apart
         q, k, v = make(latents, *self.rope.at(latents.shape[1], latents.device))
-        return causal_attention(q, k, v, scale=self.scale, document_ids=document_ids)
+        return causal_attention(q, k, v, scale=self.scale, documents=documents)
 
     def _heads_in_fp8(self, latents: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> q, k [sequences, heads, tokens, qk], v [sequences, heads, tokens, v], in memory token by token.

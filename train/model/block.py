@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from kernels.attention import Packed
 from kernels.fp8_linear import LinearInput
 from kernels.permute import Dispatched
 from train.model.attention import MultiHeadLatentAttention, RopeTables
@@ -56,12 +57,10 @@ class DenseBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
         self.mlp = FeedForward(config, config.intermediate_size, precision)
 
-    def forward(
-        self, residual: Tensor, delta: Tensor | None, document_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor, None]:
+    def forward(self, residual: Tensor, delta: Tensor | None, documents: Packed | None) -> tuple[Tensor, Tensor, None]:
         """Residual stream and what is to be added to it -> the same after this layer; no routing."""
         normed = self.input_layernorm.of_sum(residual, delta, linears=1)
-        attended = self.self_attn(normed.linears[0], document_ids)
+        attended = self.self_attn(normed.linears[0], documents)
         normed = self.post_attention_layernorm.of_sum(normed.residual, attended, linears=1)
         return normed.residual, self.mlp(normed.linears[0]), None
 
@@ -78,10 +77,10 @@ class MoEBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
         self.mlp = MoE(config, precision, dispatcher)
 
-    def attend(self, residual: Tensor, delta: Tensor | None, document_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    def attend(self, residual: Tensor, delta: Tensor | None, documents: Packed | None) -> tuple[Tensor, Tensor]:
         """Phase 1: norm and attention -> (residual + delta, attention's output), not added yet."""
         normed = self.input_layernorm.of_sum(residual, delta, linears=1)
-        return normed.residual, self.self_attn(normed.linears[0], document_ids)
+        return normed.residual, self.self_attn(normed.linears[0], documents)
 
     def route(self, residual: Tensor, delta: Tensor | None) -> DispatchInput:
         """Phase 2: norm of the sum, scores, choice and gates."""
@@ -112,10 +111,10 @@ class MoEBlock(nn.Module):
         return out
 
     def forward(
-        self, residual: Tensor, delta: Tensor | None, document_ids: Tensor | None
+        self, residual: Tensor, delta: Tensor | None, documents: Packed | None
     ) -> tuple[Tensor, Tensor, Routing]:
         """The five phases in order: residual stream and what is to be added to it -> the same after this layer."""
-        routed = self.route(*self.attend(residual, delta, document_ids))
+        routed = self.route(*self.attend(residual, delta, documents))
         dispatched = self.dispatch(routed)
         return routed.residual, self.combine(routed, dispatched, self.experts(dispatched)), routed.routing
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kernels.attention import Packed
 from train.model.attention import RopeTables
 from train.model.block import make_block
 from train.model.config import ModelConfig
@@ -36,8 +37,8 @@ class MultiTokenPredictor(nn.Module):
         self.block = make_block(config, precision, rope, dispatcher, layer_id=layer_id)
         self.norm = RMSNorm(hidden, eps, precision)
 
-    def forward(self, previous: Tensor, embeds: Tensor, document_ids: Tensor | None) -> tuple[Tensor, Routing | None]:
+    def forward(self, previous: Tensor, embeds: Tensor, documents: Packed | None) -> tuple[Tensor, Routing | None]:
         """h^{k-1} and Emb(t_{i+k}), both [sequences, T - k, hidden] -> (h^k normed, routing)."""
         joined = torch.cat((self.enorm(embeds), self.hnorm(previous)), dim=-1)
-        residual, delta, routing = self.block(self.eh_proj(joined), None, document_ids)
+        residual, delta, routing = self.block(self.eh_proj(joined), None, documents)
         return self.norm(residual, delta), routing

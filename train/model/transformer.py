@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from kernels.attention import Packed, documents_of
 from train.model.attention import MultiHeadLatentAttention, RopeTables
 from train.model.block import make_block
 from train.model.config import ModelConfig
@@ -79,18 +80,18 @@ class Transformer(nn.Module):
 
         Args:
             input_ids: [sequences, tokens] int64.
-            document_ids: [sequences, tokens] int64 limits attention to a document, or None.
+            document_ids: [sequences, tokens] int64 on the host limits attention to a document, or None.
             hidden: [sequences, tokens, hidden] from the stage before; None on the first.
         """
         routings: dict[int, Routing] = {}
-        hidden = self._main(self._start(input_ids, hidden), document_ids, routings)
+        hidden = self._main(self._start(input_ids, hidden), documents_of(document_ids, input_ids.device), routings)
         return ModelOutput(hidden, self._predict_further(hidden, input_ids, document_ids, routings), routings)
 
     def next_token_hidden(
         self, input_ids: Tensor, document_ids: Tensor | None = None, hidden: Tensor | None = None
     ) -> Tensor:
         """The main model alone, for evaluation: arguments of `forward` -> [sequences, tokens, hidden]."""
-        return self._main(self._start(input_ids, hidden), document_ids, {})
+        return self._main(self._start(input_ids, hidden), documents_of(document_ids, input_ids.device), {})
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocab]; the head is shared by the main model and every MTP depth."""
@@ -102,11 +103,11 @@ class Transformer(nn.Module):
         assert start is not None, "a stage after the first needs the hidden state of the one before"
         return start
 
-    def _main(self, start: Tensor, document_ids: Tensor | None, routings: dict[int, Routing]) -> Tensor:
+    def _main(self, start: Tensor, documents: Packed | None, routings: dict[int, Routing]) -> Tensor:
         """Every layer and, on the last stage, the final norm; adds each layer's routing to `routings`."""
         residual, delta = start, None
         for layer_id, block in self.layers.items():
-            residual, delta, routing = block(residual, delta, document_ids)
+            residual, delta, routing = block(residual, delta, documents)
             if routing is not None:
                 routings[int(layer_id)] = routing
         if self.spec.is_last:
@@ -125,10 +126,11 @@ class Transformer(nn.Module):
             if num_tokens < 1:
                 break
             ids = None if document_ids is None else document_ids[:, :num_tokens]
+            documents = documents_of(ids, input_ids.device)
             # A lookup for each depth: the gradients meet in FP32, in the weight's, not in the activation's dtype; and a
             # pipeline, whose last stage cannot reach the first one's lookup, computes the same.
             embeds = self.embed_tokens(input_ids[:, depth:])  # [sequences, tokens - depth, hidden]
-            hidden, routing = predictor(hidden[:, :num_tokens], embeds, ids)
+            hidden, routing = predictor(hidden[:, :num_tokens], embeds, documents)
             chain.append(hidden)
             if routing is not None:
                 routings[int(layer_id)] = routing

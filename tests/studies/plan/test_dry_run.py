@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels import router
-from kernels.attention import causal_attention_reference
+from kernels.attention import Packed, causal_attention_reference
 from launch import pretrain
 from parallel.layout import Layout
 from parallel.mesh import init_processes, make_mesh, single
@@ -256,9 +256,9 @@ def test_dispatch_buffers_are_the_rows_of_the_widest_exchange(ep: int, topk: int
     assert plan(small(), rank=0, num_micro_batches=1)[0].dispatch == 0
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_ids: Tensor | None) -> Tensor:
+def written_out(q: Tensor, k: Tensor, v: Tensor, *, scale: float, documents: Packed | None) -> Tensor:
     """Attention of torch's own operators, which keep the same on fake and on real tensors."""
-    return causal_attention_reference(q, k, v, scale=scale, document_ids=document_ids)
+    return causal_attention_reference(q, k, v, scale=scale, documents=documents)
 
 
 def fake_and_real(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Memory, Memory]:

@@ -234,7 +234,7 @@ def forward(
 ) -> dict[GradientEdge, tuple[torch.Size, torch.dtype]]:
     """Run a block and let go of its inputs and outputs; returns where each output's gradient enters, and its shape.
 
-    As many tensors of `shape` go in as its forward takes before `document_ids`: what layers hand to each other.
+    As many tensors of `shape` go in as its forward takes before `documents`: what layers hand to each other.
     """
     count = len(inspect.signature(getattr(block, "forward", block)).parameters) - 1
     anchor = torch.empty(0, requires_grad=True)
@@ -433,12 +433,10 @@ def _accept(params: object) -> bool:
     return True
 
 
-def _cudnn_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, is_causal: bool, scale: float
-) -> Tensor:
+def _cudnn_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float) -> Tensor:
     """What torch calls on a Hopper GPU; on a CPU it would choose another backend."""
     cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
-    o: Tensor = cudnn(q, k, v, attn_mask, True, 0.0, is_causal, False, scale=scale)[0]
+    o: Tensor = cudnn(q, k, v, None, True, 0.0, is_causal, False, scale=scale)[0]
     return o
 
 

@@ -426,7 +426,7 @@ ROWS: dict[str, list[Case]] = {
     )],
     "attention": [pair(
         "attention_forward_backward", _attention_inputs,
-        partial(_attention, partial(causal_attention, scale=96**-0.5, document_ids=None)),
+        partial(_attention, partial(causal_attention, scale=96**-0.5, documents=None)),
         partial(_attention, partial(F.scaled_dot_product_attention, is_causal=True, scale=96**-0.5)),
         "F.scaled_dot_product_attention",
         # Four bf16 roundings more than the peer (scores, probabilities, both gradients), each at most 2^-8

@@ -9,9 +9,10 @@ of one pipeline rank differ by the padding of their shares only; the fullest is 
 the wire are closed forms (`train/model/sizes.py`, `traffic.py`).
 
 Left out: what CUDA, NCCL and the allocator take for themselves (some GB), messages to other stages that are still on
-their way, the masks of `data.mask_documents`, and temporaries inside kernels. Routing is never perfectly balanced, so a
-real rank needs room above the figure. The batch ramp (arXiv:2412.19437 §4.2) is shown where a pipeline (§3.2.1)
-changes: at the first step, at the first one that fills it (below, ranks idle), and at the full batch.
+their way, and temporaries inside kernels. Attention is counted as cuDNN's, also with `data.mask_documents`, where flash
+keeps v and o as wide as q. Routing is never perfectly balanced, so a real rank needs room above the figure. The batch
+ramp (arXiv:2412.19437 §4.2) is shown where a pipeline (§3.2.1) changes: at the first step, at the first one that fills
+it (below, ranks idle), and at the full batch.
 """
 
 from __future__ import annotations
