@@ -42,7 +42,7 @@ def collectives(device: torch.device) -> dict[str, bool]:
     flat = rows.flatten()
     into("reduce-scatter", flat, lambda out: zero._reduce_scatter(out, flat, group=group, async_op=True).wait())
     weights = flat.bfloat16()
-    into("all-gather", weights, lambda out: zero._all_gather(out, weights, group=group, async_op=True).wait())
+    into("all-gather", weights, lambda out: zero.all_gather(out, weights, group=group, async_op=True).wait())
     return found
 
 

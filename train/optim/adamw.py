@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -89,6 +90,8 @@ class AdamW:
             self._segments = {name: [*segments(name, state.tensors)] for name, state in self._states.items()}
             device = next(iter(self._states.values())).held.grad.device
             self.staging = Staging(device, self._segments.values())
+        for bucket in self.buckets:
+            bucket.release()
 
     def _adopt(self, held: ParameterShard, master: Tensor) -> _State:
         dtype = MOMENT_DTYPES[self.config.moments_dtype]
@@ -127,6 +130,25 @@ class AdamW:
             if config.moments_dtype == "fp8":
                 round_to_fp8(exp_avg)
                 round_to_fp8(exp_avg_sq)
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Inside, every parameter has values, to be read or to be filled with the state; a collective call.
+
+        A bucket that frees them otherwise makes them from the masters, and goes on with what they are at the end.
+        """
+        self._wait_for_host()
+
+        def rounded(name: str, weights: Tensor) -> None:
+            weights.copy_(self._states[name].master)
+
+        for bucket in self.buckets:
+            bucket.restore(rounded)
+        try:
+            yield
+        finally:
+            for bucket in self.buckets:
+                bucket.release()
 
     def zero_grad(self) -> None:
         """Begin a step; see `GradientBuckets.forget`."""
