@@ -77,13 +77,13 @@ class Fp8Buckets(GradientBuckets):
 
     @torch.no_grad()
     def release(self) -> None:
-        """Quantise every weight and free its values."""
+        """Quantise every weight and free its values, once masters hold them."""
         for name, parameter in self.parameters.items():
             self._keep(name, parameter, parameter)
 
     @torch.no_grad()
     def restore(self, masters: WeightUpdate) -> None:
-        """As `GradientBuckets`: in BF16, gathered from the ranks' masters."""
+        """Until `release`, give every weight values: in BF16, gathered from masters; `masters` as `gather`'s update."""
         for parameter in self.parameters.values():
             parameter.data = parameter.new_empty(parameter.shape)
         super().gather(masters)

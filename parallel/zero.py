@@ -263,12 +263,6 @@ class GradientBuckets:
         if owned:
             torch._foreach_mul_(owned, factor)
 
-    def release(self) -> None:
-        """Free what training does not read of the weights, once masters hold their values."""
-
-    def restore(self, masters: WeightUpdate) -> None:
-        """Until `release`, give every weight its values again; `masters` as `update` of `gather`."""
-
     @torch.no_grad()
     def gather(self, update: WeightUpdate) -> None:
         """Make the new weights, each of `parameter_shards()` in order, and give them to every rank of the axis."""

@@ -27,6 +27,7 @@ from torch import Tensor
 from kernels.adamw import adamw_update
 from kernels.formats import TILE
 from kernels.quantize import dequantize_tiles, quantize_tiles
+from parallel.fp8_weights import Fp8Buckets
 from parallel.shards import LocalShard, Shard
 from parallel.zero import GradientBuckets, ParameterShard
 from train.optim.config import MOMENT_DTYPES, OptimConfig
@@ -90,7 +91,8 @@ class AdamW:
             self._segments = {name: [*segments(name, state.tensors)] for name, state in self._states.items()}
             device = next(iter(self._states.values())).held.grad.device
             self.staging = Staging(device, self._segments.values())
-        for bucket in self.buckets:
+        self._fp8_only = [bucket for bucket in self.buckets if isinstance(bucket, Fp8Buckets)]
+        for bucket in self._fp8_only:
             bucket.release()
 
     def _adopt(self, held: ParameterShard, master: Tensor) -> _State:
@@ -135,19 +137,19 @@ class AdamW:
     def whole_weights(self) -> Iterator[None]:
         """Inside, every parameter has values, to be read or to be filled with the state; a collective call.
 
-        A bucket that frees them otherwise makes them from the masters, and goes on with what they are at the end.
+        Weights that are kept in FP8 only are made from the masters, and quantised at the end as they are then.
         """
         self._wait_for_host()
 
         def rounded(name: str, weights: Tensor) -> None:
             weights.copy_(self._states[name].master)
 
-        for bucket in self.buckets:
+        for bucket in self._fp8_only:
             bucket.restore(rounded)
         try:
             yield
         finally:
-            for bucket in self.buckets:
+            for bucket in self._fp8_only:
                 bucket.release()
 
     def zero_grad(self) -> None:
