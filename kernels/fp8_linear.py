@@ -59,11 +59,25 @@ def weight_fp8(weight: Tensor, *, power_of_two: bool) -> Quantized:
     # `weight.copy_(...)` under `torch.no_grad()` raises the version counter. Writing through `weight.data` does not,
     # and would leave a stale copy: do not. The storage's address, for a fake tensor has no data pointer.
     key = (weight._version, weight.untyped_storage()._cdata, power_of_two)
-    cached: tuple[tuple[int, int, bool], Quantized] | None = getattr(weight, "_fp8_copy", None)
-    if cached is None or cached[0] != key:
+    cached: tuple[tuple[int, int, bool] | None, Quantized] | None = getattr(weight, "_fp8_copy", None)
+    # Without a key the copy is all there is of the weight.
+    if cached is None or cached[0] not in (None, key):
         cached = (key, quantize_blocks(weight, power_of_two=power_of_two))
         weight._fp8_copy = cached  # type: ignore[attr-defined]
     return cached[1]
+
+
+def keep_only_fp8(weight: Tensor, copy: Quantized) -> None:
+    """Make `copy` all that there is of a weight, at each of its updates; its own numbers read as NaN from then on."""
+    if has_numbers(weight):
+        # Expanded, as carriers are: two bytes, and torch refuses to write into it. The version counter stays.
+        weight.data = weight.new_full((), torch.nan).expand(weight.shape)
+    weight._fp8_copy = (None, copy)  # type: ignore[attr-defined]
+
+
+def has_numbers(weight: Tensor) -> bool:
+    """Whether a weight has values of its own; False after `keep_only_fp8`."""
+    return weight.untyped_storage().nbytes() >= weight.numel() * weight.element_size()
 
 
 def _keep_weight(ctx: Any, weight: Tensor) -> None:

@@ -37,7 +37,7 @@ def scale_of(amax: Tensor, *, largest: float, power_of_two: bool) -> Tensor:
     return torch.where(amax == 0, 1.0, scale)
 
 
-def _to_e4m3(scaled: Tensor) -> Tensor:
+def to_e4m3(scaled: Tensor) -> Tensor:
     """Round to nearest even, in place up to the cast; the clamp is for torch 2.11, where overflow is NaN."""
     return scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
@@ -51,7 +51,7 @@ def quantize_tiles_reference(x: Tensor, power_of_two: bool) -> tuple[Tensor, Ten
     scaled = torch.empty_like(x, memory_format=torch.contiguous_format)
     for tile, out, tile_scale in zip(tiles, scaled.split(TILE, dim=1), scale, strict=True):
         torch.div(tile, tile_scale[:, None], out=out)
-    return _to_e4m3(scaled), scale
+    return to_e4m3(scaled), scale
 
 
 def quantize_tiles_transposed_reference(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ def quantize_tiles_transposed_reference(x: Tensor, power_of_two: bool) -> tuple[
     scaled = torch.empty_like(x, memory_format=torch.contiguous_format)
     for tile, out, tile_scale in zip(tiles, scaled.split(TILE, dim=0), scale, strict=False):
         torch.div(tile, tile_scale, out=out)
-    payload = _to_e4m3(scaled).view(torch.uint8).t().contiguous()  # [cols, rows]
+    payload = to_e4m3(scaled).view(torch.uint8).t().contiguous()  # [cols, rows]
     return payload.view(torch.float8_e4m3fn), scale
 
 
@@ -84,7 +84,7 @@ def quantize_blocks_reference(w: Tensor, power_of_two: bool) -> tuple[Tensor, Te
     blocks = _as_blocks(w.float())  # [..., row_blocks, 128, col_blocks, 128]
     scale = scale_of(blocks.abs().amax(dim=(-3, -1)), largest=E4M3_MAX, power_of_two=power_of_two)
     scaled = (blocks / scale[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
-    payload = _to_e4m3(scaled)[..., : w.shape[-2], : w.shape[-1]].contiguous()
+    payload = to_e4m3(scaled)[..., : w.shape[-2], : w.shape[-1]].contiguous()
     payload_t = payload.view(torch.uint8).mT.contiguous().view(torch.float8_e4m3fn)
     return payload, scale, payload_t
 

@@ -6,7 +6,7 @@ stored in flat FP32 buckets, `main_grad` is a view of one. A bucket is cut into 
     backward   main_grad = or += ...                every rank, its own tokens
     reduce     reduce-scatter, sum                  rank r holds the finished sums of shard r
     update     masters and moments of the shard     `train.optim`, on `parameter_shards()`
-    gather     all-gather in the weights' dtype     every rank holds all new weights
+    gather     all-gather in the weights' dtype     every rank holds all new weights (FP8: `parallel.fp8_weights`)
 
 Without ZeRO (`sharded=False`) an all-gather of the sums follows the reduce-scatter and every rank updates everything:
 the same calls form the sums, so ZeRO on or off changes no bit.
@@ -38,11 +38,11 @@ from parallel.waiting import waiting
 ALIGNMENT = 128
 BUCKET_BYTES = 256 * 2**20
 # One all-gather runs while the weights of the one before are copied; more would only hold more buffers.
-_GATHERS_IN_FLIGHT = 2
+GATHERS_IN_FLIGHT = 2
 
 # torch 2.13 renames the two calls and deprecates the names that torch 2.11 has.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 # What updates one parameter shard: name, and where its new weights are to be written, [elements] of any dtype.
@@ -108,7 +108,7 @@ class ParameterShard:
 
 
 @dataclass(frozen=True, eq=False)
-class _Bucket:
+class Bucket:
     """A bucket's gradients, the shard of them that is this rank's, and its parameters in the order of the ranges."""
 
     plan: BucketPlan
@@ -165,7 +165,7 @@ class GradientBuckets:
         weights = held.parameter.detach().view(-1)[start : start + held.shard.numel]
         return weights if weights.dtype == torch.float32 else weights.to(torch.float32)
 
-    def _bucket(self, plan: BucketPlan, grads: Tensor) -> _Bucket:
+    def _bucket(self, plan: BucketPlan, grads: Tensor) -> Bucket:
         parameters = tuple(self.parameters[each.name] for each in plan.ranges)
         for each, parameter in zip(plan.ranges, parameters, strict=True):
             assert parameter.is_contiguous(), f"{each.name} is not contiguous: its flat view would be a copy"
@@ -173,9 +173,9 @@ class GradientBuckets:
             parameter.main_grad = main_grad  # type: ignore[attr-defined]
         length = plan.numel // self.axis.size
         first = self.axis.rank * length
-        return _Bucket(plan, grads, grads[first : first + length], first, parameters)
+        return Bucket(plan, grads, grads[first : first + length], first, parameters)
 
-    def _cut(self, bucket: _Bucket) -> list[ParameterShard]:
+    def _cut(self, bucket: Bucket) -> list[ParameterShard]:
         """What this rank updates of the bucket's parameters; empty shards are left out."""
         shards = []
         for (each, start, stop), parameter in zip(
@@ -232,7 +232,7 @@ class GradientBuckets:
         if self._tied is not None and self._tied.size > 1:
             _wait_for(dist.all_reduce(each.shard, group=self._tied.group, async_op=True) for each in self._buckets)
         if several and not self.sharded:
-            _wait_for(_all_gather(each.grads, each.shard, group=group, async_op=True) for each in self._buckets)
+            _wait_for(all_gather(each.grads, each.shard, group=group, async_op=True) for each in self._buckets)
 
     @torch.no_grad()
     def nonfinite(self) -> list[tuple[str, int, int]]:
@@ -271,15 +271,15 @@ class GradientBuckets:
             for name, shard in self._shards.items():
                 update(name, shard.parameter.detach().view(-1))
             return
-        in_flight: deque[tuple[_Bucket, Tensor, dist.Work]] = deque()
+        in_flight: deque[tuple[Bucket, Tensor, dist.Work]] = deque()
         for bucket in self._buckets:
             in_flight.append(self._start_gather(bucket, update))
-            if len(in_flight) == _GATHERS_IN_FLIGHT:
+            if len(in_flight) == GATHERS_IN_FLIGHT:
                 _finish_gather(*in_flight.popleft())
         while in_flight:
             _finish_gather(*in_flight.popleft())
 
-    def _start_gather(self, bucket: _Bucket, update: WeightUpdate) -> tuple[_Bucket, Tensor, dist.Work]:
+    def _start_gather(self, bucket: Bucket, update: WeightUpdate) -> tuple[Bucket, Tensor, dist.Work]:
         weights = torch.empty(bucket.plan.numel, dtype=bucket.plan.dtype, device=bucket.grads.device)
         for each in bucket.plan.ranges:
             if each.name in self._shards:
@@ -288,11 +288,11 @@ class GradientBuckets:
                 # Rounded to the weights' dtype before they travel.
                 update(each.name, weights[first : first + shard.numel])
         own = weights[bucket.shard_start : bucket.shard_start + bucket.shard.numel()]
-        work = _all_gather(weights, own, group=self.axis.group, async_op=True)
+        work = all_gather(weights, own, group=self.axis.group, async_op=True)
         return bucket, weights, work
 
 
-def _finish_gather(bucket: _Bucket, weights: Tensor, work: dist.Work) -> None:
+def _finish_gather(bucket: Bucket, weights: Tensor, work: dist.Work) -> None:
     with waiting():
         work.wait()
     for each, parameter in zip(bucket.plan.ranges, bucket.parameters, strict=True):

@@ -63,7 +63,7 @@ def test_collectives_of_one_rank_give_back_what_was_sent(monkeypatch: pytest.Mon
     init_processes(rank=0, world=1, backend="gloo", store=dist.HashStore(), timeout_s=60)
     found = collectives(CPU)
     shutdown()
-    assert len(found) == 6
+    assert len(found) == 8
     assert all(found.values())
 
 

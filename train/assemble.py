@@ -4,12 +4,13 @@ Model, optimizer, data and parallel wrappers meet here. Mistakes of a user about
 before the model is allocated.
 
     layout -> stages of this rank -> a Transformer with those layers and a dispatcher for its experts
-           -> gradient buckets: dense parameters over the data axis, experts over the expert-data axis, copies of the
-              embedding over both ends of the pipeline
+           -> gradient buckets: dense parameters over the data axis, FP8 linears apart from the others, experts over the
+              expert-data axis, copies of the embedding over both ends of the pipeline
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.distributed import ProcessGroup
 
 from kernels.attention import backend_name
 from kernels.backend import use_backend
+from parallel.fp8_weights import Fp8Buckets
 from parallel.mesh import Mesh, cpu_group, single
 from parallel.pipeline import Pipeline
 from parallel.shards import Shard
@@ -34,7 +36,7 @@ from train.model.init import initialize
 from train.model.precision import Precision
 from train.model.sizes import parameter_counts
 from train.model.te_linear import require_te
-from train.model.transformer import Transformer, recompute_up_projections
+from train.model.transformer import Transformer, fp8_weights, recompute_up_projections
 from train.optim.adamw import AdamW
 from train.optim.config import OptimConfig
 from train.optim.deepspeed_backend import DeepSpeedBuckets, check_installed
@@ -145,25 +147,33 @@ def open_resources(config: PretrainConfig) -> Resources:
 
 
 def build_optimizer(models: list[Transformer], config: OptimConfig, mesh: Mesh) -> AdamW:
-    """Buckets by the axis they are reduced over, and AdamW on this rank's share of them."""
+    """Buckets by the axis they are reduced over, FP8 linears apart, and AdamW on this rank's share of them."""
+    precision = models[0].precision
     dense: dict[str, nn.Parameter] = {}
+    linears: dict[str, nn.Parameter] = {}
     experts: dict[str, nn.Parameter] = {}
     tied: dict[str, nn.Parameter] = {}
     flat_shards: dict[str, Shard] = {}
     for model in models:
-        shards = expert_shards(model)
+        shards, in_fp8 = expert_shards(model), fp8_weights(model)
         for name, parameter in model.named_parameters():
             if name in shards:
                 experts[name] = parameter
                 flat_shards[name] = shards[name].shard.flatten()
             elif name.startswith("embed_tokens") and mesh.tied.size > 1:
                 tied[name] = parameter
+            elif name in in_fp8:
+                linears[name] = parameter
             else:
                 dense[name] = parameter
     made_of = partial(BUCKETS[config.backend], sharded=mesh.layout.zero)
+    fp8_made_of: Callable[..., GradientBuckets] = made_of
+    if not precision.keep_bf16_weights:
+        fp8_made_of = partial(Fp8Buckets, sharded=mesh.layout.zero, power_of_two=precision.power_of_two_scales)
     buckets = [
         made_of(dense.items(), axis=mesh.dp),
-        made_of(experts.items(), axis=mesh.edp),
+        fp8_made_of(linears.items(), axis=mesh.dp),
+        fp8_made_of(experts.items(), axis=mesh.edp),
         made_of(tied.items(), axis=mesh.dp, tied=mesh.tied, counts_in_norm=mesh.tied.rank == 0),
     ]
     return AdamW(buckets, config, flat_shards)

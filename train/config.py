@@ -124,6 +124,11 @@ class PretrainConfig:
             )
 
     def _check_backend(self) -> None:
+        if self.optim.backend == "deepspeed" and not self.precision.keep_bf16_weights:
+            raise ConfigError(
+                "precision.keep_bf16_weights=false does not go with optim.backend=deepspeed, whose flat weights are "
+                "BF16: use optim.backend=native, or precision.keep_bf16_weights=true"
+            )
         if self.optim.backend != "deepspeed" or (self.layout.zero and self.layout.world > 1):
             return
         wrong, cure = "layout.zero=false", "layout.zero=true"

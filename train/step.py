@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.fp8_linear import has_numbers
 from parallel.collectives import sum_over
 from parallel.grads import reduce_and_clip
 from parallel.mesh import Mesh
@@ -166,9 +167,13 @@ def apply_update(engine: Engine, gradients: StepGradients, *, now: ScheduledValu
 
 
 def checkpoint_tensors(engine: Engine) -> dict[str, Tensor | LocalShard]:
-    """This rank's part of a run's tensors, by name: live ones, so that loading a checkpoint fills them in place."""
+    """This rank's part of a run's tensors, by name: live ones, so that loading a checkpoint fills them in place.
+
+    Inside `engine.optimizer.whole_weights()`, where weights may be kept in FP8 only.
+    """
     model: dict[str, Tensor | LocalShard] = {}
     for part in engine.models:
+        assert all(map(has_numbers, part.parameters())), "weights have no values: call it inside whole_weights()"
         model |= {f"model.{name}": tensor for name, tensor in (part.state_dict() | expert_shards(part)).items()}
     optimizer = {f"optim.{name}": shard for name, shard in engine.optimizer.state_shards().items()}
     average = engine.ema.state_shards() if engine.ema else {}

@@ -452,7 +452,7 @@ class Trainer:
         return total, batch.num_targets
 
     def tensors(self) -> dict[str, Tensor | LocalShard]:
-        """This rank's part of the run's state, by name: live tensors, so loading fills them in place."""
+        """This rank's part of the run's state, by name: live tensors, as `checkpoint_tensors`."""
         return checkpoint_tensors(self.engine) | {"rng.cpu": torch.get_rng_state()}
 
     def save(self, sinks: Sinks | NoSinks) -> None:
@@ -466,7 +466,8 @@ class Trainer:
         state = {"identity": self.identity(), "config": asdict(self.config), **counters}
         with self.failures_counted(sinks):
             stay = self.spikes.stay(self.state.step)
-            self.saver.save_async(self.state.step, self.tensors(), state, stay=stay)
+            with self.engine.optimizer.whole_weights():
+                self.saver.save_async(self.state.step, self.tensors(), state, stay=stay)
             self.saved_step = self.announce_step = self.state.step
             self.log_published(sinks)
 
@@ -512,7 +513,8 @@ class Trainer:
         config, data = self.config, asdict(self.config.data)
         identity = {
             "model": asdict(config.model),
-            "precision": asdict(config.precision),
+            # Where weights are kept changes no bit.
+            "precision": asdict(replace(config.precision, keep_bf16_weights=True)),
             "store": store_hashes(self.components.stream.store),
             "seed": config.run.seed,
             # The position in the data order counts windows of this length over this stream.
@@ -544,12 +546,13 @@ class Trainer:
 
     def restore(self, path: Path) -> SavedState:
         """Take everything from a checkpoint; ValueError as for `resume`."""
-        tensors = self.tensors()
 
         def is_this_run(state: dict[str, Any]) -> None:
             check_same_identity(path, read_state(path, state).identity, self.identity())
 
-        saved = read_state(path, load(path, tensors, group=self.components.checkpoint_group, check=is_this_run))
+        with self.engine.optimizer.whole_weights():
+            tensors = self.tensors()
+            saved = read_state(path, load(path, tensors, group=self.components.checkpoint_group, check=is_this_run))
         generator_state = tensors["rng.cpu"]
         assert isinstance(generator_state, Tensor)
         torch.set_rng_state(generator_state)

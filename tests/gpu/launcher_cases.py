@@ -252,6 +252,17 @@ CASES: dict[str, Case] = {
         TIPPED,
         lambda arguments, returned: (returned, arguments[-1]),
     ),
+    # Of two matrices the last row of the first and all of the second but its last element.
+    "range_amax": Case(lambda rows, width: (normal((rows + 1) * width - 1), (2, rows, width), (rows - 1) * width)),
+    "quantize_range": Case(
+        lambda rows, width: (
+            normal((rows + 1) * width - 1),
+            torch.rand(2, ceil_div(rows, TILE), ceil_div(width, TILE)) + 0.01,
+            (2, rows, width),
+            (rows - 1) * width,
+        )
+    ),
+    "transpose_blocks": Case(lambda rows, width: blocks(2, rows, width)[:1]),
     # FP32 quotients and differences in another order; a rounding of what is stored in BF16 may tip.
     "adamw": Case(
         lambda rows, width: (

@@ -41,8 +41,11 @@ def collectives(device: torch.device) -> dict[str, bool]:
     # ZeRO-1: gradients in FP32, weights in BF16, waited for later.
     flat = rows.flatten()
     into("reduce-scatter", flat, lambda out: zero._reduce_scatter(out, flat, group=group, async_op=True).wait())
-    weights = flat.bfloat16()
-    into("all-gather", weights, lambda out: zero._all_gather(out, weights, group=group, async_op=True).wait())
+    # Or in E4M3 as bytes, behind the block maxima as integers.
+    for name, sent in (("all-gather, bf16", flat.bfloat16()), ("all-gather, bytes", flat.to(torch.uint8))):
+        into(name, sent, lambda out, sent=sent: zero.all_gather(out, sent, group=group, async_op=True).wait())  # type: ignore[misc]
+    bits = flat.view(torch.int32)
+    into("max of bits", bits, lambda out: dist.all_reduce(out.copy_(bits), op=dist.ReduceOp.MAX, group=group))
     return found
 
 

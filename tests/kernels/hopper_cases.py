@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from kernels.gpu import adamw, e5m6, gather, heads, permute, quantize, rmsnorm, router, swiglu
+from kernels.gpu import adamw, block_ranges, e5m6, gather, heads, permute, quantize, rmsnorm, router, swiglu
 from tests.gpu.launcher_cases import ADAMW
 from tests.kernels.gemm_cases import TOKENS, bf16, tiles
 
@@ -123,6 +123,12 @@ CASES: dict[str, Callable[[], object]] = {
         adamw.adamw, fp32(HIDDEN * EXPERT), fp32(HIDDEN * EXPERT), *(bf16(HIDDEN * EXPERT),) * 3, ADAMW, 3
     ),
     "adamw, FP32": partial(adamw.adamw, *(fp32(HIDDEN * EXPERT),) * 5, ADAMW, 3),
+    "range_amax": partial(block_ranges.range_amax, bf16(2 * EXPERT * HIDDEN), (4, EXPERT, HIDDEN), EXPERT * HIDDEN),
+    "quantize_range": partial(
+        block_ranges.quantize_range, bf16(2 * EXPERT * HIDDEN), fp32(4, EXPERT // 128, HIDDEN // 128),
+        (4, EXPERT, HIDDEN), EXPERT * HIDDEN,
+    ),
+    "transpose_blocks": partial(block_ranges.transpose_blocks, tiles(EXPERT, HIDDEN)[0]),
     "heads_forward": partial(
         heads.heads_forward, bf16(TOKENS, HEADS, NOPE + ROPE), bf16(TOKENS, HEADS, 2 * NOPE),
         bf16(TOKENS, LATENTS)[:, QUERY + KEY :], TABLE, TABLE,

@@ -94,7 +94,7 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(compiled: list[dict[str, 
         "_add_norm_quantize_kernel", "_norm_backward_kernel", "_heads_forward_kernel", "_turn_back_kernel",
         "_turn_back_quantize_both_kernel", "_heads_quantize_both_kernel",
         "_swiglu_backward_quantize_both_kernel", "_gather_tiles_kernel", "_gather_requantize_transposed_kernel",
-        "_gather_quantize_both_kernel",
+        "_gather_quantize_both_kernel", "_quantize_range_kernel", "_transpose_blocks_kernel",
     }  # fmt: skip
     # One gate a row: no other access to it.
     single = ("copy_tokens, gates", "sum_rows, gates of copies")

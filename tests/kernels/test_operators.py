@@ -126,6 +126,9 @@ CALLS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("rope_key_backward", lambda: (torch.randn(129, 3, 28), *torch.rand(2, 129, 7), torch.randn(129, 50)[:, 36:])),
     ("turn_back_quantize_both", lambda: (normal(63, 3, 28).mT.contiguous().mT, *torch.rand(2, 21, 7), True)),
     ("heads_quantize_both", lambda: (normal(129, 3, 28), normal(3, 129, 13).transpose(0, 1), 14, False)),
+    ("range_amax", lambda: (normal(200), (2, 63, 129), 8000)),
+    ("quantize_range", lambda: (normal(300), torch.rand(2, 1, 2) + 0.5, (2, 63, 129), 8000)),
+    ("transpose_blocks", lambda: blocks(3, 129, 63)[:1]),
     ("pack_e5m6", lambda: (normal(63, 300), True)),
     ("unpack_e5m6", lambda: (*pack_e5m6(torch.randn(129, 126), power_of_two=False), BF16)),
 ]

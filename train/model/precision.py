@@ -44,12 +44,20 @@ class Precision:
     # FP8: keep SwiGLU's input as E4M3 for backward and make its output again (§3.3.3), instead of the input in BF16 and
     # the output in E4M3. Forward is the same bits; gradients see one more rounding.
     cache_swiglu_input: bool = True
+    # FP8: keep weights of FP8 linears on the device in BF16 too; false: as sharded FP32 masters and E4M3 only, which
+    # travels instead of BF16 (`parallel/fp8_weights.py`). Same bits either way; docs/parallelism.md has the bytes.
+    keep_bf16_weights: bool = True
 
     def __post_init__(self) -> None:
         if self.name == "fp8_te" and self.cache_swiglu_input:
             raise ValueError(
                 "precision.cache_swiglu_input=true does not go with precision=fp8_te: Transformer Engine keeps its own "
                 "operands for backward; set precision.cache_swiglu_input=false"
+            )
+        if not (self.keep_bf16_weights or self.name == "fp8"):
+            raise ValueError(
+                f"precision.keep_bf16_weights=false needs FP8 copies that the update writes, and precision={self.name} "
+                "has none: use precision=fp8, or precision.keep_bf16_weights=true"
             )
 
     @property

@@ -17,8 +17,8 @@ from kernels.attention import Packed, documents_of
 from train.model.attention import MultiHeadLatentAttention, RopeTables
 from train.model.block import make_block
 from train.model.config import ModelConfig
-from train.model.layers import Embedding, HighLinear, RMSNorm
-from train.model.moe import LocalDispatcher, Routing, TokenDispatcher
+from train.model.layers import Embedding, HighLinear, Linear, RMSNorm
+from train.model.moe import Experts, LocalDispatcher, Routing, TokenDispatcher
 from train.model.mtp import MultiTokenPredictor
 from train.model.precision import Precision
 
@@ -135,6 +135,17 @@ class Transformer(nn.Module):
             if routing is not None:
                 routings[int(layer_id)] = routing
         return tuple(chain)
+
+
+def fp8_weights(model: Transformer) -> dict[str, nn.Parameter]:
+    """The parameters that are read in E4M3 blocks, by name: our FP8 linears; none in another recipe."""
+    if model.precision.name != "fp8":
+        return {}
+    linears = (
+        (name, module) for name, module in model.named_modules()
+        if isinstance(module, Linear | Experts) and not isinstance(module, HighLinear)
+    )  # fmt: skip
+    return {f"{name}.{leaf}": weight for name, module in linears for leaf, weight in module.named_parameters()}
 
 
 def recompute_up_projections(model: Transformer) -> None:

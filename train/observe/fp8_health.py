@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.formats import TILE, Quantized, ceil_div
+from kernels.fp8_linear import has_numbers
 from kernels.probe import Operand, Sample, Watch
 from kernels.quantize import dequantize_blocks, dequantize_tiles
 from parallel.collectives import max_over, sum_over
@@ -126,7 +127,12 @@ class _LinearWatch:
 
     @torch.no_grad()
     def weight(self, operand: Operand, weight: Tensor, quantized: Quantized) -> None:
-        """The rows of blocks at even distances of a weight; of both its orientations the same blocks."""
+        """The rows of blocks at even distances of a weight; of both its orientations the same blocks.
+
+        Where weights are kept in FP8 only, there is nothing to compare with, and they read as without samples.
+        """
+        if not has_numbers(weight):
+            return
         payload, scale = quantized.payload, quantized.scale
         if operand == "w.dgrad":
             payload, scale = payload.mT, scale.mT

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -26,6 +27,7 @@ from torch import Tensor
 from kernels.adamw import adamw_update
 from kernels.formats import TILE
 from kernels.quantize import dequantize_tiles, quantize_tiles
+from parallel.fp8_weights import Fp8Buckets
 from parallel.shards import LocalShard, Shard
 from parallel.zero import GradientBuckets, ParameterShard
 from train.optim.config import MOMENT_DTYPES, OptimConfig
@@ -89,6 +91,9 @@ class AdamW:
             self._segments = {name: [*segments(name, state.tensors)] for name, state in self._states.items()}
             device = next(iter(self._states.values())).held.grad.device
             self.staging = Staging(device, self._segments.values())
+        self._fp8_only = [bucket for bucket in self.buckets if isinstance(bucket, Fp8Buckets)]
+        for bucket in self._fp8_only:
+            bucket.release()
 
     def _adopt(self, held: ParameterShard, master: Tensor) -> _State:
         dtype = MOMENT_DTYPES[self.config.moments_dtype]
@@ -127,6 +132,25 @@ class AdamW:
             if config.moments_dtype == "fp8":
                 round_to_fp8(exp_avg)
                 round_to_fp8(exp_avg_sq)
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Inside, every parameter has values, to be read or to be filled with the state; a collective call.
+
+        Weights that are kept in FP8 only are made from the masters, and quantised at the end as they are then.
+        """
+        self._wait_for_host()
+
+        def rounded(name: str, weights: Tensor) -> None:
+            weights.copy_(self._states[name].master)
+
+        for bucket in self._fp8_only:
+            bucket.restore(rounded)
+        try:
+            yield
+        finally:
+            for bucket in self._fp8_only:
+                bucket.release()
 
     def zero_grad(self) -> None:
         """Begin a step; see `GradientBuckets.forget`."""

@@ -26,7 +26,9 @@ class StateBytes(NamedTuple):
     moments: int
 
 
-def state_bytes(table: Iterable[Weight], layout: Layout, *, precision: str, dp_rank: int) -> StateBytes:
+def state_bytes(
+    table: Iterable[Weight], layout: Layout, *, precision: str, dp_rank: int, keep_bf16_weights: bool = True
+) -> StateBytes:
     """Bytes of a rank's weights, copies, gradients and optimizer states, without padding."""
     table = tuple(table)
     masters = moments = 0
@@ -39,7 +41,7 @@ def state_bytes(table: Iterable[Weight], layout: Layout, *, precision: str, dp_r
         masters += FP32_BYTES * share(own_master, ranks=ranks, rank=rank)
         moments += 2 * BF16_BYTES * share(sum(weight.elements for weight in trained), ranks=ranks, rank=rank)
     return StateBytes(
-        weights=sum(weight.bytes(precision) for weight in table),
+        weights=sum(weight.bytes(precision) for weight in table if keep_bf16_weights or not weight.fp8),
         fp8_copies=sum(fp8_bytes(weight, precision) for weight in table),
         gradients=FP32_BYTES * sum(weight.elements for weight in table if weight.trained),
         masters=masters,

@@ -74,7 +74,8 @@ def plan(config: PretrainConfig, *, rank: int, num_micro_batches: int, known: An
         mesh = make_mesh(config.layout, device=torch.device("cpu"), tied_embedding=True)
         held = held_by(config.model, stage_specs(config.model, mesh).values())
         table = weights(config.model, held, ep=config.layout.ep)
-        closed = state_bytes(table, config.layout, precision=config.precision.name, dp_rank=mesh.dp.rank)
+        recipe, kept = config.precision.name, config.precision.keep_bf16_weights
+        closed = state_bytes(table, config.layout, precision=recipe, dp_rank=mesh.dp.rank, keep_bf16_weights=kept)
         return measure(config, mesh, num_micro_batches=num_micro_batches, known=known), closed
     finally:
         dist.destroy_process_group()
@@ -95,6 +96,28 @@ def test_an_offloaded_state_is_in_host_memory_but_for_two_buffers() -> None:
     host = sum(2 ** math.ceil(math.log2(num_bytes)) for num_bytes in sizes)
     assert offloaded == replace(on_device, masters=0, moments=0, staging=staging, host=host)
     assert on_device.total - offloaded.total == sum(sizes) - staging
+
+
+def test_without_bf16_weights_a_rank_holds_two_bytes_a_weight_less() -> None:
+    """A V of two stages a rank; stand-ins hold no copies then. The data axis cuts buckets, so weights lie in them."""
+    changes = {"precision": "fp8", "layout_dp": 2, "layout_pp": 2, "layout_schedule": "ZBVZeroBubble"}
+    kept, without = (
+        plan(
+            small(model_num_hidden_layers=4, precision_keep_bf16_weights=keep, **changes),
+            rank=0,
+            num_micro_batches=4,
+            known={},
+        )
+        for keep in ("true", "false")
+    )
+    fewer = kept[1].weights - without[1].weights
+    assert fewer > 10**6
+    # NaN in the place of a weight takes two bytes; padding of buckets and scales at most 127 bytes a weight.
+    linears = 2 * 15
+    assert 0 <= without[0].weights - (kept[0].weights - fewer) <= 2 * linears
+    assert 0 <= without[0].fp8_copies - kept[0].fp8_copies < 256 * linears
+    for field in ("gradients", "masters", "moments", "held", "transient"):
+        assert abs(getattr(without[0], field) - getattr(kept[0], field)) <= 4, field
 
 
 STATE_ROWS = {
@@ -178,7 +201,8 @@ def test_a_rank_of_2048_is_planned_on_a_laptop(
     held = held_of(output)
     # The first and the last stage share rank 0.
     assert (held.embedding, held.head) == (ends, ends)
-    closed = state_bytes(weights(V3, held, ep=64), H800, precision="fp8", dp_rank=rank % 128)
+    table = weights(V3, held, ep=64)
+    closed = state_bytes(table, H800, precision="fp8", dp_rank=rank % 128, keep_bf16_weights=False)
     # 4096 tokens x 8 ranks in the widest exchange, combine's BF16 rows; one send and one receive buffer. Padding is at
     # most 127 elements a parameter, 0.0001 GB.
     check_plan(output, closed, padding_gb=0.001, dispatch_bytes=2 * 4096 * 8 * 7168 * 2, counts=counts)

@@ -264,6 +264,13 @@ def test_bytes_of_an_update() -> None:
         "dp": {"gradients": 4 * (dense + router) * 127 / 128, "weights": (2 * dense + 4 * router) * 127 / 128},
         "edp": {"gradients": 4 * expert / 2, "weights": 2 * expert / 2},
     }
+    # A byte an element, an all-reduce of four a block; gains and router as before.
+    sent = update_bytes(V3, H800, table, precision="fp8", keep_bf16_weights=False)
+    linears, gains = dense - 2_048 - 14_336, 2_048 + 14_336
+    blocks = sum(w.copies * -(-w.rows // 128) * -(-w.cols // 128) for w in table if w.fp8 and not w.expert)
+    assert sent["dp"]["weights"] == (linears + 8 * blocks + 2 * gains + 4 * router) * 127 / 128
+    assert sent["edp"]["weights"] == (expert + 8 * expert // 128**2) / 2
+    assert blocks == pytest.approx(linears / 128**2, rel=0.005), "576 + 1536 rows of latents are 16.5 blocks"
     whole_states = Layout(pp=16, dp=128, ep=128, schedule="ZBVZeroBubble", zero=False)
     sent = update_bytes(V3, whole_states, weights(V3, held, ep=128), precision="fp8")
     assert sent == {"dp": {"gradients": 4 * (dense + router) * 127 / 128, "weights": 4 * (dense + router) * 127 / 128}}

@@ -21,6 +21,7 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from kernels.adamw import adamw_update
 from kernels.attention import causal_attention
+from kernels.block_ranges import block_scales, quantize_range, range_amax, transpose_blocks
 from kernels.cross_entropy import IGNORE, cross_entropy_sum
 from kernels.e5m6 import pack_e5m6, unpack_e5m6
 from kernels.embedding import embedding_reference
@@ -136,6 +137,16 @@ def seeded(device: torch.device | None = None, seed: int = 0) -> torch.Generator
 
 def _matrix(device: torch.device) -> tuple[Tensor]:
     return (torch.randn(2048, 512, generator=seeded(device), device=device),)
+
+
+def _matrix_range(device: torch.device) -> tuple[Tensor]:
+    return (_matrix(device)[0].flatten(),)
+
+
+def _quantize_range(values: Tensor) -> Tensor:
+    shape = (2048, 512)
+    scale = block_scales(range_amax(values, shape, 0), power_of_two=False)
+    return quantize_range(values, scale, shape, 0)
 
 
 def _input_gradient(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -434,6 +445,15 @@ ROWS: dict[str, list[Case]] = {
         tolerance=2**-7,
         # Causal: half of two forward and five backward GEMMs (the scores are made again).
         flops=0.5 * 7 * 2 * 32 * 256 * 256 * 96, bytes=2.0 * 10 * 32 * 256 * 96,
+    )],
+    "block_ranges": [pair(
+        "quantize_range", _matrix_range,
+        lambda values: _quantize_range(values).view(2048, 512), lambda values: _torch_blocks(values.view(2048, 512)),
+        "max_pool2d and repeated scales", tolerance=0.0, bytes=9.0 * 2048 * 512,
+    ), pair(
+        "transpose_blocks", lambda device: (_matrix(device)[0].to(torch.float8_e4m3fn),),
+        transpose_blocks, lambda payload: payload.view(torch.uint8).t().contiguous().view(payload.dtype),
+        "torch, transposed copy", tolerance=0.0, bytes=2.0 * 2048 * 512,
     )],
     "cross_entropy": [pair(
         "cross_entropy_forward_backward", _cross_entropy_inputs,

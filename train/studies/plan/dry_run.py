@@ -281,6 +281,7 @@ def _work_table(config: PretrainConfig, mesh: Mesh, parts: Iterable[StageSpec], 
         *(f"{f'sent to experts, {kind}':<48}{size(sent * count):>12}" for kind, sent in to_experts.items()),
         f"{'sent between stages':<48}{size(to_stages * count):>12}",
     ]
-    for axis, kinds in update_bytes(model, layout, table, precision=name).items():
+    kept = config.precision.keep_bf16_weights
+    for axis, kinds in update_bytes(model, layout, table, precision=name, keep_bf16_weights=kept).items():
         lines += [f"{f'sent over {axis}, {kind}':<48}{size(sent):>12}" for kind, sent in kinds.items() if sent]
     return lines

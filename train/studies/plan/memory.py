@@ -89,6 +89,10 @@ def measure(
         # The moving average is stored in CPU memory and not counted; DeepSpeed's flat memory is as large as ours.
         engine = assemble(stages, replace(config.optim, ema_decay=None, backend="native"), mesh)
         state = live.now
+        parameters = [parameter for model in engine.models for parameter in model.parameters()]
+        # Without BF16 weights they are part of the state, else made by the first forward.
+        copies = storage_bytes(tensor for parameter in parameters for tensor in fp8_copy(parameter))
+        state -= copies
         gradients = sum(bucket.grad_bytes for bucket in engine.optimizer.buckets)
         optimizer = engine.optimizer.state_shards()
         masters = storage_bytes(piece.tensor for name, piece in optimizer.items() if name.startswith("master."))
@@ -99,10 +103,10 @@ def measure(
         held = step.run(live)
         staging = engine.optimizer.staging.num_bytes if engine.optimizer.staging else 0
         host = sum(offload.pinned_bytes(piece.tensor) for piece in optimizer.values()) if staging else 0
-        parameters = [parameter for model in engine.models for parameter in model.parameters()]
-        copies = storage_bytes(tensor for parameter in parameters for tensor in fp8_copy(parameter))
-        if stood_in:
+        if not copies and stood_in:
             copies = sum(found.fp8_copies for found in stood_in)
+        elif not copies:
+            copies = storage_bytes(tensor for parameter in parameters for tensor in fp8_copy(parameter))
         peak = live.peak
     return Memory(
         weights=state - gradients - masters - moments - staging,

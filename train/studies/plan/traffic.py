@@ -9,7 +9,8 @@ its experts; `destinations` is how many that are:
 Pipeline axis, per micro-batch (§3.2.1): the hidden state forward and its gradient back, at each border to another rank.
 
 Data axes, per optimizer step (§3.2): reduce-scatter of FP32 gradients, all-gather of weights. A rank sends
-(ranks - 1) / ranks of a buffer in either, which is what a ring does and no algorithm beats.
+(ranks - 1) / ranks of a buffer in either, which is what a ring does and no algorithm beats. Without BF16 weights those
+of FP8 linears are gathered in E4M3, behind an all-reduce of four bytes a block.
 
 Like `parallel.collectives.Traffic.sent`, the expert axis counts what a rank keeps for itself; a share of
 (ep - 1) / ep leaves it under uniform routing. Left out: the norm, the losses and the balancing counts, a few kilobytes
@@ -108,22 +109,31 @@ def ends_apart(config: ModelConfig, layout: Layout) -> bool:
 
 
 def update_bytes(
-    config: ModelConfig, layout: Layout, table: Iterable[Weight], *, precision: str
+    config: ModelConfig, layout: Layout, table: Iterable[Weight], *, precision: str, keep_bf16_weights: bool = True
 ) -> dict[str, dict[str, float]]:
     """Bytes that a rank sends over the data axes in one optimizer step, whatever the number of micro-batches.
 
     Returns:
         axis "dp", "edp" or "tied" -> {"gradients": reduce-scatter, "weights": all-gather}; without ZeRO the summed
-        FP32 gradients are gathered in place of the weights. Axes of one rank are absent.
+        FP32 gradients are gathered in place of the weights. Axes of one rank are absent. Where weights of FP8 linears
+        travel in E4M3, "weights" has the all-reduce of their block maxima too.
     """
+
+    def gathered(weight: Weight) -> int:
+        if keep_bf16_weights or not weight.fp8:
+            return weight.bytes(precision)
+        # In an all-reduce a rank sends twice what it sends in an all-gather.
+        blocks = weight.copies * ceil_div(weight.rows, TILE) * ceil_div(weight.cols, TILE)
+        return weight.elements * E4M3_BYTES + 2 * blocks * INT32_BYTES
+
     table = [weight for weight in table if weight.trained]
     sent: dict[str, dict[str, float]] = {}
     for axis, ranks in (("dp", layout.dp), ("edp", layout.edp)):
         mine = [weight for weight in table if weight.expert == (axis == "edp")]
         if ranks > 1 and mine:
             gradients = FP32_BYTES * sum(weight.elements for weight in mine)
-            gathered = sum(weight.bytes(precision) for weight in mine) if layout.zero else gradients
-            sent[axis] = {"gradients": gradients * (ranks - 1) / ranks, "weights": gathered * (ranks - 1) / ranks}
+            weights = sum(map(gathered, mine)) if layout.zero else gradients
+            sent[axis] = {"gradients": gradients * (ranks - 1) / ranks, "weights": weights * (ranks - 1) / ranks}
     embedding = sum(weight.elements for weight in table if weight.part == "embedding")
     if embedding and ends_apart(config, layout):
         # An all-reduce between two ranks, on the shard of dp that each owns: half of it twice.
