@@ -23,6 +23,7 @@ from kernels import swiglu
 from kernels.formats import TILE, Quantized, ceil_div
 from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
 from kernels.gemm_grouped import grouped_gemm_tile_block, grouped_gemm_tile_tile
+from tests.kernels.deepgemm_stand_in import DeepGemm
 from tests.kernels.gemm_inputs import decode_blocks, decode_tiles
 from train.studies.bench import cases as bench_cases
 from train.studies.bench import peers as bench_peers
@@ -34,8 +35,6 @@ from train.studies.bench.peers import SMALL_CLOCK
 from train.studies.bench.table import OURS, Candidate, Case, Row
 
 CPU = torch.device("cpu")
-# Payload and scales, as DeepGEMM takes an operand.
-Pair = tuple[Tensor, Tensor]
 KINDS = ("fprop", "dgrad", "wgrad", "grouped fprop", "grouped dgrad", "grouped wgrad", "memory")
 
 
@@ -325,61 +324,8 @@ def test_scaled_mm_gets_the_layouts_it_asks_for(monkeypatch: pytest.MonkeyPatch)
     assert {(row.status, row.reason) for row in mine} == {("measured", "")}
 
 
-def deep_gemm_nt(a: Pair, b: Pair, d: Tensor, c: Tensor | None = None, recipe: object = None) -> None:
-    """D = C + A @ B.T under the checks of version 2.6.1 on Hopper."""
-    (m, k), (n, _) = a[0].shape, b[0].shape
-    assert a[0].stride(1) == b[0].stride(1) == d.stride(1) == 1
-    # Other strides make the library transpose in every call.
-    assert (a[1].shape, a[1].stride()) == ((m, ceil_div(k, TILE)), (1, m))
-    if recipe == (1, 1, 128):
-        assert c is d
-        assert d.dtype == torch.float32
-        assert (b[1].shape, b[1].stride()) == ((n, ceil_div(k, TILE)), (1, n))
-        d += decode_tiles(a[0], a[1].t()) @ decode_tiles(b[0], b[1].t()).t()
-    else:
-        assert recipe == (1, 128, 128)
-        assert c is None
-        assert b[1].shape == (ceil_div(n, TILE), ceil_div(k, TILE))
-        d.copy_(decode_tiles(a[0], a[1].t()) @ decode_blocks(b[0], b[1]).t())
-
-
-def deep_gemm_rows(a: Pair, b: Pair, d: Tensor, groups: Tensor, recipe: object) -> None:
-    """Each 128 rows of one group with its weight."""
-    assert (groups.dtype, groups.shape) == (torch.int32, d.shape[:1])
-    assert b[1].shape == (b[0].shape[0], ceil_div(d.shape[1], TILE), ceil_div(a[0].shape[1], TILE))
-    x = decode_tiles(a[0], a[1].t())
-    assert all(group.unique().numel() == 1 for group in groups.split(TILE))
-    for group in groups.unique().tolist():
-        if group >= 0:
-            d[groups == group] = (x[groups == group] @ decode_blocks(b[0][group], b[1][group]).t()).to(d.dtype)
-
-
-def deep_gemm_contraction(
-    a: Pair, b: Pair, d: Tensor, ks: list[int], ks_tensor: Tensor, c: Tensor, recipe: object
-) -> None:
-    """Groups packed one after another, [features, rows of g] each; scales [features, all tiles]."""
-    assert recipe == (1, 1, 128)
-    assert c is d
-    assert ks_tensor.dtype == torch.int32
-    assert ks_tensor.tolist() == ks
-    m, n = d.shape[1:]
-    operands = []
-    for (payload, scale), features in ((a, m), (b, n)):
-        assert payload.is_contiguous()
-        assert payload.numel() == features * sum(ks)
-        assert (scale.shape, scale.stride()) == ((features, sum(ks) // TILE), (1, features))
-        parts = zip(payload.split([features * k for k in ks]), scale.split([k // TILE for k in ks], dim=1), strict=True)
-        operands.append([decode_tiles(codes.view(features, -1), scales.t()) for codes, scales in parts])
-    d += torch.stack([x @ y.t() for x, y in zip(*operands, strict=True)])
-
-
 def test_deep_gemm_gets_the_layouts_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = SimpleNamespace(
-        fp8_gemm_nt=deep_gemm_nt,
-        m_grouped_fp8_gemm_nt_contiguous=deep_gemm_rows,
-        k_grouped_fp8_gemm_nt_contiguous=deep_gemm_contraction,
-    )
-    monkeypatch.setitem(sys.modules, "deep_gemm", library)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "deep_gemm", DeepGemm())  # type: ignore[arg-type]
     for (case, candidate), row in measured(*KINDS).items():
         if candidate == "DeepGEMM" and case.endswith("overwrite"):
             assert row.status == "absent"
