@@ -19,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import swiglu
 from kernels.formats import TILE, Quantized, ceil_div
 from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
 from kernels.gemm_grouped import grouped_gemm_tile_block, grouped_gemm_tile_tile
+from kernels.operators import LAUNCHERS
 from tests.kernels.deepgemm_stand_in import DeepGemm
 from tests.kernels.gemm_inputs import decode_blocks, decode_tiles
 from train.studies.bench import cases as bench_cases
+from train.studies.bench import fused as bench_fused
 from train.studies.bench import peers as bench_peers
 from train.studies.bench import table as bench_table
 from train.studies.bench import timing as bench_timing
@@ -334,14 +335,36 @@ def test_deep_gemm_gets_the_layouts_it_asks_for(monkeypatch: pytest.MonkeyPatch)
             assert (row.status, row.reason) == ("measured", ""), row
 
 
-def test_swiglu_is_compared_gated_and_not() -> None:
-    names = [kernel.name for kernel in bench_traffic.memory_bound(small=False)]
-    wanted = {
-        *(name for name in vars(swiglu) if name in ("swiglu_backward_kept", "gated_swiglu_backward_kept")),
-        *("quantize_tiles", "quantize_tiles_transposed", "quantize_tiles_both", "requantize_transposed"),
-        *("quantize_blocks", "dequantize_tiles", "swiglu_quantize", "swiglu_quantize gated"),
-    }
-    assert set(names) == wanted
+# Launched where a run is not in FP8, or its heads do not split into tiles.
+NOT_IN_FP8 = {"swiglu", "swiglu_backward", "gated_swiglu", "gated_swiglu_backward", "turn_back"}
+# Bytes that a call needs for a token and head, or an element, over those of its inputs and outputs: the rest is not
+# touched (plain dims of queries, rotary dims of keys, the old weight).
+PARTLY = {
+    "heads_forward": 896 + 32 + 64, "heads_quantize_both": 1040, "rope_key_backward": 128 + 32 + 64, "adamw": 22,
+}  # fmt: skip
+WHOLE = {"heads_forward": 1760, "heads_quantize_both": 1168, "rope_key_backward": 480, "adamw": 24}
+
+
+def test_every_memory_bound_launcher_has_a_row_whose_bytes_are_its_tensors() -> None:
+    kernels = [*bench_traffic.memory_bound(small=True), *bench_fused.fused(small=True)]
+    rooms = ("adamw", "gather", "heads", "quantize", "rmsnorm", "swiglu")
+    launchers = {name for name, module in LAUNCHERS.items() if module.rpartition(".")[2] in rooms}
+    assert {kernel.name.removesuffix(" gated") for kernel in kernels} == launchers - NOT_IN_FP8
+    for kernel in kernels:
+        inputs = bench_traffic.memory_inputs(kernel, CPU)
+        counted = inputs.nbytes + sum(output.nbytes for output in kernel.run(*inputs.tensors))
+        share = PARTLY.get(kernel.name, 1) / WHOLE.get(kernel.name, 1)
+        # Gates, roots and gains are left out, and slots of a gather are half read.
+        assert kernel.bytes / counted == pytest.approx(share, rel=0.011), kernel.name
+
+
+def test_what_works_in_place_begins_anew_for_each_comparison() -> None:
+    (kernel,) = (each for each in bench_fused.fused(small=True) if each.name == "adamw")
+    inputs = bench_traffic.memory_inputs(kernel, CPU)
+    first = [output.clone() for output in kernel.run(*inputs.tensors)]
+    assert not torch.equal(kernel.run(*inputs.tensors)[0], first[0])
+    inputs.reset()
+    assert all(map(torch.equal, kernel.run(*inputs.tensors), first))
 
 
 def test_candidates_take_turns_and_walk_through_all_sets() -> None:

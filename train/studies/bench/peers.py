@@ -22,6 +22,7 @@ from kernels import deepgemm
 from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
 from kernels.gemm_grouped import grouped_gemm_tile_block, grouped_gemm_tile_tile
 from train.studies.bench.cases import GemmOperands, Shape, decode, decode_blocks, operands, shapes
+from train.studies.bench.fused import fused
 from train.studies.bench.table import OURS, Candidate, Case
 from train.studies.bench.timing import Call, Clock
 from train.studies.bench.traffic import MemoryBound, MemoryInputs, memory_bound, memory_inputs
@@ -141,5 +142,5 @@ def cases(*, small: bool = False) -> list[Case]:
     """Every case, in the order of the tables; small: every dim a 32nd, for a CPU."""
     return [
         *(_gemm_case(shape) for shape in shapes(small=small)),
-        *(_memory_case(kernel) for kernel in memory_bound(small=small)),
+        *(_memory_case(kernel) for kernel in [*memory_bound(small=small), *fused(small=small)]),
     ]
