@@ -1,20 +1,23 @@
-"""Which implementation of an operator runs: Triton, Gluon for Hopper, or the reference in plain torch.
+"""Which implementation of an operator runs: Triton, Gluon for Hopper, DeepGEMM, or the reference in plain torch.
 
 A tensor on a CPU always takes the reference. On a GPU the kernels of `kernels/gpu/` run, unless `use_backend` says
 otherwise for this process (`kernels.backend` of the configuration), to find out whether a kernel is to blame. Nothing
-is tuned at run time: a configuration is a function of shapes, and two runs of one program launch the same code.
+is tuned at run time: a configuration is a function of shapes, and two runs of one program launch the same code. Only
+`deepgemm` measures, once, at the start (`kernels/deepgemm.py`).
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 # gluon: FP8 products in Gluon on Hopper, all else in Triton. portable: those in Triton too. reference: plain torch.
-Backend = Literal["gluon", "portable", "reference"]
+# deepgemm: as gluon, but the products that `kernels.deepgemm.choose` found to be faster there.
+Backend = Literal["gluon", "portable", "reference", "deepgemm"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _OF_PROCESS: dict[str, Backend] = {"backend": "gluon"}
 
 # FP8 tensor cores exist from compute capability 8.9 on; the Gluon GEMMs are written for 9.0 alone.
@@ -37,7 +40,12 @@ def use_triton(x: Tensor) -> bool:
 
 def use_gluon(x: Tensor) -> bool:
     """Whether the Gluon products may: on compute capability 9.0 (H100, H200, H800, GH200)."""
-    return x.is_cuda and _OF_PROCESS["backend"] == "gluon" and _capability(x.get_device()) == HOPPER
+    return x.is_cuda and _OF_PROCESS["backend"] in ("gluon", "deepgemm") and _capability(x.get_device()) == HOPPER
+
+
+def use_deepgemm() -> bool:
+    """Whether this process asked for DeepGEMM."""
+    return _OF_PROCESS["backend"] == "deepgemm"
 
 
 def multiprocessors(x: Tensor) -> int:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from kernels.backend import use_backend
+from train.backend import check_kernels, use_for_command
 from train.studies.bench import rows as bench_rows
 from train.studies.bench import table as bench_table
 
@@ -47,7 +49,10 @@ def layer(arguments: argparse.Namespace, device: torch.device) -> int:
         return 2
     # Outputs are not filled before they are written, as in training.
     smoke_runs.prepare(deterministic=False)
-    result = bench_layer.run(bench_layer.tiny_sizes() if arguments.tiny else bench_layer.v3_sizes(), device)
+    sizes = bench_layer.tiny_sizes() if arguments.tiny else bench_layer.v3_sizes()
+    fp8 = smoke_runs.precision_config("fp8")
+    use_for_command(arguments.kernels, sizes.model, fp8, tokens=sizes.tokens, device=device, trains=True)
+    result = bench_layer.run(sizes, device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {where}\n\n{bench_layer.markdown(result)}")
     return 0 if result.parity.green else 1
@@ -88,6 +93,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="NAME", help=f"one case ({names}) or all cases of one kernel file ({files})")
     parser.add_argument("--csv", metavar="PATH", type=Path, help="also write the rows to this file")
+    parser.add_argument("--kernels", default="gluon", help="on a GPU: gluon, portable, reference or deepgemm (gluon)")
     benches = parser.add_subparsers(dest="bench", metavar="layer | ledger", help="MoE blocks instead of single kernels")
     benches.add_parser("layer").add_argument("--tiny", action="store_true", help="small sizes, on a CPU too")
     counted = benches.add_parser("ledger")
@@ -98,10 +104,15 @@ def main() -> int:
         "--summary", action="store_true", help="only the tables by operation, those of docs/kernels.md"
     )
     arguments = parser.parse_args()
-    if arguments.bench == "ledger":
-        return ledger(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return layer(arguments, device) if arguments.bench == "layer" else kernels(arguments, device)
+    try:
+        use_backend(check_kernels(arguments.kernels, device))
+        if arguments.bench == "layer":
+            return layer(arguments, device)
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    return ledger(arguments) if arguments.bench == "ledger" else kernels(arguments, device)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json (that of the run's store)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp8"), help="to compute in (as trained)")
     parser.add_argument("--weights", choices=("model", "master", "ema"), default="model", help="%(default)s")
+    parser.add_argument(
+        "--kernels", default="gluon", help="on a GPU: gluon, portable, reference or deepgemm (%(default)s)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
     return parser.parse_args(arguments)
 
@@ -61,6 +64,7 @@ def main(arguments: list[str]) -> int:
     """Load, continue, print; returns the exit code."""
     options = parse(arguments)
     # Imported late: --help should not wait for torch.
+    from train.backend import use_for_command
     from train.data.store import TokenStore
     from train.generate import text
     from train.generate.latent_cache import Decoder
@@ -78,6 +82,8 @@ def main(arguments: list[str]) -> int:
         tokenizer = tokenizer_of(source, options.tokenizer)
         first_id = source.trained_on.first_id(tokenizer.special_ids)
         precision = replace(source.precision, name=options.precision or source.precision.name)
+        # A step of decoding has a token a prompt; in FP8 its rows are few.
+        use_for_command(options.kernels, source.config, precision, tokens=max(16, len(texts)), device=device)
         decoder = Decoder(load_model(source, precision=precision, device=device))
         if options.measure:
             store = TokenStore.open(options.measure)

@@ -1,6 +1,7 @@
 """`make gpu`: every GPU test, short training runs, then the benches, in one report within eight minutes.
 
-    python -m launch.gpu        runs/gpu/report.json and runs/gpu/report.md; exit status 1 if any parity is red
+    python -m launch.gpu               runs/gpu/report.json and runs/gpu/report.md; exit status 1 if any parity is red
+    python -m launch.gpu --document    put that report's speeds into docs/kernels.md, if all parity is green
 
 Needs a CUDA GPU, torch, Triton, PyYAML and numpy; what is missing besides is named in the report. Each part runs in a
 process of its own (`train/studies/gpu_report.py`), started here with `--part`; Triton compiles there, whatever the
@@ -21,6 +22,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 
 from kernels.backend import Backend
+from train.studies import measured
 from train.studies.gpu_report import is_green, run_all, run_part, write
 from train.studies.gpu_sections import PARTS, ROOT, Options
 
@@ -33,6 +35,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/gpu", help="folder of the report (runs/gpu)")
     parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="SECONDS", help="of all parts together")
+    parser.add_argument("--document", action="store_true", help="write the report's speeds into docs/kernels.md")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--kernels", choices=get_args(Backend), default="gluon", help=argparse.SUPPRESS)
@@ -41,9 +44,23 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def document(path: Path) -> int:
+    """Put a report's speeds into docs/kernels.md; 2 where there is none, or none that may be shown."""
+    try:
+        if (report := measured.read_report(path)) is None:
+            raise ValueError(f"there is no {path}: run `make gpu` on a machine with a GPU first")
+        measured.document(report, ROOT / "docs/kernels.md")
+    except ValueError as error:
+        print(f"gpu: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def main() -> int:
     """Run one part, or all of them and write the report."""
     arguments = parse()
+    if arguments.document:
+        return document(arguments.out / "report.json")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("gpu: this machine shows no CUDA GPU; `make test` runs what a CPU can check", file=sys.stderr)
         return 2

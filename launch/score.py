@@ -20,6 +20,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.update(spin_default(os.environ))
 
 from train.assemble import choose_device
+from train.backend import use_for_command
 from train.evaluate.exact_match import Attempts
 from train.evaluate.language_model import LanguageModel
 from train.evaluate.suite import Suite, SuiteScores, evaluate, named_stores, read_files
@@ -54,6 +55,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--tokenizer", type=Path, help="tokenizer.json (default: the model's)")
     add("--max-length", type=int, help="longest input, tokens (default: as trained)")
     add("--batch-tokens", type=int, default=4096, help="tokens of one forward pass (default: 4096)")
+    add("--kernels", default="gluon", help="on a GPU: gluon, portable, reference or deepgemm (default: gluon)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     add("--out", type=Path, help="JSON file to write, anew after each score")
     return parser.parse_args(arguments)
@@ -72,6 +74,7 @@ def model_of(options: argparse.Namespace) -> LanguageModel:
     """Load the model; lengths and tokeniser are those of its training unless the command line says otherwise."""
     source = open_weights(options.model, options.weights)
     device = choose_device(options.device)
+    use_for_command(options.kernels, source.config, source.precision, tokens=options.batch_tokens, device=device)
     return LanguageModel(
         load_model(source, device=device),
         device,

@@ -91,6 +91,14 @@ MISTAKES = {
 
 # The same for values that are fine alone and contradict each other.
 CONTRADICTIONS = {
+    "measured products in a deterministic run": (
+        ["experiment=tiny", "kernels.backend=deepgemm"],
+        "kernels.backend=deepgemm does not go with run.deterministic=true: which products",
+    ),
+    "FP8's products in BF16": (
+        ["experiment=tiny", "kernels.backend=deepgemm", "run.deterministic=false", "precision=bf16"],
+        "precision=bf16 has no such product of ours: set kernels.backend=gluon, or precision=fp8",
+    ),
     "sequence beyond the positions": (
         ["data.sequence_length=8192"],
         "data.sequence_length=8192 exceeds model.max_position_embeddings=4096",

@@ -31,12 +31,13 @@ MAX_ENTRYPOINT_LINES = 120
 # Docstring lines a line of code, over the product; peers have 0.06 to 0.2.
 MAX_DOCSTRING_RATIO = 0.28
 
-# Files in kernels/ that are no kernels: formats, queue and probe, the choice of backend.
-NOT_KERNELS = ("__init__", "formats", "backend", "deferred", "operators", "probe")
+# Files in kernels/ that are no kernels: formats, queue and probe, the choice of backend, another library's adapter.
+NOT_KERNELS = ("__init__", "formats", "backend", "deepgemm", "deferred", "operators", "probe")
 # Kernel files whose arithmetic is all in other kernel files, which have references: name -> what it composes.
 COMPOSITIONS = {"fp8_linear": ("gemm_fp8", "gemm_grouped", "quantize", "swiglu")}
 # Functions that may read a device value inside the step, and why.
 HOST_READS = {
+    "kernels/deepgemm.py:_microseconds": "a clock, at the start of a run",
     "kernels/gemm_grouped.py:group_rows": "plain torch and Transformer Engine slice by group; a device kernel does not",
     "kernels/attention.py:documents_of": "document ids are on the host, which is asserted",
     "train/optim/offload.py:wait": "before a checkpoint reads or fills the state, not in a step",

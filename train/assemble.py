@@ -21,12 +21,13 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from kernels.attention import backend_name
-from kernels.backend import use_backend
+from kernels.deepgemm import Choice
 from parallel.fp8_weights import Fp8Buckets
 from parallel.mesh import Mesh, cpu_group, single
 from parallel.pipeline import Pipeline
 from parallel.shards import Shard
 from parallel.zero import GradientBuckets
+from train.backend import check_kernels, shown, use_kernels
 from train.checkpoint.publish import published
 from train.config import PretrainConfig
 from train.data.store import TokenStore, store_hashes
@@ -34,7 +35,7 @@ from train.data.stream import Stores, TokenStream, open_stores
 from train.model.config import ModelConfig
 from train.model.init import initialize
 from train.model.precision import Precision
-from train.model.sizes import parameter_counts
+from train.model.sizes import held_by, parameter_counts
 from train.model.te_linear import require_te
 from train.model.transformer import Transformer, fp8_weights, recompute_up_projections
 from train.optim.adamw import AdamW
@@ -42,7 +43,7 @@ from train.optim.config import OptimConfig
 from train.optim.deepspeed_backend import DeepSpeedBuckets, check_installed
 from train.optim.ema import Ema
 from train.run_directory import CHECKPOINTS, run_directory
-from train.stage import Stage, build_stages, expert_shards
+from train.stage import Stage, build_stages, expert_shards, stage_specs
 from train.step import Engine
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Components:
     stream: TokenStream
     heldout: TokenStore | None  # None when the configuration names none
     checkpoint_group: ProcessGroup | None  # carries the planning of saves, apart from the step; None with one rank
+    products: tuple[Choice, ...] = ()  # what DeepGEMM was measured on, and whether it is taken
 
 
 def choose_device(name: str) -> torch.device:
@@ -81,6 +83,7 @@ def device_of(config: PretrainConfig) -> torch.device:
     device = choose_device(config.run.device)
     if config.precision.name == "fp8_te":
         require_te(device, power_of_two=config.precision.power_of_two_scales)
+    check_kernels(config.kernels.backend, device, asked="kernels.backend=")
     return device
 
 
@@ -244,7 +247,16 @@ def build(config: PretrainConfig, mesh: Mesh, resources: Resources) -> Component
     """
     run, (stream, heldout) = config.run, resources.stores
     set_determinism(seed=run.seed, deterministic=run.deterministic, threads=run.threads)
-    use_backend(config.kernels.backend)
+    products = use_kernels(
+        config.kernels.backend,
+        config.model,
+        config.precision,
+        tokens=run.micro_batch_sequences * config.data.sequence_length,
+        device=mesh.device,
+        held=held_by(config.model, stage_specs(config.model, mesh).values()),
+        ep=mesh.ep.size,
+        trains=True,
+    )
     engine = build_engine(
         config.model,
         config.precision,
@@ -255,7 +267,11 @@ def build(config: PretrainConfig, mesh: Mesh, resources: Resources) -> Component
         source=resources.source,
     )
     return Components(
-        engine=engine, stream=stream, heldout=heldout, checkpoint_group=cpu_group(timeout_s=SAVE_TIMEOUT_S)
+        engine=engine,
+        stream=stream,
+        heldout=heldout,
+        checkpoint_group=cpu_group(timeout_s=SAVE_TIMEOUT_S),
+        products=tuple(products),
     )
 
 
@@ -293,6 +309,8 @@ def run_card(config: PretrainConfig, components: Components) -> dict[str, object
         "threads": torch.get_num_threads(),
         "deterministic": config.run.deterministic,
         "kernels": config.kernels.backend,
+        # Measured by the rank that writes this card, for itself.
+        **({"products": shown(components.products)} if components.products else {}),
         "attention": backend_name(
             heads=config.model.num_attention_heads,
             qk_dim=config.model.qk_head_dim,

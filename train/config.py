@@ -117,6 +117,7 @@ class PretrainConfig:
         check_layout(self.layout, self.workload)
         self._check_transformer_engine()
         self._check_backend()
+        self._check_deepgemm()
         if self.data.heldout is None and self.run.eval_every_steps:
             raise ConfigError(
                 f"run.eval_every_steps={self.run.eval_every_steps} asks for scores but data.heldout is null: "
@@ -138,6 +139,20 @@ class PretrainConfig:
             "optim.backend=deepspeed needs two processes or more and layout.zero=true, but "
             f"{wrong}: use {cure}, or optim.backend=native"
         )
+
+    def _check_deepgemm(self) -> None:
+        """What kernels.backend=deepgemm cannot keep on any machine; `kernels.deepgemm.require` looks at this one."""
+        if self.kernels.backend == "deepgemm" and self.run.deterministic:
+            raise ConfigError(
+                "kernels.backend=deepgemm does not go with run.deterministic=true: which products it computes is "
+                "measured at each start, and others have other bits; set run.deterministic=false, or "
+                "kernels.backend=gluon"
+            )
+        if self.kernels.backend == "deepgemm" and self.precision.name != "fp8":
+            raise ConfigError(
+                f"kernels.backend=deepgemm multiplies in FP8 only, and precision={self.precision.name} has no such "
+                "product of ours: set kernels.backend=gluon, or precision=fp8"
+            )
 
     def _check_sequence(self) -> None:
         length, limit = self.data.sequence_length, self.model.max_position_embeddings

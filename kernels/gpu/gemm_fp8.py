@@ -2,6 +2,7 @@
 
 On an H100 or H800 the Gluon kernel serves whatever a tensor map can describe: rows of 16 bytes, BF16 out for fprop and
 dgrad. Everything else takes plain Triton. The choice is a function of shapes and of the device: the same in every run.
+With `kernels.backend=deepgemm` it is DeepGEMM for the products that were measured to be faster there.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels import deepgemm
 from kernels.backend import multiprocessors, use_gluon
+from kernels.deepgemm import Product
 from kernels.formats import Quantized, ceil_div
 from kernels.gpu import gemm_hopper, gemm_portable
 from kernels.gpu.gemm_hopper import Config
@@ -61,8 +64,11 @@ def grouped_gemm_tile_block(
         return out
     aq, bq = _contiguous(a, a_scale), Quantized(b.contiguous(), b_scale)
     if use_gluon(out) and out_dtype == torch.bfloat16 and k % 16 == 0 and n % 8 == 0:
-        programs = multiprocessors(out)
-        config = tile_block_config(m, n, programs=programs, groups=0 if group_ends is None else len(group_ends))
+        programs, groups = multiprocessors(out), 0 if group_ends is None else len(group_ends)
+        if deepgemm.takes(Product("rows", n, k, groups)):
+            deepgemm.tile_block(aq, bq, out, None if group_ends is None else deepgemm.rows_to_groups(group_ends, m))
+            return out
+        config = tile_block_config(m, n, programs=programs, groups=groups)
         gemm_hopper.gemm(aq, bq, out, config=config, programs=programs, group_ends=group_ends)
     else:
         gemm_portable.tile_block(aq, bq, out, group_ends=group_ends)
@@ -83,11 +89,13 @@ def grouped_gemm_tile_tile(
     if not out.numel():
         return
     aq, bq, k = _contiguous(a, a_scale), _contiguous(b, b_scale), a.shape[1]
-    if use_gluon(out) and k % 16 == 0 and k:
+    if not (use_gluon(out) and k % 16 == 0 and k):
+        gemm_portable.tile_tile(aq, bq, out, accumulate=accumulate, group_ends=group_ends)
+    elif accumulate and group_ends is None and deepgemm.takes(Product("wgrad", len(a), len(b))):
+        deepgemm.add_tile_tile(aq, bq, out)
+    else:
         config, programs = tile_tile_config(), multiprocessors(out)
         gemm_hopper.gemm(aq, bq, out, config=config, programs=programs, group_ends=group_ends, accumulate=accumulate)
-    else:
-        gemm_portable.tile_tile(aq, bq, out, accumulate=accumulate, group_ends=group_ends)
 
 
 def _contiguous(payload: Tensor, scale: Tensor) -> Quantized:

@@ -97,6 +97,7 @@ def _portable() -> dict[str, Callable[[], object]]:
         ),
         "BF16 fprop, groups": (gemm_portable.grouped_matmul, bf16(TOKENS, 7168), bf16(weights).mT, group_ends),
         "BF16 dgrad, groups": (gemm_portable.grouped_matmul, bf16(TOKENS, 4096), bf16(weights), group_ends),
+        "BF16 on Hopper, groups: padding rows": (gemm_portable.cleared, bf16(TOKENS, 4096), group_ends),
         "BF16 wgrad, groups": (gemm_portable.grouped_wgrad, bf16(TOKENS, 4096), bf16(TOKENS, 7168), group_ends),
         "FP32 fprop, groups": (
             gemm_portable.grouped_matmul, torch.empty(TOKENS, 7168), torch.empty(weights).mT, group_ends,

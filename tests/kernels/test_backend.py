@@ -26,6 +26,7 @@ def as_before() -> Iterator[None]:
         ("gluon", (8, 9), True, False),
         ("gluon", (8, 0), False, False),
         ("portable", (9, 0), True, False),
+        ("deepgemm", (9, 0), True, True),
         ("reference", (9, 0), False, False),
     ],
 )

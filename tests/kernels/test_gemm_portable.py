@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from kernels.gpu import gemm_fp8, gemm_portable
 from tests.kernels import gemm_inputs
@@ -44,18 +47,34 @@ def test_wgrad(ends: list[int] | None, accumulate: bool) -> None:
     assert relative_error(out, problem.expected + (before.double() if accumulate else 0)) < FP32_TOLERANCE
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, BF16_TOLERANCE), (torch.float32, FP32_TOLERANCE)])
+@pytest.mark.parametrize(
+    ("dtype", "hopper", "tolerance"),
+    [
+        (torch.bfloat16, False, BF16_TOLERANCE),
+        (torch.bfloat16, True, BF16_TOLERANCE),
+        (torch.float32, True, FP32_TOLERANCE),
+    ],
+)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_grouped_products_of_bf16_and_fp32(transposed: bool, dtype: torch.dtype, tolerance: float) -> None:
-    """As fprop (weights seen transposed) and as dgrad; padding rows become zeros."""
-    x = torch.randn(ROWS, 72).to(dtype)
-    weight = torch.randn(3, 136, 72).to(dtype).mT if transposed else torch.randn(3, 72, 136).to(dtype)
-    out = gemm_portable.grouped_matmul(x, weight, torch.tensor(ENDS, dtype=torch.int32))
-    expected = torch.zeros(ROWS, 136, dtype=torch.float64)
-    for rows, expert in zip(slices(ENDS), weight.double(), strict=True):
-        expected[rows] = x[rows].double() @ expert
-    assert relative_error(out, expected) < tolerance
-    assert out[ENDS[-1] :].count_nonzero() == 0
+def test_grouped_products_of_bf16_and_fp32(
+    transposed: bool, dtype: torch.dtype, hopper: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As fprop (weights seen transposed) and as dgrad; padding rows become zeros, however many; torch's on Hopper."""
+    called = Mock(wraps=F.grouped_mm)
+    monkeypatch.setattr(F, "grouped_mm", called)
+    monkeypatch.setattr(gemm_portable, "use_gluon", lambda _: hopper)
+    monkeypatch.setattr(gemm_portable, "multiprocessors", lambda _: 3)
+    for ends in (ENDS, [0, 0, 0]):
+        x = torch.randn(ROWS, 72).to(dtype)
+        weight = torch.randn(3, 136, 72).to(dtype).mT if transposed else torch.randn(3, 72, 136).to(dtype)
+        out = gemm_portable.grouped_matmul(x, weight, torch.tensor(ends, dtype=torch.int32))
+        expected = torch.zeros(ROWS, 136, dtype=torch.float64)
+        for rows, expert in zip(slices(ends), weight.double(), strict=True):
+            expected[rows] = x[rows].double() @ expert
+        assert out[ends[-1] :].count_nonzero() == 0
+        assert out.isfinite().all()
+        assert ends[-1] == 0 or relative_error(out, expected) < tolerance
+    assert called.call_count == (2 if hopper and dtype == torch.bfloat16 else 0)
 
 
 def test_grouped_weight_gradients_of_bf16_are_fp32() -> None:

@@ -8,15 +8,13 @@ are quantised from the high-precision input, FP8 only inside `autocast`, wgrad a
 
 from __future__ import annotations
 
-import ast
 import enum
-import functools
-import inspect
 import json
 import os
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -28,47 +26,14 @@ from torch import Tensor, nn
 
 from kernels.formats import Quantized
 from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
+from tests import recorded
 
 TABLE: dict[str, Any] = json.loads((Path(__file__).parent / "te_signatures.json").read_text())
 PYTORCH, RECIPE = "transformer_engine.pytorch", "transformer_engine.common.recipe"
 
 
-def signature_of(name: str) -> inspect.Signature:
-    """The recorded parameters of a callable; a method's without `self`."""
-    arguments = ast.parse(f"def f({TABLE['callables'][name]['parameters']}): ...").body[0].args  # type: ignore[attr-defined]
-    absent = [None] * (len(arguments.args) - len(arguments.defaults))
-    pairs = [(each, value, inspect.Parameter.POSITIONAL_OR_KEYWORD) for each, value in
-             zip(arguments.args, [*absent, *arguments.defaults], strict=True)]  # fmt: skip
-    pairs += [(each, value, inspect.Parameter.KEYWORD_ONLY) for each, value in
-              zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]  # fmt: skip
-    empty = inspect.Parameter.empty
-    return inspect.Signature(
-        [
-            inspect.Parameter(each.arg, kind, default=empty if value is None else ast.literal_eval(value))
-            for each, value, kind in pairs
-        ]
-    )
-
-
-def published(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Let a method take what the recorded signature takes; what it does not imitate must have its default."""
-    signature = signature_of(name)
-
-    def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
-        imitated = set(inspect.signature(method).parameters)
-
-        @functools.wraps(method)
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            rest = {key: value for key, value in bound.arguments.items() if key not in imitated}
-            defaults = {key: signature.parameters[key].default for key in rest}
-            assert rest == defaults, f"{name}: the stand-in does not imitate {rest}"
-            return method(self, **{key: value for key, value in bound.arguments.items() if key in imitated})
-
-        return call
-
-    return wrap
+signature_of = partial(recorded.signature_of, TABLE)
+published = partial(recorded.published, TABLE)
 
 
 # TE's rule, in our words: the multiplier is 448 / amax in FP32, cut to a power of two; the scale is its inverse.

@@ -111,6 +111,8 @@ WRONG = {
     "RUN --max-tokens 0": "max_tokens: 0 must be at least 1",
     "RUN --tokenizer none.json": "there is no file none.json",
     "RUN --device tpu": "device: tpu is not available here",
+    "RUN --kernels portible": "--kernels portible is not one of gluon, portable, reference, deepgemm: did you mean",
+    "RUN --kernels deepgemm": "--kernels deepgemm runs on a CUDA GPU, and the device is cpu",
     "RUN --weights ema": "holds no moving average",
     "RUN --prompts-file none.txt": "none.txt cannot be read",
     "RUN --measure tests": "tests holds no manifest.json",

@@ -170,6 +170,7 @@ def test_what_a_user_can_get_wrong_is_one_sentence(
         "exists already": f"--choice {good} --out {good}",
         "the name 'a' is taken": "--store a=x --store a=y",
         "positions for 1 to": f"--choice {good} --max-length {10**6}",
+        "--kernels deepgemm runs on a CUDA GPU, and the device is cpu": f"{held} --kernels deepgemm",
         "lm-eval": "--tasks no_such_task",
         "1 questions of category 'prose', but --shots asks for 2": f"{held} --choice {good} --dev {good} --shots 2",
         "--dev holds 1 problems, but --shots asks for 2": f"{held} --exact {problems} --dev {problems} --shots 2",

@@ -40,7 +40,7 @@ OPTIONAL = {
     "wandb": "the mirror to wandb",
     "plotly": "the dashboard",
     "deepspeed": "nothing of ours needs it",
-    "deep_gemm": "DeepGEMM as a peer of the products",
+    "deep_gemm": "DeepGEMM as a peer of the products, and kernels.backend=deepgemm",
     "transformer_engine": "the second opinion on payloads and one step (precision=fp8_te)",
 }
 VERSIONS = ("torch", "triton", "numpy", "pytest", "transformers")

@@ -19,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import swiglu
 from kernels.formats import TILE, Quantized, ceil_div
 from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
 from kernels.gemm_grouped import grouped_gemm_tile_block, grouped_gemm_tile_tile
+from kernels.operators import LAUNCHERS
+from tests.kernels.deepgemm_stand_in import DeepGemm
 from tests.kernels.gemm_inputs import decode_blocks, decode_tiles
 from train.studies.bench import cases as bench_cases
+from train.studies.bench import fused as bench_fused
 from train.studies.bench import peers as bench_peers
 from train.studies.bench import table as bench_table
 from train.studies.bench import timing as bench_timing
@@ -34,8 +36,6 @@ from train.studies.bench.peers import SMALL_CLOCK
 from train.studies.bench.table import OURS, Candidate, Case, Row
 
 CPU = torch.device("cpu")
-# Payload and scales, as DeepGEMM takes an operand.
-Pair = tuple[Tensor, Tensor]
 KINDS = ("fprop", "dgrad", "wgrad", "grouped fprop", "grouped dgrad", "grouped wgrad", "memory")
 
 
@@ -325,61 +325,8 @@ def test_scaled_mm_gets_the_layouts_it_asks_for(monkeypatch: pytest.MonkeyPatch)
     assert {(row.status, row.reason) for row in mine} == {("measured", "")}
 
 
-def deep_gemm_nt(a: Pair, b: Pair, d: Tensor, c: Tensor | None = None, recipe: object = None) -> None:
-    """D = C + A @ B.T under the checks of version 2.6.1 on Hopper."""
-    (m, k), (n, _) = a[0].shape, b[0].shape
-    assert a[0].stride(1) == b[0].stride(1) == d.stride(1) == 1
-    # Other strides make the library transpose in every call.
-    assert (a[1].shape, a[1].stride()) == ((m, ceil_div(k, TILE)), (1, m))
-    if recipe == (1, 1, 128):
-        assert c is d
-        assert d.dtype == torch.float32
-        assert (b[1].shape, b[1].stride()) == ((n, ceil_div(k, TILE)), (1, n))
-        d += decode_tiles(a[0], a[1].t()) @ decode_tiles(b[0], b[1].t()).t()
-    else:
-        assert recipe == (1, 128, 128)
-        assert c is None
-        assert b[1].shape == (ceil_div(n, TILE), ceil_div(k, TILE))
-        d.copy_(decode_tiles(a[0], a[1].t()) @ decode_blocks(b[0], b[1]).t())
-
-
-def deep_gemm_rows(a: Pair, b: Pair, d: Tensor, groups: Tensor, recipe: object) -> None:
-    """Each 128 rows of one group with its weight."""
-    assert (groups.dtype, groups.shape) == (torch.int32, d.shape[:1])
-    assert b[1].shape == (b[0].shape[0], ceil_div(d.shape[1], TILE), ceil_div(a[0].shape[1], TILE))
-    x = decode_tiles(a[0], a[1].t())
-    assert all(group.unique().numel() == 1 for group in groups.split(TILE))
-    for group in groups.unique().tolist():
-        if group >= 0:
-            d[groups == group] = (x[groups == group] @ decode_blocks(b[0][group], b[1][group]).t()).to(d.dtype)
-
-
-def deep_gemm_contraction(
-    a: Pair, b: Pair, d: Tensor, ks: list[int], ks_tensor: Tensor, c: Tensor, recipe: object
-) -> None:
-    """Groups packed one after another, [features, rows of g] each; scales [features, all tiles]."""
-    assert recipe == (1, 1, 128)
-    assert c is d
-    assert ks_tensor.dtype == torch.int32
-    assert ks_tensor.tolist() == ks
-    m, n = d.shape[1:]
-    operands = []
-    for (payload, scale), features in ((a, m), (b, n)):
-        assert payload.is_contiguous()
-        assert payload.numel() == features * sum(ks)
-        assert (scale.shape, scale.stride()) == ((features, sum(ks) // TILE), (1, features))
-        parts = zip(payload.split([features * k for k in ks]), scale.split([k // TILE for k in ks], dim=1), strict=True)
-        operands.append([decode_tiles(codes.view(features, -1), scales.t()) for codes, scales in parts])
-    d += torch.stack([x @ y.t() for x, y in zip(*operands, strict=True)])
-
-
 def test_deep_gemm_gets_the_layouts_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = SimpleNamespace(
-        fp8_gemm_nt=deep_gemm_nt,
-        m_grouped_fp8_gemm_nt_contiguous=deep_gemm_rows,
-        k_grouped_fp8_gemm_nt_contiguous=deep_gemm_contraction,
-    )
-    monkeypatch.setitem(sys.modules, "deep_gemm", library)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "deep_gemm", DeepGemm())  # type: ignore[arg-type]
     for (case, candidate), row in measured(*KINDS).items():
         if candidate == "DeepGEMM" and case.endswith("overwrite"):
             assert row.status == "absent"
@@ -388,14 +335,36 @@ def test_deep_gemm_gets_the_layouts_it_asks_for(monkeypatch: pytest.MonkeyPatch)
             assert (row.status, row.reason) == ("measured", ""), row
 
 
-def test_swiglu_is_compared_gated_and_not() -> None:
-    names = [kernel.name for kernel in bench_traffic.memory_bound(small=False)]
-    wanted = {
-        *(name for name in vars(swiglu) if name in ("swiglu_backward_kept", "gated_swiglu_backward_kept")),
-        *("quantize_tiles", "quantize_tiles_transposed", "quantize_tiles_both", "requantize_transposed"),
-        *("quantize_blocks", "dequantize_tiles", "swiglu_quantize", "swiglu_quantize gated"),
-    }
-    assert set(names) == wanted
+# Launched where a run is not in FP8, or its heads do not split into tiles.
+NOT_IN_FP8 = {"swiglu", "swiglu_backward", "gated_swiglu", "gated_swiglu_backward", "turn_back"}
+# Bytes that a call needs for a token and head, or an element, over those of its inputs and outputs: the rest is not
+# touched (plain dims of queries, rotary dims of keys, the old weight).
+PARTLY = {
+    "heads_forward": 896 + 32 + 64, "heads_quantize_both": 1040, "rope_key_backward": 128 + 32 + 64, "adamw": 22,
+}  # fmt: skip
+WHOLE = {"heads_forward": 1760, "heads_quantize_both": 1168, "rope_key_backward": 480, "adamw": 24}
+
+
+def test_every_memory_bound_launcher_has_a_row_whose_bytes_are_its_tensors() -> None:
+    kernels = [*bench_traffic.memory_bound(small=True), *bench_fused.fused(small=True)]
+    rooms = ("adamw", "gather", "heads", "quantize", "rmsnorm", "swiglu")
+    launchers = {name for name, module in LAUNCHERS.items() if module.rpartition(".")[2] in rooms}
+    assert {kernel.name.removesuffix(" gated") for kernel in kernels} == launchers - NOT_IN_FP8
+    for kernel in kernels:
+        inputs = bench_traffic.memory_inputs(kernel, CPU)
+        counted = inputs.nbytes + sum(output.nbytes for output in kernel.run(*inputs.tensors))
+        share = PARTLY.get(kernel.name, 1) / WHOLE.get(kernel.name, 1)
+        # Gates, roots and gains are left out, and slots of a gather are half read.
+        assert kernel.bytes / counted == pytest.approx(share, rel=0.011), kernel.name
+
+
+def test_what_works_in_place_begins_anew_for_each_comparison() -> None:
+    (kernel,) = (each for each in bench_fused.fused(small=True) if each.name == "adamw")
+    inputs = bench_traffic.memory_inputs(kernel, CPU)
+    first = [output.clone() for output in kernel.run(*inputs.tensors)]
+    assert not torch.equal(kernel.run(*inputs.tensors)[0], first[0])
+    inputs.reset()
+    assert all(map(torch.equal, kernel.run(*inputs.tensors), first))
 
 
 def test_candidates_take_turns_and_walk_through_all_sets() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import backend
 from launch import bench as launch_bench
 from train.studies.bench import rows as bench_rows
 from train.studies.bench import table as bench_table
@@ -101,9 +102,11 @@ def test_csv_has_one_line_a_row_and_empty_cells_for_red(tmp_path: Path) -> None:
 def test_exit_status_is_one_when_a_parity_is_red(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["bench.py"])
+    monkeypatch.setattr("sys.argv", ["bench.py", "--kernels", "portable"])
+    monkeypatch.setattr(backend, "_OF_PROCESS", {"backend": "gluon"})
     monkeypatch.setattr(bench_rows, "ROWS", {"a": (case(0.0),)})
     assert launch_bench.main() == 0
+    assert backend._OF_PROCESS == {"backend": "portable"}
     monkeypatch.setattr(bench_rows, "ROWS", {"a": (case(0.0), case(0.5))})
     assert launch_bench.main() == 1
     assert "off_by_0_5" in capsys.readouterr().err
@@ -133,6 +136,9 @@ def test_a_printed_name_can_be_given_back_and_a_mistyped_one_is_told_the_nearest
         assert launch_bench.main() == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"bench: --only {typed} is no case and no kernel file: did you mean {near}")
+    monkeypatch.setattr("sys.argv", ["bench.py", "--kernels", "deepgem"])
+    assert launch_bench.main() == 2
+    assert capsys.readouterr().err.endswith("reference, deepgemm: did you mean deepgemm?\n")
     monkeypatch.setattr(bench_rows, "ROWS", {"a": [bench_rows.pair("a b", *[None] * 4, tolerance=0, bytes=0)]})
     with pytest.raises(ValueError, match=r"'a b'.*letters, digits and underscores"):
         bench_rows.cases()

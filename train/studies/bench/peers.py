@@ -5,15 +5,12 @@ DeepGEMM where it can be imported, BF16 through `torch.mm` and `torch.nn.functio
 operands. The yardstick of memory-bound kernels is a copy of as many bytes. Products that scale by row or by tensor
 compute something else and are no peers.
 
-DeepGEMM's adapter follows its version 2.6.1 (scales [rows, tiles] with rows contiguous, `c is d` to accumulate, groups
-of a contraction packed one after another) and was checked against a stand-in of that interface, not against DeepGEMM.
 Layouts are prepared before anything is timed, for every candidate.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.formats import Quantized
+from kernels import deepgemm
 from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
 from kernels.gemm_grouped import grouped_gemm_tile_block, grouped_gemm_tile_tile
 from train.studies.bench.cases import GemmOperands, Shape, decode, decode_blocks, operands, shapes
+from train.studies.bench.fused import fused
 from train.studies.bench.table import OURS, Candidate, Case
 from train.studies.bench.timing import Call, Clock
 from train.studies.bench.traffic import MemoryBound, MemoryInputs, memory_bound, memory_inputs
@@ -97,40 +95,21 @@ def _writes(out: Tensor, launch: Callable[..., object], *args: Any, **kwargs: An
 
 
 def deep_gemm(op: GemmOperands) -> Call:
-    """DeepGEMM: fp8_gemm_nt, m_grouped_fp8_gemm_nt_contiguous, k_grouped_fp8_gemm_nt_contiguous."""
-    library = importlib.import_module("deep_gemm")
-    if op.shape.is_wgrad:
-        if not op.shape.accumulate:
-            raise ValueError("DeepGEMM's product of tiles always adds to its output; compare the case that accumulates")
-        return _deep_gemm_wgrad(op, library)
-    a, b = (op.a.payload, op.a.scale.t()), (op.b.payload, op.b.scale)
-    d = torch.zeros(op.shape.m, op.shape.n, dtype=torch.bfloat16, device=op.a.payload.device)
-    recipe = (1, 128, 128)
+    """DeepGEMM, by the adapter that runs use; rows of groups and packed operands are prepared."""
+    deepgemm.library()
+    shape, out = op.shape, op.out
+    if out is None:
+        d = torch.zeros(shape.m, shape.n, dtype=torch.bfloat16, device=op.a.payload.device)
+        groups = None if op.group_ends is None else deepgemm.rows_to_groups(op.group_ends, shape.m)
+        return _writes(d, deepgemm.tile_block, op.a, op.b, d, groups)
+    if not shape.accumulate:
+        raise ValueError("DeepGEMM's product of tiles always adds to its output; compare the case that accumulates")
     if op.group_ends is None:
-        return _writes(d, library.fp8_gemm_nt, a, b, d, recipe=recipe)
-    groups = torch.full((op.shape.m,), -1, dtype=torch.int32, device=d.device)
-    for group, part in enumerate(op.slices):
-        groups[part] = group
-    return _writes(d, library.m_grouped_fp8_gemm_nt_contiguous, a, b, d, groups, recipe=recipe)
-
-
-def _deep_gemm_wgrad(op: GemmOperands, library: Any) -> Call:
-    assert op.out is not None
-    out, recipe = op.out, (1, 1, 128)
-    if op.group_ends is None:
-        a, b = (op.a.payload, op.a.scale.t()), (op.b.payload, op.b.scale.t())
-        return _writes(out, library.fp8_gemm_nt, a, b, out, c=out, recipe=recipe)
+        return _writes(out, deepgemm.add_tile_tile, op.a, op.b, out)
     rows = [part.stop - part.start for part in op.slices]
-    rows_on_device = torch.tensor(rows, dtype=torch.int32, device=out.device)
-    a, b, launch = _packed(op.a, op.slices), _packed(op.b, op.slices), library.k_grouped_fp8_gemm_nt_contiguous
-    return _writes(out, launch, a, b, out, rows, rows_on_device, out, recipe=recipe)
-
-
-def _packed(q: Quantized, groups: Sequence[slice]) -> tuple[Tensor, Tensor]:
-    """Each group's [features, rows of g], contiguous, one after another; scales [features, tiles]."""
-    payload = q.payload.view(torch.uint8)
-    packed = torch.cat([payload[:, part].reshape(-1) for part in groups])
-    return packed.view(torch.float8_e4m3fn), q.scale.t()
+    a, b = (deepgemm.packed(q, op.slices) for q in (op.a, op.b))
+    on_device = torch.tensor(rows, dtype=torch.int32, device=out.device)
+    return _writes(out, deepgemm.add_groups_of_contraction, a, b, out, rows, on_device)
 
 
 def _gemm_case(shape: Shape) -> Case:
@@ -163,5 +142,5 @@ def cases(*, small: bool = False) -> list[Case]:
     """Every case, in the order of the tables; small: every dim a 32nd, for a CPU."""
     return [
         *(_gemm_case(shape) for shape in shapes(small=small)),
-        *(_memory_case(kernel) for kernel in memory_bound(small=small)),
+        *(_memory_case(kernel) for kernel in [*memory_bound(small=small), *fused(small=small)]),
     ]

@@ -1,5 +1,7 @@
 """Memory-bound kernels of the peer bench: quantisers and SwiGLU at DeepSeek-V3's sizes (arXiv:2412.19437 §3.3, §4.2).
 
+`fused.py` has those that do several operations in one launch.
+
 Each kernel treats 128 rows by themselves; its outputs are compared with those of its reference on four groups of 128
 rows. Tiles run along rows or along columns, so every tensor says where its rows are (`Axis`).
 
@@ -19,9 +21,10 @@ from kernels import quantize, swiglu
 from kernels.formats import TILE, Quantized
 from train.studies.bench.cases import EXPERT_ROWS, TOKENS, reduced
 
-# Where the rows of a tensor are: (dim, rows for one index), 1 or 128.
-Axis = tuple[int, int]
-ROWS, COLS, ROW_TILES, COL_TILES = (0, 1), (1, 1), (0, TILE), (1, TILE)
+# Where the rows of a tensor are: (dim, rows for one index), 1 or 128; None: it has none, all rows read it.
+Axis = tuple[int, int] | None
+WHOLE: Axis = None
+ROWS, COLS, ROW_TILES = (0, 1), (1, 1), (0, TILE)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class MemoryBound:
     outputs: tuple[Axis, ...]
     # Relative Frobenius error of each output. Quantisers divide and round as the references do: the same bits.
     tolerance: float = 0.0
+    in_place: bool = False  # it changes its inputs
 
     @property
     def bytes(self) -> float:
@@ -55,6 +59,7 @@ class MemoryInputs:
 
     kernel: MemoryBound
     tensors: tuple[Tensor, ...]
+    originals: tuple[Tensor, ...]  # of those that the operation changes
 
     @property
     def nbytes(self) -> int:
@@ -62,8 +67,9 @@ class MemoryInputs:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def reset(self) -> None:
-        """Every operation allocates its outputs."""
-        return
+        """Put back what an operation has changed in place; others allocate their outputs."""
+        for tensor, original in zip(self.tensors, self.originals, strict=False):
+            tensor.copy_(original)
 
     def expected(self) -> list[Tensor]:
         """The reference of four groups of 128 rows."""
@@ -77,7 +83,11 @@ class MemoryInputs:
         last = self.kernel.rows // TILE - 1
         groups = sorted({0, last // 3, 2 * last // 3, last})
         found = []
-        for tensor, (dim, rows_per_index) in zip(tensors, axes, strict=True):
+        for tensor, axis in zip(tensors, axes, strict=True):
+            if axis is None:
+                found.append(tensor)
+                continue
+            dim, rows_per_index = axis
             each = TILE // rows_per_index
             index = [group * each + i for group in groups for i in range(each)]
             plain = tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
@@ -93,7 +103,8 @@ def memory_inputs(kernel: MemoryBound, device: torch.device) -> MemoryInputs:
     def normal(*dims: int) -> Tensor:
         return torch.randn(dims, generator=generator, device=device, dtype=torch.bfloat16)
 
-    return MemoryInputs(kernel, kernel.make(kernel.rows, kernel.cols, normal))
+    tensors = kernel.make(kernel.rows, kernel.cols, normal)
+    return MemoryInputs(kernel, tensors, tuple(tensor.clone() for tensor in tensors) if kernel.in_place else ())
 
 
 def flat(*found: Quantized) -> tuple[Tensor, ...]:
@@ -102,12 +113,14 @@ def flat(*found: Quantized) -> tuple[Tensor, ...]:
     return tuple(t for group in tensors for t in group if t is not None)
 
 
-def _kept(rows: int, inter: int, normal: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+def kept(rows: int, inter: int, normal: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+    """SwiGLU's kept input, payload and scale, and the gradient of its output."""
     return (*flat(quantize.quantize_tiles(normal(rows, 2 * inter), power_of_two=True)), normal(rows, inter))
 
 
-def _kept_gated(rows: int, inter: int, normal: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-    payload, scale, dh = _kept(rows, inter, normal)
+def kept_gated(rows: int, inter: int, normal: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+    """The same with routing weights before the gradient."""
+    payload, scale, dh = kept(rows, inter, normal)
     return payload, scale, normal(rows).float().sigmoid(), dh
 
 
@@ -169,7 +182,7 @@ def _swiglus(rows: int, inter: int, *, gated: bool) -> list[MemoryBound]:
         tolerance=5e-3,
     ), MemoryBound(
         ("gated_" if gated else "") + "swiglu_backward_kept", rows, inter, 8 + 2 / 32,
-        _kept_gated if gated else _kept, gradients, gradients_reference, (*tiles, *gates, ROWS), (ROWS, *gates),
+        kept_gated if gated else kept, gradients, gradients_reference, (*tiles, *gates, ROWS), (ROWS, *gates),
         # As above with BF16's step, 2^-7, and twice the share: sqrt(4.8e-4) / 128 = 2e-4.
         tolerance=1e-3,
     )]  # fmt: skip

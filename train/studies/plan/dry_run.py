@@ -35,6 +35,8 @@ from train.model.sizes import flops_per_token, held_by, parameters, weights
 from train.model.transformer import StageSpec
 from train.schedules import ScheduleConfig, scheduled_values
 from train.stage import stage_specs
+from train.studies import measured
+from train.studies.measured import Rate, rate
 from train.studies.plan.memory import Memory, measure, share_bytes
 from train.studies.plan.stand_ins import ChunkBytes, StageKind
 from train.studies.plan.traffic import expected_destinations, expert_bytes, pipeline_bytes, update_bytes
@@ -264,6 +266,14 @@ def _ramp_table(points: list[RampPoint]) -> list[str]:
     return [head, *rows]
 
 
+def _time_lines(flops: float, known: Rate) -> list[str]:
+    """How long the FLOPs take alone, without waiting for other ranks, and whose rate that is."""
+    if known.tflop_per_s is None:
+        return [f"time: {known.source}"]
+    words = f"computing them alone, at {known.tflop_per_s:.0f} TFLOP/s"
+    return [f"{words:<48}{flops / known.tflop_per_s / 1e12:>13.3g} s", f"rate: {known.source}"]
+
+
 def _work_table(config: PretrainConfig, mesh: Mesh, parts: Iterable[StageSpec], point: RampPoint) -> list[str]:
     model, layout, name = config.model, mesh.layout, config.precision.name
     held = held_by(model, parts)
@@ -274,10 +284,12 @@ def _work_table(config: PretrainConfig, mesh: Mesh, parts: Iterable[StageSpec], 
     destinations = expected_destinations(model, ep=layout.ep)
     to_experts = expert_bytes(model, layout, held, tokens=tokens, precision=name, destinations=destinations)
     to_stages = pipeline_bytes(model, layout, pp_rank=mesh.pp.rank, tokens=tokens, precision=name)
-    flops = _scaled(sum(per_token.values()) * tokens * count, ("TFLOP", "GFLOP", "MFLOP"), digits=1)
+    work = float(sum(per_token.values()) * tokens * count)
+    flops = _scaled(work, ("TFLOP", "GFLOP", "MFLOP"), digits=1)
     lines = [
         f"one step of {point.batch_sequences} sequences on this rank:",
         f"{'FLOPs, forward and backward':<48}{flops:>15}",
+        *_time_lines(work, rate(name, deterministic=config.run.deterministic, path=measured.REPORT)),
         *(f"{f'sent to experts, {kind}':<48}{size(sent * count):>12}" for kind, sent in to_experts.items()),
         f"{'sent between stages':<48}{size(to_stages * count):>12}",
     ]
