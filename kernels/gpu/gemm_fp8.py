@@ -20,8 +20,8 @@ WIDE = Config("wide", stages=4)
 HALVES = Config("two_waves", stages=3, halves=True)
 # Speed per FLOP of a tile relative to 256x128's, all multiprocessors busy. 128x128 was measured on an H100 with an
 # earlier prototype (959 of 1205 TFLOP/s after accounting for idle multiprocessors), 128x192 is an assumption between
-# the two. 256x64, the half tiles of HALVES, was measured at N = 2112, which it fills: 966 TFLOP/s, 0.82 of 256x128's;
-# on other shapes 128x128 was the faster one. The kernels of this repository have not run on a GPU.
+# the two. The half tiles of HALVES get 128x128's: alone at N = 2112, which 256x64 fills, the prototype reached 966
+# TFLOP/s, 0.82 of 256x128's at N = 4096. The kernels of this repository have not run on a GPU.
 RELATIVE_SPEED = {TWO_WAVES: 1.0, TWO_BLOCKS: 0.8, WIDE: 0.9, HALVES: 0.8}
 # With fewer rows in the mean group than this, half a 256-row tile of each is lost too often.
 FEW_ROWS = 512
@@ -44,7 +44,7 @@ def tile_block_config(m: int, n: int, *, programs: int, groups: int = 0) -> Conf
         rounds = ceil_div(ceil_div(m, rows) * ceil_div(n, cols), programs)
         return rounds * rows * cols / RELATIVE_SPEED[config]
 
-    return min((TWO_WAVES, WIDE, TWO_BLOCKS, *(() if groups else (HALVES,))), key=cost)
+    return min([TWO_WAVES, WIDE, TWO_BLOCKS] + [HALVES] * (not groups), key=cost)
 
 
 def tile_tile_config() -> Config:

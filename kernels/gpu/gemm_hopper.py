@@ -12,7 +12,11 @@ stays in registers.
 
     two_waves    256 x 128          two halves of 64 rows one after another: 128 registers of totals, 64 of partials
     two_blocks   128 x 128          two blocks in flight: the first is promoted while the second is multiplied
-    wide         128 x (128 + 64)   two widths in flight; for N = 2112 and 1536, which 128 columns fill badly
+    wide         128 x (128 + 64)   two widths in flight; three quarters of a round of 256 x 128
+
+With `halves`, two_waves also computes tiles of 256 x 64 (both halves of the rows in flight): the tiles of a last round
+that would leave half of the programs idle, and columns behind the last multiple of 128. On 132 multiprocessors N = 2112
+takes 1 round and 2 halves of one for 4,096 rows, N = 1536 1 and 1.
 
 - A stage is handed back only after the promotion has used its scales (`_pin`): no load of it can be outstanding then.
 - A finished partial is the accumulator of the next product with `use_acc=False`: one register range serves both.
@@ -31,6 +35,8 @@ Tiles are numbered along strips of ORDER tile rows, column by column, so that ti
 share operands in the L2 cache. Groups of rows have any number of tiles, which only the device knows; each program finds
 the group of its next tile by going on from the group of its last one.
 Shapes: a [M, K], b [N, K] or [groups * N, K], K contiguous in both.
+
+Past 600 lines, but one idea: the parts of one kernel share its buffers, its barriers and the order of its tiles.
 """
 
 from __future__ import annotations
@@ -75,8 +81,8 @@ class Config:
     stages: int  # of the ring
     blocks: int = 1  # contraction blocks of 128 in a stage; 1 where groups cut the contraction
     order: int = 8  # tiles of one column that follow each other before the next column, for the L2 cache
-    halves: bool = False  # two_waves of one product: a last round that is mostly idle, and columns behind the last
-    # multiple of 128, in tiles of half the width (`split_last_round`)
+    # Of one product with a BF16 output, two_waves: some tiles in halves (`split_last_round`).
+    halves: bool = False
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -85,13 +91,10 @@ class Config:
 
 
 def split_last_round(m: int, n: int, *, programs: int) -> tuple[int, int, int]:
-    """Work of a product in whole tiles (256x128) and halves of them (256x64), of `Config.halves`.
+    """Whole tiles (256x128), half tiles (256x64), and programs at work, at most `programs`, of `Config.halves`.
 
-    A last round in which at most half of the programs would get a whole tile is done in halves, and so are columns
-    behind the last multiple of 128 if they are 64 or fewer.
-
-    Returns:
-        whole tiles; half tiles; programs, at most `programs`.
+    Columns behind the last multiple of 128 are halves if there are 64 or fewer. A last round is done in halves if these
+    and the others together are no more than the programs.
     """
     rows, cols = ceil_div(m, BM["two_waves"]), (n + 63) // BN
     whole, half = rows * cols, rows if cols * BN < n else 0
@@ -235,7 +238,6 @@ def _produce(
         elif not HALVES:
             pm, pn = place(tile, num_m, num_n, ORDER)
             m0 = pm * BM
-        is_half = False
         if HALVES:
             m0, n0, is_half, steps = halves_tile(tile, whole, num_m, N, steps, BM, ORDER)
         else:
@@ -243,7 +245,7 @@ def _produce(
         for step in range(steps):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
-            if is_half:
+            if HALVES and is_half:
                 mbarrier.expect(bar, HALF_BYTES)
             else:
                 mbarrier.expect(bar, BYTES)
@@ -254,7 +256,7 @@ def _produce(
                 tma.async_copy_global_to_shared(
                     a_scale_desc, [block * a_scale_stride + m0], bar, a_scales.index(buffer)
                 )
-                if is_half:
+                if HALVES and is_half:
                     tma.async_copy_global_to_shared(b2_desc, [n0, block * 128], bar, b_bufs.index(buffer).slice(0, 64))
                 else:
                     tma.async_copy_global_to_shared(b_desc, [b_row + n0, block * 128], bar, b_bufs.index(buffer))
@@ -368,8 +370,7 @@ def _half_tile(
 @gluon.jit
 def _consume(
     out_desc, out2_desc, out_ptr, b_scale_ptr, a_bufs, b_bufs, b2_bufs, a_scales, b_scales, out_bufs, out2_bufs,
-    full, empty, ends_ptr, M, N, K, b_scale_stride_n, b_scale_stride_k, b_scale_stride_group, groups, whole,
-    tiles,
+    full, empty, ends_ptr, M, N, K, b_scale_stride_n, b_scale_stride_k, b_scale_stride_group, groups, whole, tiles,
     HALF: gl.constexpr, TILE_TILE: gl.constexpr, GROUPED: gl.constexpr, ACCUMULATE: gl.constexpr, BM: gl.constexpr,
     WIDE: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr, HALVES: gl.constexpr, ORDER: gl.constexpr
 ):  # fmt: skip
