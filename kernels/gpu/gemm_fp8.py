@@ -15,15 +15,17 @@ from kernels.backend import multiprocessors, use_gluon
 from kernels.deepgemm import Product
 from kernels.formats import Quantized, ceil_div
 from kernels.gpu import gemm_hopper, gemm_portable
-from kernels.gpu.gemm_hopper import Config
+from kernels.gpu.gemm_hopper import Config, rounds_of_halves, split_last_round
 
 TWO_WAVES = Config("two_waves", stages=3)
 TWO_BLOCKS = Config("two_blocks", stages=3, blocks=2)
 WIDE = Config("wide", stages=4)
+HALVES = Config("two_waves", stages=3, halves=True)
 # Speed per FLOP of a tile relative to 256x128's, all multiprocessors busy. 128x128 was measured on an H100 with an
 # earlier prototype (959 of 1205 TFLOP/s after accounting for idle multiprocessors), 128x192 is an assumption between
-# the two. The kernels of this repository have not run on a GPU.
-RELATIVE_SPEED = {TWO_WAVES: 1.0, TWO_BLOCKS: 0.8, WIDE: 0.9}
+# the two. The half tiles of HALVES get 128x128's: alone at N = 2112, which 256x64 fills, the prototype reached 966
+# TFLOP/s, 0.82 of 256x128's at N = 4096. The kernels of this repository have not run on a GPU.
+RELATIVE_SPEED = {TWO_WAVES: 1.0, TWO_BLOCKS: 0.8, WIDE: 0.9, HALVES: 0.8}
 # With fewer rows in the mean group than this, half a 256-row tile of each is lost too often.
 FEW_ROWS = 512
 
@@ -33,15 +35,19 @@ def tile_block_config(m: int, n: int, *, programs: int, groups: int = 0) -> Conf
     if groups and m < groups * FEW_ROWS:
         return TWO_BLOCKS
     # The time of a launch is that of its rounds (tiles over programs, rounded up) times a tile's work over its speed.
-    # So N = 2112 on 4,096 rows takes 128x192 (11 tiles without waste, 352 in 3 rounds, where 256x128 does 272 in 3),
-    # and N = 512 takes 128x128 (128 tiles for 132 multiprocessors instead of 64).
+    # So N = 2112 on 4,096 rows takes 256 whole tiles and 16 halves (2.25 rounds where whole ones take 3, and 128x192
+    # the time of 2.5), N = 1536 132 and 120 (1.63 for 2 and 1.67), and N = 512 takes 128x128.
 
     def cost(config: Config) -> float:
         rows, cols = config.tile
+        if config.halves:
+            whole, half, busy = split_last_round(m, n, programs=programs)
+            rounds = rounds_of_halves(whole, half, programs=busy, half_cost=0.5 / RELATIVE_SPEED[config])
+            return rounds * rows * cols
         rounds = ceil_div(ceil_div(m, rows) * ceil_div(n, cols), programs)
         return rounds * rows * cols / RELATIVE_SPEED[config]
 
-    return min((TWO_WAVES, WIDE, TWO_BLOCKS), key=cost)
+    return min([TWO_WAVES, WIDE, TWO_BLOCKS] + [HALVES] * (not groups), key=cost)
 
 
 def tile_tile_config() -> Config:

@@ -12,7 +12,11 @@ stays in registers.
 
     two_waves    256 x 128          two halves of 64 rows one after another: 128 registers of totals, 64 of partials
     two_blocks   128 x 128          two blocks in flight: the first is promoted while the second is multiplied
-    wide         128 x (128 + 64)   two widths in flight; for N = 2112 and 1536, which 128 columns fill badly
+    wide         128 x (128 + 64)   two widths in flight; three quarters of a round of 256 x 128
+
+With `halves`, two_waves also computes tiles of 256 x 64 (both halves of the rows in flight): the tiles of a last round
+that would leave half of the programs idle, and columns behind the last multiple of 128. On 132 multiprocessors N = 2112
+takes 1 round and 2 halves of one for 4,096 rows, N = 1536 1 and 1.
 
 - A stage is handed back only after the promotion has used its scales (`_pin`): no load of it can be outstanding then.
 - A finished partial is the accumulator of the next product with `use_acc=False`: one register range serves both.
@@ -31,6 +35,8 @@ Tiles are numbered along strips of ORDER tile rows, column by column, so that ti
 share operands in the L2 cache. Groups of rows have any number of tiles, which only the device knows; each program finds
 the group of its next tile by going on from the group of its last one.
 Shapes: a [M, K], b [N, K] or [groups * N, K], K contiguous in both.
+
+Past 600 lines, but one idea: the parts of one kernel share its buffers, its barriers and the order of its tiles.
 """
 
 from __future__ import annotations
@@ -75,11 +81,38 @@ class Config:
     stages: int  # of the ring
     blocks: int = 1  # contraction blocks of 128 in a stage; 1 where groups cut the contraction
     order: int = 8  # tiles of one column that follow each other before the next column, for the L2 cache
+    # Of one product with a BF16 output, two_waves: some tiles in halves (`split_last_round`).
+    halves: bool = False
 
     @property
     def tile(self) -> tuple[int, int]:
         """Rows and columns of an output tile."""
         return BM[self.schedule], BN + BN2 if self.schedule == "wide" else BN
+
+
+def split_last_round(m: int, n: int, *, programs: int) -> tuple[int, int, int]:
+    """Whole tiles (256x128), half tiles (256x64), and programs at work, at most `programs`, of `Config.halves`.
+
+    Columns behind the last multiple of 128 are halves if there are 64 or fewer. A last round is done in halves if these
+    and the others together are no more than the programs.
+    """
+    rows, cols = ceil_div(m, BM["two_waves"]), (n + 63) // BN
+    whole, half = rows * cols, rows if cols * BN < n else 0
+    last = whole % programs
+    if 2 * last + half <= programs:
+        whole, half = whole - last, half + 2 * last
+    return whole, half, min(programs, whole + half)
+
+
+def rounds_of_halves(whole: int, half: int, *, programs: int, half_cost: float) -> float:
+    """When the last program is done, in times of a whole tile: `halves_tile`'s order in closed form."""
+    rounds, last = divmod(whole, programs)
+    # Programs without a whole tile in the last round take two halves before the others take one.
+    free = programs - last
+    behind = half - 2 * free
+    of_free = min(ceil_div(half, free), 2) + ceil_div(max(behind - last, 0), programs)
+    of_others = ceil_div(max(behind, 0), programs)
+    return max(rounds + of_free * half_cost, (rounds + 1 + of_others * half_cost) if last else 0)
 
 
 @gluon.jit
@@ -141,6 +174,30 @@ def contraction_tile(tile, ends_ptr, num_m, num_n, BM: gl.constexpr, ORDER: gl.c
 
 
 @gluon.jit
+def halves_tile(tile, whole, num_m, N, steps, BM: gl.constexpr, ORDER: gl.constexpr):
+    """First row and column of a slot, whether it is half a tile, and how many stages it contracts.
+
+    `whole` tiles come first. A program that has one less of them than others takes two halves in their place:
+    the slots of the others next to its first half stay empty.
+    """
+    programs = gl.num_programs(0)
+    num_n = (N + 63) // 128
+    free = programs - whole % programs
+    behind = tile - whole
+    half = gl.where(behind < free, behind, behind - (programs - free))
+    # Halves of a last column that has no more than 64 columns, then left and right halves of the last tiles.
+    edges = gl.where(num_n * 128 < N, num_m, 0)
+    of_tile = half - edges
+    is_edge = (behind >= 0) & (of_tile < 0)
+    split = gl.where(is_edge, 0, whole + of_tile // 2)
+    pm, pn = place(gl.where(behind < 0, tile, split), num_m, gl.maximum(num_n, 1), ORDER)
+    m0 = gl.where(is_edge, half, pm) * BM
+    n0 = gl.where(is_edge, num_n * 128, pn * 128 + gl.where(behind < 0, 0, of_tile % 2 * 64))
+    is_empty = (behind >= free) & (behind < programs)
+    return gl.where(is_empty, num_m * BM, m0), n0, behind >= 0, gl.where(is_empty, 0, steps)
+
+
+@gluon.jit
 def _pin(value):
     """Have `value` computed here: an empty wait that it passes through, which the compiler moves nothing across."""
     return warpgroup_mma_wait(0, deps=(value,))
@@ -149,12 +206,13 @@ def _pin(value):
 @gluon.jit
 def _produce(
     a_desc, b_desc, b2_desc, a_scale_desc, b_scale_desc, a_bufs, b_bufs, b2_bufs, a_scales, b_scales, full, empty,
-    ends_ptr, M, N, K, a_scale_stride, b_scale_stride, groups, tiles,
+    ends_ptr, M, N, K, a_scale_stride, b_scale_stride, groups, whole, tiles,
     TILE_TILE: gl.constexpr, GROUPED: gl.constexpr, BM: gl.constexpr, WIDE: gl.constexpr, STAGES: gl.constexpr,
-    BLOCKS: gl.constexpr, ORDER: gl.constexpr
+    BLOCKS: gl.constexpr, HALVES: gl.constexpr, ORDER: gl.constexpr
 ):  # fmt: skip
     WIDTH: gl.constexpr = 192 if WIDE else 128
     BYTES: gl.constexpr = BLOCKS * ((BM + WIDTH) * 128 + BM * 4 + (WIDTH * 4 if TILE_TILE else 0))
+    HALF_BYTES: gl.constexpr = BYTES - 64 * 128
     num_m = gl.cdiv(M, BM)
     num_n = gl.cdiv(N, WIDTH)
     stage = 0
@@ -177,14 +235,20 @@ def _produce(
             b_row = group * N
         elif GROUPED == "contraction":
             group, m0, pn, first_block, steps = contraction_tile(tile, ends_ptr, num_m, num_n, BM, ORDER)
-        else:
+        elif not HALVES:
             pm, pn = place(tile, num_m, num_n, ORDER)
             m0 = pm * BM
-        n0, n2 = columns(pn, WIDE)
+        if HALVES:
+            m0, n0, is_half, steps = halves_tile(tile, whole, num_m, N, steps, BM, ORDER)
+        else:
+            n0, n2 = columns(pn, WIDE)
         for step in range(steps):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
-            mbarrier.expect(bar, BYTES)
+            if HALVES and is_half:
+                mbarrier.expect(bar, HALF_BYTES)
+            else:
+                mbarrier.expect(bar, BYTES)
             for j in gl.static_range(BLOCKS):
                 buffer = stage * BLOCKS + j
                 block = first_block + step * BLOCKS + j
@@ -192,7 +256,10 @@ def _produce(
                 tma.async_copy_global_to_shared(
                     a_scale_desc, [block * a_scale_stride + m0], bar, a_scales.index(buffer)
                 )
-                tma.async_copy_global_to_shared(b_desc, [b_row + n0, block * 128], bar, b_bufs.index(buffer))
+                if HALVES and is_half:
+                    tma.async_copy_global_to_shared(b2_desc, [n0, block * 128], bar, b_bufs.index(buffer).slice(0, 64))
+                else:
+                    tma.async_copy_global_to_shared(b_desc, [b_row + n0, block * 128], bar, b_bufs.index(buffer))
                 if WIDE:
                     tma.async_copy_global_to_shared(b2_desc, [b_row + n2, block * 128], bar, b2_bufs.index(buffer))
                 if TILE_TILE:
@@ -265,11 +332,47 @@ def _store_fp32(out_ptr, total, m0, n0, M, N, ACCUMULATE: gl.constexpr):
 
 
 @gluon.jit
+def _half_tile(
+    out2_desc, out_buf, out_buf2, scale_ptr, a_bufs, b_bufs, a_scales, full, empty, stage, phase, m0, n0, M,
+    last_block, b_scale_stride_k, steps, FIRST: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """128 rows of 64 columns: two products of 64 rows in flight, the first is promoted during the second."""
+    partial = gl.zeros([64, 64], gl.float32, LAYOUT2)
+    partial2 = gl.zeros([64, 64], gl.float32, LAYOUT2)
+    total = gl.zeros([64, 64], gl.float32, LAYOUT2)
+    total2 = gl.zeros([64, 64], gl.float32, LAYOUT2)
+    next_scale = gl.load(scale_ptr)
+    for step in range(steps):
+        col_scale = next_scale
+        next_scale = gl.load(scale_ptr + gl.minimum(step + 1, last_block) * b_scale_stride_k)
+        mbarrier.wait(full.index(stage), phase)
+        a = a_bufs.index(stage)
+        b = b_bufs.index(stage).slice(0, 64).permute((1, 0))
+        row_scale = a_scales.index(stage).slice(FIRST, 64).load(BY_ROW2)
+        row_scale2 = a_scales.index(stage).slice(FIRST + 64, 64).load(BY_ROW2)
+        partial = warpgroup_mma(a.slice(FIRST, 64), b, partial, use_acc=False, is_async=True)
+        partial2 = warpgroup_mma(a.slice(FIRST + 64, 64), b, partial2, use_acc=False, is_async=True)
+        partial = warpgroup_mma_wait(1, deps=(partial,))
+        total = _promote(total, partial, row_scale, col_scale, False)
+        partial2 = warpgroup_mma_wait(0, deps=(partial2,))
+        total2 = _pin(_promote(total2, partial2, row_scale2, col_scale, False))
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase ^= 1
+    if m0 < M:
+        _store_bf16(out2_desc, out_buf.slice(0, 64, 1), total, m0, n0)
+        _store_bf16(out2_desc, out_buf2.slice(0, 64, 1), total2, m0 + 64, n0)
+    return stage, phase
+
+
+@gluon.jit
 def _consume(
     out_desc, out2_desc, out_ptr, b_scale_ptr, a_bufs, b_bufs, b2_bufs, a_scales, b_scales, out_bufs, out2_bufs,
-    full, empty, ends_ptr, M, N, K, b_scale_stride_n, b_scale_stride_k, b_scale_stride_group, groups, tiles,
+    full, empty, ends_ptr, M, N, K, b_scale_stride_n, b_scale_stride_k, b_scale_stride_group, groups, whole, tiles,
     HALF: gl.constexpr, TILE_TILE: gl.constexpr, GROUPED: gl.constexpr, ACCUMULATE: gl.constexpr, BM: gl.constexpr,
-    WIDE: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr, ORDER: gl.constexpr
+    WIDE: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr, HALVES: gl.constexpr, ORDER: gl.constexpr
 ):  # fmt: skip
     WIDTH: gl.constexpr = 192 if WIDE else 128
     FIRST: gl.constexpr = HALF * (BM // 2)
@@ -301,10 +404,22 @@ def _consume(
             first_scale = gl.minimum(group, groups - 1) * b_scale_stride_group
         elif GROUPED == "contraction":
             group, m0, pn, _, steps = contraction_tile(tile, ends_ptr, num_m, num_n, BM, ORDER)
-        else:
+        elif not HALVES:
             pm, pn = place(tile, num_m, num_n, ORDER)
             m0 = pm * BM
-        n0, n2 = columns(pn, WIDE)
+        if HALVES:
+            m0, n0, is_half, steps = halves_tile(tile, whole, num_m, N, steps, BM, ORDER)
+            if is_half:
+                stage, phase = _half_tile(
+                    out2_desc, out_bufs.index(HALF * 2), out_bufs.index(HALF * 2 + 1),
+                    b_scale_ptr + n0 // 128 * b_scale_stride_n, a_bufs, b_bufs, a_scales, full, empty, stage, phase,
+                    m0 + FIRST, n0, M, blocks_k - 1, b_scale_stride_k, steps, FIRST, STAGES,
+                )  # fmt: skip
+                # Nothing is left of this tile.
+                steps = 0
+                m0 = M
+        else:
+            n0, n2 = columns(pn, WIDE)
         m0 += FIRST
         total = gl.zeros([64, 128], gl.float32, LAYOUT)
         if BM == 256:
@@ -407,9 +522,9 @@ def _consume(
 @gluon.jit
 def _gemm_kernel(
     a_desc, b_desc, b2_desc, a_scale_desc, b_scale_desc, out_desc, out2_desc, out_ptr, b_scale_ptr, ends_ptr,
-    M, N, K, a_scale_stride, b_scale_stride_n, b_scale_stride_k, b_scale_stride_group, groups, tiles,
+    M, N, K, a_scale_stride, b_scale_stride_n, b_scale_stride_k, b_scale_stride_group, groups, whole, tiles,
     TILE_TILE: gl.constexpr, GROUPED: gl.constexpr, ACCUMULATE: gl.constexpr, BM: gl.constexpr, WIDE: gl.constexpr,
-    STAGES: gl.constexpr, BLOCKS: gl.constexpr, ORDER: gl.constexpr,
+    STAGES: gl.constexpr, BLOCKS: gl.constexpr, HALVES: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     BUFFERS: gl.constexpr = STAGES * BLOCKS
     a_bufs = gl.allocate_shared_memory(gl.float8e4nv, [BUFFERS, BM, 128], a_desc.layout)
@@ -443,17 +558,19 @@ def _gemm_kernel(
             (_consume, (
                 out_desc, out2_desc, out_ptr, b_scale_ptr, a_bufs, b_bufs, b2_bufs, a_scales, b_scales, out_bufs,
                 out2_bufs, full, empty, ends_ptr, M, N, K, b_scale_stride_n, b_scale_stride_k, b_scale_stride_group,
-                groups, tiles, 0, TILE_TILE, GROUPED, ACCUMULATE, BM, WIDE, STAGES, BLOCKS, ORDER,
+                groups, whole, tiles, 0, TILE_TILE, GROUPED, ACCUMULATE, BM, WIDE, STAGES, BLOCKS, HALVES,
+                ORDER,
             )),
             (_consume, (
                 out_desc, out2_desc, out_ptr, b_scale_ptr, a_bufs, b_bufs, b2_bufs, a_scales, b_scales, out_bufs,
                 out2_bufs, full, empty, ends_ptr, M, N, K, b_scale_stride_n, b_scale_stride_k, b_scale_stride_group,
-                groups, tiles, 1, TILE_TILE, GROUPED, ACCUMULATE, BM, WIDE, STAGES, BLOCKS, ORDER,
+                groups, whole, tiles, 1, TILE_TILE, GROUPED, ACCUMULATE, BM, WIDE, STAGES, BLOCKS, HALVES,
+                ORDER,
             )),
             (_produce, (
                 a_desc, b_desc, b2_desc, a_scale_desc, b_scale_desc, a_bufs, b_bufs, b2_bufs, a_scales, b_scales,
-                full, empty, ends_ptr, M, N, K, a_scale_stride, b_scale_stride_k, groups, tiles,
-                TILE_TILE, GROUPED, BM, WIDE, STAGES, BLOCKS, ORDER,
+                full, empty, ends_ptr, M, N, K, a_scale_stride, b_scale_stride_k, groups, whole,
+                tiles, TILE_TILE, GROUPED, BM, WIDE, STAGES, BLOCKS, HALVES, ORDER,
             )),
         ],
         [4, 1],
@@ -488,12 +605,18 @@ def gemm(
     (m, k), n = a.payload.shape, out.shape[-1]
     bm, width = config.tile
     groups = 1 if group_ends is None else len(group_ends)
-    tiles = ceil_div(m, bm) * ceil_div(n, width)
-    if grouped == "contraction":
+    whole, tiles = 0, ceil_div(m, bm) * ceil_div(n, width)
+    if config.halves:
+        whole, half, programs = split_last_round(m, n, programs=programs)
+        free = programs - whole % programs
+        tiles = whole + half + (programs - free if half > free else 0)
+    elif grouped == "contraction":
         tiles *= groups
     elif grouped == "rows":
         # Every group may waste the better part of a tile, and so may the padding rows.
         tiles = (m // bm + groups + 1) * ceil_div(n, width)
+    assert not config.halves or (config.schedule == "two_waves" and config.blocks == 1), config
+    assert not config.halves or not (grouped or tile_tile), "half tiles are for one product in BF16"
     assert config.blocks == 1 or (config.schedule != "wide" and grouped != "contraction"), config
     assert not (tile_tile and config.schedule == "wide"), "128x192 tiles store BF16 only"
     a_scale, weight = _padded_scale(a.scale), b.payload.flatten(0, -2)
@@ -509,9 +632,9 @@ def gemm(
     _gemm_kernel[(min(programs, tiles),)](
         a_desc, _matrix(weight, BN), _matrix(weight, BN2), a_scale_desc, b_scale_desc, out_desc, out2_desc,
         out, b_scale, a_scale if group_ends is None else group_ends,
-        m, n, k, a_scale.stride(0), stride_n, stride_k, stride_group, groups, tiles,
-        tile_tile, grouped, accumulate, bm, config.schedule == "wide", config.stages, config.blocks, config.order,
-        num_warps=4, maxnreg=168,
+        m, n, k, a_scale.stride(0), stride_n, stride_k, stride_group, groups, whole, tiles,
+        tile_tile, grouped, accumulate, bm, config.schedule == "wide", config.stages, config.blocks, config.halves,
+        config.order, num_warps=4, maxnreg=168,
     )  # fmt: skip
 
 

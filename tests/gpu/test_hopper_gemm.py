@@ -15,8 +15,9 @@ from tests.kernels import gemm_inputs
 from tests.kernels.gemm_inputs import Problem, relative_error
 
 pytestmark = pytest.mark.gpu
-# 256x128, 128x128 and 128x192 tiles.
+# 256x128, 128x128 and 128x192 tiles; 256x128 and 256x64 in one launch, of one product only.
 CONFIGS = ("TWO_WAVES", "TWO_BLOCKS", "WIDE")
+SHAPES = [(1, 576, 128), (63, 2112, 576), (129, 576, 2112), (4097, 2112, 144), (1000, 320, 1536)]
 # No row, one tile, a ragged last tile of 256 rows, and padding rows behind.
 ENDS, ROWS = [384, 384, 512, 1024], 1152
 
@@ -36,16 +37,11 @@ def multiply(problem: Problem, out: Tensor, device: torch.device, *, config: str
     return results[0].cpu()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(
-    ("m", "n", "k", "ends"),
+    ("name", "m", "n", "k", "ends"),
     [
-        (1, 576, 128, None),
-        (63, 2112, 576, None),
-        (129, 576, 2112, None),
-        (4097, 2112, 144, None),
-        (1000, 320, 1536, None),
-        (ROWS, 576, 704, ENDS),
+        *((name, *shape, None) for name in (*CONFIGS, "HALVES") for shape in SHAPES),
+        *((name, ROWS, 576, 704, ENDS) for name in CONFIGS),
     ],
 )
 def test_fprop_and_dgrad(name: str, m: int, n: int, k: int, ends: list[int] | None, hopper: torch.device) -> None:

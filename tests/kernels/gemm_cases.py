@@ -42,7 +42,8 @@ def ends(groups: int) -> Tensor | None:
 
 def describe(config: Config) -> str:
     rows, cols = config.tile
-    return f"{config.schedule} {rows}x{cols}, {config.stages} x {config.blocks * TILE}"
+    halves = f" and {rows}x{cols // 2}" if config.halves else ""
+    return f"{config.schedule} {rows}x{cols}{halves}, {config.stages} x {config.blocks * TILE}"
 
 
 def product(
@@ -115,7 +116,7 @@ HOPPER_CASES = dict(
         product(TOKENS, 7168, 2048),
         product(TOKENS, 7168, 2112),
         product(TOKENS, 2112, 7168),
-        product(TOKENS, 1536, 24576),
+        product(2048, 1536, 24576),
         product(TOKENS, 512, 32768),
         product(ROWS, 4096, 7168, GROUPS),
         product(ROWS, 1536, 7168, GROUPS),

@@ -105,8 +105,8 @@ def _split_gemm_kernel(
             # Columns 129 to 192 and scales per column do not exist here: others are passed for them, and not used.
             (_produce, (
                 a_desc, b_desc, b_desc, a_scale_desc, a_scale_desc, a_bufs, b_bufs, b_bufs, a_scales, a_scales,
-                full, empty, ends_ptr, M, N, K, a_scale_stride, b_scale_stride_k, splits, tiles,
-                False, "contraction", BM, False, STAGES, 1, ORDER,
+                full, empty, ends_ptr, M, N, K, a_scale_stride, b_scale_stride_k, splits, 0, tiles,
+                False, "contraction", BM, False, STAGES, 1, False, ORDER,
             )),
         ],
         [4, 1],

@@ -49,6 +49,7 @@ class Figures:
         tensor_core: FP8 tensor-core instructions, QGMMA (wgmma) and QMMA (mma).
         loop: instructions of the innermost loop that holds a tensor-core instruction; 0 without one.
         loop_tensor_core: tensor-core instructions in that loop.
+        loop_barriers: barriers of a warpgroup in that loop, BAR.SYNC.
         tma: bulk loads and stores.
         multiply_adds: FP32 ones, FFMA.
         contracts: whether the compiler may make one of a product and a sum.
@@ -65,6 +66,7 @@ class Figures:
     tensor_core: int
     loop: int
     loop_tensor_core: int
+    loop_barriers: int
     tma: int
     multiply_adds: int
     contracts: bool
@@ -145,6 +147,7 @@ def figures(case: str, launch: stand_in_driver.Launch, code: Code) -> Figures:
         tensor_core=_tensor_core([item for _, item in code]),
         loop=len(inner),
         loop_tensor_core=_tensor_core(inner),
+        loop_barriers=sum(item.startswith("BAR.SYNC") for item in inner),
         tma=sum(count for opcode, count in counts.items() if opcode.startswith(("UTMALDG", "UTMASTG"))),
         multiply_adds=sum(count for opcode, count in counts.items() if opcode.startswith("FFMA")),
         contracts=kernel.metadata.enable_fp_fusion,

@@ -7,6 +7,7 @@ That the compiler accepts the same code without spills is `test_hopper_codegen.p
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from kernels.formats import Quantized
 from kernels.gpu import gemm_hopper
-from kernels.gpu.gemm_fp8 import TWO_BLOCKS, TWO_WAVES, WIDE, tile_block_config
-from kernels.gpu.gemm_hopper import Config
+from kernels.gpu.gemm_fp8 import HALVES, TWO_BLOCKS, TWO_WAVES, WIDE, tile_block_config
+from kernels.gpu.gemm_hopper import Config, rounds_of_halves, split_last_round
 from tests.kernels import gemm_inputs
 from tests.kernels.gemm_inputs import BF16_TOLERANCE, FP32_TOLERANCE, Problem, relative_error
 from tests.kernels.gluon_defects import Edit, edited
@@ -58,10 +59,15 @@ def run(
     [
         (TWO_WAVES, 300, 320, 512),
         # DeepSeek-V3's ragged widths: K = 576 = 4.5 tiles, N = 2112 = 16.5 blocks.
-        (TWO_WAVES, 640, 2112, 576),
+        (TWO_WAVES, 300, 2112, 576),
         (TWO_WAVES, 1, 8, 16),
         (WIDE, 300, 2112, 512),
         (WIDE, 129, 200, 576),
+        # On 3 programs: 3 whole tiles, halves of the fourth and of the last 64 columns; 2 whole and 2 halves, one of
+        # which waits for the program that has no whole one; one half.
+        (HALVES, 200, 576, 576),
+        (HALVES, 300, 192, 384),
+        (HALVES, 1, 8, 16),
         # An even and an odd number of blocks, and fewer than one stage holds.
         (TWO_BLOCKS, 260, 320, 512),
         (TWO_BLOCKS, 260, 320, 1152),
@@ -154,12 +160,42 @@ def test_an_output_of_more_than_2_to_the_31_elements() -> None:
     assert relative_error(out[-256:, -128:], expected) < FP32_TOLERANCE
 
 
+@pytest.mark.parametrize(("m", "n", "programs"), [(512, 192, 3), (256, 576, 3), (1024, 448, 5), (256, 64, 4)])
+def test_halves_go_to_the_programs_that_would_be_idle(m: int, n: int, programs: int) -> None:
+    """What each program writes, alone: together every element once, and none more than the closed form says."""
+    problem, written = gemm_inputs.tile_block(m, n, 128), []
+    whole, half, busy = split_last_round(m, n, programs=programs)
+    for program in range(busy):
+        with interpret(programs=[program], races=False):
+            written.append(int(run(problem, HALVES, programs=programs).isfinite().sum()))
+    assert sum(written) == m * n
+    assert max(written) == 256 * 128 * rounds_of_halves(whole, half, programs=busy, half_cost=0.5)
+
+
+def test_the_closed_form_of_rounds_is_a_greedy_schedule() -> None:
+    """Whole tiles in turn, then each half to the program that is done first."""
+    for whole, half, programs in product(range(25), range(9), range(1, 9)):
+        done = [float(whole // programs + (p < whole % programs)) for p in range(programs)]
+        heapq.heapify(done)
+        for _ in range(half):
+            heapq.heappush(done, heapq.heappop(done) + 0.625)
+        if half <= programs:
+            assert rounds_of_halves(whole, half, programs=programs, half_cost=0.625) == max(done), (whole, half)
+
+
 def test_the_configuration_of_a_shape_follows_from_its_rounds() -> None:
-    """The shapes of DeepSeek-V3 on 4,096 tokens and 132 multiprocessors; the three awkward ones get smaller tiles."""
-    chosen = {n: tile_block_config(4096, n, programs=132) for n in (24576, 32768, 7168, 4096, 36864, 2048, 18432)}
+    """The shapes of DeepSeek-V3 on 4,096 tokens and 132 multiprocessors, and the times of their rounds by hand."""
+    chosen = {n: tile_block_config(4096, n, programs=132) for n in (7168, 4096, 36864, 16384, 2048)}
     assert set(chosen.values()) == {TWO_WAVES}
-    assert tile_block_config(4096, 2112, programs=132) == WIDE
-    assert tile_block_config(4096, 1536, programs=132) == WIDE
+    # 16 x 16 whole tiles leave 8 of 264 places for 16 halves; 192, 3072, 4096 and 2304 leave 60, 36, 4 and 60 over.
+    halves = {2112: (256, 16), 1536: (132, 120), 24576: (3036, 72), 32768: (4092, 8), 18432: (2244, 120)}
+    for n, parts in halves.items():
+        assert tile_block_config(4096, n, programs=132) == HALVES
+        assert split_last_round(4096, n, programs=132) == (*parts, 132)
+    assert rounds_of_halves(256, 16, programs=132, half_cost=0.625) == 1 + 2 * 0.625
+    assert rounds_of_halves(132, 120, programs=132, half_cost=0.625) == 1 + 0.625
+    # 96 whole tiles leave more than half a round over; 128 tiles of 128x192 fill one of three quarters.
+    assert tile_block_config(2048, 1536, programs=132) == WIDE
     assert tile_block_config(4096, 512, programs=132) == TWO_BLOCKS
     assert tile_block_config(32768, 4096, programs=132, groups=32) == TWO_WAVES
     assert tile_block_config(2048, 4096, programs=132, groups=8) == TWO_BLOCKS
@@ -188,7 +224,8 @@ Case = Callable[[ModuleType], tuple[Tensor, Tensor, float]]
 
 def fprop(config: Config = TWO_WAVES, *, ends: list[int] | None = None) -> Case:
     def case(module: ModuleType) -> tuple[Tensor, Tensor, float]:
-        problem = gemm_inputs.tile_block(*((ROWS, 192, 256, ends) if ends else (640, 384, 1024)))
+        shape = (256, 576, 640) if config.halves else (640, 384, 1024)
+        problem = gemm_inputs.tile_block(*((ROWS, 192, 256, ends) if ends else shape))
         return run(problem, config, module), problem.expected, BF16_TOLERANCE
 
     return case
@@ -246,6 +283,19 @@ DEFECTS: dict[str, tuple[Case, list[Edit]]] = {
     ]),
     "half a width is stored over the other half": (fprop(TWO_WAVES_OF_TWO_BLOCKS), [
         ("    tma.store_wait(0)\n    buffer.store(right)", "    buffer.store(right)"),
+    ]),
+    "half a tile takes its neighbour's scales": (fprop(HALVES), [(
+        "row_scale2 = a_scales.index(stage).slice(FIRST + 64, 64).load(BY_ROW2)", "row_scale2 = row_scale",
+    )]),
+    "half a tile keeps a stale scale": (fprop(HALVES), [("gl.minimum(step + 1, last_block)", "step")]),
+    "half a tile takes the scale of a later block": (fprop(HALVES), [
+        ("gl.minimum(step + 1, last_block)", "gl.minimum(step + 2, last_block)"),
+    ]),
+    "a right half takes the scale of the next column": (fprop(HALVES), [("n0 // 128 * b", "(n0 + 64) // 128 * b")]),
+    "a right half is computed as a left one": (fprop(HALVES), [("of_tile % 2 * 64", "0")]),
+    "half a tile waits for a whole one's bytes": (fprop(HALVES), [("BYTES - 64 * 128", "BYTES")]),
+    "half a tile hands its stage back as soon as it is full": (fprop(HALVES), [
+        ("\n" + ARRIVE[4:], "\n"), ("\n" + WAIT_FULL[4:], "\n" + WAIT_FULL[4:] + ARRIVE[4:]),
     ]),
     "all groups multiply the first one's weight": (fprop(ends=ENDS), [("b_row = group * N", "b_row = 0")]),
     "all groups take the first one's scales": (fprop(ends=ENDS), [("* b_scale_stride_group", "* 0")]),
