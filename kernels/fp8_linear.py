@@ -66,12 +66,13 @@ def weight_fp8(weight: Tensor, *, power_of_two: bool) -> Quantized:
     return cached[1]
 
 
-def _keep_weight(ctx: Any, weight: Tensor) -> None:
+def keep_weight(ctx: Any, weight: Tensor) -> None:
     """Hold the weight itself: under activation checkpoints `save_for_backward` returns a detached copy."""
     ctx.weight, ctx.weight_version = weight, weight._version
 
 
-def _kept_weight(ctx: Any) -> Tensor:
+def kept_weight(ctx: Any) -> Tensor:
+    """The weight that `keep_weight` has left."""
     weight: Tensor = ctx.weight
     assert weight._version == ctx.weight_version, "a weight was changed between forward and backward"
     return weight
@@ -127,18 +128,17 @@ _grouped_wgrad = operator(
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        # Kept as it came: a router's BF16 input costs half of its FP32 copy.
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        _keep_weight(ctx, weight)
-        return x.to(dtype) @ weight.to(dtype).t()
+        keep_weight(ctx, weight)
+        return x @ weight.to(x.dtype).t()
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (x,), weight = ctx.saved_tensors, _kept_weight(ctx)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (x,), weight = ctx.saved_tensors, kept_weight(ctx)
         if weight.requires_grad:
-            deferred.push(lambda: deferred.accumulate_grad(weight, _wgrad(dy, x.to(dy.dtype))))
-        return (dy @ weight.to(dy.dtype)).to(x.dtype), None, None
+            deferred.push(lambda: deferred.accumulate_grad(weight, _wgrad(dy, x)))
+        return dy @ weight.to(dy.dtype), None
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -178,12 +178,12 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
         ctx.save_for_backward(x, group_ends)
-        _keep_weight(ctx, weight)
+        keep_weight(ctx, weight)
         return _grouped_matmul(x, weight.to(x.dtype).mT, group_ends)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (x, group_ends), weight = ctx.saved_tensors, _kept_weight(ctx)
+        (x, group_ends), weight = ctx.saved_tensors, kept_weight(ctx)
         if weight.requires_grad:
             deferred.push(lambda: deferred.accumulate_grad(weight, _grouped_wgrad(dy, x, group_ends)))
         return _grouped_matmul(dy, weight.to(dy.dtype), group_ends), None, None
@@ -337,7 +337,7 @@ def _fprop(
     # A rank whose experts got no token has no row to show.
     watch = probe.watch(weight) if len(xq.payload) else None
     ctx.power_of_two, ctx.watch, ctx.x_sample = power_of_two, watch, None
-    _keep_weight(ctx, weight)
+    keep_weight(ctx, weight)
     if watch is not None:
         ctx.x_sample = probe.sample(rows_of_x, xq.payload, group_ends, num_blocks=watch.num_blocks)
         watch.rows("x.fprop", ctx.x_sample, xq)
@@ -356,7 +356,7 @@ def _dgrad_and_push_wgrad(
 ) -> Tensor:
     """Return dy @ W, of each group its own W; hand over dy.T @ x. x is regrouped only when wgrad runs."""
     rows = partial(dy.index_select, 0)
-    if _kept_weight(ctx).requires_grad:
+    if kept_weight(ctx).requires_grad:
         gradient = Fp8Gradient(*quantize_tiles_both(dy, power_of_two=ctx.power_of_two), rows)
     else:
         gradient = Fp8Gradient(quantize_tiles(dy, power_of_two=ctx.power_of_two), None, rows)
@@ -370,7 +370,7 @@ def _multiply(
     input_by_channel: Callable[[], Quantized],
     dtype: torch.dtype,
 ) -> Tensor:
-    weight, dyq, dyq_t = _kept_weight(call), gradient.by_row, gradient.by_channel
+    weight, dyq, dyq_t = kept_weight(call), gradient.by_row, gradient.by_channel
     watch: probe.Watch | None = call.watch
     x_sample: probe.Sample | None = call.x_sample
     w = weight_fp8(weight, power_of_two=call.power_of_two).transposed_blocks()
@@ -435,10 +435,10 @@ def carried(x: Tensor, *, power_of_two: bool) -> CarriedTiles:
     return CarriedTiles(x, quantize_tiles(rows, power_of_two=power_of_two), partial(rows.index_select, 0))
 
 
-def linear(x: Tensor, weight: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    """x @ weight.T in one dtype (None: x's), to which operands are converted, with a deferred FP32 wgrad."""
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T in x's dtype, with a deferred FP32 wgrad."""
     _check_features(x, weight, grouped=False)
-    y: Tensor = _Linear.apply(x.flatten(0, -2), weight, dtype or x.dtype)  # type: ignore[no-untyped-call]
+    y: Tensor = _Linear.apply(x.flatten(0, -2), weight)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -330,6 +330,16 @@ CASES: dict[str, Case] = {
         lambda rows, width: (normal(grouped_rows(rows), width), normal(grouped_rows(rows), 576), ends_of(rows)),
         BF16_PRODUCTS,
     ),
+    "router_logits": Case(lambda rows, width: (normal(rows, width), torch.randn(EXPERTS, width)), BF16_PRODUCTS),
+    # What is left out of a product is some 2^-17 of it.
+    "router_dgrad": Case(
+        lambda rows, width: (torch.randn(rows, EXPERTS), torch.randn(EXPERTS, width), torch.bfloat16), TIPPED
+    ),
+    "router_wgrad": Case(
+        lambda rows, width: (torch.randn(rows, EXPERTS), normal(rows, width), torch.randn(EXPERTS, width), True),
+        BF16_PRODUCTS,
+        _accumulated,
+    ),
     "route": Case(routing, FP32),
     "route_backward": Case(_route_backward, FP32),
     "sequence_balance": Case(lambda rows, width: (torch.rand(2, rows, EXPERTS), TOPK), FP32),

@@ -43,6 +43,7 @@ from kernels.quantize import (
 from kernels.rmsnorm import add_norm_quantize, norm_backward, rmsnorm, rmsnorm_reference
 from kernels.rope import apply_rope, apply_rope_reference, rope_tables
 from kernels.router import route, sequence_balance
+from kernels.router_linear import router_linear
 from kernels.swiglu import (
     gated_swiglu,
     gated_swiglu_backward_kept,
@@ -352,6 +353,13 @@ def _router_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return logits.to(device).requires_grad_(), bias.to(device), grad.to(device)
 
 
+def _router_linear_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    generator = seeded()
+    x = torch.randn(2048, 512, generator=generator).to(device, BF16).requires_grad_()
+    weight, grad = (torch.randn(rows, cols, generator=generator) for rows, cols in ((64, 512), (2048, 64)))
+    return x, weight.to(device), grad.to(device)
+
+
 def _route(logits: Tensor, bias: Tensor) -> Tensor:
     return route(logits, bias, n_group=8, topk_group=4, topk=6, scale=2.5, normalize=True).gates
 
@@ -571,6 +579,12 @@ ROWS: dict[str, list[Case]] = {
         "torch.topk, scatter, autograd",
         # Sums of 64 scores, then of 512 shares, in another order: a few fp32 epsilons (2^-23).
         tolerance=16 * 2**-23, bytes=4.0 * 3 * 2048 * 64,
+    )],
+    "router_linear": [pair(
+        "router_linear_forward_backward", _router_linear_inputs, _input_gradient(router_linear),
+        _input_gradient(lambda x, weight: x.float() @ weight.t()), "torch.matmul, FP32, autograd",
+        # One bf16 rounding (2^-8 at most) of FP32 sums whose last bits differ.
+        tolerance=2**-8, flops=4.0 * 2048 * 512 * 64, bytes=4.0 * 2048 * 512 + 8.0 * 64 * (2048 + 512),
     )],
     "swiglu": [pair(
         "swiglu_forward_backward", _swiglu_inputs, _input_gradient(swiglu),
