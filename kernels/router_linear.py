@@ -10,8 +10,8 @@ added to the total. With T the sum of |a x| over all terms, the error is at most
     `sum_error` = (1 + 2^-6) (17/16 BLOCK 2^-23 + terms / BLOCK 2^-24)        2^-16.0 for 7,168 terms
 
 for a tensor core adds 16 products and the sum so far, each cut at 2^-23 of the largest, and cuts the result. (FP32
-products added one by one: terms 2^-24, 2^-11.2.) dx rounds to BF16 at the end: there dy and W are two BF16 numbers each,
-to nearest, and the product of the second ones is left out, `DGRAD_ERROR` T at most. An infinite a becomes NaN.
+products added one by one: terms 2^-24, 2^-11.2.) dx rounds to BF16 at the end: there dy and W are two BF16 numbers
+each, to nearest, without the product of the second ones: `DGRAD_ERROR` T at most. An infinite a becomes NaN.
 
 Shapes: x [tokens, hidden] fp32 or bf16; weight [experts, hidden] fp32; logits, dy [tokens, experts] fp32.
 """
