@@ -4,9 +4,9 @@
     dgrad:  dx = dy @ W           dy in 1x128 tiles (one token, 128 channels),   the same blocks, transposed
     wgrad:  dW = dy.T @ x         dy and x in 128x1 tiles (128 tokens, one channel), FP32 result
 
-The FP8 linears keep x's E4M3 payload and scales for backward, if not said otherwise, and regroup them for wgrad.
-Backward computes dgrad and hands wgrad to `kernels.deferred`; the weight gradient reaches `weight.main_grad` there, and
-autograd sees None.
+The FP8 linears keep x's E4M3 payload and scales for backward, if not said otherwise, and regroup them for wgrad. What a
+norm has quantised they do not keep: the norm makes it again (`kernels/rmsnorm.py`). Backward computes dgrad and hands
+wgrad to `kernels.deferred`; the weight gradient reaches `weight.main_grad` there, and autograd sees None.
 
 Shapes: x [..., in], weight [out, in]; grouped: x [rows, in] sorted by expert with zeros in padding rows, weight
 [groups, out, in], group_ends [groups] int32, exclusive end rows, multiples of 128; results are zero from the last end
@@ -40,6 +40,7 @@ from kernels.quantize import (
     quantize_tiles_transposed,
     requantize_transposed,
 )
+from kernels.rmsnorm import NormedTiles
 from kernels.swiglu import (
     gated_swiglu,
     gated_swiglu_backward_kept,
@@ -142,36 +143,28 @@ class _Linear(torch.autograd.Function):
 
 
 class _Fp8Linear(torch.autograd.Function):
-    """x carries the gradient and is not read, unless another operation keeps it anyway: then dW sees it rounded once.
-
-    Keeps the tiles, which other readers of the same activation may share, or else x.
-    """
+    """The carrier takes the gradient and is not read. Keeps `kept`, of which `by_channel` makes x in 128x1 tiles."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
-        tiles: Quantized,
-        rows_of_x: probe.Rows,
+        carrier: Tensor,
+        x: CarriedTiles,
         weight: Tensor,
         group_ends: Tensor | None,
         power_of_two: bool,
-        x_is_kept: bool,
+        kept: tuple[Tensor, ...],
+        by_channel: Callable[..., Quantized],
     ) -> Tensor:
-        ctx.save_for_backward(group_ends, *([x] if x_is_kept else [tiles.payload, tiles.scale]))
-        return _fprop(ctx, tiles, rows_of_x, weight, group_ends, power_of_two=power_of_two, dtype=x.dtype)
+        ctx.save_for_backward(group_ends, *kept)
+        ctx.by_channel = by_channel
+        return _fprop(ctx, x.tiles, x.rows, weight, group_ends, power_of_two=power_of_two, dtype=carrier.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         group_ends, *kept = ctx.saved_tensors
-        power_of_two: bool = ctx.power_of_two
-
-        def by_channel() -> Quantized:
-            if len(kept) == 1:
-                return quantize_tiles_transposed(kept[0], power_of_two=power_of_two)
-            return requantize_transposed(Quantized(*kept), power_of_two=power_of_two)
-
-        return _dgrad_and_push_wgrad(ctx, dy, group_ends, by_channel), None, None, None, None, None, None
+        dx = _dgrad_and_push_wgrad(ctx, dy, group_ends, partial(ctx.by_channel, *kept))
+        return dx, None, None, None, None, None, None
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -418,10 +411,9 @@ class Fp8Call:
         """x for the linear, which then leaves here what backward needs."""
         return _PartTiles(x.carrier, x.tiles, x.rows, self)
 
-    def backward(self, gradient: Fp8Gradient, x: Quantized, dtype: torch.dtype) -> Tensor:
+    def backward(self, gradient: Fp8Gradient, input_by_channel: Callable[[], Quantized], dtype: torch.dtype) -> Tensor:
         """Return dy @ W [rows, in]; hand dy.T @ x over to `kernels.deferred`."""
-        by_channel = partial(requantize_transposed, x, power_of_two=self.power_of_two)
-        return _multiply(self, gradient, None, by_channel, dtype)
+        return _multiply(self, gradient, None, input_by_channel, dtype)
 
 
 @dataclass(frozen=True)
@@ -464,8 +456,21 @@ def _fp8_linear(
     if isinstance(x, _PartTiles):
         y: Tensor = _fprop(x.call, x.tiles, x.rows, weight, group_ends, power_of_two=power_of_two, dtype=carrier.dtype)
     else:
-        y = _Fp8Linear.apply(carrier, x.tiles, x.rows, weight, group_ends, power_of_two, x_is_kept)  # type: ignore[no-untyped-call]
+        kept: tuple[Tensor, ...] = (x.tiles.payload, x.tiles.scale)
+        by_channel: Callable[..., Quantized] = partial(_regrouped, power_of_two=power_of_two)
+        if x_is_kept:
+            # dW sees x rounded once.
+            kept, by_channel = (carrier.detach(),), partial(quantize_tiles_transposed, power_of_two=power_of_two)
+        elif isinstance(x, NormedTiles):
+            kept, by_channel = x.norm.tensors, x.norm.again.tiles
+            if weight.requires_grad:
+                x.norm.again.reads_tiles()
+        y = _Fp8Linear.apply(carrier, x, weight, group_ends, power_of_two, kept, by_channel)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[-2])
+
+
+def _regrouped(payload: Tensor, scale: Tensor, *, power_of_two: bool) -> Quantized:
+    return requantize_transposed(Quantized(payload, scale), power_of_two=power_of_two)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:

@@ -241,6 +241,9 @@ CASES: dict[str, Case] = {
         TIPPED_E4M3,
         _after_norm,
     ),
+    "norm_again": Case(
+        lambda rows, width: (normal(rows, width + 64)[:, 64:], normal(width), torch.rand(rows), *3 * [True])
+    ),
     # Two BF16 roundings on top of FP32 sums in another order.
     "norm_backward": Case(
         lambda rows, width: (

@@ -105,6 +105,15 @@ CASES: dict[str, Callable[[], object]] = {
         rmsnorm.add_norm_quantize, bf16(TOKENS, LATENTS)[:, QUERY : QUERY + KEY], None, bf16(KEY), 1e-6, True, True,
         False,
     ),
+    "norm_again": partial(
+        rmsnorm.norm_again, bf16(TOKENS, HIDDEN), bf16(HIDDEN), fp32(TOKENS), True, True, False
+    ),
+    "norm_again, and BF16": partial(
+        rmsnorm.norm_again, bf16(TOKENS, HIDDEN), bf16(HIDDEN), fp32(TOKENS), True, True, True
+    ),
+    "norm_again, 512 of 2112 columns, FP32 scales": partial(
+        rmsnorm.norm_again, bf16(TOKENS, LATENTS)[:, QUERY : QUERY + KEY], bf16(KEY), fp32(TOKENS), False, True, False
+    ),
     "norm_backward, 1 reader": partial(
         rmsnorm.norm_backward, bf16(TOKENS, HIDDEN), None, None, *(bf16(TOKENS, HIDDEN),) * 2, bf16(HIDDEN),
         fp32(TOKENS), bf16(TOKENS, HIDDEN),

@@ -107,6 +107,9 @@ CALLS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("add_norm_quantize", lambda: (normal(63, 300), normal(63, 300), normal(300), 1e-6, True, True, True)),
     ("add_norm_quantize", lambda: (normal(129, 600)[:, :300], None, normal(300), 1e-6, False, True, False)),
     ("add_norm_quantize", lambda: (torch.randn(1, 63), None, torch.randn(63), 1e-6, False, False, True)),
+    ("norm_again", lambda: (normal(129, 600)[:, :300], normal(300), torch.rand(129), True, True, True)),
+    ("norm_again", lambda: (torch.randn(1, 63), torch.randn(63), torch.rand(1), False, True, False)),
+    ("norm_again", lambda: (normal(63, 129), normal(129), torch.rand(63), True, False, True)),
     (
         "norm_backward",
         lambda: (*normal(4, 129, 63), normal(129, 63), normal(63), torch.rand(129), normal(129, 100)[:, :63]),

@@ -40,7 +40,7 @@ from kernels.quantize import (
     quantize_tiles_transposed,
     requantize_transposed,
 )
-from kernels.rmsnorm import add_norm_quantize, norm_backward, rmsnorm, rmsnorm_reference
+from kernels.rmsnorm import add_norm_quantize, norm_again, norm_backward, rmsnorm, rmsnorm_reference
 from kernels.rope import apply_rope, apply_rope_reference, rope_tables
 from kernels.router import route, sequence_balance
 from kernels.router_linear import router_linear
@@ -286,10 +286,19 @@ def _torch_norm_tiles(x: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
     return quantize_tiles(rmsnorm_reference(x + delta, weight, 1e-6), power_of_two=True).payload
 
 
-def _norm_gradients(device: torch.device) -> tuple[Tensor, ...]:
+def _norm_of_sum(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     x, _, weight = _norm_inputs(device)
-    rstd = add_norm_quantize(x, None, weight, 1e-6, True, False, True)[4]
-    return *torch.randn(4, 2048, 512, generator=seeded(seed=1)).to(device, BF16).unbind(), x, weight, rstd
+    return x, weight, add_norm_quantize(x, None, weight, 1e-6, True, False, True)[4]
+
+
+def _torch_norm_again(x: Tensor, weight: Tensor, _: Tensor) -> Tensor:
+    tiles = quantize_tiles(rmsnorm_reference(x, weight, 1e-6), power_of_two=True)
+    return requantize_transposed(tiles, power_of_two=True).payload
+
+
+def _norm_gradients(device: torch.device) -> tuple[Tensor, ...]:
+    gradients = torch.randn(4, 2048, 512, generator=seeded(seed=1)).to(device, BF16).unbind()
+    return *gradients, *_norm_of_sum(device)
 
 
 def _norm_backward(
@@ -544,6 +553,11 @@ ROWS: dict[str, list[Case]] = {
         # The same roundings; where a GPU's rstd differs in its last place, a BF16 number may tip, and one E4M3 number
         # in sixteen of those by 2^-4.
         tolerance=2**-8, bytes=(7 + 4 / TILE) * 2048 * 512,
+    ), pair(
+        "norm_again", _norm_of_sum, lambda x, weight, rstd: norm_again(x, weight, rstd, True, True, False)[0],
+        _torch_norm_again, "norm, quantise and regroup apart",
+        # As above.
+        tolerance=2**-8, bytes=(3 + 4 / TILE) * 2048 * 512,
     ), pair(
         "norm_backward", _norm_gradients, _norm_backward, _torch_norm_backward,
         "F.rms_norm, autograd, four gradients added apart",
