@@ -26,6 +26,7 @@ from torch import Tensor
 from kernels import deferred
 from kernels.fp8_linear import keep_weight, kept_weight
 from kernels.operators import operator
+from kernels.rmsnorm import KeptNorm, NormAgain
 
 # Terms of the contraction that are summed apart.
 BLOCK = 64
@@ -78,25 +79,33 @@ _router_wgrad = operator(
 
 
 class _RouterLinear(torch.autograd.Function):
+    """Keeps x, or what its norm makes x of again."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, norm: KeptNorm | None) -> Tensor:
+        ctx.save_for_backward(*((x,) if norm is None else norm.tensors))
+        ctx.again = None if norm is None else norm.again
+        ctx.dtype = x.dtype
+        if norm is not None and weight.requires_grad:
+            norm.again.reads_numbers()
         keep_weight(ctx, weight)
         return _router_logits(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        (x,), weight = ctx.saved_tensors, kept_weight(ctx)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        kept, weight = ctx.saved_tensors, kept_weight(ctx)
+        again: NormAgain | None = ctx.again
 
         def product(out: Tensor, accumulate: bool) -> None:
+            x = kept[0] if again is None else again.numbers(*kept)
             _router_wgrad(dy, x, out, accumulate)
 
         if weight.requires_grad:
             deferred.push(lambda: deferred.accumulate_product(weight, product))
-        return _router_dgrad(dy, weight, x.dtype), None
+        return _router_dgrad(dy, weight, ctx.dtype), None, None
 
 
-def router_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., hidden] @ weight.T, FP32 whatever x is, with a deferred FP32 wgrad."""
-    logits: Tensor = _RouterLinear.apply(x.flatten(0, -2), weight)  # type: ignore[no-untyped-call]
+def router_linear(x: Tensor, weight: Tensor, norm: KeptNorm | None = None) -> Tensor:
+    """x [..., hidden] @ weight.T, FP32 whatever x is, with a deferred FP32 wgrad. With x's `norm`, x is not kept."""
+    logits: Tensor = _RouterLinear.apply(x.flatten(0, -2), weight, norm)  # type: ignore[no-untyped-call]
     return logits.view(*x.shape[:-1], weight.shape[0])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import deferred
+from kernels.rmsnorm import add_rmsnorm
 from kernels.router import select_experts
 from kernels.router_linear import BLOCK, DGRAD_ERROR, router_linear, sum_error
 
@@ -157,6 +158,18 @@ def test_the_linear_is_fp32_and_its_first_weight_gradient_replaces(dtype: torch.
         assert torch.equal(x.grad.flatten(0, 1), (flat @ weight).to(dtype))
         expected += flat.t() @ wide
         assert torch.equal(weight.main_grad, expected)
+
+
+def test_an_input_that_its_norm_makes_again_gives_the_same_bits() -> None:
+    x, gain = torch.randn(2, 65, 40).bfloat16().requires_grad_(), torch.rand(40).bfloat16()
+    grads = []
+    for again in (True, False):
+        weight = torch.nn.Parameter(torch.ones(9, 40).cumsum(0) / 7)
+        _, (y,), (tiles,) = add_rmsnorm(x, None, gain, 1e-6, plain=1, tiles=1, power_of_two=True)
+        logits = router_linear(y, weight, tiles.norm if again else None)
+        (dx,) = torch.autograd.grad(logits, x, torch.ones_like(logits).cumsum(0))
+        grads.append((logits, dx, weight.grad))
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
 def test_no_tokens() -> None:

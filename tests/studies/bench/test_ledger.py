@@ -123,7 +123,6 @@ def kept_of_a_rank(config: PretrainConfig) -> dict[str, list[float]]:
     return {
         "the layer's input, BF16": [2 * h],
         "sum of it and attention, BF16": [2 * h],
-        "norm of that, BF16, for the router": [2 * h],
         "1 / RMS of both norms, FP32": [4, 4],
         "latents and RoPE key, BF16": [latents],
         "output of attention, BF16": [o],
