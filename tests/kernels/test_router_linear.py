@@ -78,6 +78,11 @@ def cancelling(*shape: int) -> Tensor:
     return numbers
 
 
+def share_of_bound(found: Tensor, a: Tensor, b: Tensor, bound: float, rounding: float) -> float:
+    exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    return float(((found.double() - exact).abs() / (bound * size + rounding * exact.abs())).max())
+
+
 @pytest.mark.usefixtures("tensor_core")
 @pytest.mark.parametrize("make", [same_sign, cancelling])
 def test_errors_stay_inside_the_bound(make: Any) -> None:
@@ -86,11 +91,6 @@ def test_errors_stay_inside_the_bound(make: Any) -> None:
     added, written = before.clone(), torch.full_like(before, float("nan"))
     gpu.router_wgrad(dy, x, added, True)
     gpu.router_wgrad(dy, x, written, False)
-
-    def share_of_bound(found: Tensor, a: Tensor, b: Tensor, bound: float, rounding: float) -> float:
-        exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
-        return float(((found.double() - exact).abs() / (bound * size + rounding * exact.abs())).max())
-
     logits = share_of_bound(gpu.router_logits(x, weight), x, weight.t(), sum_error(HIDDEN), 0)
     assert logits < 1
     # A bound far from what happens would prove nothing: one block of 64, where all is cut the same way.
@@ -100,6 +100,13 @@ def test_errors_stay_inside_the_bound(make: Any) -> None:
     assert float((added - before - written).abs().max()) <= 2**-23 * float(added.abs().max() + before.abs().max())
     dx = gpu.router_dgrad(dy, weight, torch.bfloat16)
     assert share_of_bound(dx, dy, weight, (sum_error(EXPERTS) + DGRAD_ERROR) * (1 + 2**-8), 2**-8) < 1
+
+
+@pytest.mark.usefixtures("tensor_core")
+def test_long_sums_stay_inside_it_too() -> None:
+    """2,048 terms in one sum are cut by twice the bound."""
+    x, weight = same_sign(16, 2048).bfloat16(), same_sign(16, 2048)
+    assert share_of_bound(gpu.router_logits(x, weight), x, weight.t(), sum_error(2048), 0) < 1
 
 
 def test_outside_the_margin_experts_are_those_of_fp32() -> None:
