@@ -7,7 +7,7 @@ E4M3 (`torch.float8_e4m3fn`): 1 sign, 4 exponent, 3 mantissa bits, largest 448, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class CarriedTiles:
 
     def flatten(self, start_dim: int, end_dim: int) -> CarriedTiles:
         """The same with fewer leading dims, as a tensor's; the tiles have none."""
-        return CarriedTiles(self.carrier.flatten(start_dim, end_dim), self.tiles, self.rows)
+        return replace(self, carrier=self.carrier.flatten(start_dim, end_dim))
 
     @property
     def shape(self) -> torch.Size:

@@ -4,9 +4,9 @@
     dgrad:  dx = dy @ W           dy in 1x128 tiles (one token, 128 channels),   the same blocks, transposed
     wgrad:  dW = dy.T @ x         dy and x in 128x1 tiles (128 tokens, one channel), FP32 result
 
-The FP8 linears keep x's E4M3 payload and scales for backward, if not said otherwise, and regroup them for wgrad.
-Backward computes dgrad and hands wgrad to `kernels.deferred`; the weight gradient reaches `weight.main_grad` there, and
-autograd sees None.
+The FP8 linears keep x's E4M3 payload and scales for backward, if not said otherwise, and regroup them for wgrad. What a
+norm has quantised they do not keep: the norm makes it again (`kernels/rmsnorm.py`). Backward computes dgrad and hands
+wgrad to `kernels.deferred`; the weight gradient reaches `weight.main_grad` there, and autograd sees None.
 
 Shapes: x [..., in], weight [out, in]; grouped: x [rows, in] sorted by expert with zeros in padding rows, weight
 [groups, out, in], group_ends [groups] int32, exclusive end rows, multiples of 128; results are zero from the last end
@@ -40,6 +40,7 @@ from kernels.quantize import (
     quantize_tiles_transposed,
     requantize_transposed,
 )
+from kernels.rmsnorm import NormedTiles
 from kernels.swiglu import (
     gated_swiglu,
     gated_swiglu_backward_kept,
@@ -80,12 +81,13 @@ def has_numbers(weight: Tensor) -> bool:
     return weight.untyped_storage().nbytes() >= weight.numel() * weight.element_size()
 
 
-def _keep_weight(ctx: Any, weight: Tensor) -> None:
+def keep_weight(ctx: Any, weight: Tensor) -> None:
     """Hold the weight itself: under activation checkpoints `save_for_backward` returns a detached copy."""
     ctx.weight, ctx.weight_version = weight, weight._version
 
 
-def _kept_weight(ctx: Any) -> Tensor:
+def kept_weight(ctx: Any) -> Tensor:
+    """The weight that `keep_weight` has left."""
     weight: Tensor = ctx.weight
     assert weight._version == ctx.weight_version, "a weight was changed between forward and backward"
     return weight
@@ -141,63 +143,54 @@ _grouped_wgrad = operator(
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        # Kept as it came: a router's BF16 input costs half of its FP32 copy.
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        _keep_weight(ctx, weight)
-        return x.to(dtype) @ weight.to(dtype).t()
+        keep_weight(ctx, weight)
+        return x @ weight.to(x.dtype).t()
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (x,), weight = ctx.saved_tensors, _kept_weight(ctx)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (x,), weight = ctx.saved_tensors, kept_weight(ctx)
         if weight.requires_grad:
-            deferred.push(lambda: deferred.accumulate_grad(weight, _wgrad(dy, x.to(dy.dtype))))
-        return (dy @ weight.to(dy.dtype)).to(x.dtype), None, None
+            deferred.push(lambda: deferred.accumulate_grad(weight, _wgrad(dy, x)))
+        return dy @ weight.to(dy.dtype), None
 
 
 class _Fp8Linear(torch.autograd.Function):
-    """x carries the gradient and is not read, unless another operation keeps it anyway: then dW sees it rounded once.
-
-    Keeps the tiles, which other readers of the same activation may share, or else x.
-    """
+    """The carrier takes the gradient and is not read. Keeps `kept`, of which `by_channel` makes x in 128x1 tiles."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
-        tiles: Quantized,
-        rows_of_x: probe.Rows,
+        carrier: Tensor,
+        x: CarriedTiles,
         weight: Tensor,
         group_ends: Tensor | None,
         power_of_two: bool,
-        x_is_kept: bool,
+        kept: tuple[Tensor, ...],
+        by_channel: Callable[..., Quantized],
     ) -> Tensor:
-        ctx.save_for_backward(group_ends, *([x] if x_is_kept else [tiles.payload, tiles.scale]))
-        return _fprop(ctx, tiles, rows_of_x, weight, group_ends, power_of_two=power_of_two, dtype=x.dtype)
+        ctx.save_for_backward(group_ends, *kept)
+        ctx.by_channel = by_channel
+        return _fprop(ctx, x.tiles, x.rows, weight, group_ends, power_of_two=power_of_two, dtype=carrier.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         group_ends, *kept = ctx.saved_tensors
-        power_of_two: bool = ctx.power_of_two
-
-        def by_channel() -> Quantized:
-            if len(kept) == 1:
-                return quantize_tiles_transposed(kept[0], power_of_two=power_of_two)
-            return requantize_transposed(Quantized(*kept), power_of_two=power_of_two)
-
-        return _dgrad_and_push_wgrad(ctx, dy, group_ends, by_channel), None, None, None, None, None, None
+        dx = _dgrad_and_push_wgrad(ctx, dy, group_ends, partial(ctx.by_channel, *kept))
+        return dx, None, None, None, None, None, None
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
         ctx.save_for_backward(x, group_ends)
-        _keep_weight(ctx, weight)
+        keep_weight(ctx, weight)
         return _grouped_matmul(x, weight.to(x.dtype).mT, group_ends)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (x, group_ends), weight = ctx.saved_tensors, _kept_weight(ctx)
+        (x, group_ends), weight = ctx.saved_tensors, kept_weight(ctx)
         if weight.requires_grad:
             deferred.push(lambda: deferred.accumulate_grad(weight, _grouped_wgrad(dy, x, group_ends)))
         return _grouped_matmul(dy, weight.to(dy.dtype), group_ends), None, None
@@ -351,7 +344,7 @@ def _fprop(
     # A rank whose experts got no token has no row to show.
     watch = probe.watch(weight) if len(xq.payload) else None
     ctx.power_of_two, ctx.watch, ctx.x_sample = power_of_two, watch, None
-    _keep_weight(ctx, weight)
+    keep_weight(ctx, weight)
     if watch is not None:
         ctx.x_sample = probe.sample(rows_of_x, xq.payload, group_ends, num_blocks=watch.num_blocks)
         watch.rows("x.fprop", ctx.x_sample, xq)
@@ -370,7 +363,7 @@ def _dgrad_and_push_wgrad(
 ) -> Tensor:
     """Return dy @ W, of each group its own W; hand over dy.T @ x. x is regrouped only when wgrad runs."""
     rows = partial(dy.index_select, 0)
-    if _kept_weight(ctx).requires_grad:
+    if kept_weight(ctx).requires_grad:
         gradient = Fp8Gradient(*quantize_tiles_both(dy, power_of_two=ctx.power_of_two), rows)
     else:
         gradient = Fp8Gradient(quantize_tiles(dy, power_of_two=ctx.power_of_two), None, rows)
@@ -384,7 +377,7 @@ def _multiply(
     input_by_channel: Callable[[], Quantized],
     dtype: torch.dtype,
 ) -> Tensor:
-    weight, dyq, dyq_t = _kept_weight(call), gradient.by_row, gradient.by_channel
+    weight, dyq, dyq_t = kept_weight(call), gradient.by_row, gradient.by_channel
     watch: probe.Watch | None = call.watch
     x_sample: probe.Sample | None = call.x_sample
     w = weight_fp8(weight, power_of_two=call.power_of_two).transposed_blocks()
@@ -432,10 +425,9 @@ class Fp8Call:
         """x for the linear, which then leaves here what backward needs."""
         return _PartTiles(x.carrier, x.tiles, x.rows, self)
 
-    def backward(self, gradient: Fp8Gradient, x: Quantized, dtype: torch.dtype) -> Tensor:
+    def backward(self, gradient: Fp8Gradient, input_by_channel: Callable[[], Quantized], dtype: torch.dtype) -> Tensor:
         """Return dy @ W [rows, in]; hand dy.T @ x over to `kernels.deferred`."""
-        by_channel = partial(requantize_transposed, x, power_of_two=self.power_of_two)
-        return _multiply(self, gradient, None, by_channel, dtype)
+        return _multiply(self, gradient, None, input_by_channel, dtype)
 
 
 @dataclass(frozen=True)
@@ -449,10 +441,10 @@ def carried(x: Tensor, *, power_of_two: bool) -> CarriedTiles:
     return CarriedTiles(x, quantize_tiles(rows, power_of_two=power_of_two), partial(rows.index_select, 0))
 
 
-def linear(x: Tensor, weight: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    """x @ weight.T in one dtype (None: x's), to which operands are converted, with a deferred FP32 wgrad."""
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T in x's dtype, with a deferred FP32 wgrad."""
     _check_features(x, weight, grouped=False)
-    y: Tensor = _Linear.apply(x.flatten(0, -2), weight, dtype or x.dtype)  # type: ignore[no-untyped-call]
+    y: Tensor = _Linear.apply(x.flatten(0, -2), weight)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -478,8 +470,21 @@ def _fp8_linear(
     if isinstance(x, _PartTiles):
         y: Tensor = _fprop(x.call, x.tiles, x.rows, weight, group_ends, power_of_two=power_of_two, dtype=carrier.dtype)
     else:
-        y = _Fp8Linear.apply(carrier, x.tiles, x.rows, weight, group_ends, power_of_two, x_is_kept)  # type: ignore[no-untyped-call]
+        kept: tuple[Tensor, ...] = (x.tiles.payload, x.tiles.scale)
+        by_channel: Callable[..., Quantized] = partial(_regrouped, power_of_two=power_of_two)
+        if x_is_kept:
+            # dW sees x rounded once.
+            kept, by_channel = (carrier.detach(),), partial(quantize_tiles_transposed, power_of_two=power_of_two)
+        elif isinstance(x, NormedTiles):
+            kept, by_channel = x.norm.tensors, x.norm.again.tiles
+            if weight.requires_grad:
+                x.norm.again.reads_tiles()
+        y = _Fp8Linear.apply(carrier, x, weight, group_ends, power_of_two, kept, by_channel)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[-2])
+
+
+def _regrouped(payload: Tensor, scale: Tensor, *, power_of_two: bool) -> Quantized:
+    return requantize_transposed(Quantized(payload, scale), power_of_two=power_of_two)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:

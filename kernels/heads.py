@@ -155,17 +155,19 @@ class _LatentsToHeads(torch.autograd.Function):
         kv_rank = len(ups[1].gain)
         ctx.widths = (latents.shape[1] - kv_rank - sizes.rope, kv_rank, sizes.rope)
         q_latent, kv_latent, k_rope = latents.split(ctx.widths, dim=1)
-        kept, ctx.calls, products = [latents, cos, sin], [], []
+        kept, ctx.calls, ctx.again, products = [latents, cos, sin], [], [], []
         for latent, up in zip((q_latent, kv_latent), ups, strict=True):
             if up is None:
                 # The queries themselves; a copy, for the latents may be read again.
                 products.append(latent.clone(memory_format=torch.contiguous_format))
                 continue
-            x, rstd = norm_for_linear(latent, up.gain, up.eps, power_of_two=sizes.power_of_two)
+            x = norm_for_linear(latent, up.gain, up.eps, power_of_two=sizes.power_of_two)
             call = Fp8Call()
             products.append(up.linear(call.reads(x)))
+            x.norm.again.reads_tiles()
             ctx.calls.append(call)
-            kept += [up.gain, rstd, x.tiles.payload, x.tiles.scale]
+            ctx.again.append(x.norm.again)
+            kept += [up.gain, x.norm.rstd]
         q, kv = (each.view(len(latents), sizes.num_heads, -1) for each in products)
         # In place inside a Function: autograd sees q turned only.
         k = heads_forward(q, kv, k_rope, cos, sin)
@@ -185,10 +187,11 @@ class _LatentsToHeads(torch.autograd.Function):
         if len(ctx.calls) == 1:
             turn_back(dq, cos, sin, outs[0])
             of_parameters += [None, None]
-        for nth, call in enumerate(ctx.calls, start=2 - len(ctx.calls)):
-            gain, rstd, payload, scale = kept[:4]
-            del kept[:4]
-            d_normed = call.backward(makes[nth](call.weight.requires_grad), Quantized(payload, scale), latents.dtype)
+        for nth, (call, again) in enumerate(zip(ctx.calls, ctx.again, strict=True), start=2 - len(ctx.calls)):
+            gain, rstd = kept[:2]
+            del kept[:2]
+            by_channel = partial(again.tiles, xs[nth], gain, rstd)
+            d_normed = call.backward(makes[nth](call.weight.requires_grad), by_channel, latents.dtype)
             d_gain = norm_backward(d_normed, None, None, None, xs[nth], gain, rstd, outs[nth])
             of_parameters += [d_gain, None]
         rope_key_backward(dk, cos, sin, outs[2])

@@ -8,20 +8,24 @@ and one root a row are kept) and §3.3.2 (tiles). One call computes
 in the rounding order of transformers 5.23 `DeepseekV3RMSNorm`. y itself is written only for readers of plain numbers.
 Every reader has an output of its own, so that their gradients arrive apart and are added in the backward kernel.
 
+Of y nothing is kept: in backward one launch makes again, from sum and rstd, the tiles of forward regrouped as 128x1 for
+wgrad, to the same bits, and y itself for a reader that multiplies in plain numbers (§3.2.3; `NormAgain`).
+
 Shapes: x, delta, y [..., dim], in operators [rows, dim]; weight [dim]; dim may not be sharded.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kernels.formats import CarriedTiles, Quantized, empty_tiles
 from kernels.operators import operator
-from kernels.quantize import quantize_tiles_reference
+from kernels.quantize import quantize_tiles_reference, requantize_transposed_reference
 
 # Gradients that the backward kernel adds.
 MAX_READERS = 3
@@ -66,6 +70,27 @@ def add_norm_quantize_reference(
     return total, y if plain else x.new_empty(0, 0), payload, scale, rstd, rstd.new_full((1,), float("nan"))
 
 
+def norm_again_reference(
+    total: Tensor, weight: Tensor, rstd: Tensor, power_of_two: bool, quantized: bool, plain: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `add_norm_quantize` has made, again.
+
+    Args:
+        total: [rows, dim], the sum; its rows may lie apart.
+        rstd: [rows], of forward.
+        quantized, plain: whether tiles, and y, are wanted.
+    Returns:
+        Payload [dim, rows] and scale [ceil(rows/128), dim] of the tiles of forward, regrouped as 128x1; y [rows, dim].
+        What is not asked for has no elements.
+    """
+    y = normed_rows(total, weight, rstd)
+    if quantized:
+        tiles = requantize_transposed_reference(*quantize_tiles_reference(y, power_of_two), power_of_two)
+    else:
+        tiles = empty_tiles(total, 0, 0)
+    return *tiles, y if plain else total.new_empty(0, 0)
+
+
 def norm_backward_reference(
     dy: Tensor,
     dy1: Tensor | None,
@@ -108,7 +133,16 @@ def _allocate(
     return total, y, *tiles, rstd, rstd.new_empty(1)
 
 
+def _allocate_again(
+    total: Tensor, weight: Tensor, rstd: Tensor, power_of_two: bool, quantized: bool, plain: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dim = total.shape
+    tiles = empty_tiles(total, dim, rows) if quantized else empty_tiles(total, 0, 0)
+    return *tiles, total.new_empty(rows, dim) if plain else total.new_empty(0, 0)
+
+
 add_norm_quantize = operator("add_norm_quantize", add_norm_quantize_reference, fake=_allocate, gpu="rmsnorm")
+norm_again = operator("norm_again", norm_again_reference, fake=_allocate_again, gpu="rmsnorm")
 norm_backward = operator(
     "norm_backward",
     norm_backward_reference,
@@ -116,6 +150,75 @@ norm_backward = operator(
     gpu="rmsnorm",
     mutates=("out",),
 )
+
+
+class NormAgain:
+    """Makes a norm's output again in backward, in one launch for all of its readers that ask for it.
+
+    A reader announces itself in forward. In backward the first one that asks has made what all of them need; the last
+    reader of each kind takes it away. Readers keep `KeptNorm.tensors` themselves, so that autograd lets go of them.
+    """
+
+    def __init__(self, power_of_two: bool) -> None:
+        self._power_of_two = power_of_two
+        self._readers, self._left = Counter[str](), Counter[str]()
+        self._made: dict[str, Any] = {}
+
+    def reads_tiles(self) -> None:
+        """In forward: there is one more reader of `tiles`."""
+        self._readers["tiles"] += 1
+
+    def reads_numbers(self) -> None:
+        """In forward: there is one more reader of `numbers`."""
+        self._readers["numbers"] += 1
+
+    def tiles(self, total: Tensor, weight: Tensor, rstd: Tensor) -> Quantized:
+        """The tiles of forward regrouped as 128x1, payload [dim, rows]: for wgrad."""
+        found: Quantized = self._take("tiles", total, weight, rstd)
+        return found
+
+    def numbers(self, total: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+        """y, [rows, dim]."""
+        found: Tensor = self._take("numbers", total, weight, rstd)
+        return found
+
+    def _take(self, kind: Literal["tiles", "numbers"], total: Tensor, weight: Tensor, rstd: Tensor) -> Any:
+        assert self._readers[kind], f"no reader of {kind} was announced in forward"
+        if not self._left[kind]:
+            self._left = self._readers.copy()
+            quantized, plain = self._readers["tiles"] > 0, self._readers["numbers"] > 0
+            flat = total.flatten(0, -2)
+            payload, scale, y = norm_again(flat, weight, rstd, self._power_of_two, quantized, plain)
+            self._made = {"tiles": Quantized(payload, scale), "numbers": y}
+        self._left[kind] -= 1
+        return self._made[kind] if self._left[kind] else self._made.pop(kind)
+
+
+@dataclass(frozen=True)
+class KeptNorm:
+    """What a norm keeps for backward, and makes its output of again."""
+
+    total: Tensor  # [..., dim]
+    weight: Tensor  # [dim]
+    rstd: Tensor  # [rows]
+    again: NormAgain
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For a reader to keep, in the order of `NormAgain`."""
+        return self.total, self.weight, self.rstd
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """Some rows of y, which may never have been written: for a probe."""
+        total = self.total.flatten(0, -2).index_select(0, rows)
+        return normed_rows(total, self.weight, self.rstd.index_select(0, rows))
+
+
+@dataclass(frozen=True)
+class NormedTiles(CarriedTiles):
+    """What a norm has quantised for one reader, which need not keep it."""
+
+    norm: KeptNorm
 
 
 class _AddNorm(torch.autograd.Function):
@@ -174,7 +277,7 @@ def add_rmsnorm(
     plain: int = 0,
     tiles: int = 0,
     power_of_two: bool = False,
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[CarriedTiles, ...]]:
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[NormedTiles, ...]]:
     """RMSNorm of x + delta, for up to three readers, named in the order in which they run: plain ones first.
 
     Args:
@@ -189,21 +292,16 @@ def add_rmsnorm(
     assert delta is None or delta.shape == x.shape, (x.shape, delta)
     assert 1 <= plain + tiles <= MAX_READERS, (plain, tiles)
     total, payload, scale, rstd, *readers = _AddNorm.apply(x, delta, weight, eps, plain, tiles, power_of_two)  # type: ignore[no-untyped-call]
-    rows = partial(_rows_of, total.detach(), weight.detach(), rstd)
-    carried = tuple(CarriedTiles(carrier, Quantized(payload, scale), rows) for carrier in readers[plain:])
-    return total, tuple(readers[:plain]), carried
+    norm = KeptNorm(total.detach(), weight.detach(), rstd, NormAgain(power_of_two))
+    carried = (NormedTiles(carrier, Quantized(payload, scale), norm.rows, norm) for carrier in readers[plain:])
+    return total, tuple(readers[:plain]), tuple(carried)
 
 
-def norm_for_linear(x: Tensor, weight: Tensor, eps: float, *, power_of_two: bool) -> tuple[CarriedTiles, Tensor]:
-    """RMSNorm of x [rows, dim] in tiles for one reader, and rstd [rows]; for a Function: not differentiable."""
+def norm_for_linear(x: Tensor, weight: Tensor, eps: float, *, power_of_two: bool) -> NormedTiles:
+    """RMSNorm of x [rows, dim] in tiles for one reader, for a Function: not differentiable."""
     _, _, payload, scale, rstd, nan = add_norm_quantize(x, None, weight, eps, power_of_two, True, False)
-    rows = partial(_rows_of, x, weight, rstd)
-    return CarriedTiles(nan.view(x.dtype)[-1:].expand(x.shape), Quantized(payload, scale), rows), rstd
-
-
-def _rows_of(total: Tensor, weight: Tensor, rstd: Tensor, rows: Tensor) -> Tensor:
-    """Some rows of y, which was never written: for a probe."""
-    return normed_rows(total.flatten(0, -2).index_select(0, rows), weight, rstd.index_select(0, rows))
+    norm = KeptNorm(x, weight, rstd, NormAgain(power_of_two))
+    return NormedTiles(nan.view(x.dtype)[-1:].expand(x.shape), Quantized(payload, scale), norm.rows, norm)
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

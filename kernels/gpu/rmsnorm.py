@@ -4,6 +4,8 @@
     rstd = 1 / sqrt(mean(sum^2) + eps)     FP32, correctly rounded operations, as on a CPU
     y    = weight * round(sum * rstd)      rounded; quantised from registers, stored only if asked for
 
+    again: y from sum and rstd, quantised as in forward and regrouped as 128x1 from registers; y stored if asked for
+
     dy   = (dy + dy1) + dy2                rounded after each addition, as autograd adds
     p    = sum(dy norm weight) / dim       norm = x rstd
     dx   = round((dy weight - norm p) rstd) + d_sum
@@ -13,8 +15,9 @@ BF16 in, given rstd everything of forward has the reference's bits: squares and 
 numbers, exact in FP32, so a fused multiply-add changes nothing. rstd depends on the order of its sum (2 units in the
 last place seen); dx and dw on that of theirs, and on the fused multiply-add.
 
-Bytes an element from BF16: forward 7.03 (x, delta, sum, payload, scale), 2 more with y; backward 2 for each of dy, x,
-d_sum and dx, and 0.5 for the partial sums of dw. Two launches. Rows of x and dx may lie apart: latents are slices.
+Bytes an element from BF16: forward 7.03 (x, delta, sum, payload, scale), again 3.03 (sum, payload, scale), 2 more with
+y; backward 2 for each of dy, x, d_sum and dx, and 0.5 for the partial sums of dw. Two launches. Rows of x and dx may
+lie apart: latents are slices.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.formats import empty_tiles
-from kernels.gpu.quantize import scale_of, to_e4m3
+from kernels.formats import TILE, empty_tiles
+from kernels.gpu.quantize import WARPS_SQUARE, scale_of, store_tiles_of_cols, to_e4m3
 
 # A program holds whole rows in registers. Elements of a program of narrow rows (16 a thread; at 32 some spill), most
 # elements of a row, and warps. Compiled, not measured: 64 registers at 7168 columns.
@@ -91,6 +94,27 @@ def _add_norm_quantize_kernel(
         tl.store(scale_ptr + tile[None, :].to(tl.int64) * rows + row[:, None], scale, mask=has_tile)
         if tl.program_id(0) == 0:
             tl.store(nan_ptr, float("nan"))
+
+
+@triton.jit
+def _norm_again_kernel(
+    x_ptr, weight_ptr, rstd_ptr, payload_t_ptr, scale_t_ptr, y_ptr, rows, cols, x_stride, POWER_OF_TWO: tl.constexpr
+):  # fmt: skip
+    """A 128x128 square. payload_t_ptr and scale_t_ptr, or y_ptr, may be None."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)
+    col = tl.program_id(1) * 128 + tl.arange(0, 128)
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    x = tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+    weight = tl.load(weight_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
+    y = _rounded(_rounded(x * rstd[:, None], DTYPE) * weight[None, :], DTYPE)
+    if y_ptr is not None:
+        tl.store(y_ptr + row[:, None] * cols + col[None, :], y.to(DTYPE), mask=inside)
+    if payload_t_ptr is not None:
+        scale = scale_of(tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1), POWER_OF_TWO)  # [rows]
+        q = to_e4m3(y, tl.broadcast_to(scale[:, None], y.shape), POWER_OF_TWO).to(tl.float32)
+        store_tiles_of_cols(q * scale[:, None], payload_t_ptr, scale_t_ptr, row, col, rows, cols, POWER_OF_TWO)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -191,6 +215,22 @@ def add_norm_quantize(
             num_warps=WARPS,
         )
     return total, y, payload, scale, rstd, nan
+
+
+def norm_again(
+    total: Tensor, weight: Tensor, rstd: Tensor, power_of_two: bool, quantized: bool, plain: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """total [rows, cols], rows at any distance -> payload [cols, rows], scale, y; empty where not asked for."""
+    total = total if total.stride(1) == 1 else total.contiguous()
+    rows, cols = total.shape
+    payload, scale = empty_tiles(total, cols, rows) if quantized else empty_tiles(total, 0, 0)
+    y = total.new_empty(rows, cols) if plain else total.new_empty(0, 0)
+    if total.numel():
+        _norm_again_kernel[(triton.cdiv(rows, TILE), triton.cdiv(cols, TILE))](
+            total, weight, rstd, *((payload, scale) if quantized else (None, None)), y if plain else None, rows, cols,
+            total.stride(0), power_of_two, num_warps=WARPS_SQUARE,
+        )  # fmt: skip
+    return payload, scale, y
 
 
 def norm_backward(

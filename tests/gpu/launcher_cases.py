@@ -241,6 +241,9 @@ CASES: dict[str, Case] = {
         TIPPED_E4M3,
         _after_norm,
     ),
+    "norm_again": Case(
+        lambda rows, width: (normal(rows, width + 64)[:, 64:], normal(width), torch.rand(rows), *3 * [True])
+    ),
     # Two BF16 roundings on top of FP32 sums in another order.
     "norm_backward": Case(
         lambda rows, width: (
@@ -340,6 +343,16 @@ CASES: dict[str, Case] = {
     "grouped_wgrad": Case(
         lambda rows, width: (normal(grouped_rows(rows), width), normal(grouped_rows(rows), 576), ends_of(rows)),
         BF16_PRODUCTS,
+    ),
+    "router_logits": Case(lambda rows, width: (normal(rows, width), torch.randn(EXPERTS, width)), BF16_PRODUCTS),
+    # What is left out of a product is some 2^-17 of it.
+    "router_dgrad": Case(
+        lambda rows, width: (torch.randn(rows, EXPERTS), torch.randn(EXPERTS, width), torch.bfloat16), TIPPED
+    ),
+    "router_wgrad": Case(
+        lambda rows, width: (torch.randn(rows, EXPERTS), normal(rows, width), torch.randn(EXPERTS, width), True),
+        BF16_PRODUCTS,
+        _accumulated,
     ),
     "route": Case(routing, FP32),
     "route_backward": Case(_route_backward, FP32),

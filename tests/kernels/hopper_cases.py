@@ -11,7 +11,9 @@ from functools import partial
 
 import torch
 
-from kernels.gpu import adamw, block_ranges, e5m6, gather, heads, permute, quantize, rmsnorm, router, swiglu
+from kernels.gpu import (
+    adamw, block_ranges, e5m6, gather, heads, permute, quantize, rmsnorm, router, router_linear, swiglu
+)  # fmt: skip
 from tests.gpu.launcher_cases import ADAMW
 from tests.kernels.gemm_cases import TOKENS, bf16, tiles
 
@@ -36,6 +38,7 @@ def packets() -> tuple[torch.Tensor, torch.Tensor]:
     return whole[:, :HIDDEN].view(torch.float8_e4m3fn), whole[:, HIDDEN:].view(torch.float32).t()
 
 
+ROUTER_PRODUCTS = ("router_logits", "router_dgrad", "router_wgrad +=")
 fp32, int64 = torch.empty, partial(torch.empty, dtype=torch.int64)
 CASES: dict[str, Callable[[], object]] = {
     "quantize_tiles": partial(quantize.quantize_tiles, bf16(TOKENS, HIDDEN), True),
@@ -104,6 +107,15 @@ CASES: dict[str, Callable[[], object]] = {
         rmsnorm.add_norm_quantize, bf16(TOKENS, LATENTS)[:, QUERY : QUERY + KEY], None, bf16(KEY), 1e-6, True, True,
         False,
     ),
+    "norm_again": partial(
+        rmsnorm.norm_again, bf16(TOKENS, HIDDEN), bf16(HIDDEN), fp32(TOKENS), True, True, False
+    ),
+    "norm_again, and BF16": partial(
+        rmsnorm.norm_again, bf16(TOKENS, HIDDEN), bf16(HIDDEN), fp32(TOKENS), True, True, True
+    ),
+    "norm_again, 512 of 2112 columns, FP32 scales": partial(
+        rmsnorm.norm_again, bf16(TOKENS, LATENTS)[:, QUERY : QUERY + KEY], bf16(KEY), fp32(TOKENS), False, True, False
+    ),
     "norm_backward, 1 reader": partial(
         rmsnorm.norm_backward, bf16(TOKENS, HIDDEN), None, None, *(bf16(TOKENS, HIDDEN),) * 2, bf16(HIDDEN),
         fp32(TOKENS), bf16(TOKENS, HIDDEN),
@@ -151,6 +163,13 @@ CASES: dict[str, Callable[[], object]] = {
     "unpack_e5m6": partial(
         e5m6.unpack_e5m6, torch.empty(TOKENS, ATTENTION * 3 // 2, dtype=torch.uint8), fp32(ATTENTION // 128, TOKENS),
         torch.bfloat16,
+    ),
+    "router_logits": partial(router_linear.router_logits, bf16(TOKENS, HIDDEN), fp32(EXPERTS, HIDDEN)),
+    "router_dgrad": partial(
+        router_linear.router_dgrad, fp32(TOKENS, EXPERTS), fp32(EXPERTS, HIDDEN), torch.bfloat16
+    ),
+    "router_wgrad +=": partial(
+        router_linear.router_wgrad, fp32(TOKENS, EXPERTS), bf16(TOKENS, HIDDEN), fp32(EXPERTS, HIDDEN), True
     ),
     "route": partial(router.route, fp32(TOKENS, EXPERTS), fp32(EXPERTS), 8, 4, TOPK, 2.5, True),
     "route_backward": partial(

@@ -26,10 +26,10 @@ from typing import Any
 
 import triton
 
-from kernels.gpu import gemm_portable
+from kernels.gpu import gemm_portable, router_linear
 from tests.kernels import stand_in_driver
 from tests.kernels.gemm_cases import GEMM_CASES, PORTABLE_CASES, TRIED_CASES
-from tests.kernels.hopper_cases import CASES
+from tests.kernels.hopper_cases import CASES, ROUTER_PRODUCTS
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -46,7 +46,7 @@ class Figures:
         registers: of a thread, as launched; warp-specialised kernels share them out again (setmaxnreg).
         spills: loads and stores of local memory in the code.
         shared_bytes: dynamic shared memory of a program.
-        tensor_core: FP8 tensor-core instructions, QGMMA (wgmma) and QMMA (mma).
+        tensor_core: tensor-core instructions: of FP8 QGMMA (wgmma) and QMMA (mma), of BF16 HGMMA and HMMA.
         loop: instructions of the innermost loop that holds a tensor-core instruction; 0 without one.
         loop_tensor_core: tensor-core instructions in that loop.
         loop_barriers: barriers of a warpgroup in that loop, BAR.SYNC.
@@ -122,7 +122,7 @@ def loops(code: Code) -> Iterator[list[str]]:
 
 
 def _tensor_core(code: list[str]) -> int:
-    return sum(item.startswith(("QGMMA", "QMMA")) for item in code)
+    return sum(item.startswith(("QGMMA", "QMMA", "HGMMA", "HMMA")) for item in code)
 
 
 def figures(case: str, launch: stand_in_driver.Launch, code: Code) -> Figures:
@@ -169,16 +169,17 @@ def measure(cases: Mapping[str, Callable[[], object]], driver: stand_in_driver.S
 
 
 def measure_portable(capability: int, shared_bytes: int) -> list[Figures]:
-    """The portable products on a GPU of another compute capability (times ten) and shared memory."""
+    """The portable products, and the router's, on a GPU of another compute capability (times ten) and shared memory."""
     # CPU tensors stand for ones on that GPU.
-    gemm_portable.shared_memory_bytes = lambda _: shared_bytes
-    return measure(PORTABLE_CASES, stand_in_driver.install(capability, shared_bytes))
+    gemm_portable.shared_memory_bytes = router_linear.shared_memory_bytes = lambda _: shared_bytes
+    cases = PORTABLE_CASES | {name: CASES[name] for name in ROUTER_PRODUCTS}
+    return measure(cases, stand_in_driver.install(capability, shared_bytes))
 
 
 def render(rows: list[Figures]) -> str:
     """The table of docs/kernels.md."""
     lines = [
-        "| case | kernel | programs | registers | spills | shared | QGMMA | loop: all / QGMMA | TMA | global |",
+        "| case | kernel | programs | registers | spills | shared | MMA | loop: all / MMA | TMA | global |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: not row.shipped):

@@ -5,6 +5,7 @@ With the addition before it and readers after it, its bits are those of the sepa
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 
 import pytest
@@ -15,9 +16,10 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNo
 
 from kernels.formats import CarriedTiles
 from kernels.fp8_linear import LinearInput, fp8_linear, linear
-from kernels.quantize import quantize_tiles
+from kernels.quantize import quantize_tiles, requantize_transposed
 from kernels.rmsnorm import add_rmsnorm, rmsnorm, rmsnorm_reference
-from tests.kernels.gemm_inputs import beside_reference, kept_for_backward, relative_error
+from tests.kernels.gemm_inputs import assert_same_bits, beside_reference, kept_for_backward, relative_error
+from tests.operator_calls import OperatorCalls
 
 EPS = 1e-6
 
@@ -134,6 +136,42 @@ def test_tiles_are_no_differentiable_output_and_a_carrier_takes_no_memory() -> N
     assert one.carrier is not other.carrier
     rows = torch.tensor([5, 0, 389])
     assert torch.equal(one.rows(rows), y.flatten(0, -2)[rows])
+
+
+def test_readers_of_tiles_keep_what_the_norm_keeps_and_one_launch_makes_it_again_for_all() -> None:
+    """To the bits of forward's tiles regrouped; what was made goes with its last reader."""
+    x, delta = torch.randn(2, 3, 130, 192).bfloat16().requires_grad_()
+    weight = torch.rand(192).bfloat16().requires_grad_()
+    read = torch.randn(64, 192).bfloat16().requires_grad_()
+    norms = []
+
+    def run() -> None:
+        total, (y,), tiles = add_rmsnorm(x, delta, weight, EPS, plain=1, tiles=2, power_of_two=True)
+        norms.append((total, y, tiles))
+        for each in tiles:
+            fp8_linear(each, read, power_of_two=True)
+
+    storages = {each.untyped_storage().data_ptr() for each in kept_for_backward(run)}
+    ((total, y, (one, other)),) = norms
+    norm = one.norm
+    assert other.norm is norm
+    assert storages == {each.untyped_storage().data_ptr() for each in (total, weight, norm.rstd)}
+
+    norm.again.reads_numbers()
+    regrouped = requantize_transposed(one.tiles, power_of_two=True)
+    # Of a graph that is kept, backward may run twice.
+    for _ in range(2):
+        with OperatorCalls() as calls:
+            first = norm.again.tiles(*norm.tensors)
+            numbers = norm.again.numbers(*norm.tensors)
+            second = norm.again.tiles(*norm.tensors)
+        assert calls.counts == {"norm_again": 1}
+        assert_same_bits((first.payload, first.scale), (regrouped.payload, regrouped.scale))
+        assert torch.equal(numbers, y.flatten(0, -2))
+        assert second.payload is first.payload
+        made = [weakref.ref(each) for each in (first.payload, numbers)]
+        del first, numbers, second
+        assert [each() for each in made] == [None, None]
 
 
 def test_a_sum_that_alone_is_read_hands_its_gradient_on() -> None:

@@ -64,7 +64,16 @@ def test_given_rstd_all_bits_of_forward_are_the_references(rows: int, cols: int,
     assert bool(nan.isnan())
     assert_same_bits(y, rmsnorm.normed_rows(x if delta is None else total, weight, rstd))
     assert_same_bits((payload, scale), quantize.quantize_tiles_reference(y, power_of_two))
+    # Again, of a slice: squares of 128 columns do not know of each other.
+    width = min(cols, 384)
+    kept = (x if delta is None else total)[:, :width], weight[:width], rstd, power_of_two
+    again = quantize.requantize_transposed_reference(payload[:, :width], scale[: -(-width // 128)], power_of_two)
+    assert_same_bits(gpu.norm_again(*kept, True, True), (*again, y[:, :width].contiguous()))
     if rows == 1:
+        assert_same_bits(gpu.norm_again(*kept, True, False), (*again, y[:0, :0]))
+        *tiles, plain = gpu.norm_again(*kept, False, True)
+        assert_same_bits(plain, y[:, :width])
+        assert [each.numel() for each in tiles] == [0, 0]
         # What is not asked for is not written, and the rest is the same.
         tiles_only = gpu.add_norm_quantize(x, delta, weight, EPS, power_of_two, True, False)
         assert_same_bits(tiles_only[2:5], (payload, scale, rstd))
@@ -146,5 +155,7 @@ def test_matrices_without_rows() -> None:
     x, weight = torch.empty(0, 512, dtype=BF16), torch.ones(512, dtype=BF16)
     found = gpu.add_norm_quantize(x, x, weight, EPS, True, True, True)
     assert [tuple(t.shape) for t in found[:5]] == [(0, 512), (0, 512), (0, 512), (4, 0), (0,)]
+    again = gpu.norm_again(x, weight, torch.empty(0), True, True, True)
+    assert [tuple(t.shape) for t in again] == [(512, 0), (0, 512), (0, 512)]
     d_weight = gpu.norm_backward(x, None, None, None, x, weight, torch.empty(0), torch.empty_like(x))
     assert_same_bits(d_weight, torch.zeros(512, dtype=BF16))

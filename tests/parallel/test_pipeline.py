@@ -201,7 +201,7 @@ PER_MICRO_BATCH = {
     "grouped_gemm_tile_block": 2 * STACKS,
     "grouped_gemm_tile_tile": STACKS,
     # The input by row, together with the norm before it or, of a down-projection, with SwiGLU; dy by row and by
-    # column; the input by column, from what was kept of it. Experts gather what the norm has quantised, and the
+    # column; the input by column, from what is kept of it. Experts gather what the norm has quantised, and the
     # gradient of their sums, and quantise that of SwiGLU's input where it is made.
     "quantize_tiles": LINEARS - (DOWNS - MOE_BLOCKS) - NORMED,
     "gather_tiles": MOE_BLOCKS,
@@ -214,7 +214,8 @@ PER_MICRO_BATCH = {
     "quantize_tiles_both": LINEARS,
     "quantize_tiles_transposed": KEPT,
     "swiglu_quantize_transposed": DOWNS,
-    "requantize_transposed": LINEARS - (DOWNS - MOE_BLOCKS) - KEPT,
+    # From what the norm keeps.
+    "norm_again": NORMED,
 }
 EACH_STEP = Counter({operator: calls * MICRO_BATCHES for operator, calls in PER_MICRO_BATCH.items()})
 # Each weight once, however many micro-batches use it, and not again before it changes.

@@ -91,7 +91,7 @@ class MoEBlock(nn.Module):
             residual=normed.residual,
             tokens=normed.linears[0].flatten(0, 1),
             shared=normed.linears[1] if shared else None,
-            routing=self.mlp.gate(normed.plain[0]),
+            routing=self.mlp.gate(normed.plain[0], normed.kept),
         )
 
     def dispatch(self, routed: DispatchInput) -> Dispatched:

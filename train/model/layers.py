@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kernels.embedding import embedding
 from kernels.fp8_linear import LinearInput
-from kernels.rmsnorm import add_rmsnorm
+from kernels.rmsnorm import KeptNorm, add_rmsnorm
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 
@@ -82,6 +82,7 @@ class Normed:
     residual: Tensor  # [..., dim], the sum that was normalised
     plain: tuple[Tensor, ...]  # [..., dim]
     linears: tuple[LinearInput, ...]  # [..., dim], in FP8 tiles where the recipe's linears read them
+    kept: KeptNorm | None  # with tiles: what makes the norm again in backward
 
 
 class RMSNorm(nn.Module):
@@ -107,7 +108,8 @@ class RMSNorm(nn.Module):
             residual, delta, self.weight, self.eps, plain=plain + linears - tiles, tiles=tiles,
             power_of_two=self.precision.power_of_two_scales,
         )  # fmt: skip
-        return Normed(total, numbers[:plain], (*numbers[plain:], *carried))
+        kept = carried[0].norm if carried else None
+        return Normed(total, numbers[:plain], (*numbers[plain:], *carried), kept)
 
 
 class FeedForward(nn.Module):

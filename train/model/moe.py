@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from kernels.fp8_linear import LinearInput
 from kernels.permute import Dispatched, group_gates, grouping
+from kernels.rmsnorm import KeptNorm
 from kernels.router import route, sequence_balance
 from train.model.config import ModelConfig
 from train.model.precision import Precision
@@ -89,10 +90,10 @@ class Router(nn.Module):
         bias = torch.zeros(config.n_routed_experts, dtype=torch.float32)
         self.register_buffer("e_score_correction_bias", bias)
 
-    def forward(self, x: Tensor) -> Routing:
-        """[sequences, tokens, hidden] -> Routing over sequences * tokens."""
+    def forward(self, x: Tensor, norm: KeptNorm | None = None) -> Routing:
+        """[sequences, tokens, hidden] -> Routing over sequences * tokens; with x's `norm`, x is not kept."""
         config = self.config
-        logits = self.precision.fp32(x, self.weight)  # [sequences, tokens, experts] fp32
+        logits = self.precision.fp32(x, self.weight, norm)  # [sequences, tokens, experts] fp32
         routed = route(
             logits.flatten(0, 1),
             self.e_score_correction_bias,

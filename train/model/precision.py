@@ -29,6 +29,8 @@ from kernels.fp8_linear import (
 )
 from kernels.permute import Dispatched, combine_tokens, group_tokens
 from kernels.quantize import dequantize_carried, dequantize_gradient
+from kernels.rmsnorm import KeptNorm
+from kernels.router_linear import router_linear
 from kernels.swiglu import gated_swiglu, swiglu
 from train.model.te_linear import te_grouped_linear, te_linear
 
@@ -132,6 +134,6 @@ class Precision:
         """A linear that stays in the dtype of `x`: head, `eh_proj`."""
         return linear(x, weight)
 
-    def fp32(self, x: Tensor, weight: Tensor) -> Tensor:
-        """A linear that is FP32 whatever `x` is: the router."""
-        return linear(x, weight, dtype=torch.float32)
+    def fp32(self, x: Tensor, weight: Tensor, norm: KeptNorm | None = None) -> Tensor:
+        """A linear that is FP32 whatever `x` is, the router; `norm` makes x again in backward."""
+        return router_linear(x, weight, norm)

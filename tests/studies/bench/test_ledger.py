@@ -123,9 +123,7 @@ def kept_of_a_rank(config: PretrainConfig) -> dict[str, list[float]]:
     return {
         "the layer's input, BF16": [2 * h],
         "sum of it and attention, BF16": [2 * h],
-        "norm of that, BF16, for the router": [2 * h],
         "1 / RMS of both norms, FP32": [4, 4],
-        "input of `q_kv_a_proj`, FP8": fp8(h),
         "latents and RoPE key, BF16": [latents],
         "output of attention, BF16": [o],
         "log-sums of attention, FP32, and its seeds": [4 * model.num_attention_heads, *[8 * per_micro_batch] * 2],
@@ -138,7 +136,6 @@ def kept_of_a_rank(config: PretrainConfig) -> dict[str, list[float]]:
         ],
         "packets of tokens that arrived, FP8": [topk * h * 33 / 32],
         "gate and up of experts, FP8": fp8(2 * inter, topk),
-        "input of the shared expert, FP8": fp8(h),
         "gate and up of the shared expert, FP8": fp8(2 * inter),
     }  # fmt: skip
 

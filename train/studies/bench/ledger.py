@@ -316,7 +316,7 @@ class _Trace(TorchDispatchMode):
         limit: Sequence[Tensor] | None = None,
     ) -> None:
         """One entry; of the first tensor that it reads no more than `limit` has, if that is given."""
-        operation, line, launched_at = _place(name, read)
+        operation, line, launched_at = _place(name)
         read_bytes = touched_bytes(read)
         if limit is not None:
             read_bytes -= max(0, touched_bytes(read[:1]) - touched_bytes(limit))
@@ -369,7 +369,7 @@ def _changed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Itera
             yield from _tensors(args[index] if index < len(args) else kwargs.get(argument.name))
 
 
-def _place(name: str, read: Iterable[Tensor]) -> tuple[str, str, str]:
+def _place(name: str) -> tuple[str, str, str]:
     """Operation, line of the model and innermost line of ours, of what is launched now."""
     stack, node = list(_lines_of_the_stack()), list(_lines_of_the_node())
     if not stack and name.startswith("add"):
@@ -379,9 +379,6 @@ def _place(name: str, read: Iterable[Tensor]) -> tuple[str, str, str]:
     innermost = lines[0] if lines else "?"
     path = innermost.partition(":")[0]
     operation = next((known for pattern, known in OPERATIONS if re.search(pattern, path)), path)
-    # FP32 products are the router's alone (`Precision.fp32`), and so are the casts before and after them.
-    if path == "kernels/fp8_linear.py" and (name == "_to_copy" or any(t.dtype == torch.float32 for t in read)):
-        operation = "router"
     return operation, _line_of_the_model([*stack, *node]), innermost
 
 

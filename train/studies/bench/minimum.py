@@ -4,11 +4,11 @@ A tensor that lies between two kernels is written once and read once by each ker
 are assumed: a GEMM with operands in its own precision, attention as one call each way, and one pass each for
 
     norm          sum of residual and delta, its norm, and the norm's FP8 form; a BF16 copy where the router reads it;
-                  backward all gradients of one place and the residual's together
+                  backward all gradients of one place and the residual's together, and the FP8 form again for wgrad
     heads         q turned in place, k put together; backward dq and dkv straight to both FP8 groupings
     SwiGLU        with both quantisations, as it is now; backward straight to both groupings
     permute       FP8 rows gathered from FP8 tokens, again for wgrad; gradients gathered and quantised both ways
-    quantise      what is left: attention's output, gradients into linears, inputs regrouped for wgrad
+    quantise      what is left: attention's output, gradients into linears
 
 A weight gradient is written, not added to (as the first micro-batch may). Padding rows, statistics of rows, indices,
 gates and RoPE's tables are left out: under 1 % of a layer. In BF16 nothing is quantised. A kernel that did two of
@@ -53,17 +53,16 @@ def minimum_bytes(config: ModelConfig, tokens: int, *, moe: bool, fp8: bool) -> 
         "attention core": t * heads * (3 * BF16 * (2 * (nope + rope) + v) + 3 * BF16 * v + 2 * FP32),
         "norm": _norm_bytes(t, h, act, readers=3 if moe else 1, copy=moe and fp8)
         # Of latents: x in, y out; dy and x in, dx out.
-        + t * latents * (BF16 + act + 3 * BF16),
+        + t * latents * (BF16 + act + 3 * BF16)
+        # In FP8 also the sums and latents in, inputs of q_kv_a, gate_up and the up-projections out, for wgrad.
+        + fp8 * t * (2 * h + latents) * (BF16 + act),
         "RoPE and head layout": _head_bytes(t, heads, nope, rope, v, fp8=fp8),
         "SwiGLU": sum(_swiglu_bytes(m, width, fp8=fp8) for m, width in activations),
     }
     if fp8:
         both = BF16 + 2 * act
-        # o for fprop and for wgrad; gradients of o_proj's and the FFN's outputs and of the latents; inputs of q_kv_a,
-        # of both up-projections and of gate_up for wgrad.
-        found["quantise"] = t * (
-            heads * v * 2 * (BF16 + act) + (2 * h + down_width) * both + (2 * h + latents) * 2 * act
-        )
+        # o for fprop and for wgrad; gradients of o_proj's and the FFN's outputs and of the latents.
+        found["quantise"] = t * (heads * v * 2 * (BF16 + act) + (2 * h + down_width) * both)
     if moe:
         # Copies of tokens forward and their gradients backward; sums of rows each way.
         gathered = 2 * (t + rows) * h * act + t * h * BF16 + rows * h * 2 * act if fp8 else 2 * (t + rows) * h * BF16

@@ -41,9 +41,10 @@ from kernels.quantize import (
     quantize_tiles_transposed,
     requantize_transposed,
 )
-from kernels.rmsnorm import add_norm_quantize, norm_backward, rmsnorm, rmsnorm_reference
+from kernels.rmsnorm import add_norm_quantize, norm_again, norm_backward, rmsnorm, rmsnorm_reference
 from kernels.rope import apply_rope, apply_rope_reference, rope_tables
 from kernels.router import route, sequence_balance
+from kernels.router_linear import router_linear
 from kernels.swiglu import (
     gated_swiglu,
     gated_swiglu_backward_kept,
@@ -296,10 +297,19 @@ def _torch_norm_tiles(x: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
     return quantize_tiles(rmsnorm_reference(x + delta, weight, 1e-6), power_of_two=True).payload
 
 
-def _norm_gradients(device: torch.device) -> tuple[Tensor, ...]:
+def _norm_of_sum(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     x, _, weight = _norm_inputs(device)
-    rstd = add_norm_quantize(x, None, weight, 1e-6, True, False, True)[4]
-    return *torch.randn(4, 2048, 512, generator=seeded(seed=1)).to(device, BF16).unbind(), x, weight, rstd
+    return x, weight, add_norm_quantize(x, None, weight, 1e-6, True, False, True)[4]
+
+
+def _torch_norm_again(x: Tensor, weight: Tensor, _: Tensor) -> Tensor:
+    tiles = quantize_tiles(rmsnorm_reference(x, weight, 1e-6), power_of_two=True)
+    return requantize_transposed(tiles, power_of_two=True).payload
+
+
+def _norm_gradients(device: torch.device) -> tuple[Tensor, ...]:
+    gradients = torch.randn(4, 2048, 512, generator=seeded(seed=1)).to(device, BF16).unbind()
+    return *gradients, *_norm_of_sum(device)
 
 
 def _norm_backward(
@@ -361,6 +371,13 @@ def _router_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     bias = 0.01 * torch.randn(64, generator=generator)
     grad = torch.randn(2048, 6, generator=generator)
     return logits.to(device).requires_grad_(), bias.to(device), grad.to(device)
+
+
+def _router_linear_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    generator = seeded()
+    x = torch.randn(2048, 512, generator=generator).to(device, BF16).requires_grad_()
+    weight, grad = (torch.randn(rows, cols, generator=generator) for rows, cols in ((64, 512), (2048, 64)))
+    return x, weight.to(device), grad.to(device)
 
 
 def _route(logits: Tensor, bias: Tensor) -> Tensor:
@@ -557,6 +574,11 @@ ROWS: dict[str, list[Case]] = {
         # in sixteen of those by 2^-4.
         tolerance=2**-8, bytes=(7 + 4 / TILE) * 2048 * 512,
     ), pair(
+        "norm_again", _norm_of_sum, lambda x, weight, rstd: norm_again(x, weight, rstd, True, True, False)[0],
+        _torch_norm_again, "norm, quantise and regroup apart",
+        # As above.
+        tolerance=2**-8, bytes=(3 + 4 / TILE) * 2048 * 512,
+    ), pair(
         "norm_backward", _norm_gradients, _norm_backward, _torch_norm_backward,
         "F.rms_norm, autograd, four gradients added apart",
         # One bf16 rounding (2^-8 at most): the peer may round an intermediate once more than we do.
@@ -591,6 +613,12 @@ ROWS: dict[str, list[Case]] = {
         "torch.topk, scatter, autograd",
         # Sums of 64 scores, then of 512 shares, in another order: a few fp32 epsilons (2^-23).
         tolerance=16 * 2**-23, bytes=4.0 * 3 * 2048 * 64,
+    )],
+    "router_linear": [pair(
+        "router_linear_forward_backward", _router_linear_inputs, _input_gradient(router_linear),
+        _input_gradient(lambda x, weight: x.float() @ weight.t()), "torch.matmul, FP32, autograd",
+        # One bf16 rounding (2^-8 at most) of FP32 sums whose last bits differ.
+        tolerance=2**-8, flops=4.0 * 2048 * 512 * 64, bytes=4.0 * 2048 * 512 + 8.0 * 64 * (2048 + 512),
     )],
     "swiglu": [pair(
         "swiglu_forward_backward", _swiglu_inputs, _input_gradient(swiglu),
