@@ -24,8 +24,8 @@ from kernels.fp8_linear import wgrad
 from kernels.operators import operator
 
 IGNORE = -100
-# Rows of a chunk. Of an H100's 2.98 TB/s (a copy) and some 700 TFLOP/s in BF16: adding to dW in FP32, 8 bytes an element,
-# takes as long as multiplying 940 rows. With twice as many it hides behind the product. Not measured.
+# Rows of a chunk. At an H100's 2.98 TB/s (a copy) and some 700 TFLOP/s in BF16, adding to dW in FP32, 8 bytes an
+# element, takes as long as multiplying 940 rows. With twice as many it hides behind the product. Not measured.
 CHUNK_ROWS = 2048
 # Elements of one FP32 temporary of the reference: 1 MiB on a CPU, which stays in a core's L2 cache; 256 MiB on a GPU.
 _CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 18, 1 << 26
@@ -93,7 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         (dx,) = ctx.saved_tensors
         torch._assert_async(

@@ -28,7 +28,7 @@ from torch import Tensor
 from kernels import deferred, probe
 from kernels.formats import CarriedTiles, GradientTiles, Quantized, rows_of_tiles
 from kernels.gather import gather_quantize_both, gather_requantize_transposed, gather_tiles
-from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile, write_product
+from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
 from kernels.gemm_grouped import group_rows, grouped_gemm_tile_block, grouped_gemm_tile_tile
 from kernels.operators import operator
 from kernels.permute import Dispatched, sum_rows
@@ -81,7 +81,7 @@ def wgrad_reference(dy: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> Non
     """dy.T @ x in FP32, written or added to `out`."""
     # On CUDA the tensor cores take BF16 operands and add in FP32; CPUs have no such GEMM.
     if not (dy.is_cuda and dy.dtype == torch.bfloat16):
-        write_product(out, dy.t().float() @ x.float(), accumulate=accumulate)
+        (out.add_ if accumulate else out.copy_)(dy.t().float() @ x.float())
     elif accumulate:
         torch.addmm(out, dy.t(), x, out_dtype=torch.float32, out=out)
     else:

@@ -40,7 +40,9 @@ def _cross_entropy_kernel(
         total = total * tl.exp(largest - larger) + tl.exp(x - larger)
         largest = larger
     top = tl.max(largest, axis=1)
-    log_sum = top + tl.log(tl.sum(total * tl.exp(largest - top[:, None]), axis=1))
+    both = tl.sum(total * tl.exp(largest - top[:, None]), axis=1)
+    # A row that does not exist has no sum.
+    log_sum = top + tl.log(tl.where(exists, both, 1.0))
     tl.store(losses_ptr + row, tl.where(valid, log_sum - target, 0.0), mask=exists)
     if DIFFERENTIATED:
         scale = tl.where(valid, gradient, 0.0)

@@ -30,7 +30,8 @@ def _sums_of_squares_kernel(x_ptr, out_ptr, elements, PART: tl.constexpr, ELEMEN
 
 def sums_of_squares(x: Tensor) -> Tensor:
     """[ceil(elements / PART)] FP64."""
-    assert x.dtype == torch.float32 and x.is_contiguous(), (x.dtype, x.stride())
+    assert x.dtype == torch.float32, x.dtype
+    assert x.is_contiguous(), x.stride()
     parts = triton.cdiv(x.numel(), PART)
     out = x.new_empty(parts, dtype=torch.float64)
     if parts:

@@ -299,8 +299,10 @@ class _Trace(TorchDispatchMode):
         if "empty" in base:
             self._remember(made, "", "", name)
         elif made or changed:
-            unread = changed if WRITE_ONLY.search(base) or "out" in func._overloadname else []
+            unread = changed if WRITE_ONLY.search(base) else []
             unread = given if FACTORY.match(base) else unread
+            # `out` may be an operand too.
+            given = _tensors(args) if "out" in func._overloadname else given
             read = [tensor for tensor in given if not any(tensor is each for each in unread)]
             limit = made if base in GATHERS else None
             self._enter(name, LAUNCHES.get(base, 1), read, [*made, *changed], made, limit=limit)
@@ -379,8 +381,9 @@ def _place(name: str, read: Iterable[Tensor]) -> tuple[str, str, str]:
     innermost = lines[0] if lines else "?"
     path = innermost.partition(":")[0]
     operation = next((known for pattern, known in OPERATIONS if re.search(pattern, path)), path)
-    # FP32 products are the router's alone (`Precision.fp32`), and so are the casts before and after them.
-    if path == "kernels/fp8_linear.py" and (name == "_to_copy" or any(t.dtype == torch.float32 for t in read)):
+    # FP32 products are the router's alone (`Precision.fp32`), and so are the casts before and after them. A product of
+    # BF16 may add to FP32 sums.
+    if path == "kernels/fp8_linear.py" and (name == "_to_copy" or all(t.dtype == torch.float32 for t in read)):
         operation = "router"
     return operation, _line_of_the_model([*stack, *node]), innermost
 
