@@ -41,8 +41,8 @@ def _cross_entropy_kernel(
         largest = larger
     top = tl.max(largest, axis=1)
     both = tl.sum(total * tl.exp(largest - top[:, None]), axis=1)
-    # A row that does not exist has no sum.
-    log_sum = top + tl.log(tl.where(exists, both, 1.0))
+    # A row that does not exist has neither.
+    log_sum = tl.where(exists, top, 0.0) + tl.log(tl.where(exists, both, 1.0))
     tl.store(losses_ptr + row, tl.where(valid, log_sum - target, 0.0), mask=exists)
     if DIFFERENTIATED:
         scale = tl.where(valid, gradient, 0.0)

@@ -459,7 +459,8 @@ ROWS: dict[str, list[Case]] = {
         flops=0.5 * 7 * 2 * 32 * 256 * 256 * 96, bytes=2.0 * 10 * 32 * 256 * 96,
     )],
     "cross_entropy": [pair(
-        "cross_entropy_rows", _cross_entropy_inputs, _cross_entropy, _torch_cross_entropy, "F.cross_entropy, fp32 logits",
+        "cross_entropy_rows", _cross_entropy_inputs, _cross_entropy, _torch_cross_entropy,
+        "F.cross_entropy on fp32 logits",
         # Both round one fp32 gradient to bf16: at most one rounding (2^-8) apart.
         tolerance=2**-8, flops=8.0 * 2048 * 2048, bytes=2 * 2.0 * 2048 * 2048,
     ), pair(
