@@ -93,12 +93,15 @@ def kept_weight(ctx: Any) -> Tensor:
     return weight
 
 
-def wgrad_reference(dy: Tensor, x: Tensor) -> Tensor:
-    """dy.T @ x in FP32."""
-    # On CUDA the tensor cores take BF16 operands and give FP32; CPUs have no such GEMM.
-    if dy.is_cuda and dy.dtype == torch.bfloat16:
-        return torch.mm(dy.t(), x, out_dtype=torch.float32)
-    return dy.t().float() @ x.float()
+def wgrad_reference(dy: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> None:
+    """dy.T @ x in FP32, written or added to `out`."""
+    # On CUDA the tensor cores take BF16 operands and add in FP32; CPUs have no such GEMM.
+    if not (dy.is_cuda and dy.dtype == torch.bfloat16):
+        (out.add_ if accumulate else out.copy_)(dy.t().float() @ x.float())
+    elif accumulate:
+        torch.addmm(out, dy.t(), x, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(dy.t(), x, out_dtype=torch.float32, out=out)
 
 
 def grouped_matmul_reference(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
@@ -111,19 +114,18 @@ def grouped_matmul_reference(x: Tensor, weight: Tensor, group_ends: Tensor) -> T
 
 def grouped_wgrad_reference(dy: Tensor, x: Tensor, group_ends: Tensor) -> Tensor:
     """dy[rows of g].T @ x[rows of g] in FP32: [groups, out, in]."""
-    groups = group_rows(group_ends, groups=len(group_ends), rows=len(dy))
-    return torch.stack([wgrad_reference(dy[rows], x[rows]) for rows in groups])
+    out = dy.new_empty(len(group_ends), dy.shape[1], x.shape[1], dtype=torch.float32)
+    for dw, rows in zip(out, group_rows(group_ends, groups=len(group_ends), rows=len(dy)), strict=True):
+        wgrad_reference(dy[rows], x[rows], dw, False)
+    return out
 
 
 def _wgrad_flops(dy: Sequence[int], x: Sequence[int], *_: object, out_shape: object) -> int:
     return 2 * dy[0] * dy[1] * x[1]
 
 
-_wgrad = operator(
-    "wgrad",
-    wgrad_reference,
-    fake=lambda dy, x: dy.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32),
-    flops=_wgrad_flops,
+wgrad = operator(
+    "wgrad", wgrad_reference, fake=lambda dy, x, out, accumulate: None, flops=_wgrad_flops, mutates=["out"]
 )
 _grouped_matmul = operator(
     "grouped_matmul",
@@ -152,7 +154,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (x,), weight = ctx.saved_tensors, kept_weight(ctx)
         if weight.requires_grad:
-            deferred.push(lambda: deferred.accumulate_grad(weight, _wgrad(dy, x)))
+            deferred.push(lambda: deferred.accumulate_product(weight, partial(wgrad, dy, x)))
         return dy @ weight.to(dy.dtype), None
 
 

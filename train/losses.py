@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.cross_entropy import cross_entropy_sum
 from train.model.transformer import ModelOutput, Transformer
 
 
@@ -54,14 +53,16 @@ def loss_sums(model: Transformer, output: ModelOutput, labels: Tensor, weights: 
         model: the last stage; supplies the shared head.
         labels: [sequences, tokens] int64, IGNORE where there is no target; labels[i] = t_{i+1}.
     """
-    main = cross_entropy_sum(model.logits(output.hidden).flatten(0, 1), labels.flatten())
-    mtp = tuple(
-        cross_entropy_sum(model.logits(hidden).flatten(0, 1), labels[:, depth:].flatten())
-        for depth, hidden in enumerate(output.mtp_hidden, start=1)
-    )
+    share = weights.mtp_weight / max(1, model.config.num_nextn_predict_layers)
+    # The last depth first, as autograd would come to them: the sums of the head's gradient keep that order.
+    mtp = [
+        model.cross_entropy(hidden, labels[:, depth:], scale=share)
+        for depth, hidden in reversed([*enumerate(output.mtp_hidden, start=1)])
+    ][::-1]
+    main = model.cross_entropy(output.hidden, labels)
     total = main
     for loss in mtp:
-        total = total + weights.mtp_weight / model.config.num_nextn_predict_layers * loss
+        total = total + share * loss
     return LossSums(total, main.detach(), tuple(loss.detach() for loss in mtp))
 
 

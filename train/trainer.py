@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.cross_entropy import cross_entropy_sum
 from parallel.collectives import sum_over
 from parallel.consensus import GroupTransport, Ranks, refuse_together
 from parallel.grads import nonfinite_gradients
@@ -440,7 +439,7 @@ class Trainer:
             hidden = stage.model.next_token_hidden(inputs["input_ids"], inputs.get("document_ids"), inbound)
             if not stage.model.spec.is_last:
                 return hidden
-            return cross_entropy_sum(stage.model.logits(hidden).flatten(0, 1), inputs["labels"].flatten()).double()
+            return stage.model.cross_entropy(hidden, inputs["labels"]).double()
 
         scored = self.engine.pipeline.relay(inputs, forward)
         nats = torch.zeros((), dtype=torch.float64, device=self.mesh.device) if scored is None else scored

@@ -279,6 +279,18 @@ CASES: dict[str, Case] = {
         TIPPED,
         lambda arguments, _: (arguments[0], *arguments[2:5]),
     ),
+    # A log-sum-exp in another order; every third row has no target.
+    "cross_entropy": Case(
+        lambda rows, width: (
+            normal(rows, width),
+            torch.randint(width, (rows,)).masked_fill(torch.arange(rows) % 3 == 1, -100),
+            0.3,
+        ),
+        TIPPED,
+        lambda arguments, losses: (arguments[0], losses),
+    ),
+    # Norms of 128 elements in FP32.
+    "sums_of_squares": Case(lambda rows, width: (torch.randn(rows * TILE),), FP32),
     "heads_forward": Case(
         lambda rows, width: (
             q := heads(rows, width),

@@ -11,9 +11,23 @@ from functools import partial
 
 import torch
 
+from kernels.cross_entropy import CHUNK_ROWS
 from kernels.gpu import (
-    adamw, block_ranges, e5m6, gather, heads, permute, quantize, rmsnorm, router, router_linear, swiglu
+    adamw,
+    block_ranges,
+    cross_entropy,
+    e5m6,
+    gather,
+    grad_norm,
+    heads,
+    permute,
+    quantize,
+    rmsnorm,
+    router,
+    router_linear,
+    swiglu,
 )  # fmt: skip
+from parallel.zero import BUCKET_BYTES
 from tests.gpu.launcher_cases import ADAMW
 from tests.kernels.gemm_cases import TOKENS, bf16, tiles
 
@@ -30,6 +44,7 @@ TABLE = torch.empty(TOKENS, ROPE // 2)
 # Routed experts, experts of a token, and rows of this rank's experts.
 EXPERTS, TOPK = 256, 8
 ROWS = TOPK * TOKENS
+VOCAB = 129280
 
 
 def packets() -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,6 +156,11 @@ CASES: dict[str, Callable[[], object]] = {
         (4, EXPERT, HIDDEN), EXPERT * HIDDEN,
     ),
     "transpose_blocks": partial(block_ranges.transpose_blocks, tiles(EXPERT, HIDDEN)[0]),
+    "cross_entropy, loss and gradient": partial(
+        cross_entropy.cross_entropy, bf16(CHUNK_ROWS, VOCAB), int64(CHUNK_ROWS), 0.3
+    ),
+    "cross_entropy, loss": partial(cross_entropy.cross_entropy, bf16(CHUNK_ROWS, VOCAB), int64(CHUNK_ROWS), None),
+    "sums_of_squares": partial(grad_norm.sums_of_squares, fp32(BUCKET_BYTES // 4)),
     "heads_forward": partial(
         heads.heads_forward, bf16(TOKENS, HEADS, NOPE + ROPE), bf16(TOKENS, HEADS, 2 * NOPE),
         bf16(TOKENS, LATENTS)[:, QUERY + KEY :], TABLE, TABLE,

@@ -21,7 +21,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import parallel.pipeline_stage
 from kernels import deferred
-from kernels.cross_entropy import cross_entropy_sum
 from parallel.layout import SCHEDULES, Layout, stage_ids
 from parallel.mesh import init_processes, make_mesh
 from parallel.pipeline import Pipeline
@@ -330,7 +329,7 @@ def score_of(inputs: dict[str, Tensor], stage: Stage, inbound: Tensor | None) ->
     hidden = hidden_of(inputs, stage, inbound)
     if not stage.model.spec.is_last:
         return hidden
-    return cross_entropy_sum(stage.model.logits(hidden).flatten(0, 1), inputs["labels"].flatten())
+    return stage.model.cross_entropy(hidden, inputs["labels"])
 
 
 def walk(rank: int, world: int, layout: Layout) -> Walk:

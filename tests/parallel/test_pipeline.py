@@ -228,6 +228,8 @@ def test_each_fp8_gemm_runs_exactly_once_per_micro_batch(walks: Walks) -> None:
     """Summed over ranks every operator runs as often as in one process: fprop, dgrad and wgrad of each linear."""
     ranks = [rank.calls for rank in walks[1]]
     totals: list[Counter[str]] = [sum((rank.pipeline[step] for rank in ranks), Counter()) for step in range(3)]
+    # Once a bucket, and each rank has its own.
+    assert all(counted.pop("sums_of_squares") for counted in (*totals, *ranks[0].alone))
     assert totals == ranks[0].alone
     for total, expected in zip(totals, (FIRST_STEP, EACH_STEP, EACH_STEP + AGAIN), strict=True):
         assert {

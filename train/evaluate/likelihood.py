@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.cross_entropy import cross_entropy_sum
 from train.data.batch import Batch
 from train.data.tokenizer import TextTokenizer
 from train.evaluate.score import LossOfBatch
@@ -174,7 +173,7 @@ def loss_of_batch(model: Transformer, device: torch.device) -> LossOfBatch:
     def loss(batch: Batch) -> tuple[float, int]:
         inputs = batch.inputs(device)
         hidden = model.next_token_hidden(inputs["input_ids"], inputs.get("document_ids"))
-        nats = cross_entropy_sum(model.logits(hidden).flatten(0, 1), inputs["labels"].flatten())
+        nats = model.cross_entropy(hidden, inputs["labels"])
         check_finite(nats)
         return float(nats.double()), batch.num_targets
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from kernels.attention import Packed, documents_of
+from kernels.cross_entropy import linear_cross_entropy_sum
 from train.model.attention import MultiHeadLatentAttention, RopeTables
 from train.model.block import make_block
 from train.model.config import ModelConfig
@@ -97,6 +98,14 @@ class Transformer(nn.Module):
         """[..., hidden] -> [..., vocab]; the head is shared by the main model and every MTP depth."""
         scores: Tensor = self.lm_head(hidden)
         return scores
+
+    def cross_entropy(self, hidden: Tensor, labels: Tensor, *, scale: float = 1.0) -> Tensor:
+        """Sum of the targets' cross entropy, nats, without the logits of all tokens; `linear_cross_entropy_sum`.
+
+        hidden [sequences, tokens, hidden], labels [sequences, tokens] int64; `scale` weights it in the total loss.
+        """
+        rows, weight = hidden.flatten(0, 1), self.lm_head.weight
+        return linear_cross_entropy_sum(rows, weight, labels.flatten(), scale=scale)
 
     def _start(self, input_ids: Tensor, hidden: Tensor | None) -> Tensor:
         start: Tensor | None = self.embed_tokens(input_ids) if self.spec.is_first else hidden

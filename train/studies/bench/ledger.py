@@ -299,8 +299,10 @@ class _Trace(TorchDispatchMode):
         if "empty" in base:
             self._remember(made, "", "", name)
         elif made or changed:
-            unread = changed if WRITE_ONLY.search(base) or "out" in func._overloadname else []
+            unread = changed if WRITE_ONLY.search(base) else []
             unread = given if FACTORY.match(base) else unread
+            # `out` may be an operand too.
+            given = _tensors(args) if "out" in func._overloadname else given
             read = [tensor for tensor in given if not any(tensor is each for each in unread)]
             limit = made if base in GATHERS else None
             self._enter(name, LAUNCHES.get(base, 1), read, [*made, *changed], made, limit=limit)

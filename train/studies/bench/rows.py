@@ -22,7 +22,7 @@ from torch.optim.adamw import adamw as torch_adamw
 from kernels.adamw import adamw_update
 from kernels.attention import causal_attention
 from kernels.block_ranges import block_scales, quantize_range, range_amax, transpose_blocks
-from kernels.cross_entropy import IGNORE, cross_entropy_sum
+from kernels.cross_entropy import IGNORE, cross_entropy, linear_cross_entropy_sum
 from kernels.e5m6 import pack_e5m6, unpack_e5m6
 from kernels.embedding import embedding_reference
 from kernels.formats import E4M3_MAX, TILE, Quantized
@@ -30,6 +30,7 @@ from kernels.fp8_linear import fp8_linear
 from kernels.gather import gather_quantize_both, gather_requantize_transposed, gather_tiles
 from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
 from kernels.gemm_grouped import grouped_gemm_tile_block
+from kernels.grad_norm import sums_of_squares
 from kernels.heads import heads_forward, heads_quantize_both, turn_back_quantize_both
 from kernels.permute import combine_tokens, group_tokens, grouping
 from kernels.quantize import (
@@ -185,12 +186,34 @@ def _attention(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, g
 def _cross_entropy_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
     generator = seeded()
     logits = torch.randn(2048, 2048, generator=generator).to(device, BF16)
-    return logits.requires_grad_(), torch.randint(2048, (2048,), generator=generator).to(device)
+    return logits, torch.randint(2048, (2048,), generator=generator).to(device)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    cross_entropy(logits, labels, 1.0)
+    return logits
 
 
 def _torch_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
-    return torch.autograd.grad(loss, logits)[0]
+    leaf = logits.detach().requires_grad_()
+    loss = F.cross_entropy(leaf.float(), labels, ignore_index=IGNORE, reduction="sum")
+    return torch.autograd.grad(loss, leaf)[0]
+
+
+def _head_inputs(device: torch.device) -> tuple[Tensor, ...]:
+    generator = seeded()
+    x, weight = (torch.randn(2, 2048, 256, generator=generator) * 0.1).to(device, BF16).unbind()
+    labels = torch.randint(2048, (2048,), generator=generator).to(device)
+    return x.requires_grad_(), weight.requires_grad_(), labels
+
+
+def _head(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return torch.autograd.grad(linear_cross_entropy_sum(x, weight, labels), x)[0]
+
+
+def _torch_head(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    loss = F.cross_entropy(F.linear(x, weight).float(), labels, ignore_index=IGNORE, reduction="sum")
+    return torch.autograd.grad(loss, (x, weight))[0]
 
 
 def _embedding_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -473,11 +496,14 @@ ROWS: dict[str, list[Case]] = {
         "torch, transposed copy", tolerance=0.0, bytes=2.0 * 2048 * 512,
     )],
     "cross_entropy": [pair(
-        "cross_entropy_forward_backward", _cross_entropy_inputs,
-        lambda logits, labels: torch.autograd.grad(cross_entropy_sum(logits, labels), logits)[0],
-        _torch_cross_entropy, "F.cross_entropy on fp32 logits",
+        "cross_entropy_rows", _cross_entropy_inputs, _cross_entropy, _torch_cross_entropy,
+        "F.cross_entropy on fp32 logits",
         # Both round one fp32 gradient to bf16: at most one rounding (2^-8) apart.
-        tolerance=2**-8, flops=8.0 * 2048 * 2048, bytes=3 * 2.0 * 2048 * 2048,
+        tolerance=2**-8, flops=8.0 * 2048 * 2048, bytes=2 * 2.0 * 2048 * 2048,
+    ), pair(
+        "linear_cross_entropy", _head_inputs, _head, _torch_head, "F.linear, F.cross_entropy on fp32 logits",
+        # The same roundings of the same sums: where one tips, a bf16 number is one rounding (2^-8) apart.
+        tolerance=2**-8, flops=6.0 * 2048 * 2048 * 256, bytes=(2 * 2 + 2 + 8) * 2048.0 * 256,
     )],
     "e5m6": [pair(
         "pack_unpack_e5m6",
@@ -536,6 +562,13 @@ ROWS: dict[str, list[Case]] = {
         lambda a, b, ends, x, w: torch.bmm(x, w.mT).flatten(0, 1), "torch.bmm, FP32, dequantised before",
         tolerance=ACCUMULATION,
         flops=2.0 * 8 * 512 * 256 * 512, bytes=8 * (512 * 512 + 256 * 512 + 4.0 * 512 * 256),
+    )],
+    "grad_norm": [pair(
+        "sums_of_squares", lambda device: (torch.randn(1 << 20, generator=seeded(device), device=device),),
+        lambda x: sums_of_squares(x).sum(), lambda x: torch.linalg.vector_norm(x, dtype=torch.float64).square(),
+        "torch.linalg.vector_norm in FP64",
+        # On a CPU FP32 norms of 128 numbers, whose errors average out over 8,192 of them.
+        tolerance=2**-22, flops=2.0 * (1 << 20), bytes=4.0 * (1 << 20),
     )],
     "permute": [pair(
         "grouping", lambda device: (torch.rand(2048, 64, generator=seeded()).topk(6, dim=-1).indices.to(device),),
