@@ -67,17 +67,6 @@ def weight_fp8(weight: Tensor, *, power_of_two: bool) -> Quantized:
     return cached[1]
 
 
-def _keep_weight(ctx: Any, weight: Tensor) -> None:
-    """Hold the weight itself: under activation checkpoints `save_for_backward` returns a detached copy."""
-    ctx.weight, ctx.weight_version = weight, weight._version
-
-
-def _kept_weight(ctx: Any) -> Tensor:
-    weight: Tensor = ctx.weight
-    assert weight._version == ctx.weight_version, "a weight was changed between forward and backward"
-    return weight
-
-
 def wgrad_reference(dy: Tensor, x: Tensor) -> Tensor:
     """dy.T @ x in FP32."""
     # On CUDA the tensor cores take BF16 operands and give FP32; CPUs have no such GEMM.
@@ -131,12 +120,12 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         # Kept as it came: a router's BF16 input costs half of its FP32 copy.
         ctx.save_for_backward(x)
-        _keep_weight(ctx, weight)
+        deferred.keep_weight(ctx, weight)
         return x.to(dtype) @ weight.to(dtype).t()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (x,), weight = ctx.saved_tensors, _kept_weight(ctx)
+        (x,), weight = ctx.saved_tensors, deferred.kept_weight(ctx)
         if weight.requires_grad:
             deferred.push(lambda: deferred.accumulate_grad(weight, _wgrad(dy, x.to(dy.dtype))))
         return (dy @ weight.to(dy.dtype)).to(x.dtype), None, None
@@ -171,12 +160,12 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
         ctx.save_for_backward(x, group_ends)
-        _keep_weight(ctx, weight)
+        deferred.keep_weight(ctx, weight)
         return _grouped_matmul(x, weight.to(x.dtype).mT, group_ends)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (x, group_ends), weight = ctx.saved_tensors, _kept_weight(ctx)
+        (x, group_ends), weight = ctx.saved_tensors, deferred.kept_weight(ctx)
         if weight.requires_grad:
             deferred.push(lambda: deferred.accumulate_grad(weight, _grouped_wgrad(dy, x, group_ends)))
         return _grouped_matmul(dy, weight.to(dy.dtype), group_ends), None, None
@@ -330,7 +319,7 @@ def _fprop(
     # A rank whose experts got no token has no row to show.
     watch = probe.watch(weight) if len(xq.payload) else None
     ctx.power_of_two, ctx.watch, ctx.x_sample = power_of_two, watch, None
-    _keep_weight(ctx, weight)
+    deferred.keep_weight(ctx, weight)
     if watch is not None:
         ctx.x_sample = probe.sample(rows_of_x, xq.payload, group_ends, num_blocks=watch.num_blocks)
         watch.rows("x.fprop", ctx.x_sample, xq)
@@ -349,7 +338,7 @@ def _dgrad_and_push_wgrad(
 ) -> Tensor:
     """Return dy @ W, of each group its own W; hand over dy.T @ x. x is regrouped only when wgrad runs."""
     rows = partial(dy.index_select, 0)
-    if _kept_weight(ctx).requires_grad:
+    if deferred.kept_weight(ctx).requires_grad:
         gradient = Fp8Gradient(*quantize_tiles_both(dy, power_of_two=ctx.power_of_two), rows)
     else:
         gradient = Fp8Gradient(quantize_tiles(dy, power_of_two=ctx.power_of_two), None, rows)
@@ -363,7 +352,7 @@ def _multiply(
     input_by_channel: Callable[[], Quantized],
     dtype: torch.dtype,
 ) -> Tensor:
-    weight, dyq, dyq_t = _kept_weight(call), gradient.by_row, gradient.by_channel
+    weight, dyq, dyq_t = deferred.kept_weight(call), gradient.by_row, gradient.by_channel
     watch: probe.Watch | None = call.watch
     x_sample: probe.Sample | None = call.x_sample
     w = weight_fp8(weight, power_of_two=call.power_of_two).transposed_blocks()

@@ -210,6 +210,7 @@ PER_MICRO_BATCH = {
     "swiglu_backward_quantize_both": MOE_BLOCKS,
     "add_norm_quantize": NORMS,
     "norm_backward": NORMS,
+    "norm_gain_gradient": NORMS,
     "swiglu_quantize": DOWNS,
     "quantize_tiles_both": LINEARS,
     "quantize_tiles_transposed": KEPT,
