@@ -131,8 +131,16 @@ class _Linear(torch.autograd.Function):
         return (dy @ weight.to(dy.dtype)).to(x.dtype), None, None
 
 
+@dataclass(frozen=True)
+class _KeptInput:
+    """What a call keeps of its input, and what makes 128x1 tiles of it for wgrad."""
+
+    tensors: tuple[Tensor, ...]
+    by_channel: Callable[..., Quantized]
+
+
 class _Fp8Linear(torch.autograd.Function):
-    """The carrier takes the gradient and is not read. Keeps `kept`, of which `by_channel` makes x in 128x1 tiles."""
+    """The carrier takes x's gradient and is not read; nor is dy where its reader leaves it in tiles."""
 
     @staticmethod
     def forward(
@@ -142,17 +150,22 @@ class _Fp8Linear(torch.autograd.Function):
         weight: Tensor,
         group_ends: Tensor | None,
         power_of_two: bool,
-        kept: tuple[Tensor, ...],
-        by_channel: Callable[..., Quantized],
+        kept: _KeptInput,
+        gradient: GradientTiles[Fp8Gradient] | None,
     ) -> Tensor:
-        ctx.save_for_backward(group_ends, *kept)
-        ctx.by_channel = by_channel
+        ctx.save_for_backward(group_ends, *kept.tensors)
+        ctx.by_channel, ctx.gradient = kept.by_channel, gradient
         return _fprop(ctx, x.tiles, x.rows, weight, group_ends, power_of_two=power_of_two, dtype=carrier.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         group_ends, *kept = ctx.saved_tensors
-        dx = _dgrad_and_push_wgrad(ctx, dy, group_ends, partial(ctx.by_channel, *kept))
+        by_channel = partial(ctx.by_channel, *kept)
+        if ctx.gradient is None:
+            dx = _dgrad_and_push_wgrad(ctx, dy, group_ends, by_channel)
+        else:
+            assert dy.untyped_storage().nbytes() <= 8, "something else reads the output of this linear"
+            dx = _multiply(ctx, ctx.gradient.take(), group_ends, by_channel, dy.dtype)
         return dx, None, None, None, None, None, None
 
 
@@ -176,10 +189,17 @@ class _Fp8SwigluLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gate_up: Tensor, gates: Tensor | None, weight: Tensor, group_ends: Tensor | None, power_of_two: bool
+        ctx: Any,
+        gate_up: Tensor,
+        gates: Tensor | None,
+        weight: Tensor,
+        group_ends: Tensor | None,
+        power_of_two: bool,
+        gradient: GradientTiles[Fp8Gradient] | None,
     ) -> Tensor:
         kept, hq = swiglu_quantize(gate_up, gates, power_of_two=power_of_two)
         ctx.save_for_backward(kept.payload, kept.scale, gates, group_ends)
+        ctx.gradient = gradient
 
         # Only for a probe: the activation itself is never made.
         def activation(rows: Tensor) -> Tensor:
@@ -189,7 +209,7 @@ class _Fp8SwigluLinear(torch.autograd.Function):
         return _fprop(ctx, hq, activation, weight, group_ends, power_of_two=power_of_two, dtype=gate_up.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         payload, scale, gates, group_ends = ctx.saved_tensors
         power_of_two: bool = ctx.power_of_two
         kept = Quantized(payload, scale)
@@ -200,9 +220,14 @@ class _Fp8SwigluLinear(torch.autograd.Function):
             return swiglu_quantize_transposed(kept, gates, dtype=dtype, power_of_two=power_of_two)  # [inter, rows]
 
         dh = _dgrad_and_push_wgrad(ctx, dy, group_ends, activation)
+        if ctx.gradient is not None:
+            by_row, by_channel, nan = swiglu_backward_quantize_both(kept, None, dh, power_of_two=power_of_two)
+            ctx.gradient.put(Fp8Gradient(by_row, by_channel, partial(_differentiated_rows, kept, None, dh)))
+            # The upper half of an FP32 NaN is a BF16 NaN.
+            return nan.view(dtype)[-1:].expand(payload.shape), None, None, None, None, None
         if gates is None:
-            return swiglu_backward_kept(kept, dh), None, None, None, None
-        return *gated_swiglu_backward_kept(kept, gates, dh), None, None, None
+            return swiglu_backward_kept(kept, dh), None, None, None, None, None
+        return *gated_swiglu_backward_kept(kept, gates, dh), None, None, None, None
 
 
 class _Fp8Experts(torch.autograd.Function):
@@ -269,7 +294,7 @@ class _Fp8Experts(torch.autograd.Function):
 
 
 def _gather_gradient(
-    dy: Tensor, arrived: GradientTiles | None, slots: Tensor, topk: int, *, power_of_two: bool
+    dy: Tensor, arrived: GradientTiles[Quantized] | None, slots: Tensor, topk: int, *, power_of_two: bool
 ) -> Fp8Gradient:
     """The gradient of each row: of dy [tokens, hidden], or of what has arrived in its place."""
     if arrived is None:
@@ -293,10 +318,12 @@ def _activated_rows(gate_up: Tensor, gates: Tensor, rows: Tensor) -> Tensor:
     return gated_swiglu(gate_up.index_select(0, rows), gates.index_select(0, rows))
 
 
-def _differentiated_rows(kept: Quantized, gates: Tensor, dh: Tensor, rows: Tensor) -> Tensor:
+def _differentiated_rows(kept: Quantized, gates: Tensor | None, dh: Tensor, rows: Tensor) -> Tensor:
     """Some rows of the gradient of SwiGLU's input before quantisation: for a probe."""
-    taken = rows_of_tiles(kept, rows), gates.index_select(0, rows), dh.index_select(0, rows)
-    return gated_swiglu_backward_kept(*taken)[0]
+    taken, of_output = rows_of_tiles(kept, rows), dh.index_select(0, rows)
+    if gates is None:
+        return swiglu_backward_kept(taken, of_output)
+    return gated_swiglu_backward_kept(taken, gates.index_select(0, rows), of_output)[0]
 
 
 def dequantized_rows(tiles: Quantized, dtype: torch.dtype, rows: Tensor) -> Tensor:
@@ -423,9 +450,14 @@ def linear(x: Tensor, weight: Tensor, *, dtype: torch.dtype | None = None) -> Te
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def fp8_linear(x: LinearInput, weight: Tensor, *, power_of_two: bool) -> Tensor:
-    """x @ weight.T with all three GEMMs in FP8; of tiles, bit-equal, where the operation before has quantised."""
-    return _fp8_linear(x, weight, None, power_of_two=power_of_two, x_is_kept=False)
+def fp8_linear(
+    x: LinearInput, weight: Tensor, *, power_of_two: bool, gradient: GradientTiles[Fp8Gradient] | None = None
+) -> Tensor:
+    """x @ weight.T with all three GEMMs in FP8; of tiles, bit-equal, where the operation before has quantised.
+
+    With `gradient` its only reader is an `fp8_swiglu_linear`, which leaves the gradient there.
+    """
+    return _fp8_linear(x, weight, None, power_of_two=power_of_two, x_is_kept=False, gradient=gradient)
 
 
 def fp8_linear_of_kept(x: Tensor, weight: Tensor, *, power_of_two: bool) -> Tensor:
@@ -437,7 +469,13 @@ def fp8_linear_of_kept(x: Tensor, weight: Tensor, *, power_of_two: bool) -> Tens
 
 
 def _fp8_linear(
-    x: LinearInput, weight: Tensor, group_ends: Tensor | None, *, power_of_two: bool, x_is_kept: bool
+    x: LinearInput,
+    weight: Tensor,
+    group_ends: Tensor | None,
+    *,
+    power_of_two: bool,
+    x_is_kept: bool,
+    gradient: GradientTiles[Fp8Gradient] | None = None,
 ) -> Tensor:
     _check_features(x, weight, grouped=group_ends is not None)
     x = carried(x, power_of_two=power_of_two) if isinstance(x, Tensor) else x
@@ -445,16 +483,17 @@ def _fp8_linear(
     if isinstance(x, _PartTiles):
         y: Tensor = _fprop(x.call, x.tiles, x.rows, weight, group_ends, power_of_two=power_of_two, dtype=carrier.dtype)
     else:
-        kept: tuple[Tensor, ...] = (x.tiles.payload, x.tiles.scale)
-        by_channel: Callable[..., Quantized] = partial(_regrouped, power_of_two=power_of_two)
         if x_is_kept:
             # dW sees x rounded once.
-            kept, by_channel = (carrier.detach(),), partial(quantize_tiles_transposed, power_of_two=power_of_two)
+            again: Callable[..., Quantized] = partial(quantize_tiles_transposed, power_of_two=power_of_two)
+            kept = _KeptInput((carrier.detach(),), again)
         elif isinstance(x, NormedTiles):
-            kept, by_channel = x.norm.tensors, x.norm.again.tiles
+            kept = _KeptInput(x.norm.tensors, x.norm.again.tiles)
             if weight.requires_grad:
                 x.norm.again.reads_tiles()
-        y = _Fp8Linear.apply(carrier, x, weight, group_ends, power_of_two, kept, by_channel)  # type: ignore[no-untyped-call]
+        else:
+            kept = _KeptInput((x.tiles.payload, x.tiles.scale), partial(_regrouped, power_of_two=power_of_two))
+        y = _Fp8Linear.apply(carrier, x, weight, group_ends, power_of_two, kept, gradient)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[-2])
 
 
@@ -473,13 +512,16 @@ def grouped_fp8_linear(x: Tensor, weight: Tensor, group_ends: Tensor, *, power_o
     return _fp8_linear(x, weight, group_ends, power_of_two=power_of_two, x_is_kept=False)
 
 
-def fp8_swiglu_linear(gate_up: Tensor, weight: Tensor, *, power_of_two: bool) -> Tensor:
+def fp8_swiglu_linear(
+    gate_up: Tensor, weight: Tensor, *, power_of_two: bool, gradient: GradientTiles[Fp8Gradient] | None = None
+) -> Tensor:
     """fp8_linear(swiglu(gate_up), weight), keeping only gate_up, [..., 2 * inter] gate first, in FP8 (§3.3.3).
 
-    The same bits as the two calls; gradients see gate_up rounded to E4M3.
+    The same bits as the two calls; gradients see gate_up rounded to E4M3. With `gradient` that of gate_up is left
+    there, quantised both ways, for the `fp8_linear` that made gate_up; autograd gets a NaN.
     """
     _check_features(gate_up[..., : gate_up.shape[-1] // 2], weight, grouped=False)
-    y: Tensor = _Fp8SwigluLinear.apply(gate_up.flatten(0, -2), None, weight, None, power_of_two)  # type: ignore[no-untyped-call]
+    y: Tensor = _Fp8SwigluLinear.apply(gate_up.flatten(0, -2), None, weight, None, power_of_two, gradient)  # type: ignore[no-untyped-call]
     return y.view(*gate_up.shape[:-1], weight.shape[0])
 
 
@@ -488,7 +530,7 @@ def grouped_fp8_swiglu_linear(
 ) -> Tensor:
     """`fp8_swiglu_linear` of `gated_swiglu(gate_up, gates)` for every expert; gates [rows] fp32 are kept too."""
     _check_features(gate_up[..., : gate_up.shape[-1] // 2], weight, grouped=True)
-    return _Fp8SwigluLinear.apply(gate_up, gates, weight, group_ends, power_of_two)  # type: ignore[no-any-return, no-untyped-call]
+    return _Fp8SwigluLinear.apply(gate_up, gates, weight, group_ends, power_of_two, None)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def fp8_experts(dispatched: Dispatched, gate_up_weight: Tensor, down_weight: Tensor, *, power_of_two: bool) -> Tensor:
