@@ -144,15 +144,9 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        carrier: Tensor,
-        x: CarriedTiles,
-        weight: Tensor,
-        group_ends: Tensor | None,
-        power_of_two: bool,
-        kept: _KeptInput,
-        gradient: GradientTiles[Fp8Gradient] | None,
-    ) -> Tensor:
+        ctx: Any, carrier: Tensor, x: CarriedTiles, weight: Tensor, group_ends: Tensor | None, power_of_two: bool,
+        kept: _KeptInput, gradient: GradientTiles[Fp8Gradient] | None,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(group_ends, *kept.tensors)
         ctx.by_channel, ctx.gradient = kept.by_channel, gradient
         return _fprop(ctx, x.tiles, x.rows, weight, group_ends, power_of_two=power_of_two, dtype=carrier.dtype)
@@ -189,14 +183,9 @@ class _Fp8SwigluLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        gate_up: Tensor,
-        gates: Tensor | None,
-        weight: Tensor,
-        group_ends: Tensor | None,
-        power_of_two: bool,
+        ctx: Any, gate_up: Tensor, gates: Tensor | None, weight: Tensor, group_ends: Tensor | None, power_of_two: bool,
         gradient: GradientTiles[Fp8Gradient] | None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         kept, hq = swiglu_quantize(gate_up, gates, power_of_two=power_of_two)
         ctx.save_for_backward(kept.payload, kept.scale, gates, group_ends)
         ctx.gradient = gradient
@@ -239,15 +228,9 @@ class _Fp8Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        carrier: Tensor,
-        gates: Tensor,
-        gate_up_weight: Tensor,
-        down_weight: Tensor,
-        x: CarriedTiles,
-        dispatched: Dispatched,
-        power_of_two: bool,
-    ) -> Tensor:
+        ctx: Any, carrier: Tensor, gates: Tensor, gate_up_weight: Tensor, down_weight: Tensor, x: CarriedTiles,
+        dispatched: Dispatched, power_of_two: bool,
+    ) -> Tensor:  # fmt: skip
         tokens, grouping = x.tiles, dispatched.grouping
         slots, ends, topk = grouping.slot_of_row, grouping.group_ends, grouping.topk
         ctx.gate_up, ctx.down, ctx.gradient = SimpleNamespace(), SimpleNamespace(), dispatched.gradient
@@ -332,15 +315,9 @@ def dequantized_rows(tiles: Quantized, dtype: torch.dtype, rows: Tensor) -> Tens
 
 
 def _fprop(
-    ctx: Any,
-    xq: Quantized,
-    rows_of_x: probe.Rows,
-    weight: Tensor,
-    group_ends: Tensor | None,
-    *,
-    power_of_two: bool,
+    ctx: Any, xq: Quantized, rows_of_x: probe.Rows, weight: Tensor, group_ends: Tensor | None, *, power_of_two: bool,
     dtype: torch.dtype,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """x @ W.T, of each group its own W; leaves on ctx what backward needs besides x. A probe asks for rows of x."""
     w = weight_fp8(weight, power_of_two=power_of_two)
     # A rank whose experts got no token has no row to show.
@@ -469,14 +446,9 @@ def fp8_linear_of_kept(x: Tensor, weight: Tensor, *, power_of_two: bool) -> Tens
 
 
 def _fp8_linear(
-    x: LinearInput,
-    weight: Tensor,
-    group_ends: Tensor | None,
-    *,
-    power_of_two: bool,
-    x_is_kept: bool,
+    x: LinearInput, weight: Tensor, group_ends: Tensor | None, *, power_of_two: bool, x_is_kept: bool,
     gradient: GradientTiles[Fp8Gradient] | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     _check_features(x, weight, grouped=group_ends is not None)
     x = carried(x, power_of_two=power_of_two) if isinstance(x, Tensor) else x
     carrier = x.carrier.flatten(0, -2)

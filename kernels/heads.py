@@ -145,14 +145,9 @@ class _LatentsToHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        latents: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        sizes: HeadSizes,
-        ups: tuple[UpProjection | None, UpProjection],
-        *_: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, latents: Tensor, cos: Tensor, sin: Tensor, sizes: HeadSizes,
+        ups: tuple[UpProjection | None, UpProjection], *_: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         kv_rank = len(ups[1].gain)
         ctx.widths = (latents.shape[1] - kv_rank - sizes.rope, kv_rank, sizes.rope)
         q_latent, kv_latent, k_rope = latents.split(ctx.widths, dim=1)

@@ -94,15 +94,9 @@ def norm_again_reference(
 
 
 def norm_backward_reference(
-    dy: Tensor,
-    dy1: Tensor | None,
-    dy2: Tensor | None,
-    d_sum: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
+    dy: Tensor, dy1: Tensor | None, dy2: Tensor | None, d_sum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor,
     out: Tensor,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The gradient of sum, and with it of x and delta, into `out`; returns parts of the weight's, [parts, dim].
 
     Args:
@@ -257,15 +251,9 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        delta: Tensor | None,
-        weight: Tensor,
-        eps: float,
-        plain: int,
-        tiles: int,
+        ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, plain: int, tiles: int,
         power_of_two: bool,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         flat = None if delta is None else delta.flatten(0, -2)
         total, y, payload, scale, rstd, nan = add_norm_quantize(
             x.flatten(0, -2), flat, weight, eps, power_of_two, tiles > 0, plain > 0
@@ -299,15 +287,9 @@ class _AddNorm(torch.autograd.Function):
 
 
 def add_rmsnorm(
-    x: Tensor,
-    delta: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    *,
-    plain: int = 0,
-    tiles: int = 0,
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, *, plain: int = 0, tiles: int = 0,
     power_of_two: bool = False,
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[NormedTiles, ...]]:
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[NormedTiles, ...]]:  # fmt: skip
     """RMSNorm of x + delta, for up to three readers, named in the order in which they run: plain ones first.
 
     Args:

@@ -48,23 +48,9 @@ def _rounded(x, DTYPE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "eps"])
 def _add_norm_quantize_kernel(
-    x_ptr,
-    delta_ptr,
-    weight_ptr,
-    sum_ptr,
-    y_ptr,
-    payload_ptr,
-    scale_ptr,
-    rstd_ptr,
-    nan_ptr,
-    rows,
-    cols,
-    x_stride,
-    eps,
-    POWER_OF_TWO: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    x_ptr, delta_ptr, weight_ptr, sum_ptr, y_ptr, payload_ptr, scale_ptr, rstd_ptr, nan_ptr, rows, cols, x_stride, eps,
+    POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     """delta_ptr and sum_ptr, y_ptr, payload_ptr and scale_ptr may be None. COLS is a power of two, at least 128."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -119,23 +105,9 @@ def _norm_again_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_backward_kernel(
-    dy_ptr,
-    dy1_ptr,
-    dy2_ptr,
-    d_sum_ptr,
-    x_ptr,
-    weight_ptr,
-    rstd_ptr,
-    dx_ptr,
-    parts_ptr,
-    rows,
-    cols,
-    x_stride,
-    dx_stride,
-    STEPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    dy_ptr, dy1_ptr, dy2_ptr, d_sum_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, parts_ptr, rows, cols, x_stride,
+    dx_stride, STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     """dy1_ptr, dy2_ptr and d_sum_ptr may be None; parts is [programs, cols]."""
     DTYPE: tl.constexpr = dx_ptr.dtype.element_ty
     col = tl.arange(0, COLS)
@@ -206,23 +178,10 @@ def add_norm_quantize(
         width = _width(cols)
         height = max(1, ELEMENTS // width)
         _add_norm_quantize_kernel[(triton.cdiv(rows, height),)](
-            x,
-            delta,
-            weight,
-            None if delta is None else total,
-            y if plain else None,
-            *((payload, scale) if quantized else (None, None)),
-            rstd,
-            nan,
-            rows,
-            cols,
-            x.stride(0),
-            eps,
-            power_of_two,
-            height,
-            width,
-            num_warps=WARPS,
-        )
+            x, delta, weight, None if delta is None else total, y if plain else None,
+            *((payload, scale) if quantized else (None, None)), rstd, nan, rows, cols, x.stride(0), eps, power_of_two,
+            height, width, num_warps=WARPS,
+        )  # fmt: skip
     return total, y, payload, scale, rstd, nan
 
 
@@ -243,15 +202,9 @@ def norm_again(
 
 
 def norm_backward(
-    dy: Tensor,
-    dy1: Tensor | None,
-    dy2: Tensor | None,
-    d_sum: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
+    dy: Tensor, dy1: Tensor | None, dy2: Tensor | None, d_sum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor,
     out: Tensor,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """dx [rows, cols] into `out`; returns parts [programs, cols] of dweight. Rows of x and out may lie apart."""
     x = x if x.stride(1) == 1 else x.contiguous()
     assert out.stride(1) == 1, out.stride()
