@@ -63,13 +63,9 @@ _adamw = operator(
 
 @torch.no_grad()
 def adamw_update(
-    master: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    weight: Tensor | None = None,
+    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weight: Tensor | None = None,
     **hyper: Unpack[AdamWHyper],
-) -> None:
+) -> None:  # fmt: skip
     """One AdamW step in place on fp32 master and fp32 or bf16 moments; arXiv:1711.05101 Algorithm 2.
 
     `weight`, of any dtype and as many elements, gets the new master rounded, and its version is raised.

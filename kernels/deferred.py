@@ -3,7 +3,8 @@
 The linears compute dgrad in backward and `push` their wgrad as a closure. While a schedule holds `deferred()` open the
 closures queue up, and `PipelineStage(dw_builder=deferred.take)` runs them in the W slot; otherwise a pushed closure
 runs at once. `check_drained()` belongs before gradients are read. Weight gradients reach the weight through
-`accumulate_grad` or `accumulate_product`: autograd's accumulation hooks do not fire for them.
+`accumulate_grad` or `accumulate_product`: autograd's accumulation hooks do not fire for them. So do the gains of norms,
+at once, where they have a `main_grad`.
 
 The first gradient of a step replaces what is in `main_grad`, the others are added: no bytes are spent on zeros
 (`forget`). What a step left without a gradient is zeroed where gradients are read (`settle`).
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +89,18 @@ def check_drained() -> None:
         )
 
 
+def keep_weight(holder: Any, weight: Tensor) -> None:
+    """Hold the weight itself: under activation checkpoints `save_for_backward` returns a detached copy."""
+    holder.weight, holder.weight_version = weight, weight._version
+
+
+def kept_weight(holder: Any) -> Tensor:
+    """The weight that `keep_weight` has left on a context, unchanged since."""
+    weight: Tensor = holder.weight
+    assert weight._version == holder.weight_version, "a weight was changed between forward and backward"
+    return weight
+
+
 def forget(weight: Tensor) -> None:
     """Let the next gradient replace `weight.main_grad`."""
     weight.main_grad_is_stale = True  # type: ignore[attr-defined]
@@ -119,7 +133,7 @@ def accumulate_grad(weight: Tensor, dw: Tensor) -> None:
 
 @torch.no_grad()
 def accumulate_product(weight: Tensor, product: Callable[[Tensor, bool], object]) -> None:
-    """Have a GEMM add a weight gradient into `weight.main_grad` itself, without a copy of the gradient in between.
+    """Have a kernel add a weight gradient into `weight.main_grad` itself, without a copy of the gradient in between.
 
     `product(out, accumulate)` writes or adds to fp32 of the weight's shape; without `main_grad` to a tensor of its own.
     """

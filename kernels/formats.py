@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+Tiles = TypeVar("Tiles")
 
 E4M3_MAX = 448.0
 TILE = 128
@@ -60,20 +63,20 @@ class CarriedTiles:
         return self.carrier.dim()
 
 
-class GradientTiles:
-    """Where an operation's backward leaves the gradient of its input in 1x128 tiles, for the operation before it.
+class GradientTiles(Generic[Tiles]):
+    """Where an operation's backward leaves the gradient of its input in tiles, for the operation before it.
 
     What autograd hands over meanwhile is a NaN expanded to the shape of that input, for the reason above.
     """
 
     def __init__(self) -> None:
-        self._tiles: Quantized | None = None
+        self._tiles: Tiles | None = None
 
-    def put(self, tiles: Quantized) -> None:
-        """Leave a gradient, payload [rows, cols]."""
+    def put(self, tiles: Tiles) -> None:
+        """Leave a gradient."""
         self._tiles = tiles
 
-    def take(self) -> Quantized:
+    def take(self) -> Tiles:
         """The gradient that was left."""
         tiles, self._tiles = self._tiles, None
         assert tiles is not None, "no gradient was left: the operation behind did not run its backward"

@@ -81,18 +81,6 @@ def has_numbers(weight: Tensor) -> bool:
     return weight.untyped_storage().nbytes() >= weight.numel() * weight.element_size()
 
 
-def keep_weight(ctx: Any, weight: Tensor) -> None:
-    """Hold the weight itself: under activation checkpoints `save_for_backward` returns a detached copy."""
-    ctx.weight, ctx.weight_version = weight, weight._version
-
-
-def kept_weight(ctx: Any) -> Tensor:
-    """The weight that `keep_weight` has left."""
-    weight: Tensor = ctx.weight
-    assert weight._version == ctx.weight_version, "a weight was changed between forward and backward"
-    return weight
-
-
 def wgrad_reference(dy: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> None:
     """dy.T @ x in FP32, written or added to `out`."""
     # On CUDA the tensor cores take BF16 operands and add in FP32; CPUs have no such GEMM.
@@ -147,39 +135,46 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        keep_weight(ctx, weight)
+        deferred.keep_weight(ctx, weight)
         return x @ weight.to(x.dtype).t()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        (x,), weight = ctx.saved_tensors, kept_weight(ctx)
+        (x,), weight = ctx.saved_tensors, deferred.kept_weight(ctx)
         if weight.requires_grad:
             deferred.push(lambda: deferred.accumulate_product(weight, partial(wgrad, dy, x)))
         return dy @ weight.to(dy.dtype), None
 
 
+@dataclass(frozen=True)
+class _KeptInput:
+    """What a call keeps of its input, and what makes 128x1 tiles of it for wgrad."""
+
+    tensors: tuple[Tensor, ...]
+    by_channel: Callable[..., Quantized]
+
+
 class _Fp8Linear(torch.autograd.Function):
-    """The carrier takes the gradient and is not read. Keeps `kept`, of which `by_channel` makes x in 128x1 tiles."""
+    """The carrier takes x's gradient and is not read; nor is dy where its reader leaves it in tiles."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        carrier: Tensor,
-        x: CarriedTiles,
-        weight: Tensor,
-        group_ends: Tensor | None,
-        power_of_two: bool,
-        kept: tuple[Tensor, ...],
-        by_channel: Callable[..., Quantized],
-    ) -> Tensor:
-        ctx.save_for_backward(group_ends, *kept)
-        ctx.by_channel = by_channel
+        ctx: Any, carrier: Tensor, x: CarriedTiles, weight: Tensor, group_ends: Tensor | None, power_of_two: bool,
+        kept: _KeptInput, gradient: GradientTiles[Fp8Gradient] | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(group_ends, *kept.tensors)
+        ctx.by_channel, ctx.gradient = kept.by_channel, gradient
         return _fprop(ctx, x.tiles, x.rows, weight, group_ends, power_of_two=power_of_two, dtype=carrier.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         group_ends, *kept = ctx.saved_tensors
-        dx = _dgrad_and_push_wgrad(ctx, dy, group_ends, partial(ctx.by_channel, *kept))
+        by_channel = partial(ctx.by_channel, *kept)
+        if ctx.gradient is None:
+            dx = _dgrad_and_push_wgrad(ctx, dy, group_ends, by_channel)
+        else:
+            assert dy.untyped_storage().nbytes() <= 8, "something else reads the output of this linear"
+            dx = _multiply(ctx, ctx.gradient.take(), group_ends, by_channel, dy.dtype)
         return dx, None, None, None, None, None, None
 
 
@@ -187,12 +182,12 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
         ctx.save_for_backward(x, group_ends)
-        keep_weight(ctx, weight)
+        deferred.keep_weight(ctx, weight)
         return _grouped_matmul(x, weight.to(x.dtype).mT, group_ends)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (x, group_ends), weight = ctx.saved_tensors, kept_weight(ctx)
+        (x, group_ends), weight = ctx.saved_tensors, deferred.kept_weight(ctx)
         if weight.requires_grad:
             deferred.push(lambda: deferred.accumulate_grad(weight, _grouped_wgrad(dy, x, group_ends)))
         return _grouped_matmul(dy, weight.to(dy.dtype), group_ends), None, None
@@ -203,10 +198,12 @@ class _Fp8SwigluLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gate_up: Tensor, gates: Tensor | None, weight: Tensor, group_ends: Tensor | None, power_of_two: bool
-    ) -> Tensor:
+        ctx: Any, gate_up: Tensor, gates: Tensor | None, weight: Tensor, group_ends: Tensor | None, power_of_two: bool,
+        gradient: GradientTiles[Fp8Gradient] | None,
+    ) -> Tensor:  # fmt: skip
         kept, hq = swiglu_quantize(gate_up, gates, power_of_two=power_of_two)
         ctx.save_for_backward(kept.payload, kept.scale, gates, group_ends)
+        ctx.gradient = gradient
 
         # Only for a probe: the activation itself is never made.
         def activation(rows: Tensor) -> Tensor:
@@ -216,7 +213,7 @@ class _Fp8SwigluLinear(torch.autograd.Function):
         return _fprop(ctx, hq, activation, weight, group_ends, power_of_two=power_of_two, dtype=gate_up.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         payload, scale, gates, group_ends = ctx.saved_tensors
         power_of_two: bool = ctx.power_of_two
         kept = Quantized(payload, scale)
@@ -227,9 +224,14 @@ class _Fp8SwigluLinear(torch.autograd.Function):
             return swiglu_quantize_transposed(kept, gates, dtype=dtype, power_of_two=power_of_two)  # [inter, rows]
 
         dh = _dgrad_and_push_wgrad(ctx, dy, group_ends, activation)
+        if ctx.gradient is not None:
+            by_row, by_channel, nan = swiglu_backward_quantize_both(kept, None, dh, power_of_two=power_of_two)
+            ctx.gradient.put(Fp8Gradient(by_row, by_channel, partial(_differentiated_rows, kept, None, dh)))
+            # The upper half of an FP32 NaN is a BF16 NaN.
+            return nan.view(dtype)[-1:].expand(payload.shape), None, None, None, None, None
         if gates is None:
-            return swiglu_backward_kept(kept, dh), None, None, None, None
-        return *gated_swiglu_backward_kept(kept, gates, dh), None, None, None
+            return swiglu_backward_kept(kept, dh), None, None, None, None, None
+        return *gated_swiglu_backward_kept(kept, gates, dh), None, None, None, None
 
 
 class _Fp8Experts(torch.autograd.Function):
@@ -241,15 +243,9 @@ class _Fp8Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        carrier: Tensor,
-        gates: Tensor,
-        gate_up_weight: Tensor,
-        down_weight: Tensor,
-        x: CarriedTiles,
-        dispatched: Dispatched,
-        power_of_two: bool,
-    ) -> Tensor:
+        ctx: Any, carrier: Tensor, gates: Tensor, gate_up_weight: Tensor, down_weight: Tensor, x: CarriedTiles,
+        dispatched: Dispatched, power_of_two: bool,
+    ) -> Tensor:  # fmt: skip
         tokens, grouping = x.tiles, dispatched.grouping
         slots, ends, topk = grouping.slot_of_row, grouping.group_ends, grouping.topk
         ctx.gate_up, ctx.down, ctx.gradient = SimpleNamespace(), SimpleNamespace(), dispatched.gradient
@@ -296,7 +292,7 @@ class _Fp8Experts(torch.autograd.Function):
 
 
 def _gather_gradient(
-    dy: Tensor, arrived: GradientTiles | None, slots: Tensor, topk: int, *, power_of_two: bool
+    dy: Tensor, arrived: GradientTiles[Quantized] | None, slots: Tensor, topk: int, *, power_of_two: bool
 ) -> Fp8Gradient:
     """The gradient of each row: of dy [tokens, hidden], or of what has arrived in its place."""
     if arrived is None:
@@ -320,10 +316,12 @@ def _activated_rows(gate_up: Tensor, gates: Tensor, rows: Tensor) -> Tensor:
     return gated_swiglu(gate_up.index_select(0, rows), gates.index_select(0, rows))
 
 
-def _differentiated_rows(kept: Quantized, gates: Tensor, dh: Tensor, rows: Tensor) -> Tensor:
+def _differentiated_rows(kept: Quantized, gates: Tensor | None, dh: Tensor, rows: Tensor) -> Tensor:
     """Some rows of the gradient of SwiGLU's input before quantisation: for a probe."""
-    taken = rows_of_tiles(kept, rows), gates.index_select(0, rows), dh.index_select(0, rows)
-    return gated_swiglu_backward_kept(*taken)[0]
+    taken, of_output = rows_of_tiles(kept, rows), dh.index_select(0, rows)
+    if gates is None:
+        return swiglu_backward_kept(taken, of_output)
+    return gated_swiglu_backward_kept(taken, gates.index_select(0, rows), of_output)[0]
 
 
 def dequantized_rows(tiles: Quantized, dtype: torch.dtype, rows: Tensor) -> Tensor:
@@ -332,21 +330,15 @@ def dequantized_rows(tiles: Quantized, dtype: torch.dtype, rows: Tensor) -> Tens
 
 
 def _fprop(
-    ctx: Any,
-    xq: Quantized,
-    rows_of_x: probe.Rows,
-    weight: Tensor,
-    group_ends: Tensor | None,
-    *,
-    power_of_two: bool,
+    ctx: Any, xq: Quantized, rows_of_x: probe.Rows, weight: Tensor, group_ends: Tensor | None, *, power_of_two: bool,
     dtype: torch.dtype,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """x @ W.T, of each group its own W; leaves on ctx what backward needs besides x. A probe asks for rows of x."""
     w = weight_fp8(weight, power_of_two=power_of_two)
     # A rank whose experts got no token has no row to show.
     watch = probe.watch(weight) if len(xq.payload) else None
     ctx.power_of_two, ctx.watch, ctx.x_sample = power_of_two, watch, None
-    keep_weight(ctx, weight)
+    deferred.keep_weight(ctx, weight)
     if watch is not None:
         ctx.x_sample = probe.sample(rows_of_x, xq.payload, group_ends, num_blocks=watch.num_blocks)
         watch.rows("x.fprop", ctx.x_sample, xq)
@@ -365,7 +357,7 @@ def _dgrad_and_push_wgrad(
 ) -> Tensor:
     """Return dy @ W, of each group its own W; hand over dy.T @ x. x is regrouped only when wgrad runs."""
     rows = partial(dy.index_select, 0)
-    if kept_weight(ctx).requires_grad:
+    if deferred.kept_weight(ctx).requires_grad:
         gradient = Fp8Gradient(*quantize_tiles_both(dy, power_of_two=ctx.power_of_two), rows)
     else:
         gradient = Fp8Gradient(quantize_tiles(dy, power_of_two=ctx.power_of_two), None, rows)
@@ -379,7 +371,7 @@ def _multiply(
     input_by_channel: Callable[[], Quantized],
     dtype: torch.dtype,
 ) -> Tensor:
-    weight, dyq, dyq_t = kept_weight(call), gradient.by_row, gradient.by_channel
+    weight, dyq, dyq_t = deferred.kept_weight(call), gradient.by_row, gradient.by_channel
     watch: probe.Watch | None = call.watch
     x_sample: probe.Sample | None = call.x_sample
     w = weight_fp8(weight, power_of_two=call.power_of_two).transposed_blocks()
@@ -450,9 +442,14 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def fp8_linear(x: LinearInput, weight: Tensor, *, power_of_two: bool) -> Tensor:
-    """x @ weight.T with all three GEMMs in FP8; of tiles, bit-equal, where the operation before has quantised."""
-    return _fp8_linear(x, weight, None, power_of_two=power_of_two, x_is_kept=False)
+def fp8_linear(
+    x: LinearInput, weight: Tensor, *, power_of_two: bool, gradient: GradientTiles[Fp8Gradient] | None = None
+) -> Tensor:
+    """x @ weight.T with all three GEMMs in FP8; of tiles, bit-equal, where the operation before has quantised.
+
+    With `gradient` its only reader is an `fp8_swiglu_linear`, which leaves the gradient there.
+    """
+    return _fp8_linear(x, weight, None, power_of_two=power_of_two, x_is_kept=False, gradient=gradient)
 
 
 def fp8_linear_of_kept(x: Tensor, weight: Tensor, *, power_of_two: bool) -> Tensor:
@@ -464,24 +461,26 @@ def fp8_linear_of_kept(x: Tensor, weight: Tensor, *, power_of_two: bool) -> Tens
 
 
 def _fp8_linear(
-    x: LinearInput, weight: Tensor, group_ends: Tensor | None, *, power_of_two: bool, x_is_kept: bool
-) -> Tensor:
+    x: LinearInput, weight: Tensor, group_ends: Tensor | None, *, power_of_two: bool, x_is_kept: bool,
+    gradient: GradientTiles[Fp8Gradient] | None = None,
+) -> Tensor:  # fmt: skip
     _check_features(x, weight, grouped=group_ends is not None)
     x = carried(x, power_of_two=power_of_two) if isinstance(x, Tensor) else x
     carrier = x.carrier.flatten(0, -2)
     if isinstance(x, _PartTiles):
         y: Tensor = _fprop(x.call, x.tiles, x.rows, weight, group_ends, power_of_two=power_of_two, dtype=carrier.dtype)
     else:
-        kept: tuple[Tensor, ...] = (x.tiles.payload, x.tiles.scale)
-        by_channel: Callable[..., Quantized] = partial(_regrouped, power_of_two=power_of_two)
         if x_is_kept:
             # dW sees x rounded once.
-            kept, by_channel = (carrier.detach(),), partial(quantize_tiles_transposed, power_of_two=power_of_two)
+            again: Callable[..., Quantized] = partial(quantize_tiles_transposed, power_of_two=power_of_two)
+            kept = _KeptInput((carrier.detach(),), again)
         elif isinstance(x, NormedTiles):
-            kept, by_channel = x.norm.tensors, x.norm.again.tiles
+            kept = _KeptInput(x.norm.tensors, x.norm.again.tiles)
             if weight.requires_grad:
                 x.norm.again.reads_tiles()
-        y = _Fp8Linear.apply(carrier, x, weight, group_ends, power_of_two, kept, by_channel)  # type: ignore[no-untyped-call]
+        else:
+            kept = _KeptInput((x.tiles.payload, x.tiles.scale), partial(_regrouped, power_of_two=power_of_two))
+        y = _Fp8Linear.apply(carrier, x, weight, group_ends, power_of_two, kept, gradient)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[-2])
 
 
@@ -500,13 +499,16 @@ def grouped_fp8_linear(x: Tensor, weight: Tensor, group_ends: Tensor, *, power_o
     return _fp8_linear(x, weight, group_ends, power_of_two=power_of_two, x_is_kept=False)
 
 
-def fp8_swiglu_linear(gate_up: Tensor, weight: Tensor, *, power_of_two: bool) -> Tensor:
+def fp8_swiglu_linear(
+    gate_up: Tensor, weight: Tensor, *, power_of_two: bool, gradient: GradientTiles[Fp8Gradient] | None = None
+) -> Tensor:
     """fp8_linear(swiglu(gate_up), weight), keeping only gate_up, [..., 2 * inter] gate first, in FP8 (§3.3.3).
 
-    The same bits as the two calls; gradients see gate_up rounded to E4M3.
+    The same bits as the two calls; gradients see gate_up rounded to E4M3. With `gradient` that of gate_up is left
+    there, quantised both ways, for the `fp8_linear` that made gate_up; autograd gets a NaN.
     """
     _check_features(gate_up[..., : gate_up.shape[-1] // 2], weight, grouped=False)
-    y: Tensor = _Fp8SwigluLinear.apply(gate_up.flatten(0, -2), None, weight, None, power_of_two)  # type: ignore[no-untyped-call]
+    y: Tensor = _Fp8SwigluLinear.apply(gate_up.flatten(0, -2), None, weight, None, power_of_two, gradient)  # type: ignore[no-untyped-call]
     return y.view(*gate_up.shape[:-1], weight.shape[0])
 
 
@@ -515,7 +517,7 @@ def grouped_fp8_swiglu_linear(
 ) -> Tensor:
     """`fp8_swiglu_linear` of `gated_swiglu(gate_up, gates)` for every expert; gates [rows] fp32 are kept too."""
     _check_features(gate_up[..., : gate_up.shape[-1] // 2], weight, grouped=True)
-    return _Fp8SwigluLinear.apply(gate_up, gates, weight, group_ends, power_of_two)  # type: ignore[no-any-return, no-untyped-call]
+    return _Fp8SwigluLinear.apply(gate_up, gates, weight, group_ends, power_of_two, None)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def fp8_experts(dispatched: Dispatched, gate_up_weight: Tensor, down_weight: Tensor, *, power_of_two: bool) -> Tensor:

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.deferred import kept_weight
 from kernels.formats import TILE, Quantized, empty_tiles
 from kernels.fp8_linear import Fp8Call, Fp8Gradient, LinearInput
 from kernels.operators import operator
 from kernels.quantize import quantize_tiles_both, quantize_tiles_both_reference
-from kernels.rmsnorm import norm_backward, norm_for_linear
+from kernels.rmsnorm import differentiate, norm_for_linear
 from kernels.rope import rotate
 
 
@@ -144,14 +145,9 @@ class _LatentsToHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        latents: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        sizes: HeadSizes,
-        ups: tuple[UpProjection | None, UpProjection],
-        *_: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, latents: Tensor, cos: Tensor, sin: Tensor, sizes: HeadSizes,
+        ups: tuple[UpProjection | None, UpProjection], *_: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         kv_rank = len(ups[1].gain)
         ctx.widths = (latents.shape[1] - kv_rank - sizes.rope, kv_rank, sizes.rope)
         q_latent, kv_latent, k_rope = latents.split(ctx.widths, dim=1)
@@ -167,7 +163,7 @@ class _LatentsToHeads(torch.autograd.Function):
             x.norm.again.reads_tiles()
             ctx.calls.append(call)
             ctx.again.append(x.norm.again)
-            kept += [up.gain, x.norm.rstd]
+            kept.append(x.norm.rstd)
         q, kv = (each.view(len(latents), sizes.num_heads, -1) for each in products)
         # In place inside a Function: autograd sees q turned only.
         k = heads_forward(q, kv, k_rope, cos, sin)
@@ -178,7 +174,7 @@ class _LatentsToHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dq, dk, dv = grads
-        latents, cos, sin, *kept = ctx.saved_tensors
+        latents, cos, sin, *rstds = ctx.saved_tensors
         sizes: HeadSizes = ctx.sizes
         d_latents = torch.empty_like(latents, memory_format=torch.contiguous_format)
         xs, outs = latents.split(ctx.widths, dim=1), d_latents.split(ctx.widths, dim=1)
@@ -187,13 +183,11 @@ class _LatentsToHeads(torch.autograd.Function):
         if len(ctx.calls) == 1:
             turn_back(dq, cos, sin, outs[0])
             of_parameters += [None, None]
-        for nth, (call, again) in enumerate(zip(ctx.calls, ctx.again, strict=True), start=2 - len(ctx.calls)):
-            gain, rstd = kept[:2]
-            del kept[:2]
-            by_channel = partial(again.tiles, xs[nth], gain, rstd)
+        norms = zip(ctx.calls, ctx.again, rstds, strict=True)
+        for nth, (call, again, rstd) in enumerate(norms, start=2 - len(ctx.calls)):
+            by_channel = partial(again.tiles, xs[nth], rstd)
             d_normed = call.backward(makes[nth](call.weight.requires_grad), by_channel, latents.dtype)
-            d_gain = norm_backward(d_normed, None, None, None, xs[nth], gain, rstd, outs[nth])
-            of_parameters += [d_gain, None]
+            of_parameters += [differentiate([d_normed], None, xs[nth], kept_weight(again), rstd, outs[nth]), None]
         rope_key_backward(dk, cos, sin, outs[2])
         return d_latents, None, None, None, None, *of_parameters
 

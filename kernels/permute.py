@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.formats import TILE, CarriedTiles, GradientTiles
+from kernels.formats import TILE, CarriedTiles, GradientTiles, Quantized
 from kernels.operators import operator
 from kernels.router import expert_counts
 
@@ -47,7 +47,7 @@ class Dispatched:
     gates: Tensor  # [rows] fp32, the router's gate of each row; 0 in padding rows
     grouping: Grouping  # of these tokens
     # Where the dispatcher leaves the gradient of the experts' sums, if it arrives in tiles.
-    gradient: GradientTiles | None
+    gradient: GradientTiles[Quantized] | None
     handle: object  # what the same dispatcher needs to bring the results home; opaque to others
 
 

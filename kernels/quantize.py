@@ -195,7 +195,7 @@ class _Dequantize(torch.autograd.Function):
 
 class _DequantizeGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, gradient: GradientTiles) -> Tensor:
+    def forward(ctx: Any, y: Tensor, gradient: GradientTiles[Quantized]) -> Tensor:
         ctx.gradient = gradient
         return y.view_as(y)
 
@@ -209,7 +209,7 @@ def dequantize_carried(x: CarriedTiles) -> Tensor:
     return _Dequantize.apply(x.carrier, x.tiles)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def dequantize_gradient(y: Tensor, gradient: GradientTiles) -> Tensor:
+def dequantize_gradient(y: Tensor, gradient: GradientTiles[Quantized]) -> Tensor:
     """y [rows, cols] for a reader that leaves y's gradient in tiles; whoever made y gets numbers."""
     return _DequantizeGradient.apply(y, gradient)  # type: ignore[no-any-return, no-untyped-call]
 

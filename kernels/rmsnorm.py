@@ -17,12 +17,14 @@ Shapes: x, delta, y [..., dim], in operators [rows, dim]; weight [dim]; dim may 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from kernels.deferred import accumulate_product, keep_weight, kept_weight
 from kernels.formats import CarriedTiles, Quantized, empty_tiles
 from kernels.operators import operator
 from kernels.quantize import quantize_tiles_reference, requantize_transposed_reference
@@ -92,16 +94,10 @@ def norm_again_reference(
 
 
 def norm_backward_reference(
-    dy: Tensor,
-    dy1: Tensor | None,
-    dy2: Tensor | None,
-    d_sum: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
+    dy: Tensor, dy1: Tensor | None, dy2: Tensor | None, d_sum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor,
     out: Tensor,
-) -> Tensor:
-    """The gradient of sum, and with it of x and delta, into `out`; returns that of the weight.
+) -> Tensor:  # fmt: skip
+    """The gradient of sum, and with it of x and delta, into `out`; returns parts of the weight's, [parts, dim].
 
     Args:
         dy, dy1, dy2: [rows, dim], of each reader of y; added in this order, each sum rounded.
@@ -115,11 +111,16 @@ def norm_backward_reference(
     wide_weight, grad_y, root = weight.to(rstd.dtype), dy.to(rstd.dtype), rstd[:, None]
     norm = x.to(rstd.dtype) * root  # [rows, dim]
     products = grad_y * norm
-    grad_weight = products.sum(0)  # [dim]
+    parts = products.sum(0, keepdim=True)  # [1, dim]; as many as a GPU has programs
     projection = (products @ wide_weight / weight.numel())[:, None]  # [rows, 1]
     grad = (torch.addcmul(grad_y * wide_weight, norm, projection, value=-1) * root).to(x.dtype)
     out.copy_(grad if d_sum is None else grad + d_sum)
-    return grad_weight.to(weight.dtype)
+    return parts
+
+
+def norm_gain_gradient_reference(parts: Tensor, out: Tensor, dtype: torch.dtype, accumulate: bool) -> None:
+    """The sum of parts [parts, dim], rounded to `dtype`, into `out` [dim] of any dtype, or added to it."""
+    (out.add_ if accumulate else out.copy_)(parts.sum(0).to(dtype))
 
 
 def _allocate(
@@ -146,10 +147,34 @@ norm_again = operator("norm_again", norm_again_reference, fake=_allocate_again, 
 norm_backward = operator(
     "norm_backward",
     norm_backward_reference,
-    fake=lambda dy, dy1, dy2, d_sum, x, weight, *_: weight.new_empty(weight.shape),
+    fake=lambda dy, dy1, dy2, d_sum, x, weight, rstd, out: rstd.new_empty(1, len(weight)),
     gpu="rmsnorm",
     mutates=("out",),
 )
+norm_gain_gradient = operator(
+    "norm_gain_gradient", norm_gain_gradient_reference, fake=lambda *_: None, gpu="rmsnorm", mutates=("out",)
+)
+
+
+def differentiate(
+    dys: Sequence[Tensor], d_sum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, out: Tensor
+) -> Tensor | None:
+    """`norm_backward` of one to three gradients `dys`, and the weight's straight into its `main_grad`.
+
+    Args:
+        weight: [dim], the parameter itself.
+    Returns:
+        The weight's gradient, for autograd, where there is no `main_grad`.
+    """
+    dy, dy1, dy2 = (*dys, None, None)[:MAX_READERS]
+    assert dy is not None
+    parts = norm_backward(dy, dy1, dy2, d_sum, x, weight.detach(), rstd, out)
+    if weight.requires_grad and getattr(weight, "main_grad", None) is not None:
+        accumulate_product(weight, lambda into, accumulate: norm_gain_gradient(parts, into, weight.dtype, accumulate))
+        return None
+    d_weight = torch.empty_like(weight, requires_grad=False)
+    norm_gain_gradient(parts, d_weight, weight.dtype, False)
+    return d_weight
 
 
 class NormAgain:
@@ -159,7 +184,8 @@ class NormAgain:
     reader of each kind takes it away. Readers keep `KeptNorm.tensors` themselves, so that autograd lets go of them.
     """
 
-    def __init__(self, power_of_two: bool) -> None:
+    def __init__(self, weight: Tensor, power_of_two: bool) -> None:
+        keep_weight(self, weight)
         self._power_of_two = power_of_two
         self._readers, self._left = Counter[str](), Counter[str]()
         self._made: dict[str, Any] = {}
@@ -172,22 +198,22 @@ class NormAgain:
         """In forward: there is one more reader of `numbers`."""
         self._readers["numbers"] += 1
 
-    def tiles(self, total: Tensor, weight: Tensor, rstd: Tensor) -> Quantized:
+    def tiles(self, total: Tensor, rstd: Tensor) -> Quantized:
         """The tiles of forward regrouped as 128x1, payload [dim, rows]: for wgrad."""
-        found: Quantized = self._take("tiles", total, weight, rstd)
+        found: Quantized = self._take("tiles", total, rstd)
         return found
 
-    def numbers(self, total: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    def numbers(self, total: Tensor, rstd: Tensor) -> Tensor:
         """y, [rows, dim]."""
-        found: Tensor = self._take("numbers", total, weight, rstd)
+        found: Tensor = self._take("numbers", total, rstd)
         return found
 
-    def _take(self, kind: Literal["tiles", "numbers"], total: Tensor, weight: Tensor, rstd: Tensor) -> Any:
+    def _take(self, kind: Literal["tiles", "numbers"], total: Tensor, rstd: Tensor) -> Any:
         assert self._readers[kind], f"no reader of {kind} was announced in forward"
         if not self._left[kind]:
             self._left = self._readers.copy()
             quantized, plain = self._readers["tiles"] > 0, self._readers["numbers"] > 0
-            flat = total.flatten(0, -2)
+            flat, weight = total.flatten(0, -2), kept_weight(self).detach()
             payload, scale, y = norm_again(flat, weight, rstd, self._power_of_two, quantized, plain)
             self._made = {"tiles": Quantized(payload, scale), "numbers": y}
         self._left[kind] -= 1
@@ -199,19 +225,18 @@ class KeptNorm:
     """What a norm keeps for backward, and makes its output of again."""
 
     total: Tensor  # [..., dim]
-    weight: Tensor  # [dim]
     rstd: Tensor  # [rows]
     again: NormAgain
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For a reader to keep, in the order of `NormAgain`."""
-        return self.total, self.weight, self.rstd
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """For a reader to keep and hand to `again`."""
+        return self.total, self.rstd
 
     def rows(self, rows: Tensor) -> Tensor:
         """Some rows of y, which may never have been written: for a probe."""
         total = self.total.flatten(0, -2).index_select(0, rows)
-        return normed_rows(total, self.weight, self.rstd.index_select(0, rows))
+        return normed_rows(total, kept_weight(self.again).detach(), self.rstd.index_select(0, rows))
 
 
 @dataclass(frozen=True)
@@ -226,21 +251,16 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        delta: Tensor | None,
-        weight: Tensor,
-        eps: float,
-        plain: int,
-        tiles: int,
+        ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, plain: int, tiles: int,
         power_of_two: bool,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         flat = None if delta is None else delta.flatten(0, -2)
         total, y, payload, scale, rstd, nan = add_norm_quantize(
             x.flatten(0, -2), flat, weight, eps, power_of_two, tiles > 0, plain > 0
         )
         total = x if delta is None else total.view(x.shape)
-        ctx.save_for_backward(total, weight, rstd)
+        ctx.save_for_backward(total, rstd)
+        keep_weight(ctx, weight)
         ctx.has_delta = delta is not None
         ctx.mark_non_differentiable(payload, scale, rstd)
         ctx.set_materialize_grads(False)
@@ -252,7 +272,7 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        total, weight, rstd = ctx.saved_tensors
+        (total, rstd), weight = ctx.saved_tensors, kept_weight(ctx)
         d_sum = grads[0]
         # Autograd's own order: the reader that ran last in forward comes first; (a + b) + c is not a + (b + c) in BF16.
         dys = [each.flatten(0, -2) for each in reversed(grads[4:]) if each is not None]
@@ -260,24 +280,16 @@ class _AddNorm(torch.autograd.Function):
             return d_sum, d_sum if ctx.has_delta else None, None, None, None, None, None
         x = total.flatten(0, -2)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        dy, dy1, dy2 = (*dys, None, None)[:MAX_READERS]
-        assert dy is not None
-        d_weight = norm_backward(dy, dy1, dy2, None if d_sum is None else d_sum.flatten(0, -2), x, weight, rstd, dx)
+        d_weight = differentiate(dys, None if d_sum is None else d_sum.flatten(0, -2), x, weight, rstd, dx)
         # Of both summands, the same tensor: autograd adds in place only to what it alone holds.
         dx = dx.view(total.shape)
         return dx, dx if ctx.has_delta else None, d_weight, None, None, None, None
 
 
 def add_rmsnorm(
-    x: Tensor,
-    delta: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    *,
-    plain: int = 0,
-    tiles: int = 0,
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, *, plain: int = 0, tiles: int = 0,
     power_of_two: bool = False,
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[NormedTiles, ...]]:
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[NormedTiles, ...]]:  # fmt: skip
     """RMSNorm of x + delta, for up to three readers, named in the order in which they run: plain ones first.
 
     Args:
@@ -292,7 +304,7 @@ def add_rmsnorm(
     assert delta is None or delta.shape == x.shape, (x.shape, delta)
     assert 1 <= plain + tiles <= MAX_READERS, (plain, tiles)
     total, payload, scale, rstd, *readers = _AddNorm.apply(x, delta, weight, eps, plain, tiles, power_of_two)  # type: ignore[no-untyped-call]
-    norm = KeptNorm(total.detach(), weight.detach(), rstd, NormAgain(power_of_two))
+    norm = KeptNorm(total.detach(), rstd, NormAgain(weight, power_of_two))
     carried = (NormedTiles(carrier, Quantized(payload, scale), norm.rows, norm) for carrier in readers[plain:])
     return total, tuple(readers[:plain]), tuple(carried)
 
@@ -300,7 +312,7 @@ def add_rmsnorm(
 def norm_for_linear(x: Tensor, weight: Tensor, eps: float, *, power_of_two: bool) -> NormedTiles:
     """RMSNorm of x [rows, dim] in tiles for one reader, for a Function: not differentiable."""
     _, _, payload, scale, rstd, nan = add_norm_quantize(x, None, weight, eps, power_of_two, True, False)
-    norm = KeptNorm(x, weight, rstd, NormAgain(power_of_two))
+    norm = KeptNorm(x, rstd, NormAgain(weight, power_of_two))
     return NormedTiles(nan.view(x.dtype)[-1:].expand(x.shape), Quantized(payload, scale), norm.rows, norm)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kernels import deferred
-from kernels.fp8_linear import keep_weight, kept_weight
+from kernels.deferred import keep_weight, kept_weight
 from kernels.operators import operator
 from kernels.rmsnorm import KeptNorm, NormAgain
 

@@ -108,9 +108,10 @@ def gated_swiglu_backward_kept_reference(
 def swiglu_backward_quantize_both_reference(
     payload: Tensor, scale: Tensor, gates: Tensor | None, dh: Tensor, power_of_two: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients, quantised. Same arguments as `swiglu_backward_quantize_both`; without gates d_gates is empty."""
+    """Gradients, quantised. Same arguments as `swiglu_backward_quantize_both`; without gates d_gates is a NaN [1]."""
     if gates is None:
-        d_gate_up, d_gates = swiglu_backward_kept_reference(payload, scale, dh), dh.new_empty(0, dtype=_wide(dh.dtype))
+        d_gates = dh.new_full((1,), float("nan"), dtype=_wide(dh.dtype))
+        d_gate_up = swiglu_backward_kept_reference(payload, scale, dh)
     else:
         d_gate_up, d_gates = gated_swiglu_backward_kept_reference(payload, scale, gates, dh)
     return *quantize_tiles_both_reference(d_gate_up, power_of_two), d_gates
@@ -140,7 +141,7 @@ def _allocate_gated_gradients_kept(payload: Tensor, scale: Tensor, gates: Tensor
 def _allocate_gradients_both(
     payload: Tensor, scale: Tensor, gates: Tensor | None, dh: Tensor, power_of_two: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    d_gates = dh.new_empty(0 if gates is None else len(gates), dtype=_wide(dh.dtype))
+    d_gates = dh.new_empty(1 if gates is None else len(gates), dtype=_wide(dh.dtype))
     return *empty_tiles(dh, *payload.shape), *empty_tiles(dh, *payload.shape[::-1]), d_gates
 
 
@@ -240,9 +241,12 @@ def gated_swiglu_backward_kept(kept: Quantized, gates: Tensor, dh: Tensor) -> tu
 
 def swiglu_backward_quantize_both(
     kept: Quantized, gates: Tensor | None, dh: Tensor, *, power_of_two: bool
-) -> tuple[Quantized, Quantized, Tensor | None]:
-    """The gradient of gate_up, never written in dh's dtype, in 1x128 and in 128x1 tiles; that of the gates, fp32."""
+) -> tuple[Quantized, Quantized, Tensor]:
+    """The gradient of gate_up, never written in dh's dtype, in 1x128 and in 128x1 tiles; that of the gates, fp32.
+
+    Without gates the last is one NaN [1], of which a carrier is made.
+    """
     payload, scale, payload_t, scale_t, d_gates = _swiglu_backward_quantize_both(
         kept.payload, kept.scale, gates, dh, power_of_two
     )
-    return Quantized(payload, scale), Quantized(payload_t, scale_t), None if gates is None else d_gates
+    return Quantized(payload, scale), Quantized(payload_t, scale_t), d_gates

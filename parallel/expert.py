@@ -148,7 +148,7 @@ class _Dispatch(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, sums: Tensor, plan: DispatchPlan, gradient: GradientTiles | None) -> Tensor:
+    def forward(ctx: Any, sums: Tensor, plan: DispatchPlan, gradient: GradientTiles[Quantized] | None) -> Tensor:
         ctx.plan, ctx.gradient, ctx.received = plan, gradient, len(sums)
         return plan.to_tokens(sums)
 

@@ -148,9 +148,8 @@ class GradientBuckets:
         plans = plan_buckets(sizes, shards=axis.size, bucket_bytes=bucket_bytes)
         self._buckets = [*map(self._bucket, plans, self.allocate(plans))]
         self._shards = {shard.name: shard for bucket in self._buckets for shard in self._cut(bucket)}
-        # Two roads lead into `main_grad`. Matrices (linears, router, embedding) are added in FP32 by the wgrad closures
-        # (`kernels.deferred.accumulate_grad`). Norm gains come out of autograd as `.grad`; this hook moves it over as
-        # soon as autograd has finished the tensor.
+        # The model's kernels write and add to `main_grad` themselves (`kernels.deferred`). What autograd makes of any
+        # other parameter as `.grad`, this hook moves over as soon as autograd has finished the tensor.
         for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(_move_into_main_grad)
 

@@ -46,24 +46,10 @@ def _of_each_head(x, HEADS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "positions"])
 def _heads_forward_kernel(
-    q_ptr,
-    kv_ptr,
-    k_rope_ptr,
-    k_ptr,
-    cos_ptr,
-    sin_ptr,
-    tokens,
-    positions,
-    heads,
-    k_rope_stride,
-    NOPE: tl.constexpr,
-    ROPE: tl.constexpr,
-    V: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    NOPE_WIDE: tl.constexpr,
+    q_ptr, kv_ptr, k_rope_ptr, k_ptr, cos_ptr, sin_ptr, tokens, positions, heads, k_rope_stride, NOPE: tl.constexpr,
+    ROPE: tl.constexpr, V: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, NOPE_WIDE: tl.constexpr,
     ROPE_WIDE: tl.constexpr,
-):
+):  # fmt: skip
     """q_ptr: the first rotary dim. NOPE_WIDE and ROPE_WIDE: the next powers of two."""
     DTYPE: tl.constexpr = k_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -89,23 +75,9 @@ def _heads_forward_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "positions"])
 def _turn_back_kernel(
-    dq_ptr,
-    out_ptr,
-    cos_ptr,
-    sin_ptr,
-    tokens,
-    positions,
-    heads,
-    q_token,
-    q_head,
-    out_token,
-    NOPE: tl.constexpr,
-    ROPE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    NOPE_WIDE: tl.constexpr,
-    ROPE_WIDE: tl.constexpr,
-):
+    dq_ptr, out_ptr, cos_ptr, sin_ptr, tokens, positions, heads, q_token, q_head, out_token, NOPE: tl.constexpr,
+    ROPE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, NOPE_WIDE: tl.constexpr, ROPE_WIDE: tl.constexpr,
+):  # fmt: skip
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     pair, rope, nope = tl.arange(0, ROPE_WIDE // 2), tl.arange(0, ROPE_WIDE)[None, :], tl.arange(0, NOPE_WIDE)[None, :]
@@ -127,21 +99,9 @@ def _turn_back_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "positions"])
 def _rope_key_backward_kernel(
-    dk_ptr,
-    out_ptr,
-    cos_ptr,
-    sin_ptr,
-    tokens,
-    positions,
-    heads,
-    k_token,
-    k_head,
-    out_token,
-    ROPE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    ROPE_WIDE: tl.constexpr,
-):
+    dk_ptr, out_ptr, cos_ptr, sin_ptr, tokens, positions, heads, k_token, k_head, out_token, ROPE: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, ROPE_WIDE: tl.constexpr,
+):  # fmt: skip
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     rope, pair = tl.arange(0, ROPE_WIDE), tl.arange(0, ROPE_WIDE // 2)
@@ -162,19 +122,9 @@ def _rope_key_backward_kernel(
 
 @triton.jit
 def _load_turned_back(
-    dq_ptr,
-    cos_ptr,
-    sin_ptr,
-    row,
-    first_col,
-    rows,
-    positions,
-    q_token,
-    q_head,
-    NOPE: tl.constexpr,
-    ROPE: tl.constexpr,
+    dq_ptr, cos_ptr, sin_ptr, row, first_col, rows, positions, q_token, q_head, NOPE: tl.constexpr, ROPE: tl.constexpr,
     COLS: tl.constexpr,
-):
+):  # fmt: skip
     """[rows, COLS] of q_b_proj's gradient. COLS divides 64, hence a head's plain and its rotary dims: of one kind."""
     DTYPE: tl.constexpr = dq_ptr.dtype.element_ty
     head = (first_col // (NOPE + ROPE)).to(tl.int64)
@@ -194,24 +144,9 @@ def _load_turned_back(
 
 @triton.jit(do_not_specialize=["positions"])
 def _turn_back_quantize_both_kernel(
-    dq_ptr,
-    cos_ptr,
-    sin_ptr,
-    payload_ptr,
-    scale_ptr,
-    payload_t_ptr,
-    scale_t_ptr,
-    rows,
-    cols,
-    positions,
-    q_token,
-    q_head,
-    POWER_OF_TWO: tl.constexpr,
-    NOPE: tl.constexpr,
-    ROPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    dq_ptr, cos_ptr, sin_ptr, payload_ptr, scale_ptr, payload_t_ptr, scale_t_ptr, rows, cols, positions, q_token,
+    q_head, POWER_OF_TWO: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     """A 128x128 square, as `quantize_tiles_both`; a 1x128 tile is joined of two halves, each within one head."""
     first_row = tl.program_id(0).to(tl.int64) * 128
     first_col = tl.program_id(1) * 128
@@ -235,22 +170,9 @@ def _turn_back_quantize_both_kernel(
 
 @triton.jit
 def _heads_quantize_both_kernel(
-    dk_ptr,
-    dv_ptr,
-    payload_ptr,
-    scale_ptr,
-    payload_t_ptr,
-    scale_t_ptr,
-    rows,
-    cols,
-    k_token,
-    k_head,
-    v_token,
-    v_head,
-    POWER_OF_TWO: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    dk_ptr, dv_ptr, payload_ptr, scale_ptr, payload_t_ptr, scale_t_ptr, rows, cols, k_token, k_head, v_token, v_head,
+    POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     """nope = v = 128: an even tile of kv_b_proj's gradient is of one head's key, an odd one of its value."""
     first_row = tl.program_id(0).to(tl.int64) * 128
     tile = tl.program_id(1)

@@ -48,23 +48,9 @@ def _rounded(x, DTYPE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "eps"])
 def _add_norm_quantize_kernel(
-    x_ptr,
-    delta_ptr,
-    weight_ptr,
-    sum_ptr,
-    y_ptr,
-    payload_ptr,
-    scale_ptr,
-    rstd_ptr,
-    nan_ptr,
-    rows,
-    cols,
-    x_stride,
-    eps,
-    POWER_OF_TWO: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    x_ptr, delta_ptr, weight_ptr, sum_ptr, y_ptr, payload_ptr, scale_ptr, rstd_ptr, nan_ptr, rows, cols, x_stride, eps,
+    POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     """delta_ptr and sum_ptr, y_ptr, payload_ptr and scale_ptr may be None. COLS is a power of two, at least 128."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -119,23 +105,9 @@ def _norm_again_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_backward_kernel(
-    dy_ptr,
-    dy1_ptr,
-    dy2_ptr,
-    d_sum_ptr,
-    x_ptr,
-    weight_ptr,
-    rstd_ptr,
-    dx_ptr,
-    parts_ptr,
-    rows,
-    cols,
-    x_stride,
-    dx_stride,
-    STEPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    dy_ptr, dy1_ptr, dy2_ptr, d_sum_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, parts_ptr, rows, cols, x_stride,
+    dx_stride, STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     """dy1_ptr, dy2_ptr and d_sum_ptr may be None; parts is [programs, cols]."""
     DTYPE: tl.constexpr = dx_ptr.dtype.element_ty
     col = tl.arange(0, COLS)
@@ -166,14 +138,23 @@ def _norm_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _sum_parts_kernel(parts_ptr, out_ptr, parts, cols, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
+def _sum_parts_kernel(
+    parts_ptr, out_ptr, parts, cols, ROUND: tl.constexpr, ACCUMULATE: tl.constexpr, PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROUND: to BF16, before it is added."""
     col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((PARTS, COLUMNS), tl.float32)
     for first in range(0, parts, PARTS):
         part = first + tl.arange(0, PARTS)
         inside = (part < parts)[:, None] & (col < cols)[None, :]
         total += tl.load(parts_ptr + part[:, None].to(tl.int64) * cols + col[None, :], mask=inside, other=0.0)
-    tl.store(out_ptr + col, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=col < cols)
+    found = tl.sum(total, axis=0)
+    if ROUND:
+        found = _rounded(found, tl.bfloat16)
+    if ACCUMULATE:
+        found += tl.load(out_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
+    tl.store(out_ptr + col, found.to(out_ptr.dtype.element_ty), mask=col < cols)
 
 
 def _width(cols: int) -> int:
@@ -197,23 +178,10 @@ def add_norm_quantize(
         width = _width(cols)
         height = max(1, ELEMENTS // width)
         _add_norm_quantize_kernel[(triton.cdiv(rows, height),)](
-            x,
-            delta,
-            weight,
-            None if delta is None else total,
-            y if plain else None,
-            *((payload, scale) if quantized else (None, None)),
-            rstd,
-            nan,
-            rows,
-            cols,
-            x.stride(0),
-            eps,
-            power_of_two,
-            height,
-            width,
-            num_warps=WARPS,
-        )
+            x, delta, weight, None if delta is None else total, y if plain else None,
+            *((payload, scale) if quantized else (None, None)), rstd, nan, rows, cols, x.stride(0), eps, power_of_two,
+            height, width, num_warps=WARPS,
+        )  # fmt: skip
     return total, y, payload, scale, rstd, nan
 
 
@@ -234,16 +202,10 @@ def norm_again(
 
 
 def norm_backward(
-    dy: Tensor,
-    dy1: Tensor | None,
-    dy2: Tensor | None,
-    d_sum: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
+    dy: Tensor, dy1: Tensor | None, dy2: Tensor | None, d_sum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor,
     out: Tensor,
-) -> Tensor:
-    """dx [rows, cols] into `out`; returns dweight [cols]. Rows of x and out may lie at any distance."""
+) -> Tensor:  # fmt: skip
+    """dx [rows, cols] into `out`; returns parts [programs, cols] of dweight. Rows of x and out may lie apart."""
     x = x if x.stride(1) == 1 else x.contiguous()
     assert out.stride(1) == 1, out.stride()
     # A gradient may come expanded, with strides of 0.
@@ -254,12 +216,20 @@ def norm_backward(
     height = max(1, 32 * warps * ELEMENTS_OF_THREAD // width)
     steps = max(1, ROWS_OF_PROGRAM // height)
     programs = triton.cdiv(rows, height * steps)
-    if x.numel() == 0:
-        return torch.zeros_like(weight)
-    parts, d_weight = x.new_empty(programs, cols, dtype=torch.float32), torch.empty_like(weight)
-    _norm_backward_kernel[(programs,)](
-        *grads, x, weight, rstd, out, parts, rows, cols, x.stride(0), out.stride(0), steps, height, width,
-        num_warps=warps,
-    )  # fmt: skip
-    _sum_parts_kernel[(triton.cdiv(cols, COLUMNS),)](parts, d_weight, programs, cols, PARTS, COLUMNS, num_warps=1)
-    return d_weight
+    parts = x.new_empty(programs, cols, dtype=torch.float32)
+    if x.numel():
+        _norm_backward_kernel[(programs,)](
+            *grads, x, weight, rstd, out, parts, rows, cols, x.stride(0), out.stride(0), steps, height, width,
+            num_warps=warps,
+        )  # fmt: skip
+    return parts
+
+
+def norm_gain_gradient(parts: Tensor, out: Tensor, dtype: torch.dtype, accumulate: bool) -> None:
+    """The sum of parts [parts, cols], rounded to `dtype`, into `out` [cols], or added to it."""
+    assert out.is_contiguous()
+    num_parts, cols = parts.shape
+    if cols:
+        _sum_parts_kernel[(triton.cdiv(cols, COLUMNS),)](
+            parts, out, num_parts, cols, dtype == torch.bfloat16, accumulate, PARTS, COLUMNS, num_warps=1
+        )

@@ -210,6 +210,8 @@ def _swiglu_backward_quantize_both_kernel(
             )
     if gates_ptr is not None:
         tl.store(d_gates_ptr + square_row, total, mask=square_row < rows)
+    elif tl.program_id(0) + tl.program_id(1) == 0:
+        tl.store(d_gates_ptr, float("nan"))
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -280,22 +282,22 @@ def gated_swiglu_backward_kept(payload: Tensor, scale: Tensor, gates: Tensor, dh
 def swiglu_backward_quantize_both(
     payload: Tensor, scale: Tensor, gates: Tensor | None, dh: Tensor, power_of_two: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Payload [rows, 2 * inter] in 1x128 tiles, gradient [rows, inter] -> d_gate_up in both tiles, d_gates."""
+    """Payload [rows, 2 * inter] in 1x128 tiles, gradient [rows, inter] -> d_gate_up in both tiles, d_gates or NaN."""
     rows, inter = dh.shape
     if inter % TILE:
         d_gate_up, d_gates = _differentiate_kept(payload, scale, gates, dh)
+        d_gates = d_gates.new_full((1,), float("nan")) if gates is None else d_gates
         return *quantize_tiles_both(d_gate_up, power_of_two), d_gates
     payload, scale, gates, dh = payload.contiguous(), scale.contiguous(), _contiguous(gates), dh.contiguous()
     by_row, by_row_scale = empty_tiles(dh, rows, 2 * inter)
     by_column, by_column_scale = empty_tiles(dh, 2 * inter, rows)
-    d_gates = dh.new_empty(0 if gates is None else rows, dtype=torch.float32)
+    d_gates = dh.new_empty(1 if gates is None else rows, dtype=torch.float32)
     if dh.numel():
         span = 1 if gates is None else inter // TILE
         grid = (triton.cdiv(rows, TILE), inter // TILE // span)
         _swiglu_backward_quantize_both_kernel[grid](
-            payload, scale, gates, dh, by_row, by_row_scale, by_column, by_column_scale,
-            None if gates is None else d_gates, rows, inter, power_of_two, span, ROWS_BOTH, COLUMNS_BOTH,
-            num_warps=WARPS_BOTH, maxnreg=REGISTERS_BOTH,
+            payload, scale, gates, dh, by_row, by_row_scale, by_column, by_column_scale, d_gates, rows, inter,
+            power_of_two, span, ROWS_BOTH, COLUMNS_BOTH, num_warps=WARPS_BOTH, maxnreg=REGISTERS_BOTH,
         )  # fmt: skip
     return by_row, by_row_scale, by_column, by_column_scale, d_gates
 

@@ -253,7 +253,13 @@ CASES: dict[str, Case] = {
             torch.zeros(rows, width + 64).bfloat16()[:, :width],
         ),
         TIPPED,
-        lambda arguments, returned: (returned, arguments[-1]),
+        lambda arguments, returned: (returned.sum(0), arguments[-1]),
+    ),
+    # A sum in another order, then a BF16 rounding.
+    "norm_gain_gradient": Case(
+        lambda rows, width: (torch.randn(rows, width), torch.randn(width), torch.bfloat16, True),
+        TIPPED,
+        lambda arguments, _: (arguments[1],),
     ),
     # Of two matrices the last row of the first and all of the second but its last element.
     "range_amax": Case(lambda rows, width: (normal((rows + 1) * width - 1), (2, rows, width), (rows - 1) * width)),

@@ -146,6 +146,9 @@ CASES: dict[str, Callable[[], object]] = {
         rmsnorm.norm_backward, bf16(TOKENS, KEY), None, None, None, bf16(TOKENS, LATENTS)[:, QUERY : QUERY + KEY],
         bf16(KEY), fp32(TOKENS), bf16(TOKENS, LATENTS)[:, QUERY : QUERY + KEY],
     ),
+    "norm_gain_gradient, +=": partial(
+        rmsnorm.norm_gain_gradient, fp32(256, HIDDEN), fp32(HIDDEN), torch.bfloat16, True
+    ),
     "adamw, BF16 moments": partial(
         adamw.adamw, fp32(HIDDEN * EXPERT), fp32(HIDDEN * EXPERT), *(bf16(HIDDEN * EXPERT),) * 3, ADAMW, 3
     ),

@@ -258,6 +258,30 @@ def test_a_dense_ffn_gives_the_same_bits_and_gradients_of_fp8_accuracy(rows: int
     assert 0.02 < relative_error(main_grad(weight), exact_weight.grad) < LIMIT
 
 
+@pytest.mark.parametrize(("inter", "power_of_two"), [(256, True), (72, False)])
+def test_a_dense_ffn_hands_its_inner_gradient_on_in_tiles_to_the_same_bits(inter: int, power_of_two: bool) -> None:
+    """It is quantised where it is made, once; a probe sees the same. A second reader of it is an error."""
+    x, dy = torch.randn(129, 192).bfloat16(), torch.randn(129, 64).bfloat16()
+    results, counts = [], []
+    for gradient in (GradientTiles(), None):
+        weights, leaf, shown = (weight_of(2 * inter, 192), weight_of(64, inter)), x.clone().requires_grad_(), Shown()
+        options = {"power_of_two": power_of_two, "gradient": gradient}
+        with probe.watching(shown), OperatorCalls() as calls:
+            gate_up = fp8(leaf, weights[0], **options)
+            y = fp8_swiglu_linear(gate_up, weights[1], **options)
+            y.backward(dy)
+        results.append((y.detach(), leaf.grad, *map(main_grad, weights), shown.seen))
+        counts.append(list(calls.of("quantize_tiles_both", "swiglu_backward_quantize_both").values()))
+    (*found, found_seen), (*expected, expected_seen) = results
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert found_seen == expected_seen
+    assert counts == [[1, 1], [2, 0]]
+    options["gradient"] = GradientTiles()
+    gate_up = fp8(leaf, weights[0], **options)
+    with pytest.raises(AssertionError, match="something else reads the output of this linear"):
+        (fp8_swiglu_linear(gate_up, weights[1], **options).sum() + gate_up.sum()).backward()
+
+
 def test_experts_give_the_same_bits_and_gradients_of_fp8_accuracy_an_empty_one_included() -> None:
     rows, inter = 640, 256
     gate_up, gates, dy = torch.randn(rows, 2 * inter), torch.rand(rows), torch.randn(rows, 96)

@@ -59,7 +59,7 @@ class Layer:
         self.leaves = [x.requires_grad_() for x in (values if dims.with_latent else (*values[:2], values[3]))]
         self.latents, *rest = self.leaves
         self.gains, self.weights = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        for weight in self.weights:
+        for weight in (*self.gains, *self.weights):
             weight.main_grad = torch.zeros(weight.shape)  # type: ignore[attr-defined]
         self.tables = rope_tables(POSITIONS, dims.rope, 10000.0, yarn=None)
         self.seen: list[Tensor] = []
@@ -108,8 +108,8 @@ class Layer:
         return [torch.randn(shape, generator=generator).bfloat16().transpose(0, 1) for shape in shapes]
 
     def gradients(self) -> list[Tensor]:
-        found = [*(leaf.grad for leaf in self.leaves), *(weight.main_grad for weight in self.weights)]  # type: ignore[attr-defined]
-        return [grad for grad in found if grad is not None]
+        assert all(leaf.grad is None for leaf in self.leaves[1:])
+        return [self.latents.grad, *(leaf.main_grad for leaf in self.leaves[1:])]  # type: ignore[attr-defined, list-item]
 
 
 @each_case
@@ -145,10 +145,8 @@ def test_values_are_a_view_of_the_product_and_latents_are_not_changed() -> None:
 def test_latents_and_roots_are_kept_for_backward_and_nothing_of_the_heads() -> None:
     layer, tokens = Layer(V3), SEQUENCES * POSITIONS
     kept = kept_for_backward(layer.fused)
-    expected = [layer.latents.shape, *2 * [(POSITIONS, 32)]]
-    for rank in (Q_RANK, KV_RANK):
-        expected += [(rank,), (tokens,)]
-    assert [tuple(tensor.shape) for tensor in kept] == [tuple(shape) for shape in expected]
+    expected = [tuple(layer.latents.shape), *2 * [(POSITIONS, 32)], *2 * [(tokens,)]]
+    assert [tuple(tensor.shape) for tensor in kept] == expected
 
 
 def test_weight_gradients_wait_for_their_slot_and_frozen_weights_have_none() -> None:

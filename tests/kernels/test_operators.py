@@ -128,6 +128,7 @@ CALLS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
             torch.empty(1, 300),
         ),
     ),
+    ("norm_gain_gradient", lambda: (torch.randn(3, 63), torch.randn(63), BF16, True)),
     ("heads_forward", lambda: (normal(63, 3, 28), normal(63, 3, 27), normal(63, 40)[:, 26:], *torch.rand(2, 21, 7))),
     ("turn_back", lambda: (normal(63, 3, 28), *torch.rand(2, 21, 7), normal(63, 99)[:, 15:])),
     ("rope_key_backward", lambda: (torch.randn(129, 3, 28), *torch.rand(2, 129, 7), torch.randn(129, 50)[:, 36:])),

@@ -98,12 +98,18 @@ def test_gradients_are_within_their_roundings_of_fp64_and_rounded_where_the_refe
     whole = torch.empty(rows, 128 + cols + 64, dtype=dtype)
     out, again, wanted = whole[:, 128 : 128 + cols], torch.empty(rows, cols, dtype=dtype), torch.empty(rows, cols)
     wanted = wanted.to(dtype)
-    d_weight = gpu.norm_backward(*dys, d_sum, x, weight, rstd, out)
+    parts, d_weight = gpu.norm_backward(*dys, d_sum, x, weight, rstd, out), torch.empty(cols, dtype=dtype)
+    gpu.norm_gain_gradient(parts, d_weight, dtype, accumulate=False)
     assert bool(whole[:, :128].isnan().all())
     assert bool(whole[:, 128 + cols :].isnan().all())
     if rows == 129:
-        assert_same_bits(gpu.norm_backward(*dys, d_sum, x, weight, rstd, again), d_weight)
+        assert_same_bits(gpu.norm_backward(*dys, d_sum, x, weight, rstd, again), parts)
         assert_same_bits(again, out)
+        # Added in FP32 to what was there, rounded as if it stood alone.
+        sums = torch.randn(cols)
+        expected = sums + d_weight
+        gpu.norm_gain_gradient(parts, sums, dtype, accumulate=True)
+        assert_same_bits(sums, expected)
     rmsnorm.norm_backward_reference(*dys, d_sum, x, weight, rstd, wanted)
     # A result whose FP32 value, off by some ten roundings of 2^-24, is that near to a rounding edge of BF16, in each of
     # its roundings; a rounding left out moves a quarter of them.
@@ -157,5 +163,7 @@ def test_matrices_without_rows() -> None:
     assert [tuple(t.shape) for t in found[:5]] == [(0, 512), (0, 512), (0, 512), (4, 0), (0,)]
     again = gpu.norm_again(x, weight, torch.empty(0), True, True, True)
     assert [tuple(t.shape) for t in again] == [(512, 0), (0, 512), (0, 512)]
-    d_weight = gpu.norm_backward(x, None, None, None, x, weight, torch.empty(0), torch.empty_like(x))
-    assert_same_bits(d_weight, torch.zeros(512, dtype=BF16))
+    parts, d_weight = gpu.norm_backward(x, None, None, None, x, weight, torch.empty(0), x), torch.empty(512)
+    for accumulate in (False, True):
+        gpu.norm_gain_gradient(parts, d_weight, BF16, accumulate)
+        assert_same_bits(d_weight, torch.zeros(512))

@@ -129,7 +129,7 @@ def test_gradients_quantised_both_ways_are_what_separate_kernels_give(
     *found, found_d_gates = gpu.swiglu_backward_quantize_both(*kept, gates, dh, power_of_two)
     assert_same_bits(found, quantize.quantize_tiles_both_reference(d_gate_up, power_of_two))
     if gates is None:
-        assert found_d_gates.numel() == 0
+        assert found_d_gates.isnan().tolist() == [True]
     else:
         # The same FP32 terms in another order: eight roundings of 2^-24 in each of two trees of at most 256 terms.
         h = activation(quantize.dequantize_tiles_reference(*kept, FP32), None).double()

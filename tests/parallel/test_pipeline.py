@@ -201,17 +201,18 @@ PER_MICRO_BATCH = {
     "grouped_gemm_tile_block": 2 * STACKS,
     "grouped_gemm_tile_tile": STACKS,
     # The input by row, together with the norm before it or, of a down-projection, with SwiGLU; dy by row and by
-    # column; the input by column, from what is kept of it. Experts gather what the norm has quantised, and the
-    # gradient of their sums, and quantise that of SwiGLU's input where it is made.
+    # column; the input by column, from what is kept of it. SwiGLU quantises the gradient of its input where it
+    # is made. Experts gather what the norm has quantised, and the gradient of their sums.
     "quantize_tiles": LINEARS - (DOWNS - MOE_BLOCKS) - NORMED,
     "gather_tiles": MOE_BLOCKS,
     "gather_requantize_transposed": MOE_BLOCKS,
     "gather_quantize_both": MOE_BLOCKS,
-    "swiglu_backward_quantize_both": MOE_BLOCKS,
+    "swiglu_backward_quantize_both": DOWNS,
     "add_norm_quantize": NORMS,
     "norm_backward": NORMS,
+    "norm_gain_gradient": NORMS,
     "swiglu_quantize": DOWNS,
-    "quantize_tiles_both": LINEARS,
+    "quantize_tiles_both": LINEARS - (DOWNS - MOE_BLOCKS),
     "quantize_tiles_transposed": KEPT,
     "swiglu_quantize_transposed": DOWNS,
     # From what the norm keeps.

@@ -64,7 +64,7 @@ class Recording(Precision):
     calls: list[Call] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, **_: None) -> Tensor:
         return self._remember(super().linear(x, weight), x.flatten(0, -2), weight, None)
 
     def grouped_linear(self, x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:

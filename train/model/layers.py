@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.embedding import embedding
-from kernels.fp8_linear import LinearInput
+from kernels.formats import GradientTiles
+from kernels.fp8_linear import Fp8Gradient, LinearInput
 from kernels.rmsnorm import KeptNorm, add_rmsnorm
 from train.model.config import ModelConfig
 from train.model.precision import Precision
@@ -32,11 +33,11 @@ class Linear(nn.Module):
 
 
 class NormedLinear(Linear):
-    """A linear right after a norm, which may have quantised for it."""
+    """A linear right after a norm, which may have quantised for it; with `gradient` that of its output comes there."""
 
-    def forward(self, x: LinearInput) -> Tensor:
+    def forward(self, x: LinearInput, gradient: GradientTiles[Fp8Gradient] | None = None) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        return self.precision.linear(x, self.weight)
+        return self.precision.linear(x, self.weight, gradient=gradient)
 
 
 class KeptLinear(Linear):
@@ -50,9 +51,9 @@ class KeptLinear(Linear):
 class SwigluLinear(Linear):
     """`y = swiglu(gate_up) W^T`, a down-projection; fused, because FP8 may keep `gate_up` alone for backward."""
 
-    def forward(self, gate_up: Tensor) -> Tensor:
-        """[..., 2 * in_features] -> [..., out_features]."""
-        return self.precision.swiglu_linear(gate_up, self.weight)
+    def forward(self, gate_up: Tensor, gradient: GradientTiles[Fp8Gradient] | None = None) -> Tensor:
+        """[..., 2 * in_features] -> [..., out_features]; with `gradient` that of gate_up is left there."""
+        return self.precision.swiglu_linear(gate_up, self.weight, gradient=gradient)
 
 
 class HighLinear(Linear):
@@ -125,5 +126,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x: LinearInput) -> Tensor:
         """[..., hidden] -> [..., hidden]."""
-        down: Tensor = self.down_proj(self.gate_up_proj(x))
+        gradient = self.down_proj.precision.gradient_in_tiles()
+        down: Tensor = self.down_proj(self.gate_up_proj(x, gradient), gradient)
         return down

@@ -16,7 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kernels.formats import GradientTiles
 from kernels.fp8_linear import (
+    Fp8Gradient,
     LinearInput,
     fp8_experts,
     fp8_linear,
@@ -81,10 +83,14 @@ class Precision:
         """Whether `linear` takes what a norm has quantised; Transformer Engine quantises by itself."""
         return self.name == "fp8"
 
-    def linear(self, x: LinearInput, weight: Tensor) -> Tensor:
+    def gradient_in_tiles(self) -> GradientTiles[Fp8Gradient] | None:
+        """Where a `swiglu_linear` leaves the gradient of its input for the `linear` before it; None: with autograd."""
+        return GradientTiles() if self.reads_tiles and self.cache_swiglu_input else None
+
+    def linear(self, x: LinearInput, weight: Tensor, *, gradient: GradientTiles[Fp8Gradient] | None = None) -> Tensor:
         """`x @ weight.T` by the recipe: [..., in] x [out, in] -> [..., out]."""
         if self.name == "fp8":
-            return fp8_linear(x, weight, power_of_two=self.power_of_two_scales)
+            return fp8_linear(x, weight, power_of_two=self.power_of_two_scales, gradient=gradient)
         assert isinstance(x, Tensor), "only an FP8 linear reads tiles"
         if self.name == "fp8_te":
             return te_linear(x, weight)
@@ -106,10 +112,12 @@ class Precision:
             return te_grouped_linear(x, weight, group_ends)
         return grouped_linear(x, weight, group_ends)
 
-    def swiglu_linear(self, gate_up: Tensor, weight: Tensor) -> Tensor:
+    def swiglu_linear(
+        self, gate_up: Tensor, weight: Tensor, *, gradient: GradientTiles[Fp8Gradient] | None = None
+    ) -> Tensor:
         """Down-projection of a dense FFN: [..., 2 * inter] x [out, inter] -> [..., out]."""
         if self.name == "fp8" and self.cache_swiglu_input:
-            return fp8_swiglu_linear(gate_up, weight, power_of_two=self.power_of_two_scales)
+            return fp8_swiglu_linear(gate_up, weight, power_of_two=self.power_of_two_scales, gradient=gradient)
         return self.linear(swiglu(gate_up), weight)
 
     def grouped_swiglu_linear(self, gate_up: Tensor, gates: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:

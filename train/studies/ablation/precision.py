@@ -39,7 +39,7 @@ class AblatedPrecision(Precision):
         """It quantises by itself."""
         return False
 
-    def linear(self, x: LinearInput, weight: Tensor) -> Tensor:
+    def linear(self, x: LinearInput, weight: Tensor, *, gradient: None = None) -> Tensor:  # type: ignore[override]
         """`x @ weight.T`."""
         assert isinstance(x, Tensor), "an ablation quantises by itself"
         return self.linears.linear(x, weight)
@@ -52,7 +52,7 @@ class AblatedPrecision(Precision):
         """One linear per expert."""
         return self.linears.linear(x, weight, group_ends)
 
-    def swiglu_linear(self, gate_up: Tensor, weight: Tensor) -> Tensor:
+    def swiglu_linear(self, gate_up: Tensor, weight: Tensor, *, gradient: None = None) -> Tensor:  # type: ignore[override]
         """Down-projection of a dense FFN."""
         if self.cache_swiglu_input:
             return self.linears.swiglu_linear(gate_up, None, weight)

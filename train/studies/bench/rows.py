@@ -42,7 +42,7 @@ from kernels.quantize import (
     quantize_tiles_transposed,
     requantize_transposed,
 )
-from kernels.rmsnorm import add_norm_quantize, norm_again, norm_backward, rmsnorm, rmsnorm_reference
+from kernels.rmsnorm import add_norm_quantize, norm_again, norm_backward, norm_gain_gradient, rmsnorm, rmsnorm_reference
 from kernels.rope import apply_rope, apply_rope_reference, rope_tables
 from kernels.router import route, sequence_balance
 from kernels.router_linear import router_linear
@@ -339,7 +339,7 @@ def _norm_backward(
     dy: Tensor, dy1: Tensor, dy2: Tensor, d_sum: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> Tensor:
     out = torch.empty_like(x)
-    norm_backward(dy, dy1, dy2, d_sum, x, weight, rstd, out)
+    norm_gain_gradient(norm_backward(dy, dy1, dy2, d_sum, x, weight, rstd, out), torch.empty_like(weight), BF16, False)
     return out
 
 
