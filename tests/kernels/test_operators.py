@@ -128,6 +128,8 @@ CALLS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("heads_quantize_both", lambda: (normal(129, 3, 28), normal(3, 129, 13).transpose(0, 1), 14, False)),
     ("pack_e5m6", lambda: (normal(63, 300), True)),
     ("unpack_e5m6", lambda: (*pack_e5m6(torch.randn(129, 126), power_of_two=False), BF16)),
+    ("quantize_pack", lambda: (normal(63, 300), False)),
+    ("unpack_quantize_transposed", lambda: (*pack_e5m6(torch.randn(129, 126), power_of_two=True), BF16, True)),
 ]
 # These differ on purpose (kernels/attention.py), see the test of attention below.
 FUSED_ON_GPU = {"attention", "attention_backward"}
