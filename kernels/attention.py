@@ -21,6 +21,7 @@ from kernels.operators import operator
 
 # Widths of q and v that cuDNN's kernel was measured with; where it has no plan for others, that shows as it runs.
 CUDNN_WIDTHS = ((192, 128),)
+_Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def _mask(tokens: int, document_ids: Tensor | None, like: Tensor) -> Tensor:
@@ -60,10 +61,33 @@ def _batched_gemm_backward(
     grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, probabilities: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; a fused kernel would read o, this one has the probabilities."""
+
+    def of_scores(grad_p: Tensor) -> Tensor:
+        return torch.ops.aten._softmax_backward_data(grad_p, probabilities, -1, grad_p.dtype)  # type: ignore[no-any-return]
+
+    return _gradients(grad_o, q, k, v, probabilities, scale, of_scores)
+
+
+def _batched_gemm_backward_of_output(
+    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, probabilities: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as a fused kernel has it, which takes each row's sum of p * grad_p to be that of o * grad_o."""
+    wide = torch.promote_types(o.dtype, torch.float32)
+    delta = (grad_o.to(wide) * o.to(wide)).sum(-1, keepdim=True).flatten(0, 1)  # [rows, tokens, 1]
+
+    def of_scores(grad_p: Tensor) -> Tensor:
+        return grad_p.to(wide).sub_(delta).mul_(probabilities).to(grad_p.dtype)
+
+    return _gradients(grad_o, q, k, v, probabilities, scale, of_scores)
+
+
+def _gradients(
+    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, probabilities: Tensor, scale: float,
+    of_scores: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grad_o, q3, k3, v3 = (x.flatten(0, 1) for x in (grad_o, q, k, v))  # [rows, tokens, dim]
     grad_v = torch.bmm(probabilities.mT, grad_o)
-    grad_p = torch.bmm(grad_o, v3.mT)  # [rows, tokens, tokens]
-    grad_s = torch.ops.aten._softmax_backward_data(grad_p, probabilities, -1, grad_p.dtype)
+    grad_s = of_scores(torch.bmm(grad_o, v3.mT))  # [rows, tokens, tokens]
     # beta=0: the first operand only gives the shape, its values (and NaN) are ignored.
     grad_q = torch.baddbmm(q3, grad_s, k3, beta=0, alpha=scale)
     grad_k = torch.baddbmm(k3, grad_s.mT, q3, beta=0, alpha=scale)
@@ -90,11 +114,17 @@ def _forward_flops(q: Sequence[int], k: object, v: Sequence[int], *_: object, ou
 
 
 _attention = operator("attention", _batched_gemm_forward, fake=_allocate_fused_forward, flops=_forward_flops)
-_attention_backward = operator(
-    "attention_backward",
-    _batched_gemm_backward,
-    fake=lambda dy, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
-    flops=lambda dy, *qkv, out_shape: 2 * _forward_flops(*qkv, out_shape=out_shape),
+_attention_backward, _attention_backward_of_output = (
+    operator(
+        name,
+        function,
+        fake=lambda dy, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
+        flops=lambda dy, *qkv, out_shape: 2 * _forward_flops(*qkv, out_shape=out_shape),
+    )
+    for name, function in (
+        ("attention_backward", _batched_gemm_backward),
+        ("attention_backward_of_output", _batched_gemm_backward_of_output),
+    )
 )
 
 # The core under every name it may run by: what recomputation keeps instead of running it twice.
@@ -150,16 +180,18 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, scale: float, backward: _Backward
+    ) -> Tensor:
         o, statistics = _attention(q, k, v, document_ids, scale)
         ctx.save_for_backward(q, k, v, o, statistics)
-        ctx.scale = scale
+        ctx.scale, ctx.operator = scale, backward
         return o
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v, o, statistics = ctx.saved_tensors
-        return *_attention_backward(grads[0], q, k, v, o, statistics, ctx.scale), None, None
+        return *ctx.operator(grads[0], q, k, v, o, statistics, ctx.scale), None, None, None
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_ids: Tensor | None) -> Tensor:
@@ -168,6 +200,17 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_
     `scale` is usually qk_dim ** -0.5 times YaRN's softmax factor. With `document_ids` [sequences, tokens] int64 no
     token reads another document.
     """
+    return _causal_attention(q, k, v, scale, document_ids, _attention_backward)
+
+
+def causal_attention_of_output(q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_ids: Tensor | None) -> Tensor:
+    """The same, whose backward reads o on every device: where a hook gives back another o than was saved, that one."""
+    return _causal_attention(q, k, v, scale, document_ids, _attention_backward_of_output)
+
+
+def _causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, document_ids: Tensor | None, backward: _Backward
+) -> Tensor:
     if q.is_cuda:
         return _fused(q, k, v, scale, None if document_ids is None else _mask(q.shape[-2], document_ids, q))
-    return _Attention.apply(q, k, v, document_ids, scale)  # type: ignore[no-any-return, no-untyped-call]
+    return _Attention.apply(q, k, v, document_ids, scale, backward)  # type: ignore[no-any-return, no-untyped-call]

@@ -77,7 +77,8 @@ def main(arguments: list[str]) -> int:
         source = open_weights(options.model, options.weights)
         tokenizer = tokenizer_of(source, options.tokenizer)
         first_id = source.trained_on.first_id(tokenizer.special_ids)
-        precision = replace(source.precision, name=options.precision or source.precision.name)
+        # Nothing is kept for a backward.
+        precision = replace(source.precision, name=options.precision or source.precision.name, attention_output="bf16")
         decoder = Decoder(load_model(source, precision=precision, device=device))
         if options.measure:
             store = TokenStore.open(options.measure)

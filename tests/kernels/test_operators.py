@@ -132,7 +132,7 @@ CALLS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("unpack_quantize_transposed", lambda: (*pack_e5m6(torch.randn(129, 126), power_of_two=True), BF16, True)),
 ]
 # These differ on purpose (kernels/attention.py), see the test of attention below.
-FUSED_ON_GPU = {"attention", "attention_backward"}
+FUSED_ON_GPU = {"attention", "attention_backward", "attention_backward_of_output"}
 
 
 def call(name: str, arguments: tuple[Any, ...]) -> list[Tensor]:

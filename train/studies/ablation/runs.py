@@ -106,7 +106,7 @@ def variants() -> dict[str, Variant]:
     bf16 = Precision("bf16")
 
     def fp8(name: str, change: str, ablation: Ablation | None = None, *, power_of_two: bool = True) -> Variant:
-        return Variant(name, change, AblatedPrecision("fp8", power_of_two, True, ablation or Ablation()))
+        return Variant(name, change, AblatedPrecision("fp8", power_of_two, ablation=ablation or Ablation()))
 
     def hopper(interval: int | None) -> Ablation:
         return Ablation(accumulation="hopper", promotion_interval=interval)
