@@ -461,7 +461,7 @@ ROWS: dict[str, list[Case]] = {
         lambda x: (pack_e5m6(x, power_of_two=True), quantize_tiles(x, power_of_two=True).payload)[1],
         "pack_e5m6, then quantize_tiles", tolerance=0.0, bytes=4.5 * 2048 * 512,
     ), pair(
-        "unpack_e5m6_quantize_transposed",
+        "unpack_quantize_e5m6",
         lambda device: pack_e5m6(*_activations(device), power_of_two=True),
         lambda *packed: unpack_quantize_transposed(*packed, out_dtype=BF16, power_of_two=True)[1].payload,
         lambda *packed: quantize_tiles_transposed(unpack_e5m6(*packed, out_dtype=BF16), power_of_two=True).payload,
