@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain
 from typing import Any
 
@@ -25,6 +26,7 @@ from kernels.operators import operator
 
 # Widths of q and v that cuDNN's kernel was measured with; where it has no plan for others, that shows as it runs.
 CUDNN_WIDTHS = ((192, 128),)
+_Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 # Flash's backward sums dq in FP32 over 128 rows a document more than there are tokens: 12.6 MB each with V3's heads.
@@ -99,10 +101,33 @@ def _batched_gemm_backward(
     grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, probabilities: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; a fused kernel would read o, this one has the probabilities."""
+
+    def of_scores(grad_p: Tensor) -> Tensor:
+        return torch.ops.aten._softmax_backward_data(grad_p, probabilities, -1, grad_p.dtype)  # type: ignore[no-any-return]
+
+    return _gradients(grad_o, q, k, v, probabilities, scale, of_scores)
+
+
+def _batched_gemm_backward_of_output(
+    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, probabilities: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as a fused kernel has it, which takes each row's sum of p * grad_p to be that of o * grad_o."""
+    wide = torch.promote_types(o.dtype, torch.float32)
+    delta = (grad_o.to(wide) * o.to(wide)).sum(-1, keepdim=True).flatten(0, 1)  # [rows, tokens, 1]
+
+    def of_scores(grad_p: Tensor) -> Tensor:
+        return grad_p.to(wide).sub_(delta).mul_(probabilities).to(grad_p.dtype)
+
+    return _gradients(grad_o, q, k, v, probabilities, scale, of_scores)
+
+
+def _gradients(
+    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, probabilities: Tensor, scale: float,
+    of_scores: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grad_o, q3, k3, v3 = (x.flatten(0, 1) for x in (grad_o, q, k, v))  # [rows, tokens, dim]
     grad_v = torch.bmm(probabilities.mT, grad_o)
-    grad_p = torch.bmm(grad_o, v3.mT)  # [rows, tokens, tokens]
-    grad_s = torch.ops.aten._softmax_backward_data(grad_p, probabilities, -1, grad_p.dtype)
+    grad_s = of_scores(torch.bmm(grad_o, v3.mT))  # [rows, tokens, tokens]
     # beta=0: the first operand only gives the shape, its values (and NaN) are ignored.
     grad_q = torch.baddbmm(q3, grad_s, k3, beta=0, alpha=scale)
     grad_k = torch.baddbmm(k3, grad_s.mT, q3, beta=0, alpha=scale)
@@ -127,11 +152,17 @@ def _forward_flops(q: Sequence[int], k: object, v: Sequence[int], *_: object, ou
 
 
 _attention = operator("attention", _batched_gemm_forward, fake=_allocate_fused_forward, flops=_forward_flops)
-_attention_backward = operator(
-    "attention_backward",
-    _batched_gemm_backward,
-    fake=lambda dy, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
-    flops=lambda dy, *qkv, out_shape: 2 * _forward_flops(*qkv, out_shape=out_shape),
+_attention_backward, _attention_backward_of_output = (
+    operator(
+        name,
+        function,
+        fake=lambda dy, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
+        flops=lambda dy, *qkv, out_shape: 2 * _forward_flops(*qkv, out_shape=out_shape),
+    )
+    for name, function in (
+        ("attention_backward", _batched_gemm_backward),
+        ("attention_backward_of_output", _batched_gemm_backward_of_output),
+    )
 )
 
 # The core under every name it may run by: what recomputation keeps instead of running it twice.
@@ -197,23 +228,23 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, backward: _Backward) -> Tensor:
         o, statistics = _attention(q, k, v, scale)
         ctx.save_for_backward(q, k, v, o, statistics)
-        ctx.scale = scale
+        ctx.scale, ctx.operator = scale, backward
         return o
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, o, statistics = ctx.saved_tensors
-        return *_attention_backward(grads[0], q, k, v, o, statistics, ctx.scale), None
+        return *ctx.operator(grads[0], q, k, v, o, statistics, ctx.scale), None, None
 
 
-def _alone(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _alone(q: Tensor, k: Tensor, v: Tensor, scale: float, backward: _Backward) -> Tensor:
     """Attention within each sequence as a whole."""
     if q.is_cuda:
         return _fused(q, k, v, scale)
-    return _Attention.apply(q, k, v, scale)  # type: ignore[no-any-return, no-untyped-call]
+    return _Attention.apply(q, k, v, scale, backward)  # type: ignore[no-any-return, no-untyped-call]
 
 
 # Below, q, k and v are [tokens of all sequences, heads, dim].
@@ -234,12 +265,14 @@ def _varlen_flash(q: Tensor, k: Tensor, v: Tensor, documents: Packed, scale: flo
     return (outs[0] if len(outs) == 1 else torch.cat(outs))[..., :width]
 
 
-def _one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Packed, scale: float) -> Tensor:
+def _one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, documents: Packed, scale: float, *, backward: _Backward
+) -> Tensor:  # fmt: skip
     """For dtypes and widths that flash does not take, and on a CPU: memory grows with the squares of the lengths."""
     outs = []
     for part in _cut(q, k, v, [*chain(*documents.lengths)]):
         q_part, k_part, v_part = (x.transpose(0, 1)[None] for x in part)  # [1, heads, tokens, dim]
-        outs.append(_alone(q_part, k_part, v_part, scale)[0].transpose(0, 1))
+        outs.append(_alone(q_part, k_part, v_part, scale, backward)[0].transpose(0, 1))
     return torch.cat(outs)
 
 
@@ -255,9 +288,20 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, documents
 
     `scale` is usually qk_dim ** -0.5 times YaRN's softmax factor. With `documents` no token reads another document.
     """
+    return _causal_attention(q, k, v, scale, documents, _attention_backward)
+
+
+def causal_attention_of_output(q: Tensor, k: Tensor, v: Tensor, *, scale: float, documents: Packed | None) -> Tensor:
+    """The same, whose backward reads o on every device: where a hook gives back another o than was saved, that one."""
+    return _causal_attention(q, k, v, scale, documents, _attention_backward_of_output)
+
+
+def _causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Packed | None, backward: _Backward
+) -> Tensor:
     if documents is None:
-        return _alone(q, k, v, scale)
-    attend = _varlen_flash if _flash_accepts(q, k, v) else _one_by_one
+        return _alone(q, k, v, scale, backward)
+    attend = _varlen_flash if _flash_accepts(q, k, v) else partial(_one_by_one, backward=backward)
     by_sequence = (q.shape[0], q.shape[2])
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     o: Tensor = attend(q, k, v, documents, scale).unflatten(0, by_sequence)

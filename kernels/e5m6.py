@@ -9,7 +9,10 @@ a layout or a bias; ours:
     payload  a row holds the upper 8 bits of each code, then the lower 4 bits, two to a byte, the even column low
 
 |decoded - x| <= 2^-7 |x| down to 2^-14 scale, and 2^-21 scale below; 2^-14 scale is between 2^-30 and 2^-28 of amax. A
-power-of-two scale drops the last mantissa bit of a BF16 number. Shapes: x [rows, cols], rows = tokens, may be sharded.
+power-of-two scale drops the last mantissa bit of a BF16 number.
+
+`quantize_pack` and `unpack_quantize_transposed` are what a linear needs that keeps its input so (`fp8_linear_e5m6` of
+`kernels/fp8_linear.py`): each reads once and writes both. Shapes: x [rows, cols], rows = tokens, may be sharded.
 """
 
 from __future__ import annotations
@@ -17,9 +20,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.formats import TILE, ceil_div
+from kernels.formats import TILE, Quantized, ceil_div, empty_tiles
 from kernels.operators import operator
-from kernels.quantize import scale_of
+from kernels.quantize import quantize_tiles_reference, quantize_tiles_transposed_reference, scale_of
 
 # The largest finite code: all six mantissa bits set below 2^16.
 E5M6_MAX = 65024.0
@@ -71,6 +74,19 @@ def unpack_e5m6_reference(payload: Tensor, scale: Tensor, out_dtype: torch.dtype
     return values.to(out_dtype)
 
 
+def quantize_pack_reference(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One after the other. Same arguments as `quantize_pack`; payload and scale in E4M3, then in E5M6."""
+    return *quantize_tiles_reference(x, power_of_two), *pack_e5m6_reference(x, True)
+
+
+def unpack_quantize_transposed_reference(
+    payload: Tensor, scale: Tensor, out_dtype: torch.dtype, power_of_two: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One after the other. Same arguments as `unpack_quantize_transposed`; values, then E4M3 payload and scale."""
+    values = unpack_e5m6_reference(payload, scale, out_dtype)
+    return values, *quantize_tiles_transposed_reference(values, power_of_two)
+
+
 def _allocate_payload(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     rows, cols = x.shape
     payload = x.new_empty(rows, cols // 2 * 3, dtype=torch.uint8)
@@ -82,26 +98,65 @@ def _allocate_values(payload: Tensor, scale: Tensor, out_dtype: torch.dtype) -> 
     return payload.new_empty(rows, row_bytes * 2 // 3, dtype=out_dtype)
 
 
+def _allocate_both(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *empty_tiles(x, *x.shape), *_allocate_payload(x, True)
+
+
+def _allocate_restored(
+    payload: Tensor, scale: Tensor, out_dtype: torch.dtype, power_of_two: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    values = _allocate_values(payload, scale, out_dtype)
+    return values, *empty_tiles(values, *values.shape[::-1])
+
+
 _pack = operator("pack_e5m6", pack_e5m6_reference, fake=_allocate_payload, gpu="e5m6")
 _unpack = operator("unpack_e5m6", unpack_e5m6_reference, fake=_allocate_values, gpu="e5m6")
+_quantize_pack = operator("quantize_pack", quantize_pack_reference, fake=_allocate_both, gpu="e5m6")
+_unpack_quantize_transposed = operator(
+    "unpack_quantize_transposed", unpack_quantize_transposed_reference, fake=_allocate_restored, gpu="e5m6"
+)
 
 
 def pack_e5m6(x: Tensor, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
     """x [rows, cols] -> payload [rows, cols * 3/2] uint8, scale [ceil(cols/128), rows] fp32; cols must be even."""
+    _check_columns(x)
+    return _pack(x.detach(), power_of_two)
+
+
+def quantize_pack(x: Tensor, *, power_of_two: bool) -> tuple[Quantized, tuple[Tensor, Tensor]]:
+    """`quantize_tiles` of x [rows, cols], and `pack_e5m6` of it, whose scales are powers of two in any case."""
+    _check_columns(x)
+    payload, scale, *packed = _quantize_pack(x.detach(), power_of_two)
+    return Quantized(payload, scale), (packed[0], packed[1])
+
+
+def unpack_e5m6(payload: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+    """Values of what `pack_e5m6` returned, multiplied in fp32 and rounded once: [rows, cols] in fp32 or bf16."""
+    _check_packed(payload, scale)
+    return _unpack(payload, scale, out_dtype)
+
+
+def unpack_quantize_transposed(
+    payload: Tensor, scale: Tensor, *, out_dtype: torch.dtype, power_of_two: bool
+) -> tuple[Tensor, Quantized]:
+    """`unpack_e5m6`, and `quantize_tiles_transposed` of what it gives, for wgrad."""
+    _check_packed(payload, scale)
+    values, payload_t, scale_t = _unpack_quantize_transposed(payload, scale, out_dtype, power_of_two)
+    return values, Quantized(payload_t, scale_t)
+
+
+def _check_columns(x: Tensor) -> None:
     if x.dim() != 2 or x.shape[1] % 2 or not x.shape[1]:
         raise ValueError(
             f"x must be [rows, cols] with an even number of columns, for two E5M6 values share three bytes; got "
             f"shape {list(x.shape)}; flatten leading dims, pad odd columns"
         )
-    return _pack(x.detach(), power_of_two)
 
 
-def unpack_e5m6(payload: Tensor, scale: Tensor, *, out_dtype: torch.dtype) -> Tensor:
-    """Values of what `pack_e5m6` returned, multiplied in fp32 and rounded once: [rows, cols] in fp32 or bf16."""
+def _check_packed(payload: Tensor, scale: Tensor) -> None:
     fits = payload.dim() == 2 and payload.shape[1] % 3 == 0
     if not fits or scale.shape != (ceil_div(payload.shape[1] // 3 * 2, TILE), payload.shape[0]):
         raise ValueError(
             f"payload and scale must be [rows, cols * 3/2] and [ceil(cols/128), rows], got {list(payload.shape)} "
             f"and {list(scale.shape)}; give what pack_e5m6 returned"
         )
-    return _unpack(payload, scale, out_dtype)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from kernels import deferred, probe
+from kernels.e5m6 import quantize_pack, unpack_e5m6, unpack_quantize_transposed
 from kernels.formats import CarriedTiles, GradientTiles, Quantized, rows_of_tiles
 from kernels.gather import gather_quantize_both, gather_requantize_transposed, gather_tiles
 from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
@@ -176,6 +177,32 @@ class _Fp8Linear(torch.autograd.Function):
             assert dy.untyped_storage().nbytes() <= 8, "something else reads the output of this linear"
             dx = _multiply(ctx, ctx.gradient.take(), group_ends, by_channel, dy.dtype)
         return dx, None, None, None, None, None, None
+
+
+class _Fp8LinearE5M6(torch.autograd.Function):
+    """Keeps x in E5M6. Backward gives x back as it was kept, in dy's dtype; dW's operand is made of the same."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, power_of_two: bool, give_back: Callable[[Tensor], object]
+    ) -> Tensor:
+        tiles, packed = quantize_pack(x, power_of_two=power_of_two)
+        ctx.save_for_backward(*packed)
+        ctx.give_back = give_back
+        rows = partial(x.index_select, 0)
+        return _fprop(ctx, tiles, rows, weight, None, power_of_two=power_of_two, dtype=x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        packed, operand = ctx.saved_tensors, []
+        if deferred.kept_weight(ctx).requires_grad:
+            # Now and not when dW runs: it may wait, and in this form x is smallest.
+            x, by_channel = unpack_quantize_transposed(*packed, out_dtype=dy.dtype, power_of_two=ctx.power_of_two)
+            operand.append(by_channel)
+        else:
+            x = unpack_e5m6(*packed, out_dtype=dy.dtype)
+        ctx.give_back(x)
+        return _dgrad_and_push_wgrad(ctx, dy, None, operand.pop), None, None, None
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -455,9 +482,24 @@ def fp8_linear(
 def fp8_linear_of_kept(x: Tensor, weight: Tensor, *, power_of_two: bool) -> Tensor:
     """`fp8_linear`, bit-equal, of an input that another operation keeps for its own backward: no FP8 copy is kept.
 
-    The output of attention is one (§3.3.3 keeps it once, too, in 12 bits). x must not be changed before backward.
+    The output of attention is one. x must not be changed before backward.
     """
     return _fp8_linear(x, weight, None, power_of_two=power_of_two, x_is_kept=True)
+
+
+def fp8_linear_e5m6(x: Tensor, weight: Tensor, *, power_of_two: bool, give_back: Callable[[Tensor], object]) -> Tensor:
+    """`fp8_linear` of an input that is kept once, in 12 bits, also for the operation that made it (§3.3.3).
+
+    The output of attention is one. The product is bit-equal; dW sees x rounded to E5M6 and then to E4M3.
+
+    Args:
+        give_back: called in backward, before dx is there, with x [rows, in] as it was kept.
+    Raises:
+        ValueError: an odd number of columns.
+    """
+    _check_features(x, weight, grouped=False)
+    y: Tensor = _Fp8LinearE5M6.apply(x.flatten(0, -2), weight, power_of_two, give_back)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _fp8_linear(

@@ -131,6 +131,14 @@ CONTRADICTIONS = {
         ["layout.pp=3"],
         "needs 3: use schedule.batch_start_sequences=3, layout.pp=2 or layout.schedule=ZBVZeroBubble",
     ),
+    "a 12-bit output without FP8": (
+        ["precision=bf16", "precision.attention_output=e5m6"],
+        "goes with precision=fp8 only, and this is bf16: set precision.attention_output=bf16",
+    ),
+    "an odd number of 12-bit values": (
+        ["precision=fp8", "precision.attention_output=e5m6", "model.num_attention_heads=3", "model.v_head_dim=5"],
+        "model.num_attention_heads=3 x model.v_head_dim=5 of them, an odd number",
+    ),
     "a death that is noticed too late": (
         ["network.peer_timeout_s=600"],
         "network.peer_timeout_s=600 is not below network.timeout_s=600",

@@ -116,12 +116,22 @@ class PretrainConfig:
         self._check_budget()
         check_layout(self.layout, self.workload)
         self._check_transformer_engine()
+        self._check_attention_output()
         self._check_backend()
         self._check_deepgemm()
         if self.data.heldout is None and self.run.eval_every_steps:
             raise ConfigError(
                 f"run.eval_every_steps={self.run.eval_every_steps} asks for scores but data.heldout is null: "
                 "name a held-out store, or set run.eval_every_steps=0"
+            )
+
+    def _check_attention_output(self) -> None:
+        heads, width = self.model.num_attention_heads, self.model.v_head_dim
+        if self.precision.attention_output == "e5m6" and heads * width % 2:
+            raise ConfigError(
+                "precision.attention_output=e5m6 keeps two numbers in three bytes, and attention's output has "
+                f"model.num_attention_heads={heads} x model.v_head_dim={width} of them, an odd number: make one of "
+                "the two even, or set precision.attention_output=bf16"
             )
 
     def _check_backend(self) -> None:

@@ -354,6 +354,10 @@ CASES: dict[str, Case] = {
     ),
     "pack_e5m6": Case(lambda rows, width: (normal(rows, width), True)),
     "unpack_e5m6": Case(lambda rows, width: (*operator("pack_e5m6")(normal(rows, width), True), torch.bfloat16)),
+    "quantize_pack": Case(lambda rows, width: (normal(rows, width), True)),
+    "unpack_quantize_transposed": Case(
+        lambda rows, width: (*operator("pack_e5m6")(normal(rows, width), True), torch.bfloat16, True)
+    ),
     "grouped_matmul": Case(
         lambda rows, width: (normal(grouped_rows(rows), width), normal(4, width, other(width)), ends_of(rows)),
         FP8_SUM_BF16,

@@ -194,6 +194,12 @@ CASES: dict[str, Callable[[], object]] = {
     "router_wgrad +=": partial(
         router_linear.router_wgrad, fp32(TOKENS, EXPERTS), bf16(TOKENS, HIDDEN), fp32(EXPERTS, HIDDEN), True
     ),
+    "quantize_pack": partial(e5m6.quantize_pack, bf16(TOKENS, ATTENTION), True),
+    "quantize_pack, FP32 scales": partial(e5m6.quantize_pack, bf16(TOKENS, ATTENTION), False),
+    "unpack_quantize_transposed": partial(
+        e5m6.unpack_quantize_transposed, torch.empty(TOKENS, ATTENTION * 3 // 2, dtype=torch.uint8),
+        fp32(ATTENTION // 128, TOKENS), torch.bfloat16, True,
+    ),
     "route": partial(router.route, fp32(TOKENS, EXPERTS), fp32(EXPERTS), 8, 4, TOPK, 2.5, True),
     "route_backward": partial(
         router.route_backward, fp32(TOKENS, EXPERTS), int64(TOKENS, TOPK), fp32(TOKENS, EXPERTS), fp32(TOKENS, TOPK),

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.fp8_linear import fp8_linear_e5m6
 from kernels.gpu import gemm_fp8
 from kernels.operators import LAUNCHERS, NAMESPACE
 from tests.kernels.gemm_inputs import relative_error
@@ -84,6 +85,8 @@ def run(precision: str, *, device_code: bool) -> tuple[dict[str, Tensor], set[st
 NOT_IN_TRAINING = {"dequantize_tiles", "gated_swiglu_backward_kept", "swiglu_backward_kept", "requantize_transposed"}
 NOT_IN_TRAINING |= {"pack_e5m6", "unpack_e5m6", "turn_back", "adamw"}
 NOT_IN_TRAINING |= {"range_amax", "quantize_range", "transpose_blocks"}
+# Attention's output in 12 bits: the linear alone, below.
+IN_12_BITS = {"quantize_pack", "unpack_quantize_transposed"}
 
 
 def test_device_code_and_references_train_alike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,4 +100,27 @@ def test_device_code_and_references_train_alike(monkeypatch: pytest.MonkeyPatch)
         errors = {name: relative_error(actual[name], wanted.double()) for name, wanted in expected.items()}
         assert {name: error for name, error in errors.items() if not error < 2**-7} == {}, precision
         called |= calls
-    assert set(LAUNCHERS) - called <= NOT_IN_TRAINING
+    assert set(LAUNCHERS) - called <= NOT_IN_TRAINING | IN_12_BITS
+
+
+def test_a_linear_that_keeps_its_input_in_12_bits_is_the_references() -> None:
+    """Product, what it gives back, dx and dW: all within FP32 sums of another order, before a rounding to BF16."""
+    x, dy = torch.randn(TOKENS, 256).bfloat16(), torch.randn(TOKENS, 64).bfloat16()
+    found: list[list[Tensor]] = []
+    for mode in (nullcontext(), OnDeviceCode()):
+        leaf, weight = (
+            x.clone().requires_grad_(),
+            torch.nn.Parameter(torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()),
+        )
+        weight.main_grad = torch.zeros(weight.shape)  # type: ignore[attr-defined]
+        given: list[Tensor] = []
+        with mode:
+            y = fp8_linear_e5m6(leaf, weight, power_of_two=True, give_back=given.append)
+            y.backward(dy)
+        assert leaf.grad is not None
+        found.append([*given, y.detach(), leaf.grad, weight.main_grad])  # type: ignore[attr-defined]
+    assert set(mode.counts) >= IN_12_BITS
+    (kept, *expected), (given_back, *actual) = found
+    assert torch.equal(kept, given_back)
+    for result, wanted in zip(actual, expected, strict=True):
+        assert relative_error(result, wanted.double()) < 2**-12

@@ -17,15 +17,18 @@ from kernels.e5m6 import (
     encode_e5m6_reference,
     pack_e5m6,
     pack_e5m6_reference,
+    quantize_pack_reference,
     unpack_e5m6,
     unpack_e5m6_reference,
+    unpack_quantize_transposed_reference,
 )
 from kernels.gpu import e5m6 as gpu
+from kernels.quantize import quantize_tiles_reference, quantize_tiles_transposed_reference
 from tests.kernels.gemm_inputs import assert_same_bits, relative_error
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # 576 and 62: a last tile of half the length, and one short tile with an odd number of pairs.
-SHAPES = [(1, 128), (63, 576), (128, 256), (129, 62), (4097, 128)]
+SHAPES = [(1, 128), (63, 576), (128, 256), (129, 62), (4097, 62)]
 
 scales = pytest.mark.parametrize("power_of_two", [True, False], ids=["power of two", "FP32 scales"])
 
@@ -33,7 +36,7 @@ scales = pytest.mark.parametrize("power_of_two", [True, False], ids=["power of t
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes a millisecond an operation and program, however large the program is."""
-    monkeypatch.setattr(gpu, "ROWS", 128)
+    monkeypatch.setattr(gpu, "ROWS", 512)
 
 
 def values_by_definition() -> Tensor:
@@ -145,6 +148,19 @@ def test_kernels_give_the_bits_of_the_references(rows: int, cols: int, power_of_
         assert_same_bits(gpu.unpack_e5m6(payload, scale, dtype), unpack_e5m6_reference(payload, scale, dtype))
 
 
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_one_read_quantises_and_packs_and_one_unpacks_and_regroups(rows: int, cols: int) -> None:
+    """The bits of two kernels each; E5M6 has powers of two whatever E4M3 has, and wgrad sees what attention sees."""
+    x, power_of_two, dtype = example(rows, cols, BF16), rows != 63, FP32 if rows == 129 else BF16
+    found, packed = gpu.quantize_pack(x, power_of_two), pack_e5m6_reference(x, True)
+    assert_same_bits(found, (*quantize_tiles_reference(x, power_of_two), *packed))
+    assert_same_bits(quantize_pack_reference(x, power_of_two), found)
+    values = unpack_e5m6_reference(*packed, dtype)
+    restored = gpu.unpack_quantize_transposed(*packed, dtype, power_of_two)
+    assert_same_bits(restored, (values, *quantize_tiles_transposed_reference(values, power_of_two)))
+    assert_same_bits(unpack_quantize_transposed_reference(*packed, dtype, power_of_two), restored)
+
+
 @scales
 def test_errors_are_within_half_a_step_of_fp64(power_of_two: bool) -> None:
     x = example(129, 576, FP32)
@@ -194,6 +210,8 @@ def test_a_bad_number_makes_its_whole_tile_bad_and_no_other(bad: float, power_of
 
 
 def test_a_matrix_without_rows() -> None:
+    found = gpu.unpack_quantize_transposed(*gpu.quantize_pack(torch.empty(0, 256, dtype=BF16), True)[2:], BF16, True)
+    assert [each.shape for each in found] == [(0, 256), (256, 0), (0, 256)]
     for pack, unpack in ((gpu.pack_e5m6, gpu.unpack_e5m6), (pack_e5m6_reference, unpack_e5m6_reference)):
         payload, scale = pack(torch.empty(0, 256, dtype=BF16), True)
         assert (payload.shape, scale.shape) == ((0, 384), (2, 0))

@@ -139,9 +139,11 @@ CALLS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("transpose_blocks", lambda: blocks(3, 129, 63)[:1]),
     ("pack_e5m6", lambda: (normal(63, 300), True)),
     ("unpack_e5m6", lambda: (*pack_e5m6(torch.randn(129, 126), power_of_two=False), BF16)),
+    ("quantize_pack", lambda: (normal(63, 300), False)),
+    ("unpack_quantize_transposed", lambda: (*pack_e5m6(torch.randn(129, 126), power_of_two=True), BF16, True)),
 ]
 # These differ on purpose (kernels/attention.py), see the test of attention below.
-FUSED_ON_GPU = {"attention", "attention_backward"}
+FUSED_ON_GPU = {"attention", "attention_backward", "attention_backward_of_output"}
 
 
 def call(name: str, arguments: tuple[Any, ...]) -> list[Tensor]:

@@ -153,6 +153,7 @@ GATES, ENDS = torch.linspace(0.5, 1.5, 640), torch.tensor([256, 256, 512], dtype
 LINEARS: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]] = {
     "plain": ((130, 256), lambda x, w: fp8_linear(x, w, power_of_two=True)),
     "kept": ((130, 256), lambda x, w: fp8.fp8_linear_of_kept(x, w, power_of_two=True)),
+    "e5m6": ((130, 256), lambda x, w: fp8.fp8_linear_e5m6(x, w, power_of_two=True, give_back=lambda x: None)),
     "swiglu": ((130, 128), lambda x, w: fp8.fp8_swiglu_linear(x, w, power_of_two=True)),
     "grouped": ((3, 130, 256), lambda x, w: grouped_fp8_linear(x, w, ENDS, power_of_two=True)),
     "grouped swiglu": ((3, 130, 128), lambda x, w: fp8.grouped_fp8_swiglu_linear(x, GATES, w, ENDS, power_of_two=True)),

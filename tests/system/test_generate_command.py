@@ -14,6 +14,8 @@ import pytest
 
 from launch.convert import main as convert
 from launch.generate import main
+from train.huggingface.weights import open_weights
+from train.model.precision import Precision
 
 ROOT = Path(__file__).resolve().parents[2]
 LINE = r"(\d+) tokens, N tokens/s with the prompts, N% of \d+ drafts accepted, N tokens a pass of the model\n"
@@ -48,6 +50,19 @@ def test_greedy_text_is_the_same_with_and_without_drafts(trained_run: Path, gene
     assert plain.out.startswith("--- 1 of 2 ---\nthe king")
     assert "drafts" in drafted.err
     assert "drafts" not in plain.err
+
+
+def test_a_run_that_kept_12_bits_for_backward_is_read_in_any_precision(
+    trained_run: Path, generated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(*given: Any) -> Any:
+        source = open_weights(*given)
+        source.precision = Precision("fp8", attention_output="e5m6")
+        return source
+
+    monkeypatch.setattr("train.huggingface.weights.open_weights", opened)
+    for precision in ([], ["--precision", "bf16"]):
+        generated(trained_run, "--prompt", "a", "--max-tokens", "1", *precision)
 
 
 def test_prompts_come_from_a_pipe(trained_run: Path, generated: Any) -> None:

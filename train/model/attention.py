@@ -16,6 +16,8 @@ With `recompute` a layer keeps the latents, o and the softmax statistics; querie
 backward (§3.2.3). At V3's size that is 0.15 instead of 0.82 GB a layer and sequence, for one more pass of both
 up-projections; the core itself does not run again. Same bits either way. `train/generate/latent_cache.py` restates
 these equations in absorbed form.
+
+With `precision.attention_output=e5m6` o_proj keeps o, and attention does not: `kept_output.py`.
 """
 
 from __future__ import annotations
@@ -27,11 +29,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from kernels.attention import CORE_OPERATORS, Packed, causal_attention
+from kernels.attention import CORE_OPERATORS, Packed, causal_attention, causal_attention_of_output
 from kernels.fp8_linear import LinearInput
 from kernels.heads import HeadSizes, UpProjection, latents_to_heads
 from kernels.rope import apply_rope, rope_tables, yarn_softmax_factor
 from train.model.config import ModelConfig
+from train.model.kept_output import KeptOutput
 from train.model.layers import KeptLinear, NormedLinear, RMSNorm
 from train.model.precision import Precision
 
@@ -96,22 +99,27 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(self, x: LinearInput, documents: Packed | None) -> Tensor:
         """[sequences, tokens, hidden] -> the same; no token reads another of the `documents`."""
         num_sequences, num_tokens, _ = x.shape
-        latents = self.q_kv_a_proj(x)
-        if self.recompute and torch.is_grad_enabled():
+        latents, graph = self.q_kv_a_proj(x), torch.is_grad_enabled()
+        output = KeptOutput() if graph and self.o_proj.precision.attention_output == "e5m6" else None
+        if self.recompute and graph:
             o: Tensor = checkpoint(
-                self.attend, latents, documents, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_core
-            )
+                self.attend, latents, documents, output, use_reentrant=False, preserve_rng_state=False,
+                context_fn=_keep_core if output is None else output.recorded,
+            )  # fmt: skip
         else:
-            o = self.attend(latents, documents)
+            o = self.attend(latents, documents, output)
         heads = o.transpose(1, 2).reshape(num_sequences, num_tokens, -1)  # [sequences, tokens, heads * v]
-        u: Tensor = self.o_proj(heads)
+        u: Tensor = self.o_proj(heads) if output is None else self.o_proj(heads, output.put)
         return u
 
-    def attend(self, latents: Tensor, documents: Packed | None) -> Tensor:
+    def attend(self, latents: Tensor, documents: Packed | None, output: KeptOutput | None) -> Tensor:
         """Latents -> heads -> attention core: [sequences, tokens, a_widths] -> [sequences, heads, tokens, v]."""
         make = self._heads_in_fp8 if self.kv_b_proj.precision.reads_tiles else self._heads_apart
         q, k, v = make(latents, *self.rope.at(latents.shape[1], latents.device))
-        return causal_attention(q, k, v, scale=self.scale, documents=documents)
+        if output is None:
+            return causal_attention(q, k, v, scale=self.scale, documents=documents)
+        core = partial(causal_attention_of_output, q, k, v, scale=self.scale, documents=documents)
+        return core() if self.recompute else output.not_saved_by(core)
 
     def _heads_in_fp8(self, latents: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> q, k [sequences, heads, tokens, qk], v [sequences, heads, tokens, v], in memory token by token.

@@ -6,6 +6,7 @@ Initial values are set afterwards, by parameter name (`init.py`); construction o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,11 +42,11 @@ class NormedLinear(Linear):
 
 
 class KeptLinear(Linear):
-    """A linear of an input that another operation keeps for backward in full: `o_proj`, of attention's output."""
+    """A linear of an input that the operation before it needs in backward, too: `o_proj`, of attention's output."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features]."""
-        return self.precision.linear_of_kept(x, self.weight)
+    def forward(self, x: Tensor, give_back: Callable[[Tensor], object] | None = None) -> Tensor:
+        """[..., in_features] -> [..., out_features]; with `give_back` it keeps x for both, and gives it back."""
+        return self.precision.linear_of_kept(x, self.weight, give_back)
 
 
 class SwigluLinear(Linear):

@@ -10,6 +10,7 @@ Embedding, output head, router, norms, attention core and `eh_proj` are never FP
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,6 +23,7 @@ from kernels.fp8_linear import (
     LinearInput,
     fp8_experts,
     fp8_linear,
+    fp8_linear_e5m6,
     fp8_linear_of_kept,
     fp8_swiglu_linear,
     grouped_fp8_linear,
@@ -51,8 +53,16 @@ class Precision:
     # FP8: keep weights of FP8 linears on the device in BF16 too; false: as sharded FP32 masters and E4M3 only, which
     # travels instead of BF16 (`parallel/fp8_weights.py`). Same bits either way; docs/parallelism.md has the bytes.
     keep_bf16_weights: bool = True
+    # FP8: how attention's output is kept for the backward of attention and of the linear after it; e5m6: in 12 bits and
+    # with power-of-two scales (§3.3.3). Forward is the same bits; both backwards see a rounding to 7 significant bits.
+    attention_output: Literal["bf16", "e5m6"] = "bf16"
 
     def __post_init__(self) -> None:
+        if self.name != "fp8" and self.attention_output != "bf16":
+            raise ValueError(
+                f"precision.attention_output={self.attention_output} goes with precision=fp8 only, and this is "
+                f"{self.name}: set precision.attention_output=bf16"
+            )
         if self.name == "fp8_te" and self.cache_swiglu_input:
             raise ValueError(
                 "precision.cache_swiglu_input=true does not go with precision=fp8_te: Transformer Engine keeps its own "
@@ -96,8 +106,13 @@ class Precision:
             return te_linear(x, weight)
         return linear(x, weight)
 
-    def linear_of_kept(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`linear` of an input that another operation keeps for backward in full: attention's output."""
+    def linear_of_kept(self, x: Tensor, weight: Tensor, give_back: Callable[[Tensor], object] | None = None) -> Tensor:
+        """`linear` of an input that the operation before it needs in backward, too: attention's output.
+
+        That operation keeps it in full, or else takes it from `give_back` as this linear has kept it, in E5M6.
+        """
+        if give_back is not None:
+            return fp8_linear_e5m6(x, weight, power_of_two=self.power_of_two_scales, give_back=give_back)
         if self.name == "fp8":
             return fp8_linear_of_kept(x, weight, power_of_two=self.power_of_two_scales)
         if self.name == "fp8_te":

@@ -46,5 +46,7 @@ def test_an_ablation_reaches_the_model_and_leaves_forward_to_its_accumulation() 
 def test_only_fp8_can_be_ablated() -> None:
     with pytest.raises(ValueError, match=r"precision\.name=bf16 quantises nothing"):
         AblatedPrecision("bf16")
+    with pytest.raises(ValueError, match=r"set precision\.attention_output=bf16"):
+        AblatedPrecision("fp8", attention_output="e5m6")
     with pytest.raises(ValueError, match="set power_of_two_scales=true"):
         AblatedPrecision("fp8", power_of_two_scales=False, ablation=Ablation(accumulation="hopper"))

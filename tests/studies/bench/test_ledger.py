@@ -116,7 +116,7 @@ def kept_of_a_rank(config: PretrainConfig) -> dict[str, list[float]]:
     """Closed form: bytes a token of each storage that a MoE layer of h800_2048 keeps, by the document's names."""
     model, topk = config.model, config.model.num_experts_per_tok
     h, inter, local = model.hidden_size, model.moe_intermediate_size, model.n_routed_experts // config.layout.ep
-    o = 2.0 * model.num_attention_heads * model.v_head_dim
+    o = model.num_attention_heads * model.v_head_dim
     latents = 2.0 * (model.q_width + model.kv_lora_rank + model.qk_rope_head_dim)
     per_micro_batch = 1 / config.data.sequence_length
 
@@ -128,7 +128,7 @@ def kept_of_a_rank(config: PretrainConfig) -> dict[str, list[float]]:
         "sum of it and attention, BF16": [2 * h],
         "1 / RMS of both norms, FP32": [4, 4],
         "latents and RoPE key, BF16": [latents],
-        "output of attention, BF16": [o],
+        "output of attention, E5M6": [o * 12 / 8, o / 32],
         "log-sums of attention, FP32, and its seeds": [4 * model.num_attention_heads, *[8 * per_micro_batch] * 2],
         "router: scores, FP32, ids, shares of the experts": [
             4 * model.n_routed_experts, 8 * topk, 4 * model.n_routed_experts * per_micro_batch,

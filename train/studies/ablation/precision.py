@@ -7,6 +7,7 @@ ranks would stay E4M3 in 1x128. Shapes as in `train/model/precision.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -26,6 +27,11 @@ class AblatedPrecision(Precision):
     def __post_init__(self) -> None:
         if self.name != "fp8":
             raise ValueError(f"precision.name={self.name} quantises nothing: an ablation needs precision.name=fp8")
+        if self.attention_output != "bf16":
+            raise ValueError(
+                f"precision.attention_output={self.attention_output} is not in the ablation's linears: set "
+                "precision.attention_output=bf16"
+            )
         # Refuse what does not go together now, not at the first forward.
         _ = self.linears
 
@@ -44,8 +50,9 @@ class AblatedPrecision(Precision):
         assert isinstance(x, Tensor), "an ablation quantises by itself"
         return self.linears.linear(x, weight)
 
-    def linear_of_kept(self, x: Tensor, weight: Tensor) -> Tensor:
+    def linear_of_kept(self, x: Tensor, weight: Tensor, give_back: Callable[[Tensor], object] | None = None) -> Tensor:
         """`linear` of attention's output, which is kept in full."""
+        assert give_back is None
         return self.linears.linear_of_kept(x, weight)
 
     def grouped_linear(self, x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:

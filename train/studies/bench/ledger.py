@@ -66,7 +66,8 @@ Phase = Literal["forward", "backward"]
 Block = Callable[..., tuple[Any, ...]]
 
 ROOT = Path(__file__).resolve().parents[3]
-OURS = re.compile(rf"{re.escape(str(ROOT))}/((?:kernels|parallel|train/model)/\S+?\.py)$")
+# Lines of ours, but for a mode that passes on what it is given.
+OURS = re.compile(rf"{re.escape(str(ROOT))}/((?!train/model/kept_output)(?:kernels|parallel|train/model)/\S+?\.py)$")
 ADDS = "residual and gradient adds"
 # File -> operation, the first that fits; a file that is not listed is an operation of its own.
 OPERATIONS = (
@@ -78,7 +79,7 @@ OPERATIONS = (
     (r"permute|gather", "permute"),
     (r"parallel/(expert|collectives)", "exchange of tokens"),
     (r"router|train/model/moe", "router"),
-    (r"quantize", "quantise"),
+    (r"quantize|e5m6", "quantise"),
     (r"gemm|fp8_linear", "GEMM"),
     (r"deferred|parallel/zero", "adds of weight gradients"),
 )

@@ -23,7 +23,7 @@ from kernels.adamw import adamw_update
 from kernels.attention import causal_attention
 from kernels.block_ranges import block_scales, quantize_range, range_amax, transpose_blocks
 from kernels.cross_entropy import IGNORE, cross_entropy, linear_cross_entropy_sum
-from kernels.e5m6 import pack_e5m6, unpack_e5m6
+from kernels.e5m6 import pack_e5m6, quantize_pack, unpack_e5m6, unpack_quantize_transposed
 from kernels.embedding import embedding_reference
 from kernels.formats import E4M3_MAX, TILE, Quantized
 from kernels.fp8_linear import fp8_linear
@@ -426,6 +426,10 @@ def _torch_balance(scores: Tensor) -> Tensor:
     return (counts * (64 / (6 * 512)) * F.normalize(scores, p=1.0, dim=-1).mean(1)).sum()
 
 
+def _activations(device: torch.device) -> tuple[Tensor]:
+    return (torch.randn(2048, 512, generator=seeded()).to(device, BF16),)
+
+
 def _swiglu_inputs(device: torch.device) -> tuple[Tensor, Tensor]:
     generator = seeded()
     gate_up = torch.randn(4096, 512, generator=generator).to(device, BF16)
@@ -507,12 +511,24 @@ ROWS: dict[str, list[Case]] = {
     )],
     "e5m6": [pair(
         "pack_unpack_e5m6",
-        lambda device: (torch.randn(2048, 512, generator=seeded()).to(device, BF16),),
+        _activations,
         lambda x: unpack_e5m6(*pack_e5m6(x, power_of_two=True), out_dtype=BF16),
         lambda x: x.half().bfloat16(), "through FP16, no scales: the shortest such path in torch",
         # BF16 has one mantissa bit more, so half of the numbers are exact and half are on a tie: sqrt(3/2) times
         # the error of evenly spread numbers, which is an eighth of E4M3's 0.0265.
         tolerance=0.0042, bytes=7.0 * 2048 * 512,
+    ), pair(
+        # The quantisers are the same.
+        "quantize_pack_e5m6", _activations,
+        lambda x: quantize_pack(x, power_of_two=True)[0].payload,
+        lambda x: (pack_e5m6(x, power_of_two=True), quantize_tiles(x, power_of_two=True).payload)[1],
+        "pack_e5m6, then quantize_tiles", tolerance=0.0, bytes=4.5 * 2048 * 512,
+    ), pair(
+        "unpack_quantize_e5m6",
+        lambda device: pack_e5m6(*_activations(device), power_of_two=True),
+        lambda *packed: unpack_quantize_transposed(*packed, out_dtype=BF16, power_of_two=True)[1].payload,
+        lambda *packed: quantize_tiles_transposed(unpack_e5m6(*packed, out_dtype=BF16), power_of_two=True).payload,
+        "unpack_e5m6, then quantize_tiles_transposed", tolerance=0.0, bytes=4.5 * 2048 * 512,
     )],
     "embedding": [pair(
         "embedding", _embedding_inputs, embedding_reference, F.embedding, "torch embedding",
