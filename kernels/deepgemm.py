@@ -33,7 +33,7 @@ from kernels.gemm_grouped import grouped_gemm_tile_block
 NAMES = ("fp8_gemm_nt", "m_grouped_fp8_gemm_nt_contiguous", "k_grouped_fp8_gemm_nt_contiguous")
 TILE_BLOCK, TILE_TILE = (1, TILE, TILE), (1, 1, TILE)
 INSTALL = "git clone --recursive https://github.com/deepseek-ai/DeepGEMM && cd DeepGEMM && ./install.sh"
-OURS = "the gluon backend needs nothing else"
+OURS = "use gluon, which needs nothing else"
 # Rounds in which both candidates take turns, and launches of one turn.
 ROUNDS, LAUNCHES = 7, 4
 # A sum in another order, rounded to BF16 at most once more than ours: 2^-9 in the mean square; FP32 sums of Hopper's

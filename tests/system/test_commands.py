@@ -29,6 +29,7 @@ ELSEWHERE = {
     "python launch/dashboard.py --serve": "tests/studies/dashboard/test_server.py",
     "python launch/ablate.py": "tests/system/test_ablate_command.py",
     "python -m launch.bench ledger": "tests/studies/bench/test_ledger.py",
+    "python -m launch.gpu --document": "tests/studies/test_measured.py",
     "python launch/bench.py": "tests/studies/bench/test_table.py",
     "python -m tests.fuzz_files": "tests/system/test_fuzz_files.py",
     "python -m tests.kernels.hopper_codegen": "tests/kernels/test_hopper_codegen.py",
