@@ -182,6 +182,15 @@ def neighbouring_scale(original: Callable[..., Tensor]) -> Callable[..., Tensor]
     return lambda rows, *args: original(Quantized(rows.payload, rows.scale.roll(1, dims=1)), *args)
 
 
+def dropped_tile(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Weight gradients lack the first 128 tokens, whatever makes x in 128x1 tiles."""
+
+    def multiply(call: Any, gradient: Any, ends: Any, by_channel: Callable[[], Quantized], dtype: Any) -> Tensor:
+        return original(call, gradient, ends, lambda: drop_first_tile(by_channel()), dtype)
+
+    return multiply
+
+
 def of_result(change: Callable[[Quantized], Quantized]) -> Callable[..., Callable[..., Quantized]]:
     return lambda original: lambda *args, **options: change(original(*args, **options))
 
@@ -189,7 +198,7 @@ def of_result(change: Callable[[Quantized], Quantized]) -> Callable[..., Callabl
 # Defect -> the function that it replaces, and how.
 DEFECTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "neighbouring_scale": ("_rows_times", neighbouring_scale),
-    "dropped_wgrad_tile": ("requantize_transposed", of_result(drop_first_tile)),
+    "dropped_wgrad_tile": ("_multiply", dropped_tile),
     "e5m2_weights": ("quantize_blocks", of_result(round_to_e5m2)),
 }
 

@@ -150,7 +150,7 @@ def _swiglus(rows: int, inter: int, *, gated: bool) -> list[MemoryBound]:
     def both(p: Tensor, s: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         scales, dh = (rest[0] if gated else None), rest[-1]
         row, column, d_gates = swiglu.swiglu_backward_quantize_both(Quantized(p, s), scales, dh, power_of_two=True)
-        return *flat(row, column), *([] if d_gates is None else [d_gates])
+        return *flat(row, column), *([d_gates] if gated else [])
 
     def both_reference(p: Tensor, s: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         found = swiglu.swiglu_backward_quantize_both_reference(p, s, rest[0] if gated else None, rest[-1], True)
