@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from kernels import attention, deferred
@@ -19,6 +21,7 @@ from kernels.attention import causal_attention, causal_attention_of_output
 from kernels.e5m6 import pack_e5m6, unpack_e5m6
 from kernels.fp8_linear import fp8_linear_e5m6, fp8_linear_of_kept, weight_fp8
 from tests.tiny_model import TINY
+from tests.varlen_flash import varlen_flash_on_cpu
 from train.model import kept_output
 from train.model.init import initialize
 from train.model.kept_output import KeptOutput
@@ -94,25 +97,26 @@ def test_gradients_are_those_of_the_rounded_output_and_within_the_derived_bound(
         assert bound.dim() == 0 or float((grad - unrounded).abs().max()) > 30 * slack, "o was not rounded"
 
 
-class Laid(torch.autograd.Function):
-    """A tensor as it is, token by token in memory, as cuDNN lays out o."""
+class LaidByToken(TorchDispatchMode):
+    """The core lays out o token by token in memory, as cuDNN does."""
 
-    @staticmethod
-    def forward(ctx: Any, o: Tensor) -> Tensor:
-        return o.transpose(1, 2).contiguous().transpose(1, 2)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if func.name() not in attention.CORE_OPERATORS:
+            return results
+        o, *others = results
+        return o.transpose(1, 2).contiguous().transpose(1, 2), *others
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
 
-
-def outcome(kept: str, *, recompute: bool = False, queued: bool = False) -> list[Tensor]:
+def outcome(
+    kept: str, *, recompute: bool = False, queued: bool = False, documents: Tensor | None = None
+) -> list[Tensor]:  # fmt: skip
     """Hidden states and gradients of a tiny FP8 model."""
     net = Transformer(replace(TINY, num_nextn_predict_layers=0), Precision("fp8", attention_output=kept))  # type: ignore[arg-type]
     initialize(net, seed=0, std=0.1)
     if recompute:
         recompute_up_projections(net)
-    hidden = net(torch.randint(0, 61, (2, 33), generator=torch.Generator().manual_seed(0))).hidden
+    hidden = net(torch.randint(0, 61, (2, 33), generator=torch.Generator().manual_seed(0)), documents).hidden
     if queued:
         with deferred.deferred():
             hidden.float().square().sum().backward()
@@ -122,16 +126,34 @@ def outcome(kept: str, *, recompute: bool = False, queued: bool = False) -> list
     return [hidden.detach(), *(p.grad for p in net.layers.parameters() if p.grad is not None)]
 
 
-def test_forward_is_the_same_bits_and_so_are_all_ways_to_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward_is_the_same_bits_and_so_are_all_ways_to_backward() -> None:
     plain, found = outcome("bf16"), outcome("e5m6")
     assert torch.equal(plain[0], found[0])
     assert not all(map(torch.equal, plain, found))
     ways = [outcome("e5m6", recompute=True), outcome("e5m6", queued=True)]
-    core = attention._attention
-    monkeypatch.setattr(attention, "_attention", lambda *args: (Laid.apply((pair := core(*args))[0]), pair[1]))
-    ways += [outcome("e5m6"), outcome("e5m6", recompute=True, queued=True)]
+    with LaidByToken():
+        ways += [outcome("e5m6"), outcome("e5m6", recompute=True, queued=True)]
     for way in ways:
         assert all(map(torch.equal, way, found))
+
+
+@pytest.mark.parametrize("flash", [True, False], ids=["varlen flash", "one by one"])
+def test_each_call_for_documents_apart_reads_its_own_part(flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one group and in several; in every order the same bits."""
+    documents = torch.tensor([[0] * 5 + [1] * 28, [0] * 32 + [1]])
+    with varlen_flash_on_cpu() if flash else nullcontext():
+        monkeypatch.setattr(attention, "DOCUMENTS_PER_CALL", 3)
+        plain, found = outcome("bf16", documents=documents), outcome("e5m6", documents=documents)
+        ways = [outcome("e5m6", recompute=True, queued=queued, documents=documents) for queued in (True, False)]
+        monkeypatch.setattr(attention, "DOCUMENTS_PER_CALL", 32)
+        ways += [outcome("e5m6", recompute=recompute, documents=documents) for recompute in (True, False)]
+        monkeypatch.setattr(kept_output, "CORE_OPERATORS", ())
+        exact = outcome("e5m6", documents=documents)
+    assert torch.equal(plain[0], found[0])
+    for way in ways:
+        assert all(map(torch.equal, way, found))
+    # Where attention has the exact o, only o_proj's weight gradient sees 12 bits.
+    assert not all(map(torch.equal, exact, found))
 
 
 def test_at_v3s_size_12_bits_are_kept_and_8_wait_for_the_weight_gradient() -> None:

@@ -198,9 +198,9 @@ class RouterBook:
         self.known, self.written, self.seen = known, {}, Counter()
 
     def _announce(self, forward: Any, layer_id: int) -> Any:
-        def speaking(x: Tensor) -> Any:
+        def speaking(*inputs: Any) -> Any:
             self.layer = layer_id
-            return forward(x)
+            return forward(*inputs)
 
         return speaking
 
