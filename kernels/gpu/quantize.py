@@ -117,7 +117,7 @@ def _quantize_tiles_both_kernel(
 ):
     """A 128x128 square, first by rows, then by columns: read once from memory, then from the L1 cache."""
     # Held in registers for both, the square takes 182 of them at 8 warps, and a multiprocessor then has one program and
-    # nothing to do while that program waits; in these chunks four programs of 4 warps fit.
+    # nothing to do while that program waits; in these chunks three programs of 4 warps fit.
     first_row = tl.program_id(0).to(tl.int64) * 128
     first_col = tl.program_id(1) * 128
     col = first_col + tl.arange(0, 128)
