@@ -106,7 +106,8 @@ def linear_cross_entropy_sum(x: Tensor, weight: Tensor, labels: Tensor, *, scale
     """Sum of -log softmax(x @ weight.T)[label] over rows whose label is not IGNORE: FP32 scalar, nats; 0 without any.
 
     Where gradients are enabled this call adds `scale` times the weight's gradient to `main_grad` or `.grad`, and
-    backward must come once, with `scale` as the gradient of the result.
+    backward must come once, with `scale` as the gradient of the result: another one is an assertion, after which a
+    process can't use its GPU.
 
     Args:
         x: [rows, in], of the weight's dtype.

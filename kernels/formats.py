@@ -71,6 +71,8 @@ class GradientTiles(Generic[Tiles]):
 
     def __init__(self) -> None:
         self._tiles: Tiles | None = None
+        # Whether a probe looks at the operation before: only then are numbers before quantisation kept for it.
+        self.watched = False
 
     def put(self, tiles: Tiles) -> None:
         """Leave a gradient."""

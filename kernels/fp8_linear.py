@@ -165,7 +165,10 @@ class _Fp8Linear(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(group_ends, *kept.tensors)
         ctx.by_channel, ctx.gradient = kept.by_channel, gradient
-        return _fprop(ctx, x.tiles, x.rows, weight, group_ends, power_of_two=power_of_two, dtype=carrier.dtype)
+        y = _fprop(ctx, x.tiles, x.rows, weight, group_ends, power_of_two=power_of_two, dtype=carrier.dtype)
+        if gradient is not None:
+            gradient.watched = ctx.watch is not None
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -253,7 +256,8 @@ class _Fp8SwigluLinear(torch.autograd.Function):
         dh = _dgrad_and_push_wgrad(ctx, dy, group_ends, activation)
         if ctx.gradient is not None:
             by_row, by_channel, nan = swiglu_backward_quantize_both(kept, None, dh, power_of_two=power_of_two)
-            ctx.gradient.put(Fp8Gradient(by_row, by_channel, partial(_differentiated_rows, kept, None, dh)))
+            rows = partial(_differentiated_rows, kept, None, dh) if ctx.gradient.watched else _unwatched
+            ctx.gradient.put(Fp8Gradient(by_row, by_channel, rows))
             # The upper half of an FP32 NaN is a BF16 NaN.
             return nan.view(dtype)[-1:].expand(payload.shape), None, None, None, None, None
         if gates is None:
@@ -311,9 +315,11 @@ class _Fp8Experts(torch.autograd.Function):
         def rows() -> Quantized:
             return gather_requantize_transposed(tokens, slots, topk, power_of_two=power_of_two)  # [hidden, rows]
 
-        gradient = Fp8Gradient(by_row, by_channel, partial(_differentiated_rows, kept, gates, dh))
+        watched = _unwatched if ctx.gate_up.watch is None else partial(_differentiated_rows, kept, gates, dh)
+        gradient = Fp8Gradient(by_row, by_channel, watched)
+        del dh, by_row, by_channel, watched
         d_rows = _multiply(ctx.gate_up, gradient, ends, rows, dtype)
-        del by_row, by_channel, gradient, dh
+        del gradient
         d_tokens = sum_rows(d_rows, rows_of_token, partial=ctx.partial, out_dtype=dtype)
         return d_tokens, d_gates, None, None, None, None, None
 
@@ -349,6 +355,10 @@ def _differentiated_rows(kept: Quantized, gates: Tensor | None, dh: Tensor, rows
     if gates is None:
         return swiglu_backward_kept(taken, of_output)
     return gated_swiglu_backward_kept(taken, gates.index_select(0, rows), of_output)[0]
+
+
+def _unwatched(rows: Tensor) -> Tensor:
+    raise AssertionError("no probe looks at this call")
 
 
 def dequantized_rows(tiles: Quantized, dtype: torch.dtype, rows: Tensor) -> Tensor:

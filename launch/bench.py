@@ -106,7 +106,7 @@ def main() -> int:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        use_backend(check_kernels(arguments.kernels, device))
+        use_backend(check_kernels(arguments.kernels, device, has_model=arguments.bench == "layer"))
         if arguments.bench == "layer":
             return layer(arguments, device)
     except ValueError as error:

@@ -81,8 +81,11 @@ def main(arguments: list[str]) -> int:
         source = open_weights(options.model, options.weights)
         tokenizer = tokenizer_of(source, options.tokenizer)
         first_id = source.trained_on.first_id(tokenizer.special_ids)
-        # Nothing is kept for a backward.
-        precision = replace(source.precision, name=options.precision or source.precision.name, attention_output="bf16")
+        # Nothing is kept for a backward, and weights come with their numbers.
+        precision = replace(
+            source.precision, name=options.precision or source.precision.name, attention_output="bf16",
+            keep_bf16_weights=True,
+        )  # fmt: skip
         # A step of decoding has a token a prompt; in FP8 its rows are few.
         use_for_command(options.kernels, source.config, precision, tokens=max(16, len(texts)), device=device)
         decoder = Decoder(load_model(source, precision=precision, device=device))

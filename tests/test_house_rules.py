@@ -258,7 +258,7 @@ def test_all_device_code_is_run_by_a_test() -> None:
     registered = set(re.findall(r'operator\(\s*"(\w+)"', "".join(path.read_text() for path in sources("kernels"))))
     offenders = []
     for path in sources("kernels/gpu"):
-        name = re.compile(rf"from kernels\.gpu(\.{path.stem} import| import [\w, ]*\b{path.stem}\b)")
+        name = re.compile(rf"from kernels\.gpu(\.{path.stem} import| import (\([\w,\s]*|[\w, ]*)\b{path.stem}\b)")
         launchers = registered & {function.name for function in functions(path)}
         if path.stem != "__init__":
             for prefix, suffix in (("test_", ".py"), ("", "_cases.py")):

@@ -20,11 +20,14 @@ from train.model.precision import Precision
 from train.model.sizes import Held, Weight, weights
 
 
-def check_kernels(name: str, device: torch.device, *, asked: str = "--kernels ") -> Backend:
+def check_kernels(
+    name: str, device: torch.device, *, asked: str = "--kernels ", has_model: bool = True
+) -> Backend:  # fmt: skip
     """The backend of that name, if it can run on this device.
 
     Args:
         asked: how its user wrote it, up to the value.
+        has_model: whether there is a model, on whose products DeepGEMM is timed.
     Raises:
         ValueError: no such backend, or DeepGEMM is missing or not for this device.
     """
@@ -32,6 +35,10 @@ def check_kernels(name: str, device: torch.device, *, asked: str = "--kernels ")
         (near,) = difflib.get_close_matches(name[:100], BACKENDS, n=1, cutoff=0.0)
         raise ValueError(f"{asked}{name[:100]} is not one of {', '.join(BACKENDS)}: did you mean {near}?")
     if name == "deepgemm":
+        if not has_model:
+            raise ValueError(
+                f"{asked}{name} is chosen by a model's products: give it to `layer`; rows have it as a peer"
+            )
         deepgemm.require(device, asked=f"{asked}{name}")
     return name
 

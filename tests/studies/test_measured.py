@@ -47,7 +47,8 @@ def test_a_changed_rate_changes_the_prediction_and_its_source_is_named(report: P
     assert shown[0].split("  ")[0] == "computing them alone, at 640 TFLOP/s"
     assert shown[0].endswith(" 2 s")
     assert shown[1] == f"rate: a MoE layer on NVIDIA H100, 2026-12-01, commit {'c' * 12}, torch 2.13 ({report})"
-    report.write_text(report.read_text().replace("640.0", "320.0"))
+    report.write_text(report.read_text().replace("640.0", "320.0").replace("c" * 40, "c" * 40 + " with changes"))
+    assert "ccc with changes, torch" in rate("fp8", deterministic=False, path=report).source
     assert _time_lines(1.28e15, rate("fp8", deterministic=False, path=report))[0].endswith(" 4 s")
 
 
@@ -131,9 +132,16 @@ def test_the_document_shows_the_reports_speeds_or_that_there_are_none(
     assert "| fp8 | cudnn | 23.00 | 178,000 | 640 |\n| bf16, deterministic | cudnn |" in text
     assert "| fprop | DeepGEMM | 0.96 | 1 |" in text
     assert text.replace(page(read_report(report)), shown) == DOCUMENT.read_text()
-    report.write_text(report.read_text().replace('"green"', '"red"'))
+    values = json.loads(report.read_text())
+    for part in ("layer", "peers"):
+        values["speed"][part]["status"] = "not measured"
+    report.write_text(json.dumps(values))
     assert gpu.main() == 2
-    assert capsys.readouterr().err.startswith("gpu: the report is not green (training, peers, layer): no speed without")
+    assert capsys.readouterr().err.startswith("gpu: the report has measured no speed")
+    values["parity"]["training"]["status"] = "red"
+    report.write_text(json.dumps(values))
+    assert gpu.main() == 2
+    assert capsys.readouterr().err.startswith("gpu: the report is not green (training): no speed without")
     report.unlink()
     assert gpu.main() == 2
     assert capsys.readouterr().err == f"gpu: there is no {report}: run `make gpu` on a machine with a GPU first\n"

@@ -105,9 +105,10 @@ class KeptOutput:
         self._storages.append(o.untyped_storage()._cdata)
 
     def replay(self) -> tuple[Any, ...]:
-        """The same of the next call, with o as it was kept."""
+        """The same of the next call, with o as it was kept; once, so that nothing outlives backward."""
         call = self._calls[self._taken]
-        return self._take(call), *call.others
+        others, call.others = call.others, ()
+        return self._take(call), *others
 
 
 @dataclass

@@ -73,9 +73,15 @@ def read_report(path: Path) -> Report | None:
         raise ValueError(f"{path} is no report of `make gpu` ({reason}): run it again, or delete the file") from error
 
 
+def _short(commit: str) -> str:
+    """The first of a commit's digits, and whether there were changes."""
+    digits, *changes = commit.split(" ", 1)
+    return " ".join([digits[:12], *changes])
+
+
 def _parsed(report: Any) -> Report:
     device, versions = report["device"]["name"], report["versions"]
-    where = f"{device}, {report['date']}, commit {report['commit'][:12]}, torch {versions['torch']}"
+    where = f"{device}, {report['date']}, commit {_short(report['commit'])}, torch {versions['torch']}"
     red = [name for name, part in report["parity"].items() if part["status"] not in ("green", "left out")]
     red += [name for name, part in report["speed"].items() if part["status"] in ("red", "failed")]
     refusal = f"is not green ({', '.join(red)})" if red else ""
@@ -125,8 +131,11 @@ def page(report: Report | None) -> str:
         return NOT_MEASURED
     if report.refusal:
         raise ValueError(f"the report {report.refusal}: no speed without parity")
+    if not report.layers and not report.ratios:
+        raise ValueError("the report has measured no speed")
     lines = [f"Measured by `make gpu` on {report.where}; every parity part is green or left out.", ""]
-    lines += ["| one MoE layer, 4,096 tokens | attention | ms | tokens/s | TFLOP/s |", "|---|---|---|---|---|"]
+    if report.layers:
+        lines += ["| one MoE layer, 4,096 tokens | attention | ms | tokens/s | TFLOP/s |", "|---|---|---|---|---|"]
     for each in report.layers:
         mode = f"{each.precision}, deterministic" if each.deterministic else each.precision
         speed = f"{each.time_ms:.2f} | {each.tokens_per_s:,.0f} | {each.tflop_per_s:.0f}"

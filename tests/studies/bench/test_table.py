@@ -136,9 +136,13 @@ def test_a_printed_name_can_be_given_back_and_a_mistyped_one_is_told_the_nearest
         assert launch_bench.main() == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"bench: --only {typed} is no case and no kernel file: did you mean {near}")
-    monkeypatch.setattr("sys.argv", ["bench.py", "--kernels", "deepgem"])
-    assert launch_bench.main() == 2
-    assert capsys.readouterr().err.endswith("reference, deepgemm: did you mean deepgemm?\n")
+    for name, cure in {
+        "deepgem": "did you mean deepgemm?",
+        "deepgemm": "give it to `layer`; rows have it as a peer",
+    }.items():
+        monkeypatch.setattr("sys.argv", ["bench.py", "--kernels", name])
+        assert launch_bench.main() == 2
+        assert capsys.readouterr().err.endswith(f"{cure}\n")
     monkeypatch.setattr(bench_rows, "ROWS", {"a": [bench_rows.pair("a b", *[None] * 4, tolerance=0, bytes=0)]})
     with pytest.raises(ValueError, match=r"'a b'.*letters, digits and underscores"):
         bench_rows.cases()
