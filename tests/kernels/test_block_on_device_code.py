@@ -81,10 +81,10 @@ def run(precision: str, *, device_code: bool) -> tuple[dict[str, Tensor], set[st
 
 
 # Launchers that this training does not call: dequantising alone, gradients in BF16 that a probe samples, inputs that no
-# norm has quantised, E5M6, what V3's heads do not need, the optimizer and what it does without BF16 weights.
+# norm has quantised, E5M6, what V3's heads do not need, the loss, the optimizer and what it does without BF16 weights.
 NOT_IN_TRAINING = {"dequantize_tiles", "gated_swiglu_backward_kept", "swiglu_backward_kept", "requantize_transposed"}
 NOT_IN_TRAINING |= {"pack_e5m6", "unpack_e5m6", "turn_back", "adamw"}
-NOT_IN_TRAINING |= {"range_amax", "quantize_range", "transpose_blocks"}
+NOT_IN_TRAINING |= {"range_amax", "quantize_range", "transpose_blocks", "cross_entropy", "sums_of_squares"}
 # Attention's output in 12 bits: the linear alone, below.
 IN_12_BITS = {"quantize_pack", "unpack_quantize_transposed"}
 

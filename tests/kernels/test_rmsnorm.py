@@ -19,6 +19,7 @@ from kernels.formats import CarriedTiles
 from kernels.fp8_linear import LinearInput, fp8_linear, linear
 from kernels.quantize import quantize_tiles, requantize_transposed
 from kernels.rmsnorm import add_rmsnorm, rmsnorm, rmsnorm_reference
+from kernels.router_linear import router_linear
 from tests.kernels.gemm_inputs import assert_same_bits, beside_reference, kept_for_backward, relative_error
 from tests.operator_calls import OperatorCalls
 
@@ -120,9 +121,7 @@ def test_bits_are_those_of_separate_operations_whose_gradients_autograd_adds(
         total, outputs = run(whole[..., :192], delta, weight)
         weights = [reader.bfloat16().requires_grad_() for reader in readers]
         ys = [
-            fp8_linear(x, w, power_of_two=True)
-            if nth >= plain
-            else linear(x, w, dtype=torch.float32 if not nth else None)  # type: ignore[arg-type]
+            fp8_linear(x, w, power_of_two=True) if nth >= plain else (linear if nth else router_linear)(x, w)  # type: ignore[arg-type]
             for nth, (x, w) in enumerate(zip(outputs, weights, strict=True))
         ]
         generator = torch.Generator().manual_seed(1)

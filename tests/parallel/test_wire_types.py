@@ -43,8 +43,8 @@ def record(precision: str) -> dict[str, Any]:
     engine = engine_on(Layout(dp=4, ep=2), precision)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_to_all_single", counted("all_to_all", dist.all_to_all_single, 1))
-        for name in ("reduce_scatter", "all_gather"):
-            patch.setattr(parallel.zero, f"_{name}", counted(name, getattr(parallel.zero, f"_{name}"), 1))
+        for name in ("_reduce_scatter", "all_gather"):
+            patch.setattr(parallel.zero, name, counted(name.lstrip("_"), getattr(parallel.zero, name), 1))
         result = take_step(engine, 0)
         apply_update(engine, result, now=NOW, update=1)
     buckets = Counter(str(b.plan.dtype) for bucket in engine.optimizer.buckets for b in bucket._buckets)

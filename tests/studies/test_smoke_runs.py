@@ -103,8 +103,11 @@ class OtherSums(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
         if name in ("aten::mm", "aten::bmm", "aten::baddbmm"):
-            exact = func(*(value.double() for value in args), **(kwargs or {}))
-            return self.disturb(exact.float()).to(args[0].dtype)
+            options = dict(kwargs or {})
+            out = options.pop("out", None)
+            exact = func.overloadpacket(*(value.double() for value in args), **options)
+            found = self.disturb(exact.float()).to(args[0].dtype)
+            return found if out is None else out.copy_(found)
         if name in ("v3fp8::gemm_tile_block", "v3fp8::grouped_gemm_tile_block"):
             *operands, dtype = args
             return self.disturb(func(*operands, torch.float32)).to(dtype)

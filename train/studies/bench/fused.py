@@ -41,6 +41,10 @@ def _norms(rows: int, cols: int) -> list[MemoryBound]:
         rstd = torch.rsqrt(x.float().square().mean(-1) + EPS)
         return *(normal(rows, cols) for _ in range(4)), x, weight, rstd
 
+    def again(rows: int, cols: int, normal: Normal) -> tuple[Tensor, ...]:
+        x, weight = normal(rows, cols), normal(cols)
+        return x, weight, torch.rsqrt(x.float().square().mean(-1) + EPS)
+
     def gradient(run: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
         out = torch.empty_like(tensors[0])
         run(*tensors, out)
@@ -60,6 +64,11 @@ def _norms(rows: int, cols: int) -> list[MemoryBound]:
         lambda *x: gradient(rmsnorm.norm_backward, *x),
         lambda *x: gradient(rmsnorm.norm_backward_reference, *x),
         (ROWS,) * 5 + (WHOLE, ROWS), (ROWS,), tolerance=TIPPED,
+    ), MemoryBound(
+        "norm_again", rows, cols, 3 + SCALE, again,
+        lambda *x: rmsnorm.norm_again(*x, True, True, False)[:2],
+        lambda *x: rmsnorm.norm_again_reference(*x, True, True, False)[:2],
+        (ROWS, WHOLE, ROWS), (COLS, ROW_TILES), tolerance=TIPPED,
     )]  # fmt: skip
 
 
