@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.block_ranges import block_scales, blocks_shape, quantize_range, range_amax, transpose_blocks
-from kernels.formats import Quantized
+from kernels.formats import Quantized, ceil_div
 from kernels.fp8_linear import keep_only_fp8
 from kernels.quantize import quantize_blocks
 from parallel.mesh import Axis
@@ -172,7 +172,7 @@ def _flat(bucket: Bucket) -> _Flat:
     first_block, blocks = dict[str, int](), 0
     for each, parameter in zip(bucket.plan.ranges, bucket.parameters, strict=True):
         first_block[each.name] = blocks
-        blocks += -(-prod(blocks_shape(parameter.shape)) // _SCALES_ALIGNMENT) * _SCALES_ALIGNMENT
+        blocks += ceil_div(prod(blocks_shape(parameter.shape)), _SCALES_ALIGNMENT) * _SCALES_ALIGNMENT
     # gloo refuses FP8, so bytes travel.
     payload = torch.zeros(bucket.plan.numel, dtype=torch.uint8, device=device)
     scales = torch.zeros(blocks, dtype=torch.float32, device=device)

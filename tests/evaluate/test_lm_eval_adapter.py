@@ -167,7 +167,9 @@ def test_the_whole_set_leaves_out_what_has_no_task_or_runs_code_and_says_so() ->
 
 def test_the_real_library_accepts_the_adapter() -> None:
     if importlib.util.find_spec("lm_eval") is None:
-        pytest.skip("lm-eval is not installed; to run this by hand: pip install 'lm-eval>=0.4.9'")
+        pytest.skip(
+            "lm-eval is not installed, and no suite installs it: to run this by hand, pip install 'lm-eval>=0.4.9'"
+        )
     from lm_eval.api.instance import Instance as RealInstance
     from lm_eval.api.model import LM as RealLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window

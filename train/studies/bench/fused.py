@@ -66,8 +66,8 @@ def _norms(rows: int, cols: int) -> list[MemoryBound]:
         (ROWS,) * 5 + (WHOLE, ROWS), (ROWS,), tolerance=TIPPED,
     ), MemoryBound(
         "norm_again", rows, cols, 3 + SCALE, again,
-        lambda *x: rmsnorm.norm_again(*x, True, True, False)[:2],
-        lambda *x: rmsnorm.norm_again_reference(*x, True, True, False)[:2],
+        lambda x, w, r: rmsnorm.norm_again(x, w, r, True, True, False)[:2],
+        lambda x, w, r: rmsnorm.norm_again_reference(x, w, r, True, True, False)[:2],
         (ROWS, WHOLE, ROWS), (COLS, ROW_TILES), tolerance=TIPPED,
     )]  # fmt: skip
 
