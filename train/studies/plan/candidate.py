@@ -1,0 +1,62 @@
+"""One way to run a model on a number of GPUs: what the planner compares.
+
+    layout       ranks along each axis, schedule, layers of each stage (arXiv:2412.19437 §3.2)
+    memory       micro-batch, recomputation, precision, ZeRO-1
+    exchange     how tokens travel to experts, and whether computation hides it
+
+It may name schedules and exchanges that the trainer cannot run yet; `orders.SCHEDULES` and `search.py` say which.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Dispatch = Literal["direct", "node"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout with everything that decides its memory and its time.
+
+    Args:
+        chunks: stages that one pipeline rank owns.
+        stage_layers: main layers of each of the pp x chunks stages, first to last; the last one has the final norm, the
+            head and the MTP layers besides.
+        recompute: queries, keys and values are made again in backward (`run.recompute`).
+        dispatch: one hop to each expert's rank, or over InfiniBand once for each node.
+        overlap: forward and backward chunks run in pairs, each hiding the other's exchange.
+        comm_sms: SMs lent to the exchange while it is hidden.
+    """
+
+    pp: int
+    dp: int
+    ep: int
+    schedule: str
+    chunks: int
+    stage_layers: tuple[int, ...]
+    micro_batch_sequences: int = 1
+    recompute: bool = True
+    precision: Literal["bf16", "fp8"] = "fp8"
+    keep_bf16_weights: bool = True
+    attention_output: Literal["bf16", "e5m6"] = "bf16"
+    zero: bool = True
+    dispatch: Dispatch = "direct"
+    overlap: bool = False
+    comm_sms: int = 20
+    max_waiting_wgrads: int | None = None
+    ranks_per_node: int = 8
+
+    def __post_init__(self) -> None:
+        assert self.dp % self.ep == 0, (self.dp, self.ep)
+        assert len(self.stage_layers) == self.pp * self.chunks, (self.stage_layers, self.pp, self.chunks)
+
+    @property
+    def world(self) -> int:
+        """GPUs in all."""
+        return self.pp * self.dp
+
+    @property
+    def edp(self) -> int:
+        """Replicas of each expert."""
+        return self.dp // self.ep
