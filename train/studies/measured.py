@@ -41,13 +41,16 @@ class Report:
     """What is read of a report.
 
     where: device, date, commit, versions. refusal: why its speeds are not used; empty if they are. ratios: (kind of
-    product or kernel, peer) -> our speed over the peer's, of each case.
+    product or kernel, peer) -> our speed over the peer's, of each case. speeds: (case, whose) -> TFLOP/s of a product.
+    memory_gb_per_s: of our memory-bound kernels.
     """
 
     where: str
     refusal: str
     layers: tuple[Layer, ...]
     ratios: Mapping[tuple[str, str], list[float]]
+    speeds: Mapping[tuple[str, str], float]
+    memory_gb_per_s: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,15 @@ def _parsed(report: Any) -> Report:
     if any(layer.tflop_per_s <= 0 for layer in layers):
         raise ValueError("a speed of 0")
     ratios: dict[tuple[str, str], list[float]] = {}
-    for row in measured.get("peers", {}).get("rows", []):
+    rows = measured.get("peers", {}).get("rows", [])
+    for row in rows:
         if row["candidate"] != "ours" and row["ours_per_peer_ratio"] is not None:
             ratios.setdefault((row["kind"], row["candidate"]), []).append(float(row["ours_per_peer_ratio"]))
-    return Report(where, "was made on a CPU" if device == "CPU" else refusal, tuple(layers), ratios)
+    speeds = {(row["case"], row["candidate"]): float(row["tflop_per_s"]) for row in rows if row["tflop_per_s"]}
+    ours = (row for row in rows if (row["kind"], row["candidate"]) == ("memory", "ours"))
+    memory = tuple(float(row["gbyte_per_s"]) for row in ours if row["gbyte_per_s"])
+    refusal = "was made on a CPU" if device == "CPU" else refusal
+    return Report(where, refusal, tuple(layers), ratios, speeds, memory)
 
 
 _FIELDS = {

@@ -44,6 +44,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kernels import deferred
 from parallel.expert import ExpertParallelDispatcher
 from parallel.mesh import Mesh, single
 from parallel.zero import GradientBuckets
@@ -106,6 +107,7 @@ class Entry:
     launches: int
     read_bytes: int
     written_bytes: int
+    deferred: bool = False  # of a weight gradient that a schedule may run later
 
 
 @dataclass(frozen=True)
@@ -323,7 +325,9 @@ class _Trace(TorchDispatchMode):
         read_bytes = touched_bytes(read)
         if limit is not None:
             read_bytes -= max(0, touched_bytes(read[:1]) - touched_bytes(limit))
-        entry = Entry(self.phase, operation, line, launched_at, name, launches, read_bytes, touched_bytes(written))
+        place = operation, line, launched_at
+        written_bytes = touched_bytes(written)
+        entry = Entry(self.phase, *place, name, launches, read_bytes, written_bytes, deferred=_is_deferred())
         self.entries.append(entry)
         self._remember(filled, operation, line, name)
 
@@ -383,6 +387,14 @@ def _place(name: str) -> tuple[str, str, str]:
     path = innermost.partition(":")[0]
     operation = next((known for pattern, known in OPERATIONS if re.search(pattern, path)), path)
     return operation, _line_of_the_model([*stack, *node]), innermost
+
+
+def _is_deferred() -> bool:
+    """Whether a closure runs that was pushed to `kernels.deferred`."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code is not deferred.push.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _line_of_the_model(lines: Iterable[str]) -> str:
