@@ -1,0 +1,88 @@
+"""Plan a run before any GPU is booked: `python launch/plan.py +cluster=h800_2048`.
+
+Arguments are those of launch/pretrain.py. Memory of every pipeline rank, a simulated step, what a whole run costs, and
+layouts of the same GPUs that would be faster: in words here, and in the run's folder as plan.json, plan.html (open it
+in a browser) and plan_trace.json (for ui.perfetto.dev). Nothing is measured: every figure says where it comes from.
+A training in that folder compares itself with plan.json after ten steps; then
+
+    python launch/plan.py calibrate runs/NAME
+
+keeps by how much this machine was slower than planned. A wrong argument is one sentence and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+from pathlib import Path
+
+from train.config import compose
+from train.observe.sinks import write_whole
+from train.run_directory import run_directory
+from train.studies.measured import REPORT
+from train.studies.plan.document import Assumptions, plan
+from train.studies.plan.judged import PLAN_FILE, calibrate
+from train.studies.plan.page import render
+from train.studies.plan.products import MachineName, machine
+from train.studies.plan.trace import write_trace
+from train.studies.plan.words import tables
+
+# Bytes of a GPU, as its maker counts them.
+GPUS: dict[MachineName, float] = {"H800": 80e9, "H100": 80e9}
+V3 = "h800_2048"
+
+
+def main(arguments: list[str]) -> int:
+    """Plan or calibrate; returns the exit code."""
+    try:
+        if arguments[:1] == ["calibrate"]:
+            return _calibrate(arguments[1:])
+        return _plan(arguments)
+    except (ValueError, OSError) as error:
+        print(f"plan: {error}", file=sys.stderr)
+        return 2
+
+
+def _calibrate(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="plan calibrate", description="Keep how far a run was from its plan.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run that has compared itself")
+    print(calibrate(parser.parse_args(arguments).run))
+    return 0
+
+
+def _plan(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="Hydra override, as of launch/pretrain.py")
+    parser.add_argument(
+        "--gpu", choices=list(GPUS), help="whose links and kernels (H800 if the cluster is named so, else H100)"
+    )
+    parser.add_argument("--dollars", type=float, default=2.0, help="of a GPU-hour (%(default)s, arXiv:2412.19437 §1)")
+    parser.add_argument(
+        "--report", type=Path, default=REPORT, help="speeds that `make gpu` measured, if there are any (%(default)s)"
+    )
+    parser.add_argument("--out", type=Path, help="folder to write (the run's own)")
+    options = parser.parse_intermixed_args(arguments)
+    config = compose(options.overrides)
+    name = options.gpu or ("H800" if any("cluster=h800" in text for text in options.overrides) else "H100")
+    report = options.report if options.report.exists() else None
+    # Published runs are of DeepSeek-V3, whatever is planned here.
+    v3 = config if config.run.name == V3 else compose([f"+cluster={V3}"])
+    assumed = Assumptions(machine(name, report=report), GPUS[name], options.dollars, v3.model)
+    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    document = plan(config, assumed, date=today)
+    print("\n".join([*document["words"], *tables(document)]))
+    out = options.out or run_directory(config.run)
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / PLAN_FILE, json.dumps(document))
+    render(document, out / "plan.html")
+    write_trace(document, out / "plan_trace.json")
+    print(f"\n{out / 'plan.html'}: open it in a browser; {out / PLAN_FILE}: a training there is held to it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

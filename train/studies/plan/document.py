@@ -1,0 +1,413 @@
+"""The plan of a configuration as one JSON document, which `page.py` shows and to which `judged.py` holds a run.
+
+    as configured    memory of every pipeline rank, a simulated step, cost of the whole run
+    changes          the same step with one crossing per node, overlap, another split, other kernels: together and alone
+    search           layouts that fit, within what the trainer runs today and beyond
+
+Costs are always two: as modelled, and times DeepSeek's published step over the modelled one, beside the errors on
+trainers that no input was chosen for.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from train.model.sizes import Held, flops_per_token, parameter_counts, weights
+from train.studies.plan import judge, recipe
+from train.studies.plan.candidate import Candidate
+from train.studies.plan.costs import StageCosts, layer_parts
+from train.studies.plan.footprint import IMBALANCES, Footprint, breaking_imbalance, footprint
+from train.studies.plan.moments import Moment, moments
+from train.studies.plan.orders import orders, refusal
+from train.studies.plan.predict import HOUR_S, Prediction, gpu_hours_per_trillion, predict, quick_step_s, stages_of
+from train.studies.plan.products import Implementation, Machine, Setup
+from train.studies.plan.search import ALL, TODAY, Found, candidate_of, flips, runs_today, search, split_by_time
+from train.studies.plan.split import Split
+from train.studies.plan.timeline import seconds_by_class
+from train.studies.plan.words import words
+
+if TYPE_CHECKING:
+    from train.config import PretrainConfig
+    from train.model.config import ModelConfig
+
+VERSION = 1
+# What the layers of today are made of, and what they were before they were fused.
+OURS = Implementation("as written")
+BEFORE = Implementation("before the fusions", memory="before fusions", router="fp32", head="apart")
+# Layouts that the document lists, and those of which the best are asked under other links and kernels.
+LISTED, ASKED = 200, 12
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a plan takes for granted beside the configuration.
+
+    Args:
+        memory_bytes: of a GPU, of which `footprint.RESERVED_BYTES` are not ours.
+        v3: the model of the published runs that the planner is held against.
+    """
+
+    machine: Machine
+    memory_bytes: float
+    dollars_per_gpu_hour: float
+    v3: ModelConfig
+
+
+class Planner:
+    """Answers for one configuration on one machine; figures that several parts of the document need are kept."""
+
+    def __init__(self, config: PretrainConfig, stage_layers: Split, assumed: Assumptions) -> None:
+        self.config, self.assumed = config, assumed
+        self.candidate = candidate_of(config, stage_layers)
+        self.tokens = config.schedule.batch_full_sequences * config.data.sequence_length
+        self.predicted = functools.cache(self._predicted)
+
+    def setup(self, candidate: Candidate, implementation: Implementation = OURS) -> Setup:
+        """What decides the time of a layout."""
+        return Setup(
+            self.config.model, candidate, implementation, self.assumed.machine, self.config.data.sequence_length
+        )
+
+    def micro_batches(self, candidate: Candidate, batch: int | None = None) -> int:
+        """Of one pipeline and step of so many sequences; None: of the full batch."""
+        batch = self.config.schedule.batch_full_sequences if batch is None else batch
+        return batch // candidate.dp // candidate.micro_batch_sequences
+
+    def _predicted(self, candidate: Candidate, implementation: Implementation = OURS) -> Prediction:
+        return predict(self.setup(candidate, implementation), micro_batches=self.micro_batches(candidate))
+
+    def hours(self, step_s: float) -> float:
+        """GPU-hours per trillion tokens of a step of the full batch, as modelled."""
+        return gpu_hours_per_trillion(step_s, world=self.candidate.world, tokens=self.tokens)
+
+    @functools.cached_property
+    def residuals(self) -> dict[str, judge.Residual]:
+        """DeepSeek's published step against the one that is modelled for it, by class."""
+        return {each.what: each for each in judge.step_of_deepseek(_fastest_deepseek(self.assumed.v3))}
+
+    @property
+    def bias(self) -> float:
+        """Published over modelled seconds of DeepSeek's own step."""
+        step = self.residuals["step"]
+        return step.published / step.modelled
+
+    # ---- memory
+
+    def moments(self, candidate: Candidate) -> Sequence[Sequence[Moment]]:
+        """What each pipeline rank holds during a step; the rounds of a full pipeline repeat themselves."""
+        count = min(self.micro_batches(candidate), 2 * candidate.pp)
+        if refusal(candidate.schedule, candidate.pp, candidate.chunks, count):
+            count = self.micro_batches(candidate)
+        return _moments(candidate.schedule, candidate.pp, candidate.chunks, count, candidate.max_waiting_wgrads)
+
+    def footprints(self, candidate: Candidate, imbalance: float = 1.0) -> list[Footprint]:
+        """Of every pipeline rank."""
+        return footprint(self.config, candidate, self.moments(candidate), imbalance=imbalance)
+
+    def fullest_bytes(self, candidate: Candidate, _: int = 0) -> float:
+        """Of the fullest rank."""
+        return max(each.total for each in self.footprints(candidate))
+
+    # ---- search
+
+    def search(self, scope: Any) -> list[Found]:
+        """All layouts of a scope, best first."""
+        return search(
+            self.config, scope, implementation=OURS, machine=self.assumed.machine, memory_of=self.fullest_bytes,
+            limit_bytes=self.assumed.memory_bytes,
+        )  # fmt: skip
+
+
+def _fastest_deepseek(v3: ModelConfig) -> Setup:
+    """DeepSeek's own run with the split that is fastest here: theirs is not published, another costs up to a fifth."""
+    setups = [
+        judge.deepseek(v3, judge.BENCH, judge.even_layers(v3.num_hidden_layers, ends=ends / 2)) for ends in range(9)
+    ]
+    return min(setups, key=lambda setup: quick_step_s(setup, micro_batches=60))
+
+
+@functools.cache
+def _moments(name: str, pp: int, chunks: int, count: int, waiting: int | None) -> list[list[Moment]]:
+    return moments(orders(name, pp, chunks, count), max_waiting_wgrads=waiting)
+
+
+def plan(config: PretrainConfig, stage_layers: Split, assumed: Assumptions, *, date: str) -> dict[str, Any]:
+    """The whole document.
+
+    Args:
+        stage_layers: main layers of each stage of the configured layout.
+    """
+    planner = Planner(config, stage_layers, assumed)
+    predicted = planner.predicted(planner.candidate)
+    document: dict[str, Any] = {
+        "version": VERSION,
+        "date": date,
+        "name": config.run.name,
+        "run": _run(planner),
+        "gpu": {"name": assumed.machine.name, "memory_bytes": assumed.memory_bytes},
+        "candidate": asdict(planner.candidate),
+        "runs_today": True,
+        "why_not": None,
+        "step": _step(planner, predicted),
+        "memory": _memory(planner),
+        "cost": _cost(planner),
+        "changes": _changes(planner),
+        "bound": _bound(planner),
+    }
+    document["gpu"]["reserved_bytes"] = document["memory"]["ranks"][0]["components"]["reserved"]
+    document["search"], document["flips"] = _search(planner)
+    document["timeline"] = _timeline(predicted)
+    document["sources"] = [asdict(row) for row in assumed.machine.tables.rows.values()]
+    document["words"] = words(document)
+    return document
+
+
+def _run(planner: Planner) -> dict[str, Any]:
+    config = planner.config
+    return {
+        "world": planner.candidate.world,
+        "sequence_length": config.data.sequence_length,
+        "batch_sequences": config.schedule.batch_full_sequences,
+        "micro_batches": planner.micro_batches(planner.candidate),
+        "precision": config.precision.name,
+        "parameters": parameter_counts(config.model),
+        "total_tokens": config.schedule.total_tokens,
+    }
+
+
+def _step(planner: Planner, predicted: Prediction) -> dict[str, Any]:
+    config, world, step_s = planner.config, planner.candidate.world, predicted.step_s
+    held = Held((*config.model.layer_ids, *config.model.mtp_layer_ids), embedding=True, head=True)
+    table = weights(config.model, held, ep=1)
+    flops = sum(flops_per_token(config.model, table, held, sequence_length=config.data.sequence_length).values())
+    return {
+        "time_s": step_s,
+        "tokens_per_s": planner.tokens / step_s,
+        "tokens_per_s_per_gpu": planner.tokens / step_s / world,
+        "tflop_per_s": flops * planner.tokens / step_s / world / 1e12,
+        "bubble": predicted.bubble,
+        "phases_s": {**seconds_by_class(predicted.timeline), "update": sum(predicted.update_s.values())},
+        "update_s": dict(predicted.update_s),
+    }
+
+
+def _memory(planner: Planner) -> dict[str, Any]:
+    candidate, limit = planner.candidate, planner.assumed.memory_bytes
+    costs = StageCosts(planner.setup(candidate))
+    ranks = [
+        {
+            "pp_rank": pp_rank,
+            "rank": pp_rank * candidate.dp,
+            "holds": "; ".join(_holds(costs, stage) for stage in stages_of(candidate, pp_rank)),
+            "components": asdict(found),
+            "total_bytes": found.total,
+        }
+        for pp_rank, found in enumerate(planner.footprints(candidate))
+    ]
+    imbalance = []
+    for each in IMBALANCES:
+        totals = [found.total for found in planner.footprints(candidate, each)]
+        step = planner.predicted(candidate, replace(OURS, imbalance=each))
+        fullest = totals.index(max(totals))
+        imbalance.append(
+            {"imbalance": each, "fullest_bytes": max(totals), "fullest_rank": fullest, "step_s": step.step_s}
+        )
+    breaks_at = breaking_imbalance(planner.config, candidate, planner.moments(candidate), limit=limit)
+    return {"ranks": ranks, "imbalance": imbalance, "breaks_at": breaks_at}
+
+
+def _holds(costs: StageCosts, stage: int) -> str:
+    layers = costs.layer_ids(stage)
+    parts = [f"layers {layers.start}-{layers.stop - 1}" if len(layers) else "no layer"]
+    if stage == 0:
+        parts.insert(0, "embedding")
+    if stage == costs.stages - 1:
+        parts.append("head and MTP" if costs.setup.model.num_nextn_predict_layers else "head")
+    return f"stage {stage}: {', '.join(parts)}"
+
+
+# ---- cost
+
+
+def _cost(planner: Planner) -> dict[str, Any]:
+    config, assumed, candidate = planner.config, planner.assumed, planner.candidate
+    tables, world = assumed.machine.tables, candidate.world
+    step = planner.predicted(candidate)
+    step_of = functools.cache(
+        lambda batch: predict(planner.setup(candidate), micro_batches=planner.micro_batches(candidate, batch)).step_s
+    )
+    length = config.data.sequence_length
+    parts = recipe.pretraining(config.schedule, sequence_length=length, world=world, step_s=step_of)
+    core = _attention_s(planner) / (candidate.micro_batch_sequences * length)
+    parts += recipe.extension(
+        config.schedule,
+        sequence_length=length,
+        gpu_s_per_token=step.step_s * world / planner.tokens,
+        attention_gpu_s_per_token=core,
+    )
+    saved = max(each.masters + each.moments + each.weights for each in planner.footprints(candidate))
+    reliability = recipe.Reliability(
+        tables.value("failures"), tables.value("restart"), saved / (tables.value("copy to host") * 1e9)
+    )
+    share = recipe.effective_share(reliability, world=world, save_every_s=config.checkpoint.every_steps * step.step_s)
+
+    def total(factor: float) -> dict[str, float]:
+        hours = factor * sum(part.gpu_hours for part in parts) / share
+        return {
+            "gpu_hours_per_trillion": factor * planner.hours(step.step_s),
+            "gpu_hours": hours,
+            "days": hours / world / 24,
+            "dollars": hours * assumed.dollars_per_gpu_hour,
+        }
+
+    return {
+        "modelled": total(1.0),
+        "corrected": total(planner.bias),
+        "bias": planner.bias,
+        "bias_source": f"DeepSeek's published step, {planner.residuals['step'].published:.2f} s, over the one that is "
+        f"modelled for its layout, {planner.residuals['step'].modelled:.2f} s",
+        "dollars_per_gpu_hour": assumed.dollars_per_gpu_hour,
+        "held_out": [_residual(judge.peer_residual(assumed.v3, peer), tables) for peer in judge.PEERS],
+        "parts": [
+            {
+                "what": part.what,
+                "tokens": part.tokens,
+                "modelled_gpu_hours": part.gpu_hours,
+                "corrected_gpu_hours": planner.bias * part.gpu_hours,
+            }
+            for part in parts
+        ],
+        "effective_training_time": share,
+    }
+
+
+def _attention_s(planner: Planner) -> float:
+    """Seconds of the attention cores of all layers on one micro-batch."""
+    model, setup = planner.config.model, planner.setup(planner.candidate)
+    ids = (*model.layer_ids, *model.mtp_layer_ids)
+    parts = functools.cache(lambda moe: layer_parts(setup, moe=moe, beside_exchange=False))
+    return sum(part.attention for layer_id in ids for part in parts(model.is_moe(layer_id)).values())
+
+
+def _residual(found: judge.Residual, tables: Any) -> dict[str, Any]:
+    return {
+        "name": found.what,
+        "unit": found.unit,
+        "published": found.published,
+        "modelled": found.modelled,
+        "error": found.error,
+        "source": tables.rows[found.what].source,
+    }
+
+
+# ---- changes, bound, search
+
+
+def _changes(planner: Planner) -> list[dict[str, Any]]:
+    """From before the fusions over the configured run to everything at once; each change also alone on the latter."""
+    configured = planner.candidate
+    rows = [
+        _row(planner, "before the fused kernels", configured, BEFORE),
+        _row(planner, "as configured", configured, OURS),
+    ]
+    base, now, how = configured, configured, OURS
+    alone = rows[-1]["modelled"]
+
+    def add(
+        what: str, candidate: Candidate, implementation: Implementation, only: tuple[Candidate, Implementation]
+    ) -> None:
+        row = _row(planner, what, candidate, implementation)
+        row["alone"] = planner.hours(planner.predicted(*only).step_s) / alone - 1
+        rows.append(row)
+
+    if configured.ep > configured.ranks_per_node:
+        now = replace(now, dispatch="node")
+        add("+ one crossing of InfiniBand per node", now, how, (replace(base, dispatch="node"), OURS))
+    if not refusal("DualPipeV", now.pp, 2, planner.micro_batches(now)) and now.pp > 1:
+        pairs = {"schedule": "DualPipeV", "overlap": True}
+        if now.chunks == 2:
+            now = replace(now, **pairs)
+            add("+ overlap, DualPipeV", now, how, (replace(base, **pairs), OURS))
+    if now.pp > 1:
+        split = split_by_time(planner.setup(now, how), micro_batches=planner.micro_batches(now), least_last=0)
+        own = split_by_time(planner.setup(base), micro_batches=planner.micro_batches(base), least_last=0)
+        now = replace(now, stage_layers=split)
+        add("+ layers split by time", now, how, (replace(base, stage_layers=own), OURS))
+    if configured.precision == "fp8":
+        how = replace(OURS, name="DeepGEMM's products", products="deepgemm")
+        add("+ products at DeepGEMM's speed", now, how, (base, how))
+    return rows
+
+
+def _row(planner: Planner, what: str, candidate: Candidate, implementation: Implementation) -> dict[str, Any]:
+    predicted = planner.predicted(candidate, implementation)
+    hours = planner.hours(predicted.step_s)
+    return {
+        "what": what,
+        "step_s": predicted.step_s,
+        "modelled": hours,
+        "corrected": planner.bias * hours,
+        "bubble": predicted.bubble,
+        "memory_bytes": planner.fullest_bytes(candidate),
+        "stage_layers": list(candidate.stage_layers),
+    }
+
+
+def _bound(planner: Planner) -> dict[str, Any]:
+    candidate = planner.candidate
+    fastest = replace(OURS, products="deepgemm") if candidate.precision == "fp8" else OURS
+    seconds = StageCosts(planner.setup(candidate, fastest)).bound_s()
+    tokens = candidate.micro_batch_sequences * planner.config.data.sequence_length
+    return {"what": "products and attention alone, all GPUs busy", "modelled": seconds / tokens / HOUR_S * 1e12}
+
+
+def _search(planner: Planner) -> tuple[dict[str, Any], dict[str, Any]]:
+    began = time.perf_counter()
+    found = {scope.name: planner.search(scope) for scope in (TODAY, ALL)}
+    every = [each for scoped in found.values() for each in scoped]
+    changed = {
+        name: {
+            what: _layout(candidate)
+            for what, candidate in flips(
+                planner.config, scoped[:ASKED], implementation=OURS, machine=planner.assumed.machine
+            ).items()
+        }
+        for name, scoped in found.items()
+    }
+    rows = []
+    for each in sorted(dict.fromkeys(every), key=lambda each: (each.step_s, each.memory_bytes))[:LISTED]:
+        step_s = each.step_s if each.fits else None
+        modelled = planner.hours(each.step_s) if each.fits else None
+        rows.append(
+            {
+                **_layout(each.candidate),
+                "micro_batches": each.micro_batches,
+                "step_s": step_s,
+                "modelled": modelled,
+                "corrected": None if modelled is None else planner.bias * modelled,
+                "memory_bytes": each.memory_bytes,
+                "fits": each.fits,
+                "runs_today": runs_today(each.candidate) is None,
+            }
+        )
+    fit = sum(each.fits for each in every)
+    seconds = time.perf_counter() - began
+    return {"tried": len(every), "fit": fit, "seconds": seconds, "rows": rows}, changed
+
+
+def _layout(candidate: Candidate) -> dict[str, Any]:
+    return {**asdict(candidate), "stage_layers": list(candidate.stage_layers)}
+
+
+def _timeline(predicted: Prediction) -> dict[str, Any]:
+    return {
+        "step_s": predicted.timeline.step_s,
+        "ranks": [
+            [[span.start_s, span.end_s, [list(action) for action in span.step]] for span in spans]
+            for spans in predicted.timeline.spans
+        ],
+    }

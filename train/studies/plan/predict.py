@@ -1,0 +1,111 @@
+"""A step of a candidate in seconds: costs of its stages, order of its schedule, and the update, joined.
+
+A step of the batch ramp (arXiv:2412.19437 §4.2) with too few micro-batches for DualPipeV runs on the same V under
+ZBVZeroBubble, without overlapped pairs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from train.studies.plan.candidate import Candidate
+from train.studies.plan.costs import StageCosts, p2p_s
+from train.studies.plan.orders import fallback, orders, rank_of_stage, refusal
+from train.studies.plan.products import Setup
+from train.studies.plan.timeline import Timeline, simulate
+from train.studies.plan.update import update_s
+
+HOUR_S = 3600.0
+# A pipeline is full after this many micro-batches a rank; the others only repeat the same round.
+FILLED = 4
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A simulated step.
+
+    update_s: of the rank whose update takes longest, by part.
+    """
+
+    setup: Setup
+    micro_batches: int
+    timeline: Timeline
+    update_s: Mapping[str, float]
+
+    @property
+    def step_s(self) -> float:
+        """Pipeline and update."""
+        return self.timeline.step_s + sum(self.update_s.values())
+
+    @property
+    def bubble(self) -> float:
+        """Idle share of the pipeline's time, mean over ranks."""
+        return sum(self.timeline.bubble_s) / len(self.timeline.bubble_s) / self.timeline.step_s
+
+
+def predict(setup: Setup, *, micro_batches: int, slow: Mapping[int, float] | None = None) -> Prediction:
+    """Simulate a whole step.
+
+    Args:
+        slow: pipeline rank -> factor on its steps, of stragglers.
+    Raises:
+        ValueError: no schedule on the candidate's stages takes so many micro-batches.
+    """
+    setup = _with_fallback(setup, micro_batches)
+    costs = StageCosts(setup)
+    timeline = _simulated(costs, micro_batches, slow)
+    updates = [_update_s(costs, rank) for rank in range(setup.candidate.pp)]
+    return Prediction(setup, micro_batches, timeline, max(updates, key=lambda parts: sum(parts.values())))
+
+
+def quick_step_s(setup: Setup, *, micro_batches: int) -> float:
+    """A step whose pipeline is simulated until it is full; the busiest rank sets the pace of the rest."""
+    setup = _with_fallback(setup, micro_batches)
+    candidate, costs = setup.candidate, StageCosts(setup)
+    fewer = min(micro_batches, FILLED * candidate.pp)
+    if refusal(candidate.schedule, candidate.pp, candidate.chunks, fewer):
+        fewer = micro_batches
+    timeline = _simulated(costs, fewer, None)
+    rest = (micro_batches - fewer) * max(timeline.busy_s) / fewer
+    return timeline.step_s + rest + max(sum(_update_s(costs, rank).values()) for rank in range(candidate.pp))
+
+
+def gpu_hours_per_trillion(step_s: float, *, world: int, tokens: int) -> float:
+    """Of a step over so many tokens."""
+    return step_s * world / HOUR_S / tokens * 1e12
+
+
+def _with_fallback(setup: Setup, micro_batches: int) -> Setup:
+    candidate = setup.candidate
+    name = fallback(candidate.schedule, candidate.pp, candidate.chunks, micro_batches)
+    if name is None:
+        reason = refusal(candidate.schedule, candidate.pp, candidate.chunks, micro_batches)
+        assert reason is not None
+        raise ValueError(reason)
+    if name == candidate.schedule:
+        return setup
+    return replace(setup, candidate=replace(candidate, schedule=name, overlap=False))
+
+
+def _simulated(costs: StageCosts, micro_batches: int, slow: Mapping[int, float] | None) -> Timeline:
+    candidate = costs.setup.candidate
+    steps = orders(candidate.schedule, candidate.pp, candidate.chunks, micro_batches)
+    transfer = p2p_s(costs.setup) if candidate.pp > 1 else 0.0
+    return simulate(steps, num_stages=costs.stages, time=lambda _, step: costs.time(step), p2p_s=transfer, slow=slow)
+
+
+def _update_s(costs: StageCosts, rank: int) -> dict[str, float]:
+    return update_s(costs.setup, costs.held(stages_of(costs.setup.candidate, rank)))
+
+
+@functools.cache
+def _stages(schedule: str, pp: int, chunks: int) -> tuple[tuple[int, ...], ...]:
+    owners = [rank_of_stage(schedule, pp, chunks, stage) if pp > 1 else 0 for stage in range(pp * chunks)]
+    return tuple(tuple(stage for stage, owner in enumerate(owners) if owner == rank) for rank in range(pp))
+
+
+def stages_of(candidate: Candidate, rank: int) -> tuple[int, ...]:
+    """The stages of one pipeline rank, ascending."""
+    return _stages(candidate.schedule, candidate.pp, candidate.chunks)[rank]

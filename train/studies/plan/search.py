@@ -1,0 +1,335 @@
+"""Every layout of so many GPUs: which fit their memory, how fast they are, and what would change the answer.
+
+    shells      pp, ep, dp, schedule, chunks, micro-batch, exchange and precision that the model and the batch allow
+    memory      of each the first way to keep activations and weights that fits, the fastest first (`footprint.py`)
+    time        with layers dealt evenly by their seconds; the best few again with a split by simulated time
+    flips       the best few once more with another link, kernel or routing
+
+`Scope` says what the search may assume: what the trainer runs today, or also what `parallel/` has no code for yet.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from parallel.layout import SCHEDULES as RUNNABLE
+from parallel.layout import Layout, check_layout
+from train.studies.plan.candidate import Candidate
+from train.studies.plan.costs import StageCosts
+from train.studies.plan.orders import SCHEDULES, fallback, num_stages, rank_of_stage
+from train.studies.plan.predict import quick_step_s
+from train.studies.plan.products import Implementation, Machine, Setup
+from train.studies.plan.split import Split, best_split, deals
+from train.studies.plan.tables import Tables
+
+if TYPE_CHECKING:
+    from train.config import PretrainConfig
+
+# Stages a rank for schedules that take any number.
+INTERLEAVED = (2, 4)
+MICRO_BATCHES = (1, 2)
+# How many of the best get a split by simulated time, and changes of it that are tried.
+FINALISTS, TRIES = 6, 40
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a search may use: schedules, exchanges, and whether the last stage may have no main layer."""
+
+    name: str
+    schedules: tuple[str, ...]
+    dispatches: tuple[str, ...]
+    least_last: int
+
+
+TODAY = Scope("what the trainer runs today", tuple(RUNNABLE), ("direct",), least_last=1)
+ALL = Scope(
+    "with overlap, one crossing per node and a stage of heads alone",
+    tuple(name for name, rule in SCHEDULES.items() if rule.in_torch),
+    ("direct", "node"),
+    least_last=0,
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layout, seconds of its step (infinite where it does not fit), and bytes of its fullest rank."""
+
+    candidate: Candidate
+    micro_batches: int
+    step_s: float
+    memory_bytes: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether it was worth timing."""
+        return math.isfinite(self.step_s)
+
+
+# (candidate, micro-batches) -> bytes of the fullest rank, what the device itself takes included.
+MemoryOf = Callable[[Candidate, int], float]
+
+
+def candidate_of(config: PretrainConfig, stage_layers: Split) -> Candidate:
+    """The layout of a configuration as the trainer runs it."""
+    layout, precision = config.layout, config.precision
+    assert precision.name != "fp32", "the planner has no speeds of FP32"
+    facts = RUNNABLE[layout.schedule]
+    return Candidate(
+        pp=layout.pp,
+        dp=layout.dp,
+        ep=layout.ep,
+        schedule=layout.schedule,
+        chunks=facts.stages_per_rank if layout.pp > 1 else 1,
+        stage_layers=stage_layers,
+        micro_batch_sequences=config.run.micro_batch_sequences,
+        recompute=config.run.recompute,
+        precision=precision.wire if precision.wire != "fp32" else "bf16",
+        keep_bf16_weights=precision.keep_bf16_weights,
+        attention_output=precision.attention_output,
+        zero=layout.zero,
+        max_waiting_wgrads=layout.max_waiting_wgrads,
+        ranks_per_node=layout.ranks_per_node,
+    )
+
+
+def runs_today(candidate: Candidate) -> str | None:
+    """None if the trainer runs it; else what it lacks."""
+    if candidate.schedule not in RUNNABLE:
+        return f"layout.schedule={candidate.schedule} is not in the trainer yet"
+    if candidate.dispatch != "direct":
+        return "the trainer's exchange has one hop to each rank"
+    if min(candidate.stage_layers) < 1:
+        return "every stage needs a layer in the trainer"
+    return None
+
+
+def search(
+    config: PretrainConfig,
+    scope: Scope,
+    *,
+    implementation: Implementation,
+    machine: Machine,
+    memory_of: MemoryOf,
+    limit_bytes: float,
+) -> list[Found]:
+    """All layouts of `config.layout.world` GPUs, the fastest first, then those that do not fit, the smallest first."""
+    setup_of = functools.partial(_setup, config, implementation, machine)
+    found = [
+        _timed(shell, setup_of, scope, config.schedule.batch_full_sequences, memory_of, limit_bytes)
+        for shell in shells(config, scope)
+    ]
+    found.sort(key=lambda each: (each.step_s, each.memory_bytes))
+    finals = [
+        _with_split(each, setup_of, scope, memory_of=memory_of, limit_bytes=limit_bytes)
+        for each in found[:FINALISTS]
+        if each.fits
+    ]
+    return sorted([*finals, *found[len(finals) :]], key=lambda each: (each.step_s, each.memory_bytes))
+
+
+def _timed(
+    shell: Candidate,
+    setup_of: Callable[[Candidate], Setup],
+    scope: Scope,
+    batch: int,
+    memory_of: MemoryOf,
+    limit_bytes: float,
+) -> Found:
+    """A layout with the fastest of a few even deals, and the fastest way to keep activations and weights that fits."""
+    count = batch // shell.dp // shell.micro_batch_sequences
+    splits = first_splits(setup_of(shell), least_last=scope.least_last)
+    *faster, smallest = (replace(shell, stage_layers=splits[len(splits) // 2], **way) for way in ways(shell.precision))
+    least = memory_of(smallest, count)
+    if least > limit_bytes:
+        return Found(smallest, count, math.inf, least)
+    chosen = next((way for way in faster if memory_of(way, count) <= limit_bytes), smallest)
+    dealt = (replace(chosen, stage_layers=split) for split in splits)
+    step_s, best = min(
+        ((quick_step_s(setup_of(each), micro_batches=count), each) for each in dealt), key=lambda pair: pair[0]
+    )
+    return Found(best, count, step_s, memory_of(best, count))
+
+
+def _setup(config: PretrainConfig, implementation: Implementation, machine: Machine, candidate: Candidate) -> Setup:
+    return Setup(config.model, candidate, implementation, machine, config.data.sequence_length)
+
+
+def shells(config: PretrainConfig, scope: Scope) -> Iterator[Candidate]:
+    """Layouts that the model and every batch of the ramp allow; `stage_layers` are a placeholder."""
+    model, schedule, world = config.model, config.schedule, config.layout.world
+    for pp in _divisors(world, model.num_hidden_layers):
+        dp = world // pp
+        for ep in _divisors(math.gcd(dp, model.n_routed_experts), dp):
+            for micro in MICRO_BATCHES:
+                if not _allowed(config, dp=dp, ep=ep, micro=micro):
+                    continue
+                counts = [
+                    batch // dp // micro for batch in (schedule.batch_start_sequences, schedule.batch_full_sequences)
+                ]
+                for name, chunks in _schedules(scope, pp):
+                    layers = model.num_hidden_layers + (1 - scope.least_last)
+                    if num_stages(name, pp, chunks) > layers or not all(fallback(name, pp, chunks, m) for m in counts):
+                        continue
+                    for dispatch in scope.dispatches:
+                        if dispatch == "node" and ep <= config.layout.ranks_per_node:
+                            continue
+                        yield Candidate(
+                            pp=pp,
+                            dp=dp,
+                            ep=ep,
+                            schedule=name,
+                            chunks=chunks,
+                            stage_layers=(0,) * (pp * chunks),
+                            micro_batch_sequences=micro,
+                            precision="bf16" if config.precision.name == "bf16" else "fp8",
+                            zero=config.layout.zero,
+                            max_waiting_wgrads=config.layout.max_waiting_wgrads,
+                            dispatch=dispatch,
+                            overlap=SCHEDULES[name].pairs,
+                            ranks_per_node=config.layout.ranks_per_node,
+                        )
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [each for each in range(1, min(number, most) + 1) if number % each == 0]
+
+
+def _allowed(config: PretrainConfig, *, dp: int, ep: int, micro: int) -> bool:
+    """Whether batches split evenly, and experts over nodes as the router wants them.
+
+    The steps of the ramp (`schedule.batch_multiple_sequences`) are taken as free.
+    """
+    schedule = config.schedule
+    unit = dp * micro
+    if schedule.batch_start_sequences % unit or schedule.batch_full_sequences % unit:
+        return False
+    layout = Layout(pp=1, dp=dp, ep=ep, ranks_per_node=config.layout.ranks_per_node)
+    workload = replace(config.workload, micro_batch_sequences=micro, batch_multiple_sequences=unit)
+    try:
+        check_layout(layout, workload)
+    except ValueError:
+        return False
+    return True
+
+
+def _schedules(scope: Scope, pp: int) -> Iterator[tuple[str, int]]:
+    """(name, stages a rank); one rank has one stage, whatever the schedule."""
+    if pp == 1:
+        yield "1F1B", 1
+        return
+    for name in scope.schedules:
+        chunks = SCHEDULES[name].chunks
+        yield from ((name, each) for each in ((chunks,) if chunks else INTERLEAVED))
+
+
+def ways(precision: str) -> list[dict[str, Any]]:
+    """Ways to keep activations and weights, the fastest first: each gives up time for memory."""
+    less: list[dict[str, Any]] = [{}]
+    if precision == "fp8":
+        less += [{"keep_bf16_weights": False}, {"keep_bf16_weights": False, "attention_output": "e5m6"}]
+    return [{"recompute": recompute, **each} for recompute in (False, True) for each in less]
+
+
+def first_splits(setup: Setup, *, least_last: int) -> list[Split]:
+    """Deals of all layers over the stages of a candidate, whatever its own split is."""
+    candidate, model = setup.candidate, setup.model
+    stages = num_stages(candidate.schedule, candidate.pp, candidate.chunks)
+    if stages == 1:
+        return [(model.num_hidden_layers,)]
+    # A stage with one layer, and a last one with none.
+    sample = (model.num_hidden_layers, *(0,) * (stages - 1))
+    costs = StageCosts(replace(setup, candidate=replace(candidate, stage_layers=sample)))
+
+    def seconds(stage: int) -> float:
+        chunks = (costs.phases(kind, stage, beside_exchange=False) for kind in "FB")
+        return sum(phase.seconds + phase.weight_s for chunk in chunks for phase in chunk)
+
+    layer_s = seconds(0) / model.num_hidden_layers
+    owners = [rank_of_stage(candidate.schedule, candidate.pp, candidate.chunks, stage) for stage in range(stages)]
+    return deals(
+        model.num_hidden_layers, owners, last_stage_layers=seconds(stages - 1) / layer_s, least_last=least_last
+    )
+
+
+def split_by_time(setup: Setup, *, micro_batches: int, least_last: int, tries: int = TRIES) -> Split:
+    """The fastest split found, the candidate's own among the first."""
+
+    def seconds(split: Split) -> float:
+        candidate = replace(setup.candidate, stage_layers=split)
+        return quick_step_s(replace(setup, candidate=candidate), micro_batches=micro_batches)
+
+    first = [setup.candidate.stage_layers, *first_splits(setup, least_last=least_last)]
+    return best_split(first, seconds, least_last=least_last, tries=tries)
+
+
+def _with_split(
+    found: Found, setup_of: Callable[[Candidate], Setup], scope: Scope, *, memory_of: MemoryOf, limit_bytes: float
+) -> Found:
+    """The same layout with a split by simulated time, if that fits too."""
+    setup = setup_of(found.candidate)
+    split = split_by_time(setup, micro_batches=found.micro_batches, least_last=scope.least_last)
+    candidate = replace(found.candidate, stage_layers=split)
+    num_bytes = memory_of(candidate, found.micro_batches)
+    if num_bytes > limit_bytes:
+        return found
+    step_s = quick_step_s(setup_of(candidate), micro_batches=found.micro_batches)
+    return Found(candidate, found.micro_batches, step_s, num_bytes)
+
+
+# ---- what would change the answer
+
+
+@dataclass(frozen=True)
+class Change:
+    """Another machine, kernel or routing: words, and what becomes of the three."""
+
+    words: str
+    of_machine: Callable[[Machine], Machine] = lambda machine: machine
+    of_implementation: Callable[[Implementation], Implementation] = lambda implementation: implementation
+    of_candidate: Callable[[Candidate], Candidate] = lambda candidate: candidate
+
+
+def slower_links(machine: Machine, factor: float) -> Machine:
+    """A machine whose network between nodes has another rate, DeepEP's included."""
+    rows = dict(machine.tables.rows)
+    for what, row in rows.items():
+        if what.startswith("DeepEP ") and what != "DeepEP 8":
+            assert isinstance(row.value, tuple), what
+            rows[what] = replace(row, value=tuple(factor * rate for rate in row.value))
+    network = {"infiniband": factor * machine.infiniband, "infiniband_nccl": factor * machine.infiniband_nccl}
+    return replace(machine, tables=Tables(rows), **network)
+
+
+CHANGES = (
+    Change("half of InfiniBand's rate", lambda machine: slower_links(machine, 0.5)),
+    Change("twice InfiniBand's rate", lambda machine: slower_links(machine, 2.0)),
+    Change("twice NVLink's rate", lambda machine: replace(machine, nvlink=2 * machine.nvlink)),
+    Change("DeepGEMM's products", of_implementation=lambda how: replace(how, products="deepgemm")),
+    Change("an exchange on 6 multiprocessors", of_candidate=lambda candidate: replace(candidate, comm_sms=6)),
+    Change("1.5 times the mean on the fullest rank", of_implementation=lambda how: replace(how, imbalance=1.5)),
+)
+
+
+def flips(
+    config: PretrainConfig, best: Iterable[Found], *, implementation: Implementation, machine: Machine
+) -> Mapping[str, Candidate]:
+    """Change -> the layout that wins under it, where that is another than the first."""
+    best = [each for each in best if each.fits]
+    winners = {}
+    for change in CHANGES:
+        changed = functools.partial(
+            _setup, config, change.of_implementation(implementation), change.of_machine(machine)
+        )
+
+        def seconds(found: Found, change: Change = change, changed: Callable[[Candidate], Setup] = changed) -> float:
+            return quick_step_s(changed(change.of_candidate(found.candidate)), micro_batches=found.micro_batches)
+
+        winner = min(best, key=seconds)
+        if winner is not best[0]:
+            winners[change.words] = winner.candidate
+    return winners

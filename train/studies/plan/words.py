@@ -1,0 +1,183 @@
+"""A plan in sentences and tables for a terminal: what the document's figures mean, and what would change them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+GB = 1e9
+
+
+def words(document: Mapping[str, Any]) -> list[str]:
+    """Whether it fits, what it costs, which layout is faster and why, one sentence each."""
+    return [*_fit(document), _cost(document), *_winners(document), *_flips(document)]
+
+
+def _fit(document: Mapping[str, Any]) -> list[str]:
+    memory, gpu = document["memory"], document["gpu"]
+    fullest = max(memory["ranks"], key=lambda row: row["total_bytes"])
+    left = (gpu["memory_bytes"] - fullest["total_bytes"]) / GB
+    reserve = f"{gpu['reserved_bytes'] / GB:.0f} GB for CUDA and NCCL included"
+    fits = f"fits, {left:.1f} GB left" if left >= 0 else f"does not fit: {-left:.1f} GB too much"
+    needs = (
+        f"The fullest rank, {fullest['rank']} ({fullest['holds']}), needs {fullest['total_bytes'] / GB:.1f} of "
+        f"{gpu['memory_bytes'] / GB:.0f} GB on {gpu['name']}, {reserve}: {fits}."
+    )
+    sentences = [needs]
+    if left >= 0:
+        breaks = memory["breaks_at"]
+        sentences.append(
+            "It fits even if the experts of one rank get all tokens of their group."
+            if breaks is None
+            else f"It no longer fits where the fullest rank's experts get {breaks:.2f} times the mean."
+        )
+    return sentences
+
+
+def _cost(document: Mapping[str, Any]) -> str:
+    step, cost, run = document["step"], document["cost"], document["run"]
+    errors = ", ".join(f"{each['error']:+.0%}" for each in cost["held_out"])
+    return (
+        f"A step of {run['batch_sequences'] * run['sequence_length'] / 1e6:.1f} M tokens takes {step['time_s']:.1f} s "
+        f"on {run['world']:,} GPUs ({step['bubble']:.0%} of the pipeline's time idle): "
+        f"{hours(cost['modelled'])} GPU-hours per trillion tokens as modelled, {hours(cost['corrected'])} corrected by "
+        f"x {cost['bias']:.2f}, {cost['bias_source']}; throughputs of trainers that nothing was fitted to come out at "
+        f"{errors}."
+    )
+
+
+def hours(cost: Mapping[str, float]) -> str:
+    """GPU-hours per trillion tokens in thousands."""
+    return f"{cost['gpu_hours_per_trillion'] / 1e3:.0f} K"
+
+
+def _winners(document: Mapping[str, Any]) -> list[str]:
+    rows = [row for row in document["search"]["rows"] if row["fits"]]
+    today = [row for row in rows if row["runs_today"]]
+    own = document["cost"]["modelled"]["gpu_hours_per_trillion"]
+    found = []
+    for name, scoped in (("what the trainer runs today", today), ("everything that is modelled", rows)):
+        if not scoped:
+            found.append(f"Of {name}, no layout of these GPUs fits.")
+            continue
+        best, *others = scoped
+        gain = best["modelled"] / own - 1
+        other = next((row for row in others if layout(row) != layout(best)), None)
+        runner_up = f"; next is {layout(other)}, {other['modelled'] / best['modelled'] - 1:+.1%}" if other else ""
+        found.append(
+            f"Of {name}, the fastest that fits is {layout(best)}: {best['modelled'] / 1e3:.0f} K, {gain:+.0%} against "
+            f"this configuration, {best['memory_bytes'] / GB:.1f} GB{runner_up}."
+        )
+    if today and today[0]["modelled"] < 0.99 * own:
+        found.append(f"To take it: {overrides(today[0])}")
+    return found
+
+
+def layout(row: Mapping[str, Any]) -> str:
+    """A layout in a few words."""
+    exchange = {"direct": "", "node": ", one crossing per node"}[row["dispatch"]] if row["ep"] > 1 else ""
+    chunks = f" x {row['chunks']}" if row["schedule"] == "Interleaved1F1B" else ""
+    schedule = f", {row['schedule']}{chunks}" if row["pp"] > 1 else ""
+    micro = f", micro-batches of {row['micro_batch_sequences']}" if row["micro_batch_sequences"] > 1 else ""
+    return f"pp {row['pp']} x dp {row['dp']}, ep {row['ep']}{schedule}{exchange}{micro}{_keeping(row)}"
+
+
+def _keeping(row: Mapping[str, Any]) -> str:
+    kept = [] if row["recompute"] else ["nothing made again"]
+    kept += [] if row["keep_bf16_weights"] else ["no BF16 weights"]
+    kept += ["attention's output in E5M6"] if row["attention_output"] == "e5m6" else []
+    return f" ({', '.join(kept)})" if kept else ""
+
+
+def overrides(row: Mapping[str, Any]) -> str:
+    """The command line's overrides that make a configuration this layout."""
+    given = {f"layout.{name}": row[name] for name in ("pp", "dp", "ep", "schedule")}
+    if row["pp"] > 1:
+        given["layout.stage_layers"] = str(row["stage_layers"]).replace(" ", "")
+    given |= {
+        "run.micro_batch_sequences": row["micro_batch_sequences"],
+        "run.recompute": str(row["recompute"]).lower(),
+        "schedule.batch_multiple_sequences": row["dp"] * row["micro_batch_sequences"],
+    }
+    if row["precision"] == "fp8":
+        given["precision.keep_bf16_weights"] = str(row["keep_bf16_weights"]).lower()
+        given["precision.attention_output"] = row["attention_output"]
+    return " ".join(f"{name}={value}" for name, value in given.items())
+
+
+def _flips(document: Mapping[str, Any]) -> list[str]:
+    found = []
+    for name, changes in document["flips"].items():
+        for what, winner in changes.items():
+            found.append(f"Of {name}, with {what} the fastest would be {layout(winner)}.")
+        if not changes:
+            found.append(f"Of {name}, no link, kernel or imbalance that was asked changes the winner.")
+    return found
+
+
+# ---- tables for the terminal
+
+
+def tables(document: Mapping[str, Any]) -> list[str]:
+    """Memory, changes, imbalance, parts of the run and the best layouts, as lines of text."""
+    lines: list[str] = []
+    for title, heads, rows in (_memory_table(document), _changes_table(document), _run_table(document)):
+        lines += ["", title, *_aligned([heads, *rows])]
+    return lines
+
+
+def _memory_table(document: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+    ranks = document["memory"]["ranks"]
+    shown = sorted({0, len(ranks) // 2, len(ranks) - 1, ranks.index(max(ranks, key=lambda row: row["total_bytes"]))})
+    names = list(ranks[0]["components"])
+    rows = [[name.replace("_", " "), *(f"{ranks[at]['components'][name] / GB:.2f}" for at in shown)] for name in names]
+    rows.append(["total", *(f"{ranks[at]['total_bytes'] / GB:.2f}" for at in shown)])
+    heads = ["GB", *(f"rank {ranks[at]['rank']}" for at in shown)]
+    return "Memory (in closed form; `dry_run=true` runs the rank on fake tensors):", heads, rows
+
+
+def _changes_table(document: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+    rows = []
+    for row in document["changes"]:
+        alone = f"{row['alone']:+.0%}" if "alone" in row else ""
+        rows.append(
+            [
+                row["what"],
+                f"{row['step_s']:.1f}",
+                f"{row['modelled'] / 1e3:.0f}",
+                f"{row['corrected'] / 1e3:.0f}",
+                f"{row['bubble']:.0%}",
+                alone,
+            ]
+        )
+    bound = document["bound"]
+    rows.append([bound["what"], "", f"{bound['modelled'] / 1e3:.0f}", "", "", ""])
+    heads = ["K GPU-hours per trillion tokens", "step, s", "modelled", "corrected", "bubble", "alone"]
+    return "What changes would give, each on top of the ones before:", heads, rows
+
+
+def _run_table(document: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+    cost = document["cost"]
+    rows = [
+        [part["what"], f"{part['modelled_gpu_hours'] / 1e3:,.0f}", f"{part['corrected_gpu_hours'] / 1e3:,.0f}"]
+        for part in cost["parts"]
+    ]
+    both = [cost["modelled"], cost["corrected"]]
+    rows += [
+        [
+            f"all, training {cost['effective_training_time']:.1%} of the time",
+            *(f"{x['gpu_hours'] / 1e3:,.0f}" for x in both),
+        ],
+        ["days", *(f"{x['days']:,.1f}" for x in both)],
+        [f"M dollars at {cost['dollars_per_gpu_hour']:g} a GPU-hour", *(f"{x['dollars'] / 1e6:,.2f}" for x in both)],
+    ]
+    return "The whole run:", ["K GPU-hours", "modelled", "corrected"], rows
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    first, *others = widths
+    return [
+        f"  {row[0]:<{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], others, strict=True))
+        for row in rows
+    ]
