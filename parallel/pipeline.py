@@ -11,10 +11,7 @@ A stage is any module called as `stage(inbound, **inputs)`: every rank gets the 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from itertools import accumulate
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels import deferred
-from parallel.layout import SCHEDULES, num_stages, rank_of_stage, schedule_facts
+from parallel.layout import SCHEDULES, num_stages, rank_of_stage
 from parallel.mesh import Mesh
 from parallel.waiting import waiting
 
@@ -30,87 +27,6 @@ if TYPE_CHECKING:
     from parallel.pipeline_stage import ScheduledStage
 
 Inputs = Mapping[str, Tensor]
-
-
-def balanced_split(costs: Sequence[float], stages: int) -> tuple[int, ...]:
-    """Cut a row of layers into consecutive stages so as to minimise the most expensive stage.
-
-    Args:
-        costs: of each layer, any unit; embedding, head and MTP are counted into the first and the last.
-        stages: at most one per layer.
-    Returns:
-        layers of each stage, at least one each; of equally good cuts the one with the least sum of squared costs.
-    """
-    assert 1 <= stages <= len(costs), (stages, len(costs))
-    sums = [*accumulate(costs, initial=0.0)]
-
-    def best_cut(join: Callable[[float, float], float], limit: float) -> tuple[float, tuple[int, ...]]:
-        # Dynamic programming: best[layers] = (joined costs, cut) of the first `layers` layers in the stages so far.
-        best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
-        for stage in range(stages):
-            candidates: dict[int, list[tuple[float, tuple[int, ...]]]] = {}
-            for start, (joined, cut) in best.items():
-                for end in range(start + 1, len(costs) - (stages - stage - 1) + 1):
-                    cost = sums[end] - sums[start]
-                    if cost <= limit:
-                        candidates.setdefault(end, []).append((join(joined, cost), (*cut, end - start)))
-            best = {end: min(found) for end, found in candidates.items()}
-        return best[len(costs)]
-
-    # In two passes: the prefix of the evenest cut need not have the least maximum itself.
-    most_expensive, _ = best_cut(max, math.inf)
-    return best_cut(lambda squares, cost: squares + cost * cost, most_expensive)[1]
-
-
-def balanced_v(costs: Sequence[float], ranks: int) -> tuple[int, ...]:
-    """Cut a row of layers into 2 x ranks consecutive stages so as to minimise the most expensive *rank* of a V.
-
-    Args as for `balanced_split`; of equally good cuts the one with the least sum of squared stages.
-    """
-    assert 1 <= ranks <= len(costs) // 2, (ranks, len(costs))
-    sums = [*accumulate(costs, initial=0.0)]
-
-    def best_cut(join: Callable[[float, float, float], float], limit: float) -> tuple[float, tuple[int, ...]] | None:
-        # Dynamic programming: best[front, back] = (joined costs, fronts, backs) with so many layers dealt at each end.
-        best: dict[tuple[int, int], tuple[float, tuple[int, ...], tuple[int, ...]]] = {(0, 0): (0.0, (), ())}
-        for rank in range(ranks):
-            found: dict[tuple[int, int], list[tuple[float, tuple[int, ...], tuple[int, ...]]]] = {}
-            for (front, back), (joined, fronts, backs) in best.items():
-                # Every rank further in needs two layers; the innermost takes all that is left.
-                most = len(costs) - front - back - 2 * (ranks - 1 - rank)
-                for ahead in range(1, most):
-                    first = sums[front + ahead] - sums[front]
-                    if first > limit:
-                        break
-                    for behind in range(most - ahead if rank == ranks - 1 else 1, most - ahead + 1):
-                        last = sums[len(costs) - back] - sums[len(costs) - back - behind]
-                        if first + last > limit:
-                            break
-                        cut = (join(joined, first, last), (*fronts, ahead), (*backs, behind))
-                        found.setdefault((front + ahead, back + behind), []).append(cut)
-            best = {dealt: min(cuts) for dealt, cuts in found.items()}
-        if not best:
-            return None
-        joined, fronts, backs = min(best.values())
-        return joined, (*fronts, *reversed(backs))
-
-    # Rank r owns stages r and 2 ranks - 1 - r: layers are dealt from both ends inwards, each rank taking one stage of
-    # either. Balanced stages would give the first rank, which ends with head and MTP, a full first stage besides.
-    limit = sums[-1] / ranks
-    while (least := best_cut(lambda joined, first, last: max(joined, first + last), limit)) is None:
-        limit *= 1.25
-    # As in `balanced_split`, evenness is sought in a second pass, among the cuts that the first one allows.
-    evenest = best_cut(lambda joined, first, last: joined + first**2 + last**2, least[0])
-    assert evenest is not None
-    return evenest[1]
-
-
-@cache  # asked for by the plan and by the model
-def balanced_layers(costs: tuple[float, ...], schedule: str, pp: int) -> tuple[int, ...]:
-    """Layers of each stage that minimise the cost of the most expensive pipeline rank."""
-    if pp > 1 and schedule_facts(schedule).placement == "v":
-        return balanced_v(costs, pp)
-    return balanced_split(costs, num_stages(schedule, pp))
 
 
 class Pipeline:

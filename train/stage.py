@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from kernels.probe import Probe, watching
+from parallel.balance import balanced_layers
 from parallel.collectives import sum_over
 from parallel.expert import ExpertParallelDispatcher
 from parallel.layout import num_stages, stage_ids
 from parallel.mesh import Axis, Mesh
-from parallel.pipeline import balanced_layers
 from parallel.shards import LocalShard
 from train.losses import LossWeights, attach_loss, balance_sum, loss_sums
 from train.model.config import ModelConfig
