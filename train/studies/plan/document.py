@@ -26,7 +26,6 @@ from train.studies.plan.orders import orders, refusal
 from train.studies.plan.predict import HOUR_S, Prediction, gpu_hours_per_trillion, predict, quick_step_s, stages_of
 from train.studies.plan.products import Implementation, Machine, Setup
 from train.studies.plan.search import ALL, TODAY, Found, candidate_of, flips, runs_today, search, split_by_time
-from train.studies.plan.split import Split
 from train.studies.plan.timeline import seconds_by_class
 from train.studies.plan.words import words
 
@@ -60,9 +59,9 @@ class Assumptions:
 class Planner:
     """Answers for one configuration on one machine; figures that several parts of the document need are kept."""
 
-    def __init__(self, config: PretrainConfig, stage_layers: Split, assumed: Assumptions) -> None:
+    def __init__(self, config: PretrainConfig, assumed: Assumptions) -> None:
         self.config, self.assumed = config, assumed
-        self.candidate = candidate_of(config, stage_layers)
+        self.candidate = candidate_of(config)
         self.tokens = config.schedule.batch_full_sequences * config.data.sequence_length
         self.predicted = functools.cache(self._predicted)
 
@@ -108,7 +107,7 @@ class Planner:
         """Of every pipeline rank."""
         return footprint(self.config, candidate, self.moments(candidate), imbalance=imbalance)
 
-    def fullest_bytes(self, candidate: Candidate, _: int = 0) -> float:
+    def fullest_bytes(self, candidate: Candidate) -> float:
         """Of the fullest rank."""
         return max(each.total for each in self.footprints(candidate))
 
@@ -135,13 +134,9 @@ def _moments(name: str, pp: int, chunks: int, count: int, waiting: int | None) -
     return moments(orders(name, pp, chunks, count), max_waiting_wgrads=waiting)
 
 
-def plan(config: PretrainConfig, stage_layers: Split, assumed: Assumptions, *, date: str) -> dict[str, Any]:
-    """The whole document.
-
-    Args:
-        stage_layers: main layers of each stage of the configured layout.
-    """
-    planner = Planner(config, stage_layers, assumed)
+def plan(config: PretrainConfig, assumed: Assumptions, *, date: str) -> dict[str, Any]:
+    """The whole document."""
+    planner = Planner(config, assumed)
     predicted = planner.predicted(planner.candidate)
     document: dict[str, Any] = {
         "version": VERSION,

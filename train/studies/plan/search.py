@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from parallel.balance import balanced_layers
 from parallel.layout import SCHEDULES as RUNNABLE
 from parallel.layout import Layout, check_layout
+from train.model.sizes import layer_costs
 from train.studies.plan.candidate import Candidate
 from train.studies.plan.costs import StageCosts
 from train.studies.plan.orders import SCHEDULES, fallback, num_stages, rank_of_stage
@@ -70,14 +72,20 @@ class Found:
         return math.isfinite(self.step_s)
 
 
-# (candidate, micro-batches) -> bytes of the fullest rank, what the device itself takes included.
-MemoryOf = Callable[[Candidate, int], float]
+# Bytes of the fullest rank, what the device itself takes included.
+MemoryOf = Callable[[Candidate], float]
 
 
-def candidate_of(config: PretrainConfig, stage_layers: Split) -> Candidate:
-    """The layout of a configuration as the trainer runs it."""
+def candidate_of(config: PretrainConfig) -> Candidate:
+    """The layout of a configuration as the trainer runs it.
+
+    Raises:
+        ValueError: its precision, of which no speed is known.
+    """
     layout, precision = config.layout, config.precision
-    assert precision.name != "fp32", "the planner has no speeds of FP32"
+    if precision.name not in ("bf16", "fp8"):
+        raise ValueError(f"precision={precision.name}: the planner knows speeds of bf16 and fp8 only; plan with fp8")
+    split = layout.stage_layers or balanced_layers(layer_costs(config.model), layout.schedule, layout.pp)
     facts = RUNNABLE[layout.schedule]
     return Candidate(
         pp=layout.pp,
@@ -85,10 +93,10 @@ def candidate_of(config: PretrainConfig, stage_layers: Split) -> Candidate:
         ep=layout.ep,
         schedule=layout.schedule,
         chunks=facts.stages_per_rank if layout.pp > 1 else 1,
-        stage_layers=stage_layers,
+        stage_layers=split,
         micro_batch_sequences=config.run.micro_batch_sequences,
         recompute=config.run.recompute,
-        precision=precision.wire if precision.wire != "fp32" else "bf16",
+        precision=precision.name,
         keep_bf16_weights=precision.keep_bf16_weights,
         attention_output=precision.attention_output,
         zero=layout.zero,
@@ -140,19 +148,22 @@ def _timed(
     memory_of: MemoryOf,
     limit_bytes: float,
 ) -> Found:
-    """A layout with the fastest of a few even deals, and the fastest way to keep activations and weights that fits."""
+    """A layout with the fastest way to keep activations and weights that fits, and the fastest of a few even deals."""
     count = batch // shell.dp // shell.micro_batch_sequences
     splits = first_splits(setup_of(shell), least_last=scope.least_last)
-    *faster, smallest = (replace(shell, stage_layers=splits[len(splits) // 2], **way) for way in ways(shell.precision))
-    least = memory_of(smallest, count)
-    if least > limit_bytes:
-        return Found(smallest, count, math.inf, least)
-    chosen = next((way for way in faster if memory_of(way, count) <= limit_bytes), smallest)
-    dealt = (replace(chosen, stage_layers=split) for split in splits)
-    step_s, best = min(
-        ((quick_step_s(setup_of(each), micro_batches=count), each) for each in dealt), key=lambda pair: pair[0]
-    )
-    return Found(best, count, step_s, memory_of(best, count))
+    dealt = replace(shell, stage_layers=splits[len(splits) // 2])
+
+    def seconds(candidate: Candidate) -> float:
+        return quick_step_s(setup_of(candidate), micro_batches=count)
+
+    for recompute in (False, True):
+        every = [replace(dealt, recompute=recompute, **way) for way in ways(shell.precision)]
+        if fitting := [way for way in every if memory_of(way) <= limit_bytes]:
+            way = min(fitting, key=seconds)
+            deals_of = [replace(way, stage_layers=split) for split in splits]
+            best = min((each for each in deals_of if memory_of(each) <= limit_bytes), key=seconds)
+            return Found(best, count, seconds(best), memory_of(best))
+    return Found(every[-1], count, math.inf, memory_of(every[-1]))
 
 
 def _setup(config: PretrainConfig, implementation: Implementation, machine: Machine, candidate: Candidate) -> Setup:
@@ -228,11 +239,10 @@ def _schedules(scope: Scope, pp: int) -> Iterator[tuple[str, int]]:
 
 
 def ways(precision: str) -> list[dict[str, Any]]:
-    """Ways to keep activations and weights, the fastest first: each gives up time for memory."""
-    less: list[dict[str, Any]] = [{}]
-    if precision == "fp8":
-        less += [{"keep_bf16_weights": False}, {"keep_bf16_weights": False, "attention_output": "e5m6"}]
-    return [{"recompute": recompute, **each} for recompute in (False, True) for each in less]
+    """Ways to keep weights and attention's output, each with less memory than the one before."""
+    if precision != "fp8":
+        return [{}]
+    return [{}, {"keep_bf16_weights": False}, {"keep_bf16_weights": False, "attention_output": "e5m6"}]
 
 
 def first_splits(setup: Setup, *, least_last: int) -> list[Split]:
@@ -274,8 +284,7 @@ def _with_split(
     setup = setup_of(found.candidate)
     split = split_by_time(setup, micro_batches=found.micro_batches, least_last=scope.least_last)
     candidate = replace(found.candidate, stage_layers=split)
-    num_bytes = memory_of(candidate, found.micro_batches)
-    if num_bytes > limit_bytes:
+    if (num_bytes := memory_of(candidate)) > limit_bytes:
         return found
     step_s = quick_step_s(setup_of(candidate), micro_batches=found.micro_batches)
     return Found(candidate, found.micro_batches, step_s, num_bytes)
