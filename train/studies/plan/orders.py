@@ -1,7 +1,7 @@
 """What each rank of a pipeline does in one step, in order, under every schedule that the planner compares.
 
 arXiv:2412.19437 §3.2.1. `SCHEDULES` are those of `torch.distributed.pipelining` under its names, whose lists `orders`
-gives action by action, and two that torch lacks: ZB-H1 (arXiv:2401.10241 §3) and DeepSeek's own DualPipe. Left out:
+gives action by action, and two that torch lacks: ZB-H1 (arXiv:2401.10241) and DeepSeek's own DualPipe. Left out:
 InterleavedZeroBubble, restricted like Interleaved1F1B, with weight parts of all chunks kept to the end.
 
     kind     F forward, B backward, I its input part, W its weight part

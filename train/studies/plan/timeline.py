@@ -204,7 +204,7 @@ def in_flight(timeline: Timeline, *, num_stages: int) -> list[int]:
         for _, end, step in ran:
             needs = [need for action in step for need in _needs(action, num_stages) if need[1] != action.stage]
             sent = [made[need][1] for need in needs if made[need][0] != rank]
-            # At one moment what is used up makes room first.
-            changes += [(moment, 1) for moment in sent] + [(end, -1) for _ in sent]
-        most.append(max(accumulate(change for _, change in sorted(changes)), default=0))
+            # What arrives at the moment at which another is used up is there beside it: -1 sorts first.
+            changes += [(moment, -1) for moment in sent] + [(end, 1) for _ in sent]
+        most.append(-min(accumulate(change for _, change in sorted(changes)), default=0))
     return most
