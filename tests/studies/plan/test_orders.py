@@ -243,7 +243,7 @@ def test_a_refusal_is_one_sentence(asked: tuple[str, int, int, int]) -> None:
         orders(*asked)
 
 
-def test_what_a_refusal_advises_is_legal() -> None:
+def test_what_a_refusal_advises_is_legal_and_nothing_nearer_is() -> None:
     advised = 0
     for name, rule in SCHEDULES.items():
         for pp in range(2, 18):
@@ -253,8 +253,12 @@ def test_what_a_refusal_advises_is_legal() -> None:
                 if sentence is None or "odd" in sentence:
                     continue
                 advice = sentence.partition(": use ")[2].split(", or ")
-                for number in re.findall(r"\d+", advice[0]):
-                    assert refusal(name, pp, chunks, int(number)) is None
+                counts = [int(number) for number in re.findall(r"\d+", advice[0])]
+                assert counts
+                for count in counts:
+                    assert refusal(name, pp, chunks, count) is None
+                between = range(max([0, *(c for c in counts if c < micro_batches)]) + 1, max(counts))
+                assert all(refusal(name, pp, chunks, count) for count in between), "a nearer one is legal"
                 for number in re.findall(r"\d+", advice[1]) if len(advice) > 1 and "pp" in advice[1] else []:
                     assert refusal(name, int(number), chunks, micro_batches) is None
                 if "schedule=" in advice[-1]:

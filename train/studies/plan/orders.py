@@ -81,7 +81,7 @@ SCHEDULES = {
         ScheduleRule("1F1B", chunks=1, placement="loop", micro_batches_per_rank=1),
         ScheduleRule("Interleaved1F1B", chunks=None, placement="loop", whole_rounds=True),
         ScheduleRule("ZBVZeroBubble", chunks=2, placement="v"),
-        # The end of the batch ramp needs no other placement: ZBV has the same V.
+        # Where the batch ramp starts with too few for it, ZBV has the same V, so no weight moves.
         ScheduleRule("DualPipeV", 2, "v", pairs=True, micro_batches_per_rank=2, when_few="ZBVZeroBubble"),
         ScheduleRule("ZB-H1", chunks=1, placement="loop", micro_batches_per_rank=1, in_torch=False),
         ScheduleRule("DualPipe", 2, "v", pairs=True, micro_batches_per_rank=2, copies=2, in_torch=False),
