@@ -171,7 +171,7 @@ def up_projections_s(setup: Setup) -> float:
     ranks = (setup.model.q_lora_rank, setup.model.kv_lora_rank)
     return sum(
         passes(setup, weight).forward
-        for weight in layer_weights(setup, moe=True)
+        for weight in layer_weights(setup, moe=setup.model.is_moe(0))
         if weight.part == "attention" and weight.cols in ranks
     )
 

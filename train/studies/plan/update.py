@@ -40,17 +40,24 @@ def update_s(setup: Setup, held: Held) -> dict[str, float]:
         parts["reduce gradients"] += _ring_s(setup, FP32_BYTES * elements, ranks, stride)
         gathered = sum(_travelling_bytes(setup, weight) for weight in mine) if candidate.zero else FP32_BYTES * elements
         parts["gather weights"] += _ring_s(setup, gathered, ranks, stride)
-        written = gathered / max(1, elements) if candidate.zero else BF16_BYTES
+        written = sum(_written_bytes(setup, weight) for weight in mine) / max(1, elements)
         parts["AdamW"] += shard * (NORM_BYTES + ADAMW_BYTES + written) / memory
     parts["FP8 copies"] = _fp8_bytes(setup, table) / memory
     return parts
 
 
+def _is_only_fp8(setup: Setup, weight: Weight) -> bool:
+    return weight.fp8 and setup.candidate.precision == "fp8" and not setup.candidate.keep_bf16_weights
+
+
 def _travelling_bytes(setup: Setup, weight: Weight) -> int:
-    candidate = setup.candidate
-    if weight.fp8 and candidate.precision == "fp8" and not candidate.keep_bf16_weights:
-        return weight.elements * E4M3_BYTES
-    return weight.bytes(candidate.precision)
+    return weight.elements * E4M3_BYTES if _is_only_fp8(setup, weight) else weight.bytes(setup.candidate.precision)
+
+
+def _written_bytes(setup: Setup, weight: Weight) -> int:
+    """Of the new weight; in E4M3 its master is read twice, for the blocks' maxima and to round."""
+    again = 2 * FP32_BYTES * weight.elements if _is_only_fp8(setup, weight) else 0
+    return _travelling_bytes(setup, weight) + again
 
 
 def _fp8_bytes(setup: Setup, table: Iterable[Weight]) -> float:
