@@ -17,10 +17,10 @@ from train.studies.smoke_runs import model_config
 
 # Each layer, precision and way to keep things at least once; `test_ledger.py` compares h800_2048's own.
 COMPARED = (
-    counted.Variant("moe", "bf16", recompute=True, attention_output="bf16"),
-    counted.Variant("moe", "fp8", recompute=False, attention_output="bf16"),
-    counted.Variant("dense", "bf16", recompute=False, attention_output="bf16"),
-    counted.Variant("dense", "fp8", recompute=True, attention_output="e5m6"),
+    counted.LayerVariant("moe", "bf16", recompute=True, attention_output="bf16"),
+    counted.LayerVariant("moe", "fp8", recompute=False, attention_output="bf16"),
+    counted.LayerVariant("dense", "bf16", recompute=False, attention_output="bf16"),
+    counted.LayerVariant("dense", "fp8", recompute=True, attention_output="e5m6"),
 )
 
 
@@ -50,7 +50,7 @@ def test_widths_of_another_model_are_scaled_as_they_are_counted() -> None:
     assert config.model == small
     candidate = Candidate(1, 256, config.layout.ep, "1F1B", 1, (27,))
     setup = Setup(small, candidate, Implementation("today"), machine("H100"), config.data.sequence_length)
-    variant = counted.Variant("moe", "fp8", recompute=True, attention_output="bf16")
+    variant = counted.LayerVariant("moe", "fp8", recompute=True, attention_output="bf16")
     with as_rank(config, 0) as mesh:
         moved, _ = counted.by_phase(counted.entries_of(variant, config, mesh))
     parts = layer_parts(setup, moe=True, beside_exchange=False)

@@ -67,7 +67,9 @@ def test_the_columns_of_products_cover_the_layer_and_keep_their_ratio() -> None:
 def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """As `make gpu` writes it: speeds of every product of the peer bench, of memory-bound kernels and of a layer."""
     rows = [
-        BenchRow(shape.name, shape.kind, candidate, "measured", tflop_per_s=speed)
+        BenchRow(
+            shape.name, shape.kind, candidate, "measured", tflop_per_s=speed * (3 if "overwrite" in shape.name else 1)
+        )
         for shape in shapes(small=False)
         for candidate, speed in (("ours", 1000.0), ("F.grouped_mm BF16" if shape.ends else "torch.mm BF16", 500.0))
     ]
@@ -93,11 +95,16 @@ def test_a_green_report_replaces_what_it_has_measured_and_names_itself(report: P
     row = after[KEY]
     assert (row.value, row.label, row.date) == (1000.0, "measured", "2026-12-01")
     assert row.source == f"make gpu on NVIDIA H100, 2026-12-01, commit {'c' * 12}, torch 2.13"
-    # The layer's own number of experts is new; uneven groups and gradients that are written are no rows of the planner.
+    # The layer's own number of experts is new; uneven groups are no rows of the planner.
     assert set(after) - set(before) == {
         "layer fp8", *(what for what in after if re.match(r"(ours|bf16) grouped \w+ G8 ", what)),
     }  # fmt: skip
     assert len([what for what in after if " G8 " in what]) == 2 * 6
+    # Gradients that are written, three times as fast here, are no rows: all but a step's first are added.
+    assert {row.value for row in after.values() if row.date == "2026-12-01" and row.unit == "TFLOP/s"} == {
+        1000.0,
+        500.0,
+    }
     assert after["memory"].value == 3000.0
     assert after["layer fp8"].value == 23.0
     # DeepGEMM was not there, nor the rows of other numbers of tokens.
