@@ -32,12 +32,13 @@ from train.model.attention import RopeTables
 from train.model.block import DenseBlock
 from train.model.precision import Precision
 from train.model.sizes import Held, weights
-from train.studies.bench import launches
+from train.studies.bench import counted, launches
 from train.studies.bench import ledger as bench_ledger
 from train.studies.bench.ledger import LAYERS, PRECISIONS, Entry, Ledger
 from train.studies.bench.minimum import minimum_bytes
 from train.studies.plan.dry_run import as_rank
 from train.studies.plan.live_bytes import LiveBytes
+from train.studies.plan.tables import read_tables
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "kernels.md"
 BEGIN, END = "<!-- ledger: begin -->\n", "\n<!-- ledger: end -->"
@@ -56,6 +57,11 @@ KEPT_BY_A_RANK = 157_224.3
 @pytest.fixture(scope="module")
 def ledgers() -> list[Ledger]:
     return [bench_ledger.ledger(layer, precision) for layer in LAYERS for precision in PRECISIONS]
+
+
+@pytest.fixture(scope="module")
+def ledger_of_a_rank() -> Ledger:
+    return bench_ledger.cluster_ledger("h800_2048")
 
 
 def test_the_document_shows_todays_ledger(ledgers: list[Ledger]) -> None:
@@ -143,13 +149,36 @@ def kept_of_a_rank(config: PretrainConfig) -> dict[str, list[float]]:
     }  # fmt: skip
 
 
-def test_a_rank_of_h800_2048_keeps_what_the_closed_form_says() -> None:
+def test_the_planner_has_todays_bytes_of_a_rank_of_h800_2048(ledger_of_a_rank: Ledger) -> None:
+    """Phase by phase; `python -m train.studies.bench.counted` writes them. Nothing is lost: what is left is timed."""
+    tokens, entries = ledger_of_a_rank.tokens, ledger_of_a_rank.entries
+    moved, launches = counted.by_phase(entries)
+    rows = read_tables().rows
+    for phase, count in launches.items():
+        value = rows[f"moe fp8 recompute e5m6, {phase}"].value
+        assert isinstance(value, tuple), phase
+        by_hidden, others, fixed, known = value
+        # Rounded to 0.1 bytes a token.
+        assert tokens * (by_hidden + others) + fixed == pytest.approx(moved[phase], abs=0.1 * tokens + 1), phase
+        assert known == count, phase
+    assert sum(launches.values()) == ledger_of_a_rank.launches
+    timed = [entry for entry in entries if counted.TIMED.fullmatch(entry.name)]
+    assert sum(moved.values()) + sum(e.read_bytes + e.written_bytes for e in timed) == ledger_of_a_rank.bytes
+    # Eight linears three times, both up-projections again; the router's three; attention; seven exchanges.
+    assert len(timed) == 3 * 8 + 2 + 3 + 2 + 7
+    # A weight gradient is deferred, and nothing else but what makes its operands.
+    deferred = [entry for entry in entries if entry.deferred]
+    assert len([entry for entry in deferred if counted.TIMED.fullmatch(entry.name)]) == 8 + 1
+    assert {entry.phase for entry in deferred} == {"backward"}
+
+
+def test_a_rank_of_h800_2048_keeps_what_the_closed_form_says(ledger_of_a_rank: Ledger) -> None:
     """To the byte, storage by storage; the document shows it by tensor. The plan counts all but cuDNN's seeds."""
     config = compose(["+cluster=h800_2048"])
     predicted, tokens = kept_of_a_rank(config), config.data.sequence_length
-    found = bench_ledger.cluster_ledger("h800_2048")
-    counted = sorted(each.num_bytes for each in found.kept)
-    assert counted == sorted(tokens * each for storages in predicted.values() for each in storages)
+    found = ledger_of_a_rank
+    kept = sorted(each.num_bytes for each in found.kept)
+    assert kept == sorted(tokens * each for storages in predicted.values() for each in storages)
     assert found.kept_bytes_per_token < KEPT_BY_A_RANK + 0.05
     rows = [f"| {name} | {sum(storages):,.1f} |" for name, storages in predicted.items()]
     table = "\n".join([*rows, f"| **all** | {found.kept_bytes_per_token:,.1f} |"])
@@ -164,7 +193,7 @@ def test_a_rank_of_h800_2048_keeps_what_the_closed_form_says() -> None:
             planned = live.now - before
             del ends
     # The seeds of cuDNN's attention, 8 bytes each.
-    assert sum(counted) - planned == 16
+    assert sum(kept) - planned == 16
 
 
 @pytest.mark.parametrize("tokens", [4096, 4095])

@@ -58,7 +58,7 @@ PHASES = (
 
 
 @dataclass(frozen=True)
-class Variant:
+class LayerVariant:
     """What decides a layer's launches beside its widths."""
 
     layer: LayerName
@@ -73,15 +73,15 @@ class Variant:
         return f"{self.layer} {self.precision} {again} {self.attention_output}"
 
 
-def variants() -> Iterator[Variant]:
+def variants() -> Iterator[LayerVariant]:
     """All that a run can be; a BF16 one keeps attention's output in BF16."""
     for layer, recompute in itertools.product(LAYERS, (True, False)):
-        yield Variant(layer, "bf16", recompute, "bf16")
-        yield Variant(layer, "fp8", recompute, "bf16")
-        yield Variant(layer, "fp8", recompute, "e5m6")
+        yield LayerVariant(layer, "bf16", recompute, "bf16")
+        yield LayerVariant(layer, "fp8", recompute, "bf16")
+        yield LayerVariant(layer, "fp8", recompute, "e5m6")
 
 
-def entries_of(variant: Variant, config: PretrainConfig, mesh: Mesh) -> tuple[Entry, ...]:
+def entries_of(variant: LayerVariant, config: PretrainConfig, mesh: Mesh) -> tuple[Entry, ...]:
     """What the layer launches on this rank."""
     recipe = replace(precision_config(variant.precision), attention_output=variant.attention_output)
     config = replace(config, precision=recipe, run=replace(config.run, recompute=variant.recompute))
@@ -136,7 +136,7 @@ def by_phase(entries: Iterable[Entry]) -> tuple[Counter[str], Counter[str]]:
     return moved, launches
 
 
-def count(variant: Variant, config: PretrainConfig, mesh: Mesh) -> dict[str, list[float]]:
+def count(variant: LayerVariant, config: PretrainConfig, mesh: Mesh) -> dict[str, list[float]]:
     """Phase -> bytes a token by the hidden width, a token by other widths, a micro-batch; and launches."""
     tokens = config.data.sequence_length
     shorter = replace(config, data=replace(config.data, sequence_length=tokens // 2))

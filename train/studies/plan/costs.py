@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from train.studies.plan.lanes import Phase, in_line, overlapped
 from train.studies.plan.orders import Step, num_stages
 from train.studies.plan.products import Passes, Setup, layer_weights, passes, router_s, total, up_projections_s
 from train.studies.plan.tables import Tables
-from train.studies.plan.traffic import dispatch_bytes, expected_destinations, hidden_bytes
+from train.studies.plan.traffic import dispatch_bytes, hidden_bytes
 
 # What the tables were measured or counted on: V3's layer, one sequence.
 TOKENS, HIDDEN, HEADS, HEAD_WIDTHS, TOPK, SHARED, INTER, DENSE_INTER, EP = 4096, 7168, 128, 320, 8, 1, 2048, 18432, 64
@@ -75,13 +76,11 @@ def _attention(setup: Setup) -> Passes:
     model, how, tables = setup.model, setup.implementation.attention, setup.machine.tables
     work = setup.tokens * setup.sequence_length * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
     scale = work / (TOKENS * TOKENS * HEADS * HEAD_WIDTHS) * 1e-3
+    row = "profile attend {} attention" if how == "profile" else f"attention {how} {{}}"
     if how == "profile":
         # Timed beside the exchange, with 20 multiprocessors less.
         scale *= (setup.machine.sms - 20) / setup.machine.sms
-        return Passes(
-            *(scale * tables.value(f"profile attend {way} attention") for way in ("forward", "backward")), 0.0
-        )
-    return Passes(*(scale * tables.value(f"attention {how} {way}") for way in ("forward", "backward")), 0.0)
+    return Passes(scale * tables.value(row.format("forward")), scale * tables.value(row.format("backward")), 0.0)
 
 
 def _memory(setup: Setup, part: str, *, moe: bool, beside_exchange: bool) -> float:
@@ -139,7 +138,7 @@ def _counted_bytes(setup: Setup, part: str, *, moe: bool) -> float:
     found = moved(part, rows=1.0, others=model.num_attention_heads / HEADS, state=hidden)
     if moe and candidate.ep > 1 and candidate.dispatch == "direct":
         # Counted with a copy for each of the chosen experts.
-        rows = expected_destinations(model, ep=candidate.ep) / TOPK * imbalance
+        rows = expected_shares(model, shares=candidate.ep) / TOPK * imbalance
         found += moved(part.replace("attend", "exchange"), rows=rows, others=1.0, state=1.0)
     return found
 
@@ -147,9 +146,33 @@ def _counted_bytes(setup: Setup, part: str, *, moe: bool) -> float:
 # ---- exchange
 
 
-def expected_nodes(model: ModelConfig, *, ep: int, ranks_per_node: int) -> float:
-    """Nodes that a token goes to on average, its own counted if it is one of them; V3 on 64 ranks: 3.63."""
-    return expected_destinations(model, ep=max(1, ep // ranks_per_node))
+# Of the choices that are drawn: the mean of nodes or ranks is then known to 0.3 %.
+_DRAWN, _SEED = 1000, 0
+
+
+@functools.cache
+def _choices(model: ModelConfig) -> list[list[int]]:
+    """Experts of drawn tokens by the router's rule (§2.1.2), groups by their two best, on independent scores."""
+    generator, size = random.Random(_SEED), model.experts_per_group
+    found = []
+    for _ in range(_DRAWN):
+        scores = [generator.random() for _ in range(model.n_routed_experts)]
+        groups = range(model.n_group)
+        best = [sum(sorted(scores[group * size : (group + 1) * size])[-2:]) for group in groups]
+        chosen = sorted(groups, key=best.__getitem__)[-model.topk_group :]
+        experts = [expert for group in chosen for expert in range(group * size, (group + 1) * size)]
+        found.append(sorted(experts, key=scores.__getitem__)[-model.num_experts_per_tok :])
+    return found
+
+
+@functools.cache
+def expected_shares(model: ModelConfig, *, shares: int) -> float:
+    """How many of so many equal shares of the experts a token goes to: V3 on 64 ranks 7.49, on their 8 nodes 3.95.
+
+    The router spreads a token more evenly than a choice of groups by chance (`traffic.expected_destinations`).
+    """
+    local = model.n_routed_experts // shares
+    return sum(len({expert // local for expert in chosen}) for chosen in _choices(model)) / _DRAWN
 
 
 def exchange_s(setup: Setup) -> tuple[float, float]:
@@ -166,7 +189,7 @@ def exchange_s(setup: Setup) -> tuple[float, float]:
         dispatch_bytes(model.hidden_size, precision=candidate.precision),
         hidden_bytes(model.hidden_size, precision=candidate.precision),
     )
-    copies = setup.tokens * setup.implementation.imbalance * expected_destinations(model, ep=ep)
+    copies = setup.tokens * setup.implementation.imbalance * expected_shares(model, shares=ep)
     if candidate.dispatch == "direct":
         # Of the copies that the group's ranks get, those of this node's ranks.
         inside = min(1.0, per_node / ep)
@@ -175,7 +198,7 @@ def exchange_s(setup: Setup) -> tuple[float, float]:
     known = min((8, 16, 32, 64), key=lambda ranks: abs(math.log2(ranks / ep)))
     rates = [rate * 1e9 for rate in the.tables.values(f"DeepEP {known}")]
     if ep > per_node:
-        copies = setup.tokens * setup.implementation.imbalance * expected_nodes(model, ep=ep, ranks_per_node=per_node)
+        copies = setup.tokens * setup.implementation.imbalance * expected_shares(model, shares=ep // per_node)
     else:
         rates = [rate * the.nvlink / (the.tables.value("NVLink H800") * 1e9) for rate in rates]
     return copies * sizes[0] / rates[0], copies * sizes[1] / rates[1]
@@ -224,20 +247,27 @@ def layer_phases(setup: Setup, *, moe: bool, beside_exchange: bool) -> LayerPhas
     return LayerPhases(attend, experts, *(exchange_s(setup) if moe else (0.0, 0.0)))
 
 
-def head_passes(setup: Setup) -> Passes:
+def head_passes(setup: Setup, *, beside_exchange: bool) -> Passes:
     """The BF16 head and its cross-entropy, which reads a chunk's logits and writes their gradient."""
-    model = setup.model
-    head = passes(setup, Weight("head", model.vocab_size, model.hidden_size, uses=1), column="bf16")
-    logits = 2 * setup.tokens * model.vocab_size * BF16_BYTES / setup.machine.memory
+    model, the = setup.model, setup.machine
+    head = _bf16_passes(setup, model.vocab_size, model.hidden_size, beside_exchange=beside_exchange)
+    rate = the.memory_under_exchange if beside_exchange else the.memory
+    logits = 2 * setup.tokens * model.vocab_size * BF16_BYTES / rate
     if setup.implementation.head == "in forward":
         return Passes(sum(head) + logits, 0.0, 0.0)
     return Passes(head.forward + logits / 2, head.backward + logits / 2, head.weights)
 
 
-def projection_passes(setup: Setup) -> Passes:
+def projection_passes(setup: Setup, *, beside_exchange: bool) -> Passes:
     """An MTP depth's own projection of two hidden states to one, in BF16 (§2.2)."""
     hidden = setup.model.hidden_size
-    return passes(setup, Weight("mtp_projection", hidden, 2 * hidden, uses=1), column="bf16")
+    return _bf16_passes(setup, hidden, 2 * hidden, beside_exchange=beside_exchange)
+
+
+def _bf16_passes(setup: Setup, rows: int, cols: int, *, beside_exchange: bool) -> Passes:
+    alone = passes(setup, Weight("bf16", rows, cols, uses=1), column="bf16")
+    share = setup.sms_share(beside_exchange=beside_exchange)
+    return Passes(*(seconds / share for seconds in alone))
 
 
 class StageCosts:
@@ -248,7 +278,6 @@ class StageCosts:
         self.setup, self.stages = setup, num_stages(candidate.schedule, candidate.pp, candidate.chunks)
         self._known: dict[tuple[tuple[str, int], ...], float] = {}
         self._layers = functools.cache(functools.partial(layer_phases, setup))
-        self._ends = ("head", head_passes(setup)), ("projection", projection_passes(setup))
 
     def layer_ids(self, stage: int) -> range:
         """Main layers of a stage; the copies of bidirectional schedules are numbered on."""
@@ -274,7 +303,9 @@ class StageCosts:
 
         blocks = [block(layer_id) for layer_id in self.layer_ids(stage)]
         if stage % self.stages == self.stages - 1:
-            head, projection = (_phase(name, each, forward=forward) for name, each in self._ends)
+            head = _phase("head", head_passes(self.setup, beside_exchange=beside_exchange), forward=forward)
+            passes = projection_passes(self.setup, beside_exchange=beside_exchange)
+            projection = _phase("projection", passes, forward=forward)
             blocks.append([head])
             for layer_id in model.mtp_layer_ids:
                 blocks += [[projection], block(layer_id), [head]]
@@ -305,9 +336,8 @@ class StageCosts:
             for part in parts(moe=model.is_moe(layer_id)).values()
         )
         depths = model.num_nextn_predict_layers
-        head = Weight("head", model.vocab_size, model.hidden_size, uses=1)
-        heads = (1 + depths) * sum(passes(self.setup, head, column="bf16"))
-        return layers + heads + depths * sum(projection_passes(self.setup))
+        heads = sum(_bf16_passes(self.setup, model.vocab_size, model.hidden_size, beside_exchange=False))
+        return layers + (1 + depths) * heads + depths * sum(projection_passes(self.setup, beside_exchange=False))
 
 
 def _phase(name: str, passes: Passes, *, forward: bool) -> Phase:

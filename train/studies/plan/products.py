@@ -101,7 +101,7 @@ class Setup:
         return (self.machine.sms - lent) / self.machine.sms
 
 
-class Speed(NamedTuple):
+class ProductSpeed(NamedTuple):
     """FLOP/s of a product, and how many octaves of its dims away the nearest row is; 0: measured."""
 
     flop_per_s: float
@@ -109,7 +109,7 @@ class Speed(NamedTuple):
 
 
 @functools.cache
-def speed(tables: Tables, column: Column, kind: Kind, shape: Shape) -> Speed:
+def speed(tables: Tables, column: Column, kind: Kind, shape: Shape) -> ProductSpeed:
     """How fast a product [m, k] x [n, k] of so many groups is: shape is (groups, m, n, k)."""
     rows = [row for row in tables.products(column) if row.kind == kind]
     near = sorted(
@@ -118,10 +118,10 @@ def speed(tables: Tables, column: Column, kind: Kind, shape: Shape) -> Speed:
     )[:3]
     octaves, nearest = near[0]
     if octaves == 0:
-        return Speed(nearest, 0.0)
+        return ProductSpeed(nearest, 0.0)
     shares = [1 / distance for distance, _ in near]
     mean = sum(share * value for share, (_, value) in zip(shares, near, strict=True)) / sum(shares)
-    return Speed(mean, octaves)
+    return ProductSpeed(mean, octaves)
 
 
 def product_s(setup: Setup, kind: Kind, shape: Shape, *, column: Column | None = None) -> float:
@@ -157,10 +157,12 @@ def passes(setup: Setup, weight: Weight, *, column: Column | None = None) -> Pas
 
 
 def total(passes: Iterable[Passes]) -> Passes:
+    """Of several weights."""
     return Passes(*(sum(column) for column in zip(Passes(0.0, 0.0, 0.0), *passes, strict=True)))
 
 
 def layer_weights(setup: Setup, *, moe: bool) -> list[Weight]:
+    """What a rank holds of one layer."""
     layer_id = setup.model.num_hidden_layers - 1 if moe else 0
     assert setup.model.is_moe(layer_id) == moe, (layer_id, moe)
     return weights(setup.model, Held((layer_id,), embedding=False, head=False), ep=setup.candidate.ep)
@@ -171,7 +173,7 @@ def up_projections_s(setup: Setup) -> float:
     ranks = (setup.model.q_lora_rank, setup.model.kv_lora_rank)
     return sum(
         passes(setup, weight).forward
-        for weight in layer_weights(setup, moe=True)
+        for weight in layer_weights(setup, moe=setup.model.is_moe(0))
         if weight.part == "attention" and weight.cols in ranks
     )
 

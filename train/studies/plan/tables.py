@@ -34,7 +34,7 @@ Kind = Literal["fprop", "dgrad", "wgrad", "grouped fprop", "grouped dgrad", "gro
 
 
 @dataclass(frozen=True)
-class Row:
+class Figure:
     """One number, or a few that belong together."""
 
     what: str
@@ -45,7 +45,7 @@ class Row:
     date: str
 
 
-class Product(NamedTuple):
+class KnownProduct(NamedTuple):
     """A GEMM whose speed is known, FLOP/s."""
 
     kind: str
@@ -60,7 +60,7 @@ class Product(NamedTuple):
 class Tables:
     """The rows by name; hashable by identity, for what is derived from them is cached."""
 
-    rows: Mapping[str, Row]
+    rows: Mapping[str, Figure]
 
     def __hash__(self) -> int:
         return id(self)
@@ -81,7 +81,7 @@ class Tables:
         return value
 
     @functools.cache  # noqa: B019  one Tables a process, and one for each report
-    def products(self, column: Column) -> tuple[Product, ...]:
+    def products(self, column: Column) -> tuple[KnownProduct, ...]:
         """All products of a column; what DeepGEMM's first release did not publish is that of today's."""
         columns = ("deepgemm", column) if column == "deepgemm 2025-02" else (column,)
         found = {each[:5]: each for name in columns for each in _products(self.rows, name)}
@@ -93,13 +93,13 @@ _PRODUCT = re.compile(
 )
 
 
-def _products(rows: Mapping[str, Row], column: str) -> Iterator[Product]:
+def _products(rows: Mapping[str, Figure], column: str) -> Iterator[KnownProduct]:
     for what, row in rows.items():
         found = _PRODUCT.fullmatch(what)
         if found and found[1] == column:
             groups, m, n, k = map(int, found.groups()[2:])
             assert not isinstance(row.value, tuple), what
-            yield Product(found[2], groups, m, n, k, row.value * 1e12)
+            yield KnownProduct(found[2], groups, m, n, k, row.value * 1e12)
 
 
 @functools.cache
@@ -109,13 +109,13 @@ def read_tables(report: Path | None = None) -> Tables:
     Raises:
         ValueError: the file is no report.
     """
-    rows: dict[str, Row] = {}
+    rows: dict[str, Figure] = {}
     for path in sorted(FOLDER.glob("*.json")):
         for group in json.loads(path.read_text(encoding="utf-8"))["groups"]:
             values = group.pop("rows")
             for what, value in values.items():
                 assert what not in rows, f"{path.name} has {what} twice"
-                rows[what] = Row(what, tuple(value) if isinstance(value, list) else value, **group)
+                rows[what] = Figure(what, tuple(value) if isinstance(value, list) else value, **group)
     return Tables(rows | (_of_report(report) if report else {}))
 
 
@@ -124,7 +124,7 @@ _CASE = re.compile(r"((?:grouped_)?(?:fprop|dgrad|wgrad))_(?:G(\d+)_)?M(\d+)_N(\
 _COLUMNS = {"ours": "ours", "DeepGEMM": "deepgemm", "torch.mm BF16": "bf16", "F.grouped_mm BF16": "bf16"}
 
 
-def _of_report(path: Path) -> dict[str, Row]:
+def _of_report(path: Path) -> dict[str, Figure]:
     """Rows that a report has measured; none where its speeds may not be used."""
     report = read_report(path)
     if report is None or report.refusal:
@@ -139,11 +139,11 @@ def _of_report(path: Path) -> dict[str, Row]:
         if column and shape and (shape[6] or "wgrad" not in shape[1]):
             groups, m, n, k = (int(digits or 1) for digits in shape.groups()[1:5])
             what = f"{column} {shape[1].replace('_', ' ')} G{groups} M{m} N{n} K{k}"
-            found[what] = Row(what, speed, "TFLOP/s", "measured", source, date)
+            found[what] = Figure(what, speed, "TFLOP/s", "measured", source, date)
     for layer in report.layers:
         what = f"layer {layer.precision}{' deterministic' if layer.deterministic else ''}"
-        found[what] = Row(what, layer.time_ms, "ms", "measured", source, date)
+        found[what] = Figure(what, layer.time_ms, "ms", "measured", source, date)
     if report.memory_gb_per_s:
         rate = statistics.median(report.memory_gb_per_s)
-        found["memory"] = Row("memory", rate, "GB/s", "measured", source, date)
+        found["memory"] = Figure("memory", rate, "GB/s", "measured", source, date)
     return found
