@@ -33,7 +33,7 @@ from train.studies.bench import timing as bench_timing
 from train.studies.bench import traffic as bench_traffic
 from train.studies.bench.cases import GemmOperands, Shape
 from train.studies.bench.peers import SMALL_CLOCK
-from train.studies.bench.table import OURS, Candidate, Case, Row
+from train.studies.bench.table import OURS, Case, Contender, Row
 
 CPU = torch.device("cpu")
 KINDS = ("fprop", "dgrad", "wgrad", "grouped fprop", "grouped dgrad", "grouped wgrad", "memory")
@@ -248,7 +248,7 @@ def test_a_memory_bound_kernel_with_one_wrong_bit_is_red() -> None:
 
         return run
 
-    strict = Candidate(OURS, wrong, 0.0, repeats=True)
+    strict = Contender(OURS, wrong, 0.0, repeats=True)
     found = run([dataclasses.replace(case, candidates=(strict,))])
     assert [row.status for row in found] == ["red"]
 

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from train.studies.plan.orders import SCHEDULES, Action, Orders, Step, num_stages, orders, refusal
-from train.studies.plan.timeline import Timeline, in_flight, live, seconds_by_class, simulate
+from train.studies.plan.timeline import Timeline, in_flight, link, live, seconds_by_class, simulate
 
 Time = Callable[[int, Step], float]
 
@@ -33,7 +33,7 @@ def random_seconds(rng: random.Random) -> Time:
 def run(name: str, pp: int, micro_batches: int, time: Time, **more: Any) -> Timeline:
     chunks = SCHEDULES[name].chunks or 2
     stages = num_stages(name, pp, chunks)
-    return simulate(orders(name, pp, chunks, micro_batches), num_stages=stages, time=time, **more)
+    return simulate(link(orders(name, pp, chunks, micro_batches), stages), time=time, **more)
 
 
 Closed = Callable[..., float]
@@ -105,7 +105,7 @@ def test_no_legal_size_deadlocks_and_every_step_starts_when_it_can() -> None:
     for name, pp, chunks, micro_batches in legal_sizes():
         stages, time, p2p = num_stages(name, pp, chunks), random_seconds(rng), rng.random()
         written = orders(name, pp, chunks, micro_batches)
-        found = simulate(written, num_stages=stages, time=time, p2p_s=p2p)
+        found = simulate(link(written, stages), time=time, p2p_s=p2p)
         ended = {
             made(action): (end, rank) for rank, ran in enumerate(found.spans) for _, end, step in ran for action in step
         }
@@ -126,9 +126,9 @@ def test_an_order_that_cannot_run_is_an_error_that_names_the_ranks() -> None:
     first, second = orders("1F1B", 2, 1, 4)
     backward_first: Orders = ((first[2], *first[:2], *first[3:]), second)
     with pytest.raises(RuntimeError, match=r"deadlock.*\{0: .*'B'.*1: .*"):
-        simulate(backward_first, num_stages=2, time=seconds(F=1.0, I=1.0, W=1.0))
+        link(backward_first, 2)
     with pytest.raises(RuntimeError, match="deadlock"):
-        simulate((first[:-1], (*second, (Action("B", 1, 9),))), num_stages=2, time=seconds(F=1.0, I=1.0, W=1.0))
+        link((first[:-1], (*second, (Action("B", 1, 9),))), 2)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -23,7 +23,7 @@ from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
 from kernels.gemm_grouped import grouped_gemm_tile_block, grouped_gemm_tile_tile
 from train.studies.bench.cases import GemmOperands, Shape, decode, decode_blocks, operands, shapes
 from train.studies.bench.fused import fused
-from train.studies.bench.table import OURS, Candidate, Case
+from train.studies.bench.table import OURS, Case, Contender
 from train.studies.bench.timing import Call, Clock
 from train.studies.bench.traffic import MemoryBound, MemoryInputs, memory_bound, memory_inputs
 
@@ -114,13 +114,13 @@ def deep_gemm(op: GemmOperands) -> Call:
 
 def _gemm_case(shape: Shape) -> Case:
     fp8 = FP32_TOLERANCE if shape.is_wgrad else BF16_TOLERANCE
-    found = [Candidate(OURS, ours, fp8, repeats=True), Candidate("DeepGEMM", deep_gemm, fp8)]
+    found = [Contender(OURS, ours, fp8, repeats=True), Contender("DeepGEMM", deep_gemm, fp8)]
     added = ", add_" if shape.accumulate else ""
     if not shape.ends:
         scales = "1x128 x 1x128" if shape.is_wgrad else "1x128 x 128x128"
-        found.append(Candidate(f"F.scaled_mm {scales}{added}", scaled_mm, fp8))
+        found.append(Contender(f"F.scaled_mm {scales}{added}", scaled_mm, fp8))
     mm = "F.grouped_mm" if shape.ends else "torch.mm"
-    found.append(Candidate(f"{mm} BF16{added}", bf16, BF16_TOLERANCE))
+    found.append(Contender(f"{mm} BF16{added}", bf16, BF16_TOLERANCE))
     return Case(shape.name, shape.kind, shape.flops, 0.0, partial(operands, shape), tuple(found))
 
 
@@ -132,9 +132,9 @@ def copy(inputs: MemoryInputs) -> Call:
 
 
 def _memory_case(kernel: MemoryBound) -> Case:
-    mine = Candidate(OURS, lambda inputs: lambda: kernel.run(*inputs.tensors), kernel.tolerance, repeats=True)
+    mine = Contender(OURS, lambda inputs: lambda: kernel.run(*inputs.tensors), kernel.tolerance, repeats=True)
     name = f"{kernel.name}_{kernel.rows}x{kernel.cols}"
-    candidates = (mine, Candidate("copy_, equal bytes", copy))
+    candidates = (mine, Contender("copy_, equal bytes", copy))
     return Case(name, "memory", 0.0, kernel.bytes, partial(memory_inputs, kernel), candidates)
 
 

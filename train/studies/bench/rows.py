@@ -58,7 +58,7 @@ from kernels.swiglu import (
 )
 from train.studies.ablation.hopper_accumulation import Factors, factors, hopper_matmul_reference
 from train.studies.ablation.linear import AblatedLinears, Ablation
-from train.studies.bench.table import OURS, Candidate, Case
+from train.studies.bench.table import OURS, Case, Contender
 from train.studies.bench.timing import Call, Clock
 
 KIND = "kernels"
@@ -130,7 +130,7 @@ def pair(
         bytes: read and written by one ideal call of `run`.
         flops: of one call of `run`; 0 where the bound is memory.
     """
-    candidates = (Candidate(OURS, partial(_launch, run), tolerance), Candidate(peer_name, partial(_launch, peer)))
+    candidates = (Contender(OURS, partial(_launch, run), tolerance), Contender(peer_name, partial(_launch, peer)))
     return Case(name, KIND, flops, bytes, lambda device: PairInputs(make, peer, device, make(device)), candidates)
 
 

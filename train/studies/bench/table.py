@@ -65,7 +65,7 @@ class Inputs(Protocol):
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Contender:
     """One way to compute a case."""
 
     name: str  # column title
@@ -83,7 +83,7 @@ class Case:
     flops: float  # of one call; 0 where the bound is memory
     bytes: float  # read and written by one ideal call; 0 for GEMMs
     make: Callable[[torch.device], Inputs]  # seeded
-    candidates: tuple[Candidate, ...]  # ours first
+    candidates: tuple[Contender, ...]  # ours first
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def reason_of(error: BaseException) -> str:
     return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."
 
 
-def check(row: Row, candidate: Candidate, inputs: Inputs, expected: Sequence[Tensor]) -> Row:
+def check(row: Row, candidate: Contender, inputs: Inputs, expected: Sequence[Tensor]) -> Row:
     """Run a candidate on `inputs` and compare: the row with error and status; "measured" is green, without a time."""
     if candidate.tolerance is None:
         return row
@@ -149,7 +149,7 @@ def check(row: Row, candidate: Candidate, inputs: Inputs, expected: Sequence[Ten
 
 
 def _attempt(
-    row: Row, candidate: Candidate, sets: Sequence[Inputs], expected: Sequence[Tensor], clock: Clock
+    row: Row, candidate: Contender, sets: Sequence[Inputs], expected: Sequence[Tensor], clock: Clock
 ) -> tuple[Row, Loop | None]:
     """Check a candidate and make its loop; whatever a library refuses becomes the row's reason."""
     try:

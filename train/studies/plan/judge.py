@@ -25,7 +25,7 @@ from train.studies.plan.costs import StageCosts, layer_parts, layer_phases, p2p_
 from train.studies.plan.lanes import overlapped
 from train.studies.plan.orders import Step, orders, stages_of_rank
 from train.studies.plan.products import Implementation, Setup, machine
-from train.studies.plan.timeline import seconds_by_class, simulate
+from train.studies.plan.timeline import link, seconds_by_class, simulate
 from train.studies.plan.update import update_s
 
 # With DeepGEMM as it was first released, which is nearest to what DeepSeek ran.
@@ -115,7 +115,7 @@ def seconds_of_step(setup: Setup, *, micro_batches: int, scale: float = 1.0, for
         return sum(update_s(setup, costs.held(stages)).values())
 
     steps = orders(candidate.schedule, candidate.pp, candidate.chunks, micro_batches)
-    ran = simulate(steps, num_stages=costs.stages, time=time, p2p_s=p2p_s(setup))
+    ran = simulate(link(steps, costs.stages), time=time, p2p_s=p2p_s(setup))
     longest = max(map(update, range(candidate.pp)))
     return {**seconds_by_class(ran), "update": longest, "step": ran.step_s + longest}
 

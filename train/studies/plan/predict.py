@@ -7,14 +7,14 @@ ZBVZeroBubble, without overlapped pairs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from train.studies.plan.candidate import Candidate
 from train.studies.plan.costs import StageCosts, p2p_s
-from train.studies.plan.orders import fallback, orders, rank_of_stage, refusal
+from train.studies.plan.orders import Step, fallback, num_stages, orders, rank_of_stage, refusal
 from train.studies.plan.products import Setup
-from train.studies.plan.timeline import Timeline, simulate
+from train.studies.plan.timeline import Linked, Timeline, link, pace, simulate
 from train.studies.plan.update import update_s
 
 HOUR_S = 3600.0
@@ -55,7 +55,8 @@ def predict(setup: Setup, *, micro_batches: int, slow: Mapping[int, float] | Non
     """
     setup = _with_fallback(setup, micro_batches)
     costs = StageCosts(setup)
-    timeline = _simulated(costs, micro_batches, slow)
+    linked = _linked(setup.candidate, micro_batches)
+    timeline = simulate(linked, time=_time(costs), p2p_s=_transfer_s(costs), slow=slow)
     updates = [_update_s(costs, rank) for rank in range(setup.candidate.pp)]
     return Prediction(setup, micro_batches, timeline, max(updates, key=lambda parts: sum(parts.values())))
 
@@ -67,9 +68,9 @@ def quick_step_s(setup: Setup, *, micro_batches: int) -> float:
     fewer = min(micro_batches, FILLED * candidate.pp)
     if refusal(candidate.schedule, candidate.pp, candidate.chunks, fewer):
         fewer = micro_batches
-    timeline = _simulated(costs, fewer, None)
-    rest = (micro_batches - fewer) * max(timeline.busy_s) / fewer
-    return timeline.step_s + rest + max(sum(_update_s(costs, rank).values()) for rank in range(candidate.pp))
+    found = pace(_linked(candidate, fewer), time=_time(costs), p2p_s=_transfer_s(costs))
+    rest = (micro_batches - fewer) * max(found.busy_s) / fewer
+    return found.step_s + rest + max(sum(_update_s(costs, rank).values()) for rank in range(candidate.pp))
 
 
 def gpu_hours_per_trillion(step_s: float, *, world: int, tokens: int) -> float:
@@ -89,11 +90,21 @@ def _with_fallback(setup: Setup, micro_batches: int) -> Setup:
     return replace(setup, candidate=replace(candidate, schedule=name, overlap=False))
 
 
-def _simulated(costs: StageCosts, micro_batches: int, slow: Mapping[int, float] | None) -> Timeline:
-    candidate = costs.setup.candidate
-    steps = orders(candidate.schedule, candidate.pp, candidate.chunks, micro_batches)
-    transfer = p2p_s(costs.setup) if candidate.pp > 1 else 0.0
-    return simulate(steps, num_stages=costs.stages, time=lambda _, step: costs.time(step), p2p_s=transfer, slow=slow)
+def _linked(candidate: Candidate, micro_batches: int) -> Linked:
+    return _linked_orders(candidate.schedule, candidate.pp, candidate.chunks, micro_batches)
+
+
+@functools.cache  # a search runs the same orders under many splits and precisions
+def _linked_orders(name: str, pp: int, chunks: int, micro_batches: int) -> Linked:
+    return link(orders(name, pp, chunks, micro_batches), num_stages(name, pp, chunks))
+
+
+def _time(costs: StageCosts) -> Callable[[int, Step], float]:
+    return lambda _, step: costs.time(step)
+
+
+def _transfer_s(costs: StageCosts) -> float:
+    return p2p_s(costs.setup) if costs.setup.candidate.pp > 1 else 0.0
 
 
 def _update_s(costs: StageCosts, rank: int) -> dict[str, float]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -43,58 +42,42 @@ class Timeline:
     spans: list[list[StepSpan]]
 
 
-def simulate(
-    orders: Orders,
-    *,
-    num_stages: int,
-    time: Callable[[int, Step], float],
-    p2p_s: float = 0.0,
-    slow: Mapping[int, float] | None = None,
-) -> Timeline:
-    """Run the steps of all ranks.
+@dataclass(frozen=True, eq=False)
+class Linked:
+    """Orders whose steps know who sends what they need: made once, simulated under many seconds.
 
     Args:
-        orders: of `orders.orders`.
-        num_stages: that one micro-batch passes; copies of them (DualPipe) are numbered on from there.
-        time: seconds of a step on a rank.
-        p2p_s: from the end of a step to the arrival of what it sends to another rank.
-        slow: rank -> factor on its steps, of stragglers.
-    Raises:
-        RuntimeError: ranks wait for each other, or for what nobody makes.
+        ranks: of the pipeline.
+        steps: of all ranks, each after those that it needs.
+        samples: (rank, step), one of each kind; micro-batches do not differ.
     """
-    ends: list[float] = []
-    free = [0.0] * len(orders)
-    busy = [0.0] * len(orders)
-    spans: list[list[StepSpan]] = [[] for _ in orders]
-    for rank, step, senders in _runnable(orders, num_stages):
-        start = free[rank]
-        for sender in senders:
-            start = max(start, ends[sender] + p2p_s)
-        took = time(rank, step)
-        if slow:
-            took *= slow.get(rank, 1.0)
-        free[rank] = start + took
-        busy[rank] += took
-        ends.append(free[rank])
-        spans[rank].append(StepSpan(start, free[rank], step))
-    step_s = max(free)
-    return Timeline(step_s, busy, [step_s - each for each in busy], spans)
+
+    ranks: int
+    steps: tuple[_LinkedStep, ...]
+    samples: tuple[tuple[int, Step], ...]
 
 
-class _Linked(NamedTuple):
-    """A step of a rank, and those of other ranks that send what it needs, counted in the order of `_runnable`."""
+class _LinkedStep(NamedTuple):
+    """A step of a rank, the places in `steps` of those that send what it needs, and its kind's sample."""
 
     rank: int
     step: Step
     senders: tuple[int, ...]
+    sample: int
 
 
-@lru_cache(maxsize=32)  # the same for all seconds, and a search simulates the same orders many times
-def _runnable(orders: Orders, num_stages: int) -> tuple[_Linked, ...]:
-    """All steps, each after those that it needs; a rank goes as far as it can, then those that it lets go on."""
+def link(orders: Orders, num_stages: int) -> Linked:
+    """Find a sequence in which the steps of all ranks can run: a rank goes as far as it can, then those it lets go on.
+
+    Args:
+        num_stages: that one micro-batch passes; copies of them (DualPipe) are numbered on from there.
+    Raises:
+        RuntimeError: ranks wait for each other, or for what nobody makes.
+    """
     maker: dict[_Result, int] = {}
     blocked: dict[_Result, int] = {}
-    linked: list[_Linked] = []
+    linked: list[_LinkedStep] = []
+    samples: dict[tuple[int, tuple[tuple[str, int], ...]], tuple[int, Step]] = {}
     done = [0] * len(orders)
     runnable = list(range(len(orders)))
     while runnable:
@@ -111,11 +94,68 @@ def _runnable(orders: Orders, num_stages: int) -> tuple[_Linked, ...]:
                 maker[made] = len(linked)
                 if made in blocked:
                     runnable.append(blocked.pop(made))
-            linked.append(_Linked(rank, step, tuple(senders)))
+            alike = rank, tuple((action.kind, action.stage) for action in step)
+            samples.setdefault(alike, (len(samples), step))
+            linked.append(_LinkedStep(rank, step, tuple(senders), samples[alike][0]))
             done[rank] += 1
     if stuck := {rank: orders[rank][at] for rank, at in enumerate(done) if at < len(orders[rank])}:
         raise RuntimeError(f"the pipeline deadlocks: these ranks wait before these steps: {stuck}")
-    return tuple(linked)
+    return Linked(len(orders), tuple(linked), tuple((rank, step) for (rank, _), (_, step) in samples.items()))
+
+
+class Pace(NamedTuple):
+    """Seconds of a step without its update, and those in which each rank is busy."""
+
+    step_s: float
+    busy_s: list[float]
+
+
+Seconds = Callable[[int, Step], float]
+
+
+def pace(linked: Linked, *, time: Seconds, p2p_s: float = 0.0) -> Pace:
+    """What `simulate` finds, without its spans."""
+    return _run(linked, _seconds(linked, time, {}), p2p_s)[0]
+
+
+def simulate(linked: Linked, *, time: Seconds, p2p_s: float = 0.0, slow: Mapping[int, float] | None = None) -> Timeline:
+    """Run the steps of all ranks.
+
+    Args:
+        time: seconds of a step on a rank, the same for all micro-batches.
+        p2p_s: from the end of a step to the arrival of what it sends to another rank.
+        slow: rank -> factor on its steps, of stragglers.
+    """
+    seconds = _seconds(linked, time, slow or {})
+    (step_s, busy), starts = _run(linked, seconds, p2p_s)
+    spans: list[list[StepSpan]] = [[] for _ in busy]
+    for (rank, step, _, sample), start in zip(linked.steps, starts, strict=True):
+        spans[rank].append(StepSpan(start, start + seconds[sample], step))
+    return Timeline(step_s, busy, [step_s - each for each in busy], spans)
+
+
+def _seconds(linked: Linked, time: Seconds, slow: Mapping[int, float]) -> list[float]:
+    return [time(rank, step) * slow.get(rank, 1.0) for rank, step in linked.samples]
+
+
+def _run(linked: Linked, seconds: list[float], p2p_s: float) -> tuple[Pace, list[float]]:
+    """The pace, and the start of each step."""
+    starts: list[float] = []
+    ends: list[float] = []
+    free = [0.0] * linked.ranks
+    busy = [0.0] * linked.ranks
+    for rank, _, senders, sample in linked.steps:
+        start = free[rank]
+        for sender in senders:
+            arrived = ends[sender] + p2p_s
+            if arrived > start:
+                start = arrived
+        took = seconds[sample]
+        free[rank] = end = start + took
+        busy[rank] += took
+        starts.append(start)
+        ends.append(end)
+    return Pace(max(free), busy), starts
 
 
 def _needs(action: Action, num_stages: int) -> list[_Result]:
