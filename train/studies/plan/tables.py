@@ -119,8 +119,8 @@ def read_tables(report: Path | None = None) -> Tables:
     return Tables(rows | (_of_report(report) if report else {}))
 
 
-# The bench's names of a case (`train/studies/bench/cases.py`) and of who computes it. A weight gradient is added to those
-# before it, but in the step's first micro-batch: "overwrite" is left out.
+# The bench's names of a case (`train/studies/bench/cases.py`) and of who computes it. "overwrite" is left out: a step's
+# first micro-batch only writes weight gradients, all others add.
 _CASE = re.compile(r"((?:grouped_)?(?:fprop|dgrad|wgrad))_(?:G(\d+)_)?M(\d+)_N(\d+)_K(\d+)(?:_accumulate)?")
 _COLUMNS = {"ours": "ours", "DeepGEMM": "deepgemm", "torch.mm BF16": "bf16", "F.grouped_mm BF16": "bf16"}
 
