@@ -119,8 +119,9 @@ def read_tables(report: Path | None = None) -> Tables:
     return Tables(rows | (_of_report(report) if report else {}))
 
 
-# The bench's names of a case (`train/studies/bench/cases.py`) and of who computes it.
-_CASE = re.compile(r"((?:grouped_)?(?:fprop|dgrad|wgrad))_(?:G(\d+)_)?M(\d+)_N(\d+)_K(\d+)(_accumulate)?")
+# The bench's names of a case (`train/studies/bench/cases.py`) and of who computes it. "overwrite" is left out: a step's
+# first micro-batch only writes weight gradients, all others add.
+_CASE = re.compile(r"((?:grouped_)?(?:fprop|dgrad|wgrad))_(?:G(\d+)_)?M(\d+)_N(\d+)_K(\d+)(?:_accumulate)?")
 _COLUMNS = {"ours": "ours", "DeepGEMM": "deepgemm", "torch.mm BF16": "bf16", "F.grouped_mm BF16": "bf16"}
 
 
@@ -135,9 +136,8 @@ def _of_report(path: Path) -> dict[str, Figure]:
     for (case, candidate), speed in report.speeds.items():
         column = _COLUMNS.get(candidate.partition(",")[0])
         shape = _CASE.fullmatch(case)
-        # A weight gradient is added to the sum of those before it, but in the step's first micro-batch.
-        if column and shape and (shape[6] or "wgrad" not in shape[1]):
-            groups, m, n, k = (int(digits or 1) for digits in shape.groups()[1:5])
+        if column and shape:
+            groups, m, n, k = (int(digits or 1) for digits in shape.groups()[1:])
             what = f"{column} {shape[1].replace('_', ' ')} G{groups} M{m} N{n} K{k}"
             found[what] = Figure(what, speed, "TFLOP/s", "measured", source, date)
     for layer in report.layers:
