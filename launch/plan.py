@@ -18,16 +18,15 @@ import json
 import sys
 from pathlib import Path
 
-from train.studies.plan.judged import PLAN_FILE, calibrate
-from train.studies.plan.page import render
-from train.studies.plan.trace import write_trace
-
 from train.config import compose
 from train.observe.sinks import write_whole
 from train.run_directory import run_directory
 from train.studies.measured import REPORT
 from train.studies.plan.document import Assumptions, plan
+from train.studies.plan.judged import PLAN_FILE, calibrate
+from train.studies.plan.page import render
 from train.studies.plan.products import MachineName, machine
+from train.studies.plan.trace import write_trace
 from train.studies.plan.words import tables
 
 # Bytes of a GPU, as its maker counts them.

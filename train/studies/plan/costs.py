@@ -277,6 +277,9 @@ class StageCosts:
         candidate = setup.candidate
         self.setup, self.stages = setup, num_stages(candidate.schedule, candidate.pp, candidate.chunks)
         self._known: dict[tuple[tuple[str, int], ...], float] = {}
+        # Of stages that hold the same the first.
+        held = [self.held((stage,)) for stage in range(self.stages)]
+        self._sample = [held.index(each) for each in held]
         self._layers = functools.cache(functools.partial(layer_phases, setup))
 
     def layer_ids(self, stage: int) -> range:
@@ -286,12 +289,14 @@ class StageCosts:
         return range(first, first + counts[stage % self.stages])
 
     def held(self, stages: Sequence[int]) -> Held:
-        """What a rank with these stages holds."""
-        mtp = tuple(self.setup.model.mtp_layer_ids)
+        """What a rank with these stages holds; layers of a kind go under one id, so that equal ranks compare equal."""
+        model, last_id = self.setup.model, self.setup.model.num_hidden_layers - 1
         last = any(stage % self.stages == self.stages - 1 for stage in stages)
         first = any(stage % self.stages == 0 for stage in stages)
-        ids = sorted(layer_id for stage in stages for layer_id in self.layer_ids(stage))
-        return Held((*ids, *(mtp if last else ())), embedding=first or (last and bool(mtp)), head=last)
+        layers = (layer_id for stage in stages for layer_id in self.layer_ids(stage))
+        ids = sorted(last_id if model.is_moe(layer_id) else 0 for layer_id in layers)
+        mtp = tuple(model.mtp_layer_ids) if last else ()
+        return Held((*ids, *mtp), embedding=first or bool(mtp), head=last)
 
     def phases(self, kind: str, stage: int, *, beside_exchange: bool) -> list[Phase]:
         """Of a forward chunk ("F") or of a backward one, in order."""
@@ -313,7 +318,7 @@ class StageCosts:
 
     def time(self, step: Step) -> float:
         """Seconds of one action, or of a forward and a whole backward chunk together."""
-        key = tuple((action.kind, action.stage % self.stages) for action in step)
+        key = tuple((action.kind, self._sample[action.stage % self.stages]) for action in step)
         if key not in self._known:
             self._known[key] = self._time(key)
         return self._known[key]

@@ -64,6 +64,7 @@ class Planner:
         self.candidate = candidate_of(config)
         self.tokens = config.schedule.batch_full_sequences * config.data.sequence_length
         self.predicted = functools.cache(self._predicted)
+        self._fullest_bytes = functools.cache(self._closed_form_bytes)
 
     def setup(self, candidate: Candidate, implementation: Implementation = OURS) -> Setup:
         """What decides the time of a layout."""
@@ -108,7 +109,10 @@ class Planner:
         return footprint(self.config, candidate, self.moments(candidate), imbalance=imbalance)
 
     def fullest_bytes(self, candidate: Candidate) -> float:
-        """Of the fullest rank."""
+        """Of the fullest rank; how tokens travel does not change it."""
+        return self._fullest_bytes(replace(candidate, dispatch="direct"))
+
+    def _closed_form_bytes(self, candidate: Candidate) -> float:
         return max(each.total for each in self.footprints(candidate))
 
     # ---- search

@@ -57,8 +57,7 @@ def predict(setup: Setup, *, micro_batches: int, slow: Mapping[int, float] | Non
     costs = StageCosts(setup)
     linked = _linked(setup.candidate, micro_batches)
     timeline = simulate(linked, time=_time(costs), p2p_s=_transfer_s(costs), slow=slow)
-    updates = [_update_s(costs, rank) for rank in range(setup.candidate.pp)]
-    return Prediction(setup, micro_batches, timeline, max(updates, key=lambda parts: sum(parts.values())))
+    return Prediction(setup, micro_batches, timeline, _longest_update(costs))
 
 
 def quick_step_s(setup: Setup, *, micro_batches: int) -> float:
@@ -70,7 +69,7 @@ def quick_step_s(setup: Setup, *, micro_batches: int) -> float:
         fewer = micro_batches
     found = pace(_linked(candidate, fewer), time=_time(costs), p2p_s=_transfer_s(costs))
     rest = (micro_batches - fewer) * max(found.busy_s) / fewer
-    return found.step_s + rest + max(sum(_update_s(costs, rank).values()) for rank in range(candidate.pp))
+    return found.step_s + rest + sum(_longest_update(costs).values())
 
 
 def gpu_hours_per_trillion(step_s: float, *, world: int, tokens: int) -> float:
@@ -107,8 +106,9 @@ def _transfer_s(costs: StageCosts) -> float:
     return p2p_s(costs.setup) if costs.setup.candidate.pp > 1 else 0.0
 
 
-def _update_s(costs: StageCosts, rank: int) -> dict[str, float]:
-    return update_s(costs.setup, costs.held(stages_of(costs.setup.candidate, rank)))
+def _longest_update(costs: StageCosts) -> dict[str, float]:
+    ranks = {costs.held(stages_of(costs.setup.candidate, rank)) for rank in range(costs.setup.candidate.pp)}
+    return max((update_s(costs.setup, held) for held in ranks), key=lambda parts: sum(parts.values()))
 
 
 @functools.cache

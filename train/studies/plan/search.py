@@ -1,6 +1,7 @@
 """Every layout of so many GPUs: which fit their memory, how fast they are, and what would change the answer.
 
-    shells      pp, ep, dp, schedule, chunks, micro-batch, exchange and precision that the model and the batch allow
+    shells      pp, ep, dp, schedule, chunks, micro-batch, exchange and precision that the model and the batch allow;
+                ZeRO-1 as configured: without it a rank holds more and sends more
     memory      of each the first way to keep activations and weights that fits, the fastest first (`footprint.py`)
     time        with layers dealt evenly by their seconds; the best few again with a split by simulated time
     flips       the best few once more with another link, kernel or routing
@@ -14,7 +15,8 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal
 
 from parallel.balance import balanced_layers
 from parallel.layout import SCHEDULES as RUNNABLE
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 # Stages a rank for schedules that take any number.
 INTERLEAVED = (2, 4)
 MICRO_BATCHES = (1, 2)
+PRECISIONS: tuple[Literal["fp8", "bf16"], ...] = ("fp8", "bf16")
 # How many of the best get a split by simulated time, and changes of it that are tried.
 FINALISTS, TRIES = 6, 40
 
@@ -50,7 +53,7 @@ class Scope:
 
 TODAY = Scope("what the trainer runs today", tuple(RUNNABLE), ("direct",), least_last=1)
 ALL = Scope(
-    "with overlap, one crossing per node and a stage of heads alone",
+    "all that is modelled (with overlap, one crossing per node, a last stage without layers)",
     tuple(name for name, rule in SCHEDULES.items() if rule.in_torch),
     ("direct", "node"),
     least_last=0,
@@ -158,11 +161,12 @@ def _timed(
 
     for recompute in (False, True):
         every = [replace(dealt, recompute=recompute, **way) for way in ways(shell.precision)]
-        if fitting := [way for way in every if memory_of(way) <= limit_bytes]:
-            way = min(fitting, key=seconds)
-            deals_of = [replace(way, stage_layers=split) for split in splits]
-            best = min((each for each in deals_of if memory_of(each) <= limit_bytes), key=seconds)
-            return Found(best, count, seconds(best), memory_of(best))
+        if memory_of(every[-1]) > limit_bytes:
+            continue
+        way = min((way for way in every if memory_of(way) <= limit_bytes), key=seconds)
+        splits_of = [replace(way, stage_layers=split) for split in splits]
+        best = min((each for each in splits_of if memory_of(each) <= limit_bytes), key=seconds)
+        return Found(best, count, seconds(best), memory_of(best))
     return Found(every[-1], count, math.inf, memory_of(every[-1]))
 
 
@@ -182,7 +186,7 @@ def shells(config: PretrainConfig, scope: Scope) -> Iterator[Candidate]:
                 counts = [
                     batch // dp // micro for batch in (schedule.batch_start_sequences, schedule.batch_full_sequences)
                 ]
-                for name, chunks in _schedules(scope, pp):
+                for precision, (name, chunks) in product(PRECISIONS, _schedules(scope, pp)):
                     layers = model.num_hidden_layers + (1 - scope.least_last)
                     if num_stages(name, pp, chunks) > layers or not all(fallback(name, pp, chunks, m) for m in counts):
                         continue
@@ -197,7 +201,7 @@ def shells(config: PretrainConfig, scope: Scope) -> Iterator[Candidate]:
                             chunks=chunks,
                             stage_layers=(0,) * (pp * chunks),
                             micro_batch_sequences=micro,
-                            precision="bf16" if config.precision.name == "bf16" else "fp8",
+                            precision=precision,
                             zero=config.layout.zero,
                             max_waiting_wgrads=config.layout.max_waiting_wgrads,
                             dispatch=dispatch,

@@ -56,20 +56,20 @@ def _winners(document: Mapping[str, Any]) -> list[str]:
     today = [row for row in rows if row["runs_today"]]
     own = document["cost"]["modelled"]["gpu_hours_per_trillion"]
     found = []
-    for name, scoped in (("what the trainer runs today", today), ("everything that is modelled", rows)):
+    for name, scoped in zip(document["flips"], (today, rows), strict=True):
         if not scoped:
             found.append(f"Of {name}, no layout of these GPUs fits.")
             continue
         best, *others = scoped
-        gain = best["modelled"] / own - 1
         other = next((row for row in others if layout(row) != layout(best)), None)
         runner_up = f"; next is {layout(other)}, {other['modelled'] / best['modelled'] - 1:+.1%}" if other else ""
         found.append(
-            f"Of {name}, the fastest that fits is {layout(best)}: {best['modelled'] / 1e3:.0f} K, {gain:+.0%} against "
-            f"this configuration, {best['memory_bytes'] / GB:.1f} GB{runner_up}."
+            f"Of {name}, the fastest that fits is {layout(best)}: {best['modelled'] / 1e3:.0f} K, "
+            f"{best['modelled'] / own - 1:+.0%} against this configuration, {best['memory_bytes'] / GB:.1f} GB"
+            f"{runner_up}."
         )
-    if today and today[0]["modelled"] < 0.99 * own:
-        found.append(f"To take it: {overrides(today[0])}")
+        if scoped is today and best["modelled"] < 0.99 * own:
+            found.append(f"To take it: {overrides(best)}")
     return found
 
 
@@ -79,7 +79,8 @@ def layout(row: Mapping[str, Any]) -> str:
     chunks = f" x {row['chunks']}" if row["schedule"] == "Interleaved1F1B" else ""
     schedule = f", {row['schedule']}{chunks}" if row["pp"] > 1 else ""
     micro = f", micro-batches of {row['micro_batch_sequences']}" if row["micro_batch_sequences"] > 1 else ""
-    return f"pp {row['pp']} x dp {row['dp']}, ep {row['ep']}{schedule}{exchange}{micro}{_keeping(row)}"
+    precision = "" if row["precision"] == "fp8" else f", {row['precision']}"
+    return f"pp {row['pp']} x dp {row['dp']}, ep {row['ep']}{schedule}{exchange}{micro}{precision}{_keeping(row)}"
 
 
 def _keeping(row: Mapping[str, Any]) -> str:
@@ -99,6 +100,7 @@ def overrides(row: Mapping[str, Any]) -> str:
         "run.recompute": str(row["recompute"]).lower(),
         "schedule.batch_multiple_sequences": row["dp"] * row["micro_batch_sequences"],
     }
+    given["precision"] = row["precision"]
     if row["precision"] == "fp8":
         given["precision.keep_bf16_weights"] = str(row["keep_bf16_weights"]).lower()
         given["precision.attention_output"] = row["attention_output"]
