@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from kernels import deepgemm
-from kernels.backend import BACKENDS, Backend, use_backend
+from kernels.backend import use_backend
+from kernels.config import BACKENDS, Backend
 from kernels.deepgemm import Choice, Product
 from train.model.config import ModelConfig
 from train.model.precision import Precision

@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 from yaml import YAMLError
 
-from kernels.backend import Backend
+from kernels.config import Backend
 from parallel.layout import Layout, Workload, check_layout
-from parallel.mesh import NetworkConfig
+from parallel.network import NetworkConfig
 from train.checkpoint.config import CheckpointConfig
-from train.data.stream import DataConfig
-from train.model.config import ModelConfig
+from train.data.config import DataConfig
+from train.model.config import ModelConfig, whole
 from train.model.precision import Precision
+from train.model.sizes import held_by, weights
 from train.observe.sinks import ObserveConfig
 from train.optim.config import OptimConfig
 from train.schedules import ScheduleConfig
@@ -182,9 +183,7 @@ class PretrainConfig:
         """What precision=fp8_te cannot do on any machine; `require_te` looks at this one."""
         if self.precision.name != "fp8_te":
             return
-        from train.model.sizes import held_by, weights
         from train.model.te_linear import MULTIPLE, OURS
-        from train.model.transformer import StageSpec
 
         cannot = {
             "dry_run=true": (self.dry_run, "its kernels take no fake tensors, plan with precision=fp8"),
@@ -194,8 +193,7 @@ class PretrainConfig:
         for setting, (chosen, cure) in cannot.items():
             if chosen:
                 raise ConfigError(f"{setting} does not go with precision=fp8_te (Transformer Engine): {cure}")
-        whole = StageSpec(self.model.layer_ids, is_first=True, is_last=True)
-        for weight in weights(self.model, held_by(self.model, [whole]), ep=1):
+        for weight in weights(self.model, held_by(self.model, [whole(self.model)]), ep=1):
             if weight.fp8 and (weight.rows % MULTIPLE or weight.cols % MULTIPLE):
                 raise ConfigError(
                     f"precision=fp8_te takes weights whose sides are multiples of {MULTIPLE}, and {weight.part} of "

@@ -24,11 +24,11 @@ from parallel.mesh import Axis, Mesh
 from parallel.pipeline import balanced_layers
 from parallel.shards import LocalShard
 from train.losses import LossWeights, attach_loss, balance_sum, loss_sums
-from train.model.config import ModelConfig
+from train.model.config import ModelConfig, StageSpec
 from train.model.moe import Experts, Routing, TokenDispatcher
 from train.model.precision import Precision
 from train.model.sizes import layer_costs
-from train.model.transformer import StageSpec, Transformer
+from train.model.transformer import Transformer
 
 
 class StepMetrics:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from train.checkpoint.publish import STATE, damage, one_line
-from train.data.stream import DataConfig
+from train.data.config import DataConfig
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.spikes import SpikeState

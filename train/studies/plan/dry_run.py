@@ -31,8 +31,8 @@ from parallel.layout import Layout
 from parallel.mesh import Mesh, init_processes, make_mesh
 from parallel.pipeline import Pipeline
 from train.config import PretrainConfig
+from train.model.config import StageSpec
 from train.model.sizes import flops_per_token, held_by, parameters, weights
-from train.model.transformer import StageSpec
 from train.schedules import ScheduleConfig, scheduled_values
 from train.stage import stage_specs
 from train.studies import measured

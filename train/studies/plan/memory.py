@@ -23,7 +23,7 @@ from train.losses import LossWeights
 from train.model.sizes import FP32_BYTES
 from train.model.transformer import recompute_up_projections
 from train.optim import offload
-from train.optim.config import MOMENT_DTYPES
+from train.optim.config import MOMENT_BYTES
 from train.schedules import scheduled_values
 from train.stage import StepMetrics, build_stages
 from train.step import Engine
@@ -127,7 +127,7 @@ def share_bytes(config: PretrainConfig, mesh: Mesh) -> list[int]:
 
     With `optim.offload=cpu` of the buffers through which they pass: they differ by where the longest shard is cut.
     """
-    layout, moment = config.layout, MOMENT_DTYPES[config.optim.moments_dtype].itemsize
+    layout, moment = config.layout, MOMENT_BYTES[config.optim.moments_dtype]
     with FakeTensorMode():
         models = [stage.model for stage in build_stages(config.model, config.precision, mesh).values()]
         buckets = build_optimizer(models, replace(config.optim, backend="native"), mesh).buckets
