@@ -170,7 +170,7 @@ def test_shared_parameter_is_updated_once_and_frozen_one_never() -> None:
 
 
 def test_a_plan_counts_the_bytes_that_moments_are_stored_in() -> None:
-    assert MOMENT_BYTES == {name: dtype.itemsize for name, dtype in MOMENT_DTYPES.items()}
+    assert {name: dtype.itemsize for name, dtype in MOMENT_DTYPES.items()} == MOMENT_BYTES
 
 
 def test_fp8_moments_are_e4m3_numbers_under_a_power_of_two_per_128() -> None:
