@@ -31,7 +31,7 @@ from train.data.config import DataConfig
 from train.model.config import ModelConfig, whole
 from train.model.precision_config import OURS, TE_MULTIPLE, PrecisionConfig
 from train.model.sizes import held_by, weights
-from train.observe.sinks import ObserveConfig
+from train.observe.config import ObserveConfig
 from train.optim.config import OptimConfig
 from train.schedules import ScheduleConfig
 from train.spikes import SpikeConfig
