@@ -9,15 +9,12 @@ is tuned at run time: a configuration is a function of shapes, and two runs of o
 from __future__ import annotations
 
 import functools
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-# gluon: FP8 products in Gluon on Hopper, all else in Triton. portable: those in Triton too. reference: plain torch.
-# deepgemm: as gluon, but the products that `kernels.deepgemm.choose` found to be faster there.
-Backend = Literal["gluon", "portable", "reference", "deepgemm"]
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
+from kernels.config import Backend
+
 _OF_PROCESS: dict[str, Backend] = {"backend": "gluon"}
 
 # FP8 tensor cores exist from compute capability 8.9 on; the Gluon GEMMs are written for 9.0 alone.

@@ -20,9 +20,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.formats import TILE, Quantized, ceil_div, empty_tiles
+from kernels.formats import TILE, Quantized, ceil_div
 from kernels.operators import operator
 from kernels.quantize import quantize_tiles_reference, quantize_tiles_transposed_reference, scale_of
+from kernels.tiles import empty_tiles
 
 # The largest finite code: all six mantissa bits set below 2^16.
 E5M6_MAX = 65024.0

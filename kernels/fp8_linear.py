@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kernels import deferred, probe
 from kernels.e5m6 import quantize_pack, unpack_e5m6, unpack_quantize_transposed
-from kernels.formats import CarriedTiles, GradientTiles, Quantized, rows_of_tiles
+from kernels.formats import CarriedTiles, GradientTiles, Quantized
 from kernels.gather import gather_quantize_both, gather_requantize_transposed, gather_tiles
 from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
 from kernels.gemm_grouped import group_rows, grouped_gemm_tile_block, grouped_gemm_tile_tile
@@ -51,6 +51,7 @@ from kernels.swiglu import (
     swiglu_quantize,
     swiglu_quantize_transposed,
 )
+from kernels.tiles import rows_of_tiles
 
 # What an FP8 linear reads: numbers, or what a norm has quantised for it.
 LinearInput = Tensor | CarriedTiles

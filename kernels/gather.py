@@ -19,10 +19,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.formats import Quantized, empty_tiles
+from kernels.formats import Quantized
 from kernels.operators import operator
 from kernels.permute import copy_tokens_reference
 from kernels.quantize import quantize_tiles_both_reference, requantize_transposed_reference
+from kernels.tiles import empty_tiles
 
 
 def gather_tiles_reference(payload: Tensor, scale: Tensor, slot_of_row: Tensor, topk: int) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.formats import TILE, Quantized, ceil_div, decode_e4m3
+from kernels.formats import TILE, Quantized, ceil_div
 from kernels.operators import operator
+from kernels.tiles import decode_e4m3
 
 
 def add_tile_block(out: Tensor, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> None:

@@ -13,9 +13,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kernels.formats import TILE, Quantized, decode_e4m3
+from kernels.formats import TILE, Quantized
 from kernels.gemm_fp8 import add_tile_block, add_tile_tile, product_flops, write_product
 from kernels.operators import operator
+from kernels.tiles import decode_e4m3
 
 
 def group_rows(group_ends: Tensor, *, groups: int, rows: int) -> list[slice]:

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from kernels.deferred import kept_weight
-from kernels.formats import TILE, Quantized, empty_tiles
+from kernels.formats import TILE, Quantized
 from kernels.fp8_linear import Fp8Call, Fp8Gradient, LinearInput
 from kernels.operators import operator
 from kernels.quantize import quantize_tiles_both, quantize_tiles_both_reference
 from kernels.rmsnorm import differentiate, norm_for_linear
 from kernels.rope import rotate
+from kernels.tiles import empty_tiles
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

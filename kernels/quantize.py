@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.formats import E4M3_MAX, TILE, CarriedTiles, GradientTiles, Quantized, ceil_div, decode_e4m3, empty_tiles
+from kernels.formats import E4M3_MAX, TILE, CarriedTiles, GradientTiles, Quantized, ceil_div
 from kernels.operators import operator
+from kernels.tiles import decode_e4m3, empty_tiles
 
 # No amax floor such as 1e-4, which would erase small gradients: only the scale itself is kept a normal FP32 number.
 SMALLEST_SCALE = 2.0**-126

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from kernels.deferred import accumulate_product, keep_weight, kept_weight
-from kernels.formats import CarriedTiles, Quantized, empty_tiles
+from kernels.formats import CarriedTiles, Quantized
 from kernels.operators import operator
 from kernels.quantize import quantize_tiles_reference, requantize_transposed_reference
+from kernels.tiles import empty_tiles
 
 # Gradients that the backward kernel adds.
 MAX_READERS = 3

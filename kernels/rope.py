@@ -10,23 +10,12 @@ Shapes: x [..., tokens, dim]; cos and sin [tokens, dim / 2] fp32. Leading dims m
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class YarnScaling:
-    """YaRN's parameters under their Hugging Face names."""
-
-    factor: float  # how many times longer the context becomes
-    original_max_position_embeddings: int  # context length before stretching, tokens
-    beta_fast: float  # pairs that turn at least this often within the original context keep their frequency
-    beta_slow: float  # pairs that turn at most this often are slowed by `factor`
-    mscale: float  # weight of ln(factor) in the numerator of the cos/sin factor
-    mscale_all_dim: float  # the same in its denominator and in the softmax factor; 0 leaves the softmax alone
+from kernels.config import YarnScaling
 
 
 def _mscale(factor: float, weight: float) -> float:

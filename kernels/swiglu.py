@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.formats import Quantized, empty_tiles
+from kernels.formats import Quantized
 from kernels.operators import operator
 from kernels.quantize import (
     dequantize_tiles_reference,
@@ -34,6 +34,7 @@ from kernels.quantize import (
     quantize_tiles_reference,
     quantize_tiles_transposed_reference,
 )
+from kernels.tiles import empty_tiles
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

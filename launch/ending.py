@@ -10,14 +10,13 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from train.observe.guards import TerminationGuard
 
 STOPPED = "pretrain: asked to stop before the first step: nothing was trained; the same command starts\n"
-# The handlers of the imports, in force until the run's own are.
+# The handlers of the start, in force until the run's own are; `main` takes them away.
 EARLY = ExitStack()
 
 
@@ -29,7 +28,7 @@ def trains(arguments: list[str]) -> bool:
 
 
 def handle_early(arguments: list[str]) -> None:
-    """Handle signals during the imports: a process alone leaves at once, for another one the others would wait."""
+    """Handle signals during the start: a process alone leaves at once, for another one the others would wait."""
     if not trains(arguments):
         return
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -38,16 +37,6 @@ def handle_early(arguments: list[str]) -> None:
     for number, default in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
         signal.signal(number, _leave_at_once)
         EARLY.callback(signal.signal, number, default)
-
-
-@contextmanager
-def guarded(arguments: list[str], *, interrupts: bool) -> Iterator[TerminationGuard]:
-    """The run's guard takes over from the handlers of the imports; it is in force only for what trains."""
-    with EARLY.pop_all() as signals:
-        guard = TerminationGuard(interrupts=interrupts)
-        if trains(arguments):
-            signals.enter_context(guard)
-        yield guard
 
 
 def _leave_at_once(*_: object) -> None:

@@ -21,7 +21,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 
-from kernels.backend import Backend
+from kernels.config import Backend
 from train.studies import measured
 from train.studies.gpu_report import is_green, run_all, run_part, write
 from train.studies.gpu_sections import PARTS, ROOT, Options

@@ -10,14 +10,12 @@ is named. docs/operating.md says more.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 import time
 from dataclasses import replace
 
-from launch.ending import STOPPED, guarded, handle_early, tell_launcher
+from launch.ending import EARLY, STOPPED, handle_early, tell_launcher
 from launch.threads import spin_default
 from train.observe.guards import AskedToStop, TerminationGuard, TrainingStopped
 
@@ -29,62 +27,39 @@ os.environ.update(spin_default(os.environ))
 if __name__ == "__main__":
     handle_early(sys.argv[1:])
 
-from torch.distributed.rendezvous import rendezvous
-
-from parallel.layout import check_world
+# Nothing here loads torch, which takes seconds: a mistake in the configuration is refused before.
 from train.config import PretrainConfig, changed_world, compose, to_yaml
-from train.run_directory import run_directory
-from train.studies.plan.dry_run import dry_run
-from train.worker import WorkerInfo, pretrain
 
 # How long the first rank may start after the others and still be heard when it refuses a configuration.
 SPEAKER_S = 30
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def network_environment(config: PretrainConfig) -> dict[str, str]:
-    """Variables of NCCL and of torch's layer above it."""
-    # The prefix of what torch's flight recorder writes, where it is on.
-    prefix = str(run_directory(config.run).absolute() / "collectives_")
-    return {"TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix} | config.network.environment
+def start(config: PretrainConfig, *, rank: int, world: int) -> None:
+    """Meet the other ranks and train; ValueError and TrainingStopped as `pretrain`."""
+    # Before the guard is in force: an import may swallow what a signal raises in it.
+    from launch.meeting import meet, stop_with_launcher
+    from train.worker import pretrain
+
+    with TerminationGuard(interrupts=world == 1) as guard:
+        stop_with_launcher()
+        info = meet(config, rank=rank, world=world)
+        pretrain(config, replace(info, is_asked_to_stop=lambda: guard.requested))
 
 
-def meet(config: PretrainConfig, *, rank: int, world: int) -> WorkerInfo:
-    """This process among all, as torchrun gives it; NCCL's settings are put where NCCL looks for them."""
-    check_world(config.layout, world)
-    if world == 1:
-        return WorkerInfo(tell_launcher=tell_launcher)
-    for name, value in network_environment(config).items():
-        os.environ.setdefault(name, value)
-    store, _, _ = next(rendezvous("env://", rank, world))
-    hosted_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    store_rank = None if hosted_by_launcher else 0
-    return WorkerInfo(rank, world, local_rank, store, store_rank=store_rank, tell_launcher=tell_launcher)
-
-
-def stop_with_launcher() -> None:
-    """Have the kernel send SIGTERM to this worker when torchrun dies: it saves, stops and leaves no orphan behind."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if str(os.getppid()) != os.environ["V3FP8_LAUNCHER_PID"]:
-            raise ValueError("torchrun has ended while this worker started; start it again")
-
-
-def run(arguments: list[str], *, rank: int, world: int, guard: TerminationGuard) -> None:
-    """Do what the command line says; ValueError and TrainingStopped as `pretrain`."""
+def run(arguments: list[str], *, rank: int, world: int) -> None:
+    """Do what the command line says; ValueError and TrainingStopped as `start`."""
     overrides = [argument for argument in arguments if argument != "--config"]
     config = compose(overrides)
     if "--config" in arguments:
         print(to_yaml(config), end="")
     elif config.dry_run:
+        from train.studies.plan.dry_run import dry_run
+
         if sentence := changed_world(overrides, config):
             print(f"{sentence}\n")
         print(dry_run(config))
     else:
-        stop_with_launcher()
-        info = meet(config, rank=rank, world=world)
-        pretrain(config, replace(info, is_asked_to_stop=lambda: guard.requested))
+        start(config, rank=rank, world=world)
 
 
 def main(arguments: list[str]) -> int:
@@ -94,8 +69,8 @@ def main(arguments: list[str]) -> int:
         return 0
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        with guarded(arguments, interrupts=world == 1) as guard:
-            run(arguments, rank=rank, world=world, guard=guard)
+        with EARLY:
+            run(arguments, rank=rank, world=world)
     except AskedToStop:
         if rank == 0:
             print(STOPPED, end="", file=sys.stderr)

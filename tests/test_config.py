@@ -6,9 +6,7 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 import yaml
@@ -16,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train.config
-from launch.pretrain import network_environment
+from launch.meeting import network_environment
 from train.config import CONFIGS, ConfigError, PretrainConfig, compose, convert, to_yaml
 
 # Overrides -> what the sentence must say: the key as given and the nearest valid name, or the cure.
@@ -288,13 +286,6 @@ def test_a_scalar_keeps_its_value_or_is_refused(kind: type, value: object) -> No
     else:
         with pytest.raises(ConfigError, match=r"^a\.b="):
             convert(kind, value, "a.b")
-
-
-def test_reading_a_configuration_loads_no_machinery(run_command: Callable[..., CompletedProcess[str]]) -> None:
-    """Their imports cost as much as torch's own; a fresh process, for tests have loaded both."""
-    heavy = ("torch.distributed.checkpoint", "torch.distributed.pipelining")
-    program = f"import sys, train.config; print([name for name in {heavy} if name in sys.modules])"
-    assert run_command("-c", program).stdout == "[]\n"
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ MAX_ENTRYPOINT_LINES = 120
 # Docstring lines a line of code, over the product; peers have 0.06 to 0.2.
 MAX_DOCSTRING_RATIO = 0.28
 
-# Files in kernels/ that are no kernels: formats, queue and probe, the choice of backend, another library's adapter.
-NOT_KERNELS = ("__init__", "formats", "backend", "deepgemm", "deferred", "operators", "probe")
+# Files in kernels/ that are no kernels: formats and tiles, configuration, backend, another library, queue and probe.
+NOT_KERNELS = ("__init__", "formats", "tiles", "config", "backend", "deepgemm", "deferred", "operators", "probe")
 # Kernel files whose arithmetic is all in other kernel files, which have references: name -> what it composes.
 COMPOSITIONS = {"fp8_linear": ("gemm_fp8", "gemm_grouped", "quantize", "swiglu")}
 # Functions that may read a device value inside the step, and why.

@@ -35,6 +35,7 @@ from train.data.stream import Stores, TokenStream, open_stores
 from train.model.config import ModelConfig
 from train.model.init import initialize
 from train.model.precision import Precision
+from train.model.precision_config import PrecisionConfig
 from train.model.sizes import held_by, parameter_counts
 from train.model.te_linear import require_te
 from train.model.transformer import Transformer, fp8_weights, recompute_up_projections
@@ -202,7 +203,7 @@ def fill(model: Transformer, source: WeightSource) -> None:
 
 def build_engine(
     config: ModelConfig,
-    precision: Precision,
+    precision: PrecisionConfig,
     optim: OptimConfig,
     mesh: Mesh,
     *,
@@ -315,7 +316,7 @@ def run_card(config: PretrainConfig, components: Components) -> dict[str, object
             heads=config.model.num_attention_heads,
             qk_dim=config.model.qk_head_dim,
             v_dim=config.model.v_head_dim,
-            dtype=config.precision.dtype,
+            dtype=Precision.of(config.precision).dtype,
             device=mesh.device,
             documents=config.data.mask_documents,
         ),

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from kernels import deepgemm
-from kernels.backend import BACKENDS, Backend, use_backend
+from kernels.backend import use_backend
+from kernels.config import BACKENDS, Backend
 from kernels.deepgemm import Choice, Product
 from train.model.config import ModelConfig
-from train.model.precision import Precision
+from train.model.precision_config import PrecisionConfig
 from train.model.sizes import Held, Weight, weights
 
 
@@ -44,7 +45,7 @@ def check_kernels(
 
 
 def use_kernels(
-    name: Backend, model: ModelConfig, precision: Precision, *, tokens: int, device: torch.device,
+    name: Backend, model: ModelConfig, precision: PrecisionConfig, *, tokens: int, device: torch.device,
     held: Held | None = None, ep: int = 1, trains: bool = False
 ) -> list[Choice]:  # fmt: skip
     """Set the backend of this process; with `deepgemm` also choose, by time, what it computes.
@@ -93,7 +94,13 @@ def shown(choices: Iterable[Choice]) -> list[dict[str, Any]]:
 
 
 def use_for_command(
-    name: str, model: ModelConfig, precision: Precision, *, tokens: int, device: torch.device, trains: bool = False
+    name: str,
+    model: ModelConfig,
+    precision: PrecisionConfig,
+    *,
+    tokens: int,
+    device: torch.device,
+    trains: bool = False,
 ) -> None:
     """`check_kernels` and `use_kernels` for `--kernels`; what was measured goes to standard error, in one line."""
     found = use_kernels(check_kernels(name, device), model, precision, tokens=tokens, device=device, trains=trains)

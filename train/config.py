@@ -23,14 +23,15 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 from yaml import YAMLError
 
-from kernels.backend import Backend
+from kernels.config import Backend
 from parallel.layout import Layout, Workload, check_layout
-from parallel.mesh import NetworkConfig
+from parallel.network import NetworkConfig
 from train.checkpoint.config import CheckpointConfig
-from train.data.stream import DataConfig
-from train.model.config import ModelConfig
-from train.model.precision import Precision
-from train.observe.sinks import ObserveConfig
+from train.data.config import DataConfig
+from train.model.config import ModelConfig, whole
+from train.model.precision_config import OURS, TE_MULTIPLE, PrecisionConfig
+from train.model.sizes import held_by, weights
+from train.observe.config import ObserveConfig
 from train.optim.config import OptimConfig
 from train.schedules import ScheduleConfig
 from train.spikes import SpikeConfig
@@ -97,7 +98,7 @@ class PretrainConfig:
     """Everything a pre-training run depends on; one field for each group under `configs/`."""
 
     model: ModelConfig
-    precision: Precision
+    precision: PrecisionConfig
     layout: Layout
     network: NetworkConfig
     data: DataConfig
@@ -182,10 +183,6 @@ class PretrainConfig:
         """What precision=fp8_te cannot do on any machine; `require_te` looks at this one."""
         if self.precision.name != "fp8_te":
             return
-        from train.model.sizes import held_by, weights
-        from train.model.te_linear import MULTIPLE, OURS
-        from train.model.transformer import StageSpec
-
         cannot = {
             "dry_run=true": (self.dry_run, "its kernels take no fake tensors, plan with precision=fp8"),
             "run.recompute=true": (self.run.recompute, "set run.recompute=false"),
@@ -194,11 +191,10 @@ class PretrainConfig:
         for setting, (chosen, cure) in cannot.items():
             if chosen:
                 raise ConfigError(f"{setting} does not go with precision=fp8_te (Transformer Engine): {cure}")
-        whole = StageSpec(self.model.layer_ids, is_first=True, is_last=True)
-        for weight in weights(self.model, held_by(self.model, [whole]), ep=1):
-            if weight.fp8 and (weight.rows % MULTIPLE or weight.cols % MULTIPLE):
+        for weight in weights(self.model, held_by(self.model, [whole(self.model)]), ep=1):
+            if weight.fp8 and (weight.rows % TE_MULTIPLE or weight.cols % TE_MULTIPLE):
                 raise ConfigError(
-                    f"precision=fp8_te takes weights whose sides are multiples of {MULTIPLE}, and {weight.part} of "
+                    f"precision=fp8_te takes weights whose sides are multiples of {TE_MULTIPLE}, and {weight.part} of "
                     f"this model has one of {weight.rows} x {weight.cols}: change the model's widths, or {OURS}"
                 )
 

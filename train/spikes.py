@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from statistics import median
 from typing import Any
 
-from train.data.stream import Windows, union
+from train.data.windows import Windows, union
 
 # Nats, and the norm's natural logarithm: where the window is quieter, its deviation counts as this.
 LOSS_FLOOR, NORM_FLOOR = 0.05, 0.1

@@ -24,11 +24,12 @@ from parallel.layout import num_stages, stage_ids
 from parallel.mesh import Axis, Mesh
 from parallel.shards import LocalShard
 from train.losses import LossWeights, attach_loss, balance_sum, loss_sums
-from train.model.config import ModelConfig
+from train.model.config import ModelConfig, StageSpec
 from train.model.moe import Experts, Routing, TokenDispatcher
 from train.model.precision import Precision
+from train.model.precision_config import PrecisionConfig
 from train.model.sizes import layer_costs
-from train.model.transformer import StageSpec, Transformer
+from train.model.transformer import Transformer
 
 
 class StepMetrics:
@@ -119,7 +120,7 @@ def stage_specs(config: ModelConfig, mesh: Mesh) -> dict[int, StageSpec]:
 
 
 def build_stages(
-    config: ModelConfig, precision: Precision, mesh: Mesh, dispatcher: TokenDispatcher | None = None
+    config: ModelConfig, precision: PrecisionConfig, mesh: Mesh, dispatcher: TokenDispatcher | None = None
 ) -> dict[int, Stage]:
     """The stages of this rank on its device, without values.
 
@@ -129,7 +130,7 @@ def build_stages(
         mesh: of the run.
         dispatcher: brings tokens to experts; None for the one of the mesh.
     """
-    specs, stages = stage_specs(config, mesh), dict[int, Stage]()
+    precision, specs, stages = Precision.of(precision), stage_specs(config, mesh), dict[int, Stage]()
     if dispatcher is None and mesh.ep.size > 1:
         dispatcher = ExpertParallelDispatcher(
             config.n_routed_experts, mesh.ep, wire=precision.wire, power_of_two=precision.power_of_two_scales

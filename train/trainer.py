@@ -38,7 +38,7 @@ from train.config import PretrainConfig, to_yaml
 from train.data.batch import Batch
 from train.data.blocks import DamagedData
 from train.data.store import store_hashes
-from train.data.stream import position_of, union
+from train.data.windows import position_of, union
 from train.evaluate.score import score_store
 from train.model.attention import LATENT_NORM_EPS
 from train.model.sizes import model_flops_per_token

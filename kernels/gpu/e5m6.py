@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.formats import TILE, ceil_div, empty_tiles
+from kernels.formats import TILE, ceil_div
 from kernels.gpu.quantize import scale_of, store_tiles_of_cols, store_tiles_of_rows
+from kernels.tiles import empty_tiles
 
 # Rows of a program, each one tile of 128 columns, and its warps: 32 elements a thread.
 ROWS, WARPS = 32, 4

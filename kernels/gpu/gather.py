@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.formats import TILE, empty_tiles
+from kernels.formats import TILE
 from kernels.gpu.quantize import store_tiles_of_cols, store_tiles_of_rows
+from kernels.tiles import empty_tiles
 
 # Rows and tiles of a program of `gather_tiles`: 32 bytes a thread. None of these measured on a GPU.
 ROWS, TILES, WARPS = 8, 8, 8

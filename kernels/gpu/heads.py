@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.formats import TILE, empty_tiles
+from kernels.formats import TILE
 from kernels.gpu.quantize import store_tiles_of_cols, store_tiles_of_rows
+from kernels.tiles import empty_tiles
 
 EXACT = {"enable_fp_fusion": False}
 # Tokens and heads of a program, and its warps. Compiled, not measured: 48 registers and no shared memory.

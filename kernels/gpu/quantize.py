@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.formats import TILE, ceil_div, empty_tiles
+from kernels.formats import TILE, ceil_div
+from kernels.tiles import empty_tiles
 
 # An earlier prototype of the next two kernels reached 0.96 and 0.93 of copy bandwidth on an H100; this code has not run
 # on a GPU.

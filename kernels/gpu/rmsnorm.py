@@ -27,8 +27,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.formats import TILE, empty_tiles
+from kernels.formats import TILE
 from kernels.gpu.quantize import WARPS_SQUARE, scale_of, store_tiles_of_cols, to_e4m3
+from kernels.tiles import empty_tiles
 
 # A program holds whole rows in registers. Elements of a program of narrow rows (16 a thread; at 32 some spill), most
 # elements of a row, and warps. Compiled, not measured: 64 registers at 7168 columns.

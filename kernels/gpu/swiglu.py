@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.formats import TILE, empty_tiles
+from kernels.formats import TILE
 from kernels.gpu.quantize import (
     dequantize_tiles,
     quantize_tiles,
@@ -34,6 +34,7 @@ from kernels.gpu.quantize import (
     store_tiles_of_cols,
     store_tiles_of_rows,
 )
+from kernels.tiles import empty_tiles
 
 # Rows of a program, each of 128 columns, and its warps: 16 elements a thread of the gate, of up and of h.
 ROWS, WARPS = 16, 4

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.data.handmade import SPECIAL, consecutive, write_store
 from train.data.batch import IGNORE_INDEX, Batch
+from train.data.config import DataConfig
 from train.data.packing import (
     DOCUMENT_ORDER,
     WINDOW_ORDER,
@@ -28,7 +29,8 @@ from train.data.packing import (
     read_packed,
 )
 from train.data.store import TokenStore
-from train.data.stream import DataConfig, TokenStream, iterate_windows, position_of, union
+from train.data.stream import TokenStream, iterate_windows
+from train.data.windows import position_of, union
 
 FIM_IDS = [SPECIAL.fim_begin, SPECIAL.fim_hole, SPECIAL.fim_end]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.rope import YarnScaling
+from kernels.config import YarnScaling
 from tests.model.test_oracle import pair, relative
 from tests.tiny_model import FP32, TINY, frozen
 from train.config import compose

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, DeepseekV3Config
 
-from kernels.rope import YarnScaling
+from kernels.config import YarnScaling
 from tests.huggingface.hf_folders import BF16, RAGGED, Made, changed, tensors_of, write_index
 from train.data.tokenizer import SPECIAL_TOKENS, train_byte_level_bpe
 from train.data.trained_on import KEY, TrainedOn

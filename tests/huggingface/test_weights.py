@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kernels.rope import YarnScaling
+from kernels.config import YarnScaling
 from parallel.layout import Layout
 from parallel.mesh import Mesh, make_mesh, single
 from tests.huggingface.hf_folders import CPU, FP8, bytes_of, flip_a_bit

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kernels import backend
-from kernels.backend import Backend
+from kernels.config import Backend
 
 
 @pytest.fixture(autouse=True)

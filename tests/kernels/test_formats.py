@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.formats import E4M3_MAX, TILE, Quantized, ceil_div, decode_e4m3
+from kernels.formats import E4M3_MAX, TILE, Quantized, ceil_div
 from kernels.quantize import dequantize_blocks, quantize_blocks
+from kernels.tiles import decode_e4m3
 from tests.kernels.gemm_inputs import assert_same_values
 
 

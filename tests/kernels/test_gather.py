@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.formats import ceil_div, decode_e4m3
+from kernels.formats import ceil_div
 from kernels.gather import gather_quantize_both, gather_requantize_transposed, gather_tiles
 from kernels.quantize import (
     dequantize_tiles,
@@ -14,6 +14,7 @@ from kernels.quantize import (
     quantize_tiles_transposed,
     requantize_transposed,
 )
+from kernels.tiles import decode_e4m3
 from tests.kernels.expert_layouts import KINDS, choices, layout_of
 from tests.kernels.gemm_inputs import assert_same_bits
 

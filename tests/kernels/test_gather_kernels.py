@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from kernels import gather, quantize
-from kernels.formats import decode_e4m3
 from kernels.gpu import gather as gpu
 from kernels.permute import copy_tokens_reference
+from kernels.tiles import decode_e4m3
 from tests.kernels.expert_layouts import choices, layout_of
 from tests.kernels.gemm_inputs import assert_same_bits
 

@@ -14,7 +14,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     yarn_apply_mscale,
 )
 
-from kernels.rope import YarnScaling, apply_rope, apply_rope_reference, rope_tables, yarn_softmax_factor
+from kernels.config import YarnScaling
+from kernels.rope import apply_rope, apply_rope_reference, rope_tables, yarn_softmax_factor
 
 V3_YARN = YarnScaling(40.0, 4096, 32.0, 1.0, 1.0, 1.0)
 

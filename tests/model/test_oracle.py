@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from kernels.rope import YarnScaling
+from kernels.config import YarnScaling
 from tests.hf_names import from_hf
 from tests.tiny_model import DISTINCT
 from train.model.config import ModelConfig

@@ -22,7 +22,8 @@ from train import worker
 from train.config import compose
 from train.observe import alerts
 from train.observe.alerts import AlertCommand, check_command
-from train.observe.sinks import ObserveConfig, Sinks, open_sinks
+from train.observe.config import ObserveConfig
+from train.observe.sinks import Sinks, open_sinks
 
 SLOW = {"rank": 5, "pipeline_rank": 1, "data_rank": 1, "busy_ms": 300.0, "usual_ms": 100.0, "steps": 5, "phase": "data"}
 # Event, details -> kind and words of the message; no kind: no alert.

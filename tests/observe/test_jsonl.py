@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from train.observe import sinks
+from train.observe.config import ObserveConfig
 from train.observe.metrics import Record
-from train.observe.sinks import JsonlSink, ObserveConfig, Sinks, open_sinks, read_events, read_run
+from train.observe.sinks import JsonlSink, Sinks, open_sinks, read_events, read_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from train.config import compose
 from train.model.sizes import model_flops_per_token
+from train.observe.config import ObserveConfig
 from train.observe.metrics import (
     EVENTS,
     METRICS,
@@ -24,7 +25,6 @@ from train.observe.metrics import (
     same_bits,
     step_record,
 )
-from train.observe.sinks import ObserveConfig
 from train.schedules import scheduled_values
 from train.state import TrainState
 

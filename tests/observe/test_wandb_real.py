@@ -25,8 +25,9 @@ from typing import Any
 
 import pytest
 
+from train.observe.config import ObserveConfig
 from train.observe.metrics import METRICS, Record
-from train.observe.sinks import ObserveConfig, open_sinks, read_run
+from train.observe.sinks import open_sinks, read_run
 
 # Longer than any pause of a noisy machine; only a hang reaches it.
 PATIENCE_S = 60.0

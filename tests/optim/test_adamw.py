@@ -13,8 +13,8 @@ from torch.nn import functional
 from parallel.mesh import Axis
 from parallel.shards import Shard
 from parallel.zero import GradientBuckets
-from train.optim.adamw import AdamW, decays, round_to_fp8
-from train.optim.config import OptimConfig
+from train.optim.adamw import MOMENT_DTYPES, AdamW, decays, round_to_fp8
+from train.optim.config import MOMENT_BYTES, OptimConfig
 
 ALONE = Axis(name="dp", size=1, rank=0, group=None)
 
@@ -167,6 +167,10 @@ def test_shared_parameter_is_updated_once_and_frozen_one_never() -> None:
     assert torch.equal(frozen.detach(), torch.ones(2, 2))
     # An FP32 parameter is its own master.
     assert sorted(state_of(optimizer)) == ["exp_avg.a", "exp_avg_sq.a"]
+
+
+def test_a_plan_counts_the_bytes_that_moments_are_stored_in() -> None:
+    assert {name: dtype.itemsize for name, dtype in MOMENT_DTYPES.items()} == MOMENT_BYTES
 
 
 def test_fp8_moments_are_e4m3_numbers_under_a_power_of_two_per_128() -> None:

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels.formats import E4M3_MAX, TILE, Quantized, ceil_div, decode_e4m3
+from kernels.formats import E4M3_MAX, TILE, Quantized, ceil_div
 from kernels.quantize import dequantize_tiles, quantize_tiles, requantize_transposed
+from kernels.tiles import decode_e4m3
 from parallel.collectives import Traffic
 from parallel.expert import ExpertParallelDispatcher, Wire, pack_fp8
 from parallel.layout import Layout

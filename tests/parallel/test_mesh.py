@@ -15,18 +15,8 @@ import torch
 import torch.distributed as dist
 
 from parallel.layout import Layout
-from parallel.mesh import (
-    AXES,
-    Axis,
-    Mesh,
-    NetworkConfig,
-    axis_ranks,
-    cpu_group,
-    init_processes,
-    make_mesh,
-    shutdown,
-    single,
-)
+from parallel.mesh import AXES, Axis, Mesh, axis_ranks, cpu_group, init_processes, make_mesh, shutdown, single
+from parallel.network import NetworkConfig
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")

@@ -29,9 +29,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import kernels.router
-from kernels.formats import TILE, CarriedTiles, ceil_div, rows_of_tiles
+from kernels.formats import TILE, CarriedTiles, ceil_div
 from kernels.fp8_linear import LinearInput
 from kernels.permute import Dispatched, group_gates, partial_grouping
+from kernels.tiles import rows_of_tiles
 from parallel.layout import Layout
 from parallel.mesh import make_mesh, single
 from parallel.shards import LocalShard

@@ -35,6 +35,7 @@ from train.checkpoint.dcp import save
 from train.config import PretrainConfig, compose
 from train.huggingface.weights import CheckpointReader
 from train.model import te_linear
+from train.model.precision import Precision
 from train.model.te_linear import TeBrokenError, require_te, te_grouped_linear, zero_or_nan
 from train.studies import gpu_sections, smoke_runs, te_parity
 
@@ -342,7 +343,7 @@ def test_a_run_on_te_is_read_again_on_our_kernels(config: PretrainConfig, tmp_pa
     stored = {"model": asdict(config.model), "precision": asdict(config.precision), "data": {"store": "none"}}
     save(tmp_path / "step_00000001", tensors={"model.norm.weight": torch.ones(3)}, state={"config": stored})
     read = CheckpointReader(tmp_path / "step_00000001").precision
-    assert (config.precision.wire, read) == ("bf16", replace(config.precision, name="fp8"))
+    assert (config.precision.wire, read) == ("bf16", Precision.of(replace(config.precision, name="fp8")))
 
 
 def test_make_gpu_says_aloud_that_te_is_absent() -> None:

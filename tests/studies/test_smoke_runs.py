@@ -56,7 +56,7 @@ def test_values_are_those_that_hydra_reads() -> None:
         composed = compose([f"model={name}", f"schedule={name}", f"precision={precision}"])
         run = smoke_runs.smoke_run(name, sequences=1, tokens=8)
         assert run.model == smoke_runs.model_config(name) == composed.model
-        assert smoke_runs.precision_config(precision) == composed.precision
+        assert smoke_runs.precision_config(precision) == Precision.of(composed.precision)
         assert run.optim == composed.optim
         assert (run.peak.lr, run.peak.bias_speed) == (composed.schedule.lr_peak, composed.schedule.bias_speed)
 

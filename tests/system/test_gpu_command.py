@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.backend import Backend
+from kernels.config import Backend
 from kernels.formats import Quantized
 from kernels.gpu import gemm_hopper
 from tests.kernels.gluon_interpreter import interpret

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import launch.pretrain
+import launch.meeting
 import parallel.consensus
 import train.worker
 from parallel.consensus import Ranks, StoreTransport
@@ -119,12 +119,12 @@ def test_nccl_settings_are_in_the_environment_before_ranks_meet_and_a_users_own_
         seen.update({name: os.environ.get(name) for name in ("NCCL_IB_TIMEOUT", "NCCL_CROSS_NIC")})
         yield dist.HashStore(), rank, world
 
-    clean_environment.setattr(launch.pretrain, "rendezvous", meeting)
-    place = launch.pretrain.meet(config, rank=1, world=2)
+    clean_environment.setattr(launch.meeting, "rendezvous", meeting)
+    place = launch.meeting.meet(config, rank=1, world=2)
     assert seen == {"NCCL_IB_TIMEOUT": "22", "NCCL_CROSS_NIC": "1"}
     assert (place.rank, place.world, place.local_rank, place.store_rank) == (1, 2, 1, 0)
     clean_environment.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    assert launch.pretrain.meet(config, rank=0, world=2).store_rank is None, "torchrun hosts the store"
+    assert launch.meeting.meet(config, rank=0, world=2).store_rank is None, "torchrun hosts the store"
 
 
 def test_the_configured_times_reach_heartbeat_and_process_groups(

@@ -7,7 +7,7 @@ moments that it does not choose.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,13 +18,14 @@ import pytest
 import torch.distributed as dist
 
 import train.worker
-from launch import ending, pretrain
+from launch import ending, meeting, pretrain
 from tests.ranks import run_ranks
 from tests.system.lives import trainer_on
 from train.assemble import build_alone
 from train.config import PretrainConfig, compose
 from train.observe.guards import AskedToStop, TerminationGuard
 from train.observe.sinks import read_events
+from train.studies.plan import dry_run as planner
 from train.trainer import Trainer
 from train.worker import WorkerInfo
 
@@ -128,9 +129,14 @@ def test_a_signal_to_one_of_several_ranks_before_they_meet_ends_all_of_them(
         raise AskedToStop
 
     store = dist.HashStore()
-    monkeypatch.setattr(pretrain, "rendezvous", lambda *_: iter([(signal.raise_signal(signal.SIGTERM) or store, 1, 2)]))
+
+    def met(*_: object) -> Iterator[tuple[dist.Store, int, int]]:
+        signal.raise_signal(signal.SIGTERM)
+        yield store, 1, 2
+
+    monkeypatch.setattr(meeting, "rendezvous", met)
     monkeypatch.setattr(train.worker, "open_here", lambda *_: None)
-    monkeypatch.setattr(pretrain, "pretrain", pretrain_on_both_ranks)
+    monkeypatch.setattr(train.worker, "pretrain", pretrain_on_both_ranks)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert pretrain.main(small_run("layout.dp=2", "layout.ep=2")) == 0
@@ -148,7 +154,7 @@ def test_what_does_not_train_dies_by_a_signal(
         handlers.extend(signal.getsignal(each) for each in TerminationGuard.SIGNALS)
         return ""
 
-    monkeypatch.setattr(pretrain, "dry_run", planned)
+    monkeypatch.setattr(planner, "dry_run", planned)
     monkeypatch.setattr(pretrain, "to_yaml", planned)
     arguments = small_run(argument)
     assert not ending.trains(arguments)

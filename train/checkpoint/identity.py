@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from train.checkpoint.publish import STATE, damage, one_line
-from train.data.stream import DataConfig
+from train.data.config import DataConfig
 from train.model.config import ModelConfig
-from train.model.precision import Precision
+from train.model.precision_config import PrecisionConfig
 from train.spikes import SpikeState
 from train.state import TrainState
 
 # Sections of a checkpoint's identity that are dataclasses of the configuration.
-IDENTITY_SECTIONS: dict[str, Any] = {"model": ModelConfig, "precision": Precision, "data": DataConfig}
+IDENTITY_SECTIONS: dict[str, Any] = {"model": ModelConfig, "precision": PrecisionConfig, "data": DataConfig}
 
 
 class SavedState(NamedTuple):

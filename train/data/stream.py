@@ -14,46 +14,26 @@ Shapes: sequences = samples of a batch, tokens = sequence_length. In memory: 25 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from train.data.batch import Batch, DamagedWindow, batch_from_windows
 from train.data.blocks import DamagedData
+from train.data.config import DataConfig
 from train.data.packing import WINDOW_ORDER, Packing, epoch_tokens, pack_epoch, pack_in_order, permutation, read_packed
 from train.data.store import TokenStore, check_same_tokenizer
+from train.data.windows import Windows, position_of
 
 # A window can end in the next epoch, so two are in use at an epoch's end.
 EPOCHS_KEPT = 2
 
-# (first position, number of positions), in order and apart from each other.
-Windows = tuple[tuple[int, int], ...]
-
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the tokens come from and how they become samples; stores are folders."""
-
-    store: str
-    heldout: str | None = None
-    sequence_length: int = 4096  # targets of one sample, tokens
-    fim_rate: float = 0.1  # share of documents rearranged for fill-in-the-middle (arXiv:2412.19437 §4.1)
-    mask_documents: bool = False  # whether document ids limit attention; not in V3's pre-training
-    # A sample whose data were altered after preparing ends the run, or is left out of the data order.
-    on_damage: Literal["refuse", "quarantine"] = "refuse"
-
-    def __post_init__(self) -> None:
-        if self.sequence_length < 1:
-            raise ValueError(f"data.sequence_length: {self.sequence_length} is not positive; set it to 1 or more")
-        if not 0.0 <= self.fim_rate <= 1.0:
-            raise ValueError(f"data.fim_rate: {self.fim_rate} is not a share; set it between 0 and 1")
 
 
 @dataclass
@@ -132,27 +112,6 @@ class TokenStream:
             count = read_packed(self.store, packing, start, tokens=tokens[filled:], documents=documents[filled:])
             documents[filled : filled + count] += epoch * self.store.manifest.documents
             filled += count
-
-
-def position_of(sequence: int, dropped: Windows) -> int:
-    """Position in the order of the data of a run's `sequence`-th sequence, where windows of it are dropped."""
-    for first, count in dropped:
-        if sequence < first:
-            break
-        sequence += count
-    return sequence
-
-
-def union(windows: Iterable[tuple[int, int]]) -> Windows:
-    """The windows in order; those that touch are one."""
-    merged: list[tuple[int, int]] = []
-    for first, count in sorted(windows):
-        if merged and first <= sum(merged[-1]):
-            start = merged[-1][0]
-            merged[-1] = (start, max(sum(merged[-1]), first + count) - start)
-        else:
-            merged.append((first, count))
-    return tuple(merged)
 
 
 def _cached(cache: dict[int, Value], epoch: int, make: Callable[[], Value]) -> Value:

@@ -37,9 +37,9 @@ from kernels.quantize import dequantize_blocks
 from kernels.rope import apply_rope, rope_tables
 from train.model.attention import MultiHeadLatentAttention
 from train.model.block import DenseBlock, MoEBlock
-from train.model.config import ModelConfig
+from train.model.config import ModelConfig, whole
 from train.model.mtp import MultiTokenPredictor
-from train.model.transformer import Transformer, whole
+from train.model.transformer import Transformer
 
 # Queries of a sequence that are scored at a time: bounds the scores, [heads, 128, keys], during a long prompt.
 QUERY_BLOCK = 128

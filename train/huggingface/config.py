@@ -15,8 +15,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from kernels.config import YarnScaling
 from kernels.formats import TILE
-from kernels.rope import YarnScaling
 from train.data.store import SpecialIds
 from train.data.tokenizer import SPECIAL_TOKENS, TextTokenizer
 from train.data.trained_on import TrainedOn

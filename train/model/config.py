@@ -1,7 +1,8 @@
 """The model's hyper-parameters under their Hugging Face names (arXiv:2412.19437 §4.2).
 
 One frozen dataclass describes every member of the family; `configs/model/*.yaml` holds the values.
-Every impossible combination is refused at construction with the field, its value and the fix.
+Every impossible combination is refused at construction with the field, its value and the fix. A pipeline stage is a
+range of the model's layers. A file of its own: a plan is made without torch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kernels.rope import YarnScaling
+from kernels.config import YarnScaling
 
 # Of a field that is a number: FP32's normal numbers, and sizes that an int32 holds.
 _SMALLEST, _LARGEST, _LARGEST_SIZE = 2.0**-126, 2.0**127, 2**31 - 1
@@ -148,6 +149,20 @@ class ModelConfig:
     def mtp_layer_ids(self) -> range:
         """Ids of the MTP layers, numbered on as in the released checkpoint (layer 61 of V3)."""
         return range(self.num_hidden_layers, self.num_hidden_layers + self.num_nextn_predict_layers)
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """What one pipeline stage holds: consecutive layers; tokens enter the first stage, losses arise on the last."""
+
+    layer_ids: range
+    is_first: bool
+    is_last: bool
+
+
+def whole(config: ModelConfig) -> StageSpec:
+    """The only stage of a model in one process."""
+    return StageSpec(config.layer_ids, is_first=True, is_last=True)
 
 
 def _check_number(name: str, value: object, *, zero_allowed: bool) -> None:

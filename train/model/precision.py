@@ -1,9 +1,4 @@
-"""The four precisions a run can have, as the two linear maps they stand for (arXiv:2412.19437 §3.3).
-
-fp32     everything FP32: for oracles and proofs.
-bf16     parameters and activations BF16, FP32 masters and gradient sums.
-fp8      as bf16, and every linear of attention, FFN and experts computes fprop, dgrad and wgrad on E4M3 operands.
-fp8_te   as fp8, and NVIDIA's Transformer Engine computes these linears (`te_linear.py`): a second opinion.
+"""The linear maps of the four precisions that a run can have (arXiv:2412.19437 §3.3); `precision_config.py` says which.
 
 Embedding, output head, router, norms, attention core and `eh_proj` are never FP8 (§3.3.1).
 """
@@ -11,8 +6,7 @@ Embedding, output head, router, norms, attention core and `eh_proj` are never FP
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,48 +30,17 @@ from kernels.quantize import dequantize_carried, dequantize_gradient
 from kernels.rmsnorm import KeptNorm
 from kernels.router_linear import router_linear
 from kernels.swiglu import gated_swiglu, swiglu
+from train.model.precision_config import PrecisionConfig
 from train.model.te_linear import te_grouped_linear, te_linear
 
 
-@dataclass(frozen=True)
-class Precision:
-    """Which arithmetic the linears use."""
+class Precision(PrecisionConfig):
+    """The arithmetic of a precision."""
 
-    name: Literal["fp32", "bf16", "fp8", "fp8_te"]
-    # Round every FP8 scale up to a power of two: 1x128 -> 128x1 re-quantisation is then exact. §3.3.3 states it for the
-    # inputs of o_proj and of the expert up-projection only.
-    power_of_two_scales: bool = True
-    # FP8: keep SwiGLU's input as E4M3 for backward and make its output again (§3.3.3), instead of the input in BF16 and
-    # the output in E4M3. Forward is the same bits; gradients see one more rounding.
-    cache_swiglu_input: bool = True
-    # FP8: keep weights of FP8 linears on the device in BF16 too; false: as sharded FP32 masters and E4M3 only, which
-    # travels instead of BF16 (`parallel/fp8_weights.py`). Same bits either way; docs/parallelism.md has the bytes.
-    keep_bf16_weights: bool = True
-    # FP8: how attention's output is kept for the backward of attention and of the linear after it; e5m6: in 12 bits and
-    # with power-of-two scales (§3.3.3). Forward is the same bits; both backwards see a rounding to 7 significant bits.
-    attention_output: Literal["bf16", "e5m6"] = "bf16"
-
-    def __post_init__(self) -> None:
-        if self.name != "fp8" and self.attention_output != "bf16":
-            raise ValueError(
-                f"precision.attention_output={self.attention_output} goes with precision=fp8 only, and this is "
-                f"{self.name}: set precision.attention_output=bf16"
-            )
-        if self.name == "fp8_te" and self.cache_swiglu_input:
-            raise ValueError(
-                "precision.cache_swiglu_input=true does not go with precision=fp8_te: Transformer Engine keeps its own "
-                "operands for backward; set precision.cache_swiglu_input=false"
-            )
-        if not (self.keep_bf16_weights or self.name == "fp8"):
-            raise ValueError(
-                f"precision.keep_bf16_weights=false needs FP8 copies that the update writes, and precision={self.name} "
-                "has none: use precision=fp8, or precision.keep_bf16_weights=true"
-            )
-
-    @property
-    def wire(self) -> Literal["fp32", "bf16", "fp8"]:
-        """How tokens travel to experts; Transformer Engine quantises an expert's input itself, from BF16."""
-        return "bf16" if self.name == "fp8_te" else self.name
+    @classmethod
+    def of(cls, config: PrecisionConfig) -> Precision:
+        """What a configuration asks for; arithmetic itself may stand in a configuration, and is left as it is."""
+        return config if isinstance(config, Precision) else cls(**vars(config))
 
     def on_our_kernels(self) -> Precision:
         """The same recipe where Transformer Engine is not wanted: to read a run on any machine."""

@@ -19,8 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from train.model.config import ModelConfig
-from train.model.transformer import StageSpec
+from train.model.config import ModelConfig, StageSpec
 
 FP32_BYTES, BF16_BYTES, E4M3_BYTES = 4, 2, 1
 

@@ -24,13 +24,11 @@ from torch import Tensor, nn
 from kernels import deferred
 from kernels.formats import TILE, Quantized, ceil_div
 from kernels.gemm_grouped import group_rows
+from train.model.precision_config import OURS, TE_MULTIPLE
 
 # What TE's block scaling needs: FP8 tensor cores of Hopper or later, and cuBLAS's blockwise products.
 LEAST_CAPABILITY, LEAST_CUDA = (9, 0), (12, 9)
-# Rows and features of TE's FP8 products are multiples of it.
-MULTIPLE = 16
 SCALE_VARIABLE = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
-OURS = "use precision=fp8, whose kernels are our own"
 
 
 class TeBrokenError(ValueError):
@@ -162,9 +160,9 @@ def _call(module: Any, x: Tensor, weight: Tensor, *splits: Tensor) -> Tensor:
         ends = _Ends(module, weight)
         x = _Enter.apply(x if x.requires_grad else x.detach().requires_grad_(), ends)  # type: ignore[no-untyped-call]
     rows = len(x)
-    if rows % MULTIPLE:
+    if rows % TE_MULTIPLE:
         # MTP drops a token a depth. Rows of zeros add nothing to a weight's gradient.
-        x = F.pad(x, (0, 0, 0, -rows % MULTIPLE))
+        x = F.pad(x, (0, 0, 0, -rows % TE_MULTIPLE))
     with autocast(enabled=True, recipe=_recipe()):
         y = module(x, *splits)
     return _Leave.apply(y[:rows], nothing, ends)  # type: ignore[no-any-return, no-untyped-call]

@@ -17,25 +17,11 @@ from kernels.attention import Packed, documents_of
 from kernels.cross_entropy import linear_cross_entropy_sum
 from train.model.attention import MultiHeadLatentAttention, RopeTables
 from train.model.block import make_block
-from train.model.config import ModelConfig
+from train.model.config import ModelConfig, StageSpec, whole
 from train.model.layers import Embedding, HighLinear, Linear, RMSNorm
 from train.model.moe import Experts, LocalDispatcher, Routing, TokenDispatcher
 from train.model.mtp import MultiTokenPredictor
 from train.model.precision import Precision
-
-
-@dataclass(frozen=True)
-class StageSpec:
-    """What one pipeline stage holds: consecutive layers; tokens enter the first stage, losses arise on the last."""
-
-    layer_ids: range
-    is_first: bool
-    is_last: bool
-
-
-def whole(config: ModelConfig) -> StageSpec:
-    """The only stage of a model in one process."""
-    return StageSpec(config.layer_ids, is_first=True, is_last=True)
 
 
 @dataclass(frozen=True)

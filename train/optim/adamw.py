@@ -30,8 +30,11 @@ from kernels.quantize import dequantize_tiles, quantize_tiles
 from parallel.fp8_weights import Fp8Buckets
 from parallel.shards import LocalShard, Shard
 from parallel.zero import GradientBuckets, ParameterShard
-from train.optim.config import MOMENT_DTYPES, OptimConfig
+from train.optim.config import OptimConfig
 from train.optim.offload import Segment, Staging, on_host, segments
+
+# Storage of both moments (§3.3.3); fp8 is rounded by `round_to_fp8`.
+MOMENT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float32}
 
 
 def decays(name: str, parameter: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Hyperparameters of the optimizer, with their checks (arXiv:2412.19437 §4.2).
 
-A file of its own: the configuration of a run is read without the machinery of masters, moments and process groups.
+A file of its own: the configuration of a run is read without torch and the machinery of masters, moments and
+process groups.
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
+from train.model.sizes import BF16_BYTES, FP32_BYTES
 
-# fp8 is an ablation: FP32 tensors that hold what E4M3 with a scale per 128 elements can hold. It saves no memory.
-MOMENT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float32}
+# Of an element of a moment, by `moments_dtype`; `MOMENT_DTYPES` of adamw.py has the types. fp8 is an ablation: FP32
+# tensors that hold what E4M3 with a scale per 128 elements can hold. It saves no memory.
+MOMENT_BYTES = {"bf16": BF16_BYTES, "fp32": FP32_BYTES, "fp8": FP32_BYTES}
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class OptimConfig:
     eps: float = 1e-8  # added to the root of the second moment; the report does not give it
     weight_decay: float = 0.1  # decoupled decay per step, times the learning rate
     clip_norm: float = 1.0  # the global gradient norm is clipped to this
-    moments_dtype: str = "bf16"  # storage of both moments (§3.3.3); a key of `MOMENT_DTYPES`, docs/numerics.md
+    moments_dtype: str = "bf16"  # storage of both moments (§3.3.3); a key of `MOMENT_BYTES`, docs/numerics.md
     ema_decay: float | None = None  # moving average of the weights in CPU memory (`train/optim/ema.py`); None for none
     backend: Literal["native", "deepspeed"] = "native"  # who keeps weights, gradients and masters in flat memory
     offload: Literal["none", "cpu"] = "none"  # cpu: masters and moments in host memory (`train/optim/offload.py`)
@@ -45,7 +47,7 @@ class OptimConfig:
                 f"optim.offload=cpu takes masters off the device, but optim.{key} = {getattr(self, key)} needs them "
                 f"({why}): use optim.offload=none, or optim.{key}={cure}"
             )
-        if self.moments_dtype not in MOMENT_DTYPES:
+        if self.moments_dtype not in MOMENT_BYTES:
             raise ValueError(
-                f"optim.moments_dtype = {self.moments_dtype!r} is unknown; use one of {sorted(MOMENT_DTYPES)}"
+                f"optim.moments_dtype = {self.moments_dtype!r} is unknown; use one of {sorted(MOMENT_BYTES)}"
             )

@@ -30,7 +30,8 @@ from typing import Any
 
 import torch
 
-from kernels.backend import Backend, use_backend
+from kernels.backend import use_backend
+from kernels.config import Backend
 from train.studies.gpu_sections import PARTS, ROOT, Options, Section
 
 # Package -> what is left out without it.

@@ -35,7 +35,7 @@ from typing import Any, Literal
 
 import torch
 
-from kernels.backend import Backend
+from kernels.config import Backend
 from train.studies import gpu_canary, smoke_runs, step_parity, te_parity
 from train.studies.bench import layer as bench_layer
 from train.studies.bench import table as bench_table

@@ -21,11 +21,11 @@ from tests.tiny_model import TINY
 from train.config import compose
 from train.model.attention import RopeTables
 from train.model.block import make_block
-from train.model.config import ModelConfig
+from train.model.config import ModelConfig, StageSpec, whole
 from train.model.moe import Experts, LocalDispatcher
 from train.model.precision import Precision
 from train.model.sizes import Held, flops_per_token, held_by, parameters, weights
-from train.model.transformer import StageSpec, Transformer, whole
+from train.model.transformer import Transformer
 from train.optim.adamw import AdamW
 from train.optim.config import OptimConfig
 from train.studies.plan.traffic import (

@@ -26,8 +26,7 @@ from kernels.quantize import dequantize_blocks, quantize_tiles
 from parallel.mesh import single
 from train.assemble import build_engine
 from train.model.precision import Precision
-from train.optim.adamw import round_to_fp8
-from train.optim.config import MOMENT_DTYPES
+from train.optim.adamw import MOMENT_DTYPES, round_to_fp8
 from train.step import Engine
 from train.studies.ablation.linear import AblatedLinears, gradient_operands
 from train.studies.smoke_runs import SmokeRun

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.formats import TILE, Quantized, decode_e4m3
+from kernels.formats import TILE, Quantized
+from kernels.tiles import decode_e4m3
 
 # Products that one step of the tensor core adds, and the fraction bits it keeps of them.
 GROUP = 32

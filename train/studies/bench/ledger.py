@@ -53,6 +53,7 @@ from train.model.attention import RopeTables
 from train.model.block import DenseBlock, MoEBlock
 from train.model.config import ModelConfig
 from train.model.moe import LocalDispatcher, TokenDispatcher
+from train.model.precision import Precision
 from train.studies.bench import layer as bench_layer
 from train.studies.bench.launches import Launch, standing_in_for_a_gpu, touched_bytes
 from train.studies.bench.minimum import minimum_bytes
@@ -190,13 +191,13 @@ def cluster_ledger(cluster: str) -> Ledger:
     with as_rank(config, 0) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         block = block_of_rank(config, mesh)
         GradientBuckets(block.named_parameters(), axis=single(mesh.device).dp, sharded=False)
-        entries, kept = trace(block, shape, config.precision.dtype)
+        entries, kept = trace(block, shape, Precision.of(config.precision).dtype)
     return Ledger("moe", config.precision.name, shape[0] * shape[1], entries, kept, cluster)
 
 
 def block_of_rank(config: PretrainConfig, mesh: Mesh) -> MoEBlock:
     """A MoE layer of a rank, with its exchange of tokens under balanced routing and its recomputation."""
-    model, recipe = config.model, config.precision
+    model, recipe = config.model, Precision.of(config.precision)
     dispatcher: TokenDispatcher = LocalDispatcher(model.n_routed_experts)
     if mesh.ep.size > 1:
         wire, power_of_two = recipe.wire, recipe.power_of_two_scales

@@ -31,8 +31,9 @@ from parallel.layout import Layout
 from parallel.mesh import Mesh, init_processes, make_mesh
 from parallel.pipeline import Pipeline
 from train.config import PretrainConfig
+from train.model.config import StageSpec
+from train.model.precision import Precision
 from train.model.sizes import flops_per_token, held_by, parameters, weights
-from train.model.transformer import StageSpec
 from train.schedules import ScheduleConfig, scheduled_values
 from train.stage import stage_specs
 from train.studies import measured
@@ -122,7 +123,7 @@ def _tables(config: PretrainConfig, rank: int, memory: Memory) -> list[list[str]
     with as_rank(config, rank) as mesh:
         parts = stage_specs(config.model, mesh)
         stages = {index: nn.Identity() for index in parts}
-        idle = Pipeline(stages, mesh=mesh, hidden_size=1, dtype=config.precision.dtype)
+        idle = Pipeline(stages, mesh=mesh, hidden_size=1, dtype=Precision.of(config.precision).dtype)
         in_flight = functools.cache(idle.most_in_flight)
         points = ramp_points(config.schedule, config.layout, config.run.micro_batch_sequences, in_flight)
     return [

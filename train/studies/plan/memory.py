@@ -20,10 +20,11 @@ from parallel.pipeline import Pipeline
 from train.assemble import assemble, build_optimizer
 from train.config import PretrainConfig
 from train.losses import LossWeights
+from train.model.precision import Precision
 from train.model.sizes import FP32_BYTES
 from train.model.transformer import recompute_up_projections
 from train.optim import offload
-from train.optim.config import MOMENT_DTYPES
+from train.optim.config import MOMENT_BYTES
 from train.schedules import scheduled_values
 from train.stage import StepMetrics, build_stages
 from train.step import Engine
@@ -127,7 +128,7 @@ def share_bytes(config: PretrainConfig, mesh: Mesh) -> list[int]:
 
     With `optim.offload=cpu` of the buffers through which they pass: they differ by where the longest shard is cut.
     """
-    layout, moment = config.layout, MOMENT_DTYPES[config.optim.moments_dtype].itemsize
+    layout, moment = config.layout, MOMENT_BYTES[config.optim.moments_dtype]
     with FakeTensorMode():
         models = [stage.model for stage in build_stages(config.model, config.precision, mesh).values()]
         buckets = build_optimizer(models, replace(config.optim, backend="native"), mesh).buckets
@@ -164,7 +165,7 @@ class _FakeStep:
         chunk = {name: tensor[: config.run.micro_batch_sequences] for name, tensor in self._inputs.items()}
         shape = (*chunk["input_ids"].shape, config.model.hidden_size)
         # Shapes only: the meta device has no memory.
-        hidden = torch.empty(shape, dtype=config.precision.dtype, device="meta", requires_grad=True)
+        hidden = torch.empty(shape, dtype=Precision.of(config.precision).dtype, device="meta", requires_grad=True)
         loss = torch.empty((), dtype=torch.float32, device="meta")
         for index, stage in self._engine.stages.items():
             kind, new = StageKind.of(stage), False
@@ -185,7 +186,7 @@ class _FakeStep:
         for module in self._modules.values():
             module.register_forward_hook(look)
         engine.optimizer.zero_grad()
-        dtype = config.precision.dtype
+        dtype = Precision.of(config.precision).dtype
         pipeline = Pipeline(self._modules, mesh=engine.mesh, hidden_size=config.model.hidden_size, dtype=dtype)
         pipeline.run(self._inputs, num_micro_batches=self._count)
         buckets, targets = engine.optimizer.buckets, self._weights.num_targets
