@@ -256,7 +256,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path):
 def test_a_hostile_name_stays_text(tmp_path: Path):
     name = "</script><script>alert(1)</script>{{data}}<b onclick=x>&amp;"
     page = drawn([write_run(tmp_path / "run", [record(1), record(2)], name=name, store=name)], title=name)
-    assert len(page.scripts) == 4
+    assert len(page.scripts) == 5
     assert page.data["runs"][0]["name"] == name
     assert page.text.count(name) == 2
     assert not any("onclick" in attributes for _, attributes in page.elements)
