@@ -82,7 +82,7 @@ function drawMemory() {
     barmode: "stack", bargap: .28, hovermode: "x unified", showlegend: true, legend: { orientation: "h", y: -.16, yanchor: "top", x: 0, traceorder: "normal", font: { size: 12, color: css("soft") } },
     shapes: [flat(limit())],
     annotations: [limitNote(`${escapeText(gpu.name)}: ${gb(gpu.memory_bytes)}`)],
-    xaxis: axisLayout({ title: axisTitle("pipeline rank", 6), showgrid: false, dtick: ranks.length > 24 ? undefined : narrow() ? 3 : 1, tickangle: 0 }), yaxis: axisLayout({ range: [0, 1.09 * top], ticksuffix: " GB" }),
+    xaxis: axisLayout({ title: axisTitle("pipeline rank", 6), unifiedhovertitle: { text: "pipeline rank %{x}" }, showgrid: false, dtick: ranks.length > 24 ? undefined : narrow() ? 3 : 1, tickangle: 0 }), yaxis: axisLayout({ range: [0, 1.09 * top], ticksuffix: " GB" }),
   })];
 }
 

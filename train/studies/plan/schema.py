@@ -49,14 +49,14 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def check(document: Mapping[str, Any]) -> None:
+def check(document: Any) -> None:
     """Refuse what is no whole plan document.
 
     Raises:
         ValueError: what is missing or wrong, with its path.
     """
     if not isinstance(document, Mapping) or "version" not in document:
-        raise ValueError("this is no plan document: it has no version; make one with launch/plan.py")
+        raise ValueError("this is no plan document: it has no version; make one with the planner")
     if document["version"] != VERSION:
         raise ValueError(f"plan document of version {document['version']!r}, this code reads {VERSION}: make it again")
     _check(document, SHAPE, "")
@@ -74,7 +74,7 @@ def check(document: Mapping[str, Any]) -> None:
 
 
 def _damaged(path: str, what: str) -> ValueError:
-    return ValueError(f"the plan document is damaged: {path} {what}; make it again with launch/plan.py")
+    return ValueError(f"the plan document is damaged: {path} {what}; make it again with the planner")
 
 
 def _check(value: Any, shape: Any, path: str) -> None:
