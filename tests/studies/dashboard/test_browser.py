@@ -1,12 +1,8 @@
-"""The page in a real browser: curves are seen, zoom and toggles work, a live run grows, an alarm shows.
-
-Needs Debian's `chromium` (`.ci/setup dev` installs it). Without it these tests skip aloud; where CI=true they fail.
-"""
+"""The page in a real browser: curves are seen, zoom and toggles work, a live run grows, an alarm shows."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.studies.dashboard.chromium import Chromium, Tab, find_chromium
+from tests.studies.dashboard.chromium import Chromium, Tab
 from tests.studies.dashboard.synthetic_runs import append, record, with_tables, write_run
 from train.observe.sinks import read_run
 from train.studies.compare import ema, mean_smoothed_gap, relative_gap
@@ -25,16 +21,6 @@ PLOT = "document.querySelector('#loss-main .plot')"
 # Plotly draws f32 values (24 bits) of numbers below 10.
 F32 = 2**-23
 STEPS = range(1, 61)
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    path = find_chromium()
-    if path is None:
-        say = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
-        say("no chromium here; CI installs one and fails without it: apt install chromium, or .ci/setup dev as root")
-    with Chromium(path, tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
 
 
 def two_runs(folder: Path, steps: range = STEPS) -> list[Path]:

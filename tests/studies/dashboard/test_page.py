@@ -6,21 +6,19 @@ What the browser shows of it is tested in `test_browser.py`.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import math
 import re
 import subprocess
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from launch.dashboard import main
 from tests.studies.dashboard.synthetic_runs import record, with_tables, write_run
+from tests.studies.parsed_page import Page, check_nothing_is_loaded
 from train.observe.metrics import FP8_OPERANDS
 from train.observe.sinks import read_run
 from train.studies.dashboard import page as pages
@@ -29,37 +27,10 @@ from train.studies.dashboard.run_reader import RunReader
 from train.studies.dashboard.series import MAX_COLUMNS
 
 HUGE = 10**400
-LOADING_ATTRIBUTES = {"src", "href", "srcset", "action", "formaction", "data", "poster", "background", "ping"}
 
 
-class Page(HTMLParser):
-    """What a browser would find: elements with attributes, scripts, styles and visible text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[str] = []
-        self.styles: list[str] = []
-        self.text = [""]
-        self._open = self.text
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        self._open = {"script": self.scripts, "style": self.styles}.get(tag, self.text)
-        self._open.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._open = self.text
-        self.text.append("")
-
-    def handle_data(self, data: str) -> None:
-        self._open[-1] += data
-
-    @property
-    def data(self) -> Any:
-        return json.loads(self.scripts[0])
+class RunsPage(Page):
+    """The page of runs, with their curves."""
 
     def curve(self, run: int, metric: str, array: str = "mean") -> list[float]:
         packed = self.data["runs"][run]["series"][metric]
@@ -81,7 +52,7 @@ SCORES, BASELINES = (1.81, 1.82), {"unigram": 2.9, "bigram": 1.87, "xz -9": 1.95
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+def page(tmp_path_factory: pytest.TempPathFactory) -> RunsPage:
     """Two runs with a configuration and summaries."""
     folder = tmp_path_factory.mktemp("page")
     runs = two_runs(folder)
@@ -92,13 +63,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
     return drawn(runs, title="BF16 & FP8")
 
 
-def drawn(run_dirs: list[Path], title: str = "Training runs") -> Page:
+def drawn(run_dirs: list[Path], title: str = "Training runs") -> RunsPage:
     out = run_dirs[0].parent / "pages" / "page.html"
     render(run_dirs, out, title)
-    return Page(out.read_text(encoding="utf-8"))
+    return RunsPage(out.read_text(encoding="utf-8"))
 
 
-def test_the_curves_of_both_runs_are_in_the_page(page: Page):
+def test_the_curves_of_both_runs_are_in_the_page(page: RunsPage):
     assert [run["name"] for run in page.data["runs"]] == ["tiny_bf16", "tiny_fp8"]
     drawn_metrics = {chart["metric"] for chart in page.data["charts"]}
     for index, run in enumerate(page.data["runs"]):
@@ -146,7 +117,7 @@ def test_the_heat_map_averages_neighbouring_steps(tmp_path: Path):
     assert cells[:, 0] == pytest.approx(spans.sum(axis=1) / steps, rel=2**-8)
 
 
-def test_cards_name_the_runs_and_what_they_are(page: Page):
+def test_cards_name_the_runs_and_what_they_are(page: RunsPage):
     first, second = page.data["runs"]
     assert page.text.count("BF16 & FP8") == 2
     assert ["Model", "12.3 M parameters"] in first["facts"]
@@ -157,31 +128,16 @@ def test_cards_name_the_runs_and_what_they_are(page: Page):
     assert first["fields"] == fields
 
 
-def test_nothing_is_loaded_from_anywhere(page: Page):
-    for tag, attributes in page.elements:
-        for name in LOADING_ATTRIBUTES & attributes.keys():
-            assert str(attributes[name]).startswith("data:"), (tag, attributes)
-        assert "url(" not in str(attributes.get("style"))
-    assert all("url(" not in style and "@import" not in style for style in page.styles)
-    # Plotly's own text names sites it could link to; ours names none, and the policy forbids every request.
-    data, plotly, *ours = page.scripts
-    assert "plotly.js v" in plotly[:200]
-    assert "://" not in "".join(ours) + data
-    (policy,) = [a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a]
-    directives = dict(part.strip().split(" ", 1) for part in str(policy).split(";"))
-    # Only the page's own scripts, each by its hash.
-    scripts = directives.pop("script-src").split()
-    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (plotly, *ours)]
-    assert scripts == [f"'sha256-{digest}'" for digest in digests]
-    assert directives == {"default-src": "'none'", "style-src": "'unsafe-inline'", "img-src": "data: blob:"}
+def test_nothing_is_loaded_from_anywhere(page: RunsPage):
+    check_nothing_is_loaded(page)
 
 
-def test_events_are_in_the_page(page: Page):
+def test_events_are_in_the_page(page: RunsPage):
     events = page.data["runs"][1]["events"]
     assert events == {"checkpoint": {"total": 1, "steps": [20]}, "skip": {"total": 1, "steps": [30]}}
 
 
-def test_baselines_stand_beside_the_runs(page: Page):
+def test_baselines_stand_beside_the_runs(page: RunsPage):
     for run, score in zip(page.data["runs"], SCORES, strict=True):
         assert (run["bits_per_byte"], run["baselines"]) == (score, BASELINES)
 
@@ -256,7 +212,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path):
 def test_a_hostile_name_stays_text(tmp_path: Path):
     name = "</script><script>alert(1)</script>{{data}}<b onclick=x>&amp;"
     page = drawn([write_run(tmp_path / "run", [record(1), record(2)], name=name, store=name)], title=name)
-    assert len(page.scripts) == 4
+    assert len(page.scripts) == 5
     assert page.data["runs"][0]["name"] == name
     assert page.text.count(name) == 2
     assert not any("onclick" in attributes for _, attributes in page.elements)

@@ -9,7 +9,6 @@ const state = {
   axis: "step", logX: false, logY: false, raw: true, span: data.smoothing_steps, range: null, zooms: 0, resets: 0, hidden: new Set(),
   reference: null, inspect: null, layer: null, fp8Layer: null, moment: null, statistic: "fp8/amax", live: data.live ? "connecting" : "",
 };
-const by = id => document.getElementById(id);
 const STATE_TEXT = { running: "running", finished: "finished", stopped: "stopped", silent: "silent", empty: "no steps yet" };
 // More runs than this get no card each: the table has their numbers.
 const MAX_CARDS = 6;
@@ -19,8 +18,6 @@ const MAX_ALARMS = 5, MAX_NOTES = 2;
 
 const tinted = (made, run) => { made.style.setProperty("--run", `var(--run-${run.key % NUM_COLORS})`); return made; };
 const dot = run => tinted(element("i"), run);
-// A cell's column, for a table that is drawn as cards.
-const labelled = (label, cell) => { cell.dataset.label = label; return cell; };
 
 function fillSubtitle() {
   const count = data.runs.length, tokens = data.runs.reduce((sum, run) => sum + run.status.tokens, 0);
@@ -181,7 +178,7 @@ function fillSections() {
     section.querySelector(".blank")?.remove();
     if (!wanted.length) grid.append(element("p", "blank", BLANK[key]));
     wanted.forEach((spec, i) => {
-      const figure = figures.find(one => one.id === spec.id) || makeFigure(spec);
+      const figure = figures.find(one => one.id === spec.id) || makeFigure({ ...spec, opened: spec.shared === false ? null : shareZoom });
       if (grid.children[i] !== figure.place) grid.insertBefore(figure.place, grid.children[i] || null);
       if (spec.id === "gap") fillReference(figure);
     });

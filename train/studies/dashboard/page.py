@@ -2,10 +2,9 @@
 
     page.html, page.css       the frame
     page_figures.js, page.js  every figure; controls, cards, and following a server
-    plotly.js                 of the installed plotly package
+    charts/offline.py         look and figures of every page of charts, plotly.js, and one file that holds all of them
 
-The offline file holds all of them and the data. Its content security policy forbids every request and allows only
-these scripts, by their hashes. `server.py` serves the same page and sends the same data in parts.
+`server.py` serves the same page and sends the same data in parts.
 
 Size: the bounded series of `series.py` are thinned further until the curves of all runs take at most `CURVE_BYTES`
 and the tables `TABLE_BYTES`. Every extreme and every kept event survives, and the page says how many points it draws
@@ -15,20 +14,14 @@ of how many were logged. Paper: arXiv:2412.19437 section 4.2 names the schedules
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
-import json
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from plotly.offline import get_plotlyjs
-
 from train.observe.metrics import FP8_OPERANDS, METRICS
 from train.observe.sinks import no_run, write_whole
+from train.studies.charts.offline import self_contained
 from train.studies.compare import PAPER_GAP
 from train.studies.dashboard import run_card
 from train.studies.dashboard.run_reader import KEPT_EVENTS, RunReader, find_runs
@@ -133,26 +126,9 @@ def offline_page(readers: Sequence[RunReader], title: str) -> str:
     for run, reader in zip(data["runs"], readers, strict=True):
         run["tables"] = tables_json(reader, table_limit(readers))
     data["charts"] = charts_for({name for reader in readers for name in reader.series})
-    scripts = [get_plotlyjs(), *(source(name) for name in SCRIPTS)]
-    digests = (base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii") for script in scripts)
-    hashes = " ".join(f"'sha256-{digest}'" for digest in digests)
-    policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:"
-    elements = [f"<script>{script}</script>" for script in scripts]
-    return filled_page(data, policy=policy, style=f"<style>{source('page.css')}</style>", scripts=elements)
-
-
-def filled_page(data: Json, *, policy: str, style: str, scripts: Sequence[str]) -> str:
-    """`page.html` with its holes filled; `style` and `scripts` are HTML."""
-    # JSON that cannot end the script element that holds it, whatever a run is called.
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
-    text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    holes = {
-        "title": html.escape(data["title"]),
-        "policy": policy,
-        "style": style,
-        "scripts": "\n".join([f'<script type="application/json" id="data">{text}</script>', *scripts]),
-    }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: holes[match[1]], source("page.html"))
+    return self_contained(
+        source("page.html"), data, style=source("page.css"), scripts=[source(name) for name in SCRIPTS]
+    )
 
 
 def constants() -> Json:

@@ -1,5 +1,5 @@
 "use strict";
-// Every figure of the page. First the arrays that it is drawn from: unpacking, x axes, smoothing, the relative gap.
+// Every figure of the dashboard. First the arrays that it is drawn from: unpacking, x axes, smoothing, the relative gap.
 // Then curves, one chart a metric; the gap and the held-out scores. Last tables over time: expert load and bias
 // (layers x experts), FP8 statistics (layers x operands). What is drawn follows `state` and `data` (page.js).
 
@@ -105,23 +105,8 @@ function along(run, axis, steps) {
   return axis === "tokens" ? values : values.map(value => value / 3600);
 }
 
-// 1234567 -> "1.23 M"; seconds -> "2 d 4 h", "1:02:05".
-function amount(value) {
-  for (const [scale, letter] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]])
-    if (Math.abs(value) >= scale) return Number((value / scale).toPrecision(3)) + " " + letter;
-  return String(Number(value.toPrecision(3)));
-}
-
-function clock(seconds) {
-  const s = Math.round(seconds), two = n => String(n).padStart(2, "0");
-  if (s >= 86400) return `${Math.floor(s / 86400)} d ${Math.floor(s % 86400 / 3600)} h`;
-  return `${Math.floor(s / 3600)}:${two(Math.floor(s % 3600 / 60))}:${two(s % 60)}`;
-}
-
 // --- charts: built once, drawn when they come into view; a zoom along x is shared by all ---
 
-const root = document.documentElement;
-const CONFIG = { responsive: true, displaylogo: false, displayModeBar: "hover", modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
 const SYMBOL = { checkpoint: "circle-open", resume: "triangle-right", skip: "x", spike: "triangle-up", stop: "square", replay_differs: "diamond", dead_experts: "cross", straggler: "triangle-down-open", start: "circle" };
 const EVENT_TEXT = { checkpoint: "checkpoint", resume: "resumed", skip: "step skipped", spike: "spike skipped", stop: "end", replay_differs: "replay differs", dead_experts: "dead expert", straggler: "slow rank", low_speed: "low speed", stale_checkpoint: "old checkpoint" };
 const DASH = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
@@ -131,31 +116,20 @@ const MANY_RUNS = 10;
 // Checkpoints are routine: more than this many on one curve say nothing.
 const MAX_CHECKPOINTS = 24;
 
-const css = name => getComputedStyle(root).getPropertyValue("--" + name).trim();
 const color = run => css("run-" + run % NUM_COLORS);
 const dash = run => DASH[Math.floor(run / NUM_COLORS) % DASH.length];
 // Of two or three runs the earlier are drawn wider, so that they show beneath a later one that covers them.
 const lineWidth = run => 1.8 + (data.runs.length < 4 ? 2.2 * (data.runs.length - 1 - run) : 0);
-const escapeText = text => text.replace(/[&<>]/g, c => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[c]);
 const shown = run => !state.hidden.has(run.key);
 const AXIS_TITLE = { step: "step", tokens: "tokens", hours: "hours of training, pauses left out" };
 
-const axisTitle = (text, standoff = 8) => ({ text, standoff, font: { size: 12, color: css("soft") } });
-const axisLayout = extra => ({
-  automargin: true, gridcolor: css("grid"), linecolor: css("line"), zeroline: false, separatethousands: true,
-  tickfont: { size: 12, color: css("soft") }, ...extra,
-});
 const xAxis = () => axisLayout({
   type: state.logX ? "log" : "linear", title: axisTitle(AXIS_TITLE[state.axis], 6), nticks: 9, exponentformat: "SI",
   // A range that another chart chose wins over what was zoomed here before.
   uirevision: [state.axis, state.logX, state.zooms].join(), autorange: !state.range, ...(state.range && { range: state.range.slice() }),
 });
-const layoutOf = extra => ({
-  margin: { l: 56, r: 14, t: 12, b: 44 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
-  font: { family: getComputedStyle(document.body).fontFamily, size: 12.5, color: css("ink") }, dragmode: "zoom",
+const layoutOf = extra => baseLayout({
   hovermode: data.runs.length > MANY_RUNS ? "closest" : "x unified",
-  hoverlabel: { bgcolor: css("card"), bordercolor: css("line"), font: { color: css("ink"), size: 12.5 } },
-  modebar: { bgcolor: "rgba(0,0,0,0)", color: css("soft"), activecolor: css("ink") },
   // What a person zoomed stays while new points arrive, until the axis itself changes.
   uirevision: [state.axis, state.logX, state.logY, state.resets].join(), xaxis: xAxis(), yaxis: axisLayout(), ...extra,
 });
@@ -285,73 +259,6 @@ function drawScores() {
   })];
 }
 
-const figures = [];
-const watcher = new IntersectionObserver(entries => {
-  for (const entry of entries) {
-    const figure = figures.find(one => one.place === entry.target);
-    figure.inView = entry.isIntersecting;
-    if (figure.inView) drawIfDue(figure);
-  }
-}, { rootMargin: "300px" });
-
-// Strings among the children become text, never HTML.
-function element(tag, className, ...children) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  made.append(...children);
-  return made;
-}
-
-// A card with a title, a hint, room for controls, and one plot or more.
-function makeFigure({ id, title, hint, about, wide, shared = true, draws }) {
-  const text = element("p", "", hint || ""), badges = element("span", "badges"), controls = element("span", "tools");
-  const plots = draws.map(draw => ({ plot: element("div", "plot"), draw: () => draw(figure) }));
-  const caption = element("figcaption", "", element("h3", "", title), text, badges, controls);
-  const place = element("figure", wide ? "wide" : "", caption, element("div", "plots", ...plots.map(part => part.plot)));
-  place.id = id;
-  caption.title = about || "";
-  const figure = { id, place, controls, shared, dirty: true, inView: false, plots, hint: value => { text.textContent = value; } };
-  figure.badges = (list, meaning) => {
-    badges.replaceChildren(...list.map(badge => { const one = element("span", "badge " + (badge.good ? "good" : "bad"), badge.text); one.title = meaning; return one; }));
-    if (list.length) badges.prepend(element("span", "soft", meaning));
-  };
-  figures.push(figure);
-  watcher.observe(place);
-  return figure;
-}
-
-// Of one value plotly makes an axis from itself - 1 to + 1. Here it begins at 0, so that the value shows how far a run is
-// or how large it is; a map of one column names that column.
-function widenSingle(traces, layout) {
-  const curves = traces.filter(trace => trace.type === "scatter" && trace.visible !== false);
-  for (const name of ["x", "y"]) {
-    let only;
-    const single = curves.every(trace => trace[name].every(value => !Number.isFinite(value) || value === (only ??= value)));
-    if (single && only !== undefined) layout[name + "axis"].rangemode = "tozero";
-  }
-  for (const trace of traces) if (trace.type === "heatmap" && trace.x?.length === 1) layout.xaxis.tickvals = trace.x;
-}
-
-function drawIfDue(figure) {
-  if (!figure.dirty) return;
-  figure.dirty = false;
-  for (const { plot, draw } of figure.plots) {
-    const first = !plot.classList.contains("js-plotly-plot"), drawn = draw();
-    // Where there is nothing to draw, the hint says why.
-    plot.style.display = drawn ? "" : "none";
-    if (!drawn) continue;
-    const [traces, layout] = drawn;
-    widenSingle(traces, layout);
-    Plotly.react(plot, traces, layout, CONFIG);
-    if (first && figure.shared) shareZoom(plot);
-  }
-}
-
-function redraw(some = figures) {
-  for (const figure of some) figure.dirty = true;
-  for (const figure of some) if (figure.inView) drawIfDue(figure);
-}
-
 function shareZoom(plot) {
   plot.on("plotly_relayout", change => {
     const low = change["xaxis.range[0]"], auto = change["xaxis.autorange"];
@@ -360,7 +267,7 @@ function shareZoom(plot) {
     if (String(range) === String(state.range)) return;
     state.range = range;
     state.zooms++;
-    redraw(figures.filter(figure => figure.shared && !figure.plots.some(part => part.plot === plot)));
+    redraw(figures.filter(figure => figure.opened && !figure.plots.some(part => part.plot === plot)));
   });
 }
 
@@ -557,12 +464,6 @@ function drawHealthTime() {
       legend: { orientation: "h", y: -.24, yanchor: "top", x: 0, font: { size: 12, color: css("soft") } }, yaxis: axisLayout({ type: statistic.log ? "log" : "linear", dtick: statistic.log ? "D2" : undefined, tickformat: statistic.log ? "~g" : undefined, ticksuffix: unit }),
     }),
   ];
-}
-
-function select(label, options, value, choose) {
-  const made = element("select", "", ...options.map(([key, text]) => new Option(text, key, false, String(key) === String(value))));
-  made.onchange = () => choose(made.value);
-  return element("label", "select", label + " ", made);
 }
 
 // The newest column is no fixed moment: it moves on with the run.

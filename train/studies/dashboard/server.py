@@ -1,7 +1,7 @@
 """The dashboard over HTTP on this machine: follows running jobs and sends what is new.
 
     GET /                          the page
-    GET /page.css, /page*.js, /plotly.js
+    GET /page.css, /page*.js, /figures.js, /plotly.js
     GET /api/runs?since=EPOCH      the runs that changed after EPOCH, the state of all, and the new EPOCH
     GET /api/tables?run=KEY        expert and FP8 tables of one run
 
@@ -30,6 +30,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from plotly.offline import get_plotlyjs
 
+from train.studies.charts.offline import filled, shared_source
 from train.studies.dashboard import page
 from train.studies.dashboard.run_card import status
 from train.studies.dashboard.run_reader import RunReader, find_runs
@@ -223,14 +224,16 @@ class Server:
 
 def _pages(title: str) -> dict[str, tuple[str, bytes]]:
     """Path -> (media type, content) of everything that does not change."""
-    html = page.filled_page(
+    html = filled(
+        page.source("page.html"),
         {"live": True, "title": title, **page.constants(), "runs": [], "charts": []},
         # `frame-ancestors` counts in the header only.
         policy=_POLICY.replace("frame-ancestors 'none'; ", ""),
         style='<link rel="stylesheet" href="/page.css">',
-        scripts=[f'<script src="/{name}"></script>' for name in ("plotly.js", *page.SCRIPTS)],
+        scripts=[f'<script src="/{name}"></script>' for name in ("plotly.js", "figures.js", *page.SCRIPTS)],
     )
-    texts = {"/": ("text/html", html), "/page.css": ("text/css", page.source("page.css"))}
+    texts = {"/": ("text/html", html), "/page.css": ("text/css", shared_source("look.css") + page.source("page.css"))}
+    texts["/figures.js"] = ("text/javascript", shared_source("figures.js"))
     texts |= {f"/{name}": ("text/javascript", page.source(name)) for name in page.SCRIPTS}
     texts["/plotly.js"] = ("text/javascript", get_plotlyjs())
     return {path: (kind, text.encode("utf-8")) for path, (kind, text) in texts.items()}

@@ -1,0 +1,1 @@
+"""What pages of charts share: their look, their figures, and one file that opens offline."""
