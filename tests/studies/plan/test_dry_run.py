@@ -28,7 +28,7 @@ from launch import pretrain
 from parallel.layout import Layout
 from parallel.mesh import init_processes, make_mesh, single
 from tests.ranks import run_ranks
-from tests.studies.plan.closed_form import StateBytes, state_bytes
+from train.studies.plan.state_bytes import StateBytes, state_bytes
 from train.config import PretrainConfig, compose
 from train.model import attention
 from train.model.sizes import Held, held_by, weights
