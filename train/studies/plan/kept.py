@@ -15,7 +15,7 @@ experts here, each expert's padded to 128.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from kernels.formats import TILE, ceil_div
 from train.model.config import ModelConfig
@@ -124,7 +124,7 @@ def attention_kept(work: Work) -> Storages:
         "1 / RMS of both norms": root * 2,
         "latents and RoPE key": work.plain(tokens, _latents(model)),
         "output of attention": kept_output(work),
-        "log-sums of attention": root * model.num_attention_heads,
+        "log-sums of attention": (tokens * model.num_attention_heads * FP32_BYTES,),
     }
     if not work.fp8:
         kept["both norms' outputs"] = hidden * 2

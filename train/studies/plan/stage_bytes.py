@@ -81,9 +81,7 @@ def stage_bytes(work: Work, shape: StageShape) -> StageBytes:
     # The embedding waits for its output's gradient; without FP8 the first layer's input outlives backward.
     waiting = after[0] + (work.hidden if work.deferred and (shape.is_first or not work.fp8) else 0.0)
     forward = max(held + part.forward for held, part in zip(before, parts, strict=False))
-    backward = max(
-        held + part.backward + waits for held, part, waits in zip(before, parts, after[1:], strict=False)
-    )
+    backward = max(held + part.backward + waits for held, part, waits in zip(before, parts, after[1:], strict=False))
     exchanged = _sum(work.plain(work.sent, work.model.hidden_size)) if work.ep > 1 and routes else 0.0
     return StageBytes(
         kept=kept + out,
@@ -123,7 +121,8 @@ def _ending(work: Work) -> Iterator[_Part]:
         # Embedded tokens, both norms' outputs side by side, the last norm's sum, and its output for a next depth.
         kept = (4 + (depth is not depths[-1])) * depth.hidden + 3 * depth.tokens * FP32_BYTES
         # The two outputs, the gradient of their product and that of the embedding.
-        yield _Part(kept + block.kept, 4 * depth.hidden + block.waiting, 3 * depth.hidden + block.forward, block.backward)
+        rise = 3 * depth.hidden + block.forward
+        yield _Part(kept + block.kept, 4 * depth.hidden + block.waiting, rise, block.backward)
     gradients = hidden + sum(depth.hidden for depth in depths)
     chunk = ceil_div(work.tokens, ceil_div(work.tokens, HEAD_ROWS))
     logits = _sum(work.plain(chunk, model.vocab_size))
@@ -190,7 +189,9 @@ def _moe_peaks(work: Work) -> tuple[float, float]:
     made = kept - _sum(swiglu_kept(work, rows, inter))
     regroups = work.fp8 and work.swiglu_input
     # Gate and up, kept and activated, go with the last product.
-    up = made + wide + _sum(work.tiles(rows, 2 * inter)) + _sum(work.tiles(rows, inter)) + of_rows if regroups else kept + of_rows + wide / 2 * work.fp8
+    up = kept + of_rows + wide / 2 * work.fp8
+    if regroups:
+        up = made + wide + _sum(work.tiles(rows, 2 * inter)) + _sum(work.tiles(rows, inter)) + of_rows
     forward = max(up, kept + of_rows + sums, kept + sums + home)
     shared = _sum(swiglu_kept(work, work.tokens, model.n_shared_experts * inter)) if model.n_shared_experts else 0.0
     done = swiglu_waiting(work, work.tokens, model.n_shared_experts * inter) if shared and work.deferred else 0.0
@@ -206,7 +207,12 @@ def _moe_peaks(work: Work) -> tuple[float, float]:
             of_up + of_down + sums + home,
         )
     else:
-        backward = max(2 * of_rows + sums, of_rows + 1.5 * wide, 2 * of_rows + wide + sums, of_rows + wide + sums + home)
+        # Without a pipeline weight gradients run at once, each a product of its own that is added afterwards. SwiGLU
+        # has let go of what it kept by then.
+        product = 0.0 if work.deferred else _expert_products(work)
+        backward = max(
+            of_rows + 1.5 * wide, 2 * of_rows + wide + sums, of_rows + wide + sums + home, product - wide / 2
+        )
     return forward, kept + done + backward
 
 
@@ -216,4 +222,10 @@ def _wgrad_peak(work: Work, shape: StageShape, routes: bool) -> float:
     embedded = work.tokens * model.hidden_size * FP32_BYTES if shape.is_first else 0.0
     if work.fp8 or not routes:
         return max(embedded, work.hidden)
-    return max(embedded, 2 * model.moe_intermediate_size * model.hidden_size * FP32_BYTES * work.local_experts)
+    return max(embedded, _expert_products(work))
+
+
+def _expert_products(work: Work) -> float:
+    """FP32 gradient of the experts' first matrices."""
+    model = work.model
+    return 2.0 * model.moe_intermediate_size * model.hidden_size * FP32_BYTES * work.local_experts
