@@ -167,11 +167,14 @@ def check_against_dry_run(
     for closed, counted in pairs:
         for name in ("weights", "fp8_copies", "gradients", "masters", "moments", "dispatch"):
             assert getattr(closed, name) == pytest.approx(getattr(counted, name), rel=0.02), name
-        # Token ids of all micro-batches, and messages that have come and are not used yet.
-        inputs = count * config.run.micro_batch_sequences * config.data.sequence_length * 16
-        assert closed.activations == pytest.approx(counted.held - inputs, rel=0.05)
+        # Left out: token ids of all micro-batches, and cosines and sines of each stage, for MTP of another length.
+        tokens, model = config.run.micro_batch_sequences * config.data.sequence_length, config.model
+        tables = num_stages(layout.schedule, layout.pp) // layout.pp + model.num_nextn_predict_layers
+        others = count * tokens * 16 + tables * config.data.sequence_length * model.qk_rope_head_dim * 4
+        # Left out too: a message that has come and is not used yet, under `messages`.
+        assert closed.activations == pytest.approx(counted.held - others, rel=0.05)
         highest = closed.activations + closed.temporaries + closed.dispatch
-        assert highest == pytest.approx(counted.held + counted.transient - inputs, rel=0.05)
+        assert highest == pytest.approx(counted.held + counted.transient - others, rel=0.05)
         assert closed.temporaries == pytest.approx(counted.transient - counted.dispatch, rel=temporaries)
     return pairs
 
@@ -211,6 +214,8 @@ def test_the_ranks_of_h800_2048_need_what_the_dry_run_counts() -> None:
     # Measured: temporaries -3.9, 0.0 and +2.1 %.
     pairs = check_against_dry_run(config, (0, 8, 15), temporaries=0.05)
     for closed, counted in pairs:
+        # Measured: -0.03, -0.28 and -0.15 %; the turn of the V alone is 1.9 % of the last.
+        assert closed.activations == pytest.approx(counted.held, rel=0.005)
         # Measured: -0.16, -0.21 and +0.09 %.
         assert closed.total - closed.reserved - closed.messages == pytest.approx(counted.total, rel=0.005)
 

@@ -143,6 +143,7 @@ def _outputs(model: ModelConfig) -> int:
 
 
 def kept_output(work: Work) -> tuple[float, ...]:
+    """Attention's output as it is kept: in full, or 12 bits a number and a scale per 128."""
     cols = _outputs(work.model)
     if not work.e5m6:
         return work.plain(work.tokens, cols)
