@@ -37,6 +37,7 @@ from train.studies.bench import ledger as bench_ledger
 from train.studies.bench.ledger import LAYERS, PRECISIONS, Entry, Ledger
 from train.studies.bench.minimum import minimum_bytes
 from train.studies.plan.dry_run import as_rank
+from train.studies.plan.kept import Work, attention_kept, moe_kept
 from train.studies.plan.live_bytes import LiveBytes
 from train.studies.plan.tables import read_tables
 
@@ -118,35 +119,25 @@ def test_what_is_at_its_minimum_is_counted_so(ledgers: list[Ledger]) -> None:
         assert found.bytes > sum(least.values())
 
 
-def kept_of_a_rank(config: PretrainConfig) -> dict[str, list[float]]:
-    """Closed form: bytes a token of each storage that a MoE layer of h800_2048 keeps, by the document's names."""
-    model, topk = config.model, config.model.num_experts_per_tok
-    h, inter, local = model.hidden_size, model.moe_intermediate_size, model.n_routed_experts // config.layout.ep
-    o = model.num_attention_heads * model.v_head_dim
-    latents = 2.0 * (model.q_width + model.kv_lora_rank + model.qk_rope_head_dim)
-    per_micro_batch = 1 / config.data.sequence_length
+# As docs/numerics.md names what the closed form lists.
+KEPT = (
+    "the layer's input, BF16", "sum of it and attention, BF16", "1 / RMS of both norms, FP32",
+    "latents and RoPE key, BF16", "output of attention, E5M6", "log-sums of attention, FP32, and its seeds",
+    "router: scores, FP32, ids, shares of the experts", "exchange: which token each copy is, and back",
+    "grouping: slots, rows of a token, gates, ends", "packets of tokens that arrived, FP8",
+    "gate and up of experts, FP8", "gate and up of the shared expert, FP8",
+)  # fmt: skip
 
-    def fp8(width: float, rows: int = 1) -> list[float]:
-        return [rows * width, rows * width / 32]
 
-    return {
-        "the layer's input, BF16": [2 * h],
-        "sum of it and attention, BF16": [2 * h],
-        "1 / RMS of both norms, FP32": [4, 4],
-        "latents and RoPE key, BF16": [latents],
-        "output of attention, E5M6": [o * 12 / 8, o / 32],
-        "log-sums of attention, FP32, and its seeds": [4 * model.num_attention_heads, *[8 * per_micro_batch] * 2],
-        "router: scores, FP32, ids, shares of the experts": [
-            4 * model.n_routed_experts, 8 * topk, 4 * model.n_routed_experts * per_micro_batch,
-        ],
-        "exchange: which token each copy is, and back": [8 * topk, 8 * topk],
-        "grouping: slots, rows of a token, gates, ends": [
-            8 * topk, 8 * local * topk, 4 * topk, 4 * local * per_micro_batch,
-        ],
-        "packets of tokens that arrived, FP8": [topk * h * 33 / 32],
-        "gate and up of experts, FP8": fp8(2 * inter, topk),
-        "gate and up of the shared expert, FP8": fp8(2 * inter),
-    }  # fmt: skip
+def kept_of_a_rank(config: PretrainConfig) -> dict[str, tuple[float, ...]]:
+    """The planner's closed form: bytes of each storage that a MoE layer keeps; with attention's seeds."""
+    work = Work(
+        config.model, config.run.micro_batch_sequences, config.data.sequence_length, config.layout.ep,
+        config.precision.name, config.run.recompute, config.precision.attention_output == "e5m6",
+    )  # fmt: skip
+    kept = dict(zip(KEPT, [*attention_kept(work).values(), *moe_kept(work).values()], strict=True))
+    seeded = "log-sums of attention, FP32, and its seeds"
+    return {**kept, seeded: (sum(kept[seeded]), 8, 8)}
 
 
 def test_the_planner_has_todays_bytes_of_a_rank_of_h800_2048(ledger_of_a_rank: Ledger) -> None:
@@ -177,10 +168,10 @@ def test_a_rank_of_h800_2048_keeps_what_the_closed_form_says(ledger_of_a_rank: L
     config = compose(["+cluster=h800_2048"])
     predicted, tokens = kept_of_a_rank(config), config.data.sequence_length
     found = ledger_of_a_rank
-    kept = sorted(each.num_bytes for each in found.kept)
-    assert kept == sorted(tokens * each for storages in predicted.values() for each in storages)
+    counted = sorted(each.num_bytes for each in found.kept)
+    assert counted == sorted(each for storages in predicted.values() for each in storages)
     assert found.kept_bytes_per_token < KEPT_BY_A_RANK + 0.05
-    rows = [f"| {name} | {sum(storages):,.1f} |" for name, storages in predicted.items()]
+    rows = [f"| {name} | {sum(storages) / tokens:,.1f} |" for name, storages in predicted.items()]
     table = "\n".join([*rows, f"| **all** | {found.kept_bytes_per_token:,.1f} |"])
     assert table in (DOCUMENT.parent / "numerics.md").read_text(), f"docs/numerics.md should show\n{table}"
 

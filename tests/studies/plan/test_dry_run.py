@@ -28,7 +28,6 @@ from launch import pretrain
 from parallel.layout import Layout
 from parallel.mesh import init_processes, make_mesh, single
 from tests.ranks import run_ranks
-from tests.studies.plan.closed_form import StateBytes, state_bytes
 from train.config import PretrainConfig, compose
 from train.model import attention
 from train.model.sizes import Held, held_by, weights
@@ -36,6 +35,7 @@ from train.stage import build_stages, stage_specs
 from train.studies.plan import memory as planner
 from train.studies.plan.dry_run import dry_run
 from train.studies.plan.memory import Memory, measure
+from train.studies.plan.state_bytes import StateBytes, state_bytes
 
 GB = 1e9
 ROOT = Path(__file__).resolve().parents[3]

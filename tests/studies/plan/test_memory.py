@@ -16,7 +16,6 @@ from kernels.router import select_experts
 from parallel.layout import Layout, num_stages, stage_ids
 from parallel.mesh import Axis
 from parallel.zero import ALIGNMENT, GradientBuckets
-from tests.studies.plan.closed_form import StateBytes, state_bytes
 from tests.tiny_model import TINY
 from train.config import compose
 from train.model.attention import RopeTables
@@ -28,6 +27,7 @@ from train.model.sizes import Held, flops_per_token, held_by, parameters, weight
 from train.model.transformer import Transformer
 from train.optim.adamw import AdamW
 from train.optim.config import OptimConfig
+from train.studies.plan.state_bytes import StateBytes, state_bytes
 from train.studies.plan.traffic import (
     dispatch_bytes,
     ends_apart,

@@ -1,4 +1,4 @@
-"""Bytes of weights, FP8 copies, gradients, masters and moments of a rank in closed form: an oracle for the dry run.
+"""Bytes of weights, FP8 copies, gradients, masters and moments of a rank in closed form.
 
 Integer arithmetic on the table of weights (`train/model/sizes.py`); nothing is built. Sharded means over the data axis
 (dense) or the expert-data axis (experts). A rank's share is the even one: the real cut follows bucket borders and adds
@@ -8,12 +8,31 @@ at most 127 elements of padding per parameter and 128 x ranks - 1 per bucket. Pa
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from kernels.formats import TILE, ceil_div
-from parallel.layout import Layout
 from train.model.sizes import BF16_BYTES, E4M3_BYTES, FP32_BYTES, Weight
 from train.studies.plan.traffic import share
+
+
+class Sharing(Protocol):
+    """Over how many ranks states are sharded: a `Layout`, a `Candidate`."""
+
+    @property
+    def dp(self) -> int:
+        """Ranks that share the states of dense parameters."""
+
+    @property
+    def edp(self) -> int:
+        """Ranks that share those of experts."""
+
+    @property
+    def ep(self) -> int:
+        """Ranks that share one copy of the experts."""
+
+    @property
+    def zero(self) -> bool:
+        """Whether states are sharded at all."""
 
 
 class StateBytes(NamedTuple):
@@ -27,7 +46,13 @@ class StateBytes(NamedTuple):
 
 
 def state_bytes(
-    table: Iterable[Weight], layout: Layout, *, precision: str, dp_rank: int, keep_bf16_weights: bool = True
+    table: Iterable[Weight],
+    layout: Sharing,
+    *,
+    precision: str,
+    dp_rank: int,
+    keep_bf16_weights: bool = True,
+    moment_bytes: int = BF16_BYTES,
 ) -> StateBytes:
     """Bytes of a rank's weights, copies, gradients and optimizer states, without padding."""
     table = tuple(table)
@@ -39,7 +64,7 @@ def state_bytes(
         trained = [weight for weight in table if weight.trained and weight.expert == expert]
         own_master = sum(weight.elements for weight in trained if not weight.stored_fp32(precision))
         masters += FP32_BYTES * share(own_master, ranks=ranks, rank=rank)
-        moments += 2 * BF16_BYTES * share(sum(weight.elements for weight in trained), ranks=ranks, rank=rank)
+        moments += 2 * moment_bytes * share(sum(weight.elements for weight in trained), ranks=ranks, rank=rank)
     return StateBytes(
         weights=sum(weight.bytes(precision) for weight in table if keep_bf16_weights or not weight.fp8),
         fp8_copies=sum(fp8_bytes(weight, precision) for weight in table),

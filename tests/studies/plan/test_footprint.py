@@ -1,0 +1,320 @@
+"""The memory of a candidate in closed form is what the dry run counts; what its messages and imbalance can be."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from parallel.collectives import Traffic
+from parallel.expert import ExpertParallelDispatcher
+from parallel.layout import num_stages, stage_ids
+from parallel.pipeline import Pipeline, balanced_layers
+from tests.studies.plan.test_dry_run import small
+from train.assemble import assemble
+from train.config import PretrainConfig, compose
+from train.losses import LossWeights
+from train.model.sizes import layer_costs
+from train.model.transformer import recompute_up_projections
+from train.stage import StepMetrics, build_stages
+from train.studies.plan.candidate import Candidate
+from train.studies.plan.dry_run import as_rank, plan_pipeline_rank
+from train.studies.plan.footprint import Footprint, breaking_imbalance, footprint
+from train.studies.plan.kept import Work
+from train.studies.plan.live_bytes import LiveBytes
+from train.studies.plan.memory import Memory
+from train.studies.plan.moments import Action, Moment, Orders, _in_flight, _messages, moments
+from train.studies.plan.stage_bytes import StageShape, stage_bytes
+from train.studies.plan.stand_ins import ChunkBytes, StageKind, observe
+
+KINDS = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
+# Every width is another number, so that no tensor passes for another.
+WIDTHS: dict[str, object] = {
+    "model_hidden_size": 384, "model_intermediate_size": 640, "model_moe_intermediate_size": 896,
+    "model_kv_lora_rank": 256, "model_v_head_dim": 96, "layout_pp": 3, "layout_dp": 2, "model_num_hidden_layers": 3,
+}  # fmt: skip
+
+
+def work_of(config: PretrainConfig) -> Work:
+    precision, layout = config.precision, config.layout
+    return Work(
+        config.model, config.run.micro_batch_sequences, config.data.sequence_length, layout.ep, precision.name,
+        config.run.recompute, precision.attention_output == "e5m6", precision.cache_swiglu_input, layout.pp > 1,
+    )  # fmt: skip
+
+
+def candidate_of(config: PretrainConfig) -> Candidate:
+    layout, precision = config.layout, config.precision
+    layers = layout.stage_layers or balanced_layers(layer_costs(config.model), layout.schedule, layout.pp)
+    return Candidate(
+        layout.pp, layout.dp, layout.ep, layout.schedule, num_stages(layout.schedule, layout.pp) // layout.pp,
+        tuple(layers), config.run.micro_batch_sequences, config.run.recompute, precision.name,  # type: ignore[arg-type]
+        precision.keep_bf16_weights, precision.attention_output, layout.zero,
+        max_waiting_wgrads=layout.max_waiting_wgrads,
+    )  # fmt: skip
+
+
+def one_f_one_b(pp: int, count: int) -> Orders:
+    """As torch runs it; its own list lacks an action on the last rank."""
+    orders = []
+    for rank in range(pp):
+        ahead = min(pp - 1 - rank, count)
+        actions: list[Action] = [("F", rank, i) for i in range(ahead)]
+        for i in range(count - ahead):
+            actions += [("F", rank, ahead + i), ("B", rank, i)]
+        actions += [("B", rank, i) for i in range(count - ahead, count)]
+        orders.append([(action,) for action in actions])
+    return orders
+
+
+def orders_of(config: PretrainConfig, count: int) -> Orders:
+    layout = config.layout
+    if layout.pp == 1:
+        return []
+    if layout.schedule == "1F1B":
+        return one_f_one_b(layout.pp, count)
+    with as_rank(config, 0) as mesh:
+        stages: dict[int, nn.Module] = {i: nn.Identity() for i in stage_ids(layout.schedule, layout.pp, 0)}
+        idle = Pipeline(stages, mesh=mesh, hidden_size=1, dtype=torch.bfloat16)
+        sample = torch.empty(1, 1, dtype=torch.int64, device="meta")
+        schedule = idle._new_schedule(idle._new_stages(sample), count)
+        return [
+            [
+                ((KINDS[each.computation_type.name], each.stage_index, each.microbatch_index),)
+                for each in schedule.pipeline_order[rank]
+                if each is not None
+            ]
+            for rank in range(layout.pp)
+        ]
+
+
+def observed(config: PretrainConfig, rank: int) -> dict[StageKind, ChunkBytes]:
+    """What one micro-batch of each stage of a rank allocates, counted."""
+    recipe, shape = config.precision, (config.run.micro_batch_sequences, config.data.sequence_length)
+    with as_rank(config, rank) as mesh, FakeTensorMode(), LiveBytes() as live:
+        dispatcher = None
+        if mesh.ep.size > 1:
+            dispatcher = ExpertParallelDispatcher(
+                config.model.n_routed_experts, mesh.ep, wire=recipe.wire, power_of_two=recipe.power_of_two_scales,
+                assume_balanced=True,
+            )  # fmt: skip
+        stages = build_stages(config.model, recipe, mesh, dispatcher)
+        if config.run.recompute:
+            for stage in stages.values():
+                recompute_up_projections(stage.model)
+        engine = assemble(stages, replace(config.optim, ema_decay=None), mesh)
+        engine.optimizer.zero_grad()
+        weights = LossWeights(0.1, 1e-4, torch.ones((), dtype=torch.int64), num_sequences=1)
+        inputs = {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
+        hidden = torch.empty((*shape, config.model.hidden_size), dtype=recipe.dtype, device="meta", requires_grad=True)
+        found = {}
+        for stage in engine.stages.values():
+            stage.begin(weights, StepMetrics(config.model, mesh.device))
+            found[StageKind.of(stage)] = observe(stage, hidden, inputs, live=live, traffic=Traffic())
+    return found
+
+
+E5M6 = {"precision_attention_output": "e5m6", "run_recompute": "true"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks"),
+    [
+        ({"precision": "fp8", **E5M6, "layout_ep": 2, "run_micro_batch_sequences": 2}, (0, 4)),
+        ({"precision": "bf16", "layout_ep": 2}, (2,)),
+        pytest.param({"precision": "fp8"}, (0, 2, 4), marks=pytest.mark.long),
+        pytest.param(
+            {"precision": "fp8", "precision_cache_swiglu_input": "false", "layout_ep": 2},
+            (0, 2),
+            marks=pytest.mark.long,
+        ),
+        pytest.param({"precision": "bf16", "run_recompute": "true"}, (0, 2, 4), marks=pytest.mark.long),
+        pytest.param({"precision": "fp32", "layout_ep": 2}, (2, 4), marks=pytest.mark.long),
+    ],
+)
+def test_a_stage_holds_what_its_tensors_do(changes: dict[str, object], ranks: Sequence[int]) -> None:
+    """Dense, MoE and last stage: kept and waiting to the byte."""
+    config = small(**WIDTHS, **changes)
+    work = work_of(config)
+    for rank in ranks:
+        ((kind, found),) = observed(config, rank).items()
+        closed = stage_bytes(work, StageShape(*kind))
+        inbound, outbound = work.hidden * (not kind.is_first), work.hidden * (not kind.is_last)
+        # Outbound of the last stage: a loss, which is a number.
+        assert closed.kept == found.forward_held + inbound + (outbound or 4)
+        assert closed.waiting == found.wgrad_held + sum(found.wgrad_needs) * work.hidden
+        # Measured: forward -7 to +2 %, backward -4 to +29 % (a dense stage in BF16); the largest operators only.
+        assert 0.92 < closed.forward / (found.forward_peak + inbound) < 1.05
+        assert 0.94 < closed.backward / (found.backward_peak + (outbound or 4)) < 1.35
+
+
+def check_against_dry_run(
+    config: PretrainConfig, pp_ranks: Sequence[int], *, temporaries: float
+) -> list[tuple[Footprint, Memory]]:
+    """State within 2 %, activations and the highest moment within 5 %; `temporaries` relative."""
+    layout = config.layout
+    count = min(2 * layout.pp, config.schedule.batch_full_sequences // layout.dp // config.run.micro_batch_sequences)
+    held = moments(orders_of(config, count), max_waiting_wgrads=layout.max_waiting_wgrads)
+    found, known = footprint(config, candidate_of(config), held), {}
+    pairs = [(found[pp_rank], plan_pipeline_rank(config, pp_rank, known).memory) for pp_rank in pp_ranks]
+    for closed, counted in pairs:
+        for name in ("weights", "fp8_copies", "gradients", "masters", "moments", "dispatch"):
+            assert getattr(closed, name) == pytest.approx(getattr(counted, name), rel=0.02), name
+        # Left out: token ids of all micro-batches, and cosines and sines of each stage, for MTP of another length.
+        tokens, model = config.run.micro_batch_sequences * config.data.sequence_length, config.model
+        tables = num_stages(layout.schedule, layout.pp) // layout.pp + model.num_nextn_predict_layers
+        others = count * tokens * 16 + tables * config.data.sequence_length * model.qk_rope_head_dim * 4
+        # Left out too: a message that has come and is not used yet, under `messages`.
+        assert closed.activations == pytest.approx(counted.held - others, rel=0.05)
+        highest = closed.activations + closed.temporaries + closed.dispatch
+        assert highest == pytest.approx(counted.held + counted.transient - others, rel=0.05)
+        assert closed.temporaries == pytest.approx(counted.transient - counted.dispatch, rel=temporaries)
+    return pairs
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(
+            {"layout_pp": 2, "layout_dp": 2, "layout_ep": 2, "precision": "fp8", "run_recompute": "true"},
+            marks=pytest.mark.long,
+        ),
+        {"layout_pp": 2, "layout_schedule": "ZBVZeroBubble", "precision": "fp8_v3", "layout_max_waiting_wgrads": 1},
+        {"layout_dp": 2, "precision": "bf16", "layout_zero": "false", "optim_moments_dtype": "fp32"},
+    ],
+    ids=["1f1b", "v", "one"],
+)
+def test_a_small_candidate_needs_what_the_dry_run_counts(changes: dict[str, Any]) -> None:
+    # Enough tokens that the update, which is not in the closed form, holds less than activations do.
+    config = small(
+        **{
+            **WIDTHS,
+            "data_sequence_length": 384,
+            "layout_pp": 1,
+            "layout_dp": 1,
+            "model_num_hidden_layers": 4,
+            **changes,
+        }
+    )
+    # Measured: up to 12 %; small differences of large numbers.
+    check_against_dry_run(config, range(config.layout.pp), temporaries=0.2)
+
+
+@pytest.mark.long
+def test_the_ranks_of_h800_2048_need_what_the_dry_run_counts() -> None:
+    """Pipeline ranks of rank 0, 1024 and 1920; a search asks for hundreds of candidates."""
+    config = compose(["+cluster=h800_2048"])
+    # Measured: temporaries -3.9, 0.0 and +2.1 %.
+    pairs = check_against_dry_run(config, (0, 8, 15), temporaries=0.05)
+    for closed, counted in pairs:
+        # Measured: -0.03, -0.28 and -0.15 %; the turn of the V alone is 1.9 % of the last.
+        assert closed.activations == pytest.approx(counted.held, rel=0.005)
+        # Measured: -0.16, -0.21 and +0.09 %.
+        assert closed.total - closed.reserved - closed.messages == pytest.approx(counted.total, rel=0.005)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cluster", ["h100_8", "h100_256"])
+def test_a_rank_of_the_h100_clusters_needs_what_the_dry_run_counts(cluster: str) -> None:
+    check_against_dry_run(compose([f"+cluster={cluster}"]), (0,), temporaries=0.05)
+
+
+def by_brute_force(orders: Orders, rank: int, other: int) -> list[int]:
+    """Both ranks run in every legal way; before each step, the most late gradients and the most early messages."""
+    steps = [[step[0] for step in orders[each]] for each in (rank, other)]
+    makes = [{("F" if k == "F" else "B", s, m): i for i, (k, s, m) in enumerate(each) if k != "W"} for each in steps]
+
+    def source(action: Action) -> Action:
+        return (action[0], action[1] + (-1 if action[0] == "F" else 1), action[2])
+
+    def crossing(user: int) -> list[tuple[Action, int, int]]:
+        return [(a, i, makes[1 - user][source(a)]) for a, i in makes[user].items() if source(a) in makes[1 - user]]
+
+    to_us, to_them = crossing(0), crossing(1)
+    late, early = [0] * len(steps[0]), [0] * len(steps[0])
+    seen, front = set[tuple[int, int]](), [(0, 0)]
+    while front:
+        ours, theirs = front.pop()
+        seen.add((ours, theirs))
+        if ours < len(steps[0]):
+            held = sum(made < ours and used >= theirs and a[0] == "B" for a, used, made in to_them)
+            late[ours] = max(late[ours], held)
+            early[ours] = max(early[ours], sum(made < theirs and used >= ours for _, used, made in to_us))
+        if ours < len(steps[0]) and all(made < theirs for _, used, made in to_us if used == ours):
+            front.append((ours + 1, theirs))
+        if theirs < len(steps[1]) and all(made < ours for _, used, made in to_them if used == theirs):
+            front.append((ours, theirs + 1))
+        front = [each for each in dict.fromkeys(front) if each not in seen]
+    return [sum(each) for each in zip(late, early, strict=True)]
+
+
+def test_messages_under_way_are_the_most_that_two_ranks_allow() -> None:
+    for orders in (
+        one_f_one_b(2, 5),
+        orders_of(small(layout_pp=2, layout_schedule="ZBVZeroBubble", model_num_hidden_layers=4), 5),
+    ):
+        for rank in range(2):
+            counted = _in_flight(len(orders[rank]), _messages(orders)[rank])
+            assert counted == by_brute_force(orders, rank, 1 - rank)
+
+
+def test_imbalance_costs_memory_until_every_token_is_on_one_rank() -> None:
+    config = compose(["+cluster=h800_2048"])
+    candidate = candidate_of(config)
+    # Rank 8's most: 16 and 15 micro-batches of its two stages.
+    held = [[Moment(((r, 16), (31 - r, 15)), (), 0, (("F", r), ("B", 31 - r)))] for r in range(16)]
+
+    def most(imbalance: float) -> float:
+        return max(each.total for each in footprint(config, candidate, held, imbalance=imbalance))
+
+    totals = [most(each) for each in (1.0, 1.2, 1.5, 2.0, 8.0, 32.0, 64.0)]
+    assert totals[:-1] == sorted(set(totals[:-1]))
+    # A token has 8 experts, of which a rank holds 4: 64 x 4 / 8.
+    assert totals[-2] == totals[-1]
+    limit = (totals[1] + totals[2]) / 2
+    breaks = breaking_imbalance(config, candidate, held, limit=limit)
+    assert breaks is not None
+    assert most(breaks - 2e-3) <= limit < most(breaks)
+    assert breaking_imbalance(config, candidate, held, limit=totals[-1]) is None
+    assert breaking_imbalance(config, candidate, held, limit=totals[0] - 1) == 1.0
+
+
+def test_two_copies_of_every_stage_share_their_states() -> None:
+    """As many gradients again on the pipeline, and the same masters and moments in all."""
+    config = compose(["+cluster=h800_2048"])
+    one = candidate_of(config)
+    layers = (*(4,) * 15, 1)
+    plain = replace(one, chunks=1, schedule="1F1B", stage_layers=layers)
+    twice = replace(one, chunks=2, schedule="DualPipe", stage_layers=layers * 2)
+    stages = [[(r,) for r in range(16)], [(r, 31 - r) for r in range(16)]]
+    sums = []
+    for candidate, of_rank in zip((plain, twice), stages, strict=True):
+        held = [[Moment((), (), 0, tuple(("F", stage) for stage in each))] for each in of_rank]
+        found = footprint(config, candidate, held)
+        sums.append([sum(getattr(each, name) for each in found) for name in ("gradients", "masters", "moments")])
+    embedding = config.model.vocab_size * config.model.hidden_size
+    # Two ranks hold the embedding either way in `twice`: the first stage's serves the last one's MTP.
+    assert sums[1][0] == pytest.approx(2 * sums[0][0] - 2 * 4 * embedding, rel=1e-6)
+    assert sums[1][1] == pytest.approx(sums[0][1] - 4 * embedding / 128, rel=1e-3)
+
+
+def test_a_candidate_takes_a_millisecond() -> None:
+    config = compose(["+cluster=h800_2048"])
+    candidate = candidate_of(config)
+    held = moments(one_f_one_b(16, 120), max_waiting_wgrads=None)
+    candidate = replace(candidate, schedule="1F1B", chunks=1, stage_layers=(*(4,) * 15, 1))
+    footprint(config, candidate, held)
+    taken = []
+    for _ in itertools.repeat(None, 20):
+        started = time.process_time()
+        footprint(config, candidate, held)
+        taken.append(time.process_time() - started)
+    # Measured 0.9 ms; the rest is room for a slower machine.
+    assert min(taken) < 5e-3

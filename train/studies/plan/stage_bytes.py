@@ -1,0 +1,231 @@
+"""Bytes that one micro-batch of a pipeline stage holds, and the peaks of its actions, in closed form.
+
+A stage is a row of parts: blocks, and on the last stage the final norm, MTP depths (arXiv:2412.19437 §2.2) and losses.
+Forward adds what each part keeps; backward replaces it from the last part on by what its weight gradients wait for.
+
+    forward    rises above what earlier parts keep
+    backward   rises above what earlier parts keep and what the weight gradients of later ones wait for
+
+Peaks are of the operators that are largest at V3's sizes: attention's core with its operands made again, SwiGLU, the
+rows of the experts and the exchange, a chunk of logits. Shapes as in `kept.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import accumulate
+
+from kernels.formats import ceil_div
+from train.model.sizes import FP32_BYTES
+from train.studies.plan.kept import (
+    HEAD_ROWS,
+    Storages,
+    Work,
+    attention_kept,
+    attention_waiting,
+    heads,
+    kept_output,
+    moe_kept,
+    moe_waiting,
+    swiglu_kept,
+    swiglu_waiting,
+)
+
+
+@dataclass(frozen=True)
+class StageShape:
+    """Layers of each kind; the first stage has the embedding, the last one norm, head and MTP layers besides."""
+
+    dense: int
+    moe: int
+    is_first: bool
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class StageBytes:
+    """Of one micro-batch: held from forward to backward, then to the weight gradients; peaks are above what was held.
+
+    dispatch: what one exchange sends and receives, in the peaks too.
+    """
+
+    kept: float
+    waiting: float
+    forward: float
+    backward: float
+    wgrad: float
+    dispatch: float
+
+
+@dataclass(frozen=True)
+class _Part:
+    kept: float
+    waiting: float
+    forward: float
+    backward: float
+
+
+@cache
+def stage_bytes(work: Work, shape: StageShape) -> StageBytes:
+    """Add up the parts of a stage."""
+    parts = [*_parts(work, shape)]
+    routes = shape.moe > 0 or (shape.is_last and any(map(work.model.is_moe, work.model.mtp_layer_ids)))
+    # What leaves the stage is held as long as what it was made of; a loss is a number.
+    out = 0.0 if shape.is_last else work.hidden
+    before = [*accumulate((part.kept for part in parts), initial=0.0)]
+    after = [*accumulate((part.waiting * work.deferred for part in reversed(parts)), initial=0.0)][::-1]
+    # Two scalars of the balance loss.
+    kept = before[-1] + 2 * FP32_BYTES * routes
+    # The embedding waits for its output's gradient; without FP8 the first layer's input outlives backward.
+    waiting = after[0] + (work.hidden if work.deferred and (shape.is_first or not work.fp8) else 0.0)
+    forward = max(held + part.forward for held, part in zip(before, parts, strict=False))
+    backward = max(held + part.backward + waits for held, part, waits in zip(before, parts, after[1:], strict=False))
+    exchanged = _sum(work.plain(work.sent, work.model.hidden_size)) if work.ep > 1 and routes else 0.0
+    return StageBytes(
+        kept=kept + out,
+        waiting=waiting,
+        forward=max(forward, kept + out),
+        backward=backward - kept + work.hidden * (not shape.is_last),
+        wgrad=_wgrad_peak(work, shape, routes),
+        dispatch=exchanged * (1 + work.received / work.sent),
+    )
+
+
+def _sum(sizes: Sequence[float]) -> float:
+    return float(sum(sizes))
+
+
+def _bytes(storages: Storages) -> float:
+    return float(sum(map(sum, storages.values())))
+
+
+def _parts(work: Work, shape: StageShape) -> Iterator[_Part]:
+    yield from [_block(work, moe=False)] * shape.dense
+    yield from [_block(work, moe=True)] * shape.moe
+    if shape.is_last:
+        yield from _ending(work)
+
+
+def _ending(work: Work) -> Iterator[_Part]:
+    """Final norm, MTP depths, losses."""
+    model, hidden = work.model, work.hidden
+    depths = [replace(work, length=work.length - k) for k, _ in enumerate(model.mtp_layer_ids, start=1)]
+    depths = [depth for depth in depths if depth.length > 0]
+    root = work.tokens * FP32_BYTES
+    # Without MTP nothing but the head reads the norm's output, and the head keeps its gradient instead.
+    yield _Part(hidden * (1 + bool(depths)) + root, 0.0, 3 * hidden, 3 * hidden)
+    for layer_id, depth in zip(model.mtp_layer_ids, depths, strict=False):
+        block = _block(depth, moe=model.is_moe(layer_id))
+        # Embedded tokens, both norms' outputs side by side, the last norm's sum, and its output for a next depth.
+        kept = (4 + (depth is not depths[-1])) * depth.hidden + 3 * depth.tokens * FP32_BYTES
+        # The two outputs, the gradient of their product and that of the embedding.
+        rise = 3 * depth.hidden + block.forward
+        yield _Part(kept + block.kept, 4 * depth.hidden + block.waiting, rise, block.backward)
+    gradients = hidden + sum(depth.hidden for depth in depths)
+    chunk = ceil_div(work.tokens, ceil_div(work.tokens, HEAD_ROWS))
+    logits = _sum(work.plain(chunk, model.vocab_size))
+    yield _Part(gradients, 0.0, 2 * gradients + logits, gradients)
+
+
+@cache
+def _block(work: Work, *, moe: bool) -> _Part:
+    attention, inner = _bytes(attention_kept(work)), work.model.intermediate_size
+    waits = attention_waiting(work)
+    if moe:
+        ffn, ffn_waits = _bytes(moe_kept(work)), moe_waiting(work)
+        forward, backward = _moe_peaks(work)
+    else:
+        ffn, ffn_waits = _sum(swiglu_kept(work, work.tokens, inner)), swiglu_waiting(work, work.tokens, inner)
+        forward, backward = _swiglu_peaks(work, work.tokens, inner)
+    normed = _sum(work.tiles(work.tokens, work.model.hidden_size)) if work.fp8 else 0.0
+    up, down = _core_peaks(work)
+    return _Part(
+        kept=attention + ffn,
+        waiting=waits + ffn_waits,
+        # With attention's output, which is not added yet.
+        forward=max(up, attention + normed + work.hidden + forward),
+        backward=max(attention + backward, attention + ffn_waits * work.deferred + down),
+    )
+
+
+def _core_peaks(work: Work) -> tuple[float, float]:
+    """Above the layer's beginning: attention forward. Above what attention keeps: its backward."""
+    model, tokens = work.model, work.tokens
+    made, output = _sum(heads(work)), _sum(work.plain(tokens, model.num_attention_heads * model.v_head_dim))
+    wide = _sum(work.plain(tokens, model.num_attention_heads * model.qk_head_dim))
+    packed = _sum(kept_output(work)) if work.e5m6 else 0.0
+    latents = attention_kept(work)["latents and RoPE key"]
+    forward = 2 * work.hidden + _sum(latents) + made + output + packed
+    if not work.fp8:
+        forward += work.hidden
+    # Gradients of queries, keys, values and output; what a checkpoint makes again; what waits of o_proj.
+    backward = 2 * wide + 2 * output + work.hidden * work.fp8
+    backward += made if work.recompute else 0.0
+    if work.e5m6:
+        backward += output - packed + _sum(work.gradient(tokens, model.num_attention_heads * model.v_head_dim))
+    waits = _sum(work.gradient(tokens, model.hidden_size)) if work.deferred else 0.0
+    return forward, backward + waits
+
+
+def _swiglu_peaks(work: Work, rows: int, inter: int) -> tuple[float, float]:
+    """Above what comes before: forward with its output; backward of one FFN."""
+    kept, wide = _sum(swiglu_kept(work, rows, inter)), _sum(work.plain(rows, 2 * inter))
+    out = _sum(work.plain(rows, work.model.hidden_size))
+    if not (work.fp8 and work.swiglu_input):
+        return kept + wide / 2 * work.fp8 + out, kept + 1.5 * wide
+    forward = kept + max(wide + _sum(work.tiles(rows, inter)), out)
+    return forward + out, kept + wide / 2 + 2 * _sum(work.tiles(rows, 2 * inter))
+
+
+def _moe_peaks(work: Work) -> tuple[float, float]:
+    """The same of a MoE layer: rows of the experts, their sums, and the sums on their way home."""
+    model, inter, rows = work.model, work.model.moe_intermediate_size, work.rows
+    kept = _bytes(moe_kept(work)) - _sum(moe_kept(work).get("gate and up of the shared expert", (0.0,)))
+    of_rows, sums = _sum(work.plain(rows, model.hidden_size)), _sum(work.plain(work.received, model.hidden_size))
+    home = _sum(work.plain(work.sent, model.hidden_size)) + work.hidden if work.ep > 1 else 0.0
+    wide, tiles = _sum(work.plain(rows, 2 * inter)), _sum(work.tiles(rows, model.hidden_size))
+    made = kept - _sum(swiglu_kept(work, rows, inter))
+    regroups = work.fp8 and work.swiglu_input
+    # Gate and up, kept and activated, go with the last product.
+    up = kept + of_rows + wide / 2 * work.fp8
+    if regroups:
+        up = made + wide + _sum(work.tiles(rows, 2 * inter)) + _sum(work.tiles(rows, inter)) + of_rows
+    forward = max(up, kept + of_rows + sums, kept + sums + home)
+    shared = _sum(swiglu_kept(work, work.tokens, model.n_shared_experts * inter)) if model.n_shared_experts else 0.0
+    done = swiglu_waiting(work, work.tokens, model.n_shared_experts * inter) if shared and work.deferred else 0.0
+    of_down = _sum(work.gradient(rows, model.hidden_size)) if work.deferred else tiles
+    of_up = _sum(work.gradient(rows, 2 * inter))
+    if work.fp8:
+        backward = max(
+            sums + tiles + of_down,
+            tiles + of_down + wide / 2,
+            wide / 2 + 2 * of_up + of_down,
+            2 * of_up + of_down + of_rows,
+            of_up + of_down + of_rows + sums,
+            of_up + of_down + sums + home,
+        )
+    else:
+        # Without a pipeline weight gradients run at once, each a product of its own that is added afterwards. SwiGLU
+        # has let go of what it kept by then.
+        product = 0.0 if work.deferred else _expert_products(work)
+        backward = max(
+            of_rows + 1.5 * wide, 2 * of_rows + wide + sums, of_rows + wide + sums + home, product - wide / 2
+        )
+    return forward, kept + done + backward
+
+
+def _wgrad_peak(work: Work, shape: StageShape, routes: bool) -> float:
+    """A normed input made again, or an FP32 product that is added afterwards."""
+    model = work.model
+    embedded = work.tokens * model.hidden_size * FP32_BYTES if shape.is_first else 0.0
+    if work.fp8 or not routes:
+        return max(embedded, work.hidden)
+    return max(embedded, _expert_products(work))
+
+
+def _expert_products(work: Work) -> float:
+    """FP32 gradient of the experts' first matrices."""
+    model = work.model
+    return 2.0 * model.moe_intermediate_size * model.hidden_size * FP32_BYTES * work.local_experts
