@@ -3,9 +3,9 @@
 Arguments are Hydra overrides of configs/pretrain.yaml. `--config` prints the composed configuration and stops;
 `dry_run=true` plans the fullest rank (`rank=N` another, `rank=all` each pipeline rank) and stops. A wrong key, value,
 layout, store or device is one sentence and exit code 2, before anything is allocated. SIGTERM or Ctrl-C finishes the
-step, saves and exits 0 (before the first step: saves nothing); the same command then resumes. Exit code 3: stopped by
-the non-finite guard. 4: nothing could be saved any more. 5: the loss left its band for good. 75: another rank died, and
-is named. docs/operating.md says more.
+step, saves and exits 0 (before the first step: saves nothing); the same command then resumes. A plan.json in the run's
+directory is compared with what ten steps took. Exit code 3: stopped by the non-finite guard. 4: nothing could be saved
+any more. 5: the loss left its band for good. 75: another rank died, and is named. docs/operating.md says more.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from parallel.layout import check_world
 from train.config import PretrainConfig, changed_world, compose, to_yaml
 from train.run_directory import run_directory
 from train.studies.plan.dry_run import dry_run
+from train.studies.plan.witness import Witness
 from train.worker import WorkerInfo, pretrain
 
 # How long the first rank may start after the others and still be heard when it refuses a configuration.
@@ -84,7 +85,7 @@ def run(arguments: list[str], *, rank: int, world: int, guard: TerminationGuard)
     else:
         stop_with_launcher()
         info = meet(config, rank=rank, world=world)
-        pretrain(config, replace(info, is_asked_to_stop=lambda: guard.requested))
+        pretrain(config, replace(info, is_asked_to_stop=lambda: guard.requested, after_step=Witness()))
 
 
 def main(arguments: list[str]) -> int:
