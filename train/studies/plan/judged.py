@@ -6,8 +6,8 @@
     runs/plan/corrections.json      `calibrate`: measured / predicted step time by device and precision, the newest wins
 
 error = predicted / measured - 1, negative for the time of an optimistic plan, positive for its speed. It is given only
-where both sides mean the same. A run's phases are those that `train.trainer` bounds: its gradients hold the reduction over
-data ranks; its waiting holds the exchange with other ranks' experts, which a plan counts to its chunks.
+where both sides mean the same. A run's phases are those that `train.trainer` bounds: its gradients hold the reduction
+over data ranks; its waiting holds the exchange with other ranks' experts, which a plan counts to its chunks.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def _planned_times(step: Mapping[str, Any]) -> tuple[float, float, float, float]
 
 
 def _memory(document: Any, measured: Measured) -> Iterable[Row]:
-    planned = next(each for each in document["memory"]["ranks"] if each["pp_rank"] == 0)["components"]
+    (planned,) = (each["components"] for each in document["memory"]["ranks"] if each["pp_rank"] == 0)
     found = measured.memory_bytes
     for name, what in STATE.items():
         yield Row(f"{name}_bytes", what, "bytes", _figure(planned[name]), found[name])
