@@ -358,8 +358,9 @@ def test_a_run_of_a_version_with_another_eps_in_the_latents_norms_is_not_resumed
 def prolonged(small_run: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """Ten steps of a run in whose directory a plan lies, then one more in a new process; what both said."""
     place, said = tmp_path_factory.mktemp("prolonged"), []
+    first = compose(small_run("schedule.total_tokens=640", f"run.directory={place}", "run.name=run"))
     for total_tokens in (640, 704):
-        config = compose(small_run(f"schedule.total_tokens={total_tokens}", f"run.directory={place}", "run.name=run"))
+        config = replace(first, schedule=replace(first.schedule, total_tokens=total_tokens))
         if not (place / "run").exists():
             (place / "run").mkdir()
             document = plan_document(run_of(config), candidate_of(config))
@@ -376,7 +377,7 @@ def prolonged(small_run: Callable[..., list[str]], tmp_path_factory: pytest.Temp
 
 def test_a_changed_schedule_is_noted_when_resuming(prolonged: tuple[Path, list[str]]) -> None:
     (resumed,) = [e for e in read_events(prolonged[0]) if e["event"] == "resume"]
-    assert resumed["changed"] == {"schedule.total_tokens": [640, 704]}
+    assert resumed["changed"] == {"run.resume": [False, True], "schedule.total_tokens": [640, 704]}
 
 
 def test_a_run_is_judged_by_the_plan_in_its_directory_once_and_its_card_keeps_it(

@@ -253,7 +253,9 @@ def test_what_gives_no_correction_is_one_sentence_and_the_store_stays(config: Pr
             calibrate(run, store)
     assert store.read_bytes() == before
     (run / "run_card.json").write_text(json.dumps(card))
-    for text in ("{", "[]", '{"corrections": [{"device": "cpu"}]}', '{"corrections": [7]}'):
+    (stored,) = json.loads(before)["corrections"]
+    wrong = json.dumps({"corrections": [stored | {"versions": "2.13"}]})
+    for text in ("{", "[]", '{"corrections": [{"device": "cpu"}]}', '{"corrections": [7]}', wrong):
         store.write_text(text)
         with pytest.raises(ValueError, match=r"is no list of corrections .*: delete it and calibrate again"):
             correction_for("cpu", "bf16", store)
