@@ -3,9 +3,9 @@
 Arguments are Hydra overrides of configs/pretrain.yaml. `--config` prints the composed configuration and stops;
 `dry_run=true` plans the fullest rank (`rank=N` another, `rank=all` each pipeline rank) and stops. A wrong key, value,
 layout, store or device is one sentence and exit code 2, before anything is allocated. SIGTERM or Ctrl-C finishes the
-step, saves and exits 0 (before the first step: saves nothing); the same command then resumes. Exit code 3: stopped by
-the non-finite guard. 4: nothing could be saved any more. 5: the loss left its band for good. 75: another rank died, and
-is named. docs/operating.md says more.
+step, saves and exits 0 (before the first step: saves nothing); the same command then resumes. A plan.json in the run's
+directory is compared with what ten steps took. Exit code 3: stopped by the non-finite guard. 4: nothing could be saved
+any more. 5: the loss left its band for good. 75: another rank died, and is named. docs/operating.md says more.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ def start(config: PretrainConfig, *, rank: int, world: int) -> None:
     """Meet the other ranks and train; ValueError and TrainingStopped as `pretrain`."""
     # Before the guard is in force: an import may swallow what a signal raises in it.
     from launch.meeting import meet, stop_with_launcher
+    from train.studies.plan.witness import Witness
     from train.worker import pretrain
 
     with TerminationGuard(interrupts=world == 1) as guard:
         stop_with_launcher()
         info = meet(config, rank=rank, world=world)
-        pretrain(config, replace(info, is_asked_to_stop=lambda: guard.requested))
+        pretrain(config, replace(info, is_asked_to_stop=lambda: guard.requested, after_step=Witness()))
 
 
 def run(arguments: list[str], *, rank: int, world: int) -> None:

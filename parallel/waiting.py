@@ -30,7 +30,8 @@ class BusyTime:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._began_s = 0.0
+        self.walls_s: list[float] = []  # of the phases of the last step, waiting included
+        self._began_s = self._wall_began_s = 0.0
         self._phases_s: list[float] = []
         # (sign, begin, end) of each section of the phase.
         self._sections: list[tuple[int, float | torch.cuda.Event, float | torch.cuda.Event]] = []
@@ -38,17 +39,18 @@ class BusyTime:
     def start(self) -> None:
         """Begin a step and its first phase."""
         BusyTime.measured = self
-        self._phases_s = []
+        self._phases_s, self.walls_s = [], []
         self._sections.clear()
-        self._began_s = self._host_s()
+        self._began_s, self._wall_began_s = self._host_s(), time.perf_counter()
 
     def end_phase(self) -> None:
         """Begin the next phase; the device has finished this one."""
-        ended_s = self._host_s()
+        ended_s, wall_ended_s = self._host_s(), time.perf_counter()
         waited_s = sum(sign * _seconds(begin, end) for sign, begin, end in self._sections)
         self._phases_s.append(ended_s - self._began_s - waited_s)
+        self.walls_s.append(wall_ended_s - self._wall_began_s)
         self._sections.clear()
-        self._began_s = ended_s
+        self._began_s, self._wall_began_s = ended_s, wall_ended_s
 
     def stop(self) -> list[float]:
         """End the step and its last phase; seconds that this rank was busy in each."""

@@ -15,7 +15,7 @@ and again for the record of the step.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -69,7 +69,7 @@ from train.observe.metrics import (
     step_record,
 )
 from train.observe.sentences import closing, opening
-from train.observe.sinks import NoSinks, Sinks, open_sinks, write_whole
+from train.observe.sinks import PLAN_FILE, NoSinks, Sinks, open_sinks, write_whole
 from train.optim.balance import expert_biases
 from train.run_directory import CHECKPOINTS, LOCK, run_directory
 from train.schedules import scheduled_values, steps_to_go
@@ -82,11 +82,18 @@ from train.step import apply_update, checkpoint_tensors, compute_gradients
 class Trainer:
     """One run from its first or last saved step to the end of its token budget.
 
-    `resume` first, then `fit`; both may be called without the other.
+    `resume` first, then `fit`; both may be called without the other. On rank 0 `after_step` is called once a step is
+    logged, before it is saved; it may read what is there, and log.
     """
 
-    def __init__(self, config: PretrainConfig, components: Components) -> None:
+    def __init__(
+        self,
+        config: PretrainConfig,
+        components: Components,
+        after_step: Callable[[Trainer, Sinks], None] = lambda *_: None,
+    ) -> None:
         self.config, self.components, self.engine = config, components, components.engine
+        self.after_step = after_step
         self.mesh = components.engine.mesh
         self.directory = run_directory(config.run)
         self.state, self.spikes = TrainState(), SpikeState()
@@ -307,13 +314,15 @@ class Trainer:
             sinks.event("straggler", step=self.state.step, **asdict(slow), phase=longest)
 
     def log_watch(self, sinks: Sinks | NoSinks, tokens_per_s: float) -> None:
-        """What is to be looked at after each step: a checkpoint just published, or none for long; the speed."""
+        """Look after each step at checkpoints (just published, or none for long) and speed; then `after_step`."""
         self.log_published(sinks)
         if (age_s := self.checkpoint_age.note()) is not None:
             sinks.event("stale_checkpoint", step=self.state.step, age_s=age_s)
         if self.speed_guard.note(tokens_per_s):
             speeds = {"tokens_per_s": tokens_per_s, "best_tokens_per_s": self.speed_guard.best}
             sinks.event("low_speed", step=self.state.step, **speeds)
+        if isinstance(sinks, Sinks):
+            self.after_step(self, sinks)
 
     def go_back(self, sinks: Sinks | NoSinks, *, spike_end: int, batch_sequences: int) -> None:
         """Take up the last good checkpoint without the data around the spikes; later checkpoints are deleted.
@@ -537,7 +546,7 @@ class Trainer:
         group = self.components.checkpoint_group
         if not self.config.run.resume:
             in_use = f"{self.directory} already holds a run; choose another run.name or move it away"
-            others = (path for path in self.directory.glob("*") if path.name != LOCK)
+            others = (path for path in self.directory.glob("*") if path.name not in (LOCK, PLAN_FILE))
             refuse_together(group, lambda: f"run.resume=false, but {in_use}" if any(others) else None)
         path = latest(self.directory / CHECKPOINTS, group=group)
         if path is not None:

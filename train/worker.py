@@ -28,6 +28,7 @@ from train.assemble import Resources, build, device_of, open_resources
 from train.config import PretrainConfig
 from train.observe.alerts import AlertCommand, check_command
 from train.observe.guards import AskedToStop, TerminationGuard, TrainingStopped
+from train.observe.sinks import Sinks
 from train.run_directory import locked, run_directory
 from train.trainer import Trainer
 
@@ -43,6 +44,7 @@ class WorkerInfo:
     store_rank: int | None = None  # the rank whose process hosts the store, None where the launcher does
     is_asked_to_stop: Callable[[], bool] = lambda: False  # this process, by a signal
     tell_launcher: Callable[[str], None] = lambda _: None  # leaves the last sentence of this process for its report
+    after_step: Callable[[Trainer, Sinks], None] = lambda *_: None  # as `Trainer`
 
 
 def pretrain(config: PretrainConfig, info: WorkerInfo) -> None:
@@ -61,18 +63,20 @@ def pretrain(config: PretrainConfig, info: WorkerInfo) -> None:
     with ExitStack() as held:
         opened = open_on_every_rank(config, info, held)
         with joined(config, info, opened) as mesh:
-            agreed = resume_and_fit(config, mesh, opened.resources)
+            agreed = resume_and_fit(config, mesh, opened.resources, info.after_step)
     if agreed is not None:
         raise agreed
 
 
-def resume_and_fit(config: PretrainConfig, mesh: Mesh, resources: Resources) -> Exception | None:
+def resume_and_fit(
+    config: PretrainConfig, mesh: Mesh, resources: Resources, after_step: Callable[[Trainer, Sinks], None]
+) -> Exception | None:
     """Resume and fit. Returns what all ranks raise alike, to be raised after they have left in order.
 
     An error of one rank only is raised at once: its watchdog reports it to the others.
     """
     components = build(config, mesh, resources)
-    trainer = Trainer(config, components)
+    trainer = Trainer(config, components, after_step)
     try:
         trainer.resume()
     except ValueError as refused:

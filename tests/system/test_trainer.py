@@ -5,21 +5,28 @@ Also what it refuses: stores that do not fit, a resumed run with another data or
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import signal
+import statistics
 import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import launch.pretrain
 import train.assemble
 import train.trainer
+import train.worker
 from kernels.deferred import deferred, take
+from tests.studies.plan.plan_document import plan_document
 from tests.system.lives import copied_state, losses
 from train.assemble import Components, build_alone, choose_device
 from train.checkpoint import publish
@@ -33,6 +40,7 @@ from train.observe.sinks import read_events, read_run
 from train.optim.balance import routers
 from train.schedules import scheduled_values
 from train.step import StepGradients, apply_update, compute_gradients
+from train.studies.plan.witness import Witness, candidate_of, run_of
 from train.trainer import Trainer
 
 
@@ -346,12 +354,68 @@ def test_a_run_of_a_version_with_another_eps_in_the_latents_norms_is_not_resumed
         trainer_of(other_eps)
 
 
-def test_a_changed_schedule_is_noted_when_resuming(config: PretrainConfig) -> None:
-    trainer_of(config).fit()
-    longer = replace(config, schedule=replace(config.schedule, total_tokens=704))
-    trainer_of(longer).fit()
-    (resumed,) = [e for e in read_events(Path(config.run.directory) / "run") if e["event"] == "resume"]
-    assert resumed["changed"] == {"schedule.total_tokens": [640, 704]}
+@pytest.fixture(scope="module")
+def prolonged(small_run: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Ten steps of a run in whose directory a plan lies, then one more in a new process; what both said."""
+    place, said = tmp_path_factory.mktemp("prolonged"), []
+    first = compose(small_run("schedule.total_tokens=640", f"run.directory={place}", "run.name=run"))
+    for total_tokens in (640, 704):
+        config = replace(first, schedule=replace(first.schedule, total_tokens=total_tokens))
+        if not (place / "run").exists():
+            (place / "run").mkdir()
+            document = plan_document(run_of(config), candidate_of(config))
+            (place / "run/plan.json").write_text(json.dumps(document))
+            # It is no run yet.
+            config = replace(config, run=replace(config.run, resume=False))
+        trainer = Trainer(config, build_alone(config), Witness())
+        trainer.resume()
+        with contextlib.redirect_stdout(io.StringIO()) as console:
+            trainer.fit()
+        said += console.getvalue().splitlines()
+    return place / "run", said
+
+
+def test_a_changed_schedule_is_noted_when_resuming(prolonged: tuple[Path, list[str]]) -> None:
+    (resumed,) = [e for e in read_events(prolonged[0]) if e["event"] == "resume"]
+    assert resumed["changed"] == {"run.resume": [False, True], "schedule.total_tokens": [640, 704]}
+
+
+def test_a_run_is_judged_by_the_plan_in_its_directory_once_and_its_card_keeps_it(
+    prolonged: tuple[Path, list[str]],
+) -> None:
+    """Beside what the log says of steps 4 to 10."""
+    run, said = prolonged
+    judged = json.loads((run / "run_card.json").read_text())["predicted_vs_measured"]
+    records = {record["step"]: record for record in read_run(run)}
+    assert len(records) == 11
+    rows = judged["rows"]
+    step_s = statistics.median(64 / records[step]["speed/tokens_per_s"] for step in range(4, 11))
+    assert (judged["steps"], judged["device"], judged["precision"]) == ([4, 10], "cpu", "bf16")
+    # The same doubles, divided in the same order.
+    assert rows["step_s"] == {"predicted": 2.0, "measured": step_s, "error": 2.0 / step_s - 1}
+    phases_s = [rows[name]["measured"] for name in ("data_s", "gradients_s", "update_s")]
+    assert all(phases_s)
+    # Medians of parts against the median of the whole: every part is inside the step, and nothing long is outside.
+    fastest, slowest = (f(64 / records[step]["speed/tokens_per_s"] for step in range(4, 11)) for f in (min, max))
+    assert 0.5 * fastest < sum(phases_s) < 1.5 * slowest
+    assert rows["work_s"]["measured"] + rows["waiting_s"]["measured"] >= rows["gradients_s"]["measured"] - 1e-9
+    heads = [line for line in said if "predicted vs measured" in line]
+    assert heads == ["run  predicted vs measured: plan by hand of 2026-11-30, medians of steps 4 to 10, rank 0"]
+
+
+def test_pretrain_brings_a_witness_and_the_worker_hands_it_to_the_trainer(
+    config: PretrainConfig, small_run: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[object] = []
+
+    def trainer_of(config: PretrainConfig, components: None, after_step: object) -> SimpleNamespace:
+        given.append(after_step)
+        return SimpleNamespace(resume=lambda: None, fit=lambda: None)
+
+    monkeypatch.setattr(train.worker, "build", lambda *_: None)
+    monkeypatch.setattr(train.worker, "Trainer", trainer_of)
+    assert launch.pretrain.main(small_run(f"run.directory={config.run.directory}", "run.name=run")) == 0
+    assert [type(each) for each in given] == [Witness]
 
 
 def test_a_used_directory_is_refused_when_resuming_is_off(config: PretrainConfig) -> None:

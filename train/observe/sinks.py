@@ -2,6 +2,7 @@
 
     runs/<name>/metrics.jsonl    one line per optimizer step, and one per event (a line with the key "event")
     runs/<name>/run_card.json    name, precision, model, device (keys: `train/studies/dashboard/run_card.py`)
+    runs/<name>/plan.json        what the run was expected to do, put there before its start; no run reads or writes it
 
 Promises of the file:
 - Append-only; a line goes out in one write. Killing the process (kill -9) loses at most the line being
@@ -41,6 +42,9 @@ METRICS_FILE = "metrics.jsonl"
 _log = logging.getLogger(__name__)
 BUFFER_BYTES = 16 * 2**20
 RUN_CARD_FILE = "run_card.json"
+PLAN_FILE = "plan.json"
+# Keys of the run card that are found out while a run trains: whoever writes the card again keeps them.
+FOUND_OUT = ("predicted_vs_measured",)
 SCORE = "eval/bits_per_byte"
 _REPLAYED = tuple(name for name, metric in METRICS.items() if metric.replayed)
 
@@ -293,7 +297,17 @@ def open_sinks(
 
 
 def _write_card(run_dir: Path, run_card: Mapping[str, Any]) -> None:
-    write_whole(run_dir / RUN_CARD_FILE, json.dumps(run_card, indent=2, ensure_ascii=False) + "\n")
+    found = {key: value for key, value in read_card(run_dir).items() if key in FOUND_OUT and key not in run_card}
+    write_whole(run_dir / RUN_CARD_FILE, json.dumps({**run_card, **found}, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_card(run_dir: Path) -> dict[str, Any]:
+    """A run's card; empty where there is none, or none that can be read."""
+    try:
+        card = json.loads((run_dir / RUN_CARD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return card if isinstance(card, dict) else {}
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -33,6 +33,7 @@ import torch
 from kernels.backend import use_backend
 from kernels.config import Backend
 from train.studies.gpu_sections import PARTS, ROOT, Options, Section
+from train.studies.measured import commit, said
 
 # Package -> what is left out without it.
 OPTIONAL = {
@@ -147,29 +148,19 @@ def machine(device: torch.device) -> dict[str, Any]:
             "memory_gb": round(found.total_memory / 1e9, 1),
             "multiprocessors": found.multi_processor_count,
             "compute_capability": f"{found.major}.{found.minor}",
-            "driver": _said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]),
+            "driver": said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]),
         }
     versions = {name: _version(name) for name in VERSIONS}
     versions |= {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
     if device.type == "cuda":
         versions["cudnn"] = str(torch.backends.cudnn.version())
-    changed = _said(["git", "status", "--porcelain", "--untracked-files=no"])
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "commit": _said(["git", "rev-parse", "HEAD"]) + ("" if changed in ("", "unknown") else " with changes"),
+        "commit": commit(),
         "device": gpu,
         "versions": versions,
         "python": sys.executable,
     }
-
-
-def _said(command: Sequence[str]) -> str:
-    """What a command prints, or 'unknown' where it is missing or fails."""
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 def _version(package: str) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REPORT = Path(__file__).resolve().parents[2] / "runs/gpu/report.json"
+ROOT = Path(__file__).resolve().parents[2]
+REPORT = ROOT / "runs/gpu/report.json"
 BEGIN, END = "<!-- speed: begin -->\n", "\n<!-- speed: end -->"
 NOT_MEASURED = """\
 **Speed on a GPU: not measured.** The code of this repository has not run on a GPU. Below is what can be known without
@@ -76,15 +78,30 @@ def read_report(path: Path) -> Report | None:
         raise ValueError(f"{path} is no report of `make gpu` ({reason}): run it again, or delete the file") from error
 
 
-def _short(commit: str) -> str:
+def said(command: Sequence[str]) -> str:
+    """What a command prints, or 'unknown' where it is missing or fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def commit() -> str:
+    """Of the code that measures, and whether there were changes."""
+    changed = said(["git", "status", "--porcelain", "--untracked-files=no"])
+    return said(["git", "rev-parse", "HEAD"]) + ("" if changed in ("", "unknown") else " with changes")
+
+
+def short_commit(name: str) -> str:
     """The first of a commit's digits, and whether there were changes."""
-    digits, *changes = commit.split(" ", 1)
+    digits, *changes = name.split(" ", 1)
     return " ".join([digits[:12], *changes])
 
 
 def _parsed(report: Any) -> Report:
     device, versions = report["device"]["name"], report["versions"]
-    where = f"{device}, {report['date']}, commit {_short(report['commit'])}, torch {versions['torch']}"
+    where = f"{device}, {report['date']}, commit {short_commit(report['commit'])}, torch {versions['torch']}"
     red = [name for name, part in report["parity"].items() if part["status"] not in ("green", "left out")]
     red += [name for name, part in report["speed"].items() if part["status"] in ("red", "failed")]
     refusal = f"is not green ({', '.join(red)})" if red else ""

@@ -8,7 +8,7 @@
 
 run_card.json (written by `open_sinks`): name, precision, parameters {total, active, mtp}, tokens_total,
 sequence_length, seed, device, torch or versions {package: version}, layer_ids (of the rows of the fp8 tables),
-dropped_sequences (left out of the data order).
+dropped_sequences (left out of the data order), predicted_vs_measured (`train/studies/plan/judged.py`).
 summary.json: heldout_bits_per_byte (else the last eval/bits_per_byte counts) and
 baselines_bits_per_byte {name: value}, of simpler models on the same held-out text.
 
