@@ -71,7 +71,7 @@ def test_the_whole_report_comes_out_of_small_sizes(folder: Path, report: Any) ->
     assert {"date", "commit", "device", "versions", "left_out"} <= set(report)
     assert report["versions"]["torch"] == torch.__version__
     assert len(report["parity"]["training"]["data"]["losses"]["fp8"]) == 6
-    assert report["speed"]["layer"]["data"]["times"][-1]["precision"] == "fp8"
+    assert report["speed"]["layer"]["data"]["times"][-1]["precision"] == "fp8_v3"
     assert all((folder / f"{name}.log").exists() for name in PARTS)
     assert "| fp8 |" in page[speed:]
 
