@@ -211,6 +211,12 @@ class GradientBuckets:
         # With and without ZeRO: one rank of the axis counts each element, and the order of the sum is the same.
         return [bucket.shard for bucket in self._buckets] if self._counts_in_norm else []
 
+    def release(self) -> None:
+        """Masters hold the weights now: let go of those that are not kept; here all are."""
+
+    def restore(self, masters: WeightUpdate) -> None:
+        """Until `release`, every weight has values, gathered from masters where it had none; as `gather`'s update."""
+
     def forget(self) -> None:
         """Begin a step: the first gradient replaces each `main_grad`; drop what autograd may have left in `.grad`."""
         for parameter in self.parameters.values():

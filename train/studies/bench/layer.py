@@ -128,8 +128,10 @@ class Layers(nn.Module):
         linears = {} if recipe.keep_bf16_weights else fp8_weights(self.blocks, recipe)
         others = {name: parameter for name, parameter in named.items() if name not in linears}
         power_of_two = recipe.power_of_two_scales
-        self._only_fp8 = Fp8Buckets(linears.items(), axis=axis, sharded=False, power_of_two=power_of_two)
-        self._buckets = (GradientBuckets(others.items(), axis=axis, sharded=False), self._only_fp8)
+        self._buckets = (
+            GradientBuckets(others.items(), axis=axis, sharded=False),
+            Fp8Buckets(linears.items(), axis=axis, sharded=False, power_of_two=power_of_two),
+        )
         shape, generator = (2, 1, sizes.tokens, config.hidden_size), torch.Generator(device).manual_seed(0)
         self.x, self.grad = torch.randn(shape, generator=generator, device=device).to(recipe.dtype)
         self.x.requires_grad_()
@@ -143,7 +145,8 @@ class Layers(nn.Module):
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(0.0, std, generator=generator)
-        self._only_fp8.release()
+        for buckets in self._buckets:
+            buckets.release()
 
     def forget(self) -> None:
         """Begin a step: the first gradients replace those before."""
