@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from launch.ending import STOPPED, guarded, handle_early, tell_launcher
 from launch.threads import spin_default
-from train.observe.guards import AskedToStop, TerminationGuard, TrainingStopped
+from train.observe.guards import AskedToStop, TrainingStopped
 
 # Kept before the imports, which take seconds: a launcher that dies meanwhile would not be missed.
 os.environ["V3FP8_LAUNCHER_PID"] = str(os.getppid())
@@ -71,20 +71,23 @@ def stop_with_launcher() -> None:
             raise ValueError("torchrun has ended while this worker started; start it again")
 
 
-def run(arguments: list[str], *, rank: int, world: int, guard: TerminationGuard) -> None:
+def run(arguments: list[str], *, rank: int, world: int) -> None:
     """Do what the command line says; ValueError and TrainingStopped as `pretrain`."""
     overrides = [argument for argument in arguments if argument != "--config"]
-    config = compose(overrides)
+    with guarded(arguments, interrupts=world == 1) as guard:
+        config = compose(overrides)
+        if "--config" not in arguments and not config.dry_run:
+            stop_with_launcher()
+            info = meet(config, rank=rank, world=world)
+            pretrain(config, replace(info, is_asked_to_stop=lambda: guard.requested))
+            return
+    # Nothing to save: from here on a signal ends the process, also where a file asks for the plan.
     if "--config" in arguments:
         print(to_yaml(config), end="")
-    elif config.dry_run:
-        if sentence := changed_world(overrides, config):
-            print(f"{sentence}\n")
-        print(dry_run(config))
-    else:
-        stop_with_launcher()
-        info = meet(config, rank=rank, world=world)
-        pretrain(config, replace(info, is_asked_to_stop=lambda: guard.requested))
+        return
+    if sentence := changed_world(overrides, config):
+        print(f"{sentence}\n")
+    print(dry_run(config))
 
 
 def main(arguments: list[str]) -> int:
@@ -94,8 +97,7 @@ def main(arguments: list[str]) -> int:
         return 0
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        with guarded(arguments, interrupts=world == 1) as guard:
-            run(arguments, rank=rank, world=world, guard=guard)
+        run(arguments, rank=rank, world=world)
     except AskedToStop:
         if rank == 0:
             print(STOPPED, end="", file=sys.stderr)
