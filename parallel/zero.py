@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kernels.deferred import accumulate_grad, forget, settle
+from kernels.deferred import accumulate_grad, backwards_due, forget, settle
 from parallel.mesh import Axis
 from parallel.shards import Shard
 from parallel.waiting import waiting
@@ -227,6 +227,8 @@ class GradientBuckets:
     def reduce(self) -> None:
         """Sum the gradients over the axis, and over the tied copies; once per step."""
         assert all(p.grad is None for p in self.parameters.values()), "a gradient was left in .grad, not in main_grad"
+        wrong = [name for name, parameter in self.parameters.items() if backwards_due(parameter)]
+        assert not wrong, f"the gradient of {wrong} has losses that were not differentiated once: use torch.no_grad()"
         for parameter in self.parameters.values():
             settle(parameter)
         # With ZeRO, `main_grad` outside this rank's shard still holds afterwards what this rank alone has summed.
