@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.deferred import accumulate_product
+from kernels.deferred import accumulate_product, expect_backwards, keep_weight, kept_weight
 from kernels.formats import ceil_div
 from kernels.fp8_linear import wgrad
 from kernels.operators import operator
@@ -90,12 +90,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x) if x.requires_grad else None
         loss = _loss_sum(x, weight, labels, scale, dx)
         ctx.save_for_backward(dx)
+        keep_weight(ctx, weight)
+        expect_backwards(weight, 1)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         (dx,) = ctx.saved_tensors
+        expect_backwards(kept_weight(ctx), -1)
         torch._assert_async(
             grad == ctx.scale, "linear_cross_entropy_sum: the loss was weighted otherwise than `scale` said"
         )
@@ -107,7 +110,7 @@ def linear_cross_entropy_sum(x: Tensor, weight: Tensor, labels: Tensor, *, scale
 
     Where gradients are enabled this call adds `scale` times the weight's gradient to `main_grad` or `.grad`, and
     backward must come once, with `scale` as the gradient of the result: another one is an assertion, after which a
-    process can't use its GPU.
+    process can't use its GPU; none, one where the step's gradients are reduced.
 
     Args:
         x: [rows, in], of the weight's dtype.

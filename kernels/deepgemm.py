@@ -160,14 +160,10 @@ def choose(products: Mapping[Product, int], *, device: torch.device, clock: Cloc
     _TAKEN.clear()
     found = []
     for product, rows in products.items():
+        if product.kind == "rows":
+            _compare(product, _candidates(product, rows, device, turned=True))
         candidates = _candidates(product, rows, device)
-        ours, theirs = (candidates[name]().double() for name in ("ours", "deepgemm"))
-        apart = float((theirs - ours).norm() / ours.norm())
-        if not apart <= MOST_APART:
-            raise ValueError(
-                f"DeepGEMM's {product.kind} product of a weight [{product.n}, {product.k}] is {apart:.1e} from ours, "
-                f"allowed {MOST_APART}: its installation is damaged or computes something else; {OURS}"
-            )
+        _compare(product, candidates)
         times = (clock or _microseconds)(candidates)
         found.append(Choice(product, rows, times["deepgemm"], times["ours"]))
     # After the last: while it is empty, "ours" is ours.
@@ -175,8 +171,22 @@ def choose(products: Mapping[Product, int], *, device: torch.device, clock: Cloc
     return found
 
 
-def _candidates(product: Product, rows: int, device: torch.device) -> dict[str, Launch]:
-    """Both ways to compute a product of random operands; groups are equal, and one more tile of rows is padding."""
+def _compare(product: Product, candidates: Mapping[str, Launch]) -> None:
+    """Raise a ValueError where DeepGEMM computes something else than ours."""
+    ours, theirs = (candidates[name]().double() for name in ("ours", "deepgemm"))
+    apart = float((theirs - ours).norm() / ours.norm())
+    if not apart <= MOST_APART:
+        raise ValueError(
+            f"DeepGEMM's {product.kind} product of a weight [{product.n}, {product.k}] is {apart:.1e} from ours, "
+            f"allowed {MOST_APART}: its installation is damaged or computes something else; {OURS}"
+        )
+
+
+def _candidates(product: Product, rows: int, device: torch.device, *, turned: bool = False) -> dict[str, Launch]:
+    """Both ways to compute a product of random operands; groups are equal, and one more tile of rows is padding.
+
+    turned: the scale of blocks is a transposed view, as dgrad has it.
+    """
     generator = torch.Generator(device).manual_seed(0)
     n, k, groups = product.n, product.k, product.groups
 
@@ -201,7 +211,8 @@ def _candidates(product: Product, rows: int, device: torch.device) -> dict[str, 
     share, stack = max(1, rows // max(1, groups) // TILE) * TILE, [groups] if groups else []
     ends = torch.arange(share, (groups + 1) * share, share, dtype=torch.int32, device=device) if groups else None
     x = tiles(groups * share + TILE if groups else rows, k)
-    w = Quantized(payload(*stack, n, k), scale(*stack, ceil_div(n, TILE), ceil_div(k, TILE)))
+    blocks = scale(*stack, ceil_div(n, TILE), ceil_div(k, TILE))
+    w = Quantized(payload(*stack, n, k), blocks.mT.contiguous().mT if turned else blocks)
 
     def ours() -> Tensor:
         if ends is None:

@@ -103,7 +103,18 @@ def kept_weight(holder: Any) -> Tensor:
 
 def forget(weight: Tensor) -> None:
     """Let the next gradient replace `weight.main_grad`."""
-    weight.main_grad_is_stale = True  # type: ignore[attr-defined]
+    weight.main_grad_is_stale, weight.backwards_due = True, 0  # type: ignore[attr-defined]
+
+
+def expect_backwards(weight: Tensor, change: int) -> None:
+    """A forward that has added to the weight's gradient already says 1; its backward says -1."""
+    weight.backwards_due = backwards_due(weight) + change  # type: ignore[attr-defined]
+
+
+def backwards_due(weight: Tensor) -> int:
+    """Since `forget`: losses whose gradient is in `weight.main_grad` although they were never differentiated."""
+    due: int = getattr(weight, "backwards_due", 0)
+    return due
 
 
 def _take_stale(weight: Tensor) -> bool:

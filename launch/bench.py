@@ -55,7 +55,7 @@ def layer(arguments: argparse.Namespace, device: torch.device) -> int:
     result = bench_layer.run(sizes, device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {where}\n\n{bench_layer.markdown(result)}")
-    return 0 if result.parity.green else 1
+    return 0 if result.green else 1
 
 
 def ledger(arguments: argparse.Namespace) -> int:

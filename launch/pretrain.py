@@ -54,6 +54,8 @@ def run(arguments: list[str], *, rank: int, world: int) -> None:
     if "--config" in arguments:
         print(to_yaml(config), end="")
     elif config.dry_run:
+        # A file may ask for the plan: nothing to save, so a signal ends it.
+        EARLY.close()
         from train.studies.plan.dry_run import dry_run
 
         if sentence := changed_world(overrides, config):

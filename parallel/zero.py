@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kernels.deferred import accumulate_grad, forget, settle
+from kernels.deferred import accumulate_grad, backwards_due, forget, settle
 from parallel.mesh import Axis
 from parallel.shards import Shard
 from parallel.waiting import waiting
@@ -211,6 +211,12 @@ class GradientBuckets:
         # With and without ZeRO: one rank of the axis counts each element, and the order of the sum is the same.
         return [bucket.shard for bucket in self._buckets] if self._counts_in_norm else []
 
+    def release(self) -> None:
+        """Masters hold the weights now: let go of those that are not kept; here all are."""
+
+    def restore(self, masters: WeightUpdate) -> None:
+        """Until `release`, every weight has values, gathered from masters where it had none; as `gather`'s update."""
+
     def forget(self) -> None:
         """Begin a step: the first gradient replaces each `main_grad`; drop what autograd may have left in `.grad`."""
         for parameter in self.parameters.values():
@@ -221,6 +227,8 @@ class GradientBuckets:
     def reduce(self) -> None:
         """Sum the gradients over the axis, and over the tied copies; once per step."""
         assert all(p.grad is None for p in self.parameters.values()), "a gradient was left in .grad, not in main_grad"
+        wrong = [name for name, parameter in self.parameters.items() if backwards_due(parameter)]
+        assert not wrong, f"the gradient of {wrong} has losses that were not differentiated once: use torch.no_grad()"
         for parameter in self.parameters.values():
             settle(parameter)
         # With ZeRO, `main_grad` outside this rank's shard still holds afterwards what this rank alone has summed.

@@ -159,7 +159,7 @@ def build_optimizer(models: list[Transformer], config: OptimConfig, mesh: Mesh) 
     tied: dict[str, nn.Parameter] = {}
     flat_shards: dict[str, Shard] = {}
     for model in models:
-        shards, in_fp8 = expert_shards(model), fp8_weights(model)
+        shards, in_fp8 = expert_shards(model), fp8_weights(model, precision)
         for name, parameter in model.named_parameters():
             if name in shards:
                 experts[name] = parameter

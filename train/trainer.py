@@ -308,10 +308,11 @@ class Trainer:
 
     def log_stragglers(self, sinks: Sinks | NoSinks, record: Record) -> None:
         """Name the ranks that have become slow, by each rank's work in the step before, and their longest phase."""
+        found = []
         for slow in self.stragglers.note(record.get("step/busy_ms", [])):
             times_ms = {phase: record[f"step/{phase}_ms"][slow.pipeline_rank][slow.data_rank] for phase in PHASES}
-            longest = max(PHASES, key=times_ms.__getitem__)
-            sinks.event("straggler", step=self.state.step, **asdict(slow), phase=longest)
+            found.append(asdict(slow) | {"phase": max(PHASES, key=times_ms.__getitem__)})
+        sinks.events("straggler", found, step=self.state.step)
 
     def log_watch(self, sinks: Sinks | NoSinks, tokens_per_s: float) -> None:
         """Look after each step at checkpoints (just published, or none for long) and speed; then `after_step`."""

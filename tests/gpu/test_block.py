@@ -42,18 +42,18 @@ def sizes() -> Sizes:
 def results(layers: Layers, output: Tensor) -> dict[str, Tensor]:
     """Output, input gradient and every weight gradient."""
     assert layers.x.grad is not None
-    grads = {segment.name: segment.grad.clone() for segment in layers.buckets.parameter_shards()}
+    grads = {name: grad.clone() for name, grad in layers.gradients().items()}
     return {"output": output.clone(), "input": layers.x.grad.clone(), **grads}
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("precision", bench_layer.PRECISIONS)
 def test_a_cuda_graph_of_forward_and_backward_replays_to_the_bit(
     precision: PrecisionName, device: torch.device
 ) -> None:
     """With a local dispatcher and a fixed number of tokens no size depends on a value."""
     layers = bench_layer.make(sizes(), precision, device)
     layers.step()
-    layers.buckets.forget()
+    layers.forget()
     expected = results(layers, layers.step())
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -63,7 +63,7 @@ def test_a_cuda_graph_of_forward_and_backward_replays_to_the_bit(
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     # What is captured is the first micro-batch of a step, which writes where later ones add.
-    layers.buckets.forget()
+    layers.forget()
     with torch.cuda.graph(graph):
         output = layers.step()
     for _ in range(2):
@@ -73,7 +73,7 @@ def test_a_cuda_graph_of_forward_and_backward_replays_to_the_bit(
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("precision", bench_layer.PRECISIONS)
 def test_forward_and_backward_never_wait_for_the_device(
     precision: PrecisionName, deterministic: bool, device: torch.device
 ) -> None:

@@ -171,6 +171,24 @@ def test_a_library_that_computes_something_else_is_refused(monkeypatch: pytest.M
         deepgemm.choose({Product("rows", N, K): 64}, device=CPU, clock=lambda _: {})
 
 
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("groups", [0, 2])
+def test_both_layouts_of_a_weights_scales_are_compared(
+    turned: bool, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward has them as they are stored, dgrad turned; each alone is planted to be read wrongly."""
+    exact = deepgemm_stand_in.of_blocks
+
+    def misread(operand: deepgemm_stand_in.Pair) -> Tensor:
+        payload, scale = operand
+        return exact((payload, scale.flip(-1) if scale.is_contiguous() != turned else scale))
+
+    monkeypatch.setattr(deepgemm_stand_in, "of_blocks", misread)
+    with pytest.raises(ValueError, match="computes something else"):
+        deepgemm.choose({Product("rows", N, K, groups): 64}, device=CPU, clock=lambda _: {})
+
+
 @pytest.mark.parametrize(
     ("device", "capability", "module", "words"),
     [

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels import deferred
+from kernels.cross_entropy import linear_cross_entropy_sum
 from parallel.grads import NAMED, GradNorm, NonFinite, nonfinite_gradients
 from parallel.grads import reduce_and_clip as reduce_and_clip_buckets
 from parallel.mesh import Axis
@@ -203,3 +204,28 @@ def test_one_process_names_all_its_tensors_up_to_a_limit() -> None:
     for parameter in many.parameters.values():
         main_grad(parameter).fill_(torch.nan)
     assert len(nonfinite_gradients([many], ALONE, device=torch.device("cpu"))) == NAMED
+
+
+def test_a_loss_that_is_not_differentiated_once_is_refused_where_gradients_are_reduced() -> None:
+    """The head's gradient is added in forward: of an evaluation with gradients enabled it would be trained on."""
+    weight, labels = nn.Parameter(torch.randn(7, 4)), torch.tensor([3])
+    buckets = bucket_of([weight])
+
+    def loss() -> Tensor:
+        return linear_cross_entropy_sum(torch.randn(1, 4), weight, labels)
+
+    buckets.forget()
+    twice = loss()
+    twice.backward(retain_graph=True)
+    with torch.no_grad():
+        loss()
+    buckets.reduce()
+    assert main_grad(weight).any()
+    twice.backward()
+    with pytest.raises(AssertionError, match="not differentiated once"):
+        buckets.reduce()
+    buckets.forget()
+    buckets.reduce()
+    loss()
+    with pytest.raises(AssertionError, match="not differentiated once"):
+        buckets.reduce()

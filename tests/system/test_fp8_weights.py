@@ -47,7 +47,7 @@ def trainer_for(layout: str, name: str, *, keep: bool) -> Trainer:
 
 def check_copies(trainer: Trainer) -> None:
     """After one more update: NaN to a reader, and the FP8 copies are those of the weights that the masters give."""
-    weights = transformer.fp8_weights(trainer.engine.models[0])
+    weights = transformer.fp8_weights(trainer.engine.models[0], trainer.config.precision)
     assert weights
     # Those that the update writes: a save quantises anew.
     trainer.engine.optimizer.step(lr=0.02, step=4)

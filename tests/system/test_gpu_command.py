@@ -1,7 +1,12 @@
-"""`make gpu` without a GPU: it says so; with small sizes on a CPU it writes the whole report; what dies is named."""
+"""`make gpu` without a GPU: it says so; with small sizes on a CPU it writes the whole report; what dies is named.
+
+The command itself, a process a part, is a long test: importing torch eleven times is half of it. `make test` runs parts
+in one process, those that have no test of their own and those that import more than the others.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -43,12 +48,19 @@ def test_without_a_gpu_make_says_one_sentence_and_sets_nothing_up() -> None:
 
 
 @pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """On the path of a process, it cannot import the packages of ABSENT."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))")
+    return folder
+
+
+@pytest.fixture(scope="module")
 def folder(
-    tmp_path_factory: pytest.TempPathFactory, run_command: Callable[..., subprocess.CompletedProcess[str]]
+    tmp_path_factory: pytest.TempPathFactory, site: Path, run_command: Callable[..., subprocess.CompletedProcess[str]]
 ) -> Path:
     """What `make gpu` writes with small sizes on a CPU, where the packages of ABSENT cannot be imported."""
-    out, site = tmp_path_factory.mktemp("gpu"), tmp_path_factory.mktemp("site")
-    (site / "sitecustomize.py").write_text(f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))")
+    out = tmp_path_factory.mktemp("gpu")
     command = ("-m", "launch.gpu", "--tiny", "--device", "cpu", "--budget", "600", "--out", out)
     # pytest looks at the modules of its plugins, and hydra has one.
     run_command(*command, timeout_s=900, PYTHONPATH=str(site), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
@@ -60,8 +72,18 @@ def report(folder: Path) -> Any:
     return json.loads((folder / "report.json").read_text())
 
 
+@pytest.mark.long
 def test_the_whole_report_comes_out_of_small_sizes(folder: Path, report: Any) -> None:
     page = (folder / "report.md").read_text()
+    check_order(page, report)
+    assert len(report["parity"]["training"]["data"]["losses"]["fp8"]) == 6
+    assert report["speed"]["layer"]["data"]["times"][-1]["precision"] == "fp8_v3"
+    assert all((folder / f"{name}.log").exists() for name in PARTS)
+    assert "| fp8 |" in page[page.index("# Speed") :]
+
+
+def check_order(page: str, report: Any) -> None:
+    """Parity first, parts in order, and what it was measured with."""
     places = [page.index(f"## {plan.title}: ") for plan in PARTS.values()]
     assert places == sorted(places), "parts are in order"
     assert page.index("# Parity") < places[0]
@@ -70,13 +92,41 @@ def test_the_whole_report_comes_out_of_small_sizes(folder: Path, report: Any) ->
     assert list(report["parity"]) == ["canary", "tests", "one_step", "training", "resume", "small", "te"]
     assert {"date", "commit", "device", "versions", "left_out"} <= set(report)
     assert report["versions"]["torch"] == torch.__version__
-    assert len(report["parity"]["training"]["data"]["losses"]["fp8"]) == 6
-    assert report["speed"]["layer"]["data"]["times"][-1]["precision"] == "fp8"
-    assert all((folder / f"{name}.log").exists() for name in PARTS)
-    assert "| fp8 |" in page[speed:]
 
 
-def test_a_part_runs_where_only_torch_is_installed(report: Any) -> None:
+def test_a_report_begins_with_parity_and_has_every_part_in_order(tmp_path: Path) -> None:
+    done = [Finished(name, Section("green"), 1.0) for name in PARTS]
+    page = gpu_report.write(done, torch.device("cpu"), tmp_path).read_text()
+    check_order(page, json.loads((tmp_path / "report.json").read_text()))
+
+
+ONE_PROCESS = """
+import sys
+from pathlib import Path
+import torch
+from train.studies import gpu_report, gpu_sections
+for name in sys.argv[2:]:
+    options = gpu_sections.Options(torch.device("cpu"), tiny=True)
+    gpu_report.run_part(name, options, 100.0, Path(sys.argv[1], name))
+print(sorted(gpu_report.left_out()))
+"""
+
+
+def test_parts_run_where_only_torch_is_installed(
+    site: Path, tmp_path: Path, run_command: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    names = ("resume", "small", "te", "kernels", "peers", "layer")
+    done = run_command("-c", ONE_PROCESS, tmp_path, *names, PYTHONPATH=f"{site}{os.pathsep}.")
+    sections = {name: json.loads((tmp_path / name).read_text()) for name in names}
+    wanted = dict.fromkeys(names, "green") | {"te": "left out"}
+    assert {name: section["status"] for name, section in sections.items()} == wanted
+    assert sections["te"]["reason"] == "transformer-engine not installed, skipped"
+    assert sections["layer"]["data"]["times"][-1]["precision"] == "fp8_v3"
+    assert {"hydra", "datasets", "wandb", "plotly", "transformer_engine"} <= set(ast.literal_eval(done.stdout))
+
+
+@pytest.mark.long
+def test_every_part_runs_where_only_torch_is_installed(report: Any) -> None:
     statuses = {name: part["status"] for kind in ("parity", "speed") for name, part in report[kind].items()}
     wanted = dict.fromkeys(PARTS, "green") | {"te": "left out"}
     wanted |= {} if torch.cuda.is_available() else {"tests": "left out", "canary": "left out"}
@@ -86,6 +136,7 @@ def test_a_part_runs_where_only_torch_is_installed(report: Any) -> None:
     assert report["parity"]["te"]["reason"] == "transformer-engine not installed, skipped"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason=ONLY_WITHOUT)
 def test_the_gpu_tests_are_collected_and_skipped_without_triton(folder: Path, report: Any) -> None:
     section = report["parity"]["tests"]

@@ -164,6 +164,23 @@ def test_what_does_not_train_dies_by_a_signal(
     assert handlers == before
 
 
+def test_a_plan_that_a_file_asks_for_dies_by_a_signal_too(
+    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command line does not say it: it is known when the file has been read."""
+    before = [signal.getsignal(each) for each in TerminationGuard.SIGNALS]
+    handlers: list[object] = []
+
+    def planned(_: object) -> str:
+        handlers.extend(signal.getsignal(each) for each in TerminationGuard.SIGNALS)
+        return ""
+
+    monkeypatch.setattr(pretrain, "compose", lambda overrides: replace(compose(overrides), dry_run=True))
+    monkeypatch.setattr("train.studies.plan.dry_run.dry_run", planned)
+    assert pretrain.main(small_run()) == 0
+    assert handlers == before
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_start_is_left_at_once(
     number: signal.Signals,

@@ -132,9 +132,9 @@ class Transformer(nn.Module):
         return tuple(chain)
 
 
-def fp8_weights(model: Transformer) -> dict[str, nn.Parameter]:
+def fp8_weights(model: nn.Module, precision: Precision) -> dict[str, nn.Parameter]:
     """The parameters that are read in E4M3 blocks, by name: our FP8 linears; none in another recipe."""
-    if model.precision.name != "fp8":
+    if precision.name != "fp8":
         return {}
     linears = (
         (name, module) for name, module in model.named_modules()

@@ -11,7 +11,7 @@
 
 Rank 0 sends all but `dead_rank`. The command runs without a shell, in a thread of its own; nothing waits for it but the
 end of the run, for TIMEOUT_S at most. The same event (of a slow rank: the same rank's) comes once in EVERY_S, RETRY_S
-after a command that failed; what ends a run comes in any case.
+after a command that failed; what ends a run comes in any case. Events of one moment are one alert.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -76,20 +76,28 @@ class AlertCommand:
         self, kind: Kind, message: str, *, source: str = "", step: int | None = None, is_last: bool = False
     ) -> None:
         """Start the command and return at once, unless this source sent a short while ago and it is not the last."""
+        self.send_together(kind, {source: message}, step=step, is_last=is_last)
+
+    def send_together(
+        self, kind: Kind, messages: Mapping[str, str], *, step: int | None = None, is_last: bool = False
+    ) -> None:
+        """`send` of several sources, by source: one command for all that are due."""
         now_s = self._clock_s()
-        if not self._words or (now_s < self._due_s.get(source, now_s) and not is_last):
+        due = [source for source in messages if is_last or now_s >= self._due_s.get(source, now_s)]
+        if not (self._words and due):
             return
-        self._due_s[source] = now_s + EVERY_S
+        self._due_s |= dict.fromkeys(due, now_s + EVERY_S)
+        message = "; ".join(messages[source] for source in due)
         run = {"run": self._directory.name, "directory": str(self._directory), "host": socket.gethostname()}
         alert = {"kind": kind, **run, "step": step, "time_unix_s": time.time(), "message": message}
         line = json.dumps(alert, ensure_ascii=False) + "\n"
-        thread = threading.Thread(target=self._run, args=(kind, line.encode(), source), name="alert", daemon=True)
+        thread = threading.Thread(target=self._run, args=(kind, line.encode(), due), name="alert", daemon=True)
         self._threads = [each for each in self._threads if each.is_alive()]
         try:
             thread.start()
         except RuntimeError as error:
             # The system gives no thread. It is no reason to end a run.
-            self._failed(kind, str(error), source)
+            self._failed(kind, str(error), due)
         else:
             self._threads.append(thread)
 
@@ -99,12 +107,12 @@ class AlertCommand:
             # A second more, in which it is killed and its failure logged.
             thread.join(TIMEOUT_S + 1)
 
-    def _run(self, kind: Kind, line: bytes, source: str) -> None:
+    def _run(self, kind: Kind, line: bytes, sources: Sequence[str]) -> None:
         try:
             # No pipe: a child that the command leaves behind may keep it open.
             stderr = os.memfd_create("stderr") if hasattr(os, "memfd_create") else os.open(os.devnull, os.O_RDWR)
         except OSError as error:
-            self._failed(kind, str(error), source)
+            self._failed(kind, str(error), sources)
             return
         try:
             # A session of its own: killed with its children, and out of reach of a terminal's Ctrl-C.
@@ -124,12 +132,12 @@ class AlertCommand:
         os.close(stderr)
         if failure:
             last_line = said.decode(errors="replace").strip().rpartition("\n")[2]
-            self._failed(kind, f"{failure}: {last_line!r}" if last_line else failure, source)
+            self._failed(kind, f"{failure}: {last_line!r}" if last_line else failure, sources)
 
-    def _failed(self, kind: Kind, failure: str, source: str) -> None:
+    def _failed(self, kind: Kind, failure: str, sources: Sequence[str]) -> None:
         with self._counting:
             self._failures += 1
-            self._due_s[source] = self._clock_s() + RETRY_S
+            self._due_s |= dict.fromkeys(sources, self._clock_s() + RETRY_S)
             _log.error("observe.alert_command failed for %s: %s (failure %d)", kind, failure, self._failures)
 
 
@@ -145,14 +153,14 @@ class AlertSink:
             message = f"{self._log.path} cannot be written; records are kept in memory"
             self._command.send("disk", message, source="log", step=record["step"])
 
-    def event(self, event: Record) -> None:
-        """Send an alert if the event is a reason for one."""
-        is_last = event["event"] == "stop"
-        kind = _OF_EXIT_CODE.get(event.get("exit_code", 0)) if is_last else _OF_EVENT.get(event["event"])
+    def events(self, events: Sequence[Record]) -> None:
+        """Send one alert for all events of one kind and step, if that is a reason for one."""
+        name, step, code = events[0]["event"], events[0]["step"], events[0].get("exit_code", 0)
+        kind = _OF_EXIT_CODE.get(code) if name == "stop" else _OF_EVENT.get(name)
         if kind is not None:
             # Ranks may become slow one after the other.
-            source = f"{event['event']} {event.get('rank', '')}"
-            self._command.send(kind, str(announcement(event)), source=source, step=event["step"], is_last=is_last)
+            messages = {f"{name} {event.get('rank', '')}": str(announcement(event)) for event in events}
+            self._command.send_together(kind, messages, step=step, is_last=name == "stop")
 
     def close(self) -> None:
         """Let what was sent arrive, within a bounded time."""

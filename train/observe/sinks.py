@@ -180,7 +180,7 @@ class Sinks:
     ) -> None:
         self.jsonl = jsonl
         self._console, self._wandb, self._alerts = console, wandb, alerts
-        self._mirrors: list[Sink] = [mirror for mirror in (console, wandb, alerts) if mirror]
+        self._mirrors: list[Sink] = [mirror for mirror in (console, wandb) if mirror]
         self._mirrored_step = jsonl.last_step
 
     def write(self, record: Record) -> bool:
@@ -202,16 +202,26 @@ class Sinks:
 
     def event(self, kind: str, *, step: int, **details: Any) -> None:
         """Log an event after `step` steps; `kind` is one of `metrics.EVENTS`."""
+        self.events(kind, [details], step=step)
+
+    def events(self, kind: str, each: Iterable[Mapping[str, Any]], *, step: int) -> None:
+        """Log events of one kind, each by its details; together they are one alert."""
+        logged = [event for details in each if (event := self._log(kind, step, details))]
+        if self._alerts and logged:
+            self._alerts.events(logged)
+
+    def _log(self, kind: str, step: int, details: Mapping[str, Any]) -> Record | None:
         event = {"event": kind, "step": step, "time_unix_s": time.time(), **details}
         if kind == "evaluation" and not self.lacks_evaluation(step):
             # Scored again after a resume.
             logged, again = self.jsonl.evaluated[step], event[SCORE]
             if same_bits(logged, again):
-                return
+                return None
             event |= {"event": "replay_differs", "logged": {SCORE: logged}, "replayed": {SCORE: again}}
         self.jsonl.event(event)
         for mirror in self._mirrors:
             mirror.event(event)
+        return event
 
     def write_card(self, run_card: Mapping[str, Any]) -> None:
         """Write the run card again; where the disk is full the older one stays."""
@@ -225,8 +235,9 @@ class Sinks:
     def close(self) -> None:
         """Close the file first, then the mirrors, each within a bounded time."""
         self.jsonl.close()
-        for mirror in self._mirrors:
-            mirror.close()
+        for mirror in (*self._mirrors, self._alerts):
+            if mirror:
+                mirror.close()
 
     def __enter__(self) -> Sinks:
         return self
@@ -244,6 +255,10 @@ class NoSinks:
 
     def event(self, kind: str, *, step: int, **details: Any) -> None:
         """Drop an event."""
+        assert kind in EVENTS, kind
+
+    def events(self, kind: str, each: Iterable[Mapping[str, Any]], *, step: int) -> None:
+        """Drop events."""
         assert kind in EVENTS, kind
 
     def write_card(self, run_card: Mapping[str, Any]) -> None:

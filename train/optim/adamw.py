@@ -27,7 +27,6 @@ from torch import Tensor
 from kernels.adamw import adamw_update
 from kernels.formats import TILE
 from kernels.quantize import dequantize_tiles, quantize_tiles
-from parallel.fp8_weights import Fp8Buckets
 from parallel.shards import LocalShard, Shard
 from parallel.zero import GradientBuckets, ParameterShard
 from train.optim.config import OptimConfig
@@ -94,8 +93,7 @@ class AdamW:
             self._segments = {name: [*segments(name, state.tensors)] for name, state in self._states.items()}
             device = next(iter(self._states.values())).held.grad.device
             self.staging = Staging(device, self._segments.values())
-        self._fp8_only = [bucket for bucket in self.buckets if isinstance(bucket, Fp8Buckets)]
-        for bucket in self._fp8_only:
+        for bucket in self.buckets:
             bucket.release()
 
     def _adopt(self, held: ParameterShard, master: Tensor) -> _State:
@@ -147,12 +145,12 @@ class AdamW:
         def rounded(name: str, weights: Tensor) -> None:
             weights.copy_(self._states[name].master)
 
-        for bucket in self._fp8_only:
+        for bucket in self.buckets:
             bucket.restore(rounded)
         try:
             yield
         finally:
-            for bucket in self._fp8_only:
+            for bucket in self.buckets:
                 bucket.release()
 
     def zero_grad(self) -> None:

@@ -38,7 +38,7 @@ from train.stage import build_stages
 from train.step import Engine, StepGradients, apply_update, checkpoint_tensors, compute_gradients
 from train.studies.compare import PAPER_GAP, mean_smoothed_gap
 
-PrecisionName = Literal["fp32", "bf16", "fp8", "fp8_te"]
+PrecisionName = Literal["fp32", "bf16", "fp8", "fp8_v3", "fp8_te"]
 Config = TypeVar("Config", ModelConfig, OptimConfig, Precision)
 SEED = 1234
 # The chain: states in use, and how many of them may follow each.

@@ -48,5 +48,7 @@ def test_only_fp8_can_be_ablated() -> None:
         AblatedPrecision("bf16")
     with pytest.raises(ValueError, match=r"set precision\.attention_output=bf16"):
         AblatedPrecision("fp8", attention_output="e5m6")
+    with pytest.raises(ValueError, match="keep_bf16_weights=true"):
+        AblatedPrecision("fp8", keep_bf16_weights=False)
     with pytest.raises(ValueError, match="set power_of_two_scales=true"):
         AblatedPrecision("fp8", power_of_two_scales=False, ablation=Ablation(accumulation="hopper"))

@@ -32,6 +32,11 @@ class AblatedPrecision(Precision):
                 f"precision.attention_output={self.attention_output} is not in the ablation's linears: set "
                 "precision.attention_output=bf16"
             )
+        if not self.keep_bf16_weights:
+            raise ValueError(
+                "precision.keep_bf16_weights=false leaves the ablation's linears nothing to quantise: set "
+                "precision.keep_bf16_weights=true"
+            )
         # Refuse what does not go together now, not at the first forward.
         _ = self.linears
 

@@ -1,8 +1,9 @@
-"""How fast one MoE block of DeepSeek-V3 runs forward and backward on one GPU, in BF16 and in FP8.
+"""How fast one MoE block of DeepSeek-V3 runs forward and backward on one GPU, and its memory, in BF16 and in FP8.
 
     hidden 7168, 128 heads, latents 1536 and 512, experts 2048 wide   V3's own (arXiv:2412.19437 §4.2)
     8 experts, all 8 chosen by each token                             what one rank of 32 computes, in perfect balance
     1 sequence of 4096 tokens                                         V3's micro-batch
+    bf16, fp8, and fp8_v3: with the least memory                      `configs/precision/`
 
 A token of V3 goes to 8 of 256 experts, so under balanced routing a rank with 8 of them works on as many rows as it has
 tokens times 8, over all its peers. With all 8 experts chosen by every token the same GEMMs run here without any peer,
@@ -11,7 +12,8 @@ and no choice can be unbalanced or flip between precisions.
 Parity comes first: outputs, input gradients and weight gradients of FP8 against BF16, from equal weights; where it is
 red no time is given. Its clock is its own, not `timing.py`'s: a step of milliseconds that begins on an idle GPU, for
 the host time to enqueue it is a figure too. Weights have FP32 `main_grad`; their FP8 copies exist already, as in all
-micro-batches of a step but the first. On a CPU it runs with small sizes, for tests.
+micro-batches of a step but the first; in `fp8_v3` they are all there is of the weights, as after an update. On a CPU
+it runs with small sizes, for tests.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from kernels.attention import backend_name
+from parallel.fp8_weights import Fp8Buckets
 from parallel.mesh import single
 from parallel.zero import GradientBuckets
 from train.model.attention import RopeTables
@@ -34,11 +37,14 @@ from train.model.block import MoEBlock
 from train.model.config import ModelConfig
 from train.model.moe import LocalDispatcher
 from train.model.sizes import Held, flops_per_token, weights
+from train.model.transformer import fp8_weights
 from train.studies.bench.timing import elapsed_s
+from train.studies.plan.stand_ins import fp8_copy, storage_bytes
 from train.studies.smoke_runs import PrecisionName, model_config, precision_config
 from train.studies.step_parity import relative_error, turn
 
-PRECISIONS: tuple[PrecisionName, ...] = ("bf16", "fp8")
+# The first is what the others are compared with.
+PRECISIONS: tuple[PrecisionName, ...] = ("bf16", "fp8", "fp8_v3")
 # A product of two E4M3 operands is off by 3.7 % (tests/parity/test_one_step_gate.py). Measured through two layers on a
 # CPU, at 256 and at 1024 wide: 0.060 to 0.097, the norms of the query latents worst. The limit leaves a third above.
 ERROR_LIMIT = 0.13
@@ -76,8 +82,9 @@ def tiny_sizes() -> Sizes:
 
 @dataclass(frozen=True)
 class Parity:
-    """FP8 against BF16: relative Frobenius error and 1 - cosine of each tensor, by name."""
+    """A precision against BF16: relative Frobenius error and 1 - cosine of each tensor, by name."""
 
+    precision: PrecisionName
     errors: Mapping[str, float]
     turns: Mapping[str, float]
 
@@ -101,6 +108,7 @@ class LayerTime:
     tflop_per_s: float
     peak_bytes: int | None  # of all layers together, weights and gradients included
     state_bytes: int | None  # of that, what is there before a forward
+    counted_bytes: int  # of that, weights, FP8 copies and gradients, from their storages
     kernels: float | None  # launches, copies and fills included
     # The kernels that take most time: name, launches, microseconds.
     slowest: tuple[tuple[str, float, float], ...] = ()
@@ -116,7 +124,14 @@ class Layers(nn.Module):
         with device:
             blocks = (MoEBlock(config, recipe, rope, dispatcher) for _ in range(config.num_hidden_layers))
             self.blocks = nn.ModuleList(blocks)
-        self.buckets = GradientBuckets(self.blocks.named_parameters(), axis=single(device).dp, sharded=False)
+        axis, named = single(device).dp, dict(self.blocks.named_parameters())
+        linears = {} if recipe.keep_bf16_weights else fp8_weights(self.blocks, recipe)
+        others = {name: parameter for name, parameter in named.items() if name not in linears}
+        power_of_two = recipe.power_of_two_scales
+        self._buckets = (
+            GradientBuckets(others.items(), axis=axis, sharded=False),
+            Fp8Buckets(linears.items(), axis=axis, sharded=False, power_of_two=power_of_two),
+        )
         shape, generator = (2, 1, sizes.tokens, config.hidden_size), torch.Generator(device).manual_seed(0)
         self.x, self.grad = torch.randn(shape, generator=generator, device=device).to(recipe.dtype)
         self.x.requires_grad_()
@@ -130,6 +145,23 @@ class Layers(nn.Module):
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(0.0, std, generator=generator)
+        for buckets in self._buckets:
+            buckets.release()
+
+    def forget(self) -> None:
+        """Begin a step: the first gradients replace those before."""
+        for buckets in self._buckets:
+            buckets.forget()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Live views of all weight gradients, fp32, by name."""
+        return {shard.name: shard.grad for buckets in self._buckets for shard in buckets.parameter_shards()}
+
+    def counted_bytes(self) -> int:
+        """Bytes of weights, of their FP8 copies and of gradients, each storage once."""
+        parameters = tuple(self.blocks.parameters())
+        copies = (tensor for parameter in parameters for tensor in fp8_copy(parameter))
+        return storage_bytes([*parameters, *self.blocks.buffers(), *copies, *self.gradients().values()])
 
     def step(self) -> Tensor:
         """Forward and backward; gradients are added to `main_grad` and `x.grad`. Returns the output."""
@@ -157,17 +189,19 @@ def make(sizes: Sizes, precision: PrecisionName, device: torch.device) -> Layers
     return layers
 
 
-def parity(layers: Mapping[PrecisionName, Layers]) -> Parity:
-    """FP8 against BF16, from equal weights, input and gradient; of the output only what the layers added to it."""
-    found: dict[PrecisionName, dict[str, Tensor]] = {}
-    for precision, each in layers.items():
-        each.buckets.forget()
-        update = each.step() - each.x.detach()
-        assert each.x.grad is not None
-        grads = {shard.name: shard.grad for shard in each.buckets.parameter_shards()}
-        found[precision] = {"output": update, "input gradient": each.x.grad - each.grad, **grads}
-    pairs = {name: (found["fp8"][name], expected) for name, expected in found["bf16"].items()}
+def results(layers: Layers) -> dict[str, Tensor]:
+    """Of one step: what the layers added to their input, to its gradient, and all weight gradients, by name."""
+    layers.forget()
+    update = layers.step() - layers.x.detach()
+    assert layers.x.grad is not None
+    return {"output": update, "input gradient": layers.x.grad - layers.grad, **layers.gradients()}
+
+
+def parity(precision: PrecisionName, found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Parity:
+    """A precision's `results` against those of BF16, from equal weights, input and gradient."""
+    pairs = {name: (found[name], expected) for name, expected in reference.items()}
     return Parity(
+        precision,
         errors={name: relative_error(*pair) for name, pair in pairs.items()},
         turns={name: turn(*pair) for name, pair in pairs.items()},
     )
@@ -205,6 +239,7 @@ def measure(layers: Layers, sizes: Sizes, precision: PrecisionName) -> LayerTime
         tflop_per_s=flops_per_layer(sizes.model, sizes.tokens) / time_ms / 1e9,
         peak_bytes=peak,
         state_bytes=state,
+        counted_bytes=layers.counted_bytes(),
         kernels=None if kernels is None else kernels / count,
         slowest=slowest,
     )
@@ -244,22 +279,34 @@ def _kernels(layers: Layers) -> tuple[int, tuple[tuple[str, float, float], ...]]
 
 @dataclass(frozen=True)
 class LayerBench:
-    """The whole bench; times are empty where parity is red."""
+    """The whole bench; times are empty where a parity is red."""
 
-    parity: Parity
+    parities: tuple[Parity, ...]
     times: tuple[LayerTime, ...]
+
+    @property
+    def green(self) -> bool:
+        """Whether every precision is close enough to BF16."""
+        return all(each.green for each in self.parities)
+
+
+def check(sizes: Sizes, device: torch.device) -> tuple[Parity, ...]:
+    """Parity of every precision with BF16."""
+    first, *others = PRECISIONS
+    reference = results(make(sizes, first, device))
+    return tuple(parity(each, results(make(sizes, each, device)), reference) for each in others)
 
 
 def run(sizes: Sizes, device: torch.device, *, budget_s: float = math.inf) -> LayerBench:
-    """Parity of both precisions, then each alone, so that its memory is its own, with and without determinism.
+    """Parity of all precisions, then each alone, so that its memory is its own, with and without determinism.
 
     What would begin after so many seconds is not measured.
     """
     deadline_s = time.monotonic() + budget_s
     before = torch.are_deterministic_algorithms_enabled()
-    checked, times = parity({precision: make(sizes, precision, device) for precision in PRECISIONS}), []
+    found, times = LayerBench(check(sizes, device), ()), []
     try:
-        for precision in PRECISIONS if checked.green else ():
+        for precision in PRECISIONS if found.green else ():
             layers = make(sizes, precision, device)
             for deterministic in (False, True):
                 if time.monotonic() > deadline_s:
@@ -269,35 +316,41 @@ def run(sizes: Sizes, device: torch.device, *, budget_s: float = math.inf) -> La
             del layers
     finally:
         torch.use_deterministic_algorithms(before)
-    return LayerBench(checked, tuple(times))
+    return replace(found, times=tuple(times))
 
 
 def markdown(bench: LayerBench) -> str:
     """Parity, then the table; all figures are per layer but the memory."""
-    (error, where), (angle, whose) = (
-        max((value, name) for name, value in values.items()) for values in (bench.parity.errors, bench.parity.turns)
-    )
-    summary = (
-        f"FP8 against BF16, worst of outputs and gradients: relative error {error:.3f} ({where}, limit {ERROR_LIMIT}), "
-        f"turned by {angle:.4f} ({whose}, limit {TURN_LIMIT:.4f}): {'green' if bench.parity.green else 'RED'}."
-    )
-    lines = [summary, ""]
+    lines = [*map(_parity_line, bench.parities)]
     if not bench.times:
-        why = "not measured, the budget was spent" if bench.parity.green else "parity is red: no time is given"
+        why = "not measured, the budget was spent" if bench.green else "parity is red: no time is given"
         return "\n".join([*lines, f"{why.capitalize()}."])
-    lines += [
-        "| per layer | attention | ms | tokens/s | TFLOP/s | kernels | host ms | peak GB, all layers | of it state |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = (
+        "| per layer | attention | ms | tokens/s | TFLOP/s | kernels | host ms | peak GB, all layers | of it state "
+        "| weights, copies, gradients |"
+    )
+    lines += [head, "|" + 10 * "---|"]
     lines += [
         f"| {_mode(t)} | {t.attention} | {t.time_ms:.2f} | {t.tokens_per_s:,.0f} | {t.tflop_per_s:.1f} "
-        f"| {_shown(t.kernels, 1)} | {t.host_ms:.2f} | {_shown(t.peak_bytes, 1e9)} | {_shown(t.state_bytes, 1e9)} |"
+        f"| {_shown(t.kernels, 1)} | {t.host_ms:.2f} | {_shown(t.peak_bytes, 1e9)} | {_shown(t.state_bytes, 1e9)} "
+        f"| {t.counted_bytes / 1e9:.3f} |"
         for t in bench.times
     ]
     for t in bench.times:
         lines += ["", f"Kernels of {_mode(t)} that take most time, all layers:", ""] if t.slowest else []
         lines += [f"- {micros:,.0f} us in {launches:.0f}: `{name}`" for name, launches, micros in t.slowest]
     return "\n".join(lines)
+
+
+def _parity_line(parity: Parity) -> str:
+    (error, where), (angle, whose) = (
+        max((value, name) for name, value in values.items()) for values in (parity.errors, parity.turns)
+    )
+    return (
+        f"{parity.precision} against bf16, worst of outputs and gradients: relative error {error:.3f} ({where}, limit "
+        f"{ERROR_LIMIT}), turned by {angle:.4f} ({whose}, limit {TURN_LIMIT:.4f}): "
+        f"{'green' if parity.green else 'RED'}.\n"
+    )
 
 
 def _mode(time: LayerTime) -> str:
