@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.studies.plan.closed_form import StateBytes, state_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.fp8_linear import has_numbers
 from kernels.operators import FLOP_FORMULAS
 from parallel.layout import Layout
-from tests.studies.plan.closed_form import StateBytes, state_bytes
 from train.model.config import ModelConfig
 from train.model.sizes import Held, weights
 from train.model.transformer import recompute_up_projections

@@ -184,7 +184,7 @@ def test_a_rank_of_h800_2048_keeps_what_the_closed_form_says(ledger_of_a_rank: L
             planned = live.now - before
             del ends
     # The seeds of cuDNN's attention, 8 bytes each.
-    assert sum(kept) - planned == 16
+    assert sum(counted) - planned == 16
 
 
 @pytest.mark.parametrize("tokens", [4096, 4095])

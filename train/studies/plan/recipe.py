@@ -28,7 +28,7 @@ HOUR_S = 3600.0
 
 
 @dataclass(frozen=True)
-class Part:
+class RunPart:
     """One part of a run."""
 
     what: str
@@ -38,7 +38,7 @@ class Part:
 
 def pretraining(
     schedule: ScheduleConfig, *, sequence_length: int, world: int, step_s: Callable[[int], float]
-) -> list[Part]:
+) -> list[RunPart]:
     """The batch ramp, if there is one, and the rest; `step_s` has the seconds of a step of so many sequences."""
 
     def hours(tokens: float, batch: int) -> float:
@@ -50,17 +50,17 @@ def pretraining(
         middles = [round((point + 0.5) * width) for point in range(RAMP_POINTS)]
         batches = [scheduled_values(schedule, step=0, tokens_seen=seen).batch_sequences for seen in middles]
         what = f"batch ramp, {schedule.batch_start_sequences:,} to {schedule.batch_full_sequences:,} sequences"
-        parts.append(Part(what, ramp, sum(hours(width, batch) for batch in batches)))
+        parts.append(RunPart(what, ramp, sum(hours(width, batch) for batch in batches)))
     rest = schedule.total_tokens - ramp
     if rest:
         full = schedule.batch_full_sequences
-        parts.append(Part(f"full batch, {full:,} sequences", rest, hours(rest, full)))
+        parts.append(RunPart(f"full batch, {full:,} sequences", rest, hours(rest, full)))
     return parts
 
 
 def extension(
     schedule: ScheduleConfig, *, sequence_length: int, gpu_s_per_token: float, attention_gpu_s_per_token: float
-) -> list[Part]:
+) -> list[RunPart]:
     """Both stages of context extension; none where the run is not the report's.
 
     Args:
@@ -74,7 +74,7 @@ def extension(
         tokens = float(length * sequences * steps)
         longer = attention_gpu_s_per_token * (length / sequence_length - 1)
         seconds = tokens * RECOMPUTED * (gpu_s_per_token + longer)
-        parts.append(Part(f"context extension to {length // 1024}K, {steps:,} steps", tokens, seconds / HOUR_S))
+        parts.append(RunPart(f"context extension to {length // 1024}K, {steps:,} steps", tokens, seconds / HOUR_S))
     return parts
 
 
