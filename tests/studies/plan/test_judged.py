@@ -26,7 +26,7 @@ from train.observe.sinks import JsonlSink, Sinks, open_sinks
 from train.optim.config import OptimConfig
 from train.studies.plan import witness
 from train.studies.plan.dry_run import as_rank
-from train.studies.plan.judged import Measured, Row, calibrate, compare, correction_for, verdict
+from train.studies.plan.judged import Measured, Compared, calibrate, compare, correction_for, verdict
 from train.studies.plan.memory import measure
 from train.studies.plan.witness import Witness, candidate_of, device_bytes, run_of, state_bytes
 
@@ -61,7 +61,7 @@ def document_of(measured: Measured) -> Any:
     return json.loads(json.dumps(plan_document(measured.run, measured.candidate)))
 
 
-def rows_of(document: Any, measured: Measured) -> dict[str, Row]:
+def rows_of(document: Any, measured: Measured) -> dict[str, Compared]:
     return {row.name: row for row in compare(document, measured)}
 
 

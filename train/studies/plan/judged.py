@@ -68,7 +68,7 @@ class Measured:
     memory_bytes: Mapping[str, int]
 
 
-class Row(NamedTuple):
+class Compared(NamedTuple):
     """One figure twice; None where one side has none. name: its key on the card. alike: both mean the same."""
 
     name: str
@@ -122,7 +122,7 @@ def differences(document: Any, measured: Measured) -> list[str]:
     return found[:3]
 
 
-def compare(document: Any, measured: Measured) -> list[Row]:
+def compare(document: Any, measured: Measured) -> list[Compared]:
     """The rows: times of a step, then memory of rank 0.
 
     Raises:
@@ -131,7 +131,7 @@ def compare(document: Any, measured: Measured) -> list[Row]:
     return [*_times(document, measured), *_memory(document, measured)]
 
 
-def _times(document: Any, measured: Measured) -> Iterable[Row]:
+def _times(document: Any, measured: Measured) -> Iterable[Compared]:
     """Of a step with as many sequences as the measured ones; in the batch ramp that is one of `ramp`."""
     full = {**document["step"], "batch_sequences": document["run"]["batch_sequences"]}
     steps = (full, *document.get("ramp", ()))
@@ -142,13 +142,13 @@ def _times(document: Any, measured: Measured) -> Iterable[Row]:
     waited = max(walls["gradients"] - busy["gradients"], 0.0)
     work_and_bubble = None if chunks_s is None or bubble_s is None else chunks_s + bubble_s
     pp, alone = measured.candidate["pp"], measured.candidate["dp"] == 1
-    yield Row("step_s", "step", "s", step_s, measured.step_s)
-    yield Row("tokens_per_s", "tokens/s", "tokens/s", step_s and tokens / step_s, tokens / measured.step_s)
-    yield Row("gradients_s", "forward, backward, waiting", "s", work_and_bubble, walls["gradients"])
-    yield Row("work_s", "  of it work", "s", chunks_s, busy["gradients"], alone)
-    yield Row("waiting_s", "  of it waiting (plan: bubble)", "s", bubble_s, waited, alone and pp > 1)
-    yield Row("update_s", "update", "s", update_s, walls["update"])
-    yield Row("data_s", "taking the batch", "s", None, walls["data"])
+    yield Compared("step_s", "step", "s", step_s, measured.step_s)
+    yield Compared("tokens_per_s", "tokens/s", "tokens/s", step_s and tokens / step_s, tokens / measured.step_s)
+    yield Compared("gradients_s", "forward, backward, waiting", "s", work_and_bubble, walls["gradients"])
+    yield Compared("work_s", "  of it work", "s", chunks_s, busy["gradients"], alone)
+    yield Compared("waiting_s", "  of it waiting (plan: bubble)", "s", bubble_s, waited, alone and pp > 1)
+    yield Compared("update_s", "update", "s", update_s, walls["update"])
+    yield Compared("data_s", "taking the batch", "s", None, walls["data"])
 
 
 def _planned_times(step: Mapping[str, Any]) -> tuple[float, float, float, float]:
@@ -160,17 +160,17 @@ def _planned_times(step: Mapping[str, Any]) -> tuple[float, float, float, float]
     return step_s, chunks_s, _figure(phases["bubble"]), _figure(phases["update"])
 
 
-def _memory(document: Any, measured: Measured) -> Iterable[Row]:
+def _memory(document: Any, measured: Measured) -> Iterable[Compared]:
     (planned,) = (each["components"] for each in document["memory"]["ranks"] if each["pp_rank"] == 0)
     found = measured.memory_bytes
     for name, what in STATE.items():
-        yield Row(f"{name}_bytes", what, "bytes", _figure(planned[name]), found[name])
+        yield Compared(f"{name}_bytes", what, "bytes", _figure(planned[name]), found[name])
     step = sum(_figure(planned[name]) for name in STEP)
-    yield Row("step_bytes", "above them at the peak", "bytes", step, found.get("step"))
-    yield Row("reserved_bytes", "CUDA, NCCL", "bytes", _figure(planned["reserved"]), found.get("reserved"))
+    yield Compared("step_bytes", "above them at the peak", "bytes", step, found.get("step"))
+    yield Compared("reserved_bytes", "CUDA, NCCL", "bytes", _figure(planned["reserved"]), found.get("reserved"))
     total = step + sum(_figure(planned[name]) for name in (*STATE, "reserved"))
     whole = sum(found.values()) if {"step", "reserved"} <= set(found) else None
-    yield Row("total_bytes", "total", "bytes", total, whole)
+    yield Compared("total_bytes", "total", "bytes", total, whole)
 
 
 def _figure(value: Any) -> float:
@@ -186,7 +186,7 @@ def _figure(value: Any) -> float:
     return float(value)
 
 
-def shown(rows: Sequence[Row], plan: Mapping[str, str], measured: Measured) -> list[str]:
+def shown(rows: Sequence[Compared], plan: Mapping[str, str], measured: Measured) -> list[str]:
     """The rows as a table, with what it leaves open."""
     first, last = measured.steps
     lines = [
