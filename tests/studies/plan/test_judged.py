@@ -26,7 +26,7 @@ from train.observe.sinks import JsonlSink, Sinks, open_sinks
 from train.optim.config import OptimConfig
 from train.studies.plan import witness
 from train.studies.plan.dry_run import as_rank
-from train.studies.plan.judged import Measured, Compared, calibrate, compare, correction_for, verdict
+from train.studies.plan.judged import Compared, Measured, calibrate, compare, correction_for, verdict
 from train.studies.plan.memory import measure
 from train.studies.plan.witness import Witness, candidate_of, device_bytes, run_of, state_bytes
 
