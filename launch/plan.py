@@ -19,11 +19,11 @@ import sys
 from pathlib import Path
 
 from train.config import compose
-from train.observe.sinks import write_whole
+from train.observe.sinks import PLAN_FILE, write_whole
 from train.run_directory import run_directory
 from train.studies.measured import REPORT
 from train.studies.plan.document import Assumptions, plan
-from train.studies.plan.judged import PLAN_FILE, calibrate
+from train.studies.plan.judged import calibrate
 from train.studies.plan.page import render
 from train.studies.plan.products import MachineName, machine
 from train.studies.plan.trace import write_trace
@@ -67,7 +67,8 @@ def _plan(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder to write (the run's own)")
     options = parser.parse_intermixed_args(arguments)
     config = compose(options.overrides)
-    name = options.gpu or ("H800" if any("cluster=h800" in text for text in options.overrides) else "H100")
+    named: MachineName = "H800" if any("cluster=h800" in text for text in options.overrides) else "H100"
+    name: MachineName = options.gpu or named
     report = options.report if options.report.exists() else None
     # Published runs are of DeepSeek-V3, whatever is planned here.
     v3 = config if config.run.name == V3 else compose([f"+cluster={V3}"])

@@ -16,21 +16,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from parallel.collectives import Traffic
 from parallel.expert import ExpertParallelDispatcher
 from parallel.layout import num_stages, stage_ids
-from parallel.pipeline import Pipeline, balanced_layers
+from parallel.pipeline import Pipeline
 from tests.studies.plan.test_dry_run import small
 from train.assemble import assemble
 from train.config import PretrainConfig, compose
 from train.losses import LossWeights
-from train.model.sizes import layer_costs
 from train.model.transformer import recompute_up_projections
 from train.stage import StepMetrics, build_stages
-from train.studies.plan.candidate import Candidate
+from train.studies.plan.candidate import candidate_of
 from train.studies.plan.dry_run import as_rank, plan_pipeline_rank
 from train.studies.plan.footprint import Footprint, breaking_imbalance, footprint
 from train.studies.plan.kept import Work
 from train.studies.plan.live_bytes import LiveBytes
 from train.studies.plan.memory import Memory
-from train.studies.plan.moments import Action, Moment, Orders, _in_flight, _messages, moments
+from train.studies.plan.moments import Moment, _in_flight, _messages, moments
+from train.studies.plan.orders import Action, Orders
 from train.studies.plan.stage_bytes import StageShape, stage_bytes
 from train.studies.plan.stand_ins import ChunkBytes, StageKind, observe
 
@@ -47,17 +47,6 @@ def work_of(config: PretrainConfig) -> Work:
     return Work(
         config.model, config.run.micro_batch_sequences, config.data.sequence_length, layout.ep, precision.name,
         config.run.recompute, precision.attention_output == "e5m6", precision.cache_swiglu_input, layout.pp > 1,
-    )  # fmt: skip
-
-
-def candidate_of(config: PretrainConfig) -> Candidate:
-    layout, precision = config.layout, config.precision
-    layers = layout.stage_layers or balanced_layers(layer_costs(config.model), layout.schedule, layout.pp)
-    return Candidate(
-        layout.pp, layout.dp, layout.ep, layout.schedule, num_stages(layout.schedule, layout.pp) // layout.pp,
-        tuple(layers), config.run.micro_batch_sequences, config.run.recompute, precision.name,  # type: ignore[arg-type]
-        precision.keep_bf16_weights, precision.attention_output, layout.zero,
-        max_waiting_wgrads=layout.max_waiting_wgrads,
     )  # fmt: skip
 
 

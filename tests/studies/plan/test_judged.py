@@ -25,10 +25,11 @@ from train.model.precision import Precision
 from train.observe.sinks import JsonlSink, Sinks, open_sinks
 from train.optim.config import OptimConfig
 from train.studies.plan import witness
+from train.studies.plan.candidate import run_of
 from train.studies.plan.dry_run import as_rank
 from train.studies.plan.judged import Compared, Measured, calibrate, compare, correction_for, verdict
 from train.studies.plan.memory import measure
-from train.studies.plan.witness import Witness, candidate_of, device_bytes, run_of, state_bytes
+from train.studies.plan.witness import Witness, compared, device_bytes, state_bytes
 
 # One process; four sequences of 256 tokens a step, later eight.
 RUN = ["experiment=tiny", "run.micro_batch_sequences=1", "observe.wandb=off"]
@@ -44,7 +45,7 @@ def measured_of(config: PretrainConfig, **changes: Any) -> Measured:
     """Steps of the full batch: 2.5 s, and memory that is half of what `MEMORY` says."""
     figures = Measured(
         run=run_of(config),
-        candidate=candidate_of(config),
+        candidate=compared(config),
         where={"date": "2026-12-01", "commit": "c" * 40, "versions": {"torch": "2.13.0"}, "device": "cpu"}
         | {"precision": config.precision.name, "rank": 0},
         steps=(4, 10),
@@ -379,7 +380,7 @@ def test_the_card_keeps_what_was_found_out_through_later_writes(tmp_path: Path, 
 def test_the_split_of_a_pipeline_is_the_one_that_runs() -> None:
     """Against the stages that every rank builds."""
     config = compose(["+cluster=h800_2048", "run.name=first"])
-    candidate = candidate_of(config)
+    candidate = compared(config)
     assert (candidate["chunks"], sum(candidate["stage_layers"]), len(candidate["stage_layers"])) == (2, 61, 32)
     assert candidate["stage_layers"] == list(
         witness.balanced_layers(witness.layer_costs(config.model), "ZBVZeroBubble", 16)

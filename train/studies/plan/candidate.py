@@ -10,7 +10,14 @@ It may name schedules and exchanges that the trainer cannot run yet; `orders.SCH
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from parallel.balance import balanced_layers
+from parallel.layout import schedule_facts
+from train.model.sizes import layer_costs, parameter_counts
+
+if TYPE_CHECKING:
+    from train.config import PretrainConfig
 
 Dispatch = Literal["direct", "node"]
 
@@ -60,3 +67,36 @@ class Candidate:
     def edp(self) -> int:
         """Replicas of each expert."""
         return self.dp // self.ep
+
+
+def candidate_of(config: PretrainConfig) -> Candidate:
+    """The layout of a configuration as the trainer runs it."""
+    layout, precision = config.layout, config.precision
+    split = layout.stage_layers or balanced_layers(layer_costs(config.model), layout.schedule, layout.pp)
+    return Candidate(
+        pp=layout.pp,
+        dp=layout.dp,
+        ep=layout.ep,
+        schedule=layout.schedule,
+        chunks=schedule_facts(layout.schedule).stages_per_rank if layout.pp > 1 else 1,
+        stage_layers=split,
+        micro_batch_sequences=config.run.micro_batch_sequences,
+        recompute=config.run.recompute,
+        precision=precision.name,  # type: ignore[arg-type]  # `document.plan` refuses the others
+        keep_bf16_weights=precision.keep_bf16_weights,
+        attention_output=precision.attention_output,
+        zero=layout.zero,
+        max_waiting_wgrads=layout.max_waiting_wgrads,
+        ranks_per_node=layout.ranks_per_node,
+    )
+
+
+def run_of(config: PretrainConfig) -> dict[str, Any]:
+    """What else a plan is of, by the names of its document."""
+    return {
+        "world": config.layout.world,
+        "sequence_length": config.data.sequence_length,
+        "batch_sequences": config.schedule.batch_full_sequences,
+        "precision": config.precision.name,
+        "parameters": parameter_counts(config.model),
+    }

@@ -16,16 +16,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from train.model.sizes import Held, flops_per_token, parameter_counts, weights
+from train.model.sizes import Held, flops_per_token, weights
 from train.studies.plan import judge, recipe
-from train.studies.plan.candidate import Candidate
+from train.studies.plan.candidate import Candidate, candidate_of, run_of
 from train.studies.plan.costs import StageCosts, layer_parts
 from train.studies.plan.footprint import IMBALANCES, Footprint, breaking_imbalance, footprint
 from train.studies.plan.moments import Moment, moments
 from train.studies.plan.orders import orders, refusal
 from train.studies.plan.predict import HOUR_S, Prediction, gpu_hours_per_trillion, predict, quick_step_s, stages_of
 from train.studies.plan.products import Implementation, Machine, Setup
-from train.studies.plan.search import ALL, TODAY, Found, candidate_of, flips, runs_today, search, split_by_time
+from train.studies.plan.search import ALL, TODAY, Found, Scope, flips, runs_today, search, split_by_time
 from train.studies.plan.timeline import seconds_by_class
 from train.studies.plan.words import words
 
@@ -117,7 +117,7 @@ class Planner:
 
     # ---- search
 
-    def search(self, scope: Any) -> list[Found]:
+    def search(self, scope: Scope) -> list[Found]:
         """All layouts of a scope, best first."""
         return search(
             self.config, scope, implementation=OURS, machine=self.assumed.machine, memory_of=self.fullest_bytes,
@@ -139,19 +139,32 @@ def _moments(name: str, pp: int, chunks: int, count: int, waiting: int | None) -
 
 
 def plan(config: PretrainConfig, assumed: Assumptions, *, date: str) -> dict[str, Any]:
-    """The whole document."""
+    """The whole document.
+
+    Raises:
+        ValueError: a precision of which no speed is known.
+    """
+    if config.precision.name not in ("bf16", "fp8"):
+        raise ValueError(
+            f"precision={config.precision.name}: speeds of bf16 and fp8 are known; plan with precision=fp8"
+        )
     planner = Planner(config, assumed)
     predicted = planner.predicted(planner.candidate)
     document: dict[str, Any] = {
         "version": VERSION,
         "date": date,
         "name": config.run.name,
-        "run": _run(planner),
+        "run": {
+            **run_of(config),
+            "micro_batches": planner.micro_batches(planner.candidate),
+            "total_tokens": config.schedule.total_tokens,
+        },
         "gpu": {"name": assumed.machine.name, "memory_bytes": assumed.memory_bytes},
         "candidate": asdict(planner.candidate),
         "runs_today": True,
         "why_not": None,
         "step": _step(planner, predicted),
+        "ramp": _ramp(planner),
         "memory": _memory(planner),
         "cost": _cost(planner),
         "changes": _changes(planner),
@@ -165,19 +178,6 @@ def plan(config: PretrainConfig, assumed: Assumptions, *, date: str) -> dict[str
     return document
 
 
-def _run(planner: Planner) -> dict[str, Any]:
-    config = planner.config
-    return {
-        "world": planner.candidate.world,
-        "sequence_length": config.data.sequence_length,
-        "batch_sequences": config.schedule.batch_full_sequences,
-        "micro_batches": planner.micro_batches(planner.candidate),
-        "precision": config.precision.name,
-        "parameters": parameter_counts(config.model),
-        "total_tokens": config.schedule.total_tokens,
-    }
-
-
 def _step(planner: Planner, predicted: Prediction) -> dict[str, Any]:
     config, world, step_s = planner.config, planner.candidate.world, predicted.step_s
     held = Held((*config.model.layer_ids, *config.model.mtp_layer_ids), embedding=True, head=True)
@@ -189,9 +189,21 @@ def _step(planner: Planner, predicted: Prediction) -> dict[str, Any]:
         "tokens_per_s_per_gpu": planner.tokens / step_s / world,
         "tflop_per_s": flops * planner.tokens / step_s / world / 1e12,
         "bubble": predicted.bubble,
-        "phases_s": {**seconds_by_class(predicted.timeline), "update": sum(predicted.update_s.values())},
+        "phases_s": _phases(predicted),
         "update_s": dict(predicted.update_s),
     }
+
+
+def _ramp(planner: Planner) -> list[dict[str, Any]]:
+    """The first step, whose batch is the smallest: what a run is held to after ten steps."""
+    batch = planner.config.schedule.batch_start_sequences
+    setup = planner.setup(planner.candidate)
+    first = predict(setup, micro_batches=planner.micro_batches(planner.candidate, batch))
+    return [{"batch_sequences": batch, "time_s": first.step_s, "phases_s": _phases(first)}]
+
+
+def _phases(predicted: Prediction) -> dict[str, float]:
+    return {**seconds_by_class(predicted.timeline), "update": sum(predicted.update_s.values())}
 
 
 def _memory(planner: Planner) -> dict[str, Any]:
@@ -326,11 +338,9 @@ def _changes(planner: Planner) -> list[dict[str, Any]]:
     if configured.ep > configured.ranks_per_node:
         now = replace(now, dispatch="node")
         add("+ one crossing of InfiniBand per node", now, how, (replace(base, dispatch="node"), OURS))
-    if not refusal("DualPipeV", now.pp, 2, planner.micro_batches(now)) and now.pp > 1:
-        pairs = {"schedule": "DualPipeV", "overlap": True}
-        if now.chunks == 2:
-            now = replace(now, **pairs)
-            add("+ overlap, DualPipeV", now, how, (replace(base, **pairs), OURS))
+    if now.chunks == 2 and not refusal("DualPipeV", now.pp, 2, planner.micro_batches(now)):
+        now = replace(now, schedule="DualPipeV", overlap=True)
+        add("+ overlap, DualPipeV", now, how, (replace(base, schedule="DualPipeV", overlap=True), OURS))
     if now.pp > 1:
         split = split_by_time(planner.setup(now, how), micro_batches=planner.micro_batches(now), least_last=0)
         own = split_by_time(planner.setup(base), micro_batches=planner.micro_batches(base), least_last=0)

@@ -16,9 +16,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-Action = tuple[str, int, int]
-Step = Sequence[Action]
-Orders = Sequence[Sequence[Step]]  # of each rank
+from train.studies.plan.orders import Orders, Step
 
 
 class Moment(NamedTuple):

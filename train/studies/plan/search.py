@@ -18,11 +18,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
-from parallel.balance import balanced_layers
 from parallel.layout import SCHEDULES as RUNNABLE
 from parallel.layout import Layout, check_layout
-from train.model.sizes import layer_costs
-from train.studies.plan.candidate import Candidate
+from train.studies.plan.candidate import Candidate, Dispatch
 from train.studies.plan.costs import StageCosts
 from train.studies.plan.orders import SCHEDULES, fallback, num_stages, rank_of_stage
 from train.studies.plan.predict import quick_step_s
@@ -47,7 +45,7 @@ class Scope:
 
     name: str
     schedules: tuple[str, ...]
-    dispatches: tuple[str, ...]
+    dispatches: tuple[Dispatch, ...]
     least_last: int
 
 
@@ -77,35 +75,6 @@ class Found:
 
 # Bytes of the fullest rank, what the device itself takes included.
 MemoryOf = Callable[[Candidate], float]
-
-
-def candidate_of(config: PretrainConfig) -> Candidate:
-    """The layout of a configuration as the trainer runs it.
-
-    Raises:
-        ValueError: its precision, of which no speed is known.
-    """
-    layout, precision = config.layout, config.precision
-    if precision.name not in ("bf16", "fp8"):
-        raise ValueError(f"precision={precision.name}: the planner knows speeds of bf16 and fp8 only; plan with fp8")
-    split = layout.stage_layers or balanced_layers(layer_costs(config.model), layout.schedule, layout.pp)
-    facts = RUNNABLE[layout.schedule]
-    return Candidate(
-        pp=layout.pp,
-        dp=layout.dp,
-        ep=layout.ep,
-        schedule=layout.schedule,
-        chunks=facts.stages_per_rank if layout.pp > 1 else 1,
-        stage_layers=split,
-        micro_batch_sequences=config.run.micro_batch_sequences,
-        recompute=config.run.recompute,
-        precision=precision.name,
-        keep_bf16_weights=precision.keep_bf16_weights,
-        attention_output=precision.attention_output,
-        zero=layout.zero,
-        max_waiting_wgrads=layout.max_waiting_wgrads,
-        ranks_per_node=layout.ranks_per_node,
-    )
 
 
 def runs_today(candidate: Candidate) -> str | None:
@@ -314,8 +283,8 @@ def slower_links(machine: Machine, factor: float) -> Machine:
         if what.startswith("DeepEP ") and what != "DeepEP 8":
             assert isinstance(row.value, tuple), what
             rows[what] = replace(row, value=tuple(factor * rate for rate in row.value))
-    network = {"infiniband": factor * machine.infiniband, "infiniband_nccl": factor * machine.infiniband_nccl}
-    return replace(machine, tables=Tables(rows), **network)
+    ours, nccl = factor * machine.infiniband, factor * machine.infiniband_nccl
+    return replace(machine, tables=Tables(rows), infiniband=ours, infiniband_nccl=nccl)
 
 
 CHANGES = (

@@ -21,16 +21,13 @@ from typing import Any
 
 import torch
 
-from parallel.balance import balanced_layers
-from parallel.layout import num_stages, schedule_facts
 from train.assemble import device_name
 from train.config import PretrainConfig
-from train.model.sizes import layer_costs, parameter_counts
 from train.observe.metrics import PHASES
 from train.observe.sinks import PLAN_FILE, Sinks, read_card
 from train.step import Engine
 from train.studies.measured import commit
-from train.studies.plan.candidate import Candidate
+from train.studies.plan.candidate import candidate_of, run_of
 from train.studies.plan.judged import KEY, Measured, verdict
 from train.studies.plan.stand_ins import fp8_copy, storage_bytes
 from train.trainer import Trainer
@@ -93,7 +90,7 @@ class Witness:
         where |= {"device": device_name(mesh.device), "precision": config.precision.name, "rank": mesh.rank}
         return Measured(
             run=run_of(config),
-            candidate=candidate_of(config),
+            candidate=compared(config),
             where=where,
             steps=(self._times[kept[0]][0], self._times[-1][0]),
             batch_sequences=batch,
@@ -104,41 +101,12 @@ class Witness:
         )
 
 
-def run_of(config: PretrainConfig) -> dict[str, Any]:
-    """What a plan of this run has under "run"."""
-    return {
-        "world": config.layout.world,
-        "sequence_length": config.data.sequence_length,
-        "batch_sequences": config.schedule.batch_full_sequences,
-        "precision": config.precision.name,
-        "parameters": parameter_counts(config.model),
-    }
-
-
-def candidate_of(config: PretrainConfig) -> dict[str, Any]:
-    """What a plan of this run has under "candidate", as JSON has it; what is the same for every run as it is today."""
-    layout, precision, model = config.layout, config.precision, config.model
-    split = layout.stage_layers or balanced_layers(layer_costs(model), layout.schedule, layout.pp)
-    assert len(split) == num_stages(layout.schedule, layout.pp), split
-    candidate = Candidate(
-        pp=layout.pp,
-        dp=layout.dp,
-        ep=layout.ep,
-        schedule=layout.schedule,
-        chunks=schedule_facts(layout.schedule).stages_per_rank if layout.pp > 1 else 1,
-        stage_layers=split,
-        micro_batch_sequences=config.run.micro_batch_sequences,
-        recompute=config.run.recompute,
-        precision=precision.name,  # type: ignore[arg-type]  # a plan of another precision differs, whatever it is
-        keep_bf16_weights=precision.keep_bf16_weights,
-        attention_output=precision.attention_output,
-        zero=layout.zero,
-        max_waiting_wgrads=layout.max_waiting_wgrads,
-        ranks_per_node=layout.ranks_per_node,
-    )
-    values = asdict(candidate) | {"stage_layers": list(split)}
+def compared(config: PretrainConfig) -> dict[str, Any]:
+    """The run's layout as a plan has it, without what does not matter to it."""
+    candidate = candidate_of(config)
+    values = asdict(candidate) | {"stage_layers": list(candidate.stage_layers)}
     # SMs are lent to an exchange that is hidden, and a pipeline of one rank has no schedule.
-    unused = {"comm_sms"} | ({"schedule"} if layout.pp == 1 else set())
+    unused = {"comm_sms"} | ({"schedule"} if candidate.pp == 1 else set())
     return {name: value for name, value in values.items() if name not in unused}
 
 
