@@ -21,6 +21,7 @@ from tests.studies.plan.test_dry_run import small
 from train.assemble import assemble
 from train.config import PretrainConfig, compose
 from train.losses import LossWeights
+from train.model.precision import Precision
 from train.model.transformer import recompute_up_projections
 from train.stage import StepMetrics, build_stages
 from train.studies.plan.candidate import candidate_of
@@ -86,7 +87,7 @@ def orders_of(config: PretrainConfig, count: int) -> Orders:
 
 def observed(config: PretrainConfig, rank: int) -> dict[StageKind, ChunkBytes]:
     """What one micro-batch of each stage of a rank allocates, counted."""
-    recipe, shape = config.precision, (config.run.micro_batch_sequences, config.data.sequence_length)
+    recipe, shape = Precision.of(config.precision), (config.run.micro_batch_sequences, config.data.sequence_length)
     with as_rank(config, rank) as mesh, FakeTensorMode(), LiveBytes() as live:
         dispatcher = None
         if mesh.ep.size > 1:

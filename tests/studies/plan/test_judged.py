@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from parallel.balance import balanced_layers
 from parallel.layout import Layout
 from parallel.mesh import single
 from tests.studies.plan.plan_document import MEMORY, plan_document
@@ -22,6 +23,7 @@ from tests.tiny_model import TINY
 from train.assemble import build_engine
 from train.config import PretrainConfig, compose
 from train.model.precision import Precision
+from train.model.sizes import layer_costs
 from train.observe.sinks import JsonlSink, Sinks, open_sinks
 from train.optim.config import OptimConfig
 from train.studies.plan import witness
@@ -382,7 +384,5 @@ def test_the_split_of_a_pipeline_is_the_one_that_runs() -> None:
     config = compose(["+cluster=h800_2048", "run.name=first"])
     candidate = compared(config)
     assert (candidate["chunks"], sum(candidate["stage_layers"]), len(candidate["stage_layers"])) == (2, 61, 32)
-    assert candidate["stage_layers"] == list(
-        witness.balanced_layers(witness.layer_costs(config.model), "ZBVZeroBubble", 16)
-    )
+    assert candidate["stage_layers"] == list(balanced_layers(layer_costs(config.model), "ZBVZeroBubble", 16))
     assert json.loads(json.dumps(candidate)) == candidate

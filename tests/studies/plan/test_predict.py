@@ -10,7 +10,7 @@ from train.config import PretrainConfig, compose
 from train.studies.plan.candidate import Candidate
 from train.studies.plan.costs import StageCosts, p2p_s
 from train.studies.plan.orders import Action
-from train.studies.plan.predict import gpu_hours_per_trillion, predict, quick_step_s
+from train.studies.plan.predict import gpu_hours_per_trillion, predict, quick
 from train.studies.plan.products import Implementation, Setup, machine
 from train.studies.plan.search import slower_links
 
@@ -62,7 +62,10 @@ def test_the_quick_step_is_near_the_whole_one(v3: PretrainConfig, changed: dict[
     """The rest at the busiest rank's pace: what is left out is how the ranks' idle time changes once all are busy."""
     one, count = setup(v3, **changed), 112
     # 1.1 % measured at DualPipeV with a split that leaves ranks idle; others agree to 1e-3.
-    assert quick_step_s(one, micro_batches=count) == pytest.approx(predict(one, micro_batches=count).step_s, rel=0.015)
+    found, whole = quick(one, micro_batches=count), predict(one, micro_batches=count)
+    assert found.step_s == pytest.approx(whole.step_s, rel=0.015)
+    # 0.031 measured there: the other ranks' share of the rest is not known.
+    assert found.bubble == pytest.approx(whole.bubble, abs=0.035)
 
 
 @pytest.mark.parametrize("dispatch", ["direct", "node"])

@@ -41,7 +41,8 @@ def test_every_row_has_a_label_a_source_and_a_date() -> None:
 def test_what_was_chosen_is_labelled_modelled() -> None:
     chosen = {what for what, row in read_tables().rows.items() if row.label == "modelled"}
     assert chosen == {
-        "memory under exchange", "NVLink H100", "router fp32", "imbalance DeepSeek", "dense share",
+        "memory under exchange", "NVLink H100", "router fp32", "imbalance DeepSeek", "dense share", "restart",
+        "copy to host",
         *(f"before fusions {way} attend" for way in ("forward", "backward", "weights")),
         *(f"fused {part} {way}" for part in ("attend", "experts") for way in ("forward", "backward", "weights")),
     }  # fmt: skip

@@ -23,7 +23,7 @@ from train.studies.plan.costs import StageCosts, layer_parts
 from train.studies.plan.footprint import IMBALANCES, Footprint, breaking_imbalance, footprint
 from train.studies.plan.moments import Moment, moments
 from train.studies.plan.orders import orders, refusal
-from train.studies.plan.predict import HOUR_S, Prediction, gpu_hours_per_trillion, predict, quick_step_s, stages_of
+from train.studies.plan.predict import HOUR_S, Prediction, gpu_hours_per_trillion, predict, quick, stages_of
 from train.studies.plan.products import Implementation, Machine, Setup
 from train.studies.plan.search import ALL, TODAY, Found, Scope, flips, runs_today, search, split_by_time
 from train.studies.plan.timeline import seconds_by_class
@@ -130,7 +130,7 @@ def _fastest_deepseek(v3: ModelConfig) -> Setup:
     setups = [
         judge.deepseek(v3, judge.BENCH, judge.even_layers(v3.num_hidden_layers, ends=ends / 2)) for ends in range(9)
     ]
-    return min(setups, key=lambda setup: quick_step_s(setup, micro_batches=60))
+    return min(setups, key=lambda setup: quick(setup, micro_batches=60).step_s)
 
 
 @functools.cache
@@ -380,7 +380,7 @@ def _search(planner: Planner) -> tuple[dict[str, Any], dict[str, Any]]:
     every = [each for scoped in found.values() for each in scoped]
     changed = {
         name: {
-            what: _layout(candidate)
+            what: candidate and _layout(candidate)
             for what, candidate in flips(
                 planner.config, scoped[:ASKED], implementation=OURS, machine=planner.assumed.machine
             ).items()
@@ -388,16 +388,16 @@ def _search(planner: Planner) -> tuple[dict[str, Any], dict[str, Any]]:
         for name, scoped in found.items()
     }
     rows = []
-    for each in sorted(dict.fromkeys(every), key=lambda each: (each.step_s, each.memory_bytes))[:LISTED]:
-        step_s = each.step_s if each.fits else None
-        modelled = planner.hours(each.step_s) if each.fits else None
+    for each in sorted(dict.fromkeys(every), key=lambda each: each.rank)[:LISTED]:
+        modelled = planner.hours(each.step.step_s)
         rows.append(
             {
                 **_layout(each.candidate),
                 "micro_batches": each.micro_batches,
-                "step_s": step_s,
+                "step_s": each.step.step_s,
                 "modelled": modelled,
-                "corrected": None if modelled is None else planner.bias * modelled,
+                "corrected": planner.bias * modelled,
+                "bubble": each.step.bubble,
                 "memory_bytes": each.memory_bytes,
                 "fits": each.fits,
                 "runs_today": runs_today(each.candidate) is None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from train.studies.plan.candidate import Candidate
 from train.studies.plan.costs import StageCosts, p2p_s
@@ -60,7 +61,14 @@ def predict(setup: Setup, *, micro_batches: int, slow: Mapping[int, float] | Non
     return Prediction(setup, micro_batches, timeline, _longest_update(costs))
 
 
-def quick_step_s(setup: Setup, *, micro_batches: int) -> float:
+class Quick(NamedTuple):
+    """Seconds of a step, and the idle share of its pipeline's time."""
+
+    step_s: float
+    bubble: float
+
+
+def quick(setup: Setup, *, micro_batches: int) -> Quick:
     """A step whose pipeline is simulated until it is full; the busiest rank sets the pace of the rest."""
     setup = _with_fallback(setup, micro_batches)
     candidate, costs = setup.candidate, StageCosts(setup)
@@ -68,8 +76,9 @@ def quick_step_s(setup: Setup, *, micro_batches: int) -> float:
     if refusal(candidate.schedule, candidate.pp, candidate.chunks, fewer):
         fewer = micro_batches
     found = pace(_linked(candidate, fewer), time=_time(costs), p2p_s=_transfer_s(costs))
-    rest = (micro_batches - fewer) * max(found.busy_s) / fewer
-    return found.step_s + rest + sum(_longest_update(costs).values())
+    pipeline_s = found.step_s + (micro_batches - fewer) * max(found.busy_s) / fewer
+    busy_s = sum(found.busy_s) / candidate.pp * micro_batches / fewer
+    return Quick(pipeline_s + sum(_longest_update(costs).values()), 1 - busy_s / pipeline_s)
 
 
 def gpu_hours_per_trillion(step_s: float, *, world: int, tokens: int) -> float:

@@ -45,7 +45,7 @@ SHAPE: dict[str, Any] = {
     "bound": {"what": str, "modelled": _NUMBER},
     "search": {"tried": int, "fit": int, "seconds": _NUMBER, "rows": [_ROW]},
     "timeline": {"step_s": _NUMBER, "ranks": [list]},
-    "sources": [{"what": str, "value": _NUMBER | str, "unit": str, "label": str, "source": str, "date": str}],
+    "sources": [{"what": str, "value": _NUMBER | list | tuple, "unit": str, "label": str, "source": str, "date": str}],
 }  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def check(document: Any) -> None:
         ValueError: what is missing or wrong, with its path.
     """
     if not isinstance(document, Mapping) or "version" not in document:
-        raise ValueError("this is no plan document: it has no version; make one with the planner")
+        raise ValueError("this is no plan document: it has no version; make one with launch/plan.py")
     if document["version"] != VERSION:
         raise ValueError(f"plan document of version {document['version']!r}, this code reads {VERSION}: make it again")
     _check(document, SHAPE, "")
@@ -74,7 +74,7 @@ def check(document: Any) -> None:
 
 
 def _damaged(path: str, what: str) -> ValueError:
-    return ValueError(f"the plan document is damaged: {path} {what}; make it again with the planner")
+    return ValueError(f"the plan document is damaged: {path} {what}; make it again with launch/plan.py")
 
 
 def _check(value: Any, shape: Any, path: str) -> None:

@@ -23,7 +23,7 @@ from parallel.layout import Layout, check_layout
 from train.studies.plan.candidate import Candidate, Dispatch
 from train.studies.plan.costs import StageCosts
 from train.studies.plan.orders import SCHEDULES, fallback, num_stages, rank_of_stage
-from train.studies.plan.predict import quick_step_s
+from train.studies.plan.predict import Quick, quick
 from train.studies.plan.products import Implementation, Machine, Setup
 from train.studies.plan.split import Split, best_split, deals
 from train.studies.plan.tables import Tables
@@ -60,17 +60,18 @@ ALL = Scope(
 
 @dataclass(frozen=True)
 class Found:
-    """A layout, seconds of its step (infinite where it does not fit), and bytes of its fullest rank."""
+    """A layout, its step, and bytes of its fullest rank; one that does not fit is timed as if it did."""
 
     candidate: Candidate
     micro_batches: int
-    step_s: float
+    step: Quick
     memory_bytes: float
+    fits: bool
 
     @property
-    def fits(self) -> bool:
-        """Whether it was worth timing."""
-        return math.isfinite(self.step_s)
+    def rank(self) -> tuple[bool, float]:
+        """What a list is sorted by: those that fit first, the fastest first."""
+        return not self.fits, self.step.step_s
 
 
 # Bytes of the fullest rank, what the device itself takes included.
@@ -97,19 +98,19 @@ def search(
     memory_of: MemoryOf,
     limit_bytes: float,
 ) -> list[Found]:
-    """All layouts of `config.layout.world` GPUs, the fastest first, then those that do not fit, the smallest first."""
+    """All layouts of `config.layout.world` GPUs, the fastest first, then those that do not fit."""
     setup_of = functools.partial(_setup, config, implementation, machine)
     found = [
         _timed(shell, setup_of, scope, config.schedule.batch_full_sequences, memory_of, limit_bytes)
         for shell in shells(config, scope)
     ]
-    found.sort(key=lambda each: (each.step_s, each.memory_bytes))
+    found.sort(key=lambda each: each.rank)
     finals = [
         _with_split(each, setup_of, scope, memory_of=memory_of, limit_bytes=limit_bytes)
         for each in found[:FINALISTS]
         if each.fits
     ]
-    return sorted([*finals, *found[len(finals) :]], key=lambda each: (each.step_s, each.memory_bytes))
+    return sorted([*finals, *found[len(finals) :]], key=lambda each: each.rank)
 
 
 def _timed(
@@ -126,7 +127,7 @@ def _timed(
     dealt = replace(shell, stage_layers=splits[len(splits) // 2])
 
     def seconds(candidate: Candidate) -> float:
-        return quick_step_s(setup_of(candidate), micro_batches=count)
+        return quick(setup_of(candidate), micro_batches=count).step_s
 
     for recompute in (False, True):
         every = [replace(dealt, recompute=recompute, **way) for way in ways(shell.precision)]
@@ -135,8 +136,9 @@ def _timed(
         way = min((way for way in every if memory_of(way) <= limit_bytes), key=seconds)
         splits_of = [replace(way, stage_layers=split) for split in splits]
         best = min((each for each in splits_of if memory_of(each) <= limit_bytes), key=seconds)
-        return Found(best, count, seconds(best), memory_of(best))
-    return Found(every[-1], count, math.inf, memory_of(every[-1]))
+        return Found(best, count, quick(setup_of(best), micro_batches=count), memory_of(best), fits=True)
+    step = quick(setup_of(every[-1]), micro_batches=count)
+    return Found(every[-1], count, step, memory_of(every[-1]), fits=False)
 
 
 def _setup(config: PretrainConfig, implementation: Implementation, machine: Machine, candidate: Candidate) -> Setup:
@@ -244,7 +246,7 @@ def split_by_time(setup: Setup, *, micro_batches: int, least_last: int, tries: i
 
     def seconds(split: Split) -> float:
         candidate = replace(setup.candidate, stage_layers=split)
-        return quick_step_s(replace(setup, candidate=candidate), micro_batches=micro_batches)
+        return quick(replace(setup, candidate=candidate), micro_batches=micro_batches).step_s
 
     first = [setup.candidate.stage_layers, *first_splits(setup, least_last=least_last)]
     return best_split(first, seconds, least_last=least_last, tries=tries)
@@ -259,8 +261,8 @@ def _with_split(
     candidate = replace(found.candidate, stage_layers=split)
     if (num_bytes := memory_of(candidate)) > limit_bytes:
         return found
-    step_s = quick_step_s(setup_of(candidate), micro_batches=found.micro_batches)
-    return Found(candidate, found.micro_batches, step_s, num_bytes)
+    step = quick(setup_of(candidate), micro_batches=found.micro_batches)
+    return replace(found, candidate=candidate, step=step, memory_bytes=num_bytes)
 
 
 # ---- what would change the answer
@@ -299,19 +301,18 @@ CHANGES = (
 
 def flips(
     config: PretrainConfig, best: Iterable[Found], *, implementation: Implementation, machine: Machine
-) -> Mapping[str, Candidate]:
-    """Change -> the layout that wins under it, where that is another than the first."""
+) -> Mapping[str, Candidate | None]:
+    """Change -> the layout that wins under it, or None where it is still the first."""
     best = [each for each in best if each.fits]
-    winners = {}
+    winners: dict[str, Candidate | None] = {}
     for change in CHANGES:
         changed = functools.partial(
             _setup, config, change.of_implementation(implementation), change.of_machine(machine)
         )
 
         def seconds(found: Found, change: Change = change, changed: Callable[[Candidate], Setup] = changed) -> float:
-            return quick_step_s(changed(change.of_candidate(found.candidate)), micro_batches=found.micro_batches)
+            return quick(changed(change.of_candidate(found.candidate)), micro_batches=found.micro_batches).step_s
 
         winner = min(best, key=seconds)
-        if winner is not best[0]:
-            winners[change.words] = winner.candidate
+        winners[change.words] = None if winner is best[0] else winner.candidate
     return winners

@@ -108,13 +108,23 @@ def overrides(row: Mapping[str, Any]) -> str:
 
 
 def _flips(document: Mapping[str, Any]) -> list[str]:
+    """Of each search, under what its answer stays and under what another layout wins."""
     found = []
     for name, changes in document["flips"].items():
+        others: dict[str, list[str]] = {}
         for what, winner in changes.items():
-            found.append(f"Of {name}, with {what} the fastest would be {layout(winner)}.")
-        if not changes:
-            found.append(f"Of {name}, no link, kernel or imbalance that was asked changes the winner.")
+            others.setdefault("" if winner is None else layout(winner), []).append(what)
+        same = others.pop("", [])
+        clauses = [f"with {_listed(whats)} the fastest would be {winner}" for winner, whats in others.items()]
+        clauses += [f"with {_listed(same)} it stays the same"] if same else []
+        if clauses:
+            found.append(f"Of {name}, {'; '.join(clauses)}.")
     return found
+
+
+def _listed(words: Sequence[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 # ---- tables for the terminal
