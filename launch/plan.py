@@ -7,7 +7,8 @@ A training in that folder compares itself with plan.json after ten steps; then
 
     python launch/plan.py calibrate runs/NAME
 
-keeps by how much this machine was slower than planned. A wrong argument is one sentence and exit code 2.
+keeps by how much this machine was slower than planned, and `python launch/plan.py residuals` prints how far the planner
+is from what others have published. A wrong argument is one sentence and exit code 2.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from train.config import compose
 from train.observe.sinks import PLAN_FILE, write_whole
 from train.run_directory import run_directory
 from train.studies.measured import REPORT
+from train.studies.plan import judge
 from train.studies.plan.document import Assumptions, plan
 from train.studies.plan.judged import calibrate
 from train.studies.plan.page import render
 from train.studies.plan.products import MachineName, machine
 from train.studies.plan.trace import write_trace
-from train.studies.plan.words import tables
+from train.studies.plan.words import residuals, tables
 
 # Bytes of a GPU, as its maker counts them.
 GPUS: dict[MachineName, float] = {"H800": 80e9, "H100": 80e9}
@@ -39,6 +41,9 @@ def main(arguments: list[str]) -> int:
     try:
         if arguments[:1] == ["calibrate"]:
             return _calibrate(arguments[1:])
+        if arguments == ["residuals"]:
+            print("\n".join(residuals(judge.residuals(compose([f"+cluster={V3}"]).model))))
+            return 0
         return _plan(arguments)
     except (ValueError, OSError) as error:
         print(f"plan: {error}", file=sys.stderr)

@@ -23,8 +23,8 @@ from train.studies.plan.costs import StageCosts, layer_parts
 from train.studies.plan.footprint import IMBALANCES, Footprint, breaking_imbalance, footprint
 from train.studies.plan.moments import Moment, moments
 from train.studies.plan.orders import orders, refusal
-from train.studies.plan.predict import HOUR_S, Prediction, gpu_hours_per_trillion, predict, quick, stages_of
-from train.studies.plan.products import Implementation, Machine, Setup
+from train.studies.plan.predict import HOUR_S, Prediction, gpu_hours_per_trillion, predict, stages_of
+from train.studies.plan.products import Implementation, Machine, Setup, mean_octaves
 from train.studies.plan.search import ALL, TODAY, Found, Scope, flips, runs_today, search, split_by_time
 from train.studies.plan.timeline import seconds_by_class
 from train.studies.plan.words import words
@@ -87,7 +87,10 @@ class Planner:
     @functools.cached_property
     def residuals(self) -> dict[str, judge.Residual]:
         """DeepSeek's published step against the one that is modelled for it, by class."""
-        return {each.what: each for each in judge.step_of_deepseek(_fastest_deepseek(self.assumed.v3))}
+        return {
+            each.what: each
+            for each in judge.step_of_deepseek(judge.deepseek(self.assumed.v3, judge.BENCH, judge.FASTEST))
+        }
 
     @property
     def bias(self) -> float:
@@ -123,14 +126,6 @@ class Planner:
             self.config, scope, implementation=OURS, machine=self.assumed.machine, memory_of=self.fullest_bytes,
             limit_bytes=self.assumed.memory_bytes,
         )  # fmt: skip
-
-
-def _fastest_deepseek(v3: ModelConfig) -> Setup:
-    """DeepSeek's own run with the split that is fastest here: theirs is not published, another costs up to a fifth."""
-    setups = [
-        judge.deepseek(v3, judge.BENCH, judge.even_layers(v3.num_hidden_layers, ends=ends / 2)) for ends in range(9)
-    ]
-    return min(setups, key=lambda setup: quick(setup, micro_batches=60).step_s)
 
 
 @functools.cache
@@ -189,6 +184,7 @@ def _step(planner: Planner, predicted: Prediction) -> dict[str, Any]:
         "tokens_per_s_per_gpu": planner.tokens / step_s / world,
         "tflop_per_s": flops * planner.tokens / step_s / world / 1e12,
         "bubble": predicted.bubble,
+        "octaves": mean_octaves(planner.setup(planner.candidate)),
         "phases_s": _phases(predicted),
         "update_s": dict(predicted.update_s),
     }

@@ -138,22 +138,34 @@ class Passes(NamedTuple):
     weights: float
 
 
+def _shapes(setup: Setup, weight: Weight) -> tuple[tuple[Kind, Shape], ...]:
+    """The three products of a weight."""
+    out, width, tokens = weight.rows, weight.cols, setup.tokens
+    if weight.expert:
+        groups, tokens = weight.copies, weight.uses * tokens
+        return (
+            ("grouped fprop", (groups, tokens, out, width)),
+            ("grouped dgrad", (groups, tokens, width, out)),
+            ("grouped wgrad", (groups, out, width, tokens)),
+        )
+    return (("fprop", (1, tokens, out, width)), ("dgrad", (1, tokens, width, out)), ("wgrad", (1, out, width, tokens)))
+
+
 def passes(setup: Setup, weight: Weight, *, column: Column | None = None) -> Passes:
     """The three products of a weight; of experts on the fullest rank."""
-    out, width, tokens = weight.rows, weight.cols, setup.tokens
-    forward: Kind = "fprop"
-    backward: Kind = "dgrad"
-    wgrad: Kind = "wgrad"
-    groups, skew = 1, 1.0
-    if weight.expert:
-        forward, backward, wgrad = "grouped fprop", "grouped dgrad", "grouped wgrad"
-        groups, skew, tokens = weight.copies, setup.implementation.imbalance, weight.uses * tokens
-    shapes: tuple[tuple[Kind, Shape], ...] = (
-        (forward, (groups, tokens, out, width)),
-        (backward, (groups, tokens, width, out)),
-        (wgrad, (groups, out, width, tokens)),
-    )
-    return Passes(*(skew * product_s(setup, kind, shape, column=column) for kind, shape in shapes))
+    skew = setup.implementation.imbalance if weight.expert else 1.0
+    return Passes(*(skew * product_s(setup, kind, shape, column=column) for kind, shape in _shapes(setup, weight)))
+
+
+def mean_octaves(setup: Setup) -> float:
+    """How far the products of a layer are from rows of the tables, by their FLOPs: doublings of a side."""
+    last = setup.model.num_hidden_layers - 1
+    distances, works = [], []
+    for weight in layer_weights(setup, moe=setup.model.is_moe(last)):
+        for kind, shape in _shapes(setup, weight) if weight.fp8 else ():
+            distances.append(speed(setup.machine.tables, setup.column, kind, shape).octaves)
+            works.append(math.prod(shape[1:]))
+    return sum(distance * work for distance, work in zip(distances, works, strict=True)) / sum(works)
 
 
 def total(passes: Iterable[Passes]) -> Passes:

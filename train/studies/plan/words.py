@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from train.studies.plan.judge import Residual
+
 GB = 1e9
 
 
 def words(document: Mapping[str, Any]) -> list[str]:
     """Whether it fits, what it costs, which layout is faster and why, one sentence each."""
-    return [*_fit(document), _cost(document), *_winners(document), *_flips(document)]
+    return [*_fit(document), _cost(document), *_doubts(document), *_winners(document), *_flips(document)]
 
 
 def _fit(document: Mapping[str, Any]) -> list[str]:
@@ -37,9 +39,10 @@ def _fit(document: Mapping[str, Any]) -> list[str]:
 def _cost(document: Mapping[str, Any]) -> str:
     step, cost, run = document["step"], document["cost"], document["run"]
     errors = ", ".join(f"{each['error']:+.0%}" for each in cost["held_out"])
+    idle = f" ({step['bubble']:.0%} of the pipeline's time idle)" if document["candidate"]["pp"] > 1 else ""
     return (
-        f"A step of {run['batch_sequences'] * run['sequence_length'] / 1e6:.1f} M tokens takes {step['time_s']:.1f} s "
-        f"on {run['world']:,} GPUs ({step['bubble']:.0%} of the pipeline's time idle): "
+        f"A step of {amount(run['batch_sequences'] * run['sequence_length'])} tokens takes {step['time_s']:.3g} s on "
+        f"{run['world']:,} GPU{'s' if run['world'] > 1 else ''}{idle}: "
         f"{hours(cost['modelled'])} GPU-hours per trillion tokens as modelled, {hours(cost['corrected'])} corrected by "
         f"x {cost['bias']:.2f}, {cost['bias_source']}; throughputs of trainers that nothing was fitted to come out at "
         f"{errors}."
@@ -47,8 +50,27 @@ def _cost(document: Mapping[str, Any]) -> str:
 
 
 def hours(cost: Mapping[str, float]) -> str:
-    """GPU-hours per trillion tokens in thousands."""
-    return f"{cost['gpu_hours_per_trillion'] / 1e3:.0f} K"
+    """GPU-hours per trillion tokens."""
+    return amount(cost["gpu_hours_per_trillion"])
+
+
+def amount(value: float) -> str:
+    """257123 -> '257 K', 1234567 -> '1.2 M'."""
+    for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= scale:
+            return f"{value / scale:.{0 if value >= 100 * scale else 1}f} {letter}"
+    return f"{value:.3g}"
+
+
+def _doubts(document: Mapping[str, Any]) -> list[str]:
+    octaves = document["step"]["octaves"]
+    if octaves < 1:
+        return []
+    doubt = (
+        f"Its products are {octaves:.1f} doublings of a side away from those whose speed is known, on average: times "
+        "are rough, and better for comparing layouts than for predicting one."
+    )
+    return [doubt]
 
 
 def _winners(document: Mapping[str, Any]) -> list[str]:
@@ -56,7 +78,9 @@ def _winners(document: Mapping[str, Any]) -> list[str]:
     today = [row for row in rows if row["runs_today"]]
     own = document["cost"]["modelled"]["gpu_hours_per_trillion"]
     found = []
-    for name, scoped in zip(document["flips"], (today, rows), strict=True):
+    # Where nothing that the trainer lacks is faster, once.
+    scopes = (today, rows) if rows[:1] != today[:1] else (today,)
+    for name, scoped in zip(document["flips"], scopes, strict=False):
         if not scoped:
             found.append(f"Of {name}, no layout of these GPUs fits.")
             continue
@@ -64,7 +88,7 @@ def _winners(document: Mapping[str, Any]) -> list[str]:
         other = next((row for row in others if layout(row) != layout(best)), None)
         runner_up = f"; next is {layout(other)}, {other['modelled'] / best['modelled'] - 1:+.1%}" if other else ""
         found.append(
-            f"Of {name}, the fastest that fits is {layout(best)}: {best['modelled'] / 1e3:.0f} K, "
+            f"Of {name}, the fastest that fits is {layout(best)}: {amount(best['modelled'])}, "
             f"{best['modelled'] / own - 1:+.0%} against this configuration, {best['memory_bytes'] / GB:.1f} GB"
             f"{runner_up}."
         )
@@ -109,7 +133,7 @@ def overrides(row: Mapping[str, Any]) -> str:
 
 def _flips(document: Mapping[str, Any]) -> list[str]:
     """Of each search, under what its answer stays and under what another layout wins."""
-    found = []
+    found: list[str] = []
     for name, changes in document["flips"].items():
         others: dict[str, list[str]] = {}
         for what, winner in changes.items():
@@ -117,8 +141,9 @@ def _flips(document: Mapping[str, Any]) -> list[str]:
         same = others.pop("", [])
         clauses = [f"with {_listed(whats)} the fastest would be {winner}" for winner, whats in others.items()]
         clauses += [f"with {_listed(same)} it stays the same"] if same else []
-        if clauses:
-            found.append(f"Of {name}, {'; '.join(clauses)}.")
+        sentence = "; ".join(clauses)
+        if clauses and not any(sentence in each for each in found):
+            found.append(f"Of {name}, {sentence}.")
     return found
 
 
@@ -128,6 +153,17 @@ def _listed(words: Sequence[str]) -> str:
 
 
 # ---- tables for the terminal
+
+
+def residuals(found: Mapping[str, Sequence[Residual]]) -> list[str]:
+    """What `judge.residuals` has found, as lines of text."""
+    lines: list[str] = []
+    for title, rows in found.items():
+        cells = [
+            [row.what, f"{row.published:,.4g} {row.unit}", f"{row.modelled:,.4g}", f"{row.error:+.1%}"] for row in rows
+        ]
+        lines += ["", f"{title}:", *_aligned([["", "published", "modelled", "error"], *cells])]
+    return lines[1:]
 
 
 def tables(document: Mapping[str, Any]) -> list[str]:
