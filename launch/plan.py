@@ -25,7 +25,7 @@ from train.run_directory import run_directory
 from train.studies.measured import REPORT
 from train.studies.plan import judge
 from train.studies.plan.document import Assumptions, plan
-from train.studies.plan.judged import calibrate
+from train.studies.plan.judged import calibrate, correction_for
 from train.studies.plan.page import render
 from train.studies.plan.products import MachineName, machine
 from train.studies.plan.trace import write_trace
@@ -77,7 +77,8 @@ def _plan(arguments: list[str]) -> int:
     report = options.report if options.report.exists() else None
     # Published runs are of DeepSeek-V3, whatever is planned here.
     v3 = config if config.run.name == V3 else compose([f"+cluster={V3}"])
-    assumed = Assumptions(machine(name, report=report), GPUS[name], options.dollars, v3.model)
+    known = correction_for(name, config.precision.name)
+    assumed = Assumptions(machine(name, report=report), GPUS[name], options.dollars, v3.model, known)
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     document = plan(config, assumed, date=today)
     print("\n".join([*document["words"], *tables(document)]))

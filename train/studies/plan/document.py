@@ -21,6 +21,7 @@ from train.studies.plan import judge, recipe
 from train.studies.plan.candidate import Candidate, candidate_of, run_of
 from train.studies.plan.costs import StageCosts, layer_parts
 from train.studies.plan.footprint import IMBALANCES, Footprint, breaking_imbalance, footprint
+from train.studies.plan.judged import Correction
 from train.studies.plan.moments import Moment, moments
 from train.studies.plan.orders import orders, refusal
 from train.studies.plan.predict import HOUR_S, Prediction, gpu_hours_per_trillion, predict, stages_of
@@ -48,12 +49,14 @@ class Assumptions:
     Args:
         memory_bytes: of a GPU, of which `footprint.RESERVED_BYTES` are not ours.
         v3: the model of the published runs that the planner is held against.
+        correction: of a run on such a GPU, if one was calibrated.
     """
 
     machine: Machine
     memory_bytes: float
     dollars_per_gpu_hour: float
     v3: ModelConfig
+    correction: Correction | None = None
 
 
 class Planner:
@@ -274,6 +277,7 @@ def _cost(planner: Planner) -> dict[str, Any]:
     return {
         "modelled": total(1.0),
         "corrected": total(planner.bias),
+        "calibrated": _calibrated(planner, step.step_s),
         "bias": planner.bias,
         "bias_source": f"DeepSeek's published step, {planner.residuals['step'].published:.2f} s, over the one that is "
         f"modelled for its layout, {planner.residuals['step'].modelled:.2f} s",
@@ -290,6 +294,13 @@ def _cost(planner: Planner) -> dict[str, Any]:
         ],
         "effective_training_time": share,
     }
+
+
+def _calibrated(planner: Planner, step_s: float) -> dict[str, Any] | None:
+    found = planner.assumed.correction
+    if found is None:
+        return None
+    return {"ratio": found.ratio, "gpu_hours_per_trillion": found.ratio * planner.hours(step_s), "source": str(found)}
 
 
 def _attention_s(planner: Planner) -> float:

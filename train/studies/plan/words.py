@@ -12,7 +12,10 @@ GB = 1e9
 
 def words(document: Mapping[str, Any]) -> list[str]:
     """Whether it fits, what it costs, which layout is faster and why, one sentence each."""
-    return [*_fit(document), _cost(document), *_doubts(document), *_winners(document), *_flips(document)]
+    return [
+        *_fit(document), _cost(document), *_calibrated(document), *_doubts(document), *_winners(document),
+        *_flips(document),
+    ]  # fmt: skip
 
 
 def _fit(document: Mapping[str, Any]) -> list[str]:
@@ -60,6 +63,11 @@ def amount(value: float) -> str:
         if value >= scale:
             return f"{value / scale:.{0 if value >= 100 * scale else 1}f} {letter}"
     return f"{value:.3g}"
+
+
+def _calibrated(document: Mapping[str, Any]) -> list[str]:
+    found = document["cost"]["calibrated"]
+    return [f"By a run on such a GPU it is {hours(found)} GPU-hours: {found['source']}."] if found else []
 
 
 def _doubts(document: Mapping[str, Any]) -> list[str]:
