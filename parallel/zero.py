@@ -213,9 +213,11 @@ class GradientBuckets:
 
     def release(self) -> None:
         """Masters hold the weights now: let go of those that are not kept; here all are."""
+        return
 
     def restore(self, masters: WeightUpdate) -> None:
         """Until `release`, every weight has values, gathered from masters where it had none; as `gather`'s update."""
+        return
 
     def forget(self) -> None:
         """Begin a step: the first gradient replaces each `main_grad`; drop what autograd may have left in `.grad`."""
