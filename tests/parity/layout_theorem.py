@@ -307,23 +307,15 @@ class Comparison:
 
 
 def compare(
-    rank: int,
-    world: int,
-    layout: Layout,
-    precision: str,
-    folder: Path,
-    *,
-    free: bool = False,
-    steps: Iterable[int] = FORCED,
+    rank: int, world: int, layout: Layout, precision: str, folder: Path, *, free: int = 0, steps: Iterable[int] = FORCED
 ) -> Comparison:
-    """This rank's teacher-forced steps; before them, if asked for, STEPS free ones."""
+    """This rank's teacher-forced steps; before them so many free ones."""
     engine, found = engine_on(layout, precision), Comparison()
-    if free:
-        # Before choices are replaced: a run of its own from the same initial values.
-        for step in range(STEPS):
-            result = take_step(engine, step)
-            found.free_losses.append(_losses(result))
-            apply_update(engine, result, now=NOW, update=step + 1)
+    # Before choices are replaced: a run of its own from the same initial values.
+    for step in range(free):
+        result = take_step(engine, step)
+        found.free_losses.append(_losses(result))
+        apply_update(engine, result, now=NOW, update=step + 1)
     book = RouterBook(first_micro_batch=engine.mesh.dp.rank * (SEQUENCES // engine.mesh.dp.size // MICRO_BATCH))
     book.watch(engine)
     for step in steps:

@@ -71,11 +71,26 @@ def without_the_windows(config: PretrainConfig, windows: list[list[int]], world:
     return trainer
 
 
-def assert_is_the_reference(trainer: Trainer, config: PretrainConfig, run: Path) -> None:
+# By precision and windows.
+References = dict[tuple[str, str], Trainer]
+
+
+@pytest.fixture(scope="module")
+def references() -> References:
+    """Runs without a fault that have ended, for all tests."""
+    return {}
+
+
+def assert_is_the_reference(trainer: Trainer, config: PretrainConfig, run: Path, references: References) -> None:
     (rollback,) = events_of(run, "rollback")
-    reference = without_the_windows(config, rollback["dropped_positions"])
-    assert reference.fit() == trainer.state
-    assert losses(run) == losses(run.with_name("reference"))
+    windows = rollback["dropped_positions"]
+    key = config.precision.name, str(windows)
+    if key not in references:
+        references[key] = without_the_windows(config, windows)
+        references[key].fit()
+    reference = references[key]
+    assert reference.state == trainer.state
+    assert losses(run) == losses(reference.directory)
     assert len(losses(run)) == STEPS
     expected, actual = copied_state(reference), copied_state(trainer)
     assert expected.keys() == actual.keys()
@@ -84,7 +99,11 @@ def assert_is_the_reference(trainer: Trainer, config: PretrainConfig, run: Path)
 
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp8", marks=pytest.mark.long)])
 def test_after_three_spikes_the_run_is_bit_for_bit_the_one_without_those_data(
-    composed: Callable[..., PretrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+    composed: Callable[..., PretrainConfig],
+    references: References,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
 ) -> None:
     config = composed(f"precision={precision}")
     with monkeypatch.context() as patch:
@@ -103,11 +122,11 @@ def test_after_three_spikes_the_run_is_bit_for_bit_the_one_without_those_data(
     ((start, count),) = rollback["dropped_positions"]
     assert 10 <= start <= spikes[0]["positions"][0] - 2, "a batch before the spikes, none before the checkpoint"
     assert start + count == spikes[-1]["positions"][1] + 2, "a batch after them"
-    assert_is_the_reference(trainer, config, run)
+    assert_is_the_reference(trainer, config, run, references)
 
 
 def test_killed_between_two_spikes_or_after_the_rollback_it_goes_the_same_way(
-    config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: PretrainConfig, references: References, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Killed(BaseException):
         pass
@@ -131,7 +150,7 @@ def test_killed_between_two_spikes_or_after_the_rollback_it_goes_the_same_way(
                 with pytest.raises(Killed):
                     trainer.fit()
     assert [event["step"] for event in events_of(tmp_path / "run", "resume")] == [14, 5]
-    assert_is_the_reference(trainer, config, tmp_path / "run")
+    assert_is_the_reference(trainer, config, tmp_path / "run", references)
 
 
 def life_with_a_fault(rank: int, world: int, config: PretrainConfig) -> Look:

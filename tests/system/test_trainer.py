@@ -40,13 +40,21 @@ from train.observe.sinks import read_events, read_run
 from train.optim.balance import routers
 from train.schedules import scheduled_values
 from train.step import StepGradients, apply_update, compute_gradients
-from train.studies.plan.witness import Witness, candidate_of, run_of
+from train.studies.plan.candidate import run_of
+from train.studies.plan.witness import Witness, compared
 from train.trainer import Trainer
 
 
 @pytest.fixture
 def config(small_run: Callable[..., list[str]], tmp_path: Path) -> PretrainConfig:
     return compose(small_run("schedule.total_tokens=640", f"run.directory={tmp_path}", "run.name=run"))
+
+
+@pytest.fixture
+def short(small_run: Callable[..., list[str]], tmp_path: Path) -> PretrainConfig:
+    """One step, not scored."""
+    changes = ("schedule.total_tokens=64", "data.heldout=null", f"run.directory={tmp_path}", "run.name=run")
+    return compose(small_run(*changes))
 
 
 def trainer_of(config: PretrainConfig) -> Trainer:
@@ -125,18 +133,18 @@ def test_every_update_moves_the_average_of_the_weights(config: PretrainConfig) -
 
 
 def test_the_bias_balances_a_skewed_router_and_gamma_0_does_not(config: PretrainConfig) -> None:
-    def violations(gamma: float) -> list[float]:
+    def violations(gamma: float, steps: int) -> list[float]:
         parts = build_alone(config)
         for router in routers(parts.engine.models).values():
             # Initial scores lie close to 0.5, so a head start of 0.5 makes every token choose expert 0.
             router.e_score_correction_bias[0] = 0.5
         seen = []
-        for step in range(60):
+        for step in range(steps):
             counts = updated(config, parts, step, lr=0.0, bias_speed=gamma).counts[1].double()
             seen.append(float(counts.max() / counts.mean() - 1))
         return seen
 
-    still, moving = violations(0.0), violations(0.02)
+    still, moving = violations(0.0, 10), violations(0.04, 30)
     # 8 experts, top 2: an expert that every token takes has 4 times the mean load, MaxVio 3.
     assert still[0] == moving[0] == 3.0
     assert min(still) > 2.5
@@ -187,9 +195,11 @@ def test_nan_stops_after_k_steps_with_a_checkpoint_and_untouched_weights(config:
 def test_evaluation_leaves_no_trace_and_scores_what_fp64_scores(config: PretrainConfig) -> None:
     plain = trainer_of(config)
     plain.fit()
-    looked = trainer_of(replace(config, run=replace(config.run, name="looked", eval_every_steps=1)))
+    looked = trainer_of(replace(config, run=replace(config.run, name="looked", eval_every_steps=4)))
     looked.fit()
     assert losses(plain.directory) == losses(looked.directory)
+    scored = [record["step"] for record in read_run(looked.directory) if "eval/bits_per_byte" in record]
+    assert scored == [4, 8, 10]
     heldout, model = plain.components.heldout, plain.engine.models[0]
     nats = 0.0
     with torch.no_grad():
@@ -201,13 +211,13 @@ def test_evaluation_leaves_no_trace_and_scores_what_fp64_scores(config: Pretrain
     assert read_run(plain.directory)[-1]["eval/bits_per_byte"] == pytest.approx(bits, rel=1e-5)
 
 
-def test_the_random_state_is_resumed(config: PretrainConfig) -> None:
-    trainer = trainer_of(config)
+def test_the_random_state_is_resumed(short: PretrainConfig) -> None:
+    trainer = trainer_of(short)
     torch.rand(5)
     trainer.fit()
     expected = torch.rand(3)
     torch.manual_seed(99)
-    trainer_of(config)
+    trainer_of(short)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -314,9 +324,9 @@ def test_a_run_that_took_no_step_says_no_next_command(
 
 @pytest.mark.parametrize("error", [Diverged("it left"), SavesFailed("full"), RuntimeError("a defect")])
 def test_after_a_failure_no_next_command_is_said(
-    error: Exception, config: PretrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    error: Exception, short: PretrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = trainer_of(config)
+    trainer = trainer_of(short)
     monkeypatch.setattr(trainer, "save_last", lambda _: (_ for _ in ()).throw(error))
     with pytest.raises(type(error), match=str(error)):
         trainer.fit()
@@ -334,18 +344,17 @@ def test_after_a_failure_no_next_command_is_said(
     ],
 )
 def test_a_run_is_not_resumed_with_another(
-    field: str, change: str, config: PretrainConfig, small_run: Callable[..., list[str]]
+    field: str, change: str, trained_run: Path, small_run: Callable[..., list[str]]
 ) -> None:
-    trainer_of(config).fit()
-    other = compose(small_run(change, f"run.directory={config.run.directory}", "run.name=run"))
+    other = compose(small_run(change, f"run.directory={trained_run.parent}", f"run.name={trained_run.name}"))
     with pytest.raises(ValueError, match=field):
         trainer_of(other)
 
 
 def test_a_run_of_a_version_with_another_eps_in_the_latents_norms_is_not_resumed(
-    config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+    short: PretrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other_eps = replace(config, model=replace(config.model, rms_norm_eps=1e-5))
+    other_eps = replace(short, model=replace(short.model, rms_norm_eps=1e-5))
     identity = Trainer.identity
     with monkeypatch.context() as older:
         older.setattr(Trainer, "identity", lambda self: {k: v for k, v in identity(self).items() if "eps" not in k})
@@ -363,7 +372,7 @@ def prolonged(small_run: Callable[..., list[str]], tmp_path_factory: pytest.Temp
         config = replace(first, schedule=replace(first.schedule, total_tokens=total_tokens))
         if not (place / "run").exists():
             (place / "run").mkdir()
-            document = plan_document(run_of(config), candidate_of(config))
+            document = plan_document(run_of(config), compared(config))
             (place / "run/plan.json").write_text(json.dumps(document))
             # It is no run yet.
             config = replace(config, run=replace(config.run, resume=False))
@@ -418,10 +427,10 @@ def test_pretrain_brings_a_witness_and_the_worker_hands_it_to_the_trainer(
     assert [type(each) for each in given] == [Witness]
 
 
-def test_a_used_directory_is_refused_when_resuming_is_off(config: PretrainConfig) -> None:
-    trainer_of(config).fit()
+def test_a_used_directory_is_refused_when_resuming_is_off(config: PretrainConfig, trained_run: Path) -> None:
+    used = replace(config.run, directory=str(trained_run.parent), name=trained_run.name, resume=False)
     with pytest.raises(ValueError, match="already holds a run"):
-        trainer_of(replace(config, run=replace(config.run, resume=False)))
+        trainer_of(replace(config, run=used))
 
 
 def test_stores_that_do_not_fit_are_refused_before_the_model_is_made(
