@@ -21,7 +21,6 @@ from train.studies.plan import judge, recipe
 from train.studies.plan.candidate import Candidate, candidate_of, run_of
 from train.studies.plan.costs import StageCosts, layer_parts
 from train.studies.plan.footprint import IMBALANCES, Footprint, breaking_imbalance, footprint
-from train.studies.plan.judged import Correction
 from train.studies.plan.moments import Moment, moments
 from train.studies.plan.orders import orders, refusal
 from train.studies.plan.predict import HOUR_S, Prediction, gpu_hours_per_trillion, predict, stages_of
@@ -33,6 +32,7 @@ from train.studies.plan.words import words
 if TYPE_CHECKING:
     from train.config import PretrainConfig
     from train.model.config import ModelConfig
+    from train.studies.plan.judged import Correction
 
 VERSION = 1
 # What the layers of today are made of, and what they were before they were fused.
