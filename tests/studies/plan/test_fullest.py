@@ -37,10 +37,12 @@ def check_against_brute_force(config: PretrainConfig) -> None:
     plans = [plan_pipeline_rank(config, pp_rank, known) for pp_rank in range(config.layout.pp)]
     real = [by_brute_force(config, rank) for rank in world]
     for plan in plans:
-        assert vars(plan.memory) == pytest.approx(vars(real[plan.rank]), rel=0, abs=4)
+        # Messages of other ranks do not exist in a world of one process.
+        alone = replace(plan.memory, messages=0)
+        assert vars(alone) == pytest.approx(vars(real[plan.rank]), rel=0, abs=4)
         shares = [real[rank].masters + real[rank].moments for rank in plan.ranks]
         assert plan.spread == max(shares) - min(shares)
-        assert abs(plan.memory.total - max(real[rank].total for rank in plan.ranks)) <= 4
+        assert abs(alone.total - max(real[rank].total for rank in plan.ranks)) <= 4
     assert [rank for plan in plans for rank in plan.ranks] == list(world)
     assert len({plan.memory.total for plan in plans}) > 1, "ranks that are equal would prove nothing"
 

@@ -91,6 +91,13 @@ class Setup:
         return self.candidate.micro_batch_sequences * self.sequence_length
 
     @property
+    def imbalance(self) -> float:
+        """Rows of the fullest rank's experts over the mean: at most as uneven as routing can be on so many ranks."""
+        model, ep = self.model, self.candidate.ep
+        local = model.n_routed_experts // ep
+        return min(self.implementation.imbalance, ep * min(local / model.num_experts_per_tok, 1.0))
+
+    @property
     def column(self) -> Column:
         """Whose products."""
         return "bf16" if self.candidate.precision == "bf16" else self.implementation.products
@@ -147,7 +154,7 @@ def passes(setup: Setup, weight: Weight, *, column: Column | None = None) -> Pas
     groups, skew = 1, 1.0
     if weight.expert:
         forward, backward, wgrad = "grouped fprop", "grouped dgrad", "grouped wgrad"
-        groups, skew, tokens = weight.copies, setup.implementation.imbalance, weight.uses * tokens
+        groups, skew, tokens = weight.copies, setup.imbalance, weight.uses * tokens
     shapes: tuple[tuple[Kind, Shape], ...] = (
         (forward, (groups, tokens, out, width)),
         (backward, (groups, tokens, width, out)),

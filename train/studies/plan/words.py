@@ -24,7 +24,8 @@ def _fit(document: Mapping[str, Any]) -> list[str]:
         f"{gpu['memory_bytes'] / GB:.0f} GB on {gpu['name']}, {reserve}: {fits}."
     )
     sentences = [needs]
-    if left >= 0:
+    # Without the axis every rank has all experts.
+    if left >= 0 and document["candidate"]["ep"] > 1:
         breaks = memory["breaks_at"]
         sentences.append(
             "It fits even if the experts of one rank get all tokens of their group."
@@ -37,9 +38,11 @@ def _fit(document: Mapping[str, Any]) -> list[str]:
 def _cost(document: Mapping[str, Any]) -> str:
     step, cost, run = document["step"], document["cost"], document["run"]
     errors = ", ".join(f"{each['error']:+.0%}" for each in cost["held_out"])
+    tokens, world = run["batch_sequences"] * run["sequence_length"], run["world"]
+    size = f"{tokens / 1e6:.1f} M" if tokens >= 1e6 else f"{tokens:,}"
+    idle = f" ({step['bubble']:.0%} of the pipeline's time idle)" if document["candidate"]["pp"] > 1 else ""
     return (
-        f"A step of {run['batch_sequences'] * run['sequence_length'] / 1e6:.1f} M tokens takes {step['time_s']:.1f} s "
-        f"on {run['world']:,} GPUs ({step['bubble']:.0%} of the pipeline's time idle): "
+        f"A step of {size} tokens takes {short(step['time_s'])} s on {world:,} GPU{'s' * (world > 1)}{idle}: "
         f"{hours(cost['modelled'])} GPU-hours per trillion tokens as modelled, {hours(cost['corrected'])} corrected by "
         f"x {cost['bias']:.2f}, {cost['bias_source']}; throughputs of trainers that nothing was fitted to come out at "
         f"{errors}."
@@ -47,8 +50,23 @@ def _cost(document: Mapping[str, Any]) -> str:
 
 
 def hours(cost: Mapping[str, float]) -> str:
-    """GPU-hours per trillion tokens in thousands."""
-    return f"{cost['gpu_hours_per_trillion'] / 1e3:.0f} K"
+    """GPU-hours per trillion tokens."""
+    return thousands(cost["gpu_hours_per_trillion"])
+
+
+def thousands(value: float) -> str:
+    """In thousands, where there is one."""
+    return f"{short(value / 1e3)} K" if value >= 1e3 else short(value)
+
+
+def short(value: float) -> str:
+    """Three digits, and all of a larger number."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _against(ratio: float) -> str:
+    change = f"{ratio - 1:+.0%}"
+    return "as fast as this configuration" if change in ("+0%", "-0%") else f"{change} against this configuration"
 
 
 def _winners(document: Mapping[str, Any]) -> list[str]:
@@ -64,8 +82,8 @@ def _winners(document: Mapping[str, Any]) -> list[str]:
         other = next((row for row in others if layout(row) != layout(best)), None)
         runner_up = f"; next is {layout(other)}, {other['modelled'] / best['modelled'] - 1:+.1%}" if other else ""
         found.append(
-            f"Of {name}, the fastest that fits is {layout(best)}: {best['modelled'] / 1e3:.0f} K, "
-            f"{best['modelled'] / own - 1:+.0%} against this configuration, {best['memory_bytes'] / GB:.1f} GB"
+            f"Of {name}, the fastest that fits is {layout(best)}: {thousands(best['modelled'])}, "
+            f"{_against(best['modelled'] / own)}, {best['memory_bytes'] / GB:.1f} GB"
             f"{runner_up}."
         )
         if scoped is today and best["modelled"] < 0.99 * own:
@@ -93,8 +111,8 @@ def _keeping(row: Mapping[str, Any]) -> str:
 def overrides(row: Mapping[str, Any]) -> str:
     """The command line's overrides that make a configuration this layout."""
     given = {f"layout.{name}": row[name] for name in ("pp", "dp", "ep", "schedule")}
-    if row["pp"] > 1:
-        given["layout.stage_layers"] = str(row["stage_layers"]).replace(" ", "")
+    # The configuration may have a split of its own.
+    given["layout.stage_layers"] = str(list(row["stage_layers"])).replace(" ", "") if row["pp"] > 1 else "null"
     given |= {
         "run.micro_batch_sequences": row["micro_batch_sequences"],
         "run.recompute": str(row["recompute"]).lower(),
@@ -155,15 +173,15 @@ def _changes_table(document: Mapping[str, Any]) -> tuple[str, list[str], list[li
         rows.append(
             [
                 row["what"],
-                f"{row['step_s']:.1f}",
-                f"{row['modelled'] / 1e3:.0f}",
-                f"{row['corrected'] / 1e3:.0f}",
+                short(row["step_s"]),
+                short(row["modelled"] / 1e3),
+                short(row["corrected"] / 1e3),
                 f"{row['bubble']:.0%}",
                 alone,
             ]
         )
     bound = document["bound"]
-    rows.append([bound["what"], "", f"{bound['modelled'] / 1e3:.0f}", "", "", ""])
+    rows.append([bound["what"], "", short(bound["modelled"] / 1e3), "", "", ""])
     heads = ["K GPU-hours per trillion tokens", "step, s", "modelled", "corrected", "bubble", "alone"]
     return "What changes would give, each on top of the ones before:", heads, rows
 
@@ -171,17 +189,17 @@ def _changes_table(document: Mapping[str, Any]) -> tuple[str, list[str], list[li
 def _run_table(document: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     cost = document["cost"]
     rows = [
-        [part["what"], f"{part['modelled_gpu_hours'] / 1e3:,.0f}", f"{part['corrected_gpu_hours'] / 1e3:,.0f}"]
+        [part["what"], short(part["modelled_gpu_hours"] / 1e3), short(part["corrected_gpu_hours"] / 1e3)]
         for part in cost["parts"]
     ]
     both = [cost["modelled"], cost["corrected"]]
     rows += [
         [
             f"all, training {cost['effective_training_time']:.1%} of the time",
-            *(f"{x['gpu_hours'] / 1e3:,.0f}" for x in both),
+            *(short(x["gpu_hours"] / 1e3) for x in both),
         ],
-        ["days", *(f"{x['days']:,.1f}" for x in both)],
-        [f"M dollars at {cost['dollars_per_gpu_hour']:g} a GPU-hour", *(f"{x['dollars'] / 1e6:,.2f}" for x in both)],
+        ["days", *(short(x["days"]) for x in both)],
+        [f"M dollars at {cost['dollars_per_gpu_hour']:g} a GPU-hour", *(short(x["dollars"] / 1e6) for x in both)],
     ]
     return "The whole run:", ["K GPU-hours", "modelled", "corrected"], rows
 
