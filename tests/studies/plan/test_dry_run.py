@@ -214,7 +214,7 @@ def test_a_rank_of_2048_is_planned_on_a_laptop(
 @pytest.mark.long
 def test_all_kinds_of_2048_ranks_are_what_each_is_alone(plans: Plans) -> None:
     lines = plans["h800_2048", "all"].splitlines()
-    totals = {line.split()[0]: float(line.split()[8]) for line in lines if re.match(r"\d+-\d+ ", line)}
+    totals = {line.split()[0]: float(line.split()[10]) for line in lines if re.match(r"\d+-\d+ ", line)}
     assert list(totals) == [f"{128 * pp}-{128 * pp + 127}" for pp in range(16)]
     for rank in (0, 1024, 2047):
         (alone,) = re.findall(r"^total +([\d.]+) GB$", plans["h800_2048", rank], flags=re.MULTILINE)
@@ -442,9 +442,10 @@ def test_messages_between_stages_are_in_the_total() -> None:
 
 def test_uneven_routing_is_added_to_the_total_and_said_where_it_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small(layout_dp=2, layout_ep=2, data_sequence_length=384)
+    monkeypatch.setattr(planned, "size", lambda num_bytes: f"{num_bytes:.0f} B")
     shown, memory = dry_run(config), planned.plan_pipeline_rank(config, 0, {}).memory
     totals = [shown_bytes(shown, name) for name in ("1.0", "1.2", "1.5", "2.0", "total")]
-    assert totals[0] == totals[-1] == pytest.approx(memory.total, abs=5e3)
+    assert totals[0] == totals[-1] == memory.total
     assert totals[:4] == sorted(set(totals[:4]))
     assert "with 4 GB for CUDA and NCCL it fits even if its experts get all tokens of their group" in shown
 

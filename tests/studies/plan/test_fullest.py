@@ -99,7 +99,23 @@ def test_the_fullest_is_shown_without_a_rank_and_every_kind_by_all(monkeypatch: 
     assert "fits 80 GB, 60.0 GB left" in dry_run(replace(config, rank=0))
     lines = dry_run(replace(config, rank="all")).splitlines()
     words = [line.split() for line in lines]
-    assert words[1] == ["0-3", "0", "20.00", "GB", "0.00", "GB", "0.01", "MB", "20.00", "GB", "60.0", "GB", "left"]
+    assert words[1] == [
+        "0-3",
+        "0",
+        "20.00",
+        "GB",
+        "0.00",
+        "GB",
+        "0.01",
+        "MB",
+        "8.19",
+        "kB",
+        "20.00",
+        "GB",
+        "60.0",
+        "GB",
+        "left",
+    ]
     assert words[2][:2] + words[2][-3:] == ["4-7", "1", "40.7", "GB", "over"]
     assert lines[3].startswith("4 of 8 ranks do not fit; the fullest is rank 5,")
     assert "the others hold up to 4.00 B less" in lines[4]

@@ -152,11 +152,12 @@ def _tables(config: PretrainConfig, rank: int, memory: Memory) -> list[list[str]
 
 def _all_table(config: PretrainConfig, plans: list[RankPlan]) -> list[str]:
     """One line for each pipeline rank, and a verdict on all."""
-    columns = ("state", "activations", "temporary", "total")
+    columns = ("state", "activations", "temporary", "messages", "total")
     lines = [f"{'ranks':<13}{'pipeline rank':>13}" + "".join(f"{name:>13}" for name in columns) + f"{'of 80 GB':>13}"]
     for pp_rank, plan in enumerate(plans):
         memory = plan.memory
-        sizes = "".join(f"{size(n):>13}" for n in (memory.state, memory.held, memory.transient, memory.total))
+        parts = (memory.state, memory.held, memory.transient, memory.messages, memory.total)
+        sizes = "".join(f"{size(n):>13}" for n in parts)
         first, last = plan.ranks[0], plan.ranks[-1]
         left = DEVICE_GB - memory.total / GB
         verdict = f"{abs(left):.1f} GB {'left' if left >= 0 else 'over'}"
