@@ -76,7 +76,7 @@ def _plan(arguments: list[str]) -> int:
     name: MachineName = options.gpu or named
     report = options.report if options.report.exists() else None
     # Published runs are of DeepSeek-V3, whatever is planned here.
-    v3 = config if config.run.name == V3 else compose([f"+cluster={V3}"])
+    v3 = compose([f"+cluster={V3}"])
     known = correction_for(name, config.precision.name)
     assumed = Assumptions(machine(name, report=report), GPUS[name], options.dollars, v3.model, known)
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()

@@ -32,6 +32,7 @@ from train.config import PretrainConfig, compose
 from train.model import attention
 from train.model.sizes import Held, held_by, weights
 from train.stage import build_stages, stage_specs
+from train.studies.plan import dry_run as planned
 from train.studies.plan import memory as planner
 from train.studies.plan.dry_run import dry_run
 from train.studies.plan.memory import Memory, measure
@@ -213,7 +214,7 @@ def test_a_rank_of_2048_is_planned_on_a_laptop(
 @pytest.mark.long
 def test_all_kinds_of_2048_ranks_are_what_each_is_alone(plans: Plans) -> None:
     lines = plans["h800_2048", "all"].splitlines()
-    totals = {line.split()[0]: float(line.split()[8]) for line in lines if re.match(r"\d+-\d+ ", line)}
+    totals = {line.split()[0]: float(line.split()[10]) for line in lines if re.match(r"\d+-\d+ ", line)}
     assert list(totals) == [f"{128 * pp}-{128 * pp + 127}" for pp in range(16)]
     for rank in (0, 1024, 2047):
         (alone,) = re.findall(r"^total +([\d.]+) GB$", plans["h800_2048", rank], flags=re.MULTILINE)
@@ -420,3 +421,41 @@ def test_more_micro_batches_than_the_plan_takes_hold_no_more(
     inputs = more * 2 * 40 * 8
     assert 0 <= again.held - memory.held - inputs <= 8 * more
     assert 0 <= again.total - memory.total - inputs <= 8 * more
+
+
+def shown_bytes(output: str, name: str) -> float:
+    (found,) = re.findall(rf"^{re.escape(name)}\s+([\d.]+) (GB|MB|kB|B)$", output, flags=re.MULTILINE)
+    return float(found[0]) * {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1}[found[1]]
+
+
+def test_messages_between_stages_are_in_the_total() -> None:
+    """1F1B on two ranks; the last holds one micro-batch when it is fullest, in backward."""
+    config = small(layout_pp=2)
+    plan = planned.plan_pipeline_rank(config, 1, {})
+    # Before its backward of micro-batch i: the gradient of i - 1 may be on its way, hidden state i + 1 may have come.
+    assert plan.memory.messages == 2 * config.data.sequence_length * config.model.hidden_size * 2
+    parts = plan.memory.state + plan.memory.held + plan.memory.transient
+    assert plan.memory.total == parts + plan.memory.messages
+    shown = dry_run(replace(config, rank=1))
+    assert shown_bytes(shown, "messages between stages, at most") == pytest.approx(plan.memory.messages, abs=5e3)
+
+
+def test_uneven_routing_is_added_to_the_total_and_said_where_it_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small(layout_dp=2, layout_ep=2, data_sequence_length=384)
+    monkeypatch.setattr(planned, "size", lambda num_bytes: f"{num_bytes:.0f} B")
+    shown, memory = dry_run(config), planned.plan_pipeline_rank(config, 0, {}).memory
+    totals = [shown_bytes(shown, name) for name in ("1.0", "1.2", "1.5", "2.0", "total")]
+    assert totals[0] == totals[-1] == memory.total
+    assert totals[:4] == sorted(set(totals[:4]))
+    assert "with 4 GB for CUDA and NCCL it fits even if its experts get all tokens of their group" in shown
+
+    def verdict(bytes_left: float) -> str:
+        monkeypatch.setattr(planned, "DEVICE_GB", bytes_left / GB + 4)
+        return planned._imbalance_table(config, 0, memory)[-1]
+
+    (breaks,) = re.findall(r"it no longer fits 4 GB from ([\d.]+) times the mean on$", verdict(sum(totals[1:3]) / 2))
+    assert 1.2 < float(breaks) < 1.5
+    assert verdict(0.9 * totals[0]).endswith("it no longer fits 4 GB however even its routing")
+    one = dry_run(small())
+    assert "over the mean" not in one
+    assert "messages between stages" not in one

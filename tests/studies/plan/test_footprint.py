@@ -206,8 +206,8 @@ def test_the_ranks_of_h800_2048_need_what_the_dry_run_counts() -> None:
     for closed, counted in pairs:
         # Measured: -0.03, -0.28 and -0.15 %; the turn of the V alone is 1.9 % of the last.
         assert closed.activations == pytest.approx(counted.held, rel=0.005)
-        # Measured: -0.16, -0.21 and +0.09 %.
-        assert closed.total - closed.reserved - closed.messages == pytest.approx(counted.total, rel=0.005)
+        # Measured: -0.16, -0.21 and +0.09 %; messages between stages are the closed form's in both.
+        assert closed.total - closed.reserved == pytest.approx(counted.total, rel=0.005)
 
 
 @pytest.mark.long
@@ -269,11 +269,11 @@ def test_imbalance_costs_memory_until_every_token_is_on_one_rank() -> None:
     # A token has 8 experts, of which a rank holds 4: 64 x 4 / 8.
     assert totals[-2] == totals[-1]
     limit = (totals[1] + totals[2]) / 2
-    breaks = breaking_imbalance(config, candidate, held, limit=limit)
+    breaks = breaking_imbalance(config, candidate, most, limit=limit)
     assert breaks is not None
     assert most(breaks - 2e-3) <= limit < most(breaks)
-    assert breaking_imbalance(config, candidate, held, limit=totals[-1]) is None
-    assert breaking_imbalance(config, candidate, held, limit=totals[0] - 1) == 1.0
+    assert breaking_imbalance(config, candidate, most, limit=totals[-1]) is None
+    assert breaking_imbalance(config, candidate, most, limit=totals[0] - 1) == 1.0
 
 
 def test_two_copies_of_every_stage_share_their_states() -> None:

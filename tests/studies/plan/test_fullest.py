@@ -37,10 +37,12 @@ def check_against_brute_force(config: PretrainConfig) -> None:
     plans = [plan_pipeline_rank(config, pp_rank, known) for pp_rank in range(config.layout.pp)]
     real = [by_brute_force(config, rank) for rank in world]
     for plan in plans:
-        assert vars(plan.memory) == pytest.approx(vars(real[plan.rank]), rel=0, abs=4)
+        # Messages of other ranks do not exist in a world of one process.
+        alone = replace(plan.memory, messages=0)
+        assert vars(alone) == pytest.approx(vars(real[plan.rank]), rel=0, abs=4)
         shares = [real[rank].masters + real[rank].moments for rank in plan.ranks]
         assert plan.spread == max(shares) - min(shares)
-        assert abs(plan.memory.total - max(real[rank].total for rank in plan.ranks)) <= 4
+        assert abs(alone.total - max(real[rank].total for rank in plan.ranks)) <= 4
     assert [rank for plan in plans for rank in plan.ranks] == list(world)
     assert len({plan.memory.total for plan in plans}) > 1, "ranks that are equal would prove nothing"
 
@@ -97,7 +99,23 @@ def test_the_fullest_is_shown_without_a_rank_and_every_kind_by_all(monkeypatch: 
     assert "fits 80 GB, 60.0 GB left" in dry_run(replace(config, rank=0))
     lines = dry_run(replace(config, rank="all")).splitlines()
     words = [line.split() for line in lines]
-    assert words[1] == ["0-3", "0", "20.00", "GB", "0.00", "GB", "0.01", "MB", "20.00", "GB", "60.0", "GB", "left"]
+    assert words[1] == [
+        "0-3",
+        "0",
+        "20.00",
+        "GB",
+        "0.00",
+        "GB",
+        "0.01",
+        "MB",
+        "8.19",
+        "kB",
+        "20.00",
+        "GB",
+        "60.0",
+        "GB",
+        "left",
+    ]
     assert words[2][:2] + words[2][-3:] == ["4-7", "1", "40.7", "GB", "over"]
     assert lines[3].startswith("4 of 8 ranks do not fit; the fullest is rank 5,")
     assert "the others hold up to 4.00 B less" in lines[4]

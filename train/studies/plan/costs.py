@@ -92,7 +92,7 @@ def _memory(setup: Setup, part: str, *, moe: bool, beside_exchange: bool) -> flo
     model, tables = setup.model, the.tables
     by_width = (model.hidden_size / HIDDEN + model.num_attention_heads / HEADS) / 2
     if part.startswith("experts"):
-        by_width = model.hidden_size * model.num_experts_per_tok / (HIDDEN * TOPK) * setup.implementation.imbalance
+        by_width = model.hidden_size * model.num_experts_per_tok / (HIDDEN * TOPK) * setup.imbalance
         by_width *= 1.0 if moe else tables.value("dense share")
     scale = by_width * setup.tokens / TOKENS
     if how == "profile":
@@ -117,7 +117,7 @@ def _counted_bytes(setup: Setup, part: str, *, moe: bool) -> float:
     again = "recompute" if candidate.recompute else "keep"
     kept = candidate.attention_output if candidate.precision == "fp8" else "bf16"
     variant = f"{'moe' if moe else 'dense'} {candidate.precision} {again} {kept}"
-    hidden, imbalance = model.hidden_size / HIDDEN, setup.implementation.imbalance
+    hidden, imbalance = model.hidden_size / HIDDEN, setup.imbalance
 
     def moved(phase: str, *, rows: float, others: float, state: float) -> float:
         values = setup.machine.tables.rows.get(f"{variant}, {phase}")
@@ -189,7 +189,7 @@ def exchange_s(setup: Setup) -> tuple[float, float]:
         dispatch_bytes(model.hidden_size, precision=candidate.precision),
         hidden_bytes(model.hidden_size, precision=candidate.precision),
     )
-    copies = setup.tokens * setup.implementation.imbalance * expected_shares(model, shares=ep)
+    copies = setup.tokens * setup.imbalance * expected_shares(model, shares=ep)
     if candidate.dispatch == "direct":
         # Of the copies that the group's ranks get, those of this node's ranks.
         inside = min(1.0, per_node / ep)
@@ -198,7 +198,7 @@ def exchange_s(setup: Setup) -> tuple[float, float]:
     known = min((8, 16, 32, 64), key=lambda ranks: abs(math.log2(ranks / ep)))
     rates = [rate * 1e9 for rate in the.tables.values(f"DeepEP {known}")]
     if ep > per_node:
-        copies = setup.tokens * setup.implementation.imbalance * expected_shares(model, shares=ep // per_node)
+        copies = setup.tokens * setup.imbalance * expected_shares(model, shares=ep // per_node)
     else:
         rates = [rate * the.nvlink / (the.tables.value("NVLink H800") * 1e9) for rate in rates]
     return copies * sizes[0] / rates[0], copies * sizes[1] / rates[1]
@@ -350,5 +350,7 @@ def _phase(name: str, passes: Passes, *, forward: bool) -> Phase:
 
 
 def p2p_s(setup: Setup) -> float:
-    """A hidden state, or its gradient, to a neighbour on another node."""
-    return setup.tokens * setup.model.hidden_size * BF16_BYTES / setup.machine.infiniband
+    """A hidden state, or its gradient, to a neighbour, on another node if there is one."""
+    alone = setup.candidate.world <= setup.candidate.ranks_per_node
+    rate = setup.machine.nvlink if alone else setup.machine.infiniband
+    return setup.tokens * setup.model.hidden_size * BF16_BYTES / rate

@@ -14,15 +14,15 @@ import functools
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from train.model.sizes import Held, flops_per_token, weights
 from train.studies.plan import judge, recipe
 from train.studies.plan.candidate import Candidate, candidate_of, run_of
 from train.studies.plan.costs import StageCosts, layer_parts
 from train.studies.plan.footprint import IMBALANCES, Footprint, breaking_imbalance, footprint
-from train.studies.plan.moments import Moment, moments
-from train.studies.plan.orders import orders, refusal
+from train.studies.plan.moments import Moment, moments_of
+from train.studies.plan.orders import refusal
 from train.studies.plan.predict import HOUR_S, Prediction, gpu_hours_per_trillion, predict, stages_of
 from train.studies.plan.products import Implementation, Machine, Setup, mean_octaves
 from train.studies.plan.search import ALL, TODAY, Found, Scope, flips, runs_today, search, split_by_time
@@ -38,7 +38,7 @@ VERSION = 1
 # What the layers of today are made of, and what they were before they were fused.
 OURS = Implementation("as written")
 BEFORE = Implementation("before the fusions", memory="before fusions", router="fp32", head="apart")
-# Layouts that the document lists, and those of which the best are asked under other links and kernels.
+# Layouts that the document lists at least, and those of which the best are asked under other links and kernels.
 LISTED, ASKED = 200, 12
 
 
@@ -65,14 +65,23 @@ class Planner:
     def __init__(self, config: PretrainConfig, assumed: Assumptions) -> None:
         self.config, self.assumed = config, assumed
         self.candidate = candidate_of(config)
+        # cuDNN's attention is not deterministic and takes no documents (`kernels/attention.py`).
+        attention: Literal["flash", "cudnn"] = (
+            "flash" if config.run.deterministic or config.data.mask_documents else "cudnn"
+        )
+        self.ours, self.before = replace(OURS, attention=attention), replace(BEFORE, attention=attention)
         self.tokens = config.schedule.batch_full_sequences * config.data.sequence_length
         self.predicted = functools.cache(self._predicted)
         self._fullest_bytes = functools.cache(self._closed_form_bytes)
 
-    def setup(self, candidate: Candidate, implementation: Implementation = OURS) -> Setup:
+    def setup(self, candidate: Candidate, implementation: Implementation | None = None) -> Setup:
         """What decides the time of a layout."""
         return Setup(
-            self.config.model, candidate, implementation, self.assumed.machine, self.config.data.sequence_length
+            self.config.model,
+            candidate,
+            implementation or self.ours,
+            self.assumed.machine,
+            self.config.data.sequence_length,
         )
 
     def micro_batches(self, candidate: Candidate, batch: int | None = None) -> int:
@@ -80,7 +89,7 @@ class Planner:
         batch = self.config.schedule.batch_full_sequences if batch is None else batch
         return batch // candidate.dp // candidate.micro_batch_sequences
 
-    def _predicted(self, candidate: Candidate, implementation: Implementation = OURS) -> Prediction:
+    def _predicted(self, candidate: Candidate, implementation: Implementation | None = None) -> Prediction:
         return predict(self.setup(candidate, implementation), micro_batches=self.micro_batches(candidate))
 
     def hours(self, step_s: float) -> float:
@@ -104,11 +113,8 @@ class Planner:
     # ---- memory
 
     def moments(self, candidate: Candidate) -> Sequence[Sequence[Moment]]:
-        """What each pipeline rank holds during a step; the rounds of a full pipeline repeat themselves."""
-        count = min(self.micro_batches(candidate), 2 * candidate.pp)
-        if refusal(candidate.schedule, candidate.pp, candidate.chunks, count):
-            count = self.micro_batches(candidate)
-        return _moments(candidate.schedule, candidate.pp, candidate.chunks, count, candidate.max_waiting_wgrads)
+        """What each pipeline rank holds during a step of the full batch."""
+        return moments_of(candidate, self.micro_batches(candidate))
 
     def footprints(self, candidate: Candidate, imbalance: float = 1.0) -> list[Footprint]:
         """Of every pipeline rank."""
@@ -126,14 +132,9 @@ class Planner:
     def search(self, scope: Scope) -> list[Found]:
         """All layouts of a scope, best first."""
         return search(
-            self.config, scope, implementation=OURS, machine=self.assumed.machine, memory_of=self.fullest_bytes,
+            self.config, scope, implementation=self.ours, machine=self.assumed.machine, memory_of=self.fullest_bytes,
             limit_bytes=self.assumed.memory_bytes,
         )  # fmt: skip
-
-
-@functools.cache
-def _moments(name: str, pp: int, chunks: int, count: int, waiting: int | None) -> list[list[Moment]]:
-    return moments(orders(name, pp, chunks, count), max_waiting_wgrads=waiting)
 
 
 def plan(config: PretrainConfig, assumed: Assumptions, *, date: str) -> dict[str, Any]:
@@ -221,12 +222,17 @@ def _memory(planner: Planner) -> dict[str, Any]:
     imbalance = []
     for each in IMBALANCES:
         totals = [found.total for found in planner.footprints(candidate, each)]
-        step = planner.predicted(candidate, replace(OURS, imbalance=each))
+        step = planner.predicted(candidate, replace(planner.ours, imbalance=each))
         fullest = totals.index(max(totals))
         imbalance.append(
             {"imbalance": each, "fullest_bytes": max(totals), "fullest_rank": fullest, "step_s": step.step_s}
         )
-    breaks_at = breaking_imbalance(planner.config, candidate, planner.moments(candidate), limit=limit)
+    breaks_at = breaking_imbalance(
+        planner.config,
+        candidate,
+        lambda each: max(found.total for found in planner.footprints(candidate, each)),
+        limit=limit,
+    )
     return {"ranks": ranks, "imbalance": imbalance, "breaks_at": breaks_at}
 
 
@@ -329,10 +335,10 @@ def _changes(planner: Planner) -> list[dict[str, Any]]:
     """From before the fusions over the configured run to everything at once; each change also alone on the latter."""
     configured = planner.candidate
     rows = [
-        _row(planner, "before the fused kernels", configured, BEFORE),
-        _row(planner, "as configured", configured, OURS),
+        _row(planner, "before the fused kernels", configured, planner.before),
+        _row(planner, "as configured", configured, planner.ours),
     ]
-    base, now, how = configured, configured, OURS
+    base, now, how = configured, configured, planner.ours
     alone = rows[-1]["modelled"]
 
     def add(
@@ -344,17 +350,17 @@ def _changes(planner: Planner) -> list[dict[str, Any]]:
 
     if configured.ep > configured.ranks_per_node:
         now = replace(now, dispatch="node")
-        add("+ one crossing of InfiniBand per node", now, how, (replace(base, dispatch="node"), OURS))
+        add("+ one crossing of InfiniBand per node", now, how, (replace(base, dispatch="node"), planner.ours))
     if now.chunks == 2 and not refusal("DualPipeV", now.pp, 2, planner.micro_batches(now)):
         now = replace(now, schedule="DualPipeV", overlap=True)
-        add("+ overlap, DualPipeV", now, how, (replace(base, schedule="DualPipeV", overlap=True), OURS))
+        add("+ overlap, DualPipeV", now, how, (replace(base, schedule="DualPipeV", overlap=True), planner.ours))
     if now.pp > 1:
         split = split_by_time(planner.setup(now, how), micro_batches=planner.micro_batches(now), least_last=0)
         own = split_by_time(planner.setup(base), micro_batches=planner.micro_batches(base), least_last=0)
         now = replace(now, stage_layers=split)
-        add("+ layers split by time", now, how, (replace(base, stage_layers=own), OURS))
+        add("+ layers split by time", now, how, (replace(base, stage_layers=own), planner.ours))
     if configured.precision == "fp8":
-        how = replace(OURS, name="DeepGEMM's products", products="deepgemm")
+        how = replace(planner.ours, name="DeepGEMM's products", products="deepgemm")
         add("+ products at DeepGEMM's speed", now, how, (base, how))
     return rows
 
@@ -374,7 +380,7 @@ def _row(planner: Planner, what: str, candidate: Candidate, implementation: Impl
 
 
 def _bound(planner: Planner) -> dict[str, Any]:
-    candidate = planner.candidate
+    candidate = replace(planner.candidate, recompute=False)
     fastest = replace(OURS, products="deepgemm") if candidate.precision == "fp8" else OURS
     seconds = StageCosts(planner.setup(candidate, fastest)).bound_s()
     tokens = candidate.micro_batch_sequences * planner.config.data.sequence_length
@@ -383,19 +389,22 @@ def _bound(planner: Planner) -> dict[str, Any]:
 
 def _search(planner: Planner) -> tuple[dict[str, Any], dict[str, Any]]:
     began = time.perf_counter()
-    found = {scope.name: planner.search(scope) for scope in (TODAY, ALL)}
-    every = [each for scoped in found.values() for each in scoped]
+    today = planner.search(TODAY)
+    # What runs today is a part of all, also where other layouts were asked for a better split.
+    every = sorted(dict.fromkeys([*today, *planner.search(ALL)]), key=lambda each: each.rank)
+    found = {TODAY.name: today, ALL.name: every}
+    listed = dict.fromkeys([*every[:LISTED], *today[:ASKED]])
     changed = {
         name: {
             what: candidate and _layout(candidate)
             for what, candidate in flips(
-                planner.config, scoped[:ASKED], implementation=OURS, machine=planner.assumed.machine
+                planner.config, scoped[:ASKED], implementation=planner.ours, machine=planner.assumed.machine
             ).items()
         }
         for name, scoped in found.items()
     }
     rows = []
-    for each in sorted(dict.fromkeys(every), key=lambda each: each.rank)[:LISTED]:
+    for each in sorted(listed, key=lambda each: each.rank):
         modelled = planner.hours(each.step.step_s)
         rows.append(
             {

@@ -8,9 +8,12 @@ A rank's own model, optimizer and pipeline schedule run: forward, backward, redu
 of one pipeline rank differ by the padding of their shares only; the fullest is found over all ranks. FLOPs and bytes on
 the wire are closed forms (`train/model/sizes.py`, `traffic.py`).
 
-Left out: what CUDA, NCCL and the allocator take for themselves (some GB), messages to other stages that are still on
-their way, and temporaries inside kernels. Attention is counted as cuDNN's, also with `data.mask_documents`, where flash
-keeps v and o as wide as q. Routing is never perfectly balanced, so a real rank needs room above the figure. The batch
+Messages between stages that no micro-batch holds are the most that two neighbours allow (`moments.py`). Routing is
+never perfectly balanced: what more a rank needs then, and where it no longer fits, are differences in closed form
+(`footprint.py`).
+
+Left out: what CUDA, NCCL and the allocator take for themselves (some GB) and temporaries inside kernels. Attention is
+counted as cuDNN's, also with `data.mask_documents`, where flash keeps v and o as wide as q. The batch
 ramp (arXiv:2412.19437 §4.2) is shown where a pipeline (§3.2.1) changes: at the first step, at the first one that fills
 it (below, ranks idle), and at the full batch.
 """
@@ -21,7 +24,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -38,7 +41,10 @@ from train.schedules import ScheduleConfig, scheduled_values
 from train.stage import stage_specs
 from train.studies import measured
 from train.studies.measured import Rate, rate
+from train.studies.plan.candidate import candidate_of
+from train.studies.plan.footprint import IMBALANCES, RESERVED_BYTES, Footprint, breaking_imbalance, footprint
 from train.studies.plan.memory import Memory, measure, share_bytes
+from train.studies.plan.moments import moments_of
 from train.studies.plan.stand_ins import ChunkBytes, StageKind
 from train.studies.plan.traffic import expected_destinations, expert_bytes, pipeline_bytes, update_bytes
 
@@ -115,7 +121,16 @@ def _measured(config: PretrainConfig, rank: int, known: dict[StageKind, ChunkByt
     full = scheduled_values(schedule, step=0, tokens_seen=schedule.batch_ramp_tokens).batch_sequences
     count = min(2 * layout.pp, full // layout.dp // config.run.micro_batch_sequences)
     with as_rank(config, rank) as mesh:
-        return measure(config, mesh, num_micro_batches=count, known=known)
+        memory = measure(config, mesh, num_micro_batches=count, known=known)
+    return replace(memory, messages=round(_closed_form(config, rank, 1.0).messages))
+
+
+def _closed_form(config: PretrainConfig, rank: int, imbalance: float) -> Footprint:
+    """Of a rank's pipeline rank."""
+    candidate = candidate_of(config)
+    count = config.schedule.batch_full_sequences // candidate.dp // candidate.micro_batch_sequences
+    found = footprint(config, candidate, moments_of(candidate, count), imbalance=imbalance)
+    return found[rank // candidate.dp]
 
 
 def _tables(config: PretrainConfig, rank: int, memory: Memory) -> list[list[str]]:
@@ -129,6 +144,7 @@ def _tables(config: PretrainConfig, rank: int, memory: Memory) -> list[list[str]
     return [
         _position(config, mesh, parts),
         _memory_table(memory),
+        *([_imbalance_table(config, rank, memory)] if config.layout.ep > 1 else []),
         _ramp_table(points),
         _work_table(config, mesh, parts.values(), points[-1]),
     ]
@@ -136,11 +152,12 @@ def _tables(config: PretrainConfig, rank: int, memory: Memory) -> list[list[str]
 
 def _all_table(config: PretrainConfig, plans: list[RankPlan]) -> list[str]:
     """One line for each pipeline rank, and a verdict on all."""
-    columns = ("state", "activations", "temporary", "total")
+    columns = ("state", "activations", "temporary", "messages", "total")
     lines = [f"{'ranks':<13}{'pipeline rank':>13}" + "".join(f"{name:>13}" for name in columns) + f"{'of 80 GB':>13}"]
     for pp_rank, plan in enumerate(plans):
         memory = plan.memory
-        sizes = "".join(f"{size(n):>13}" for n in (memory.state, memory.held, memory.transient, memory.total))
+        parts = (memory.state, memory.held, memory.transient, memory.messages, memory.total)
+        sizes = "".join(f"{size(n):>13}" for n in parts)
         first, last = plan.ranks[0], plan.ranks[-1]
         left = DEVICE_GB - memory.total / GB
         verdict = f"{abs(left):.1f} GB {'left' if left >= 0 else 'over'}"
@@ -248,6 +265,7 @@ def _memory_table(memory: Memory) -> list[str]:
         ("activations at the schedule's peak", memory.held),
         ("temporaries above that, dispatch buffers apart", memory.transient - memory.dispatch),
         ("dispatch buffers", memory.dispatch),
+        *([("messages between stages, at most", memory.messages)] if memory.messages else []),
         ("total", memory.total),
     ]
     left = DEVICE_GB - memory.total / GB
@@ -255,6 +273,26 @@ def _memory_table(memory: Memory) -> list[str]:
     host = [("host memory: pinned blocks (2^n) of that state", memory.host)] if memory.host else []
     lines = [f"{name:<48}{size(num_bytes):>12}" for name, num_bytes in (*rows, *host)]
     return [*lines[: len(rows)], verdict, *lines[len(rows) :]]
+
+
+def _imbalance_table(config: PretrainConfig, rank: int, memory: Memory) -> list[str]:
+    """The total where this rank's experts get more than their even share of the tokens, and where that is too much."""
+    even = _closed_form(config, rank, 1.0).total
+
+    def total(imbalance: float) -> float:
+        return memory.total + _closed_form(config, rank, imbalance).total - even
+
+    limit, reserved = DEVICE_GB * GB, RESERVED_BYTES / GB
+    breaks = breaking_imbalance(config, candidate_of(config), total, limit=limit - RESERVED_BYTES)
+    verdict = f"with {reserved:.0f} GB for CUDA and NCCL it no longer fits {DEVICE_GB:.0f} GB "
+    if breaks is None:
+        verdict = f"with {reserved:.0f} GB for CUDA and NCCL it fits even if its experts get all tokens of their group"
+    elif breaks == 1.0:
+        verdict += "however even its routing"
+    else:
+        verdict += f"from {breaks:.2f} times the mean on"
+    head = f"{'tokens of its experts over the mean':<48}{'total':>12}"
+    return [head, *(f"{each:<48.1f}{size(total(each)):>12}" for each in IMBALANCES), verdict]
 
 
 def _ramp_table(points: list[RampPoint]) -> list[str]:

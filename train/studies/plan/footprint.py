@@ -15,7 +15,7 @@ the update gathers, which comes when activations are gone. Two copies of a stage
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import accumulate
@@ -77,26 +77,23 @@ def footprint(
 
 
 def breaking_imbalance(
-    config: PretrainConfig, candidate: Candidate, moments: Sequence[Sequence[Moment]], *, limit: float
+    config: PretrainConfig, candidate: Candidate, bytes_at: Callable[[float], float], *, limit: float
 ) -> float | None:
-    """The imbalance at which the fullest rank no longer fits `limit` bytes, to 0.001; 1.0 if it never does.
+    """The imbalance at which a rank no longer fits `limit` bytes, to 0.001; 1.0 if it never does.
 
+    Args:
+        bytes_at: imbalance -> bytes of the rank, or of the fullest one.
     Returns:
         None if a rank fits whose experts get all tokens of their group.
     """
-
-    def fits(imbalance: float) -> bool:
-        found = footprint(config, candidate, moments, imbalance=imbalance)
-        return max(each.total for each in found) <= limit
-
     low, high = 1.0, _work(config, candidate).most_imbalance
-    if fits(high):
+    if bytes_at(high) <= limit:
         return None
-    if not fits(low):
+    if bytes_at(low) > limit:
         return low
     while high - low > 1e-3:
         middle = (low + high) / 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        low, high = (middle, high) if bytes_at(middle) <= limit else (low, middle)
     return high
 
 

@@ -37,7 +37,8 @@ class Memory:
     """Bytes of one rank.
 
     held: kept for backward at the schedule's peak. transient: above that, for a moment. dispatch: buffers of one
-    exchange of a MoE layer, counted in transient too. With `optim.offload=cpu`, host: pinned blocks of masters and
+    exchange of a MoE layer, counted in transient too. messages: between stages, which one process does not see and
+    `measure` leaves 0. With `optim.offload=cpu`, host: pinned blocks of masters and
     moments, not in the total; staging: the buffers on the device through which they pass.
     """
 
@@ -49,6 +50,7 @@ class Memory:
     held: int
     transient: int
     dispatch: int
+    messages: int = 0
     staging: int = 0
     host: int = 0
 
@@ -60,7 +62,7 @@ class Memory:
     @property
     def total(self) -> int:
         """At the highest moment of the step."""
-        return self.state + self.held + self.transient
+        return self.state + self.held + self.transient + self.messages
 
 
 def measure(

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
-from train.studies.plan.orders import Orders, Step
+from train.studies.plan.candidate import Candidate
+from train.studies.plan.orders import Orders, Step, orders, refusal
 
 
 class Moment(NamedTuple):
@@ -37,6 +39,19 @@ def moments(orders: Orders, *, max_waiting_wgrads: int | None) -> list[list[Mome
             most[moment] = max(most.get(moment, 0), count)
         found.append(_fullest(moment._replace(messages=count) for moment, count in most.items()))
     return found
+
+
+def moments_of(candidate: Candidate, micro_batches: int) -> list[list[Moment]]:
+    """Those of a candidate's step; the rounds of a full pipeline repeat themselves."""
+    name, pp, chunks = candidate.schedule, candidate.pp, candidate.chunks
+    count = min(micro_batches, 2 * pp)
+    count = micro_batches if refusal(name, pp, chunks, count) else count
+    return _moments_of(name, pp, chunks, count, candidate.max_waiting_wgrads)
+
+
+@cache
+def _moments_of(name: str, pp: int, chunks: int, count: int, waiting: int | None) -> list[list[Moment]]:
+    return moments(orders(name, pp, chunks, count), max_waiting_wgrads=waiting)
 
 
 def _fullest(moments: Iterable[Moment]) -> list[Moment]:

@@ -91,6 +91,13 @@ class Setup:
         return self.candidate.micro_batch_sequences * self.sequence_length
 
     @property
+    def imbalance(self) -> float:
+        """Rows of the fullest rank's experts over the mean: at most as uneven as routing can be on so many ranks."""
+        model, ep = self.model, self.candidate.ep
+        local = model.n_routed_experts // ep
+        return min(self.implementation.imbalance, ep * min(local / model.num_experts_per_tok, 1.0))
+
+    @property
     def column(self) -> Column:
         """Whose products."""
         return "bf16" if self.candidate.precision == "bf16" else self.implementation.products
@@ -153,7 +160,7 @@ def _shapes(setup: Setup, weight: Weight) -> tuple[tuple[Kind, Shape], ...]:
 
 def passes(setup: Setup, weight: Weight, *, column: Column | None = None) -> Passes:
     """The three products of a weight; of experts on the fullest rank."""
-    skew = setup.implementation.imbalance if weight.expert else 1.0
+    skew = setup.imbalance if weight.expert else 1.0
     return Passes(*(skew * product_s(setup, kind, shape, column=column) for kind, shape in _shapes(setup, weight)))
 
 

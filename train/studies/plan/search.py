@@ -304,6 +304,8 @@ def flips(
 ) -> Mapping[str, Candidate | None]:
     """Change -> the layout that wins under it, or None where it is still the first."""
     best = [each for each in best if each.fits]
+    if not best:
+        return {}
     winners: dict[str, Candidate | None] = {}
     for change in CHANGES:
         changed = functools.partial(

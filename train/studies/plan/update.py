@@ -11,6 +11,7 @@ in AdamW's row. Nothing overlaps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from train.model.sizes import BF16_BYTES, E4M3_BYTES, FP32_BYTES, Held, Weight, weights
@@ -69,7 +70,7 @@ def _fp8_bytes(setup: Setup, table: Iterable[Weight]) -> float:
 def _ring_s(setup: Setup, num_bytes: float, ranks: int, stride: int) -> float:
     """A reduce-scatter or an all-gather of a buffer over ranks `stride` apart."""
     inside = min(ranks, max(1, setup.candidate.ranks_per_node // stride))
-    outside = ranks // inside
+    outside = math.ceil(ranks / inside)
     by_nvlink = (inside - 1) / inside / setup.machine.nvlink
     by_infiniband = (outside - 1) / outside / inside / setup.machine.infiniband
     return num_bytes * (by_nvlink + by_infiniband)

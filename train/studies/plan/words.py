@@ -29,7 +29,8 @@ def _fit(document: Mapping[str, Any]) -> list[str]:
         f"{gpu['memory_bytes'] / GB:.0f} GB on {gpu['name']}, {reserve}: {fits}."
     )
     sentences = [needs]
-    if left >= 0:
+    # Without the axis every rank has all experts.
+    if left >= 0 and document["candidate"]["ep"] > 1:
         breaks = memory["breaks_at"]
         sentences.append(
             "It fits even if the experts of one rank get all tokens of their group."
@@ -81,6 +82,16 @@ def _doubts(document: Mapping[str, Any]) -> list[str]:
     return [doubt]
 
 
+def short(value: float) -> str:
+    """Three digits, and all of a larger number."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _against(ratio: float) -> str:
+    change = f"{ratio - 1:+.0%}"
+    return "as fast as this configuration" if change in ("+0%", "-0%") else f"{change} against this configuration"
+
+
 def _winners(document: Mapping[str, Any]) -> list[str]:
     rows = [row for row in document["search"]["rows"] if row["fits"]]
     today = [row for row in rows if row["runs_today"]]
@@ -97,7 +108,7 @@ def _winners(document: Mapping[str, Any]) -> list[str]:
         runner_up = f"; next is {layout(other)}, {other['modelled'] / best['modelled'] - 1:+.1%}" if other else ""
         found.append(
             f"Of {name}, the fastest that fits is {layout(best)}: {amount(best['modelled'])}, "
-            f"{best['modelled'] / own - 1:+.0%} against this configuration, {best['memory_bytes'] / GB:.1f} GB"
+            f"{_against(best['modelled'] / own)}, {best['memory_bytes'] / GB:.1f} GB"
             f"{runner_up}."
         )
         if scoped is today and best["modelled"] < 0.99 * own:
@@ -125,8 +136,8 @@ def _keeping(row: Mapping[str, Any]) -> str:
 def overrides(row: Mapping[str, Any]) -> str:
     """The command line's overrides that make a configuration this layout."""
     given = {f"layout.{name}": row[name] for name in ("pp", "dp", "ep", "schedule")}
-    if row["pp"] > 1:
-        given["layout.stage_layers"] = str(row["stage_layers"]).replace(" ", "")
+    # The configuration may have a split of its own.
+    given["layout.stage_layers"] = str(list(row["stage_layers"])).replace(" ", "") if row["pp"] > 1 else "null"
     given |= {
         "run.micro_batch_sequences": row["micro_batch_sequences"],
         "run.recompute": str(row["recompute"]).lower(),
@@ -199,15 +210,15 @@ def _changes_table(document: Mapping[str, Any]) -> tuple[str, list[str], list[li
         rows.append(
             [
                 row["what"],
-                f"{row['step_s']:.1f}",
-                f"{row['modelled'] / 1e3:.0f}",
-                f"{row['corrected'] / 1e3:.0f}",
+                short(row["step_s"]),
+                short(row["modelled"] / 1e3),
+                short(row["corrected"] / 1e3),
                 f"{row['bubble']:.0%}",
                 alone,
             ]
         )
     bound = document["bound"]
-    rows.append([bound["what"], "", f"{bound['modelled'] / 1e3:.0f}", "", "", ""])
+    rows.append([bound["what"], "", short(bound["modelled"] / 1e3), "", "", ""])
     heads = ["K GPU-hours per trillion tokens", "step, s", "modelled", "corrected", "bubble", "alone"]
     return "What changes would give, each on top of the ones before:", heads, rows
 
@@ -215,17 +226,17 @@ def _changes_table(document: Mapping[str, Any]) -> tuple[str, list[str], list[li
 def _run_table(document: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     cost = document["cost"]
     rows = [
-        [part["what"], f"{part['modelled_gpu_hours'] / 1e3:,.0f}", f"{part['corrected_gpu_hours'] / 1e3:,.0f}"]
+        [part["what"], short(part["modelled_gpu_hours"] / 1e3), short(part["corrected_gpu_hours"] / 1e3)]
         for part in cost["parts"]
     ]
     both = [cost["modelled"], cost["corrected"]]
     rows += [
         [
             f"all, training {cost['effective_training_time']:.1%} of the time",
-            *(f"{x['gpu_hours'] / 1e3:,.0f}" for x in both),
+            *(short(x["gpu_hours"] / 1e3) for x in both),
         ],
-        ["days", *(f"{x['days']:,.1f}" for x in both)],
-        [f"M dollars at {cost['dollars_per_gpu_hour']:g} a GPU-hour", *(f"{x['dollars'] / 1e6:,.2f}" for x in both)],
+        ["days", *(short(x["days"]) for x in both)],
+        [f"M dollars at {cost['dollars_per_gpu_hour']:g} a GPU-hour", *(short(x["dollars"] / 1e6) for x in both)],
     ]
     return "The whole run:", ["K GPU-hours", "modelled", "corrected"], rows
 
