@@ -98,7 +98,7 @@ def _winners(document: Mapping[str, Any]) -> list[str]:
     own = document["cost"]["modelled"]["gpu_hours_per_trillion"]
     found = []
     # Where nothing that the trainer lacks is faster, once.
-    scopes = (today, rows) if rows[:1] != today[:1] else (today,)
+    scopes = (today,) if today and rows[0] == today[0] else (today, rows)
     for name, scoped in zip(document["flips"], scopes, strict=False):
         if not scoped:
             found.append(f"Of {name}, no layout of these GPUs fits.")
