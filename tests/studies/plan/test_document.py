@@ -82,7 +82,7 @@ def test_where_nothing_fits_the_plan_says_so() -> None:
         assert f"Of {scope.name}, no layout of these GPUs fits." in said
     assert found["search"]["fit"] == 0
     assert found["search"]["rows"]
-    assert len(said) == 4
+    assert len(said) == 5
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp8_te"])
