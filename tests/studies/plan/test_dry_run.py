@@ -441,7 +441,7 @@ def test_messages_between_stages_are_in_the_total() -> None:
 
 
 def test_uneven_routing_is_added_to_the_total_and_said_where_it_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = small(layout_dp=2, layout_ep=2, data_sequence_length=384)
+    config = small(layout_dp=4, layout_ep=4, data_sequence_length=1024)
     monkeypatch.setattr(planned, "size", lambda num_bytes: f"{num_bytes:.0f} B")
     shown, memory = dry_run(config), planned.plan_pipeline_rank(config, 0, {}).memory
     totals = [shown_bytes(shown, name) for name in ("1.0", "1.2", "1.5", "2.0", "total")]
