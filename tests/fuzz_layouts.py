@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -33,6 +35,9 @@ from tests.ranks import RankPool
 
 # No promise about time: ranks that take this long wait for each other.
 HANG_S = 120
+# Processes that prepare the truth of the next cases, while ranks are busy with one.
+ALONE, AHEAD = 2, 6
+PRELOAD = ("deepspeed", "tests.fuzz_ranks")
 # Legal draws in which a planted defect must show.
 DRAWS_OF_A_DEFECT = 8
 LONGEST_SENTENCE = 1000
@@ -47,37 +52,55 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Pools:
-    """Ranks by their number; those of one number stay up until others are asked for."""
+    """Ranks by their number; those of one number stay up until others are asked for. Processes alone, for the truth."""
 
     folder: Path
-    alone: RankPool = field(default_factory=lambda: RankPool(1))
+    alone: list[RankPool] = field(default_factory=lambda: [RankPool(1, PRELOAD) for _ in range(ALONE)])
     several: RankPool | None = None
-    _known: dict[Case, Path] = field(default_factory=dict)
+    _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(ALONE))
+    _known: dict[Case, Future[Path]] = field(default_factory=dict)
+    _sound: dict[Case, bool] = field(default_factory=dict)
 
-    def reference(self, case: Case) -> Path:
-        """The folder with one process's answer to a case."""
+    def prepare(self, case: Case) -> Future[Path]:
+        """Begin one process's answer to a case: the folder with it."""
         if case not in self._known:
-            path = self.folder / str(len(self._known))
-            path.mkdir()
-            ((error, _),) = self.alone.call(write_reference, case, path, timeout_s=HANG_S)
-            if error:
-                raise RuntimeError(f"one process fails at {case}:\n{error}")
-            self._known[case] = path
+            self._known[case] = self._threads.submit(self._write, case, self.folder / str(len(self._known)))
         return self._known[case]
+
+    def _write(self, case: Case, path: Path) -> Path:
+        path.mkdir()
+        # As many threads as processes: there is one.
+        process = self.alone.pop()
+        ((error, _),) = process.call(write_reference, case, path, timeout_s=HANG_S)
+        self.alone.append(process)
+        if error:
+            raise RuntimeError(f"one process fails at {case}:\n{error}")
+        return path
+
+    def forget(self, case: Case) -> None:
+        """Remove one process's answer."""
+        shutil.rmtree(self._known.pop(case).result())
 
     def answers(self, case: Case, defect: str | None = None) -> list[tuple[str | None, RankAnswer]]:
         """Of each rank: an error, or its comparison."""
-        reference = self.reference(case)
+        reference = self.prepare(case).result()
         if self.several is None or self.several.world != case.world:
-            self.close()
-            self.several = RankPool(case.world)
-        # A planted defect may make ranks wait for each other, which is one way to catch it.
-        return self.several.call(compare_case, case, reference, defect, timeout_s=HANG_S if defect is None else 20)
+            if self.several is not None:
+                self.several.close()
+            self.several = RankPool(case.world, PRELOAD)
+        return self.several.call(compare_case, case, reference, defect, timeout_s=HANG_S)
+
+    def is_sound(self, case: Case) -> bool:
+        """Whether a case agrees with one process, no defect planted."""
+        if case not in self._sound:
+            self._sound[case] = not judge(case, self.answers(case)).faults
+        return self._sound[case]
 
     def close(self) -> None:
-        """End the ranks."""
-        if self.several is not None:
-            self.several.close()
+        """End all processes."""
+        self._threads.shutdown(cancel_futures=True)
+        for pool in (*self.alone, *([self.several] if self.several else [])):
+            pool.close()
 
 
 @contextmanager
@@ -89,7 +112,6 @@ def pools() -> Iterator[Pools]:
             yield made
         finally:
             made.close()
-            made.alone.close()
 
 
 def bounds(case: Case) -> dict[str, float]:
@@ -208,20 +230,23 @@ def legal_cases(count: int, seed: int, record: Record, *, world: int | None = No
 def fuzz(count: int, seed: int, *, world: int | None = None, minimise: bool = True) -> Record:
     """Run so many legal layouts."""
     record, start = Record(), time.monotonic()
+    # The number of ranks is sorted, so each number is started once.
+    cases = sorted(legal_cases(count, seed, record, world=world), key=lambda case: case.world)
     with pools() as at:
-        # The number of ranks is sorted, so each number is started once.
-        for case in sorted(legal_cases(count, seed, record, world=world), key=lambda case: case.world):
+        for index, case in enumerate(cases):
+            for coming in cases[index : index + AHEAD]:
+                at.prepare(coming)
             outcome = judge(case, at.answers(case))
             record.add(case, outcome)
             if outcome.faults:
                 record.failures.append(report_of(case, outcome.faults))
-                print(record.failures[-1], file=sys.stderr, flush=True)
                 if minimise and (easier := simplest(case, at)) != case:
                     record.failures[-1] += f"\n  simplest: {easier}"
-                    print(f"simplest: {easier}", file=sys.stderr, flush=True)
-            elif len(record.run) % 25 == 0:
-                print(f"{len(record.run)} layouts, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    record.seconds = time.monotonic() - start
+                print(record.failures[-1], file=sys.stderr, flush=True)
+            at.forget(case)
+            record.seconds = time.monotonic() - start
+            if index % 10 == 9:
+                print(f"{index + 1} layouts, {record.seconds:.0f} s", file=sys.stderr, flush=True)
     return record
 
 
@@ -236,7 +261,8 @@ def caught(defect: str, at: Pools, seed: int = 1) -> tuple[int, Case, str] | Non
     cases.sort(key=lambda case: case.steps * case.sequences * case.layers * (4 if case.precision == "fp8" else 1))
     for tries, case in enumerate(cases, start=1):
         outcome = judge(case, at.answers(case, defect))
-        if outcome.faults:
+        # The same ranks and case without the defect must agree, or it is not the defect that was seen.
+        if outcome.faults and at.is_sound(case):
             return tries, case, figure_of(case, outcome)
     return None
 

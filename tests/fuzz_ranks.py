@@ -196,7 +196,7 @@ def _update(
 def _as_near_as_e4m3(ours: Tensor, theirs: Tensor, whole: Tensor) -> bool:
     """Whether two roundings of the same numbers under different tiles may be so far apart (docs/numerics.md)."""
     # 2^-4 each; below the normal range 2^-10 of a scale that is less than 2 amax / 448.
-    allowed = 2**-3 * torch.maximum(ours.abs(), theirs.abs()) + 2 * 2**-10 * 2 * whole.abs().max() / 448
+    allowed = 2**-3 * torch.maximum(ours.abs(), theirs.abs()) + 2**-8 * whole.abs().max() / 448
     return bool(((ours - theirs).abs() <= allowed).all())
 
 

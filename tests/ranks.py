@@ -18,7 +18,8 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -115,8 +116,10 @@ def make_deterministic() -> None:
 class RankPool:
     """Ranks that stay up: `call` runs a function on each of them, in one process group for all calls."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, preload: Sequence[str] = ()) -> None:
         self.world = world
+        # Of the first server that starts.
+        multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOAD, *preload])
         self._folder: TemporaryDirectory[str] | None = None
         self._processes: list[BaseProcess] = []
         self._connections: list[Connection] = []
@@ -134,7 +137,6 @@ class RankPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
         self._folder = TemporaryDirectory()
         for rank in range(self.world):
             ours, theirs = context.Pipe()
@@ -171,7 +173,8 @@ def _serve(rank: int, world: int, folder: str, connection: Connection) -> None:
             answer = None, function(rank, world, *arguments)
         except BaseException:  # noqa: BLE001  (whatever it was, the caller wants to read it)
             answer = traceback.format_exc(), None
-        connection.send(answer)
+        with suppress(BrokenPipeError):
+            connection.send(answer)
 
 
 def _rank_main(
