@@ -1,7 +1,7 @@
 """Mistakes that composing a layout invites, each planted in the ranks and in no reference: `fuzz_layouts.py --defects`.
 
 A defect names the cases in which it can show, and replaces functions of the product for the length of one case. Which
-figure caught which one stands in docs/parallelism.md.
+figure caught which one stands in docs/parallelism.md. Long, but one idea: a table.
 """
 
 from __future__ import annotations

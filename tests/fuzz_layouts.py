@@ -20,8 +20,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,8 @@ from tests.ranks import RankPool
 HANG_S = 120
 # Processes that prepare the truth of the next cases, while ranks are busy with one.
 ALONE, AHEAD = 2, 6
+# Cases that are sorted together: whoever stops early has seen every number of ranks.
+PORTION = 60
 PRELOAD = ("deepspeed", "tests.fuzz_ranks")
 # Legal draws in which a planted defect must show.
 DRAWS_OF_A_DEFECT = 8
@@ -58,13 +61,14 @@ class Pools:
     alone: list[RankPool] = field(default_factory=lambda: [RankPool(1, PRELOAD) for _ in range(ALONE)])
     several: RankPool | None = None
     _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(ALONE))
+    _numbers: Iterator[int] = field(default_factory=count)
     _known: dict[Case, Future[Path]] = field(default_factory=dict)
     _sound: dict[Case, bool] = field(default_factory=dict)
 
     def prepare(self, case: Case) -> Future[Path]:
         """Begin one process's answer to a case: the folder with it."""
         if case not in self._known:
-            self._known[case] = self._threads.submit(self._write, case, self.folder / str(len(self._known)))
+            self._known[case] = self._threads.submit(self._write, case, self.folder / str(next(self._numbers)))
         return self._known[case]
 
     def _write(self, case: Case, path: Path) -> Path:
@@ -227,12 +231,13 @@ def legal_cases(count: int, seed: int, record: Record, *, world: int | None = No
     return cases
 
 
-def fuzz(count: int, seed: int, *, world: int | None = None, minimise: bool = True) -> Record:
-    """Run so many legal layouts."""
+def fuzz(number: int, seed: int, *, world: int | None = None, minimise: bool = True) -> Record:
+    """Run so many legal layouts, or those until Ctrl-C."""
     record, start = Record(), time.monotonic()
-    # The number of ranks is sorted, so each number is started once.
-    cases = sorted(legal_cases(count, seed, record, world=world), key=lambda case: case.world)
-    with pools() as at:
+    drawn = enumerate(legal_cases(number, seed, record, world=world))
+    # By the number of ranks, so that each number is started once for PORTION cases.
+    cases = [case for _, case in sorted(drawn, key=lambda each: (each[0] // PORTION, each[1].world))]
+    with pools() as at, suppress(KeyboardInterrupt):
         for index, case in enumerate(cases):
             for coming in cases[index : index + AHEAD]:
                 at.prepare(coming)

@@ -11,7 +11,7 @@ Both choices of experts are forced, that of the router and the plain one that th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import kernels.router
-from parallel.mesh import Mesh, make_mesh, single
+from parallel.mesh import Mesh, group_of_one, make_mesh, single
 from tests.fuzz_cases import Case
 from tests.fuzz_defects import planted
 from tests.parity.layout_theorem import (
@@ -41,6 +41,7 @@ from tests.parity.layout_theorem import (
 from train.assemble import assemble, build_engine
 from train.model.init import initialize
 from train.model.precision import Precision
+from train.optim import deepspeed_backend
 from train.stage import build_stages
 from train.step import Engine, StepGradients, apply_update, compute_gradients
 
@@ -143,9 +144,11 @@ def compare_case(rank: int, world: int, case: Case, folder: Path, defect: str | 
     answer = RankAnswer()
     plant: AbstractContextManager[object] = nullcontext() if defect is None else planted(defect, case, rank)
     with ExitStack() as stack:
+        single_groups: list[dist.ProcessGroup] = []
+        stack.enter_context(patch.object(deepspeed_backend, "group_of_one", _kept(group_of_one, single_groups)))
         stack.enter_context(plant)
         mesh = make_mesh(case.layout, device=CPU, tied_embedding=case.mtp > 0)
-        stack.callback(_close, mesh)
+        stack.callback(_close, mesh, single_groups)
         _compare(answer, mesh, case, folder)
     return answer
 
@@ -200,8 +203,19 @@ def _as_near_as_e4m3(ours: Tensor, theirs: Tensor, whole: Tensor) -> bool:
     return bool(((ours - theirs).abs() <= allowed).all())
 
 
-def _close(mesh: Mesh) -> None:
-    """Destroy the groups of a layout; that of all ranks stays."""
+def _kept(make: Callable[[], dist.ProcessGroup], made: list[dist.ProcessGroup]) -> Callable[[], dist.ProcessGroup]:
+    def kept() -> dist.ProcessGroup:
+        made.append(make())
+        return made[-1]
+
+    return kept
+
+
+def _close(mesh: Mesh, single_groups: list[dist.ProcessGroup]) -> None:
+    """Destroy the groups of a case; that of all ranks stays."""
+    # torch names a group of one by how many groups there are: one that stayed would meet its own name again.
+    for group in single_groups:
+        dist.destroy_process_group(group)
     axes = (mesh.pp, mesh.dp, mesh.edp, mesh.ep, mesh.tied)
     groups = {id(axis.group): axis.group for axis in axes if axis.group not in (None, dist.group.WORLD)}
     for group in groups.values():
