@@ -581,7 +581,8 @@ _defect(
 def _other_latents(before: Any) -> Any:
     def attend(self: Any, latents: Tensor, *rest: Any) -> Any:
         in_backward = torch._C._current_graph_task_id() != -1
-        return before(self, latents * 1.01 if in_backward else latents, *rest)
+        # The same operations both times, for the recomputation compares their number.
+        return before(self, latents * (1.01 if in_backward else 1.0), *rest)
 
     return attend
 

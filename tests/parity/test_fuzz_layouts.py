@@ -40,7 +40,8 @@ def test_an_illegal_layout_is_refused_in_one_sentence_and_a_legal_one_is_not() -
 
 
 def test_random_layouts_agree_with_one_process() -> None:
-    assert not fuzz(5, 11, world=2, minimise=False).failures
+    # A seed whose five are small, and have both schedules, experts on two ranks and all precisions.
+    assert not fuzz(5, 60, world=2, minimise=False).failures
 
 
 @pytest.mark.long
