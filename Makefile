@@ -3,6 +3,7 @@
 # make test-long   the slower proofs: FP8 against BF16 over whole runs, every command of the documents, ...
 # make endurance   half an hour or so: 30 faults strike one training, which must end equal to an unbroken one
 # make check  the first three of these only
+# make fuzz   300 random layouts against one process (half an hour); ARGS="--defects": planted mistakes, all found
 # make fuzz-files   20,000 damaged files against every reader: one sentence or a right answer
 # make gpu    on a machine with a GPU: its tests, short training runs, benches, and one report in runs/gpu
 # make clean  remove caches (never runs/ nor stores/)
@@ -18,7 +19,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # make gpu needs torch, Triton, PyYAML, numpy and safetensors only: another Python serves as well, GPU_PYTHON=python3.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: demo test test-long endurance check fuzz-files gpu clean setup setup-dev
+.PHONY: demo test test-long endurance check fuzz fuzz-files gpu clean setup setup-dev
 
 demo: setup
 	@$(BIN)/python launch/demo.py $(ARGS)
@@ -41,6 +42,9 @@ check: setup-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
+
+fuzz: setup-dev
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz_layouts $(ARGS)
 
 fuzz-files: setup-dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz_files $(ARGS)

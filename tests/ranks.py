@@ -7,6 +7,9 @@ about a second.
     results = run_ranks(4, on_each_rank, 0.5)                                # results[rank]
 
 A rank that raises fails the test with its traceback, and the others are killed.
+
+A `RankPool` keeps its ranks for many functions, one after the other; a failure is an answer, after which they start
+again.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -107,6 +111,70 @@ def make_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
     # pytest-xdist runs one worker per core, and bit-equality promises name the thread count.
     torch.set_num_threads(1)
+
+
+class RankPool:
+    """Ranks that stay up: `call` runs a function on each of them, in one process group for all calls."""
+
+    def __init__(self, world: int, preload: Sequence[str] = ()) -> None:
+        self.world = world
+        # Of the first server that starts.
+        multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOAD, *preload])
+        self._folder: TemporaryDirectory[str] | None = None
+        self._processes: list[BaseProcess] = []
+        self._connections: list[Connection] = []
+
+    def call(self, function: Callable[..., Any], *arguments: object, timeout_s: float) -> list[tuple[str | None, Any]]:
+        """(error, result) of `function(rank, world, *arguments)` on each rank; after an error the ranks are new."""
+        if not self._processes:
+            self._start()
+        for connection in self._connections:
+            connection.send((function, arguments))
+        outcomes = _collect(self._connections, timeout_s)
+        if any(error for error, _ in outcomes):
+            self.close()
+        return outcomes
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        self._folder = TemporaryDirectory()
+        for rank in range(self.world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.world, self._folder.name, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
+
+    def close(self) -> None:
+        """End the ranks, wherever they are."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        for connection in self._connections:
+            connection.close()
+        if self._folder is not None:
+            self._folder.cleanup()
+        self._folder, self._processes, self._connections = None, [], []
+
+
+def _serve(rank: int, world: int, folder: str, connection: Connection) -> None:
+    """One rank of a pool: functions as they come."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    make_deterministic()
+    dist.init_process_group("gloo", init_method=f"file://{Path(folder) / 'store'}", rank=rank, world_size=world)
+    while True:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:
+            os._exit(0)
+        try:
+            answer = None, function(rank, world, *arguments)
+        except BaseException:  # noqa: BLE001  (whatever it was, the caller wants to read it)
+            answer = traceback.format_exc(), None
+        with suppress(BrokenPipeError):
+            connection.send(answer)
 
 
 def _rank_main(

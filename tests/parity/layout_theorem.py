@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -103,9 +104,9 @@ class _Copies(torch.autograd.Function):
 class PartialSums:
     """A dispatcher of one process that sums as `ranks` expert ranks would: each has a copy of every token."""
 
-    def __init__(self, ranks: int) -> None:
-        self.ranks, self.local = ranks, MODEL.n_routed_experts // ranks
-        self.experts = range(MODEL.n_routed_experts)
+    def __init__(self, ranks: int, experts: int = MODEL.n_routed_experts) -> None:
+        self.ranks, self.local = ranks, experts // ranks
+        self.experts = range(experts)
 
     def dispatch(self, tokens: LinearInput, routing: Routing) -> Dispatched:
         rank_of_copy = torch.arange(self.ranks).repeat_interleave(len(routing.topk_ids))[:, None]
@@ -223,7 +224,9 @@ def margins(biased: Tensor, *, n_group: int, topk_group: int, topk: int) -> Tens
     """How far each token's choice is from a tie, [tokens]: of groups, and of experts inside the chosen groups."""
     grouped = biased.unflatten(-1, (n_group, -1))
     ranked_groups = grouped.topk(2, dim=-1).values.sum(-1).sort(-1, descending=True)
-    of_groups = ranked_groups.values[:, topk_group - 1] - ranked_groups.values[:, topk_group]
+    # Where every group is kept, none can be missed.
+    ends = F.pad(ranked_groups.values, (0, 1), value=-math.inf)
+    of_groups = ends[:, topk_group - 1] - ends[:, topk_group]
     kept = ranked_groups.indices[:, :topk_group, None].expand(-1, -1, grouped.shape[-1])
     ranked = grouped.gather(1, kept).flatten(1).sort(-1, descending=True).values
     # A group's sum moves by two scores, so half its margin compares with one score.
@@ -246,21 +249,23 @@ def write_reference(
     book = RouterBook(first_micro_batch=0)
     book.watch(engine)
     for step in range(steps):
-        state = {name: _local(value).clone() for name, value in state_of(engine).items()}
+        state = {name: local_part(value).clone() for name, value in state_of(engine).items()}
         save_file(state, folder / f"state_{step}.safetensors")
         book.begin({})
         result = take_step(engine, step)
-        save_file(_facts(result) | book.written | _named_gradients(engine), folder / f"step_{step}.safetensors")
+        save_file(facts_of(result) | book.written | named_gradients(engine), folder / f"step_{step}.safetensors")
         losses.append(_losses(result))
         apply_update(engine, result, now=NOW, update=step + 1)
     return Reference(losses, book.closest_tie)
 
 
-def _named_gradients(engine: Engine) -> dict[str, Tensor]:
+def named_gradients(engine: Engine) -> dict[str, Tensor]:
+    """Copies of the gradients that this rank owns, by 'grad.<name>'."""
     return {f"grad.{name}": piece.tensor.clone() for name, piece in gradient_pieces(engine).items()}
 
 
-def _facts(result: StepGradients) -> dict[str, Tensor]:
+def facts_of(result: StepGradients) -> dict[str, Tensor]:
+    """Counts, losses and norm of a step, by name."""
     counts = {f"counts.{layer}": counts.clone() for layer, counts in result.counts.items()}
     return counts | {"losses": torch.tensor(_losses(result), dtype=torch.float64), "norm": result.grad_norm.clone()}
 
@@ -269,7 +274,8 @@ def _losses(result: StepGradients) -> tuple[float, ...]:
     return tuple(float(x) for x in (result.loss_total, result.loss_main, result.loss_mtp, result.loss_balance))
 
 
-def _local(value: Tensor | LocalShard) -> Tensor:
+def local_part(value: Tensor | LocalShard) -> Tensor:
+    """The tensor on this rank."""
     return value.tensor if isinstance(value, LocalShard) else value
 
 
@@ -281,7 +287,7 @@ def force(engine: Engine, state: dict[str, Tensor]) -> None:
         if isinstance(value, LocalShard):
             for dim, (offset, length) in enumerate(zip(value.shard.offsets, value.tensor.shape, strict=True)):
                 source = source.narrow(dim, offset, length)
-        _local(value).copy_(source)
+        local_part(value).copy_(source)
 
 
 @dataclass
@@ -323,16 +329,18 @@ def compare(
         reference = load_file(folder / f"step_{step}.safetensors")
         book.begin(reference)
         result = take_step(engine, step)
-        _compare_step(found, engine, result, reference)
+        compare_step(found, engine, result, reference)
     found.score_error, found.flips = book.score_error, book.flips
     return found
 
 
-def _compare_step(found: Comparison, engine: Engine, result: StepGradients, reference: dict[str, Tensor]) -> None:
+def compare_step(found: Comparison, engine: Engine, result: StepGradients, reference: dict[str, Tensor]) -> None:
+    """Add one step's differences to what was found."""
     # `max` below would pass over a NaN.
     assert all(map(math.isfinite, _losses(result))), _losses(result)
     for index, (ours, theirs) in enumerate(zip(_losses(result), reference["losses"].tolist(), strict=True)):
-        found.losses[index] = max(found.losses[index], abs(ours - theirs) / abs(theirs))
+        # Without MTP, its loss is 0.
+        found.losses[index] = max(found.losses[index], abs(ours - theirs) / max(abs(theirs), 1e-30))
     norm = float(reference["norm"])
     found.norm = max(found.norm, abs(float(result.grad_norm) - norm) / norm)
     for layer, counts in result.counts.items():

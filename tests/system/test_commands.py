@@ -32,6 +32,7 @@ ELSEWHERE = {
     "python -m launch.gpu --document": "tests/studies/test_measured.py",
     "python launch/bench.py": "tests/studies/bench/test_table.py",
     "python -m tests.fuzz_files": "tests/system/test_fuzz_files.py",
+    "python -m tests.fuzz_layouts": "tests/parity/test_fuzz_layouts.py",
     "python -m tests.kernels.hopper_codegen": "tests/kernels/test_hopper_codegen.py",
     "python -m tests.parity.bench_transformers": "tests/parity/test_bench_transformers.py",
     "python launch/pretrain.py +cluster=h800_2048 dry_run=true": "tests/studies/plan/test_dry_run.py",

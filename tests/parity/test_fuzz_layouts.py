@@ -1,0 +1,55 @@
+"""A few of the layouts of `make fuzz`, and of the mistakes that it must find (`tests/fuzz_layouts.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.fuzz_cases import Case
+from tests.fuzz_layouts import Pools, Record, caught, fuzz, legal_cases, pools
+
+# One of each kind: losses, sums over an axis, experts, FP8 wire, pipeline, update.
+SOME_DEFECTS = (
+    "the balance loss is lost",
+    "expert gradients are summed over dp",
+    "the gates' gradients are not sent back",
+    "behind a stage border MTP reads the token one place too early",
+    "new weights are gathered one element late",
+)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Pools]:
+    """Ranks that stay up."""
+    with pools() as at:
+        yield at
+
+
+def test_a_case_is_rebuilt_from_its_text() -> None:
+    for case in legal_cases(50, 5, Record()):
+        assert Case.parse(str(case)) == case
+
+
+def test_an_illegal_layout_is_refused_in_one_sentence_and_a_legal_one_is_not() -> None:
+    record = Record()
+    legal_cases(300, 6, record)
+    assert not record.failures
+    # Of the reasons of `ILLEGAL` this seed draws these many.
+    assert len(record.refused) >= 9, record.refused
+
+
+def test_random_layouts_agree_with_one_process() -> None:
+    # A seed whose five are small, and have both schedules, experts on two ranks and all precisions.
+    assert not fuzz(5, 60, world=2, minimise=False).failures
+
+
+@pytest.mark.long
+def test_more_random_layouts_agree_with_one_process() -> None:
+    assert not fuzz(20, 12, minimise=False).failures
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("defect", SOME_DEFECTS)
+def test_a_planted_mistake_is_found(defect: str, ranks: Pools) -> None:
+    assert caught(defect, ranks) is not None
