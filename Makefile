@@ -3,7 +3,7 @@
 # make test-long   the slower proofs: FP8 against BF16 over whole runs, every command of the documents, ...
 # make endurance   half an hour or so: 30 faults strike one training, which must end equal to an unbroken one
 # make check  the first three of these only
-# make fuzz   300 random layouts against one process (half an hour); ARGS="--defects": planted mistakes, all found
+# make fuzz   300 random layouts against one process; ARGS="--defects": planted mistakes, each until it is found
 # make fuzz-files   20,000 damaged files against every reader: one sentence or a right answer
 # make gpu    on a machine with a GPU: its tests, short training runs, benches, and one report in runs/gpu
 # make clean  remove caches (never runs/ nor stores/)

@@ -126,6 +126,8 @@ class RankPool:
 
     def call(self, function: Callable[..., Any], *arguments: object, timeout_s: float) -> list[tuple[str | None, Any]]:
         """(error, result) of `function(rank, world, *arguments)` on each rank; after an error the ranks are new."""
+        if not all(process.is_alive() for process in self._processes):
+            self.close()
         if not self._processes:
             self._start()
         for connection in self._connections:
