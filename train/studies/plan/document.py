@@ -22,10 +22,11 @@ from train.studies.plan.candidate import Candidate, candidate_of, run_of
 from train.studies.plan.costs import StageCosts, layer_parts
 from train.studies.plan.footprint import IMBALANCES, Footprint, breaking_imbalance, footprint
 from train.studies.plan.moments import Moment, moments_of
-from train.studies.plan.orders import refusal
-from train.studies.plan.predict import HOUR_S, Prediction, gpu_hours_per_trillion, predict, stages_of
+from train.studies.plan.orders import refusal, stages_of_rank
+from train.studies.plan.predict import Prediction, predict
 from train.studies.plan.products import Implementation, Machine, Setup, mean_octaves
 from train.studies.plan.search import ALL, TODAY, Found, Scope, flips, runs_today, search, split_by_time
+from train.studies.plan.tables import Figure
 from train.studies.plan.timeline import seconds_by_class
 from train.studies.plan.words import words
 
@@ -94,7 +95,7 @@ class Planner:
 
     def hours(self, step_s: float) -> float:
         """GPU-hours per trillion tokens of a step of the full batch, as modelled."""
-        return gpu_hours_per_trillion(step_s, world=self.candidate.world, tokens=self.tokens)
+        return recipe.gpu_hours_per_trillion(step_s, world=self.candidate.world, tokens=self.tokens)
 
     @functools.cached_property
     def residuals(self) -> dict[str, judge.Residual]:
@@ -172,9 +173,14 @@ def plan(config: PretrainConfig, assumed: Assumptions, *, date: str) -> dict[str
     document["gpu"]["reserved_bytes"] = document["memory"]["ranks"][0]["components"]["reserved"]
     document["search"], document["flips"] = _search(planner)
     document["timeline"] = _timeline(predicted)
-    document["sources"] = [asdict(row) for row in assumed.machine.tables.rows.values()]
+    document["sources"] = [_source(row) for row in assumed.machine.tables.rows.values()]
     document["words"] = words(document)
     return document
+
+
+def _source(row: Figure) -> dict[str, Any]:
+    value = row.value
+    return asdict(row) | {"value": ", ".join(f"{each:g}" for each in value) if isinstance(value, tuple) else value}
 
 
 def _step(planner: Planner, predicted: Prediction) -> dict[str, Any]:
@@ -209,11 +215,12 @@ def _phases(predicted: Prediction) -> dict[str, float]:
 def _memory(planner: Planner) -> dict[str, Any]:
     candidate, limit = planner.candidate, planner.assumed.memory_bytes
     costs = StageCosts(planner.setup(candidate))
+    stages_of = functools.partial(stages_of_rank, candidate.schedule, candidate.pp, candidate.chunks)
     ranks = [
         {
             "pp_rank": pp_rank,
             "rank": pp_rank * candidate.dp,
-            "holds": "; ".join(_holds(costs, stage) for stage in stages_of(candidate, pp_rank)),
+            "holds": "; ".join(_holds(costs, stage) for stage in stages_of(pp_rank)),
             "components": asdict(found),
             "total_bytes": found.total,
         }
@@ -384,7 +391,10 @@ def _bound(planner: Planner) -> dict[str, Any]:
     fastest = replace(OURS, products="deepgemm") if candidate.precision == "fp8" else OURS
     seconds = StageCosts(planner.setup(candidate, fastest)).bound_s()
     tokens = candidate.micro_batch_sequences * planner.config.data.sequence_length
-    return {"what": "products and attention alone, all GPUs busy", "modelled": seconds / tokens / HOUR_S * 1e12}
+    return {
+        "what": "products and attention alone, all GPUs busy",
+        "modelled": recipe.gpu_hours_per_trillion(seconds, world=1, tokens=tokens),
+    }
 
 
 def _search(planner: Planner) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -45,7 +45,7 @@ SHAPE: dict[str, Any] = {
     "bound": {"what": str, "modelled": _NUMBER},
     "search": {"tried": int, "fit": int, "seconds": _NUMBER, "rows": [_ROW]},
     "timeline": {"step_s": _NUMBER, "ranks": [list]},
-    "sources": [{"what": str, "value": _NUMBER | list | tuple, "unit": str, "label": str, "source": str, "date": str}],
+    "sources": [{"what": str, "value": _NUMBER | str, "unit": str, "label": str, "source": str, "date": str}],
 }  # fmt: skip
 
 
