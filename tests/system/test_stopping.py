@@ -143,42 +143,46 @@ def test_a_signal_to_one_of_several_ranks_before_they_meet_ends_all_of_them(
     assert len(infos) == 2
 
 
-@pytest.mark.parametrize("argument", ["dry_run=true", "--config"])
-def test_what_does_not_train_dies_by_a_signal(
-    argument: str, small_run: Overrides, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = [signal.getsignal(each) for each in TerminationGuard.SIGNALS]
-    handlers: list[object] = []
+def handlers() -> list[object]:
+    return [signal.getsignal(each) for each in TerminationGuard.SIGNALS]
 
-    def planned(_: object) -> str:
-        handlers.extend(signal.getsignal(each) for each in TerminationGuard.SIGNALS)
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The handlers in force while a plan or a configuration is made in `main`."""
+    found: list[object] = []
+
+    def look(_: object) -> str:
+        found.extend(handlers())
         return ""
 
-    monkeypatch.setattr(planner, "dry_run", planned)
-    monkeypatch.setattr(pretrain, "to_yaml", planned)
+    monkeypatch.setattr(planner, "dry_run", look)
+    monkeypatch.setattr(pretrain, "to_yaml", look)
+    return found
+
+
+@pytest.mark.parametrize("argument", ["dry_run=true", "--config"])
+def test_what_does_not_train_dies_by_a_signal(argument: str, small_run: Overrides, planned: list[object]) -> None:
+    before = handlers()
     arguments = small_run(argument)
     assert not ending.trains(arguments)
     assert ending.trains([*small_run(), "dry_run=false"])
     ending.handle_early(arguments)
     assert pretrain.main(arguments) == 0
-    assert handlers == before
+    assert planned == before
 
 
 def test_a_plan_that_a_file_asks_for_dies_by_a_signal_too(
-    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+    small_run: Overrides, planned: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command line does not say it: it is known when the file has been read."""
-    before = [signal.getsignal(each) for each in TerminationGuard.SIGNALS]
-    handlers: list[object] = []
-
-    def planned(_: object) -> str:
-        handlers.extend(signal.getsignal(each) for each in TerminationGuard.SIGNALS)
-        return ""
-
+    """The command line does not say it: it is known once the file has been read, under the handlers of a start."""
+    before = handlers()
     monkeypatch.setattr(pretrain, "compose", lambda overrides: replace(compose(overrides), dry_run=True))
-    monkeypatch.setattr("train.studies.plan.dry_run.dry_run", planned)
-    assert pretrain.main(small_run()) == 0
-    assert handlers == before
+    arguments = small_run()
+    ending.handle_early(arguments)
+    assert handlers() != before
+    assert pretrain.main(arguments) == 0
+    assert planned == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
