@@ -5,15 +5,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import Literal
 
 import pytest
 
 from train.config import PretrainConfig, compose
 from train.studies.plan.candidate import candidate_of
-from train.studies.plan.costs import layer_parts, p2p_s
-from train.studies.plan.document import Assumptions, Planner
-from train.studies.plan.products import machine
+from train.studies.plan.costs import StageCosts, layer_parts, p2p_s
+from train.studies.plan.document import OURS, Assumptions, Planner
+from train.studies.plan.footprint import footprint
+from train.studies.plan.moments import moments_of
+from train.studies.plan.products import Setup, machine
 from train.studies.plan.search import ALL, TODAY, Found, flips, search
+from train.studies.plan.update import update_s
 from train.studies.plan.words import overrides
 
 CLUSTER = ["+cluster=h100_8"]
@@ -115,3 +119,18 @@ def test_stages_inside_a_node_send_over_nvlink() -> None:
     across = replace(inside, candidate=replace(inside.candidate, dp=8, ep=8))
     the = it.assumed.machine
     assert p2p_s(across) / p2p_s(inside) == pytest.approx(the.nvlink / the.infiniband)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("ep", [1, 8, 64])
+def test_without_zero_a_rank_holds_and_sends_more(precision: Literal["bf16", "fp8"], ep: int) -> None:
+    """So that the search need not ask for it."""
+    config = compose(["+cluster=h800_2048", "precision=fp8"])
+    one = replace(candidate_of(config), ep=ep, precision=precision)
+    sharded, whole = (replace(one, zero=zero) for zero in (True, False))
+    held = moments_of(one, 32)
+    least, most = (max(each.total for each in footprint(config, candidate, held)) for candidate in (sharded, whole))
+    assert least < most
+    setups = [Setup(config.model, each, OURS, machine("H800"), 4096) for each in (sharded, whole)]
+    shorter, longer = (sum(update_s(each, StageCosts(each).held((3, 28))).values()) for each in setups)
+    assert shorter < longer

@@ -124,21 +124,24 @@ def _timed(
     """A layout with the fastest way to keep activations and weights that fits, and the fastest of a few even deals."""
     count = batch // shell.dp // shell.micro_batch_sequences
     splits = first_splits(setup_of(shell), least_last=scope.least_last)
-    dealt = replace(shell, stage_layers=splits[len(splits) // 2])
 
     def seconds(candidate: Candidate) -> float:
         return quick(setup_of(candidate), micro_batches=count).step_s
 
+    *others, least = ways(shell.precision)
     for recompute in (False, True):
-        every = [replace(dealt, recompute=recompute, **way) for way in ways(shell.precision)]
-        if memory_of(every[-1]) > limit_bytes:
-            continue
-        way = min((way for way in every if memory_of(way) <= limit_bytes), key=seconds)
-        splits_of = [replace(way, stage_layers=split) for split in splits]
-        best = min((each for each in splits_of if memory_of(each) <= limit_bytes), key=seconds)
-        return Found(best, count, quick(setup_of(best), micro_batches=count), memory_of(best), fits=True)
-    step = quick(setup_of(every[-1]), micro_batches=count)
-    return Found(every[-1], count, step, memory_of(every[-1]), fits=False)
+        # With the way that needs least memory first: what it cannot fit, none can.
+        dealt = [replace(shell, stage_layers=split, recompute=recompute, **least) for split in splits]
+        if fitting := [each for each in dealt if memory_of(each) <= limit_bytes]:
+            split = min(fitting, key=seconds)
+            every = [
+                split,
+                *(replace(shell, stage_layers=split.stage_layers, recompute=recompute, **w) for w in others),
+            ]
+            best = min((each for each in every if memory_of(each) <= limit_bytes), key=seconds)
+            return Found(best, count, quick(setup_of(best), micro_batches=count), memory_of(best), fits=True)
+    smallest = min(dealt, key=memory_of)
+    return Found(smallest, count, quick(setup_of(smallest), micro_batches=count), memory_of(smallest), fits=False)
 
 
 def _setup(config: PretrainConfig, implementation: Implementation, machine: Machine, candidate: Candidate) -> Setup:
