@@ -9,6 +9,7 @@ import pytest
 
 from launch import plan
 from train.config import compose
+from train.studies.amounts import amount
 from train.studies.plan import words
 from train.studies.plan.candidate import candidate_of
 from train.studies.plan.schema import check
@@ -33,7 +34,7 @@ def test_a_plan_is_words_tables_and_three_files(planned: tuple[Path, str]) -> No
     check(document)
     for sentence in document["words"]:
         assert sentence in printed
-    both = [words.amount(document["cost"][each]["gpu_hours_per_trillion"]) for each in ("modelled", "corrected")]
+    both = [amount(document["cost"][each]["gpu_hours_per_trillion"]) for each in ("modelled", "corrected")]
     assert f"{both[0]} GPU-hours per trillion tokens as modelled, {both[1]} corrected" in printed
     assert f"at {3:g} a GPU-hour" in printed
     assert "<title>" in (out / "plan.html").read_text()

@@ -26,7 +26,7 @@ import train.assemble
 import train.trainer
 import train.worker
 from kernels.deferred import deferred, take
-from tests.studies.plan.plan_document import plan_document
+from tests.studies.plan.plan_documents import plan_by_hand
 from tests.system.lives import copied_state, losses
 from train.assemble import Components, build_alone, choose_device
 from train.checkpoint import publish
@@ -372,7 +372,7 @@ def prolonged(small_run: Callable[..., list[str]], tmp_path_factory: pytest.Temp
         config = replace(first, schedule=replace(first.schedule, total_tokens=total_tokens))
         if not (place / "run").exists():
             (place / "run").mkdir()
-            document = plan_document(run_of(config), compared(config))
+            document = plan_by_hand(run_of(config), compared(config))
             (place / "run/plan.json").write_text(json.dumps(document))
             # It is no run yet.
             config = replace(config, run=replace(config.run, resume=False))

@@ -1,17 +1,18 @@
 """A plan document of realistic size and figures, for tests of what is drawn from it: DualPipeV, 16 ranks x 120.
 
-The timeline is a simulation: a step of a rank starts once its inputs are there, one action or an overlapped pair at a
-time. Every other figure is made up, in the neighbourhood of DeepSeek-V3's.
+The timeline is simulated with made-up seconds, and every other figure is made up in the neighbourhood of DeepSeek-V3's.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections import defaultdict, deque
+from collections.abc import Mapping
 from typing import Any
 
-Action = tuple[str, int, int]
+from train.studies.plan.orders import Step, orders
+from train.studies.plan.timeline import Timeline, link, seconds_by_class, simulate
+
 GB = 1e9
 SECONDS = {"F": 0.022, "I": 0.026, "W": 0.018, "B": 0.044}
 PAIR_S = 0.061
@@ -23,61 +24,14 @@ COMPONENTS = {
 SCHEDULES = ("DualPipeV", "ZBVZeroBubble", "1F1B", "Interleaved1F1B")
 
 
-def order(rank: int, ranks: int, micro_batches: int) -> list[tuple[Action, ...]]:
-    """DualPipeV on one rank, with a stage on the way out (0) and one on the way back (1)."""
-    behind, main = ranks - rank - 1, ["F0 B1", "F1 B0"] * (micro_batches - 2 * ranks + rank + 1)
-    script = ["F0"] * (2 * behind) + ["F0", "F1"] * (rank + 1) + ["I1", "W", "F1"] * behind
-    script += (main if behind else ["F0", "B1", *main[1:]]) + ["B1", "F1 B0"] * behind
-    script += [("B" if k <= rank else "I") + "10"[k % 2] for k in range(2 * rank + 2)]
-    script += ["W", "I0"] * behind + ["W"] * (rank + 1)
-    waiting: deque[Action] = deque()
-    seen: dict[str, int] = defaultdict(int)
-    steps = []
-    for step in script:
-        actions = []
-        for kind, *way in step.split():
-            if kind == "W":
-                actions.append(waiting.popleft())
-                continue
-            counted = ("F" if kind == "F" else "B") + way[0]
-            actions.append((kind, rank if way == ["0"] else 2 * ranks - 1 - rank, seen[counted]))
-            seen[counted] += 1
-            if kind == "I":
-                waiting.append(("W", *actions[-1][1:]))
-        steps.append(tuple(actions))
-    assert not waiting
-    return steps
+def simulated(ranks: int, micro_batches: int) -> Timeline:
+    """The last stage has heads and MTP in place of a layer, the first one a dense layer."""
 
+    def time(_: int, step: Step) -> float:
+        factor = {0: 0.8, 2 * ranks - 1: 1.1}.get(step[0].stage, 1.0)
+        return factor * (PAIR_S if len(step) == 2 else SECONDS[step[0].kind])
 
-def needs(action: Action, last: int) -> list[tuple[str, int, int]]:
-    kind, stage, index = action
-    if kind == "F":
-        return [("F", stage - 1, index)] if stage else []
-    if kind == "W":
-        return [("B", stage, index)]
-    return [("F", stage, index)] + ([("B", stage + 1, index)] if stage < last else [])
-
-
-def simulate(ranks: int, micro_batches: int) -> list[list[list[Any]]]:
-    """Spans of each rank: start, end, actions."""
-    todo = [deque(order(rank, ranks, micro_batches)) for rank in range(ranks)]
-    done: dict[tuple[str, int, int], float] = {}
-    free, spans = [0.0] * ranks, [[] for _ in range(ranks)]  # type: ignore[var-annotated]
-    while any(todo):
-        moved = False
-        for rank, queue in enumerate(todo):
-            while queue and all(need in done for action in queue[0] for need in needs(action, 2 * ranks - 1)):
-                actions = queue.popleft()
-                start = max([free[rank], *(done[n] for action in actions for n in needs(action, 2 * ranks - 1))])
-                # The last stage has heads and MTP in place of a layer, the first one a dense layer.
-                factor = {0: 0.8, 2 * ranks - 1: 1.1}.get(actions[0][1], 1.0)
-                free[rank] = start + factor * (PAIR_S if len(actions) == 2 else SECONDS[actions[0][0]])
-                for kind, stage, index in actions:
-                    done[("B" if kind in "BI" else kind, stage, index)] = free[rank]
-                spans[rank].append([start, free[rank], [list(action) for action in actions]])
-                moved = True
-        assert moved, "deadlock"
-    return spans
+    return simulate(link(orders("DualPipeV", ranks, 2, micro_batches), 2 * ranks), time=time)
 
 
 def totals(gpu_hours_per_trillion: float, whole_run: float) -> dict[str, float]:
@@ -175,13 +129,10 @@ def sources() -> list[dict[str, Any]]:
 
 def plan_document(ranks: int = 16, micro_batches: int = 120) -> dict[str, Any]:
     """A whole document; its values are new objects each time."""
-    spans = simulate(ranks, micro_batches)
-    step_s = max(row[-1][1] for row in spans)
-    phases: dict[str, float] = {"1F": 0.0, "1B": 0.0, "1W": 0.0, "1F1B": 0.0}
-    for start, end, actions in itertools.chain(*spans):
-        name = "1F1B" if len(actions) == 2 else {"F": "1F", "W": "1W"}.get(actions[0][0], "1B")
-        phases[name] += (end - start) / ranks
-    phases |= {"bubble": step_s - sum(phases.values()), "update": 0.28}
+    timeline = simulated(ranks, micro_batches)
+    step_s = timeline.step_s
+    spans = [[[start, end, [list(action) for action in step]] for start, end, step in ran] for ran in timeline.spans]
+    phases = seconds_by_class(timeline) | {"update": 0.28}
     rows = found()
     layout = {
         "pp": ranks,
@@ -217,3 +168,28 @@ def plan_document(ranks: int = 16, micro_batches: int = 120) -> dict[str, Any]:
         "search": {"tried": len(rows), "fit": sum(row["fits"] for row in rows), "seconds": 4.1, "rows": rows},
         "timeline": {"step_s": step_s, "ranks": spans}, "sources": sources(),
     }  # fmt: skip
+
+
+# ---- what a run is compared with: round numbers
+
+BY_HAND = {
+    "weights": 1000, "fp8_copies": 500, "gradients": 2000, "masters": 1600, "moments": 1200, "activations": 700,
+    "messages": 100, "temporaries": 150, "dispatch": 50, "reserved": 400,
+}  # fmt: skip
+
+
+def plan_by_hand(run: Mapping[str, Any], candidate: Mapping[str, Any]) -> dict[str, Any]:
+    """A step of 2 s: 1.5 s of chunks, 0.3 s of bubble, 0.2 s of update; in the ramp one of half the batch, 1.25 s."""
+    phases = {"1F": 0.25, "1B": 0.5, "1W": 0.25, "1F1B": 0.5, "bubble": 0.3, "update": 0.2}
+    early = phases | {"1F1B": 0.0, "bubble": 0.05}
+    return {
+        "version": 1,
+        "date": "2026-11-30",
+        "name": "by hand",
+        "run": dict(run),
+        # A run of one rank does not say what it has no use for.
+        "candidate": {"schedule": "1F1B", "comm_sms": 20, **candidate},
+        "step": {"time_s": 2.0, "phases_s": phases},
+        "ramp": [{"batch_sequences": run["batch_sequences"] // 2, "time_s": 1.25, "phases_s": early}],
+        "memory": {"ranks": [{"pp_rank": 0, "rank": 0, "components": BY_HAND, "total_bytes": sum(BY_HAND.values())}]},
+    }

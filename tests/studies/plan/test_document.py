@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from train.config import compose
+from train.studies.amounts import amount
 from train.studies.plan import document as documents
 from train.studies.plan.document import Assumptions, plan
 from train.studies.plan.products import machine
 from train.studies.plan.schema import check
 from train.studies.plan.search import ALL, TODAY
-from train.studies.plan.words import amount, short, tables, words
+from train.studies.plan.words import short, tables, words
 
 
 @functools.cache
@@ -108,4 +109,4 @@ def test_the_best_of_today_is_listed_however_many_are_faster(monkeypatch: pytest
 
 def test_small_numbers_are_not_shown_as_nothing() -> None:
     assert [short(each) for each in (0.000259, 4.7, 1234.5)] == ["0.000259", "4.7", "1,234"]
-    assert [amount(each) for each in (70.4, 11600.0, 158000.0)] == ["70.4", "11.6 K", "158 K"]
+    assert [amount(each) for each in (70.4, 11600.0, 158000.0)] == ["70.4", "11.6 k", "158 k"]

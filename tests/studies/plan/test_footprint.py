@@ -10,13 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from parallel.collectives import Traffic
 from parallel.expert import ExpertParallelDispatcher
-from parallel.layout import num_stages, stage_ids
-from parallel.pipeline import Pipeline
+from parallel.layout import num_stages
 from tests.studies.plan.test_dry_run import small
 from train.assemble import assemble
 from train.config import PretrainConfig, compose
@@ -31,11 +29,10 @@ from train.studies.plan.kept import Work
 from train.studies.plan.live_bytes import LiveBytes
 from train.studies.plan.memory import Memory
 from train.studies.plan.moments import Moment, _in_flight, _messages, moments
-from train.studies.plan.orders import Action, Orders
+from train.studies.plan.orders import SCHEDULES, Action, Orders, orders
 from train.studies.plan.stage_bytes import StageShape, stage_bytes
 from train.studies.plan.stand_ins import ChunkBytes, StageKind, observe
 
-KINDS = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
 # Every width is another number, so that no tensor passes for another.
 WIDTHS: dict[str, object] = {
     "model_hidden_size": 384, "model_intermediate_size": 640, "model_moe_intermediate_size": 896,
@@ -49,40 +46,6 @@ def work_of(config: PretrainConfig) -> Work:
         config.model, config.run.micro_batch_sequences, config.data.sequence_length, layout.ep, precision.name,
         config.run.recompute, precision.attention_output == "e5m6", precision.cache_swiglu_input, layout.pp > 1,
     )  # fmt: skip
-
-
-def one_f_one_b(pp: int, count: int) -> Orders:
-    """As torch runs it; its own list lacks an action on the last rank."""
-    orders = []
-    for rank in range(pp):
-        ahead = min(pp - 1 - rank, count)
-        actions: list[Action] = [("F", rank, i) for i in range(ahead)]
-        for i in range(count - ahead):
-            actions += [("F", rank, ahead + i), ("B", rank, i)]
-        actions += [("B", rank, i) for i in range(count - ahead, count)]
-        orders.append([(action,) for action in actions])
-    return orders
-
-
-def orders_of(config: PretrainConfig, count: int) -> Orders:
-    layout = config.layout
-    if layout.pp == 1:
-        return []
-    if layout.schedule == "1F1B":
-        return one_f_one_b(layout.pp, count)
-    with as_rank(config, 0) as mesh:
-        stages: dict[int, nn.Module] = {i: nn.Identity() for i in stage_ids(layout.schedule, layout.pp, 0)}
-        idle = Pipeline(stages, mesh=mesh, hidden_size=1, dtype=torch.bfloat16)
-        sample = torch.empty(1, 1, dtype=torch.int64, device="meta")
-        schedule = idle._new_schedule(idle._new_stages(sample), count)
-        return [
-            [
-                ((KINDS[each.computation_type.name], each.stage_index, each.microbatch_index),)
-                for each in schedule.pipeline_order[rank]
-                if each is not None
-            ]
-            for rank in range(layout.pp)
-        ]
 
 
 def observed(config: PretrainConfig, rank: int) -> dict[StageKind, ChunkBytes]:
@@ -151,8 +114,10 @@ def check_against_dry_run(
     """State within 2 %, activations and the highest moment within 5 %; `temporaries` relative."""
     layout = config.layout
     count = min(2 * layout.pp, config.schedule.batch_full_sequences // layout.dp // config.run.micro_batch_sequences)
-    held = moments(orders_of(config, count), max_waiting_wgrads=layout.max_waiting_wgrads)
-    found, known = footprint(config, candidate_of(config), held), {}
+    candidate = candidate_of(config)
+    written = orders(layout.schedule, layout.pp, candidate.chunks, count)
+    held = moments(written, max_waiting_wgrads=layout.max_waiting_wgrads)
+    found, known = footprint(config, candidate, held), {}
     pairs = [(found[pp_rank], plan_pipeline_rank(config, pp_rank, known).memory) for pp_rank in pp_ranks]
     for closed, counted in pairs:
         for name in ("weights", "fp8_copies", "gradients", "masters", "moments", "dispatch"):
@@ -216,9 +181,9 @@ def test_a_rank_of_the_h100_clusters_needs_what_the_dry_run_counts(cluster: str)
     check_against_dry_run(compose([f"+cluster={cluster}"]), (0,), temporaries=0.05)
 
 
-def by_brute_force(orders: Orders, rank: int, other: int) -> list[int]:
+def by_brute_force(written: Orders, rank: int, other: int) -> list[int]:
     """Both ranks run in every legal way; before each step, the most late gradients and the most early messages."""
-    steps = [[step[0] for step in orders[each]] for each in (rank, other)]
+    steps = [[step[0] for step in written[each]] for each in (rank, other)]
     makes = [{("F" if k == "F" else "B", s, m): i for i, (k, s, m) in enumerate(each) if k != "W"} for each in steps]
 
     def source(action: Action) -> Action:
@@ -246,13 +211,10 @@ def by_brute_force(orders: Orders, rank: int, other: int) -> list[int]:
 
 
 def test_messages_under_way_are_the_most_that_two_ranks_allow() -> None:
-    for orders in (
-        one_f_one_b(2, 5),
-        orders_of(small(layout_pp=2, layout_schedule="ZBVZeroBubble", model_num_hidden_layers=4), 5),
-    ):
+    for written in (orders("1F1B", 2, 1, 5), orders("ZBVZeroBubble", 2, 2, 5)):
         for rank in range(2):
-            counted = _in_flight(len(orders[rank]), _messages(orders)[rank])
-            assert counted == by_brute_force(orders, rank, 1 - rank)
+            counted = _in_flight(len(written[rank]), _messages(written)[rank])
+            assert counted == by_brute_force(written, rank, 1 - rank)
 
 
 def test_imbalance_costs_memory_until_every_token_is_on_one_rank() -> None:
@@ -298,7 +260,7 @@ def test_two_copies_of_every_stage_share_their_states() -> None:
 def test_a_candidate_takes_a_millisecond() -> None:
     config = compose(["+cluster=h800_2048"])
     candidate = candidate_of(config)
-    held = moments(one_f_one_b(16, 120), max_waiting_wgrads=None)
+    held = moments(orders("1F1B", 16, 1, 120), max_waiting_wgrads=None)
     candidate = replace(candidate, schedule="1F1B", chunks=1, stage_layers=(*(4,) * 15, 1))
     footprint(config, candidate, held)
     taken = []
@@ -308,3 +270,27 @@ def test_a_candidate_takes_a_millisecond() -> None:
         taken.append(time.process_time() - started)
     # Measured 0.9 ms; the rest is room for a slower machine.
     assert min(taken) < 5e-3
+
+
+def chunks_held(name: str, pp: int, micro_batches: int) -> list[int]:
+    """The most micro-batches of each rank from forward to their weight part, each stage's counted."""
+    written = orders(name, pp, SCHEDULES[name].chunks or 2, micro_batches)
+    return [
+        max(
+            sum(count for _, count in (*moment.live, *moment.waiting)) + sum(kind == "F" for kind, _ in moment.runs)
+            for moment in of_rank
+        )
+        for of_rank in moments(written, max_waiting_wgrads=None)
+    ]
+
+
+@pytest.mark.parametrize("pp", [2, 4, 8])
+def test_micro_batches_held_have_the_known_values(pp: int) -> None:
+    """1F1B: rank r warms up with pp - r. ZBV holds 2 pp chunks of half the size, DualPipe(V) one more (table 2)."""
+    assert chunks_held("1F1B", pp, 4 * pp) == [pp - rank for rank in range(pp)]
+    assert chunks_held("ZB-H1", pp, 4 * pp) == [pp] * pp
+    assert chunks_held("ZBVZeroBubble", pp, 4 * pp) == [2 * pp] * pp
+    for micro_batches in (2 * pp, 2 * pp + 1, 3 * pp):
+        assert max(chunks_held("DualPipeV", pp, micro_batches)) <= 2 * pp + 1
+    assert chunks_held("DualPipeV", pp, 4 * pp) == [2 * pp + 1] * pp
+    assert chunks_held("DualPipe", pp, 4 * pp) == [pp + 1] * pp

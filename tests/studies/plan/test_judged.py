@@ -18,7 +18,7 @@ import torch
 from parallel.balance import balanced_layers
 from parallel.layout import Layout
 from parallel.mesh import single
-from tests.studies.plan.plan_document import MEMORY, plan_document
+from tests.studies.plan.plan_documents import BY_HAND, plan_by_hand
 from tests.tiny_model import TINY
 from train.assemble import build_engine
 from train.config import PretrainConfig, compose
@@ -43,8 +43,11 @@ def config() -> PretrainConfig:
     return compose(RUN)
 
 
+STATE = ("weights", "fp8_copies", "gradients", "masters", "moments")
+
+
 def measured_of(config: PretrainConfig, **changes: Any) -> Measured:
-    """Steps of the full batch: 2.5 s, and memory that is half of what `MEMORY` says."""
+    """Steps of the full batch: 2.5 s, and memory that is half of what `BY_HAND` says."""
     figures = Measured(
         run=run_of(config),
         candidate=compared(config),
@@ -55,13 +58,15 @@ def measured_of(config: PretrainConfig, **changes: Any) -> Measured:
         step_s=2.5,
         walls_s={"data": 0.1, "gradients": 2.25, "update": 0.16},
         busy_s={"data": 0.1, "gradients": 2.0, "update": 0.15},
-        memory_bytes={name: MEMORY[name] // 2 for name in ("weights", "fp8_copies", "gradients", "masters", "moments")},
+        memory_bytes={
+            name: BY_HAND[name] // 2 for name in ("weights", "fp8_copies", "gradients", "masters", "moments")
+        },
     )
     return replace(figures, **changes)
 
 
 def document_of(measured: Measured) -> Any:
-    return json.loads(json.dumps(plan_document(measured.run, measured.candidate)))
+    return json.loads(json.dumps(plan_by_hand(measured.run, measured.candidate)))
 
 
 def rows_of(document: Any, measured: Measured) -> dict[str, Compared]:

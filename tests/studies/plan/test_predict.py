@@ -10,7 +10,7 @@ from train.config import PretrainConfig, compose
 from train.studies.plan.candidate import Candidate
 from train.studies.plan.costs import StageCosts, p2p_s
 from train.studies.plan.orders import Action
-from train.studies.plan.predict import gpu_hours_per_trillion, predict, quick
+from train.studies.plan.predict import predict, quick
 from train.studies.plan.products import Implementation, Setup, machine
 from train.studies.plan.search import slower_links
 
@@ -95,8 +95,3 @@ def test_a_schedule_that_takes_no_such_number_is_refused(v3: PretrainConfig) -> 
     one = setup(v3, schedule="Interleaved1F1B", overlap=False)
     with pytest.raises(ValueError, match="119 or 126"):
         predict(one, micro_batches=120)
-
-
-def test_gpu_hours_of_deepseeks_own_step() -> None:
-    """19.93 s for 62.9 M tokens on 2,048 GPUs are the 180 K that DeepSeek publishes."""
-    assert gpu_hours_per_trillion(19.926, world=2048, tokens=15360 * 4096) == pytest.approx(180e3, rel=2e-3)

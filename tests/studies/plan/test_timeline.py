@@ -9,11 +9,9 @@ from itertools import product
 from typing import Any
 
 import pytest
-import torch
-from torch.distributed.pipelining import schedules as torch_schedules
 
 from train.studies.plan.orders import SCHEDULES, Action, Orders, Step, num_stages, orders, refusal
-from train.studies.plan.timeline import Timeline, in_flight, link, live, seconds_by_class, simulate
+from train.studies.plan.timeline import Timeline, link, seconds_by_class, simulate
 
 Time = Callable[[int, Step], float]
 
@@ -163,86 +161,3 @@ def test_classes_add_up_to_the_step() -> None:
     }
     assert [found[name] for name in ("1F", "1B", "1W", "1F1B")] == [19.625, 19.625, 11.5, 100.375]
     assert sum(found.values()) == step.step_s
-
-
-def chunks_held(name: str, pp: int, micro_batches: int, **sizes: Any) -> list[int]:
-    found = live(orders(name, pp, SCHEDULES[name].chunks or 2, micro_batches), **sizes)
-    return [sum(held.whole.values()) + sum(held.waiting.values()) for held in found]
-
-
-@pytest.mark.parametrize("pp", [2, 4, 8])
-def test_live_chunks_have_the_known_values(pp: int) -> None:
-    """1F1B: rank r warms up with pp - r. ZBV holds 2 pp chunks of half the size, DualPipe(V) one more (table 2)."""
-    assert chunks_held("1F1B", pp, 4 * pp) == [pp - rank for rank in range(pp)]
-    assert chunks_held("1F1B", pp, 4 * pp, waiting_bytes=lambda stage: 0) == [pp - rank for rank in range(pp)]
-    assert chunks_held("ZB-H1", pp, 4 * pp) == [pp] * pp
-    assert chunks_held("ZBVZeroBubble", pp, 4 * pp) == [2 * pp] * pp
-    for micro_batches in (2 * pp, 2 * pp + 1, 3 * pp):
-        assert max(chunks_held("DualPipeV", pp, micro_batches)) <= 2 * pp + 1
-    assert chunks_held("DualPipeV", pp, 4 * pp) == [2 * pp + 1] * pp
-    assert chunks_held("DualPipe", pp, 4 * pp) == [pp + 1] * pp
-
-
-def test_the_heaviest_moment_is_that_of_the_given_sizes() -> None:
-    """Against every moment of the list, by the definition of what is held then."""
-    rng = random.Random(3)
-    for name in SCHEDULES:
-        chunks = SCHEDULES[name].chunks or 2
-        for _ in range(5):
-            whole = [rng.randint(1, 100) for _ in range(4 * chunks)]
-            part = [rng.randint(0, size) for size in whole]
-            written = orders(name, 4, chunks, 10)
-            found = live(written, whole_bytes=whole.__getitem__, waiting_bytes=part.__getitem__)
-            for rank, steps in enumerate(written):
-                at = {made(action): k for k, step in enumerate(steps) for action in step}
-                most = max(
-                    sum(
-                        whole[stage] if now <= at["B", stage, i] else part[stage]
-                        for kind, stage, i in at
-                        if kind == "F" and at["F", stage, i] <= now <= at.get(("W", stage, i), at["B", stage, i])
-                    )
-                    for now in range(len(steps))
-                )
-                weighed = [(found[rank].whole, whole), (found[rank].waiting, part)]
-                assert sum(count * size[stage] for held, size in weighed for stage, count in held.items()) == most
-
-
-def test_messages_in_flight_by_hand() -> None:
-    """1F1B, 2 ranks, 2 micro-batches: rank 1 does F0 from 1 to 2 and F1, which is sent at 2, from 4 to 5."""
-    found = run("1F1B", 2, 2, seconds(F=1.0, I=1.0, W=1.0))
-    assert in_flight(found, num_stages=2) == [1, 2]
-    # Rank 0 five times as slow: F1 is sent at 10, and both gradients arrive before it has used up the first.
-    late = run("1F1B", 2, 2, seconds(F=1.0, I=1.0, W=1.0), slow={0: 5.0})
-    assert in_flight(late, num_stages=2) == [2, 1]
-
-
-@pytest.mark.parametrize("name", ["ZBVZeroBubble", "DualPipeV"])
-def test_messages_in_flight_are_the_receives_that_torch_posts(name: str) -> None:
-    """Its runtime posts a receive when the sender's turn comes, and counts turns, not seconds: ends differ by one."""
-
-    class StandIn:
-        has_backward, device, submod, group_rank = True, torch.device("cpu"), torch.nn.Identity(), 0
-
-        def __init__(self, stage: int) -> None:
-            self.stage_index, self.num_stages, self.group_size = stage, 16, 8
-            self.is_first, self.is_last = stage == 0, stage == 15
-
-    stages: Any = [StandIn(0), StandIn(15)]
-    schedule: Any = torch_schedules.get_schedule_class(name)(stages, 24, loss_fn=lambda output, _: output)
-    posted = []
-    for rank in range(8):
-        open_receives: Counter[tuple[str, int, int]] = Counter()
-        most = 0
-        for action in schedule.pipeline_order_with_comms[rank]:
-            for part in action.sub_actions or (action,):
-                kind = part.computation_type.name
-                key = ("F" if kind in ("RECV_F", "FORWARD") else "B", part.stage_index, part.microbatch_index)
-                if kind.startswith("RECV"):
-                    open_receives[key] += 1
-                most = max(most, open_receives.total())
-                if kind in ("FORWARD", "FULL_BACKWARD", "BACKWARD_INPUT"):
-                    del open_receives[key]
-        posted.append(most)
-    found = in_flight(run(name, 8, 24, lambda rank, step: float(len(step))), num_stages=16)
-    assert all(abs(ours - theirs) <= 1 for ours, theirs in zip(found, posted, strict=True)), (found, posted)
-    assert found[1:-1] == posted[1:-1]

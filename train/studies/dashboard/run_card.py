@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from train.studies.amounts import amount
 from train.studies.compare import ema
 from train.studies.dashboard.run_reader import RunReader
 from train.studies.dashboard.series import Json, Steps
@@ -228,11 +229,3 @@ def finite(value: Any) -> float | None:
         return value if isinstance(value, int | float) and math.isfinite(value) else None
     except OverflowError:
         return None
-
-
-def amount(value: float) -> str:
-    """1234567 -> '1.23 M'."""
-    for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= scale:
-            return f"{value / scale:.3g} {letter}"
-    return f"{value:.3g}"

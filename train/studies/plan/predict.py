@@ -13,12 +13,11 @@ from typing import NamedTuple
 
 from train.studies.plan.candidate import Candidate
 from train.studies.plan.costs import StageCosts, p2p_s
-from train.studies.plan.orders import Step, fallback, num_stages, orders, rank_of_stage, refusal
+from train.studies.plan.orders import Step, fallback, num_stages, orders, refusal, stages_of_rank
 from train.studies.plan.products import Setup
 from train.studies.plan.timeline import Linked, Timeline, link, pace, simulate
 from train.studies.plan.update import update_s
 
-HOUR_S = 3600.0
 # A pipeline is full after this many micro-batches a rank; the others only repeat the same round.
 FILLED = 4
 
@@ -81,11 +80,6 @@ def quick(setup: Setup, *, micro_batches: int) -> Quick:
     return Quick(pipeline_s + sum(_longest_update(costs).values()), 1 - busy_s / pipeline_s)
 
 
-def gpu_hours_per_trillion(step_s: float, *, world: int, tokens: int) -> float:
-    """Of a step over so many tokens."""
-    return step_s * world / HOUR_S / tokens * 1e12
-
-
 def _with_fallback(setup: Setup, micro_batches: int) -> Setup:
     candidate = setup.candidate
     name = fallback(candidate.schedule, candidate.pp, candidate.chunks, micro_batches)
@@ -116,16 +110,7 @@ def _transfer_s(costs: StageCosts) -> float:
 
 
 def _longest_update(costs: StageCosts) -> dict[str, float]:
-    ranks = {costs.held(stages_of(costs.setup.candidate, rank)) for rank in range(costs.setup.candidate.pp)}
+    candidate = costs.setup.candidate
+    stages = (stages_of_rank(candidate.schedule, candidate.pp, candidate.chunks, rank) for rank in range(candidate.pp))
+    ranks = {costs.held(each) for each in stages}
     return max((update_s(costs.setup, held) for held in ranks), key=lambda parts: sum(parts.values()))
-
-
-@functools.cache
-def _stages(schedule: str, pp: int, chunks: int) -> tuple[tuple[int, ...], ...]:
-    owners = [rank_of_stage(schedule, pp, chunks, stage) if pp > 1 else 0 for stage in range(pp * chunks)]
-    return tuple(tuple(stage for stage, owner in enumerate(owners) if owner == rank) for rank in range(pp))
-
-
-def stages_of(candidate: Candidate, rank: int) -> tuple[int, ...]:
-    """The stages of one pipeline rank, ascending."""
-    return _stages(candidate.schedule, candidate.pp, candidate.chunks)[rank]

@@ -27,6 +27,11 @@ RECOMPUTED = 4 / 3
 HOUR_S = 3600.0
 
 
+def gpu_hours_per_trillion(step_s: float, *, world: int, tokens: int) -> float:
+    """Of a step over so many tokens."""
+    return step_s * world / HOUR_S / tokens * 1e12
+
+
 @dataclass(frozen=True)
 class RunPart:
     """One part of a run."""

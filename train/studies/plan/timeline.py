@@ -3,18 +3,12 @@
 Sends and receives do not block a rank: sent in groups that do, as in DeepSeek's published DualPipe code, they add 0.1 %
 to a step of V3 (modelled). An overlapped pair waits for the messages of both chunks and sends when both have ended, as
 torch's schedules do.
-
-    timeline    spans of every rank, its busy and its idle seconds
-    chunks      micro-batches of one stage whose activations a rank holds
-    messages    hidden states and their gradients between stages
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 from train.studies.plan.orders import Action, Orders, Step
@@ -181,70 +175,3 @@ def seconds_by_class(timeline: Timeline) -> dict[str, float]:
             totals["1F1B" if len(step) > 1 else f"1{_MAKES[step[0].kind]}"] += end - start
     means = {name: total / len(timeline.spans) for name, total in totals.items()}
     return {**means, "bubble": sum(timeline.bubble_s) / len(timeline.spans)}
-
-
-class LiveChunks(NamedTuple):
-    """Micro-batches that a rank holds at one moment, by stage.
-
-    whole: between forward and the end of backward or its input part; waiting: from there to their weight part.
-    """
-
-    whole: dict[int, int]
-    waiting: dict[int, int]
-
-
-def live(
-    orders: Orders,
-    *,
-    whole_bytes: Callable[[int], float] = lambda stage: 1,
-    waiting_bytes: Callable[[int], float] = lambda stage: 1,
-) -> list[LiveChunks]:
-    """What each rank holds at its heaviest moment; by default that of the most micro-batches until W.
-
-    Args:
-        whole_bytes: stage -> size of a micro-batch between forward and backward.
-        waiting_bytes: stage -> size of what its weight part needs; 0 everywhere: the most until the end of backward.
-    """
-    return [_heaviest(steps, whole_bytes, waiting_bytes) for steps in orders]
-
-
-def _heaviest(
-    steps: Sequence[Step], whole_bytes: Callable[[int], float], waiting_bytes: Callable[[int], float]
-) -> LiveChunks:
-    now = LiveChunks(Counter(), Counter())
-    found, most = now, 0.0
-    for step in steps:
-        # While a step runs, its forward chunk is there already and its backward chunk still is.
-        for kind, stage, _ in step:
-            now.whole[stage] += kind == "F"
-        held = sum(number * whole_bytes(stage) for stage, number in now.whole.items())
-        held += sum(number * waiting_bytes(stage) for stage, number in now.waiting.items())
-        if held > most:
-            found, most = LiveChunks(dict(now.whole), dict(now.waiting)), held
-        for kind, stage, _ in step:
-            now.whole[stage] -= kind in "BI"
-            now.waiting[stage] += (kind == "I") - (kind == "W")
-    return found
-
-
-def in_flight(timeline: Timeline, *, num_stages: int) -> list[int]:
-    """The most hidden states and gradients of them that each rank has been sent and not yet used up, in this timeline.
-
-    Counted from the end of the step that makes it to the end of the step that needs it.
-    """
-    made = {
-        (_MAKES[kind], stage, micro_batch): (rank, end)
-        for rank, ran in enumerate(timeline.spans)
-        for _, end, step in ran
-        for kind, stage, micro_batch in step
-    }
-    most = []
-    for rank, ran in enumerate(timeline.spans):
-        changes = []
-        for _, end, step in ran:
-            needs = [need for action in step for need in _needs(action, num_stages) if need[1] != action.stage]
-            sent = [made[need][1] for need in needs if made[need][0] != rank]
-            # What arrives at the moment at which another is used up is there beside it: -1 sorts first.
-            changes += [(moment, -1) for moment in sent] + [(end, 1) for _ in sent]
-        most.append(-min(accumulate(change for _, change in sorted(changes)), default=0))
-    return most

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from itertools import combinations
 from math import comb
 
@@ -108,6 +109,15 @@ def ends_apart(config: ModelConfig, layout: Layout) -> bool:
     return bool(config.mtp_layer_ids) and rank_of_stage(layout.schedule, layout.pp, last) != 0
 
 
+def gathered_bytes(weight: Weight, *, precision: str, keep_bf16_weights: bool) -> int:
+    """A new weight on its way to every rank: as it is stored, or in E4M3 behind the maxima of its blocks."""
+    if keep_bf16_weights or not weight.fp8:
+        return weight.bytes(precision)
+    # In an all-reduce a rank sends twice what it sends in an all-gather.
+    blocks = weight.copies * ceil_div(weight.rows, TILE) * ceil_div(weight.cols, TILE)
+    return weight.elements * E4M3_BYTES + 2 * blocks * INT32_BYTES
+
+
 def update_bytes(
     config: ModelConfig, layout: Layout, table: Iterable[Weight], *, precision: str, keep_bf16_weights: bool = True
 ) -> dict[str, dict[str, float]]:
@@ -118,14 +128,7 @@ def update_bytes(
         FP32 gradients are gathered in place of the weights. Axes of one rank are absent. Where weights of FP8 linears
         travel in E4M3, "weights" has the all-reduce of their block maxima too.
     """
-
-    def gathered(weight: Weight) -> int:
-        if keep_bf16_weights or not weight.fp8:
-            return weight.bytes(precision)
-        # In an all-reduce a rank sends twice what it sends in an all-gather.
-        blocks = weight.copies * ceil_div(weight.rows, TILE) * ceil_div(weight.cols, TILE)
-        return weight.elements * E4M3_BYTES + 2 * blocks * INT32_BYTES
-
+    gathered = partial(gathered_bytes, precision=precision, keep_bf16_weights=keep_bf16_weights)
     table = [weight for weight in table if weight.trained]
     sent: dict[str, dict[str, float]] = {}
     for axis, ranks in (("dp", layout.dp), ("edp", layout.edp)):

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 
 from train.model.sizes import BF16_BYTES, E4M3_BYTES, FP32_BYTES, Held, Weight, weights
 from train.studies.plan.orders import SCHEDULES
 from train.studies.plan.products import Setup
+from train.studies.plan.traffic import gathered_bytes
 
 # Bytes an element of a shard: the norm reads the sum; AdamW reads sum, master and two BF16 moments, and writes the last
 # three (`kernels/adamw.py`).
@@ -34,12 +36,15 @@ def update_s(setup: Setup, held: Held) -> dict[str, float]:
     experts = [weight for weight in table if weight.expert]
     dense = [weight for weight in table if not weight.expert]
     axes = ((dense, copies * candidate.dp, 1), (experts, copies * candidate.edp, candidate.ep))
+    # A precision without FP8 has nothing to keep.
+    keep = candidate.keep_bf16_weights or candidate.precision != "fp8"
+    travelling = partial(gathered_bytes, precision=candidate.precision, keep_bf16_weights=keep)
     parts = dict.fromkeys(("reduce gradients", "AdamW", "gather weights", "FP8 copies"), 0.0)
     for mine, ranks, stride in axes:
         elements = sum(weight.elements for weight in mine)
         shard = elements / (ranks if candidate.zero else 1)
         parts["reduce gradients"] += _ring_s(setup, FP32_BYTES * elements, ranks, stride)
-        gathered = sum(_travelling_bytes(setup, weight) for weight in mine) if candidate.zero else FP32_BYTES * elements
+        gathered = sum(map(travelling, mine)) if candidate.zero else FP32_BYTES * elements
         parts["gather weights"] += _ring_s(setup, gathered, ranks, stride)
         written = sum(_written_bytes(setup, weight) for weight in mine) / max(1, elements)
         parts["AdamW"] += shard * (NORM_BYTES + ADAMW_BYTES + written) / memory
@@ -51,14 +56,11 @@ def _is_only_fp8(setup: Setup, weight: Weight) -> bool:
     return weight.fp8 and setup.candidate.precision == "fp8" and not setup.candidate.keep_bf16_weights
 
 
-def _travelling_bytes(setup: Setup, weight: Weight) -> int:
-    return weight.elements * E4M3_BYTES if _is_only_fp8(setup, weight) else weight.bytes(setup.candidate.precision)
-
-
 def _written_bytes(setup: Setup, weight: Weight) -> int:
     """Of the new weight; in E4M3 its master is read twice, for the blocks' maxima and to round."""
-    again = 2 * FP32_BYTES * weight.elements if _is_only_fp8(setup, weight) else 0
-    return _travelling_bytes(setup, weight) + again
+    if _is_only_fp8(setup, weight):
+        return (E4M3_BYTES + 2 * FP32_BYTES) * weight.elements
+    return weight.bytes(setup.candidate.precision)
 
 
 def _fp8_bytes(setup: Setup, table: Iterable[Weight]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from train.studies.amounts import amount
 from train.studies.plan.judge import Residual
 
 GB = 1e9
@@ -56,14 +57,6 @@ def _cost(document: Mapping[str, Any]) -> str:
 def hours(cost: Mapping[str, float]) -> str:
     """GPU-hours per trillion tokens."""
     return amount(cost["gpu_hours_per_trillion"])
-
-
-def amount(value: float) -> str:
-    """257123 -> '257 K', 1234567 -> '1.2 M'."""
-    for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if value >= scale:
-            return f"{value / scale:.{0 if value >= 100 * scale else 1}f} {letter}"
-    return f"{value:.3g}"
 
 
 def _calibrated(document: Mapping[str, Any]) -> list[str]:
