@@ -65,7 +65,7 @@ def _plan(arguments: list[str]) -> int:
     parser.add_argument(
         "--gpu", choices=list(GPUS), help="whose links and kernels (H800 if the cluster is named so, else H100)"
     )
-    parser.add_argument("--dollars", type=float, default=2.0, help="of a GPU-hour (%(default)s, arXiv:2412.19437 §1)")
+    parser.add_argument("--dollars", type=float, help="of a GPU-hour (2, arXiv:2412.19437 §1)")
     parser.add_argument(
         "--report", type=Path, default=REPORT, help="speeds that `make gpu` measured, if there are any (%(default)s)"
     )
@@ -77,8 +77,9 @@ def _plan(arguments: list[str]) -> int:
     report = options.report if options.report.exists() else None
     # Published runs are of DeepSeek-V3, whatever is planned here.
     v3 = compose([f"+cluster={V3}"])
-    known = correction_for(name, config.precision.name)
-    assumed = Assumptions(machine(name, report=report), GPUS[name], options.dollars, v3.model, known)
+    known, gpu = correction_for(name, config.precision.name), machine(name, report=report)
+    dollars = gpu.tables.value("price") if options.dollars is None else options.dollars
+    assumed = Assumptions(gpu, GPUS[name], dollars, v3.model, known)
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     document = plan(config, assumed, date=today)
     print("\n".join([*document["words"], *tables(document)]))
