@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.studies.plan.closed_form import StateBytes, state_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,6 +21,7 @@ from train.model.transformer import recompute_up_projections
 from train.studies.bench import layer as bench_layer
 from train.studies.bench.layer import PRECISIONS, LayerBench, Sizes
 from train.studies.plan.live_bytes import LiveBytes
+from train.studies.plan.state_bytes import StateBytes, state_bytes
 from train.studies.smoke_runs import PrecisionName, precision_config
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "kernels.md"
