@@ -28,6 +28,7 @@ from train.studies.plan.document import Assumptions, plan
 from train.studies.plan.judged import calibrate, correction_for
 from train.studies.plan.page import render
 from train.studies.plan.products import MachineName, machine
+from train.studies.plan.read_loads import read_loads
 from train.studies.plan.trace import write_trace
 from train.studies.plan.words import residuals, tables
 
@@ -69,6 +70,7 @@ def _plan(arguments: list[str]) -> int:
     parser.add_argument(
         "--report", type=Path, default=REPORT, help="speeds that `make gpu` measured, if there are any (%(default)s)"
     )
+    parser.add_argument("--loads", type=Path, metavar="RUN", help="take experts to be as uneven as in a run (even)")
     parser.add_argument("--out", type=Path, help="folder to write (the run's own)")
     options = parser.parse_intermixed_args(arguments)
     config = compose(options.overrides)
@@ -79,7 +81,8 @@ def _plan(arguments: list[str]) -> int:
     v3 = compose([f"+cluster={V3}"])
     known, gpu = correction_for(name, config.precision.name), machine(name, report=report)
     dollars = gpu.tables.value("price") if options.dollars is None else options.dollars
-    assumed = Assumptions(gpu, GPUS[name], dollars, v3.model, known)
+    loads = options.loads and read_loads(options.loads, experts=config.model.n_routed_experts)
+    assumed = Assumptions(gpu, GPUS[name], dollars, v3.model, known, loads)
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     document = plan(config, assumed, date=today)
     print("\n".join([*document["words"], *tables(document)]))

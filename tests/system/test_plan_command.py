@@ -20,11 +20,15 @@ CLUSTER = "+cluster=h100_8"
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a plan, and what was printed."""
-    out = tmp_path_factory.mktemp("plan")
+    out, run = tmp_path_factory.mktemp("plan"), tmp_path_factory.mktemp("run")
+    # One expert of 64 has 1.63 times the mean, the others 0.99: of 8 ranks the fullest has 1.07 times.
+    experts = [1.63 if expert == 9 else 0.99 for expert in range(64)]
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 7, "moe/expert_load": [experts]}) + "\n")
     with pytest.MonkeyPatch.context() as patch:
         printed: list[str] = []
         patch.setattr("builtins.print", lambda *texts, **_: printed.append(" ".join(map(str, texts))))
-        assert plan.main([CLUSTER, "--out", str(out), "--dollars", "3"]) == 0
+        arguments = ["--out", str(out), "--dollars", "3", "--loads", str(run)]
+        assert plan.main([CLUSTER, *arguments]) == 0
     return out, "\n".join(printed)
 
 
@@ -37,6 +41,8 @@ def test_a_plan_is_words_tables_and_three_files(planned: tuple[Path, str]) -> No
     both = [amount(document["cost"][each]["gpu_hours_per_trillion"]) for each in ("modelled", "corrected")]
     assert f"{both[0]} GPU-hours per trillion tokens as modelled, {both[1]} corrected" in printed
     assert f"at {3:g} a GPU-hour" in printed
+    assert document["loads"][0]["in_time"] == document["loads"][0]["in_memory"] == pytest.approx(1.07)
+    assert "steps 7 to 7: of layout.ep=8 ranks the fullest has 1.07 times the mean in a layer" in printed
     assert "<title>" in (out / "plan.html").read_text()
     assert json.loads((out / "plan_trace.json").read_text())["traceEvents"]
 

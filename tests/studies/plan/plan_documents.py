@@ -22,6 +22,7 @@ COMPONENTS = {
     "messages": 0.9, "temporaries": 2.5, "dispatch": 1.6, "reserved": 4.0,
 }  # fmt: skip
 SCHEDULES = ("DualPipeV", "ZBVZeroBubble", "1F1B", "Interleaved1F1B")
+LOADS = {"run": "runs/before", "first_step": 901, "last_step": 1000, "in_time": 1.3, "in_memory": 1.1}
 
 
 def simulated(ranks: int, micro_batches: int) -> Timeline:
@@ -163,7 +164,7 @@ def plan_document(ranks: int = 16, micro_batches: int = 120) -> dict[str, Any]:
             "time_s": step_s + 0.28, "tokens_per_s": 15360 * 4096 / (step_s + 0.28), "tflop_per_s": 452.0,
             "tokens_per_s_per_gpu": 15360 * 4096 / (step_s + 0.28) / 2048, "phases_s": phases,
         },
-        "memory": memory(ranks), "cost": cost(), "changes": changes(),
+        "memory": memory(ranks), "loads": [LOADS], "cost": cost(), "changes": changes(),
         "bound": {"what": "GEMMs and attention alone", "modelled": 87e3},
         "search": {"tried": len(rows), "fit": sum(row["fits"] for row in rows), "seconds": 4.1, "rows": rows},
         "timeline": {"step_s": step_s, "ranks": spans}, "sources": sources(),
@@ -191,5 +192,6 @@ def plan_by_hand(run: Mapping[str, Any], candidate: Mapping[str, Any]) -> dict[s
         "candidate": {"schedule": "1F1B", "comm_sms": 20, **candidate},
         "step": {"time_s": 2.0, "phases_s": phases},
         "ramp": [{"batch_sequences": run["batch_sequences"] // 2, "time_s": 1.25, "phases_s": early}],
+        "loads": [],
         "memory": {"ranks": [{"pp_rank": 0, "rank": 0, "components": BY_HAND, "total_bytes": sum(BY_HAND.values())}]},
     }

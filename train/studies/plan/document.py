@@ -21,6 +21,7 @@ from train.studies.plan import judge, recipe
 from train.studies.plan.candidate import Candidate, candidate_of, run_of
 from train.studies.plan.costs import StageCosts, layer_parts
 from train.studies.plan.footprint import IMBALANCES, Footprint, breaking_imbalance, footprint
+from train.studies.plan.loads import ExpertLoads, in_memory, in_time
 from train.studies.plan.moments import Moment, moments_of
 from train.studies.plan.orders import refusal, stages_of_rank
 from train.studies.plan.predict import Prediction, predict
@@ -51,6 +52,7 @@ class Assumptions:
         memory_bytes: of a GPU, of which `footprint.RESERVED_BYTES` are not ours.
         v3: the model of the published runs that the planner is held against.
         correction: of a run on such a GPU, if one was calibrated.
+        loads: of experts, if a run has shown how uneven they are; None: even.
     """
 
     machine: Machine
@@ -58,6 +60,7 @@ class Assumptions:
     dollars_per_gpu_hour: float
     v3: ModelConfig
     correction: Correction | None = None
+    loads: ExpertLoads | None = None
 
 
 class Planner:
@@ -70,7 +73,8 @@ class Planner:
         attention: Literal["flash", "cudnn"] = (
             "flash" if config.run.deterministic or config.data.mask_documents else "cudnn"
         )
-        self.ours, self.before = replace(OURS, attention=attention), replace(BEFORE, attention=attention)
+        imbalance = assumed.loads or 1.0
+        self.ours, self.before = (replace(how, attention=attention, imbalance=imbalance) for how in (OURS, BEFORE))
         self.tokens = config.schedule.batch_full_sequences * config.data.sequence_length
         self.predicted = functools.cache(self._predicted)
         self._fullest_bytes = functools.cache(self._closed_form_bytes)
@@ -117,8 +121,10 @@ class Planner:
         """What each pipeline rank holds during a step of the full batch."""
         return moments_of(candidate, self.micro_batches(candidate))
 
-    def footprints(self, candidate: Candidate, imbalance: float = 1.0) -> list[Footprint]:
-        """Of every pipeline rank."""
+    def footprints(self, candidate: Candidate, imbalance: float | None = None) -> list[Footprint]:
+        """Of every pipeline rank; with no imbalance given, that of the loads."""
+        if imbalance is None:
+            imbalance = in_memory(self.assumed.loads, candidate.ep) if self.assumed.loads else 1.0
         return footprint(self.config, candidate, self.moments(candidate), imbalance=imbalance)
 
     def fullest_bytes(self, candidate: Candidate) -> float:
@@ -166,6 +172,7 @@ def plan(config: PretrainConfig, assumed: Assumptions, *, date: str) -> dict[str
         "step": _step(planner, predicted),
         "ramp": _ramp(planner),
         "memory": _memory(planner),
+        "loads": _loads(planner),
         "cost": _cost(planner),
         "changes": _changes(planner),
         "bound": _bound(planner),
@@ -241,6 +248,15 @@ def _memory(planner: Planner) -> dict[str, Any]:
         limit=limit,
     )
     return {"ranks": ranks, "imbalance": imbalance, "breaks_at": breaks_at}
+
+
+def _loads(planner: Planner) -> list[dict[str, Any]]:
+    """The loads that all figures stand on, if they are a run's."""
+    loads, ep = planner.assumed.loads, planner.candidate.ep
+    if loads is None:
+        return []
+    steps = {"first_step": loads.first_step, "last_step": loads.last_step}
+    return [{"run": loads.run, **steps, "in_time": in_time(loads, ep), "in_memory": in_memory(loads, ep)}]
 
 
 def _holds(costs: StageCosts, stage: int) -> str:

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 from train.model.config import ModelConfig
 from train.model.sizes import Held, Weight, weights
 from train.studies.plan.candidate import Candidate
+from train.studies.plan.loads import ExpertLoads, in_time
 from train.studies.plan.tables import Column, Kind, Tables, read_tables
 
 MachineName = Literal["H800", "H100"]
@@ -63,7 +64,7 @@ class Implementation:
         attention: cuDNN; flash with v padded, which can be deterministic; or the profile's.
         router: where its products run, and for FP32 sums on tensor cores in how many BF16 products each.
         head: all three products in forward, as this project's fused loss has them, or each in its own slot.
-        imbalance: rows of the fullest rank's experts over the mean.
+        imbalance: rows of the fullest rank's experts over the mean, or the loads of a run, from which it follows.
     """
 
     name: str
@@ -72,7 +73,7 @@ class Implementation:
     attention: Literal["cudnn", "flash", "profile"] = "cudnn"
     router: Literal["split", "bf16", "fp32"] = "split"
     head: Literal["in forward", "apart"] = "in forward"
-    imbalance: float = 1.0
+    imbalance: float | ExpertLoads = 1.0
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,11 @@ class Setup:
     @property
     def imbalance(self) -> float:
         """Rows of the fullest rank's experts over the mean: at most as uneven as routing can be on so many ranks."""
-        model, ep = self.model, self.candidate.ep
+        model, ep, imbalance = self.model, self.candidate.ep, self.implementation.imbalance
+        if isinstance(imbalance, ExpertLoads):
+            return in_time(imbalance, ep)
         local = model.n_routed_experts // ep
-        return min(self.implementation.imbalance, ep * min(local / model.num_experts_per_tok, 1.0))
+        return min(imbalance, ep * min(local / model.num_experts_per_tok, 1.0))
 
     @property
     def column(self) -> Column:

@@ -37,6 +37,7 @@ SHAPE: dict[str, Any] = {
         "ranks": [_RANK], "breaks_at": _NUMBER | None,
         "imbalance": [{"imbalance": _NUMBER, "fullest_bytes": _NUMBER, "fullest_rank": int, "step_s": _NUMBER}],
     },
+    "loads": [{"run": str, "first_step": int, "last_step": int, "in_time": _NUMBER, "in_memory": _NUMBER}],
     "cost": {
         "modelled": _TOTALS, "corrected": _TOTALS, "bias": _NUMBER, "bias_source": str, "dollars_per_gpu_hour": _NUMBER,
         "held_out": [_HELD_OUT], "parts": [_PART], "effective_training_time": _NUMBER,

@@ -14,9 +14,18 @@ GB = 1e9
 def words(document: Mapping[str, Any]) -> list[str]:
     """Whether it fits, what it costs, which layout is faster and why, one sentence each."""
     return [
-        *_fit(document), _cost(document), *_calibrated(document), *_doubts(document), *_winners(document),
-        *_flips(document),
+        *_loads(document), *_fit(document), _cost(document), *_calibrated(document), *_doubts(document),
+        *_winners(document), *_flips(document),
     ]  # fmt: skip
+
+
+def _loads(document: Mapping[str, Any]) -> list[str]:
+    return [
+        f"Experts are taken to be as uneven as in {found['run']}, steps {found['first_step']} to {found['last_step']}: "
+        f"of layout.ep={document['candidate']['ep']} ranks the fullest has {found['in_time']:.2f} times the mean in a "
+        f"layer, {found['in_memory']:.2f} times over all its layers. In a micro-batch they are more uneven than that."
+        for found in document["loads"]
+    ]
 
 
 def _fit(document: Mapping[str, Any]) -> list[str]:
