@@ -1,12 +1,10 @@
 """`make gpu` without a GPU: it says so; with small sizes on a CPU it writes the whole report; what dies is named.
 
-The command itself, a process a part, is a long test: importing torch eleven times is half of it. `make test` runs parts
-in one process, those that have no test of their own and those that import more than the others.
+The command itself, a process a part, is a long test: importing torch eleven times is half of it.
 """
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import subprocess
@@ -98,31 +96,6 @@ def test_a_report_begins_with_parity_and_has_every_part_in_order(tmp_path: Path)
     done = [Finished(name, Section("green"), 1.0) for name in PARTS]
     page = gpu_report.write(done, torch.device("cpu"), tmp_path).read_text()
     check_order(page, json.loads((tmp_path / "report.json").read_text()))
-
-
-ONE_PROCESS = """
-import sys
-from pathlib import Path
-import torch
-from train.studies import gpu_report, gpu_sections
-for name in sys.argv[2:]:
-    options = gpu_sections.Options(torch.device("cpu"), tiny=True)
-    gpu_report.run_part(name, options, 100.0, Path(sys.argv[1], name))
-print(sorted(gpu_report.left_out()))
-"""
-
-
-def test_parts_run_where_only_torch_is_installed(
-    site: Path, tmp_path: Path, run_command: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
-    names = ("resume", "small", "te", "kernels", "peers", "layer")
-    done = run_command("-c", ONE_PROCESS, tmp_path, *names, PYTHONPATH=f"{site}{os.pathsep}.")
-    sections = {name: json.loads((tmp_path / name).read_text()) for name in names}
-    wanted = dict.fromkeys(names, "green") | {"te": "left out"}
-    assert {name: section["status"] for name, section in sections.items()} == wanted
-    assert sections["te"]["reason"] == "transformer-engine not installed, skipped"
-    assert sections["layer"]["data"]["times"][-1]["precision"] == "fp8_v3"
-    assert {"hydra", "datasets", "wandb", "plotly", "transformer_engine"} <= set(ast.literal_eval(done.stdout))
 
 
 @pytest.mark.long
