@@ -214,8 +214,7 @@ class ExpertParallelDispatcher:
     def _grouping(self, arrivals: Arrivals) -> Grouping:
         """Only indices are put in order: what arrived stays where it is."""
         in_order, local = arrivals.in_order, len(self.experts)
-        ids = arrivals.ids if in_order is None else arrivals.ids.index_select(0, in_order)
-        ids = ids - self.axis.rank * local
+        ids = arrivals.ids - self.axis.rank * local
         ids = torch.where((ids >= 0) & (ids < local), ids, -1)
         grouping = partial_grouping(ids, local, num_rows=arrivals.num_rows)
         return grouping if in_order is None else as_if_in_order(grouping, in_order)

@@ -74,8 +74,8 @@ class Hop:
 class Arrivals:
     """What is known on the experts' rank about the tokens that arrive there."""
 
-    ids: Tensor  # [received, topk] int32, global ids
-    gates: Tensor  # [received, topk] FP32
+    ids: Tensor  # [received, topk] int32, global ids, by (source rank, token)
+    gates: Tensor  # [received, topk] FP32, as they arrived
     in_order: Tensor | None  # [received] int64: the arrivals by (source rank, token); None: as they are
     num_rows: int  # of the local experts, each expert's padded
 
@@ -202,6 +202,7 @@ def _packed(choice: ExpertChoice) -> Tensor:
 
 def _arrivals(choices: Tensor, in_order: Tensor | None, expert_tokens: list[int]) -> Arrivals:
     ids, gates = (half.contiguous() for half in choices.chunk(2, dim=1))
+    ids = ids if in_order is None else ids.index_select(0, in_order)
     return Arrivals(ids, gates.view(torch.float32), in_order, sum(ceil_div(n, TILE) * TILE for n in expert_tokens))
 
 

@@ -136,7 +136,12 @@ def test_exchange_in_closed_form() -> None:
     direct = 4096 * ranks * 56 / 64 / 40e9
     assert exchange_s(setup_of()) == pytest.approx((7392 * direct, 14336 * direct))
     assert exchange_s(setup_of(DEEPSEEK)) == pytest.approx((4096 * nodes * 7392 / 51e9, 4096 * nodes * 14336 / 50e9))
+    # Once to each node, 7 of 8 of them others; then to the ranks of a node, 7 of 8 of them others.
+    in_series = 4096 * 7 / 8 * (nodes / 40e9 + ranks / 160e9)
+    by_node = exchange_s(setup_of(replace(OURS, dispatch="node")))
+    assert by_node == pytest.approx((7392 * in_series, 14336 * in_series))
     inside = setup_of(replace(OURS, ep=8))
+    assert exchange_s(setup_of(replace(OURS, ep=8, dispatch="node"))) == exchange_s(inside)
     assert exchange_s(inside)[1] == pytest.approx(4096 * expected_shares(V3, shares=8) * 14336 / 160e9)
     assert exchange_s(setup_of(replace(OURS, ep=1))) == (0.0, 0.0)
     plain = setup_of(replace(OURS, precision="bf16", attention_output="bf16"))
