@@ -96,6 +96,8 @@ class Layout:
     stage_layers: tuple[int, ...] | None = None  # layers of each stage; None balances them by cost
     # Weight gradients that may wait for their W slot on one rank, each with its operands; beyond that the oldest runs.
     max_waiting_wgrads: int | None = None
+    # direct: a token goes once to each rank of its experts; node: once to each node, and on from there (§3.2.2).
+    dispatch: Literal["direct", "node"] = "direct"
 
     def __post_init__(self) -> None:
         for field in ("pp", "dp", "ep", "ranks_per_node"):
@@ -132,6 +134,11 @@ class Layout:
     def edp(self) -> int:
         """Replicas of each expert."""
         return self.dp // self.ep
+
+    @property
+    def two_hops(self) -> bool:
+        """Whether tokens take two hops; with experts on one node, or one rank a node, one of them would be idle."""
+        return self.dispatch == "node" and 1 < self.ranks_per_node < self.ep
 
 
 def multiples(of: int, near: int) -> list[int]:
@@ -206,6 +213,7 @@ def _either_ep(layout: Layout, workload: Workload) -> str:
         and workload.n_routed_experts % ep == 0
         and not _groups_across_nodes(replace(layout, ep=ep), workload)
         and not _straddles(replace(layout, ep=ep))
+        and not _splits_a_node(replace(layout, ep=ep))
     ]
     return either("layout.ep", nearest(layout.ep, fits))
 
@@ -241,12 +249,24 @@ def _check_routing_groups(layout: Layout, workload: Workload) -> None:
             f"layout.ep={layout.ep} does not divide layout.ranks_per_node={layout.ranks_per_node}, so that some expert "
             f"groups would lie on two nodes: use {_either_ep(layout, workload)}"
         )
+    if _splits_a_node(layout):
+        sizes = [size for size in range(1, layout.ep + 1) if layout.ep % size == 0]
+        raise ValueError(
+            f"layout.dispatch=node passes tokens on inside whole nodes, but layout.ep={layout.ep} is no multiple of "
+            f"layout.ranks_per_node={layout.ranks_per_node}: use {_either_ep(layout, workload)}, "
+            f"{either('layout.ranks_per_node', nearest(layout.ranks_per_node, sizes))}, or layout.dispatch=direct"
+        )
 
 
 def _straddles(layout: Layout) -> bool:
     """Whether an expert-parallel group that would fit a node is on two."""
     node = layout.ranks_per_node
     return layout.world > node and layout.ep <= node and node % layout.ep > 0
+
+
+def _splits_a_node(layout: Layout) -> bool:
+    """Whether tokens take two hops, and an expert-parallel group has a part of a node."""
+    return layout.two_hops and layout.ep % layout.ranks_per_node > 0
 
 
 def _check_layers(layout: Layout, workload: Workload) -> None:

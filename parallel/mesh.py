@@ -7,9 +7,12 @@ and no tensor parallelism (arXiv:2412.19437 §3.2). A `Layout` gives the numbers
     dp    ranks of one stage; each sees its own tokens       dense gradients are summed here
     ep    neighbours of dp that share one copy of the experts    tokens travel here (dispatch, combine)
     edp   ranks of dp that hold the same experts             expert gradients are summed here
+    rail  ranks of ep with one index on their nodes          a token crosses to each node that needs it
+    node  ranks of ep on one node                            and is passed on there
     tied  first and last pipeline rank of a column, when both hold a copy of the embedding
 
     rank = (pp_i * edp + edp_i) * ep + ep_i        dp_i = edp_i * ep + ep_i        dp = edp * ep
+    ep_i = rail_i * ranks_per_node + node_i, where tokens take two hops (`Layout.two_hops`)
 
 ep is innermost, so neighbours are on one node. An axis of one rank has no group; axes with the same ranks share one.
 """
@@ -54,16 +57,24 @@ class Mesh:
     dp: Axis
     edp: Axis
     ep: Axis
+    rail: Axis
+    node: Axis
     tied: Axis
 
+    @property
+    def hops(self) -> tuple[Axis, ...]:
+        """What a token crosses on its way to its experts."""
+        return (self.rail, self.node) if self.layout.two_hops else (self.ep,)
 
-AXES = ("world", "pp", "dp", "edp", "ep", "tied")
+
+AXES = ("world", "pp", "dp", "edp", "ep", "rail", "node", "tied")
 
 
 def axis_ranks(layout: Layout, axis: str, rank: int) -> tuple[int, ...]:
     """The global ranks on the axis of global rank `rank`, ascending, which is the order along the axis.
 
-    'tied' is as if both ends held a copy of the embedding; a rank between them is alone.
+    'tied' is as if both ends held a copy of the embedding; a rank between them is alone, as every rank is on 'rail' and
+    'node' where tokens take one hop.
     """
     assert axis in AXES, axis
     assert 0 <= rank < layout.world, (rank, layout)
@@ -74,12 +85,17 @@ def axis_ranks(layout: Layout, axis: str, rank: int) -> tuple[int, ...]:
         last_stage = num_stages(layout.schedule, layout.pp) - 1
         ends = sorted({0, rank_of_stage(layout.schedule, layout.pp, last_stage)})
         return tuple(i * layout.dp + dp_i for i in ends) if pp_i in ends else (rank,)
+    if axis in ("rail", "node") and not layout.two_hops:
+        return (rank,)
+    experts, size = stage + edp_i * layout.ep, layout.ranks_per_node
     ranges = {
         "world": range(layout.world),
         "pp": range(dp_i, layout.world, layout.dp),
         "dp": range(stage, stage + layout.dp),
         "edp": range(stage + ep_i, stage + layout.dp, layout.ep),
-        "ep": range(stage + edp_i * layout.ep, stage + (edp_i + 1) * layout.ep),
+        "ep": range(experts, experts + layout.ep),
+        "rail": range(experts + ep_i % size, experts + layout.ep, size),
+        "node": range(rank - ep_i % size, rank - ep_i % size + size),
     }
     return tuple(ranges[axis])
 

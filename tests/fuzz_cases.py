@@ -42,6 +42,7 @@ class Case:
     stages: str = ""  # layers of each stage, "3,2"; empty: balanced by cost
     wgrads: int = -1  # weight gradients that may wait; -1: any number
     node: int = 8  # ranks of a node
+    dispatch: str = "direct"
     zero: int = 1
     layers: int = 3
     dense: int = 1  # of the layers, the first ones
@@ -95,9 +96,15 @@ class Case:
             schedule=self.schedule,
             zero=bool(self.zero),
             ranks_per_node=self.node,
+            dispatch=self.dispatch,  # type: ignore[arg-type]
             stage_layers=self.stage_layers,
             max_waiting_wgrads=None if self.wgrads < 0 else self.wgrads,
         )
+
+    @property
+    def hops(self) -> int:
+        """Of a token to its experts: two where its group of ranks has several nodes of several ranks."""
+        return 2 if self.dispatch == "node" and 1 < self.node < self.ep else 1
 
     @property
     def stage_layers(self) -> tuple[int, ...] | None:
@@ -217,6 +224,13 @@ ILLEGAL: dict[str, Callable[[Case], bool]] = {
     "a group on two nodes": lambda c: any(
         len(nodes) > 1 and (c.ep <= c.node if whole else c.groups > 1) for whole, nodes in _nodes_of_groups(c)
     ),
+    "part of a node": lambda c: (
+        c.hops == 2
+        and any(
+            len({rank // c.node for rank in range(first, first + c.ep)}) * c.node != c.ep
+            for first in range(0, c.world, c.ep)
+        )
+    ),
     "a step is not whole micro-batches": lambda c: c.sequences % (c.dp * c.micro) > 0,
     "fewer micro-batches than stages": lambda c: c.schedule == "1F1B" and c.pp > 1 and c.micro_batches < c.pp,
     "backend": lambda c: (
@@ -261,7 +275,8 @@ def draw(chance: random.Random, *, world: int | None = None) -> Case:
         schedule=schedule,
         stages=_drawn_stages(chance, layers, stages) if pp > 1 and chance.random() < 0.6 else "",
         wgrads=chance.choice((-1, -1, 0, 1, 3)),
-        node=chance.choice((8, 8, 8, 4, 3, 2)),
+        # Two hops need nodes smaller than the group of experts.
+        node=chance.choice((8, 3, 2, 2, 2, 2) if ep > 2 else (8, 8, 8, 4, 3, 2)),
         zero=int(chance.random() < 0.7),
         layers=layers,
         dense=chance.choice((0, 1, 1, 2)),
@@ -284,6 +299,7 @@ def draw(chance: random.Random, *, world: int | None = None) -> Case:
         moments=chance.choice(("bf16", "bf16", "fp32", "fp8")),
         offload="cpu" if chance.random() < 0.15 else "none",
         seed=chance.randint(1, 9999),
+        dispatch=chance.choice(("direct", "node", "node")),
     )
 
 

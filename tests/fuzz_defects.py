@@ -23,13 +23,15 @@ import kernels.router
 import parallel.expert
 import parallel.fp8_weights
 import parallel.grads
+import parallel.hops
 import parallel.pipeline
 import parallel.zero
 import train.assemble
 import train.optim.deepspeed_backend
 import train.stage
 import train.step
-from parallel.expert import DispatchPlan, ExpertParallelDispatcher
+from parallel.expert import ExpertParallelDispatcher
+from parallel.hops import Hop
 from parallel.mesh import Axis, Mesh
 from parallel.pipeline_stage import WaitingWgrads
 from parallel.shards import LocalShard
@@ -413,45 +415,92 @@ _defect(
 # Experts.
 
 
-def _plan(method: str, change: Callable[..., Any]) -> Replacement:
-    return (DispatchPlan, method, _after(change))
+def _hop(method: str, change: Callable[..., Any]) -> Replacement:
+    return (Hop, method, _after(change))
 
 
 def _with_experts(case: Case) -> bool:
     return case.ep > 1 and _has_moe(case)
 
 
-def _gate_columns_swapped(received: Tensor, self: DispatchPlan, copies: Tensor, kind: str) -> Tensor:
+def _two_hops(case: Case) -> bool:
+    return case.hops == 2 and _has_moe(case)
+
+
+def _gate_columns_swapped(received: Tensor, self: Hop, rows: Tensor, kind: str) -> Tensor:
     if kind != "routing":
         return received
     ids, gates = received.chunk(2, dim=1)
     return torch.cat((ids, gates.roll(1, dims=1)), dim=1)
 
 
-_defect(
-    "the gates' gradients are not sent back",
-    _with_experts,
-    _plan("send_back", lambda copies, self, received, kind: copies.zero_() if kind == "gates" else copies),
-)
-_defect("gates arrive with another expert's id", _with_experts, _plan("send", _gate_columns_swapped))
+def _kind_only(kind: str, change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Of the tensors that a hop brings, those of one kind."""
+    return lambda brought, self, rows, what, **named: change(brought) if what == kind else brought
+
+
+_defect("the gates' gradients are not sent back", _with_experts, _hop("back", _kind_only("gates", torch.zero_)))
+_defect("gates arrive with another expert's id", _with_experts, _hop("there", _gate_columns_swapped))
 _defect(
     "tokens arrive in another order than their routing",
     _with_experts,
-    _plan("send", lambda received, self, copies, kind: received.flip(0) if kind == "dispatch" else received),
+    _hop("there", _kind_only("dispatch", lambda received: received.flip(0))),
 )
 _defect(
     "results come home in another order than tokens left",
     _with_experts,
-    _plan("send_back", lambda copies, self, received, kind: copies.flip(0) if kind == "combine" else copies),
+    _hop("back", _kind_only("combine", lambda sums: sums.flip(0))),
 )
 _defect(
     "a token's sum leaves out its last rank",
     _with_experts,
     (
-        parallel.expert,
+        parallel.hops,
         "sum_rows",
         lambda before: lambda copies, index, **named: before(copies, index[:, :-1].contiguous(), **named),
     ),
+)
+
+
+# Two hops.
+
+
+def _only_over(axis: str, kind: str, change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Of the tensors that a hop over one axis brings, those of one kind."""
+    return lambda brought, self, rows, what, **named: (
+        change(brought) if (self.axis.name, what) == (axis, kind) else brought
+    )
+
+
+_defect(
+    "both hops go over the first one's axis",
+    _two_hops,
+    (Mesh, "hops", _instead(property(lambda mesh: (mesh.rail, mesh.rail)))),
+)
+_defect(
+    "tokens of two hops are grouped as if they had come in order",
+    _two_hops,
+    (parallel.expert, "as_if_in_order", _instead(lambda grouping, in_order: grouping)),
+)
+_defect(
+    "what a rank passes on is chosen as on the first node",
+    _two_hops,
+    (parallel.hops, "_goes", lambda before: lambda ids, ranks, *, local, first=0: before(ids, ranks, local=local)),
+)
+_defect(
+    "inside a node tokens pass in another order than their routing",
+    _two_hops,
+    _hop("there", _only_over("node", "dispatch", lambda received: received.flip(0))),
+)
+_defect(
+    "the gates' gradients stay on the node of the expert",
+    _two_hops,
+    _hop("back", _only_over("rail", "gates", torch.zero_)),
+)
+_defect(
+    "a node's sums are rounded to BF16 in an FP32 run",
+    lambda c: _two_hops(c) and c.precision == "fp32",
+    _hop("back", _only_over("node", "combine", lambda sums: sums.bfloat16().float())),
 )
 
 

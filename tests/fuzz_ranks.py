@@ -103,7 +103,11 @@ def write_reference(rank: int, world: int, case: Case, folder: Path) -> None:
     mesh = single(CPU)
     config = case.precision_config
     numbers = Precision(config.name, cache_swiglu_input=config.cache_swiglu_input, attention_output=case.attention)  # type: ignore[arg-type]
-    sums = PartialSums(case.ep, case.experts) if case.ep > 1 and case.precision != "fp32" else None
+    sums = (
+        PartialSums(case.ep, case.experts, case.node if case.hops == 2 else None)
+        if case.ep > 1 and case.precision != "fp32"
+        else None
+    )
     stages = build_stages(case.model, numbers, mesh, sums)
     initialize(stages[0].model, seed=case.seed, std=case.model.initializer_range)
     optim = type(case.optim)(clip_norm=case.optim.clip_norm, moments_dtype=case.moments)
@@ -225,7 +229,7 @@ def _close(mesh: Mesh, single_groups: list[dist.ProcessGroup]) -> None:
     # torch names a group of one by how many groups there are: one that stayed would meet its own name again.
     for group in single_groups:
         dist.destroy_process_group(group)
-    axes = (mesh.pp, mesh.dp, mesh.edp, mesh.ep, mesh.tied)
+    axes = (mesh.pp, mesh.dp, mesh.edp, mesh.ep, mesh.rail, mesh.node, mesh.tied)
     groups = {id(axis.group): axis.group for axis in axes if axis.group not in (None, dist.group.WORLD)}
     for group in groups.values():
         dist.destroy_process_group(group)

@@ -166,6 +166,7 @@ def test_h800_2048_is_the_layout_of_the_report() -> None:
     layout, schedule = config.layout, config.schedule
     assert (layout.pp, layout.dp, layout.ep, layout.edp, layout.zero) == (16, 128, 64, 2, True)
     assert (layout.schedule, layout.ep // layout.ranks_per_node) == ("ZBVZeroBubble", 8)
+    assert layout.two_hops
     assert config.model == model_config("v3_671b")
     assert (schedule.batch_start_sequences // 128, schedule.batch_full_sequences // 128) == (24, 120)
 

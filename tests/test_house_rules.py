@@ -42,7 +42,7 @@ HOST_READS = {
     "kernels/attention.py:documents_of": "document ids are on the host, which is asserted",
     "train/optim/offload.py:wait": "before a checkpoint reads or fills the state, not in a step",
     "train/optim/ema.py:_fold": "its own thread waits for a copy, beside the step",
-    "parallel/expert.py:_read_counts": "split sizes of the uneven all-to-all: one read a MoE layer and micro-batch",
+    "parallel/hops.py:_read_counts": "split sizes of the uneven all-to-all: one read a MoE layer and micro-batch",
     "parallel/zero.py:nonfinite": "on a step that is skipped, to name what is not finite",
     "parallel/collectives.py:texts_of": "on a step that is skipped",
 }

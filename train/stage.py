@@ -133,7 +133,11 @@ def build_stages(
     precision, specs, stages = Precision.of(precision), stage_specs(config, mesh), dict[int, Stage]()
     if dispatcher is None and mesh.ep.size > 1:
         dispatcher = ExpertParallelDispatcher(
-            config.n_routed_experts, mesh.ep, wire=precision.wire, power_of_two=precision.power_of_two_scales
+            config.n_routed_experts,
+            mesh.ep,
+            hops=mesh.hops,
+            wire=precision.wire,
+            power_of_two=precision.power_of_two_scales,
         )
     for index, spec in specs.items():
         with mesh.device:

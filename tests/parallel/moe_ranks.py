@@ -205,7 +205,7 @@ def without_tokens(rank: int, world: int) -> dict[str, object]:
         y, dx, dispatched = there_and_back(none, dispatcher_of(rank, world, "fp8"), gates)
     assert gates.grad is not None
     assert dx.shape == none.x.shape
-    # One exchange for the counts, two for tokens and their experts, one home; three in backward.
+    # One exchange for the counts, two for the experts' ids and tokens, one home; three in backward.
     return {"rows": dispatched.grouping.num_rows, "y": tuple(y.shape), "exchanges": len(seen)}
 
 
@@ -239,10 +239,8 @@ def bytes_sent(rank: int, world: int, hidden: int) -> dict[str, object]:
 READERS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "to_list")
 
 
-def host_reads(rank: int, world: int) -> dict[str, list[str]]:
+def host_reads(mine: Case, dispatcher: ExpertParallelDispatcher) -> dict[str, list[str]]:
     """Which methods that wait for the device were called in each phase."""
-    mine = case("random", world, torch.bfloat16).part(rank, world)
-    dispatcher = dispatcher_of(rank, world, "fp8")
     x, gates = mine.x.clone().requires_grad_(), mine.gates.clone().requires_grad_()
     routing = routing_of(mine.ids, gates)
     calls: list[str] = []
@@ -308,6 +306,7 @@ def compare_dgrad_operands(rank: int, world: int) -> dict[str, int]:
 def measure(rank: int, world: int) -> dict[str, Any]:
     """All measurements of one spawn of ranks."""
     wires: tuple[Wire, ...] = get_args(Wire)
+    mine = case("random", world, torch.bfloat16).part(rank, world)
     return {
         "squares": {(kind, wire): squares(rank, world, kind, wire) for kind in KINDS for wire in wires},
         "identity": {wire: identity_faults(rank, world, wire) for wire in wires},
@@ -315,6 +314,6 @@ def measure(rank: int, world: int) -> dict[str, Any]:
         "no tokens": without_tokens(rank, world),
         "repeats": repeats(rank, world),
         "bytes": {hidden: bytes_sent(rank, world, hidden) for hidden in (160, 7168)},
-        "host reads": host_reads(rank, world),
+        "host reads": host_reads(mine, dispatcher_of(rank, world, "fp8")),
         "dgrad": compare_dgrad_operands(rank, world),
     }

@@ -106,8 +106,8 @@ def test_bytes_on_the_wire_are_those_of_the_formula(ranks: list[dict[str, Any]],
         ep, local, topk = len(ranks), EXPERTS // len(ranks), 3
         expected = [
             ("int64", ep * 8 * (1 + local)),
-            ("uint8", pairs * packet),
             ("int32", pairs * 8 * topk),
+            ("uint8", pairs * packet),
             ("bfloat16", arrived * 2 * hidden),
             # Backward: the token's gradient goes out as the token did; its sums and the gates' gradients come back.
             ("uint8", pairs * packet),
@@ -116,7 +116,7 @@ def test_bytes_on_the_wire_are_those_of_the_formula(ranks: list[dict[str, Any]],
         ]
         assert wire["handed over"] == expected
         totals = {"counts": 0, "dispatch": 0, "routing": 0, "combine": 0, "gates": 0}
-        names = ("counts", "dispatch", "routing", "combine", "dispatch", "combine", "gates")
+        names = ("counts", "routing", "dispatch", "combine", "dispatch", "combine", "gates")
         for name, (_, size) in zip(names, expected, strict=True):
             totals[name] += size
         assert wire["traffic"] == totals

@@ -92,6 +92,13 @@ WITH_WORKLOAD = [
         "layout.ep=12 spreads expert group 0 of model.n_group=2 over ranks 12 to 17, which lie on two nodes of "
         "layout.ranks_per_node=16, so that node-limited routing would not limit nodes: use layout.ep=4",
     ),
+    # One and a half nodes: no rank of the second has a fellow on each node.
+    pytest.param(
+        Layout(dp=12, ep=12, ranks_per_node=8, dispatch="node"),
+        {"n_group": 1},
+        "layout.dispatch=node passes tokens on inside whole nodes, but layout.ep=12 is no multiple of "
+        "layout.ranks_per_node=8: use layout.ep=4, layout.ranks_per_node=6 or 12, or layout.dispatch=direct",
+    ),
     pytest.param(
         Layout(pp=4, dp=1, schedule="ZBVZeroBubble"),
         {},
@@ -203,6 +210,11 @@ def test_the_suggested_layout_has_as_many_ranks_as_were_started(layout: Layout, 
         (Layout(), SMALL),
         # One group is no limit on nodes: its experts may be anywhere.
         (Layout(dp=12, ep=12, ranks_per_node=2), replace(SMALL, n_group=1)),
+        # One hop to each rank needs no whole nodes, nor do two of which one is idle.
+        (Layout(dp=12, ep=12, ranks_per_node=8), replace(SMALL, n_group=1)),
+        (Layout(dp=12, ep=12, ranks_per_node=4, dispatch="node"), replace(SMALL, n_group=1)),
+        (Layout(dp=4, ep=4, ranks_per_node=6, dispatch="node"), replace(SMALL, n_group=1)),
+        (replace(V3_LAYOUT, dispatch="node"), V3),
         # Four groups on two ranks: each is on one.
         (Layout(dp=2, ep=2, ranks_per_node=1), SMALL),
         # Fewer micro-batches (3) than stages (8): legal where the schedule says so.
@@ -223,6 +235,15 @@ def test_a_routing_group_of_v3_is_one_node(ep: int, ranks_per_node: int, legal: 
     else:
         with pytest.raises(ValueError, match=r"expert group 0 .* ranks 0 to 15, .* use layout.ep=64$"):
             check_layout(layout, V3)
+
+
+@pytest.mark.parametrize(
+    ("ep", "ranks_per_node", "two"), [(64, 8, True), (8, 8, False), (4, 8, False), (64, 1, False), (64, 64, False)]
+)
+def test_tokens_take_two_hops_where_neither_would_be_idle(ep: int, ranks_per_node: int, two: bool) -> None:
+    layout = Layout(dp=64, ep=ep, ranks_per_node=ranks_per_node)
+    assert not layout.two_hops
+    assert replace(layout, dispatch="node").two_hops == two
 
 
 def test_an_expert_group_that_fits_a_node_may_not_straddle_two() -> None:

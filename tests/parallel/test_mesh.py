@@ -30,6 +30,14 @@ def expected_ranks(layout: Layout, axis: str, rank: int) -> list[int]:
         pp_i, dp_i = divmod(other, layout.dp)
         return (pp_i, dp_i // layout.ep, dp_i % layout.ep)
 
+    if axis in ("rail", "node"):
+        # Of the ranks of ep: those on one node, or with one index on theirs; alone where tokens take one hop.
+        size = layout.ranks_per_node
+        if layout.dispatch == "direct" or size == 1 or layout.ep <= size:
+            return [rank]
+        ranks = expected_ranks(layout, "ep", rank)
+        same = (lambda other: other // size) if axis == "node" else (lambda other: other % size)
+        return [other for other in ranks if same(other) == same(rank)]
     free = {"world": (0, 1, 2), "pp": (0,), "dp": (1, 2), "edp": (1,), "ep": (2,), "tied": (0,)}[axis]
     mine = coordinates(rank)
     ranks = [
@@ -46,7 +54,16 @@ def expected_ranks(layout: Layout, axis: str, rank: int) -> list[int]:
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(), Layout(pp=3, dp=6, ep=2), Layout(pp=2, dp=4, ep=4), Layout(pp=2, dp=3, schedule="ZBVZeroBubble")],
+    [
+        Layout(),
+        Layout(pp=3, dp=6, ep=2),
+        Layout(pp=2, dp=4, ep=4),
+        Layout(pp=2, dp=3, schedule="ZBVZeroBubble"),
+        Layout(pp=2, dp=12, ep=6, ranks_per_node=3, dispatch="node"),
+        Layout(dp=8, ep=8, ranks_per_node=2, dispatch="node"),
+        Layout(dp=8, ep=4, ranks_per_node=4, dispatch="node"),
+        Layout(dp=4, ep=4, ranks_per_node=1, dispatch="node"),
+    ],
 )
 def test_axes_are_the_ranks_that_differ_in_one_coordinate(layout: Layout) -> None:
     for axis in AXES:
@@ -109,6 +126,35 @@ def test_without_a_tied_embedding_there_is_no_tied_axis_and_equal_axes_share_a_g
 
 
 @pytest.mark.usefixtures("no_group_left")
+@pytest.mark.parametrize(
+    ("layout", "sizes"),
+    [
+        (Layout(dp=8, ep=8, ranks_per_node=2), ()),
+        (Layout(dp=8, ep=8, ranks_per_node=2, dispatch="node"), (4, 4, 2, 2, 2, 2)),
+        # One hop would be idle: a group of experts on one node, or nodes of one rank.
+        (Layout(dp=8, ep=8, dispatch="node"), ()),
+        (Layout(dp=8, ep=8, ranks_per_node=1, dispatch="node"), ()),
+    ],
+)
+def test_only_two_hops_make_groups_for_them(
+    layout: Layout, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    original = dist.new_group
+
+    def recorded(ranks: list[int], **named: object) -> object:
+        made.append(len(ranks))
+        return original(ranks, **named)
+
+    monkeypatch.setattr(dist, "new_group", recorded)
+    init_processes(rank=5, world=8, backend="fake", store=None)
+    mesh = make_mesh(layout, device=CPU, tied_embedding=False)
+    # dp and ep are the world.
+    assert made == list(sizes)
+    assert mesh.hops == ((mesh.rail, mesh.node) if sizes else (mesh.ep,))
+
+
+@pytest.mark.usefixtures("no_group_left")
 def test_every_group_has_the_configured_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch gives a new group its own default, whatever the default group has: half an hour on gloo."""
     seconds = []
@@ -150,8 +196,8 @@ def gathered_on(layout: Layout, rank: int) -> dict[str, object]:
 
 
 def test_on_gloo_each_axis_reaches_exactly_its_ranks() -> None:
-    """4 ranks, pp2 x edp1 x ep2 and pp1 x edp2 x ep2; with pp 2 the tied axis is the pipeline's."""
-    layouts = [Layout(pp=2, dp=2, ep=2), Layout(dp=4, ep=2)]
+    """4 ranks, pp2 x edp1 x ep2, pp1 x edp2 x ep2 and ep4 on two nodes; with pp 2 the tied axis is the pipeline's."""
+    layouts = [Layout(pp=2, dp=2, ep=2), Layout(dp=4, ep=2), Layout(dp=4, ep=4, ranks_per_node=2, dispatch="node")]
     for rank, by_layout in enumerate(run_ranks(4, gathered, layouts)):
         for layout, found in zip(layouts, by_layout, strict=True):
             assert found.pop("total") == 0 + 1 + 2 + 3

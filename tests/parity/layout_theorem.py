@@ -85,28 +85,43 @@ def batch_of(step: int) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), labels)
 
 
+def _in_order(parts: Tensor, count: int) -> Tensor:
+    """The sum of equal parts in FP32, one after the other, rounded once."""
+    total, *rest = (part.float() for part in parts.chunk(count))
+    for part in rest:
+        total = total + part
+    return total.to(parts.dtype)
+
+
 class _Copies(torch.autograd.Function):
     """One copy for each rank; their gradients come home rounded, are summed in FP32 and rounded once."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, ranks: int) -> Tensor:
-        ctx.ranks = ranks
-        return tokens.repeat(ranks, 1)
+    def forward(ctx: Any, tokens: Tensor, sums: PartialSums) -> Tensor:
+        ctx.sums = sums
+        return tokens.repeat(sums.ranks, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total, *rest = (grad.float() for grad in grads[0].chunk(ctx.ranks))
-        for grad in rest:
-            total = total + grad
-        return total.to(grads[0].dtype), None
+        return ctx.sums.sum_of(grads[0]), None
 
 
 class PartialSums:
-    """A dispatcher of one process that sums as `ranks` expert ranks would: each has a copy of every token."""
+    """A dispatcher of one process that sums as `ranks` expert ranks would: each has a copy of every token.
 
-    def __init__(self, ranks: int, experts: int = MODEL.n_routed_experts) -> None:
-        self.ranks, self.local = ranks, experts // ranks
+    With `ranks_per_node` the ranks of a node are summed first, and rounded, as two hops do.
+    """
+
+    def __init__(self, ranks: int, experts: int = MODEL.n_routed_experts, ranks_per_node: int | None = None) -> None:
+        self.ranks, self.local, self.ranks_per_node = ranks, experts // ranks, ranks_per_node
         self.experts = range(experts)
+
+    def sum_of(self, parts: Tensor) -> Tensor:
+        """[ranks * tokens, hidden] -> [tokens, hidden], rounded once, or once more for each node."""
+        if self.ranks_per_node is None:
+            return _in_order(parts, self.ranks)
+        nodes = parts.chunk(self.ranks // self.ranks_per_node)
+        return _in_order(torch.cat([_in_order(node, self.ranks_per_node) for node in nodes]), len(nodes))
 
     def dispatch(self, tokens: LinearInput, routing: Routing) -> Dispatched:
         rank_of_copy = torch.arange(self.ranks).repeat_interleave(len(routing.topk_ids))[:, None]
@@ -115,19 +130,16 @@ class PartialSums:
         counts = [int((ids == expert).sum()) for expert in self.experts]
         grouping = partial_grouping(ids, len(counts), num_rows=sum(ceil_div(count, TILE) * TILE for count in counts))
         if isinstance(tokens, Tensor):
-            copies: LinearInput = _Copies.apply(tokens, self.ranks)  # type: ignore[no-untyped-call]
+            copies: LinearInput = _Copies.apply(tokens, self)  # type: ignore[no-untyped-call]
         else:
             rows = torch.arange(len(routing.topk_ids)).repeat(self.ranks)
-            carrier = _Copies.apply(tokens.carrier, self.ranks)  # type: ignore[no-untyped-call]
+            carrier = _Copies.apply(tokens.carrier, self)  # type: ignore[no-untyped-call]
             copies = CarriedTiles(carrier, rows_of_tiles(tokens.tiles, rows), tokens.rows)
         gates = group_gates(routing.gates.repeat(self.ranks, 1), grouping)
         return Dispatched(copies, gates, grouping, gradient=None, handle=None)
 
     def combine(self, sums: Tensor, dispatched: Dispatched) -> Tensor:
-        total, *rest = (part.float() for part in sums.chunk(self.ranks))
-        for part in rest:
-            total = total + part
-        return total.to(sums.dtype)
+        return self.sum_of(sums)
 
 
 def engine_on(layout: Layout | None, precision: str, *, expert_ranks: int = 1) -> Engine:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.fuzz_cases import Case
-from tests.fuzz_layouts import Pools, Record, caught, fuzz, legal_cases, pools
+from tests.fuzz_layouts import Pools, Record, caught, fuzz, judge, legal_cases, pools
 
 # One of each kind: losses, sums over an axis, experts, FP8 wire, pipeline, update.
 SOME_DEFECTS = (
@@ -16,6 +16,13 @@ SOME_DEFECTS = (
     "the gates' gradients are not sent back",
     "behind a stage border MTP reads the token one place too early",
     "new weights are gathered one element late",
+    "tokens of two hops are grouped as if they had come in order",
+)
+# Two hops are rare among draws: they want four expert ranks or more.
+TWO_HOPS = (
+    "dp=4 ep=4 node=2 dispatch=node layers=2 sequences=8 tokens=21 mtp=2 seed=7",
+    "dp=4 ep=4 node=2 dispatch=node layers=2 groups=1 shared=2 mask=1 precision=bf16 recompute=1 moments=fp32 seed=8",
+    "dp=4 ep=4 node=2 dispatch=node layers=2 dense=0 experts=12 steps=2 precision=fp8 bf16_weights=0 seed=9",
 )
 
 
@@ -47,6 +54,14 @@ def test_random_layouts_agree_with_one_process() -> None:
 @pytest.mark.long
 def test_more_random_layouts_agree_with_one_process() -> None:
     assert not fuzz(20, 12, minimise=False).failures
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("text", TWO_HOPS)
+def test_tokens_over_two_hops_agree_with_one_process(text: str, ranks: Pools) -> None:
+    case = Case.parse(text)
+    assert case.hops == 2
+    assert not judge(case, ranks.answers(case)).faults
 
 
 @pytest.mark.long

@@ -28,7 +28,7 @@ COMPARED = (
 def test_the_table_is_what_the_code_moves_today() -> None:
     """To 0.1 bytes a token, the table's rounding. If not: `python -m train.studies.bench.counted`."""
     assert set(COMPARED) < set(counted.variants())
-    config, rows = compose(["+cluster=h800_2048"]), read_tables().rows
+    config, rows = compose(["+cluster=h800_2048", "layout.dispatch=direct"]), read_tables().rows
     tokens = config.data.sequence_length
     with as_rank(config, 0) as mesh:
         for variant in COMPARED:

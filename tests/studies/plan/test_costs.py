@@ -30,7 +30,7 @@ from train.studies.smoke_runs import model_config
 V3 = model_config("v3_671b")
 SPLIT = (1, *(2,) * 30, 0)
 OURS = Candidate(16, 128, 64, "ZBVZeroBubble", 2, SPLIT, attention_output="e5m6", keep_bf16_weights=False)
-DEEPSEEK = Candidate(16, 128, 64, "DualPipe", 2, ((4,) * 15 + (1,)) * 2, dispatch="node", overlap=True)
+DEEPSEEK = Candidate(16, 128, 64, "DualPipe", 2, ((4,) * 15 + (1,)) * 2, dispatch="deepep", overlap=True)
 DEEPGEMM = Implementation("DeepGEMM", "deepgemm", memory="fused", router="bf16", head="apart")
 
 
@@ -113,7 +113,7 @@ def test_counted_bytes_over_the_memory_rate() -> None:
     ratio = skewed_parts["experts backward"].memory / parts["experts backward"].memory
     assert ratio == pytest.approx((8 * 1.5 + 1) / 9, rel=1e-4)
     assert skewed_parts["attend weights"].memory == parts["attend weights"].memory
-    by_node = setup_of(replace(OURS, dispatch="node"), replace(DEEPGEMM, memory="counted"))
+    by_node = setup_of(replace(OURS, dispatch="deepep"), replace(DEEPGEMM, memory="counted"))
     by_hidden, others, *_ = tables.values("moe fp8 recompute e5m6, exchange forward")
     saved = (
         parts["attend forward"].memory - layer_parts(by_node, moe=True, beside_exchange=False)["attend forward"].memory
@@ -136,7 +136,12 @@ def test_exchange_in_closed_form() -> None:
     direct = 4096 * ranks * 56 / 64 / 40e9
     assert exchange_s(setup_of()) == pytest.approx((7392 * direct, 14336 * direct))
     assert exchange_s(setup_of(DEEPSEEK)) == pytest.approx((4096 * nodes * 7392 / 51e9, 4096 * nodes * 14336 / 50e9))
+    # Once to each node, 7 of 8 of them others; then to the ranks of a node, 7 of 8 of them others.
+    in_series = 4096 * 7 / 8 * (nodes / 40e9 + ranks / 160e9)
+    by_node = exchange_s(setup_of(replace(OURS, dispatch="node")))
+    assert by_node == pytest.approx((7392 * in_series, 14336 * in_series))
     inside = setup_of(replace(OURS, ep=8))
+    assert exchange_s(setup_of(replace(OURS, ep=8, dispatch="node"))) == exchange_s(inside)
     assert exchange_s(inside)[1] == pytest.approx(4096 * expected_shares(V3, shares=8) * 14336 / 160e9)
     assert exchange_s(setup_of(replace(OURS, ep=1))) == (0.0, 0.0)
     plain = setup_of(replace(OURS, precision="bf16", attention_output="bf16"))
@@ -202,7 +207,7 @@ def test_faster_links_memory_or_products_never_slow_a_step() -> None:
     base = setup_of(DEEPSEEK, replace(DEEPGEMM, memory="counted"))
     steps = [(Action("F", 3, 1), Action("B", 5, 0)), (Action("F", 15, 0),), (Action("I", 15, 0),), (Action("W", 0, 0),)]
     for name in ("infiniband", "infiniband_nccl", "nvlink", "memory", "memory_under_exchange", "sms"):
-        for dispatch in ("direct", "node"):
+        for dispatch in ("direct", "node", "deepep"):
             setup = replace(base, candidate=replace(base.candidate, dispatch=dispatch))
             faster = replace(setup, machine=replace(setup.machine, **{name: 2 * getattr(setup.machine, name)}))
             slow, fast = StageCosts(setup), StageCosts(faster)
@@ -247,7 +252,7 @@ def test_every_member_of_the_family_has_a_time() -> None:
     """v3_16b on one node: no measured row has its shapes, and the nearest is said to be far."""
     small = model_config("v3_16b")
     for precision in ("fp8", "bf16"):
-        for dispatch in ("direct", "node"):
+        for dispatch in ("direct", "node", "deepep"):
             candidate = Candidate(1, 8, 8, "1F1B", 1, (27,), precision=precision, dispatch=dispatch)
             costs = StageCosts(setup_of(candidate, Implementation("today"), model=small))
             step = costs.time((Action("F", 0, 0),)) + costs.time((Action("B", 0, 0),))

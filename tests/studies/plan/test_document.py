@@ -99,7 +99,7 @@ def test_the_best_of_today_is_listed_however_many_are_faster(monkeypatch: pytest
     planner = documents.Planner(compose(["+cluster=h100_1"]), Assumptions(machine("H100"), 80e9, 2.0, None))  # type: ignore[arg-type]
     planner.__dict__["residuals"] = {"step": documents.judge.Residual("step", "s", 1.0, 1.0)}
     slow, *_ = planner.search(TODAY)
-    fast = replace(slow, candidate=replace(slow.candidate, dispatch="node"), step=slow.step._replace(step_s=1e-3))
+    fast = replace(slow, candidate=replace(slow.candidate, dispatch="deepep"), step=slow.step._replace(step_s=1e-3))
     others = [replace(fast, micro_batches=each) for each in range(1, 300)]
     monkeypatch.setattr(planner, "search", lambda scope: [slow] if scope is TODAY else others)
     found, _ = documents._search(planner)

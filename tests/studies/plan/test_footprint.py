@@ -11,7 +11,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from parallel.collectives import Traffic
-from parallel.expert import ExpertParallelDispatcher
 from parallel.layout import num_stages
 from tests.studies.plan.test_dry_run import small
 from train.assemble import assemble
@@ -25,7 +24,7 @@ from train.studies.plan.dry_run import as_rank, plan_pipeline_rank
 from train.studies.plan.footprint import Footprint, breaking_imbalance, footprint
 from train.studies.plan.kept import Work
 from train.studies.plan.live_bytes import LiveBytes
-from train.studies.plan.memory import Memory
+from train.studies.plan.memory import Memory, balanced_dispatcher
 from train.studies.plan.moments import Moment, _in_flight, _messages, moments
 from train.studies.plan.orders import SCHEDULES, Action, Orders, orders
 from train.studies.plan.stage_bytes import StageShape, stage_bytes
@@ -43,6 +42,7 @@ def work_of(config: PretrainConfig) -> Work:
     return Work(
         config.model, config.run.micro_batch_sequences, config.data.sequence_length, layout.ep, precision.name,
         config.run.recompute, precision.attention_output == "e5m6", precision.cache_swiglu_input, layout.pp > 1,
+        ranks_per_node=layout.ranks_per_node if layout.two_hops else None,
     )  # fmt: skip
 
 
@@ -50,12 +50,7 @@ def observed(config: PretrainConfig, rank: int) -> dict[StageKind, ChunkBytes]:
     """What one micro-batch of each stage of a rank allocates, counted."""
     recipe, shape = Precision.of(config.precision), (config.run.micro_batch_sequences, config.data.sequence_length)
     with as_rank(config, rank) as mesh, FakeTensorMode(), LiveBytes() as live:
-        dispatcher = None
-        if mesh.ep.size > 1:
-            dispatcher = ExpertParallelDispatcher(
-                config.model.n_routed_experts, mesh.ep, wire=recipe.wire, power_of_two=recipe.power_of_two_scales,
-                assume_balanced=True,
-            )  # fmt: skip
+        dispatcher = balanced_dispatcher(config.model, config.precision, mesh)
         stages = build_stages(config.model, recipe, mesh, dispatcher)
         if config.run.recompute:
             for stage in stages.values():
@@ -72,6 +67,7 @@ def observed(config: PretrainConfig, rank: int) -> dict[StageKind, ChunkBytes]:
     return found
 
 
+BY_NODE = {"layout_dispatch": "node", "layout_ranks_per_node": 2}
 E5M6 = {"precision_attention_output": "e5m6", "run_recompute": "true"}
 
 
@@ -80,6 +76,7 @@ E5M6 = {"precision_attention_output": "e5m6", "run_recompute": "true"}
     [
         ({"precision": "fp8", **E5M6, "layout_ep": 2, "run_micro_batch_sequences": 2}, (0, 4)),
         ({"precision": "bf16", "layout_ep": 2}, (2,)),
+        ({"precision": "fp8", "layout_dp": 4, "layout_ep": 4, **BY_NODE}, (5,)),
         pytest.param({"precision": "fp8"}, (0, 2, 4), marks=pytest.mark.long),
         pytest.param(
             {"precision": "fp8", "precision_cache_swiglu_input": "false", "layout_ep": 2},
@@ -92,7 +89,7 @@ E5M6 = {"precision_attention_output": "e5m6", "run_recompute": "true"}
 )
 def test_a_stage_holds_what_its_tensors_do(changes: dict[str, object], ranks: Sequence[int]) -> None:
     """Dense, MoE and last stage: kept and waiting to the byte."""
-    config = small(**WIDTHS, **changes)
+    config = small(**{**WIDTHS, **changes})
     work = work_of(config)
     for rank in ranks:
         ((kind, found),) = observed(config, rank).items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate, combinations, pairwise
 from typing import Any
 
@@ -29,11 +30,13 @@ from train.optim.adamw import AdamW
 from train.optim.config import OptimConfig
 from train.studies.plan.state_bytes import StateBytes, state_bytes
 from train.studies.plan.traffic import (
+    destinations_by_hop,
     dispatch_bytes,
     ends_apart,
     expected_destinations,
     expert_bytes,
     hidden_bytes,
+    most_nodes,
     pipeline_bytes,
     share,
     update_bytes,
@@ -220,6 +223,12 @@ def test_destinations_of_v3_are_nearly_those_of_its_router() -> None:
     assert 1.0 < float(ranks.mean()) / expected < 1.025
     assert int(ranks.max()) == 8
     assert expected_destinations(V3, ep=1) == pytest.approx(1.0, rel=1e-12)
+    # On nodes of 8 ranks: a group of experts whose two best won is nearly always used, so its node is.
+    nodes: Tensor = torch.zeros(8192, 8).scatter_(1, ids // 32, 1.0).sum(1)
+    assert expected_destinations(V3, ep=8) == pytest.approx(3.6290, abs=1e-4)
+    assert float(nodes.mean()) == pytest.approx(3.954, abs=0.01)
+    assert int(nodes.max()) == 4
+    assert most_nodes(V3) == 4
 
 
 def test_bytes_of_the_expert_axis() -> None:
@@ -229,7 +238,7 @@ def test_bytes_of_the_expert_axis() -> None:
     assert dispatch_bytes(320, precision="fp8") == 320 + 3 * 4
     assert dispatch_bytes(320, precision="fp32") == hidden_bytes(320, precision="fp32") == 1280
     held = Held((2, 3, 4), embedding=False, head=False)
-    sent = expert_bytes(V3, H800, held, tokens=4096, precision="fp8", destinations=8)
+    sent = expert_bytes(V3, H800, held, tokens=4096, precision="fp8", destinations=(8,))
     copies = 2 * 4096 * 8
     assert sent == {
         "dispatch": 2 * copies * 7392,
@@ -238,7 +247,23 @@ def test_bytes_of_the_expert_axis() -> None:
         "gates": copies * 32,
         "counts": 2 * 64 * 5 * 8,
     }
-    assert expert_bytes(V3, Layout(dp=2), held, tokens=4096, precision="fp8", destinations=1) == {}
+    # Each token to four nodes, 6,656 bytes of counts a layer.
+    by_node = replace(H800, dispatch="node")
+    sent = expert_bytes(V3, by_node, held, tokens=4096, precision="fp8", destinations=(4, 8))
+    assert sent == {
+        "rail.dispatch": copies * 7392,
+        "node.dispatch": 2 * copies * 7392,
+        "rail.combine": copies * 14336,
+        "node.combine": 2 * copies * 14336,
+        "rail.routing": copies / 2 * 64,
+        "node.routing": copies * 64,
+        "rail.gates": copies / 2 * 32,
+        "node.gates": copies * 32,
+        "counts": 2 * 6656,
+    }
+    assert destinations_by_hop(V3, H800) == (pytest.approx(7.3594, abs=1e-4),)
+    assert destinations_by_hop(V3, by_node) == (pytest.approx(3.6290, abs=1e-4), pytest.approx(7.3594, abs=1e-4))
+    assert expert_bytes(V3, Layout(dp=2), held, tokens=4096, precision="fp8", destinations=(1,)) == {}
 
 
 def test_bytes_of_the_pipeline() -> None:

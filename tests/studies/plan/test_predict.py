@@ -23,7 +23,7 @@ def v3() -> PretrainConfig:
 
 
 def setup(v3: PretrainConfig, **changed: object) -> Setup:
-    candidate = Candidate(16, 128, 64, "DualPipeV", 2, V_SPLIT, dispatch="node", overlap=True)
+    candidate = Candidate(16, 128, 64, "DualPipeV", 2, V_SPLIT, dispatch="deepep", overlap=True)
     return Setup(v3.model, replace(candidate, **changed), Implementation("as written"), machine("H800"), 4096)
 
 
@@ -68,7 +68,7 @@ def test_the_quick_step_is_near_the_whole_one(v3: PretrainConfig, changed: dict[
     assert found.bubble == pytest.approx(whole.bubble, abs=0.035)
 
 
-@pytest.mark.parametrize("dispatch", ["direct", "node"])
+@pytest.mark.parametrize("dispatch", ["direct", "node", "deepep"])
 @pytest.mark.parametrize("schedule", ["ZBVZeroBubble", "DualPipeV"])
 def test_a_faster_network_never_slows_a_step(v3: PretrainConfig, schedule: str, dispatch: str) -> None:
     one = setup(v3, schedule=schedule, dispatch=dispatch, overlap=schedule == "DualPipeV")

@@ -5,7 +5,8 @@
 Each entry of the ledger (`ledger.py`) belongs to one phase of a layer of a rank of h800_2048 (arXiv:2412.19437 §3.2.1):
 
     attend     norm, attention, second norm, router               experts    routed and shared experts, or the dense FFN
-    exchange   copies of tokens for the all-to-all and the sums of what came back, which one that forwards makes itself
+    exchange   copies of tokens for the all-to-all and the sums of what came back, which one that forwards makes itself;
+               of `layout.dispatch=direct`, and "by node" of two hops
 
 in forward, in the input part of backward, and in the weight part, which a schedule may run later. Products, attention
 and the all-to-all have measured or published times of their own: their launches count, their bytes do not.
@@ -49,11 +50,9 @@ TIMED = re.compile(
 # Where the ledger says no more than the file: the first pattern that the line's function fits.
 PHASES = (
     (r"train/model/attention\.py:|block\.py:MoEBlock\.(attend|route)|moe\.py:Router", "attend"),
-    (
-        r"block\.py:(MoEBlock\.combine|DenseBlock)|moe\.py:Experts|expert\.py:ExpertParallelDispatcher\.dispatch",
-        "experts",
-    ),
-    (r"parallel/expert\.py:", "exchange"),
+    (r"block\.py:(MoEBlock\.combine|DenseBlock)|moe\.py:Experts", "experts"),
+    (r"expert\.py:ExpertParallelDispatcher\.(dispatch|_grouping)", "experts"),
+    (r"parallel/(expert|hops)\.py:", "exchange"),
 )
 
 
@@ -154,15 +153,27 @@ def count(variant: LayerVariant, config: PretrainConfig, mesh: Mesh) -> dict[str
     return rows
 
 
+def rows_of(dispatch: str) -> dict[str, list[float]]:
+    """The table's rows under one `layout.dispatch`: of `node` those in which it differs."""
+    config, found = compose(["+cluster=h800_2048", f"layout.dispatch={dispatch}"]), dict[str, list[float]]()
+    with as_rank(config, 0) as mesh:
+        for variant in variants():
+            if dispatch == "direct":
+                found |= {f"{variant.name}, {phase}": row for phase, row in count(variant, config, mesh).items()}
+            elif variant.layer == "moe":
+                rows = {by_node(phase): row for phase, row in count(variant, config, mesh).items()}
+                found |= {f"{variant.name}, {phase}": row for phase, row in rows.items() if "by node" in phase}
+    return found
+
+
+def by_node(phase: str) -> str:
+    """A phase's name in the table where tokens take two hops."""
+    return phase.replace("exchange", "exchange by node")
+
+
 def main() -> None:
     """Count all variants and write the table."""
-    config = compose(["+cluster=h800_2048"])
-    with as_rank(config, 0) as mesh:
-        rows = {
-            f"{variant.name}, {phase}": row
-            for variant in variants()
-            for phase, row in count(variant, config, mesh).items()
-        }
+    rows = rows_of("direct") | rows_of("node")
     group = {
         "label": "counted",
         "source": "python -m train.studies.bench.counted: the ledger's traces of a rank of h800_2048, V3's sizes",

@@ -45,7 +45,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernels import deferred
-from parallel.expert import ExpertParallelDispatcher
 from parallel.mesh import Mesh, single
 from parallel.zero import GradientBuckets
 from train.config import PretrainConfig, compose
@@ -58,6 +57,7 @@ from train.studies.bench import layer as bench_layer
 from train.studies.bench.launches import Launch, standing_in_for_a_gpu, touched_bytes
 from train.studies.bench.minimum import minimum_bytes
 from train.studies.plan.dry_run import as_rank
+from train.studies.plan.memory import balanced_dispatcher
 from train.studies.smoke_runs import PrecisionName, precision_config
 
 LayerName = Literal["moe", "dense"]
@@ -198,12 +198,8 @@ def cluster_ledger(cluster: str) -> Ledger:
 def block_of_rank(config: PretrainConfig, mesh: Mesh) -> MoEBlock:
     """A MoE layer of a rank, with its exchange of tokens under balanced routing and its recomputation."""
     model, recipe = config.model, Precision.of(config.precision)
-    dispatcher: TokenDispatcher = LocalDispatcher(model.n_routed_experts)
-    if mesh.ep.size > 1:
-        wire, power_of_two = recipe.wire, recipe.power_of_two_scales
-        dispatcher = ExpertParallelDispatcher(
-            model.n_routed_experts, mesh.ep, wire=wire, power_of_two=power_of_two, assume_balanced=True
-        )
+    dispatcher: TokenDispatcher | None = balanced_dispatcher(model, config.precision, mesh)
+    dispatcher = dispatcher or LocalDispatcher(model.n_routed_experts)
     block = MoEBlock(model, recipe, RopeTables(model), dispatcher)
     block.self_attn.recompute = config.run.recompute
     return block

@@ -19,7 +19,8 @@ from train.model.sizes import layer_costs, parameter_counts
 if TYPE_CHECKING:
     from train.config import PretrainConfig
 
-Dispatch = Literal["direct", "node"]
+# `layout.dispatch`, and DeepEP's two hops at once.
+Dispatch = Literal["direct", "node", "deepep"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Candidate:
         stage_layers: main layers of each of the pp x chunks stages, first to last; the last one has the final norm, the
             head and the MTP layers besides.
         recompute: queries, keys and values are made again in backward (`run.recompute`).
-        dispatch: one hop to each expert's rank, or over InfiniBand once for each node.
+        dispatch: one hop to each expert's rank; over InfiniBand once for each node, and then on inside it; or both hops
+            side by side, as DeepEP has them.
         overlap: forward and backward chunks run in pairs, each hiding the other's exchange.
         comm_sms: SMs lent to the exchange while it is hidden.
     """
@@ -68,6 +70,11 @@ class Candidate:
         """Replicas of each expert."""
         return self.dp // self.ep
 
+    @property
+    def two_hops(self) -> bool:
+        """As `Layout.two_hops`."""
+        return self.dispatch == "node" and 1 < self.ranks_per_node < self.ep
+
 
 def candidate_of(config: PretrainConfig) -> Candidate:
     """The layout of a configuration as the trainer runs it."""
@@ -87,6 +94,7 @@ def candidate_of(config: PretrainConfig) -> Candidate:
         attention_output=precision.attention_output,
         zero=layout.zero,
         max_waiting_wgrads=layout.max_waiting_wgrads,
+        dispatch="node" if layout.two_hops else "direct",
         ranks_per_node=layout.ranks_per_node,
     )
 

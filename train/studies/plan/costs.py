@@ -136,10 +136,11 @@ def _counted_bytes(setup: Setup, part: str, *, moe: bool) -> float:
         local = (model.n_routed_experts / candidate.ep) / (EXPERTS / EP)
         return moved(part, rows=rows, others=others, state=hidden * others * local)
     found = moved(part, rows=1.0, others=model.num_attention_heads / HEADS, state=hidden)
-    if moe and candidate.ep > 1 and candidate.dispatch == "direct":
+    if moe and candidate.ep > 1 and candidate.dispatch != "deepep":
         # Counted with a copy for each of the chosen experts.
         rows = expected_shares(model, shares=candidate.ep) / TOPK * imbalance
-        found += moved(part.replace("attend", "exchange"), rows=rows, others=1.0, state=1.0)
+        phase = part.replace("attend", "exchange by node" if candidate.two_hops else "exchange")
+        found += moved(phase, rows=rows, others=1.0, state=1.0)
     return found
 
 
@@ -178,8 +179,9 @@ def expected_shares(model: ModelConfig, *, shares: int) -> float:
 def exchange_s(setup: Setup) -> tuple[float, float]:
     """Seconds of one dispatch and of one combine on idle links; backward has the same two, in the other order.
 
-    "direct" sends a copy to each rank, over NVLink and InfiniBand side by side, at NCCL's effective rate. "node" is
-    DeepEP's: at its published rates, which count each node once, a token's own too.
+    "direct" sends a copy to each rank, over NVLink and InfiniBand side by side, at NCCL's effective rate. "node" sends
+    one to each node at that rate, and then from there to each rank over NVLink. "deepep" does both at once, at its
+    published rates, which count each node once, a token's own too.
     """
     model, candidate, the = setup.model, setup.candidate, setup.machine
     if candidate.ep == 1:
@@ -189,8 +191,14 @@ def exchange_s(setup: Setup) -> tuple[float, float]:
         dispatch_bytes(model.hidden_size, precision=candidate.precision),
         hidden_bytes(model.hidden_size, precision=candidate.precision),
     )
+    if candidate.two_hops:
+        # At each hop a share stays where it is.
+        crossing = expected_shares(model, shares=ep // per_node) * (1 - per_node / ep) / the.infiniband_nccl
+        passed = expected_shares(model, shares=ep) * (1 - 1 / per_node) / the.nvlink
+        seconds = setup.tokens * setup.imbalance * (crossing + passed)
+        return seconds * sizes[0], seconds * sizes[1]
     copies = setup.tokens * setup.imbalance * expected_shares(model, shares=ep)
-    if candidate.dispatch == "direct":
+    if candidate.dispatch != "deepep":
         # Of the copies that the group's ranks get, those of this node's ranks.
         inside = min(1.0, per_node / ep)
         a_byte = max((1 - inside) / the.infiniband_nccl, inside / the.nvlink)

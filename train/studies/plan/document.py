@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from train.model.sizes import Held, flops_per_token, weights
 from train.studies.plan import judge, recipe
-from train.studies.plan.candidate import Candidate, candidate_of, run_of
+from train.studies.plan.candidate import Candidate, Dispatch, candidate_of, run_of
 from train.studies.plan.costs import StageCosts, layer_parts
 from train.studies.plan.footprint import IMBALANCES, Footprint, breaking_imbalance, footprint
 from train.studies.plan.loads import ExpertLoads, in_memory, in_time
@@ -26,7 +26,7 @@ from train.studies.plan.moments import Moment, moments_of
 from train.studies.plan.orders import refusal, stages_of_rank
 from train.studies.plan.predict import Prediction, predict
 from train.studies.plan.products import Implementation, Machine, Setup, mean_octaves
-from train.studies.plan.search import ALL, TODAY, Found, Scope, flips, runs_today, search, split_by_time
+from train.studies.plan.search import ALL, TODAY, Found, Scope, crosses, flips, runs_today, search, split_by_time
 from train.studies.plan.tables import Figure
 from train.studies.plan.timeline import seconds_by_class
 from train.studies.plan.words import words
@@ -42,6 +42,10 @@ OURS = Implementation("as written")
 BEFORE = Implementation("before the fusions", memory="before fusions", router="fp32", head="apart")
 # Layouts that the document lists at least, and those of which the best are asked under other links and kernels.
 LISTED, ASKED = 200, 12
+FASTER_EXCHANGES: dict[Dispatch, str] = {
+    "node": "+ one crossing of InfiniBand per node, in two hops",
+    "deepep": "+ both hops at once, at DeepEP's rates",
+}
 
 
 @dataclass(frozen=True)
@@ -128,8 +132,8 @@ class Planner:
         return footprint(self.config, candidate, self.moments(candidate), imbalance=imbalance)
 
     def fullest_bytes(self, candidate: Candidate) -> float:
-        """Of the fullest rank; how tokens travel does not change it."""
-        return self._fullest_bytes(replace(candidate, dispatch="direct"))
+        """Of the fullest rank; DeepEP's buffers are taken as those of one hop."""
+        return self._fullest_bytes(candidate if candidate.two_hops else replace(candidate, dispatch="direct"))
 
     def _closed_form_bytes(self, candidate: Candidate) -> float:
         return max(each.total for each in self.footprints(candidate))
@@ -371,9 +375,10 @@ def _changes(planner: Planner) -> list[dict[str, Any]]:
         row["alone"] = planner.hours(planner.predicted(*only).step_s) / alone - 1
         rows.append(row)
 
-    if configured.ep > configured.ranks_per_node:
-        now = replace(now, dispatch="node")
-        add("+ one crossing of InfiniBand per node", now, how, (replace(base, dispatch="node"), planner.ours))
+    for dispatch, what in FASTER_EXCHANGES.items():
+        if dispatch != configured.dispatch and crosses(dispatch, configured.ep, configured.ranks_per_node):
+            now = replace(now, dispatch=dispatch)
+            add(what, now, how, (replace(base, dispatch=dispatch), planner.ours))
     if now.chunks == 2 and not refusal("DualPipeV", now.pp, 2, planner.micro_batches(now)):
         now = replace(now, schedule="DualPipeV", overlap=True)
         add("+ overlap, DualPipeV", now, how, (replace(base, schedule="DualPipeV", overlap=True), planner.ours))

@@ -46,7 +46,7 @@ from train.studies.plan.footprint import IMBALANCES, RESERVED_BYTES, Footprint, 
 from train.studies.plan.memory import Memory, measure, share_bytes
 from train.studies.plan.moments import moments_of
 from train.studies.plan.stand_ins import ChunkBytes, StageKind
-from train.studies.plan.traffic import expected_destinations, expert_bytes, pipeline_bytes, update_bytes
+from train.studies.plan.traffic import destinations_by_hop, expert_bytes, pipeline_bytes, update_bytes
 
 GB = 1e9
 # An H100 or H800 says 80 GB and has 80 GiB less what the driver keeps.
@@ -320,7 +320,7 @@ def _work_table(config: PretrainConfig, mesh: Mesh, parts: Iterable[StageSpec], 
     tokens = config.run.micro_batch_sequences * config.data.sequence_length
     count = point.micro_batches
     per_token = flops_per_token(model, table, held, sequence_length=config.data.sequence_length)
-    destinations = expected_destinations(model, ep=layout.ep)
+    destinations = destinations_by_hop(model, layout)
     to_experts = expert_bytes(model, layout, held, tokens=tokens, precision=name, destinations=destinations)
     to_stages = pipeline_bytes(model, layout, pp_rank=mesh.pp.rank, tokens=tokens, precision=name)
     work = float(sum(per_token.values()) * tokens * count)

@@ -108,6 +108,7 @@ def _work(config: PretrainConfig, candidate: Candidate) -> Work:
         e5m6=candidate.attention_output == "e5m6",
         swiglu_input=config.precision.cache_swiglu_input,
         deferred=candidate.pp > 1,
+        ranks_per_node=candidate.ranks_per_node if candidate.two_hops else None,
     )
 
 

@@ -73,7 +73,7 @@ FASTEST, EVEN = ((4,) * 15 + (1,)) * 2, even_layers(61, ends=4.15)
 
 def deepseek(model: ModelConfig, implementation: Implementation, stage_layers: Sequence[int]) -> Setup:
     """DeepSeek-V3's own run: PP16, EP64, DualPipe, FP8, on H800."""
-    candidate = Candidate(16, 128, 64, "DualPipe", 2, tuple(stage_layers), dispatch="node", overlap=True)
+    candidate = Candidate(16, 128, 64, "DualPipe", 2, tuple(stage_layers), dispatch="deepep", overlap=True)
     return Setup(model, candidate, implementation, machine("H800"), SEQUENCE_LENGTH)
 
 
@@ -176,7 +176,7 @@ PEER_LAYERS = (1, *(2,) * 30, 0)
 def peer_residual(model: ModelConfig, peer: Peer) -> Residual:
     """Tokens a second and GPU."""
     candidate = Candidate(
-        peer.pp, peer.dp, 64, "Interleaved1F1B", peer.virtual, PEER_LAYERS, precision=peer.precision, dispatch="node",
+        peer.pp, peer.dp, 64, "Interleaved1F1B", peer.virtual, PEER_LAYERS, precision=peer.precision, dispatch="deepep",
         recompute=not peer.whole_layers_again,
     )  # fmt: skip
     model = model if peer.mtp else replace(model, num_nextn_predict_layers=0)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from kernels.formats import TILE, ceil_div
 from train.model.config import ModelConfig
 from train.model.sizes import BF16_BYTES, E4M3_BYTES, FP32_BYTES
-from train.studies.plan.traffic import INT32_BYTES, INT64_BYTES
+from train.studies.plan.traffic import INT32_BYTES, INT64_BYTES, most_nodes
 
 # Rows whose logits exist at once (`kernels/cross_entropy.py`).
 HEAD_ROWS = 2048
@@ -40,6 +40,7 @@ class Work:
         swiglu_input: FP8 keeps the input of SwiGLU only (`precision.cache_swiglu_input`).
         deferred: weight gradients wait for the end of the stage's backward, as in every pipeline.
         imbalance: how many times its even share a rank's experts receive; what it sends stays.
+        ranks_per_node: with two hops to the experts, ranks of the second one.
     """
 
     model: ModelConfig
@@ -52,6 +53,7 @@ class Work:
     swiglu_input: bool = True
     deferred: bool = True
     imbalance: float = 1.0
+    ranks_per_node: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -70,8 +72,17 @@ class Work:
 
     @property
     def sent(self) -> int:
-        """Tokens to experts, each once to every rank that it can reach."""
-        return ceil_div(self.tokens * min(self.model.num_experts_per_tok, self.ep), self.ep) * self.ep
+        """Tokens to experts, each once to every rank that it can reach; of two hops, what this rank passes on."""
+        ranks = self.ranks_per_node or self.ep
+        return ceil_div(self.tokens * min(self.model.num_experts_per_tok, self.ep), ranks) * ranks
+
+    @property
+    def crossing(self) -> int:
+        """With two hops: tokens to nodes, each once to every one that it can reach; as many come to be passed on."""
+        if self.ranks_per_node is None:
+            return 0
+        nodes, topk = self.ep // self.ranks_per_node, self.model.num_experts_per_tok
+        return ceil_div(self.tokens * min(topk, nodes, most_nodes(self.model) or nodes), nodes) * nodes
 
     @property
     def received(self) -> int:
@@ -192,8 +203,12 @@ def moe_kept(work: Work) -> Storages:
 def _exchange(work: Work) -> tuple[float, ...]:
     if work.ep == 1:
         return ()
-    columns = min(work.model.num_experts_per_tok, work.ep)
-    return work.sent * INT64_BYTES, work.tokens * columns * INT64_BYTES
+    topk, per_node = work.model.num_experts_per_tok, work.ranks_per_node
+    if per_node is None:
+        return work.sent * INT64_BYTES, work.tokens * min(topk, work.ep) * INT64_BYTES
+    to_nodes = work.crossing, work.tokens * min(topk, work.ep // per_node)
+    to_ranks = work.sent, work.crossing * min(topk, per_node)
+    return tuple(rows * INT64_BYTES for rows in (*to_nodes, *to_ranks))
 
 
 def _grouping(work: Work) -> tuple[float, ...]:

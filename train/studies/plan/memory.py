@@ -20,7 +20,9 @@ from parallel.pipeline import Pipeline
 from train.assemble import assemble, build_optimizer
 from train.config import PretrainConfig
 from train.losses import LossWeights
+from train.model.config import ModelConfig
 from train.model.precision import Precision
+from train.model.precision_config import PrecisionConfig
 from train.model.sizes import FP32_BYTES
 from train.model.transformer import recompute_up_projections
 from train.optim import offload
@@ -30,6 +32,7 @@ from train.stage import StepMetrics, build_stages
 from train.step import Engine
 from train.studies.plan.live_bytes import LiveBytes
 from train.studies.plan.stand_ins import ChunkBytes, StageKind, StandIn, fp8_copy, observe, storage_bytes
+from train.studies.plan.traffic import most_nodes
 
 
 @dataclass(frozen=True)
@@ -74,16 +77,7 @@ def measure(
     micro-batch runs through the real stages, and the figures are the same (32 micro-batches of V3: a minute).
     """
     traffic, precision = Traffic(), config.precision
-    dispatcher = None
-    if mesh.ep.size > 1:
-        dispatcher = ExpertParallelDispatcher(
-            config.model.n_routed_experts,
-            mesh.ep,
-            wire=precision.wire,
-            power_of_two=precision.power_of_two_scales,
-            assume_balanced=True,
-            traffic=traffic,
-        )
+    dispatcher = balanced_dispatcher(config.model, precision, mesh, traffic=traffic)
     with FakeTensorMode(), LiveBytes() as live:
         stages = build_stages(config.model, precision, mesh, dispatcher)
         for stage in stages.values():
@@ -122,6 +116,24 @@ def measure(
         dispatch=max((found.exchange for found in stood_in), default=traffic.largest_exchange),
         staging=staging,
         host=host,
+    )
+
+
+def balanced_dispatcher(
+    model: ModelConfig, precision: PrecisionConfig, mesh: Mesh, *, traffic: Traffic | None = None
+) -> ExpertParallelDispatcher | None:
+    """The dispatcher of a run, for fake tensors: as if routing were perfectly even; None with one expert rank."""
+    if mesh.ep.size == 1:
+        return None
+    return ExpertParallelDispatcher(
+        model.n_routed_experts,
+        mesh.ep,
+        hops=mesh.hops,
+        wire=precision.wire,
+        power_of_two=precision.power_of_two_scales,
+        assume_balanced=True,
+        most_nodes=most_nodes(model),
+        traffic=traffic,
     )
 
 

@@ -49,11 +49,11 @@ class Scope:
     least_last: int
 
 
-TODAY = Scope("what the trainer runs today", tuple(RUNNABLE), ("direct",), least_last=1)
+TODAY = Scope("what the trainer runs today", tuple(RUNNABLE), ("direct", "node"), least_last=1)
 ALL = Scope(
-    "all that is modelled (with overlap, one crossing per node, a last stage without layers)",
+    "all that is modelled (with overlap, DeepEP's exchange, a last stage without layers)",
     tuple(name for name, rule in SCHEDULES.items() if rule.in_torch),
-    ("direct", "node"),
+    ("direct", "node", "deepep"),
     least_last=0,
 )
 
@@ -82,8 +82,8 @@ def runs_today(candidate: Candidate) -> str | None:
     """None if the trainer runs it; else what it lacks."""
     if candidate.schedule not in RUNNABLE:
         return f"layout.schedule={candidate.schedule} is not in the trainer yet"
-    if candidate.dispatch != "direct":
-        return "the trainer's exchange has one hop to each rank"
+    if candidate.dispatch == "deepep":
+        return "the trainer's two hops follow one another"
     if min(candidate.stage_layers) < 1:
         return "every stage needs a layer in the trainer"
     return None
@@ -165,7 +165,7 @@ def shells(config: PretrainConfig, scope: Scope) -> Iterator[Candidate]:
                     if num_stages(name, pp, chunks) > layers or not all(fallback(name, pp, chunks, m) for m in counts):
                         continue
                     for dispatch in scope.dispatches:
-                        if dispatch == "node" and ep <= config.layout.ranks_per_node:
+                        if not crosses(dispatch, ep, config.layout.ranks_per_node):
                             continue
                         yield Candidate(
                             pp=pp,
@@ -182,6 +182,13 @@ def shells(config: PretrainConfig, scope: Scope) -> Iterator[Candidate]:
                             overlap=SCHEDULES[name].pairs,
                             ranks_per_node=config.layout.ranks_per_node,
                         )
+
+
+def crosses(dispatch: Dispatch, ep: int, per_node: int) -> bool:
+    """Whether a way of tokens is another than `direct`, and possible."""
+    if dispatch == "node":
+        return 1 < per_node < ep and ep % per_node == 0
+    return dispatch == "direct" or ep > per_node
 
 
 def _divisors(number: int, most: int) -> list[int]:

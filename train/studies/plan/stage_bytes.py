@@ -184,7 +184,11 @@ def _moe_peaks(work: Work) -> tuple[float, float]:
     model, inter, rows = work.model, work.model.moe_intermediate_size, work.rows
     kept = _bytes(moe_kept(work)) - _sum(moe_kept(work).get("gate and up of the shared expert", (0.0,)))
     of_rows, sums = _sum(work.plain(rows, model.hidden_size)), _sum(work.plain(work.received, model.hidden_size))
-    home = _sum(work.plain(work.sent, model.hidden_size)) + work.hidden if work.ep > 1 else 0.0
+    # With two hops the sums of a node are there with what they were made of; they become a token's sums after that.
+    home = _sum(work.plain(work.sent, model.hidden_size)) + max(
+        work.hidden, _sum(work.plain(work.crossing, model.hidden_size))
+    )
+    home = home if work.ep > 1 else 0.0
     wide, tiles = _sum(work.plain(rows, 2 * inter)), _sum(work.tiles(rows, model.hidden_size))
     made = kept - _sum(swiglu_kept(work, rows, inter))
     regroups = work.fp8 and work.swiglu_input

@@ -1,9 +1,9 @@
 """Bytes that a rank sends, by axis: tokens to experts, hidden states between stages, gradients and weights.
 
 Expert axis, per micro-batch and MoE layer (arXiv:2412.19437 §3.2.2). A token goes once to each rank that holds one of
-its experts; `destinations` is how many that are:
+its experts, or once to each node and from there to the ranks; `destinations` is how many those are:
 
-    forward    dispatch, routing (ids and gates), counts, combine
+    forward    counts, routing (ids and gates), dispatch, combine
     backward   dispatch (of combine's gradient), combine (of dispatch's gradient), gates
 
 Pipeline axis, per micro-batch (§3.2.1): the hidden state forward and its gradient back, at each border to another rank.
@@ -13,14 +13,14 @@ Data axes, per optimizer step (§3.2): reduce-scatter of FP32 gradients, all-gat
 of FP8 linears are gathered in E4M3, behind an all-reduce of four bytes a block.
 
 Like `parallel.collectives.Traffic.sent`, the expert axis counts what a rank keeps for itself; a share of
-(ep - 1) / ep leaves it under uniform routing. Left out: the norm, the losses and the balancing counts, a few kilobytes
-a step.
+(ep - 1) / ep leaves it under uniform routing, and (nodes - 1) / nodes of what goes over rail crosses nodes. Left out:
+the norm, the losses and the balancing counts, a few kilobytes a step.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import combinations
 from math import comb
@@ -36,8 +36,8 @@ INT64_BYTES, INT32_BYTES = 8, 4
 def expected_destinations(config: ModelConfig, *, ep: int) -> float:
     """Ranks that a token goes to on average, when every choice of groups and of experts in them is equally likely.
 
-    V3 on 64 ranks: 7.36. The router chooses groups by their two best experts, which spreads a token more evenly than
-    chance: 7.49 with independent scores.
+    V3 on 64 ranks: 7.36; on their 8 nodes, as `ep` of 8: 3.63. The router chooses groups by their two best experts,
+    which spreads a token more evenly than chance: 7.49 and 3.95 with independent scores.
     """
     groups, chosen, topk = config.n_group, config.topk_group, config.num_experts_per_tok
     reachable, local = chosen * config.experts_per_group, config.n_routed_experts // ep
@@ -51,6 +51,11 @@ def expected_destinations(config: ModelConfig, *, ep: int) -> float:
                 # A rank with c of the E reachable experts is missed with probability C(E - c, k) / C(E, k).
                 total += likely * (1 - comb(reachable - sum(experts), topk) / comb(reachable, topk))
     return total
+
+
+def most_nodes(config: ModelConfig) -> int | None:
+    """Nodes to which routing sends a token at most, each group of experts being on one; None: it has no limit."""
+    return config.topk_group if config.n_group > 1 else None
 
 
 def dispatch_bytes(hidden_size: int, *, precision: str) -> int:
@@ -72,24 +77,38 @@ def share(elements: int, *, ranks: int, rank: int) -> int:
 
 
 def expert_bytes(
-    config: ModelConfig, layout: Layout, held: Held, *, tokens: int, precision: str, destinations: float
+    config: ModelConfig, layout: Layout, held: Held, *, tokens: int, precision: str, destinations: Sequence[float]
 ) -> dict[str, float]:
-    """Bytes that a rank sends over the expert axis in forward and backward of one micro-batch.
+    """Bytes that a rank sends to experts in forward and backward of one micro-batch, on average over the ranks.
 
     Returns:
-        kind of `parallel.collectives.Traffic` -> bytes; empty without the axis. `destinations` are ranks per token.
+        kind of `parallel.collectives.Traffic` -> bytes; empty without the axis. `destinations` are those of a token at
+        each hop: ranks; or nodes, then ranks.
     """
-    layers = sum(config.is_moe(layer_id) for layer_id in held.layer_ids)
+    layers, topk = sum(config.is_moe(layer_id) for layer_id in held.layer_ids), config.num_experts_per_tok
     if layout.ep == 1 or not layers:
         return {}
-    copies, topk = layers * tokens * destinations, config.num_experts_per_tok
-    return {
-        "dispatch": 2 * copies * dispatch_bytes(config.hidden_size, precision=precision),
-        "combine": 2 * copies * hidden_bytes(config.hidden_size, precision=precision),
-        "routing": copies * topk * (INT32_BYTES + FP32_BYTES),
-        "gates": copies * topk * FP32_BYTES,
-        "counts": layers * (layout.ep + config.n_routed_experts) * INT64_BYTES,
+    kinds = {
+        "dispatch": 2 * dispatch_bytes(config.hidden_size, precision=precision),
+        "combine": 2 * hidden_bytes(config.hidden_size, precision=precision),
+        "routing": topk * (INT32_BYTES + FP32_BYTES),
+        "gates": topk * FP32_BYTES,
     }
+    hops = ("rail.", "node.") if layout.two_hops else ("",)
+    copies = {hop: layers * tokens * number for hop, number in zip(hops, destinations, strict=True)}
+    sent = {f"{hop}{kind}": number * size for kind, size in kinds.items() for hop, number in copies.items()}
+    # To each rank how many copies come; with two hops also how many tokens pass on, for each rank of a node.
+    numbers = 1 + layout.ranks_per_node * layout.two_hops
+    return sent | {"counts": layers * (layout.ep * numbers + config.n_routed_experts) * INT64_BYTES}
+
+
+def destinations_by_hop(config: ModelConfig, layout: Layout) -> tuple[float, ...]:
+    """Copies of a token at each hop, its own node and rank included, on average under uniform choice.
+
+    V3: to 7.36 ranks; or to 3.63 nodes, and from there to 7.36 ranks.
+    """
+    shares = (layout.ep // layout.ranks_per_node, layout.ep) if layout.two_hops else (layout.ep,)
+    return tuple(expected_destinations(config, ep=each) for each in shares)
 
 
 def pipeline_bytes(config: ModelConfig, layout: Layout, *, pp_rank: int, tokens: int, precision: str) -> int:

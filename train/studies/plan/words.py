@@ -9,6 +9,7 @@ from train.studies.amounts import amount
 from train.studies.plan.judge import Residual
 
 GB = 1e9
+EXCHANGES = {"direct": "", "node": ", two hops", "deepep": ", DeepEP's exchange"}
 
 
 def words(document: Mapping[str, Any]) -> list[str]:
@@ -120,7 +121,7 @@ def _winners(document: Mapping[str, Any]) -> list[str]:
 
 def layout(row: Mapping[str, Any]) -> str:
     """A layout in a few words."""
-    exchange = {"direct": "", "node": ", one crossing per node"}[row["dispatch"]] if row["ep"] > 1 else ""
+    exchange = EXCHANGES[row["dispatch"]] if row["ep"] > 1 else ""
     chunks = f" x {row['chunks']}" if row["schedule"] == "Interleaved1F1B" else ""
     schedule = f", {row['schedule']}{chunks}" if row["pp"] > 1 else ""
     micro = f", micro-batches of {row['micro_batch_sequences']}" if row["micro_batch_sequences"] > 1 else ""
@@ -137,7 +138,7 @@ def _keeping(row: Mapping[str, Any]) -> str:
 
 def overrides(row: Mapping[str, Any]) -> str:
     """The command line's overrides that make a configuration this layout."""
-    given = {f"layout.{name}": row[name] for name in ("pp", "dp", "ep", "schedule")}
+    given = {f"layout.{name}": row[name] for name in ("pp", "dp", "ep", "dispatch", "schedule")}
     # The configuration may have a split of its own.
     given["layout.stage_layers"] = str(list(row["stage_layers"])).replace(" ", "") if row["pp"] > 1 else "null"
     given |= {
