@@ -39,14 +39,20 @@ def expected_ranks(layout: Layout, axis: str, rank: int) -> list[int]:
     ]
     if axis == "tied":
         # Embedding on the first pipeline rank; the last stage is on the last one, or on the first of a V.
-        ends = {0} if layout.schedule == "ZBVZeroBubble" else {0, layout.pp - 1}
+        ends = {0} if layout.schedule in ("ZBVZeroBubble", "DualPipeV") else {0, layout.pp - 1}
         ranks = [other for other in ranks if coordinates(other)[0] in ends] if mine[0] in ends else [rank]
     return ranks
 
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(), Layout(pp=3, dp=6, ep=2), Layout(pp=2, dp=4, ep=4), Layout(pp=2, dp=3, schedule="ZBVZeroBubble")],
+    [
+        Layout(),
+        Layout(pp=3, dp=6, ep=2),
+        Layout(pp=2, dp=4, ep=4),
+        Layout(pp=2, dp=3, schedule="ZBVZeroBubble"),
+        Layout(pp=3, dp=2, schedule="Interleaved1F1B", stages_per_rank=3),
+    ],
 )
 def test_axes_are_the_ranks_that_differ_in_one_coordinate(layout: Layout) -> None:
     for axis in AXES:
