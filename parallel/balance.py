@@ -2,6 +2,7 @@
 
 balanced_split    the most expensive stage is as cheap as it can be
 balanced_v        the most expensive rank of a V, which owns a stage near either end
+balanced_loop     the most expensive rank that owns every pp-th stage: no single move of a layer makes it cheaper
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise, permutations
 
-from parallel.layout import num_stages, schedule_facts
+from parallel.layout import Layout
 
 
 def balanced_split(costs: Sequence[float], stages: int) -> tuple[int, ...]:
@@ -87,9 +88,36 @@ def balanced_v(costs: Sequence[float], ranks: int) -> tuple[int, ...]:
     return evenest[1]
 
 
+def balanced_loop(costs: Sequence[float], ranks: int, chunks: int) -> tuple[int, ...]:
+    """Cut a row of layers into ranks x chunks consecutive stages, stage s on rank s mod ranks, by the costs of ranks.
+
+    Args as for `balanced_split`, whose cut it begins with. One layer at a time then moves from a stage to another while
+    that makes the most expensive rank cheaper or, at the same cost of it, the stages more even.
+    """
+    sums = [*accumulate(costs, initial=0.0)]
+    stages = ranks * chunks
+
+    def price(cut: tuple[int, ...]) -> tuple[float, float]:
+        ends = [*accumulate(cut, initial=0)]
+        each = [sums[end] - sums[start] for start, end in pairwise(ends)]
+        return max(sum(each[rank::ranks]) for rank in range(ranks)), sum(cost * cost for cost in each)
+
+    best = balanced_split(costs, stages)
+    while True:
+        moved = [
+            tuple(count + (stage == taker) - (stage == giver) for stage, count in enumerate(best))
+            for giver, taker in permutations(range(stages), 2)
+            if best[giver] > 1
+        ]
+        cheapest = min(moved, key=price, default=best)
+        if price(cheapest) >= price(best):
+            return best
+        best = cheapest
+
+
 @cache  # asked for by the plan and by the model
-def balanced_layers(costs: tuple[float, ...], schedule: str, pp: int) -> tuple[int, ...]:
+def balanced_layers(costs: tuple[float, ...], layout: Layout) -> tuple[int, ...]:
     """Layers of each stage that minimise the cost of the most expensive pipeline rank."""
-    if pp > 1 and schedule_facts(schedule).placement == "v":
-        return balanced_v(costs, pp)
-    return balanced_split(costs, num_stages(schedule, pp))
+    if layout.pp > 1 and layout.facts.placement == "v":
+        return balanced_v(costs, layout.pp)
+    return balanced_loop(costs, layout.pp, layout.chunks) if layout.chunks > 1 else balanced_split(costs, layout.pp)

@@ -1,83 +1,22 @@
 """How a run's ranks are arranged, and whether a model, a batch and so many processes fit the arrangement.
 
-Three tables of numbers, from which everything else follows before anything is allocated:
+Two tables of numbers, from which everything else follows before anything is allocated:
 
-    SCHEDULES   what a layout must know about a pipeline schedule of `torch.distributed.pipelining` (arXiv:2412.19437
-                §3.2.1): how many stages a rank owns, which ones, how many micro-batches it takes
-    Layout      ranks along each axis (§3.2); refuses what no model could run
+    Layout      ranks along each axis (arXiv:2412.19437 §3.2) and stages of each (`schedules.py`); refuses what no model
+                could run
     Workload    model and batch in numbers (§2.1.2, §4.2); `check_layout` refuses a layout that cannot carry it
-
-Placement of stages, numbered along the forward pass:
-
-    "loop"   stage s is on rank s mod pp                 1F1B: rank r owns stage r
-    "v"      rank r owns stages r and 2 pp - 1 - r       the first and the last stage share rank 0
 
 Each refusal is one sentence with the numbers and the nearest choices that pass the same check.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-
-@dataclass(frozen=True)
-class ScheduleFacts:
-    """What a layout must know about a schedule; torch refuses fewer micro-batches than stages if it waits for all."""
-
-    name: str
-    stages_per_rank: int
-    placement: Literal["loop", "v"]
-    waits_for_all_stages: bool
-
-    def min_micro_batches(self, pp: int) -> int:
-        """The smallest legal number of micro-batches of one step on `pp` ranks."""
-        return num_stages(self.name, pp) if self.waits_for_all_stages else 1
-
-
-SCHEDULES = {
-    facts.name: facts
-    for facts in (
-        # Schedule1F1B raises below one micro-batch a stage: its warm-up hands one to every stage.
-        ScheduleFacts("1F1B", stages_per_rank=1, placement="loop", waits_for_all_stages=True),
-        # ScheduleZBVZeroBubble plans for 2 pp - 1 micro-batches or more and strikes out those that do not exist:
-        # any number from one is legal, below 2 pp - 1 the pipeline does not fill.
-        ScheduleFacts("ZBVZeroBubble", stages_per_rank=2, placement="v", waits_for_all_stages=False),
-    )
-}
-
-
-def schedule_facts(name: str) -> ScheduleFacts:
-    """The entry of `SCHEDULES`, or a ValueError that names the nearest one."""
-    if name not in SCHEDULES:
-        (near,) = difflib.get_close_matches(name, SCHEDULES, n=1, cutoff=0.0)
-        names = ", ".join(SCHEDULES)
-        raise ValueError(
-            f"layout.schedule={name} is not a pipeline schedule: did you mean layout.schedule={near}? ({names})"
-        )
-    return SCHEDULES[name]
-
-
-def num_stages(schedule: str, pp: int) -> int:
-    """Stages of the whole pipeline on `pp` ranks."""
-    facts = schedule_facts(schedule)
-    return facts.stages_per_rank * pp if pp > 1 else 1
-
-
-def stage_ids(schedule: str, pp: int, pp_rank: int) -> tuple[int, ...]:
-    """The stages of one pipeline rank, ascending."""
-    assert 0 <= pp_rank < pp, (pp_rank, pp)
-    return tuple(stage for stage in range(num_stages(schedule, pp)) if rank_of_stage(schedule, pp, stage) == pp_rank)
-
-
-def rank_of_stage(schedule: str, pp: int, stage: int) -> int:
-    """The pipeline rank that owns a stage."""
-    stages = num_stages(schedule, pp)
-    assert 0 <= stage < stages, (stage, stages)
-    return min(stage, stages - 1 - stage) if schedule_facts(schedule).placement == "v" else stage % pp
+from parallel.schedules import INTERLEAVED_CHUNKS, ScheduleFacts, schedule_facts
 
 
 @dataclass(frozen=True)
@@ -91,9 +30,13 @@ class Layout:
     dp: int = 1  # ranks of one pipeline stage, which hold different tokens; V3: 128
     ep: int = 1  # so many neighbours of these dp share one copy of the experts; divides dp; V3: 64
     schedule: str = "1F1B"  # a name of `SCHEDULES`; unused when pp is 1
+    # Stages that one pipeline rank owns; None: as many as the schedule fixes, 2 where it takes any number.
+    stages_per_rank: int | None = None
     zero: bool = True  # ZeRO-1: optimizer states sharded over dp (dense) and edp (experts)
     ranks_per_node: int = 8  # ranks joined by NVLink; rank // ranks_per_node is the node
-    stage_layers: tuple[int, ...] | None = None  # layers of each stage; None balances them by cost
+    # Layers of each stage; None balances them by cost. The first, with the embedding, and the last, with head and MTP,
+    # may have none.
+    stage_layers: tuple[int, ...] | None = None
     # Weight gradients that may wait for their W slot on one rank, each with its operands; beyond that the oldest runs.
     max_waiting_wgrads: int | None = None
     # direct: a token goes once to each rank of its experts; node: once to each node, and on from there (§3.2.2).
@@ -105,7 +48,7 @@ class Layout:
                 raise ValueError(f"layout.{field}={getattr(self, field)} is too small: use 1 or more")
         if self.max_waiting_wgrads is not None and self.max_waiting_wgrads < 0:
             raise ValueError(f"layout.max_waiting_wgrads={self.max_waiting_wgrads} is negative: use 0 or more, or null")
-        stages = num_stages(self.schedule, self.pp)
+        self._check_stages_per_rank()
         if self.dp % self.ep:
             fits = [ep for ep in range(1, self.dp + 1) if self.dp % ep == 0]
             raise ValueError(
@@ -114,16 +57,62 @@ class Layout:
                 f"{either('layout.dp', nearest(self.dp, multiples(self.ep, self.dp)))}"
             )
         if self.stage_layers is not None:
-            self._check_stage_layers(self.stage_layers, stages)
+            self._check_stage_layers(self.stage_layers)
 
-    def _check_stage_layers(self, layers: tuple[int, ...], stages: int) -> None:
+    def _check_stages_per_rank(self) -> None:
+        fixed, given = self.facts.chunks, self.stages_per_rank
+        if given is None:
+            return
+        if given < 1 or given != (fixed or given):
+            raise ValueError(
+                f"layout.stages_per_rank={given} does not fit layout.schedule={self.schedule}: "
+                f"use {f'{fixed}, or null' if fixed else '1 or more'}"
+            )
+
+    def _check_stage_layers(self, layers: tuple[int, ...]) -> None:
+        stages = self.num_stages
         if len(layers) != stages:
             raise ValueError(
                 f"layout.stage_layers={list(layers)} names {len(layers)} stages, but layout.schedule={self.schedule} "
                 f"on layout.pp={self.pp} has {stages}: give {stages} numbers, or null to balance them by cost"
+                + self._other_number_of_stages(len(layers))
             )
-        if min(layers) < 1:
-            raise ValueError(f"layout.stage_layers={list(layers)} leaves a stage without layers: give each 1 or more")
+        if min(layers) < 0 or 0 in layers[1:-1]:
+            raise ValueError(
+                f"layout.stage_layers={list(layers)} leaves a stage without anything: only the first, which has the "
+                "embedding, and the last, which has head and MTP, may have 0 layers"
+            )
+
+    def _other_number_of_stages(self, stages: int) -> str:
+        chunks = stages // self.pp
+        if self.pp == 1 or self.facts.chunks is not None or chunks < 1 or stages % self.pp:
+            return ""
+        return f", or set layout.stages_per_rank={chunks}"
+
+    @property
+    def facts(self) -> ScheduleFacts:
+        """Of the schedule."""
+        return schedule_facts(self.schedule)
+
+    @property
+    def chunks(self) -> int:
+        """Stages that one pipeline rank owns."""
+        return (self.stages_per_rank or self.facts.chunks or INTERLEAVED_CHUNKS) if self.pp > 1 else 1
+
+    @property
+    def num_stages(self) -> int:
+        """Of the whole pipeline."""
+        return self.pp * self.chunks
+
+    def rank_of_stage(self, stage: int) -> int:
+        """The pipeline rank that owns a stage."""
+        assert 0 <= stage < self.num_stages, (stage, self.num_stages)
+        return self.facts.rank_of_stage(self.pp, stage) if self.pp > 1 else 0
+
+    def stages_of_rank(self, pp_rank: int) -> tuple[int, ...]:
+        """The stages of one pipeline rank, ascending."""
+        assert 0 <= pp_rank < self.pp, (pp_rank, self.pp)
+        return tuple(stage for stage in range(self.num_stages) if self.rank_of_stage(stage) == pp_rank)
 
     @property
     def world(self) -> int:
@@ -270,9 +259,9 @@ def _splits_a_node(layout: Layout) -> bool:
 
 
 def _check_layers(layout: Layout, workload: Workload) -> None:
-    stages, layers = num_stages(layout.schedule, layout.pp), workload.num_layers
-    if stages > layers:
-        fewer = max(layers // schedule_facts(layout.schedule).stages_per_rank, 1)
+    stages, layers = layout.num_stages, workload.num_layers
+    if stages > layers and layout.stage_layers is None:
+        fewer = max(layers // layout.chunks, 1)
         raise ValueError(
             f"layout.pp={layout.pp} with layout.schedule={layout.schedule} makes {stages} stages of "
             f"model.num_hidden_layers={layers}, less than one layer each: use layout.pp={fewer}"
@@ -304,18 +293,81 @@ def _check_batch(layout: Layout, workload: Workload) -> None:
 
 
 def _check_micro_batches(layout: Layout, workload: Workload) -> None:
-    start, micro = workload.batch_start_sequences, workload.micro_batch_sequences
-    count = start // (layout.dp * micro)
-    needed = schedule_facts(layout.schedule).min_micro_batches(layout.pp)
-    if count >= needed:
+    if (batch := _refused_batch(layout, workload)) is None:
         return
-    choices = [f"schedule.batch_start_sequences={needed * layout.dp * micro}", f"layout.pp={count}"]
-    dps = range(layout.ep, layout.dp, layout.ep)
-    fits = [dp for dp in dps if start % (dp * micro) == 0 and start // (dp * micro) >= needed]
-    choices += [f"layout.dp={dp}" for dp in fits[-1:]]
-    choices += [f"layout.schedule={name}" for name, f in SCHEDULES.items() if f.min_micro_batches(layout.pp) <= count]
+    micro = workload.micro_batch_sequences
+    fields = [name for name in ("batch_start_sequences", "batch_full_sequences") if getattr(workload, name) == batch]
+    multiple = workload.batch_multiple_sequences
+    which = f"schedule.batch_multiple_sequences={multiple} makes a step of {batch} sequences, which"
+    if fields:
+        which = f"schedule.{fields[0]}={batch}"
+    count = batch // (layout.dp * micro)
+    *choices, last = _nearest_that_pass(layout, workload, fields or ["batch_multiple_sequences"])
     raise ValueError(
-        f"schedule.batch_start_sequences={start} gives each of layout.dp={layout.dp} pipelines {count} micro-batches "
-        f"of run.micro_batch_sequences={micro}, but layout.schedule={layout.schedule} on layout.pp={layout.pp} needs "
-        f"{needed}: use {', '.join(choices[:-1])} or {choices[-1]}"
+        f"{which} gives each of layout.dp={layout.dp} pipelines {count} micro-batches of "
+        f"run.micro_batch_sequences={micro}, but layout.schedule={layout.schedule} on layout.pp={layout.pp} takes "
+        f"{layout.facts.wanted(layout.pp, count)}: use {', '.join(choices)}{' or ' * bool(choices)}{last}"
     )
+
+
+def _refused_batch(layout: Layout, workload: Workload) -> int | None:
+    """The first batch of the ramp that no schedule on these stages takes, or the full one if the layout's does not."""
+    unit, full = layout.dp * workload.micro_batch_sequences, workload.batch_full_sequences
+    if layout.pp == 1:
+        return None
+    for batch in range(workload.batch_start_sequences, full, workload.batch_multiple_sequences):
+        if layout.facts.of_step(layout.pp, batch // unit) is None:
+            return batch
+    return None if layout.facts.takes(layout.pp, full // unit) else full
+
+
+def _nearest_that_pass(layout: Layout, workload: Workload, fields: list[str]) -> list[str]:
+    """Changes under which every step of the ramp can run: of these batches, of ranks along an axis, of the schedule."""
+    multiple, full = workload.batch_multiple_sequences, workload.batch_full_sequences
+    # Where it is their greatest common divisor, as most of configs/schedule have it, it follows the batches.
+    follows = multiple == math.gcd(workload.batch_start_sequences, full) and "batch_multiple_sequences" not in fields
+    step = math.lcm(layout.dp * workload.micro_batch_sequences, 1 if follows else multiple)
+
+    def other_batch(n: int) -> bool:
+        changed = replace(workload, **dict.fromkeys(fields, n))
+        both = math.gcd(changed.batch_start_sequences, changed.batch_full_sequences)
+        return _passes(layout, replace(changed, batch_multiple_sequences=both) if follows else changed)
+
+    keys: dict[str, tuple[int, range, Callable[[int], bool]]] = {
+        " and ".join(f"schedule.{name}" for name in fields): (
+            getattr(workload, fields[0]),
+            range(step, full + 2 * layout.pp * step, step),
+            other_batch,
+        ),
+        "layout.pp": (
+            layout.pp,
+            range(1, 2 * layout.pp),
+            lambda n: _passes(replace(layout, pp=n, stage_layers=None), workload),
+        ),
+        "layout.dp": (
+            layout.dp,
+            range(layout.ep, layout.dp, layout.ep),
+            lambda n: _passes(replace(layout, dp=n), workload),
+        ),
+    }
+    choices = []
+    for key, (now, values, passes) in keys.items():
+        below = next((n for n in reversed(values) if n < now and passes(n)), None)
+        above = next((n for n in values if n > now and passes(n)), None)
+        if near := [n for n in (below, above) if n is not None]:
+            choices.append(either(key, near))
+    takes_any = replace(layout, schedule="ZBVZeroBubble", stages_per_rank=None, stage_layers=None)
+    return [*choices, *(["layout.schedule=ZBVZeroBubble"] if _passes(takes_any, workload) else [])]
+
+
+def _passes(layout: Layout, workload: Workload) -> bool:
+    """Whether a changed layout carries a changed workload, as far as stages and batches go."""
+    start, full = workload.batch_start_sequences, workload.batch_full_sequences
+    if start > full or start % workload.batch_multiple_sequences or full % workload.batch_multiple_sequences:
+        return False
+    try:
+        _check_layers(layout, workload)
+        _check_batch(layout, workload)
+    except ValueError:
+        return False
+    return _refused_batch(layout, workload) is None

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from parallel.layout import Layout, num_stages, rank_of_stage
+from parallel.layout import Layout
 from parallel.network import TIMEOUT_S
 
 
@@ -82,8 +82,7 @@ def axis_ranks(layout: Layout, axis: str, rank: int) -> tuple[int, ...]:
     edp_i, ep_i = divmod(dp_i, layout.ep)
     stage = pp_i * layout.dp
     if axis == "tied":
-        last_stage = num_stages(layout.schedule, layout.pp) - 1
-        ends = sorted({0, rank_of_stage(layout.schedule, layout.pp, last_stage)})
+        ends = sorted({0, layout.rank_of_stage(layout.num_stages - 1)})
         return tuple(i * layout.dp + dp_i for i in ends) if pp_i in ends else (rank,)
     if axis in ("rail", "node") and not layout.two_hops:
         return (rank,)

@@ -2,8 +2,9 @@
 
 arXiv:2412.19437 §3.2.1. The schedules are those of `torch.distributed.pipelining`:
 
-    1F1B, 2 ranks           rank 0: stage 0         rank 1: stage 1
-    ZBVZeroBubble, 2 ranks  rank 0: stages 0, 3     rank 1: stages 1, 2     so one rank begins and ends
+    1F1B, 2 ranks               rank 0: stage 0         rank 1: stage 1
+    Interleaved..., 2 ranks     rank 0: stages 0, 2     rank 1: stages 1, 3
+    ZBVZeroBubble, DualPipeV    rank 0: stages 0, 3     rank 1: stages 1, 2     so one rank begins and ends
 
 A stage is any module called as `stage(inbound, **inputs)`: every rank gets the same `inputs` (token ids, labels), only
 `inbound`, the hidden state [sequences, tokens, hidden], travels. The stage that ends returns the loss, a sum.
@@ -19,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels import deferred
-from parallel.layout import SCHEDULES, num_stages, rank_of_stage
 from parallel.mesh import Mesh
+from parallel.schedules import MOST_MESSAGES
 from parallel.waiting import waiting
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Pipeline:
     def __init__(self, stages: Mapping[int, nn.Module], *, mesh: Mesh, hidden_size: int, dtype: torch.dtype) -> None:
         self.stages, self.mesh = dict(stages), mesh
         self.hidden_size, self.dtype = hidden_size, dtype
-        self.num_stages = num_stages(mesh.layout.schedule, mesh.pp.size)
+        self.num_stages = mesh.layout.num_stages
         self._built_for: tuple[object, ...] | None = None
         self._schedule: Any = None
         self._running: list[ScheduledStage] = []
@@ -81,11 +82,11 @@ class Pipeline:
         Returns:
             The last stage's result on the rank that holds it, None elsewhere.
         """
-        schedule, pp = self.mesh.layout.schedule, self.mesh.pp
+        layout, pp = self.mesh.layout, self.mesh.pp
         carried: Tensor | None = None
         for index in range(self.num_stages):
-            here = rank_of_stage(schedule, pp.size, index)
-            before = rank_of_stage(schedule, pp.size, index - 1) if index else here
+            here = layout.rank_of_stage(index)
+            before = layout.rank_of_stage(index - 1) if index else here
             if before != here and pp.rank == before:
                 assert carried is not None
                 dist.send(carried, group=pp.group, group_dst=here)
@@ -106,8 +107,9 @@ class Pipeline:
         schedule = self._new_schedule(self._new_stages(sample[:1]), num_micro_batches)
         # Activations are held from a stage's forward to its weight gradients, which need them too.
         held = most = 0
-        for action in schedule.pipeline_order[self.mesh.pp.rank]:
-            kind = "" if action is None else action.computation_type.name
+        order = [action for action in schedule.pipeline_order[self.mesh.pp.rank] if action is not None]
+        for part in (part for action in order for part in action.sub_actions or (action,)):
+            kind = part.computation_type.name
             held += (kind == "FORWARD") - (kind in ("FULL_BACKWARD", "BACKWARD_WEIGHT"))
             most = max(most, held)
         return most
@@ -127,12 +129,13 @@ class Pipeline:
 
     def _new_stages(self, sample: Tensor) -> list[ScheduledStage]:
         """This rank's stages as torch wants them; `sample` is the token ids of one micro-batch on the meta device."""
-        from parallel.pipeline_stage import ScheduledStage, WaitingWgrads
+        from parallel.pipeline_stage import MessagesUnderWay, ScheduledStage, WaitingWgrads
 
         # Shapes are given: else torch runs the model once to infer them.
         hidden = self._empty_hidden(sample).requires_grad_()
         loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
         waiting = WaitingWgrads(self.mesh.layout.max_waiting_wgrads)
+        messages = MessagesUnderWay(MOST_MESSAGES) if self.mesh.layout.facts.chunks != 1 else None
         return [
             ScheduledStage(
                 module,
@@ -144,7 +147,7 @@ class Pipeline:
                 group=self.mesh.pp.group,
                 dw_builder=deferred.take,
                 waiting=waiting,
-                sends_itself=SCHEDULES[self.mesh.layout.schedule].stages_per_rank > 1,
+                messages=messages,
             )
             for index, module in sorted(self.stages.items())
         ]
@@ -152,8 +155,10 @@ class Pipeline:
     def _new_schedule(self, stages: list[ScheduledStage], num_micro_batches: int) -> Any:
         from torch.distributed.pipelining.schedules import get_schedule_class
 
-        facts = SCHEDULES[self.mesh.layout.schedule]
-        given = stages if facts.stages_per_rank > 1 else stages[0]
+        # A step of the batch ramp may have too few micro-batches for the layout's own.
+        facts = self.mesh.layout.facts.of_step(self.mesh.pp.size, num_micro_batches)
+        assert facts is not None, "check_layout refuses such a ramp"
+        given = stages[0] if facts.chunks == 1 else stages
         schedule = get_schedule_class(facts.name)
         return schedule(given, num_micro_batches, loss_fn=lambda output, _: output, scale_grads=False)
 

@@ -42,17 +42,40 @@ class WaitingWgrads:
         return run
 
 
+class MessagesUnderWay:
+    """Sends of one rank's stages that the backend has not reported as done, at most `limit`, one or more."""
+
+    # torch would hold every send of a step until its end: 28 GB at V3's size with a backend that reports none before
+    # it is asked. Waiting for one cannot deadlock: torch orders the actions of all ranks in one sequence, with each
+    # receive directly behind its send, so what the receiver does before it receives never needs a later action of ours.
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._works: deque[Any] = deque()
+
+    def send(self, operation: dist.P2POp) -> None:
+        """Start a send; first release those that are done, and wait for the oldest while there are too many."""
+        while self._works and (len(self._works) >= self._limit or self._works[0].is_completed()):
+            self._works.popleft().wait()
+        self._works.append(
+            operation.op(operation.tensor, group=operation.group, tag=operation.tag, group_dst=operation.group_peer)
+        )
+
+    def finish(self) -> None:
+        """Wait for those under way."""
+        while self._works:
+            self._works.popleft().wait()
+
+
 class ScheduledStage(PipelineStage):
     """A stage whose receive buffers live from the receive to the end of that micro-batch's backward."""
 
     # torch keeps one pair per micro-batch for the whole run: at V3's size, 120 micro-batches of 59 MB, twice.
-    # sends_itself: for a schedule that sends in batches of one direction and waits for them at the step's end only;
-    # 1F1B mixes directions, and waits by itself.
-    def __init__(self, *args: Any, waiting: WaitingWgrads, sends_itself: bool, **kwargs: Any) -> None:
+    # messages: of a schedule that sends in batches of one direction and waits for them at the step's end only; None
+    # under 1F1B, which mixes directions, and waits by itself.
+    def __init__(self, *args: Any, waiting: WaitingWgrads, messages: MessagesUnderWay | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._receives: dict[tuple[str, int], list[dist.P2POp]] = {}
-        self._sends: deque[Any] = deque()
-        self._waiting, self._sends_itself = waiting, sends_itself
+        self._waiting, self._messages = waiting, messages
 
     def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
         return self._without_memory(super()._prepare_forward_infra, *args, **kwargs)
@@ -98,19 +121,17 @@ class ScheduledStage(PipelineStage):
         return self._send(super().get_bwd_send_ops(bwd_chunk_id))
 
     def _send(self, operations: list[dist.P2POp]) -> list[dist.P2POp]:
-        """Send now and release what has arrived, where the runtime would hold every send until the step's end."""
-        if not self._sends_itself:
+        """Send now, where the runtime would hold every send until the step's end; returns what it has to send."""
+        if self._messages is None:
             return operations
-        for sent in operations:
-            self._sends.append(sent.op(sent.tensor, group=sent.group, tag=sent.tag, group_dst=sent.group_peer))
-        while self._sends and self._sends[0].is_completed():
-            self._sends.popleft().wait()
+        for operation in operations:
+            self._messages.send(operation)
         return []
 
     def finish_sends(self) -> None:
-        """Wait for the sends under way."""
-        while self._sends:
-            self._sends.popleft().wait()
+        """Wait for the sends of this rank that are under way."""
+        if self._messages is not None:
+            self._messages.finish()
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         if self.has_backward and not self.is_last:

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from parallel.layout import SCHEDULES, Layout
+from parallel.layout import Layout
+from parallel.schedules import SCHEDULES
 from tests.parity.layout_theorem import MODEL
 from train.config import PretrainConfig, compose
 from train.data.batch import IGNORE_INDEX, Batch
@@ -39,6 +40,7 @@ class Case:
     dp: int = 1
     ep: int = 1
     schedule: str = "1F1B"
+    chunks: int = 0  # stages of a rank; 0: the schedule's
     stages: str = ""  # layers of each stage, "3,2"; empty: balanced by cost
     wgrads: int = -1  # weight gradients that may wait; -1: any number
     node: int = 8  # ranks of a node
@@ -87,6 +89,11 @@ class Case:
         return self.sequences // (self.dp * self.micro)
 
     @property
+    def is_v(self) -> bool:
+        """Whether the first and the last stage share a rank."""
+        return self.schedule in ("ZBVZeroBubble", "DualPipeV")
+
+    @property
     def layout(self) -> Layout:
         """Refused with a ValueError where no model could run it."""
         return Layout(
@@ -94,6 +101,7 @@ class Case:
             dp=self.dp,
             ep=self.ep,
             schedule=self.schedule,
+            stages_per_rank=self.chunks or None,
             zero=bool(self.zero),
             ranks_per_node=self.node,
             dispatch=self.dispatch,  # type: ignore[arg-type]
@@ -197,7 +205,15 @@ def _base() -> PretrainConfig:
 
 
 def _stages(case: Case) -> int:
-    return case.pp * (1 if case.schedule == "1F1B" else 2) if case.pp > 1 else 1
+    return case.pp * (case.chunks or (1 if case.schedule == "1F1B" else 2)) if case.pp > 1 else 1
+
+
+def _too_few(case: Case) -> bool:
+    """Micro-batches of a pipeline: a micro-batch for each stage, or whole rounds of one for about each rank."""
+    count, rounds = case.micro_batches, max(1, case.micro_batches // case.pp)
+    if "Interleaved" in case.schedule:
+        return count % rounds > 0
+    return count < {"1F1B": case.pp, "DualPipeV": 2 * case.pp}.get(case.schedule, 1)
 
 
 def _nodes_of_groups(case: Case) -> list[tuple[bool, set[int]]]:
@@ -216,10 +232,14 @@ ILLEGAL: dict[str, Callable[[Case], bool]] = {
     "more dense layers than layers": lambda c: c.dense > c.layers,
     "ep does not divide dp": lambda c: c.dp % c.ep > 0,
     "ep does not divide experts": lambda c: c.experts % c.ep > 0,
-    "fewer layers than stages": lambda c: _stages(c) > c.layers,
+    "stages of a rank": lambda c: (
+        c.chunks < 0 or (c.chunks > 0 and "Interleaved" not in c.schedule and c.chunks != (2 if c.is_v else 1))
+    ),
+    "fewer layers than stages": lambda c: c.stage_layers is None and _stages(c) > c.layers,
     "stage_layers": lambda c: (
         (c.stage_layers is not None and (len(c.stage_layers), sum(c.stage_layers)) != (_stages(c), c.layers))
-        or min(c.stage_layers or (1,)) < 1
+        or min(c.stage_layers or (1,)) < 0
+        or 0 in (c.stage_layers or ())[1:-1]
     ),
     "a group on two nodes": lambda c: any(
         len(nodes) > 1 and (c.ep <= c.node if whole else c.groups > 1) for whole, nodes in _nodes_of_groups(c)
@@ -232,7 +252,7 @@ ILLEGAL: dict[str, Callable[[Case], bool]] = {
         )
     ),
     "a step is not whole micro-batches": lambda c: c.sequences % (c.dp * c.micro) > 0,
-    "fewer micro-batches than stages": lambda c: c.schedule == "1F1B" and c.pp > 1 and c.micro_batches < c.pp,
+    "micro-batches that the schedule does not take": lambda c: c.pp > 1 and _too_few(c),
     "backend": lambda c: (
         c.backend == "deepspeed" and (not c.zero or c.world == 1 or not c.bf16_weights or c.offload != "none")
     ),
@@ -261,11 +281,14 @@ def draw(chance: random.Random, *, world: int | None = None) -> Case:
     dp = world // pp
     ep = chance.choice([n for n in range(1, dp + 1) if dp % n == 0 or chance.random() < 0.15])
     schedule = chance.choice(tuple(SCHEDULES))
-    stages = pp * SCHEDULES[schedule].stages_per_rank if pp > 1 else 1
+    chunks = chance.choice((0, 0, 1, 3 if pp <= 2 else 0)) if "Interleaved" in schedule or chance.random() < 0.04 else 0
+    stages = _stages(Case(pp=pp, schedule=schedule, chunks=chunks))
     layers = chance.randint(max(2, stages), max(3, stages + 1)) - (chance.random() < 0.04)
     micro = chance.choice((1, 1, 2))
     most = max(1, MOST_MICRO_BATCHES // dp) + (chance.random() < 0.2)
-    fewest = 1 if chance.random() < 0.15 else min(pp, most)
+    if schedule == "DualPipeV" and pp <= 4:
+        most = max(most, 2 * pp)
+    fewest = 1 if chance.random() < 0.15 else min(2 * pp if schedule == "DualPipeV" else pp, most)
     sequences = dp * micro * chance.randint(fewest, most) + (chance.random() < 0.04)
     fp8 = (precision := chance.choice(("fp32", "bf16", "fp8"))) == "fp8"
     return Case(
@@ -273,6 +296,7 @@ def draw(chance: random.Random, *, world: int | None = None) -> Case:
         dp=dp,
         ep=ep,
         schedule=schedule,
+        chunks=chunks,
         stages=_drawn_stages(chance, layers, stages) if pp > 1 and chance.random() < 0.6 else "",
         wgrads=chance.choice((-1, -1, 0, 1, 3)),
         # Two hops need nodes smaller than the group of experts.
@@ -304,9 +328,13 @@ def draw(chance: random.Random, *, world: int | None = None) -> Case:
 
 
 def _drawn_stages(chance: random.Random, layers: int, stages: int) -> str:
-    """Layers of each stage, each at least one; now and then a sum that is wrong."""
+    """Layers of each stage, each at least one; now and then an end without any, or a sum that is wrong."""
     cuts = sorted(chance.sample(range(1, layers), stages - 1)) if layers >= stages else [1] * (stages - 1)
     parts = [b - a for a, b in zip([0, *cuts], [*cuts, layers], strict=True)]
+    for end, inner in ((-1, -2), (0, 1)):
+        if chance.random() < 0.15:
+            parts[inner] += parts[end]
+            parts[end] = 0
     parts[-1] += chance.random() < 0.04
     return ",".join(map(str, parts))
 

@@ -342,12 +342,10 @@ _defect(
     lambda c: c.ep > 1 and c.shared and _has_moe(c),
     (train.assemble, "expert_shards", _shared_with_experts),
 )
-_defect(
-    "copies of the embedding are not summed", lambda c: c.schedule == "1F1B" and c.pp > 1 and c.mtp, _buckets(tied=None)
-)
+_defect("copies of the embedding are not summed", lambda c: not c.is_v and c.pp > 1 and c.mtp, _buckets(tied=None))
 _defect(
     "copies of the embedding are both in the norm",
-    lambda c: c.schedule == "1F1B" and c.pp > 1 and c.mtp,
+    lambda c: not c.is_v and c.pp > 1 and c.mtp,
     _buckets(counts_in_norm=True),
 )
 
@@ -360,7 +358,7 @@ def _tied_again(_: object, self: GradientBuckets) -> None:
 
 _defect(
     "copies of the embedding are summed twice",
-    lambda c: c.schedule == "1F1B" and c.pp > 1 and c.mtp and c.zero,
+    lambda c: not c.is_v and c.pp > 1 and c.mtp and c.zero,
     (GradientBuckets, "reduce", _after(_tied_again)),
 )
 
@@ -374,7 +372,7 @@ def _own_embedding(stages: dict[int, Stage], *_: Any) -> dict[int, Stage]:
 
 _defect(
     "on a V the last stage has an embedding of its own",
-    lambda c: c.schedule != "1F1B" and c.pp > 1 and c.mtp,
+    lambda c: c.is_v and c.pp > 1 and c.mtp,
     (train.assemble, "build_stages", _after(_own_embedding)),
 )
 

@@ -127,7 +127,7 @@ CONTRADICTIONS = {
     ),
     "too few micro-batches for the schedule": (
         ["layout.pp=3"],
-        "needs 3: use schedule.batch_start_sequences=3, layout.pp=2 or layout.schedule=ZBVZeroBubble",
+        "takes 3 or more: use schedule.batch_start_sequences=3 or layout.pp=2",
     ),
     "a 12-bit output without FP8": (
         ["precision=bf16", "precision.attention_output=e5m6"],

@@ -44,6 +44,7 @@ from train.optim.config import OptimConfig
 from train.optim.deepspeed_backend import DeepSpeedBuckets, check_installed
 from train.optim.ema import Ema
 from train.run_directory import CHECKPOINTS, run_directory
+from train.schedules import first_step_of
 from train.stage import Stage, build_stages, expert_shards, stage_specs
 from train.step import Engine
 
@@ -291,6 +292,21 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+def at_first(config: PretrainConfig) -> dict[str, object] | None:
+    """The schedule of the first steps, where the batch ramp gives fewer micro-batches than the layout's takes.
+
+    Returns:
+        "schedule", its name; "until_step", the first step under the layout's own; "micro_batches", what that one takes.
+    """
+    layout, schedule = config.layout, config.schedule
+    fewest = layout.facts.fewest(layout.pp)
+    enough = fewest * layout.dp * config.run.micro_batch_sequences
+    if not layout.facts.when_few or schedule.batch_start_sequences >= enough:
+        return None
+    until = first_step_of(schedule, sequence_length=config.data.sequence_length, batch_sequences=enough)
+    return {"schedule": layout.facts.when_few, "until_step": until, "micro_batches": fewest} if until else None
+
+
 def run_card(config: PretrainConfig, components: Components) -> dict[str, object]:
     """A run's sizes, precision, layout, device, versions and seed, for its directory and its dashboard."""
     mesh = components.engine.mesh
@@ -303,6 +319,7 @@ def run_card(config: PretrainConfig, components: Components) -> dict[str, object
         "layer_ids": [*config.model.layer_ids, *config.model.mtp_layer_ids],
         "first_k_dense_replace": config.model.first_k_dense_replace,
         "layout": {"pp": mesh.pp.size, "dp": mesh.dp.size, "ep": mesh.ep.size, "schedule": mesh.layout.schedule},
+        **({"at_first": first} if (first := at_first(config)) else {}),
         "tokens_total": config.schedule.total_tokens,
         "sequence_length": config.data.sequence_length,
         "seed": config.run.seed,

@@ -139,6 +139,15 @@ def scheduled_values(config: ScheduleConfig, *, step: int, tokens_seen: int) -> 
     )
 
 
+def first_step_of(config: ScheduleConfig, *, sequence_length: int, batch_sequences: int) -> int:
+    """The first step of a run whose batch has at least so many sequences, at most those of the full one."""
+    step = tokens_seen = 0
+    while (batch := _batch_sequences(config, tokens_seen)) < batch_sequences:
+        tokens_seen += batch * sequence_length
+        step += 1
+    return step
+
+
 def steps_to_go(config: ScheduleConfig, *, sequence_length: int, tokens_seen: int) -> int:
     """Steps that the rest of the budget takes, after `tokens_seen` tokens."""
     steps = 0

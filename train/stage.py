@@ -20,7 +20,6 @@ from kernels.probe import Probe, watching
 from parallel.balance import balanced_layers
 from parallel.collectives import sum_over
 from parallel.expert import ExpertParallelDispatcher
-from parallel.layout import num_stages, stage_ids
 from parallel.mesh import Axis, Mesh
 from parallel.shards import LocalShard
 from train.losses import LossWeights, attach_loss, balance_sum, loss_sums
@@ -109,13 +108,13 @@ class Stage(nn.Module):
 def stage_specs(config: ModelConfig, mesh: Mesh) -> dict[int, StageSpec]:
     """Stage index -> what it holds, for the stages of this rank."""
     layout = mesh.layout
-    count = num_stages(layout.schedule, mesh.pp.size)
-    layers = layout.stage_layers or balanced_layers(layer_costs(config), layout.schedule, mesh.pp.size)
+    count = layout.num_stages
+    layers = layout.stage_layers or balanced_layers(layer_costs(config), layout)
     assert len(layers) == count, (layers, count)
     starts = [sum(layers[:index]) for index in range(count + 1)]
     return {
         i: StageSpec(range(starts[i], starts[i + 1]), is_first=i == 0, is_last=i == count - 1)
-        for i in stage_ids(layout.schedule, mesh.pp.size, mesh.pp.rank)
+        for i in layout.stages_of_rank(mesh.pp.rank)
     }
 
 

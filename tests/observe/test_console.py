@@ -5,11 +5,16 @@ from __future__ import annotations
 import io
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from train.assemble import at_first
+from train.config import compose
 from train.observe.console import ConsoleSink
+from train.observe.sentences import opening
+from train.schedules import scheduled_values
 
 
 def show(*, terminal: bool, steps: range) -> str:
@@ -75,3 +80,26 @@ def test_a_record_without_optional_numbers_is_shown():
     sink.event({"event": "evaluation", "step": 1, "time_unix_s": 0.0, "eval/bits_per_byte": 1.81})
     sink.close()
     assert screen.getvalue().splitlines()[1] == "x  step 1: held-out 1.8100 bits per byte"
+
+
+def test_a_run_says_until_when_another_schedule_runs():
+    """h800_2048 under DualPipeV: the last step with fewer than 32 micro-batches a pipeline, by walking the ramp."""
+    config = compose(["+cluster=h800_2048", "layout.schedule=DualPipeV"])
+    step = tokens_seen = 0
+    while (now := scheduled_values(config.schedule, step=step, tokens_seen=tokens_seen)).batch_sequences < 32 * 128:
+        tokens_seen += 4096 * now.batch_sequences
+        step += 1
+    first = at_first(config)
+    assert first == {"schedule": "ZBVZeroBubble", "until_step": step, "micro_batches": 32}
+    card = {
+        "layout": {"pp": 16, "dp": 128, "ep": 64, "schedule": "DualPipeV"}, "at_first": first, "device": "cpu",
+        "parameters": {"total": 1, "active": 1, "mtp": 0}, "threads": 1, "precision": "fp8", "torch": "2",
+        "tokens_total": 1, "sequence_length": 1, "deterministic": True,
+    }  # fmt: skip
+    sentence = (
+        f"pipeline: ZBVZeroBubble until step {step:,}, on the same stages: the batch ramp gives fewer than the 32 "
+    )
+    lines = [opening(card, directory=Path("runs"), num_steps=9, step=at, every_steps=1) for at in (0, step - 1, step)]
+    assert [f"{sentence}micro-batches of DualPipeV" in each for each in lines] == [True, True, False]
+    # Under ZBV itself there is nothing to say.
+    assert at_first(compose(["+cluster=h800_2048"])) is None

@@ -19,12 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import parallel.pipeline
 import parallel.pipeline_stage
 from kernels import deferred
-from parallel.layout import SCHEDULES, Layout, stage_ids
+from parallel.layout import Layout
 from parallel.mesh import init_processes, make_mesh
 from parallel.pipeline import Pipeline
-from parallel.pipeline_stage import WaitingWgrads
+from parallel.pipeline_stage import MessagesUnderWay, WaitingWgrads
+from parallel.schedules import SCHEDULES
 from tests.operator_calls import OperatorCalls
 from tests.parity.layout_theorem import NOW, batch_of, engine_on, gradient_pieces
 from train.data.batch import Batch
@@ -382,12 +384,18 @@ def announced(rank: int, world: int, ranks: int, played: list[int], counts: list
         dist.destroy_process_group()
         init_processes(rank=pp_rank, world=ranks, backend="fake", store=None)
         for name in SCHEDULES:
-            mesh = make_mesh(Layout(pp=ranks, schedule=name), device=torch.device("cpu"), tied_embedding=False)
-            modules = {index: nn.Identity() for index in stage_ids(name, ranks, pp_rank)}
+            layout = Layout(pp=ranks, schedule=name)
+            mesh = make_mesh(layout, device=torch.device("cpu"), tied_embedding=False)
+            modules = {index: nn.Identity() for index in layout.stages_of_rank(pp_rank)}
             pipeline = Pipeline(modules, mesh=mesh, hidden_size=1, dtype=torch.float32)
-            for count in (count for count in counts if count >= SCHEDULES[name].min_micro_batches(ranks)):
+            for count in (count for count in counts if SCHEDULES[name].takes(ranks, count)):
                 found.setdefault((name, count), []).append(pipeline.most_in_flight(count))
     return found
+
+
+def calls_of(rank: int, world: int, layout: Layout) -> Calls:
+    """`count_calls` alone."""
+    return count_calls(layout)
 
 
 def let_wait(rank: int, world: int, limits: list[int | None]) -> list[tuple[int, dict[str, str]]]:
@@ -412,3 +420,65 @@ def _let_wait(limit: int | None) -> tuple[int, dict[str, str]]:
         gradients_of(engine, 8, 2)
     assert deferred.pending() == 0
     return most, {name: digest(grad) for name, grad in copied_gradients(engine).items()}
+
+
+class Scale(nn.Module):
+    """A stage of one weight: embeds where the pipeline begins, sums where it ends."""
+
+    def __init__(self, index: int, *, is_last: bool) -> None:
+        super().__init__()
+        self.index, self.is_last = index, is_last
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 4) + 0.01 * index)
+
+    def forward(self, inbound: Tensor, *, input_ids: Tensor, labels: Tensor) -> Tensor:
+        hidden = (input_ids[..., None].float() if self.index == 0 else inbound) * self.weight
+        return (hidden * labels[..., None]).sum() if self.is_last else hidden
+
+
+class LateWork:
+    """A send whose backend says that it is done only to who waits for it; `live` counts those under way."""
+
+    live = most_live = 0
+
+    def __init__(self, work: Any) -> None:
+        self.work = work
+        LateWork.live += 1
+        LateWork.most_live = max(LateWork.most_live, LateWork.live)
+
+    def is_completed(self) -> bool:
+        return False
+
+    def wait(self) -> None:
+        self.work.wait()
+        LateWork.live -= 1
+
+
+def send_late(rank: int, world: int, limits: tuple[int, ...]) -> dict[str, list[tuple[int, str]]]:
+    """Schedule -> for each limit: the most sends under way at once in a step, and SHA-256 of the gradients."""
+    names = [name for name, facts in SCHEDULES.items() if facts.chunks != 1]
+    return {name: [_send_late(Layout(pp=world, schedule=name), rank, limit) for limit in limits] for name in names}
+
+
+def _send_late(layout: Layout, rank: int, limit: int) -> tuple[int, str]:
+    isend = MessagesUnderWay.send
+
+    def late(self: MessagesUnderWay, operation: Any) -> None:
+        begin = operation.op
+        operation.op = lambda *args, **kwargs: LateWork(begin(*args, **kwargs))
+        isend(self, operation)
+
+    LateWork.live = LateWork.most_live = 0
+    mesh = make_mesh(layout, device=torch.device("cpu"), tied_embedding=False)
+    last = layout.num_stages - 1
+    modules = {index: Scale(index, is_last=index == last) for index in layout.stages_of_rank(rank)}
+    pipeline = Pipeline(modules, mesh=mesh, hidden_size=4, dtype=torch.float32)
+    count = 4 * layout.pp
+    ids = torch.arange(count * 3).reshape(count, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel.pipeline, "MOST_MESSAGES", limit)
+        patch.setattr(MessagesUnderWay, "send", late)
+        pipeline.run({"input_ids": ids, "labels": ids % 5}, num_micro_batches=count)
+    assert LateWork.live == 0, "a step ends when all has arrived"
+    grads = [module.weight.grad for module in modules.values()]
+    assert all(grad is not None for grad in grads)
+    return LateWork.most_live, "".join(digest(grad) for grad in grads if grad is not None)

@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from parallel.balance import balanced_layers, balanced_split, balanced_v
+from parallel.balance import balanced_layers, balanced_loop, balanced_split, balanced_v
+from parallel.layout import Layout
 from train.config import compose
 from train.model.sizes import layer_costs
 
@@ -67,6 +68,24 @@ def test_a_v_relieves_the_rank_that_also_ends() -> None:
     assert balanced_split([1.0] * 11 + [8.0], 4) == (3, 4, 4, 1), "which would leave rank 0 with 11"
 
 
+@pytest.mark.parametrize(("ranks", "chunks"), [(2, 2), (2, 3), (3, 2)])
+def test_a_balanced_loop_is_within_a_layer_of_the_best_cut_for_the_ranks(ranks: int, chunks: int) -> None:
+    """Equal layers under a head: the best of all cuts. Any layers: above it by the most expensive layer at most."""
+    rng = random.Random(10 * ranks + chunks)
+    for layers in range(ranks * chunks, 11):
+        heavy_end = [1.0] * (layers - 1) + [float(rng.randint(1, 6))]
+        uneven = [float(rng.randint(1, 9)) for _ in range(layers)]
+        for costs, slack in ((heavy_end, 0.0), (uneven, max(uneven))):
+
+            def rating(cut: tuple[int, ...], costs: list[float] = costs) -> float:
+                parts = stage_costs(costs, cut)
+                return max(sum(parts[rank::ranks]) for rank in range(ranks))
+
+            found = balanced_loop(costs, ranks, chunks)
+            assert min(found) >= 1
+            assert rating(found) <= min(map(rating, every_cut(layers, ranks * chunks))) + slack, costs
+
+
 def test_v3_is_cut_by_what_its_layers_multiply_with() -> None:
     """By hand, from the sizes of V3 in millions of weights that a token meets.
 
@@ -77,5 +96,5 @@ def test_v3_is_cut_by_what_its_layers_multiply_with() -> None:
     moe = 187.11 + 396.36 + 1.84
     expected = [187.11 + 396.36] * 3 + [moe] * 57 + [moe + 926.68 + moe + 102.76 + 926.68]
     assert [cost / 1e6 for cost in layer_costs(model)] == pytest.approx(expected, abs=0.03)
-    assert balanced_layers(layer_costs(model), "ZBVZeroBubble", 16) == (1, 2, 1, *[2] * 28, 1)
-    assert balanced_layers(layer_costs(model), "1F1B", 16) == (4,) * 15 + (1,)
+    assert balanced_layers(layer_costs(model), Layout(pp=16, schedule="ZBVZeroBubble")) == (1, 2, 1, *[2] * 28, 1)
+    assert balanced_layers(layer_costs(model), Layout(pp=16)) == (4,) * 15 + (1,)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -13,17 +16,8 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._utils import generate_rank_to_stage_mapping
 from torch.distributed.pipelining.schedules import get_schedule_class
 
-from parallel.layout import (
-    SCHEDULES,
-    Layout,
-    Workload,
-    check_layout,
-    check_world,
-    num_stages,
-    rank_of_stage,
-    schedule_facts,
-    stage_ids,
-)
+from parallel.layout import Layout, Workload, check_layout, check_world
+from parallel.schedules import SCHEDULES, schedule_facts
 from tests.ranks import run_ranks
 
 V3_LAYOUT = Layout(pp=16, dp=128, ep=64, schedule="ZBVZeroBubble")
@@ -57,16 +51,39 @@ BY_ITSELF = [
     pytest.param(
         {"schedule": "ZBV"},
         "layout.schedule=ZBV is not a pipeline schedule: did you mean layout.schedule=ZBVZeroBubble? "
-        "(1F1B, ZBVZeroBubble)",
+        "(1F1B, Interleaved1F1B, InterleavedZeroBubble, ZBVZeroBubble, DualPipeV)",
+    ),
+    (
+        {"schedule": "1F1B", "stages_per_rank": 2},
+        "layout.stages_per_rank=2 does not fit layout.schedule=1F1B: use 1, or null",
+    ),
+    (
+        {"schedule": "DualPipeV", "stages_per_rank": 3},
+        "layout.stages_per_rank=3 does not fit layout.schedule=DualPipeV: use 2, or null",
+    ),
+    (
+        {"schedule": "Interleaved1F1B", "stages_per_rank": 0},
+        "layout.stages_per_rank=0 does not fit layout.schedule=Interleaved1F1B: use 1 or more",
+    ),
+    pytest.param(
+        {"pp": 2, "schedule": "Interleaved1F1B", "stage_layers": (1, 1, 1, 1, 1, 1)},
+        "layout.stage_layers=[1, 1, 1, 1, 1, 1] names 6 stages, but layout.schedule=Interleaved1F1B on layout.pp=2 "
+        "has 4: give 4 numbers, or null to balance them by cost, or set layout.stages_per_rank=3",
     ),
     pytest.param(
         {"pp": 2, "schedule": "ZBVZeroBubble", "stage_layers": (3, 3)},
         "layout.stage_layers=[3, 3] names 2 stages, but layout.schedule=ZBVZeroBubble on layout.pp=2 has 4: "
         "give 4 numbers, or null to balance them by cost",
     ),
-    (
-        {"pp": 2, "stage_layers": (6, 0)},
-        "layout.stage_layers=[6, 0] leaves a stage without layers: give each 1 or more",
+    pytest.param(
+        {"pp": 3, "stage_layers": (6, 0, 2)},
+        "layout.stage_layers=[6, 0, 2] leaves a stage without anything: only the first, which has the embedding, and "
+        "the last, which has head and MTP, may have 0 layers",
+    ),
+    pytest.param(
+        {"pp": 2, "stage_layers": (7, -1)},
+        "layout.stage_layers=[7, -1] leaves a stage without anything: only the first, which has the embedding, and the "
+        "last, which has head and MTP, may have 0 layers",
     ),
 ]
 
@@ -139,8 +156,25 @@ WITH_WORKLOAD = [
         Layout(pp=4, dp=4),
         {"batch_multiple_sequences": 8},
         "schedule.batch_start_sequences=24 gives each of layout.dp=4 pipelines 3 micro-batches of "
-        "run.micro_batch_sequences=2, but layout.schedule=1F1B on layout.pp=4 needs 4: "
-        "use schedule.batch_start_sequences=32, layout.pp=3, layout.dp=3 or layout.schedule=ZBVZeroBubble",
+        "run.micro_batch_sequences=2, but layout.schedule=1F1B on layout.pp=4 takes 4 or more: "
+        "use schedule.batch_start_sequences=32, layout.pp=3 or layout.dp=2",
+    ),
+    # 48 / (8 x 2) = 3 when the ramp ends, where 2 pp = 4 are needed: it would run another schedule for ever.
+    pytest.param(
+        Layout(pp=2, dp=8, schedule="DualPipeV"),
+        {"batch_start_sequences": 16, "batch_multiple_sequences": 16},
+        "schedule.batch_full_sequences=48 gives each of layout.dp=8 pipelines 3 micro-batches of "
+        "run.micro_batch_sequences=2, but layout.schedule=DualPipeV on layout.pp=2 takes 4 or more: "
+        "use schedule.batch_full_sequences=64, layout.pp=1, layout.dp=4 or layout.schedule=ZBVZeroBubble",
+    ),
+    # 12 to 24 micro-batches: 12 are 4 rounds of 3, 13 are 4 rounds and one more.
+    pytest.param(
+        Layout(pp=3, schedule="Interleaved1F1B"),
+        {"batch_multiple_sequences": 2},
+        "schedule.batch_multiple_sequences=2 makes a step of 26 sequences, which gives each of layout.dp=1 pipelines "
+        "13 micro-batches of run.micro_batch_sequences=2, but layout.schedule=Interleaved1F1B on layout.pp=3 takes "
+        "a multiple of 13 // 3 = 4: use schedule.batch_multiple_sequences=6, layout.pp=1 or "
+        "layout.schedule=ZBVZeroBubble",
     ),
 ]
 
@@ -182,6 +216,47 @@ def test_a_layout_that_cannot_carry_the_workload_is_refused(
     assert str(refused.value) == sentence
 
 
+def test_what_a_refusal_of_micro_batches_advises_passes() -> None:
+    """Each choice of each sentence, parsed and applied.
+
+    Steps of the ramp follow the batches, as in most of configs/schedule, or are one sequence a data rank.
+    """
+    advised = Counter[str]()
+    starts = [
+        (start, full, math.gcd(start, full)) for start, full in itertools.product(range(2, 15, 3), range(8, 21, 3))
+    ]
+    starts += [(12, 24, 1), (12, 48, 1), (24, 24, 1)]
+    for name, pp, dp, (start, full, multiple) in itertools.product(SCHEDULES, (2, 3, 4), (1, 2), starts):
+        layout = Layout(pp=pp, dp=dp, schedule=name)
+        workload = Workload(24, 12, 1, dp * start, dp * full, dp * multiple, 1)
+        if start > full or (sentence := micro_batches_refused(layout, workload)) is None:
+            continue
+        for choice in re.split(r", (?=layout|schedule)| or (?=layout|schedule)", sentence.partition(": use ")[2]):
+            keys, _, values = choice.rpartition("=")
+            for value in values.split(" or "):
+                fields = [key.split(".") for key in keys.split(" and ")]
+                changed: dict[str, dict[str, Any]] = {"layout": {}, "schedule": {}}
+                for group, field in fields:
+                    changed[group][field] = int(value) if value.isdigit() else value
+                other = replace(workload, **changed["schedule"])
+                if multiple == math.gcd(start, full):
+                    both = math.gcd(other.batch_start_sequences, other.batch_full_sequences)
+                    other = replace(other, batch_multiple_sequences=both)
+                check_layout(replace(layout, **changed["layout"]), other)
+                advised[keys] += 1
+    assert len(advised) == 7, advised
+    assert min(advised.values()) > 3
+
+
+def micro_batches_refused(layout: Layout, workload: Workload) -> str | None:
+    """The sentence, if there is one."""
+    try:
+        check_layout(layout, workload)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 @pytest.mark.parametrize(("layout", "world", "sentence"), WORLDS)
 def test_a_wrong_number_of_processes_is_refused_with_a_layout_that_fits_it(
     layout: Layout, world: int, sentence: str
@@ -220,6 +295,12 @@ def test_the_suggested_layout_has_as_many_ranks_as_were_started(layout: Layout, 
         # Fewer micro-batches (3) than stages (8): legal where the schedule says so.
         (Layout(pp=3, dp=4, schedule="ZBVZeroBubble"), replace(SMALL, batch_multiple_sequences=8)),
         (Layout(pp=3, dp=4), replace(SMALL, batch_multiple_sequences=8)),
+        # The ramp gives 24 micro-batches at first, for 32 stages: until then another schedule on the same V runs.
+        (replace(V3_LAYOUT, schedule="DualPipeV"), V3),
+        # Embedding alone, head and MTP alone: 8 stages of 6 layers.
+        (Layout(pp=4, dp=1, schedule="ZBVZeroBubble", stage_layers=(0, 1, 1, 1, 1, 1, 1, 0)), SMALL),
+        # Rounds of 3: 12, 15, ..., 24 micro-batches.
+        (Layout(pp=3, schedule="InterleavedZeroBubble"), replace(SMALL, batch_multiple_sequences=6)),
     ],
 )
 def test_a_possible_layout_passes(layout: Layout, workload: Workload) -> None:
@@ -260,25 +341,47 @@ WIDTH = 3
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("pp", [2, 3, 4, 7, 16])
 def test_stages_are_where_torch_puts_them(name: str, pp: int) -> None:
-    """Against torch's own table; every stage has one owner and `rank_of_stage` inverts `stage_ids`."""
-    stages = num_stages(name, pp)
-    expected = generate_rank_to_stage_mapping(pp, stages, style=SCHEDULES[name].placement)
-    owned = [stage_ids(name, pp, rank) for rank in range(pp)]
-    assert owned == [tuple(sorted(expected[rank])) for rank in range(pp)]
-    assert sorted(stage for ids in owned for stage in ids) == list(range(stages))
-    assert all(rank_of_stage(name, pp, stage) == rank for rank in range(pp) for stage in owned[rank])
+    """Against torch's own table; every stage has one owner and `rank_of_stage` inverts `stages_of_rank`."""
+    for chunks in (None, 1, 3) if SCHEDULES[name].chunks is None else (None,):
+        layout = Layout(pp=pp, schedule=name, stages_per_rank=chunks)
+        stages = layout.num_stages
+        assert stages == pp * (chunks or SCHEDULES[name].chunks or 2)
+        expected = generate_rank_to_stage_mapping(pp, stages, style=SCHEDULES[name].placement)
+        owned = [layout.stages_of_rank(rank) for rank in range(pp)]
+        assert owned == [tuple(sorted(expected[rank])) for rank in range(pp)]
+        assert sorted(stage for ids in owned for stage in ids) == list(range(stages))
+        assert all(layout.rank_of_stage(stage) == rank for rank in range(pp) for stage in owned[rank])
 
 
-def test_v_placement_by_hand() -> None:
+def test_placement_by_hand() -> None:
     """16 ranks of DeepSeek-V3: rank r owns r and 31 - r; embedding (0) and head (31) share rank 0."""
-    assert [stage_ids("ZBVZeroBubble", 16, rank) for rank in (0, 1, 15)] == [(0, 31), (1, 30), (15, 16)]
-    assert [stage_ids("1F1B", 4, rank) for rank in range(4)] == [(0,), (1,), (2,), (3,)]
+    v, loop = Layout(pp=16, schedule="DualPipeV"), Layout(pp=4, schedule="Interleaved1F1B", stages_per_rank=3)
+    assert [v.stages_of_rank(rank) for rank in (0, 1, 15)] == [(0, 31), (1, 30), (15, 16)]
+    assert [Layout(pp=4).stages_of_rank(rank) for rank in range(4)] == [(0,), (1,), (2,), (3,)]
+    assert [loop.stages_of_rank(rank) for rank in (0, 3)] == [(0, 4, 8), (3, 7, 11)]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_one_rank_is_one_stage(name: str) -> None:
-    assert (num_stages(name, 1), stage_ids(name, 1, 0), rank_of_stage(name, 1, 0)) == (1, (0,), 0)
-    assert SCHEDULES[name].min_micro_batches(1) == 1
+    layout = Layout(schedule=name)
+    assert (layout.num_stages, layout.stages_of_rank(0), layout.rank_of_stage(0)) == (1, (0,), 0)
+    assert SCHEDULES[name].fewest(1) == 1
+
+
+def test_a_step_with_few_micro_batches_runs_on_the_same_stages_of_the_same_ranks() -> None:
+    for name, facts in SCHEDULES.items():
+        for pp, count in ((2, 1), (2, 3), (2, 4), (16, 24), (16, 32), (16, 120)):
+            found = facts.of_step(pp, count)
+            if facts.takes(pp, count):
+                assert found is facts
+            elif found is not None:
+                assert found.takes(pp, count)
+                layouts = [Layout(pp=pp, schedule=each) for each in (name, found.name)]
+                assert len({tuple(map(layout.stages_of_rank, range(pp))) for layout in layouts}) == 1
+    assert [SCHEDULES["DualPipeV"].of_step(16, count).name for count in (24, 31, 32)] == [  # type: ignore[union-attr]
+        "ZBVZeroBubble", "ZBVZeroBubble", "DualPipeV",
+    ]  # fmt: skip
+    assert SCHEDULES["1F1B"].of_step(16, 15) is SCHEDULES["Interleaved1F1B"].of_step(16, 120) is None
 
 
 def test_an_unknown_schedule_is_refused_with_the_nearest_name() -> None:
@@ -292,14 +395,14 @@ def accepted_counts(rank: int, world: int, names: list[str], counts: list[int]) 
     """For each schedule and number of micro-batches: the gradients' sum on this rank, or torch's refusal."""
     outcomes: dict[tuple[str, int], Any] = {}
     for name in names:
-        ids = stage_ids(name, world, rank)
+        layout = Layout(pp=world, schedule=name)
+        ids, total = layout.stages_of_rank(rank), layout.num_stages
         for count in counts:
             modules = {stage: nn.Linear(WIDTH, WIDTH, bias=False) for stage in ids}
             for stage, module in modules.items():
                 nn.init.constant_(module.weight, 0.5 + stage)
-            total = num_stages(name, world)
             stages = [PipelineStage(module, stage, total, torch.device("cpu")) for stage, module in modules.items()]
-            first = stages[0] if SCHEDULES[name].stages_per_rank == 1 else stages
+            first = stages[0] if SCHEDULES[name].chunks == 1 else stages
             try:
                 schedule = get_schedule_class(name)(first, count, loss_fn=sum_of, scale_grads=False)
             except ValueError as error:
@@ -322,22 +425,29 @@ def sum_of(output: Tensor, target: Tensor) -> Tensor:
     return (output * target).sum()
 
 
-def test_torch_accepts_exactly_the_counts_from_the_minimum_on() -> None:
-    """Two gloo ranks. At and above the minimum the gradients are those of all micro-batches; below, torch refuses.
+def test_torch_accepts_exactly_the_counts_that_a_schedule_takes() -> None:
+    """Two gloo ranks. Where torch accepts, the gradients are those of all micro-batches.
 
     Truth by hand: stage s multiplies each of 3 equal inputs by 3 (0.5 + s), so a row reaches the loss as a product and
     the 9 entries of stage s's weight gradient sum to loss / (0.5 + s), times the number of rows. All exact in FP32.
     """
-    counts = [1, 2, 3]
+    counts = [1, 2, 3, 4, 5]
     by_rank = run_ranks(2, accepted_counts, list(SCHEDULES), counts)
     for name, facts in SCHEDULES.items():
-        stages = num_stages(name, 2)
+        stages = Layout(pp=2, schedule=name).num_stages
         loss = 3.0 * math.prod(3 * (0.5 + stage) for stage in range(stages))
         for count in counts:
             outcomes = [outcome[name, count] for outcome in by_rank]
-            if count < facts.min_micro_batches(2):
+            if not facts.takes(2, count):
                 assert all("microbatches" in outcome for outcome in outcomes), outcomes
                 continue
             found = outcomes[0] | outcomes[1]
             assert found == {stage: count * loss / (0.5 + stage) for stage in range(stages)}
-    assert [SCHEDULES[name].min_micro_batches(2) for name in ("1F1B", "ZBVZeroBubble")] == [2, 1]
+    taken = {name: [count for count in counts if facts.takes(2, count)] for name, facts in SCHEDULES.items()}
+    assert taken == {
+        "1F1B": [2, 3, 4, 5],
+        "Interleaved1F1B": [1, 2, 3, 4],
+        "InterleavedZeroBubble": [1, 2, 3, 4],
+        "ZBVZeroBubble": [1, 2, 3, 4, 5],
+        "DualPipeV": [4, 5],
+    }

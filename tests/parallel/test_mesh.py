@@ -47,7 +47,7 @@ def expected_ranks(layout: Layout, axis: str, rank: int) -> list[int]:
     ]
     if axis == "tied":
         # Embedding on the first pipeline rank; the last stage is on the last one, or on the first of a V.
-        ends = {0} if layout.schedule == "ZBVZeroBubble" else {0, layout.pp - 1}
+        ends = {0} if layout.schedule in ("ZBVZeroBubble", "DualPipeV") else {0, layout.pp - 1}
         ranks = [other for other in ranks if coordinates(other)[0] in ends] if mine[0] in ends else [rank]
     return ranks
 
@@ -63,6 +63,7 @@ def expected_ranks(layout: Layout, axis: str, rank: int) -> list[int]:
         Layout(dp=8, ep=8, ranks_per_node=2, dispatch="node"),
         Layout(dp=8, ep=4, ranks_per_node=4, dispatch="node"),
         Layout(dp=4, ep=4, ranks_per_node=1, dispatch="node"),
+        Layout(pp=3, dp=2, schedule="Interleaved1F1B", stages_per_rank=3),
     ],
 )
 def test_axes_are_the_ranks_that_differ_in_one_coordinate(layout: Layout) -> None:

@@ -12,23 +12,35 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed.pipelining import PipelineStage
 
-from parallel.layout import SCHEDULES, Layout
-from parallel.pipeline_stage import ScheduledStage, WaitingWgrads
-from tests.parallel.pipeline_ranks import CASES, COUNTED, Walks, announced, let_wait, walk
+from parallel.layout import Layout
+from parallel.pipeline_stage import MessagesUnderWay, ScheduledStage, WaitingWgrads
+from parallel.schedules import MOST_MESSAGES, SCHEDULES
+from tests.parallel.pipeline_ranks import CASES, COUNTED, Calls, Walks, announced, calls_of, let_wait, send_late, walk
 from tests.parity.layout_theorem import MODEL
 from tests.ranks import run_ranks
+from tests.studies.plan.test_orders import torch_schedule
 
 # A gradient is a sum over at most 384 tokens, regrouped: sqrt(384) 2^-24 times 4 for cancellation (docs/numerics.md).
 GRADIENT_BOUND = 5e-6
 LAYOUTS = {
     "1F1B": Layout(pp=2, stage_layers=(3, 2)),
     "ZBVZeroBubble": Layout(pp=2, schedule="ZBVZeroBubble", stage_layers=(2, 1, 1, 1)),
+    # A step of fewer than 4 micro-batches runs ZBVZeroBubble. Head and MTP alone on the last stage.
+    "DualPipeV": Layout(pp=2, schedule="DualPipeV", stage_layers=(2, 1, 2, 0)),
+}
+# Of these only the operators are counted.
+INTERLEAVED = {
+    "Interleaved1F1B": Layout(pp=2, schedule="Interleaved1F1B", stage_layers=(2, 1, 1, 1)),
+    "InterleavedZeroBubble": Layout(pp=2, schedule="InterleavedZeroBubble", stage_layers=(0, 2, 2, 1)),
 }
 # Which schedule object runs each of CASES: a new one whenever the number or the shape of micro-batches changes.
 SCHEDULE_OF_CASE = [0, 0, 1, 2, 3, 4]
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(
+    scope="module",
+    params=[name if name != "DualPipeV" else pytest.param(name, marks=pytest.mark.long) for name in LAYOUTS],
+)
 def walks(request: pytest.FixtureRequest) -> Walks:
     """Schedule, and what each of two ranks found under it."""
     return request.param, run_ranks(2, walk, LAYOUTS[request.param])
@@ -82,7 +94,7 @@ def test_most_in_flight_is_what_a_run_holds(walks: Walks) -> None:
 def test_relay_scores_as_one_process_does(walks: Walks) -> None:
     """The hidden state and the loss of 3 sequences, bit for bit, on the rank that ends and on no other."""
     name, ranks = walks
-    ends = {"1F1B": 1, "ZBVZeroBubble": 0}[name]
+    ends = LAYOUTS[name].rank_of_stage(LAYOUTS[name].num_stages - 1)
     for rank, found in enumerate(ranks):
         expected = True if rank == ends else None
         assert (found.same_hidden, found.same_score) == (expected, expected)
@@ -153,7 +165,17 @@ AGAIN = Counter(gemm_tile_block=2 * BLOCKS * MICRO_BATCHES, add_norm_quantize=2 
 
 def test_each_fp8_gemm_runs_exactly_once_per_micro_batch(walks: Walks) -> None:
     """Summed over ranks every operator runs as often as in one process: fprop, dgrad and wgrad of each linear."""
-    ranks = [rank.calls for rank in walks[1]]
+    check_calls([rank.calls for rank in walks[1]])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", INTERLEAVED)
+def test_each_fp8_gemm_runs_once_on_interleaved_stages_too(name: str) -> None:
+    check_calls(run_ranks(2, calls_of, INTERLEAVED[name]))
+
+
+def check_calls(ranks: list[Calls]) -> None:
+    """Of three FP8 steps on both ranks, the last one with recomputation."""
     totals: list[Counter[str]] = [sum((rank.pipeline[step] for rank in ranks), Counter()) for step in range(3)]
     # Once a bucket, and each rank has its own.
     assert all(counted.pop("sums_of_squares") for counted in (*totals, *ranks[0].alone))
@@ -170,14 +192,26 @@ def test_each_fp8_gemm_runs_exactly_once_per_micro_batch(walks: Walks) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "played", "counts"), [(4, [0, 1, 2, 3], [1, 2, 4, 7, 20]), (16, [0, 6, 15], [16, 120])]
+    ("ranks", "played", "counts"), [(4, [0, 1, 2, 3], [1, 2, 4, 7, 8, 20]), (16, [0, 6, 15], [16, 120])]
 )
 def test_most_in_flight_has_the_known_values(ranks: int, played: list[int], counts: list[int]) -> None:
-    """1F1B: rank r warms up with pp - r. ZBV: 2 pp on every rank, of stages half as large, once it is filled."""
+    """1F1B: rank r warms up with pp - r. The others have two stages a rank, half as large.
+
+    Once these are filled, ZBV holds 2 pp on every rank, DualPipeV one more, the forward of a pair beside its backward;
+    Interleaved1F1B a round on the first stage, 2 (pp - 1 - r) of warm-up and the one that runs; InterleavedZeroBubble a
+    round and pp.
+    """
     (found,) = run_ranks(1, announced, ranks, played, counts)
     for (name, count), held in found.items():
+        whole_round = count // max(1, count // ranks)
         if name == "1F1B":
             assert held == [min(ranks - rank, count) for rank in played]
+        elif name == "Interleaved1F1B":
+            assert held == [min(whole_round + 2 * (ranks - 1 - rank) + 1, 2 * count) for rank in played]
+        elif name == "InterleavedZeroBubble":
+            assert held == [min(whole_round + ranks, 2 * count) for _ in played]
+        elif name == "DualPipeV":
+            assert held == [2 * ranks + 1] * len(played)
         elif count >= 2 * ranks - 1:
             assert held == [2 * ranks] * len(played)
         else:
@@ -207,8 +241,8 @@ class Message:
 
 
 def test_a_send_is_let_go_as_soon_as_the_backend_reports_it_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The contract with NCCL, whose works report that they are done; gloo's never do, and are waited for at the end."""
-    messages = [Message() for _ in range(4)]
+    """The contract with NCCL, whose works report that they are done; gloo's never do, and are waited for by number."""
+    messages = [Message() for _ in range(6)]
     # What torch's side of the stage would have sent.
     operations = [
         SimpleNamespace(op=lambda *_, message=message, **__: message, tensor=None, group=None, tag=0, group_peer=1)
@@ -216,17 +250,105 @@ def test_a_send_is_let_go_as_soon_as_the_backend_reports_it_done(monkeypatch: py
     ]
     monkeypatch.setattr(PipelineStage, "__init__", lambda self: None)
     monkeypatch.setattr(PipelineStage, "get_fwd_send_ops", lambda self, i: [operations[i]])
-    stage = ScheduledStage(waiting=WaitingWgrads(None), sends_itself=True)
-    assert stage.get_fwd_send_ops(0) == stage.get_fwd_send_ops(1) == [], "nothing is left for the runtime to hold"
+    under_way = MessagesUnderWay(3)
+    stage, other = (ScheduledStage(waiting=WaitingWgrads(None), messages=under_way) for _ in range(2))
+    assert stage.get_fwd_send_ops(0) == other.get_fwd_send_ops(1) == [], "nothing is left for the runtime to hold"
     messages[0].arrived = True
     stage.get_fwd_send_ops(2)
-    assert [message.waited for message in messages] == [True, False, False, False]
+    assert [message.waited for message in messages] == [True, False, False, False, False, False]
     # The third is done before the second: it is kept until its turn comes.
     messages[2].arrived = True
-    stage.get_fwd_send_ops(3)
-    assert len(stage._sends) == 3
-    stage.finish_sends()
-    assert all(message.waited for message in messages)
-    assert not stage._sends
-    mixed = ScheduledStage(waiting=WaitingWgrads(None), sends_itself=False)
+    other.get_fwd_send_ops(3)
+    assert [message.waited for message in messages] == [True, False, False, False, False, False]
+    # With a fourth there would be four under way, of both stages: the rank waits for the oldest, and the next was done.
+    stage.get_fwd_send_ops(4)
+    assert [message.waited for message in messages] == [True, True, True, False, False, False]
+    other.finish_sends()
+    assert [message.waited for message in messages] == [True] * 5 + [False]
+    mixed = ScheduledStage(waiting=WaitingWgrads(None), messages=None)
     assert mixed.get_fwd_send_ops(1) == [operations[1]], "1F1B batches and waits by itself"
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_sends_that_complete_late_are_never_more_than_the_limit_and_block_nobody(world: int) -> None:
+    """Every schedule on gloo, whose sends end once the receiver is there, behind a backend that is slow to say so.
+
+    Gradients have the same bits under each limit. Without one, all that a rank sends in a step piles up.
+    """
+    limits = (1, MOST_MESSAGES, 1000)
+    for found in run_ranks(world, send_late, limits):
+        assert found.keys() == SCHEDULES.keys() - {"1F1B"}
+        for name, by_limit in found.items():
+            most, gradients = zip(*by_limit, strict=True)
+            assert most[0] == 1, name
+            assert most[1] == MOST_MESSAGES < most[2], name
+            assert len(set(gradients)) == 1, name
+
+
+Part = tuple[str, int, int]
+
+
+def with_messages(name: str, pp: int, chunks: int, micro_batches: int) -> list[list[tuple[Part, ...]]]:
+    """Of each rank torch's actions, sends and receives among them: (kind, stage, micro-batch) of each part."""
+    by_rank = torch_schedule(name, pp, chunks, micro_batches).pipeline_order_with_comms
+    return [
+        [
+            tuple((part.computation_type.name, part.stage_index, part.microbatch_index) for part in parts)
+            for parts in (action.sub_actions or (action,) for action in by_rank[rank])
+            if parts[0].microbatch_index is not None
+        ]
+        for rank in range(pp)
+    ]
+
+
+def run_to_the_end(order: list[list[tuple[Part, ...]]]) -> bool:
+    """Whether every rank gets there if each send holds it up until the receiver has come to its receive."""
+    remote = {part for actions in order for parts in actions for part in parts if part[0].startswith("RECV")}
+    reached, at = set[Part](), [0] * len(order)
+
+    def ends(part: Part) -> bool:
+        kind, stage, micro_batch = part
+        if kind.startswith("SEND"):
+            return (f"RECV_{kind[-1]}", stage + (1 if kind == "SEND_F" else -1), micro_batch) in reached
+        needs = {"FORWARD": ("F", stage - 1), "FULL_BACKWARD": ("B", stage + 1), "BACKWARD_INPUT": ("B", stage + 1)}
+        if kind not in needs or (f"RECV_{needs[kind][0]}", stage, micro_batch) not in remote:
+            return True
+        direction, sender = needs[kind]
+        return (f"SEND_{direction}", sender, micro_batch) in reached
+
+    while True:
+        before = sum(at)
+        for rank, actions in enumerate(order):
+            while at[rank] < len(actions):
+                reached.update(actions[at[rank]])
+                if not all(map(ends, actions[at[rank]])):
+                    break
+                at[rank] += 1
+        if sum(at) == before:
+            return at == [len(actions) for actions in order]
+
+
+def received_late(actions: list[tuple[Part, ...]]) -> list[tuple[Part, ...]]:
+    """The same with each receive directly before what needs it."""
+    waiting = {parts[0] for parts in actions if parts[0][0].startswith("RECV")}
+    late: list[tuple[Part, ...]] = []
+    for parts in (parts for parts in actions if parts[0] not in waiting):
+        for kind, stage, micro_batch in parts:
+            needed = ("RECV_F" if kind == "FORWARD" else "RECV_B", stage, micro_batch)
+            if kind in ("FORWARD", "FULL_BACKWARD", "BACKWARD_INPUT") and needed in waiting:
+                late.append((needed,))
+        late.append(parts)
+    return late
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "1F1B"])
+def test_a_rank_may_wait_for_any_of_its_sends(name: str) -> None:
+    """Even for each at once: why a bound on messages under way is free of deadlocks. Later receives would not be."""
+    facts, stuck = SCHEDULES[name], 0
+    for pp in (2, 3, 4, 6):
+        for micro_batches in (m for m in (1, 2, pp, 2 * pp, 3 * pp, 4 * pp + 1) if facts.takes(pp, m)):
+            for chunks in (facts.chunks,) if facts.chunks else (2, 3):
+                order = with_messages(name, pp, chunks, micro_batches)
+                assert run_to_the_end(order), (pp, chunks, micro_batches)
+                stuck += not run_to_the_end([received_late(actions) for actions in order])
+    assert stuck > 0, "or nothing was simulated"

@@ -232,21 +232,21 @@ def test_what_does_not_fit_is_refused_by_all_ranks_alike_and_none_hangs(
     assert accepted == f"resumed at step {SAVED_AT}"
 
 
-def ramping(rank: int, world: int, config: PretrainConfig) -> tuple[list[tuple[int, int]], list[int]]:
-    """A whole run; what this rank read of the stream (position, sequences), and its micro-batches, step by step."""
+def ramping(rank: int, world: int, config: PretrainConfig) -> tuple[list[tuple[int, int]], list[tuple[int, str]]]:
+    """A whole run; what this rank read of the stream (position, sequences), and its micro-batches and schedule."""
     trainer = trainer_on(config, world)
     stream, pipeline = trainer.components.stream, trainer.engine.pipeline
     take, run = stream.take, pipeline.run
     taken: list[tuple[int, int]] = []
-    counts: list[int] = []
+    counts: list[tuple[int, str]] = []
 
     def noted_take(position: int, count: int) -> Batch:
         taken.append((position, count))
         return take(position, count)
 
     def noted_run(inputs: Inputs, *, num_micro_batches: int) -> None:
-        counts.append(num_micro_batches)
         run(inputs, num_micro_batches=num_micro_batches)
+        counts.append((num_micro_batches, type(pipeline._schedule).__name__))
 
     stream.take, pipeline.run = noted_take, noted_run  # type: ignore[method-assign]
     trainer.fit()
@@ -256,7 +256,8 @@ def ramping(rank: int, world: int, config: PretrainConfig) -> tuple[list[tuple[i
 def test_the_batch_ramp_moves_in_whole_micro_batches_of_every_data_rank(
     small_run: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    layout, micro = Layout(pp=2, dp=2, schedule="ZBVZeroBubble"), 2
+    """In three steps each pipeline has two, fewer than DualPipeV takes: another schedule runs, and is announced."""
+    layout, micro = Layout(pp=2, dp=2, schedule="DualPipeV"), 1
     # Linear over 640 tokens: 4, 5.6, 7.2, 8.8, 12; rounded down to steps of 4, whatever the layout.
     batches = [4, 4, 4, 8, 12]
     changes = {
@@ -280,6 +281,9 @@ def test_the_batch_ramp_moves_in_whole_micro_batches_of_every_data_rank(
         share = [size // layout.dp for size in batches]
         data_rank = rank % layout.dp
         assert taken == [(start + data_rank * size, size) for start, size in zip(starts, share, strict=True)]
-        assert counts == [size // micro for size in share]
+        names = ["ScheduleZBVZeroBubble"] * 3 + ["ScheduleDualPipeV"] * 2
+        assert counts == [(size // micro, name) for size, name in zip(share, names, strict=True)]
+    card = json.loads((tmp_path / "4" / "fp32" / "run_card.json").read_text())
+    assert card["at_first"] == {"schedule": "ZBVZeroBubble", "until_step": 3, "micro_batches": 4}
     for ours, theirs in zip(logs[4], logs[1], strict=True):
         assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=LOSS_BOUND)

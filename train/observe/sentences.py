@@ -62,13 +62,24 @@ def opening(card: Mapping[str, Any], *, directory: Path, num_steps: int, step: i
     apart = f", and {mtp} in MTP layers" if sizes["mtp"] else ""
     budget = f"{card['tokens_total']:,} tokens in {num_steps:,} steps, sequences of {card['sequence_length']}"
     inexact = [] if card["deterministic"] else [f"a resume goes on {_INEXACT}"]
+    first = card.get("at_first")
+    few = [few_micro_batches(first, layout["schedule"])] if first and step < first["until_step"] else []
     return [
         f"{card['precision']} on {card['device']}{threads}, {several}, torch {card['torch']}",
         f"model: {total} parameters, {active} active per token{apart}",
         f"budget: {budget}; {num_steps - step:,} steps to go",
         f"folder: {directory}, a checkpoint every {every_steps} steps; SIGTERM or Ctrl-C saves and stops",
+        *few,
         *inexact,
     ]
+
+
+def few_micro_batches(first: Mapping[str, Any], schedule: str) -> str:
+    """That another pipeline schedule runs at first, and until when; `first` is the run card's `at_first`."""
+    return (
+        f"pipeline: {first['schedule']} until step {first['until_step']:,}, on the same stages: the batch ramp gives "
+        f"fewer than the {first['micro_batches']} micro-batches of {schedule}"
+    )
 
 
 def closing(

@@ -11,7 +11,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from parallel.collectives import Traffic
-from parallel.layout import num_stages
 from tests.studies.plan.test_dry_run import small
 from train.assemble import assemble
 from train.config import PretrainConfig, compose
@@ -119,7 +118,7 @@ def check_against_dry_run(
             assert getattr(closed, name) == pytest.approx(getattr(counted, name), rel=0.02), name
         # Left out: token ids of all micro-batches, and cosines and sines of each stage, for MTP of another length.
         tokens, model = config.run.micro_batch_sequences * config.data.sequence_length, config.model
-        tables = num_stages(layout.schedule, layout.pp) // layout.pp + model.num_nextn_predict_layers
+        tables = layout.chunks + model.num_nextn_predict_layers
         others = count * tokens * 16 + tables * config.data.sequence_length * model.qk_rope_head_dim * 4
         # Left out too: a message that has come and is not used yet, under `messages`.
         assert closed.activations == pytest.approx(counted.held - others, rel=0.05)

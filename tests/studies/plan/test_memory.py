@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.operators import FLOP_FORMULAS
 from kernels.router import select_experts
-from parallel.layout import Layout, num_stages, stage_ids
+from parallel.layout import Layout
 from parallel.mesh import Axis
 from parallel.zero import ALIGNMENT, GradientBuckets
 from tests.tiny_model import TINY
@@ -51,12 +51,12 @@ V3_MAIN, V3_MTP = 671_026_419_200, 11_610_068_224
 
 def held_by_rank(config: ModelConfig, layout: Layout, pp_rank: int) -> Held:
     """Layers spread evenly over the stages, the first ones taking the rest."""
-    stages = num_stages(layout.schedule, layout.pp)
+    stages = layout.num_stages
     counts = (share(config.num_hidden_layers, ranks=stages, rank=stage) for stage in range(stages))
     bounds = list(pairwise(accumulate(counts, initial=0)))
     parts = [
         StageSpec(range(*bounds[stage]), is_first=stage == 0, is_last=stage == stages - 1)
-        for stage in stage_ids(layout.schedule, layout.pp, pp_rank)
+        for stage in layout.stages_of_rank(pp_rank)
     ]
     return held_by(config, parts)
 

@@ -22,38 +22,33 @@ def most_loaded(split: Split) -> float:
     return max(load) + 0.001 * min(load)
 
 
-@pytest.mark.parametrize("least_last", [0, 1])
 @pytest.mark.parametrize("num_layers", [4, 7, 11])
-def test_the_split_is_the_fastest_of_all(num_layers: int, least_last: int) -> None:
+def test_the_split_is_the_fastest_of_all(num_layers: int) -> None:
     every = [
-        split
-        for split in product(range(num_layers + 1), repeat=4)
-        if sum(split) == num_layers and min(split[:-1]) >= 1 and split[-1] >= least_last
+        split for split in product(range(num_layers + 1), repeat=4) if sum(split) == num_layers and min(split[:-1]) >= 1
     ]
-    first = deals(num_layers, V, last_stage_layers=FIXED, least_last=least_last)
-    found = best_split(first, most_loaded, least_last=least_last, tries=200)
+    first = deals(num_layers, V, last_stage_layers=FIXED)
+    found = best_split(first, most_loaded, tries=200)
     assert found in every
     assert most_loaded(found) == min(map(most_loaded, every))
 
 
-@pytest.mark.parametrize("least_last", [0, 1])
-def test_a_deal_is_even_and_leaves_no_other_stage_without_layers(least_last: int) -> None:
+def test_a_deal_is_even_and_leaves_no_other_stage_without_layers() -> None:
     ranks = [min(stage, 31 - stage) for stage in range(32)]
-    for split in deals(61, ranks, last_stage_layers=3.0, least_last=least_last):
+    for split in deals(61, ranks, last_stage_layers=3.0):
         assert sum(split) == 61
         assert min(split[:-1]) == 1
-        assert split[-1] >= least_last
         loads = [split[rank] + split[31 - rank] for rank in range(1, 16)]
         # 61 layers on 16 ranks, where the first has other work: no other rank has two more than another.
         assert max(loads) - min(loads) <= 1
 
 
 def test_the_same_search_finds_the_same_split() -> None:
-    first = deals(11, V, last_stage_layers=FIXED, least_last=0)
-    found = {best_split(first, most_loaded, least_last=0, tries=20) for _ in range(3)}
+    first = deals(11, V, last_stage_layers=FIXED)
+    found = {best_split(first, most_loaded, tries=20) for _ in range(3)}
     assert len(found) == 1
 
 
 def test_one_stage_has_all_layers() -> None:
-    first = deals(5, [0], last_stage_layers=1.0, least_last=1)
-    assert best_split(first, sum, least_last=1, tries=9) == (5,)
+    first = deals(5, [0], last_stage_layers=1.0)
+    assert best_split(first, sum, tries=9) == (5,)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from parallel.balance import balanced_layers
-from parallel.layout import schedule_facts
 from train.model.sizes import layer_costs, parameter_counts
 
 if TYPE_CHECKING:
@@ -79,13 +78,13 @@ class Candidate:
 def candidate_of(config: PretrainConfig) -> Candidate:
     """The layout of a configuration as the trainer runs it."""
     layout, precision = config.layout, config.precision
-    split = layout.stage_layers or balanced_layers(layer_costs(config.model), layout.schedule, layout.pp)
+    split = layout.stage_layers or balanced_layers(layer_costs(config.model), layout)
     return Candidate(
         pp=layout.pp,
         dp=layout.dp,
         ep=layout.ep,
         schedule=layout.schedule,
-        chunks=schedule_facts(layout.schedule).stages_per_rank if layout.pp > 1 else 1,
+        chunks=layout.chunks,
         stage_layers=split,
         micro_batch_sequences=config.run.micro_batch_sequences,
         recompute=config.run.recompute,

@@ -122,8 +122,9 @@ class Planner:
     # ---- memory
 
     def moments(self, candidate: Candidate) -> Sequence[Sequence[Moment]]:
-        """What each pipeline rank holds during a step of the full batch."""
-        return moments_of(candidate, self.micro_batches(candidate))
+        """What each pipeline rank holds during a step of the full batch, or of the ramp before it."""
+        first = self.micro_batches(candidate, self.config.schedule.batch_start_sequences)
+        return moments_of(candidate, self.micro_batches(candidate), at_first=first)
 
     def footprints(self, candidate: Candidate, imbalance: float | None = None) -> list[Footprint]:
         """Of every pipeline rank; with no imbalance given, that of the loads."""
@@ -383,8 +384,8 @@ def _changes(planner: Planner) -> list[dict[str, Any]]:
         now = replace(now, schedule="DualPipeV", overlap=True)
         add("+ overlap, DualPipeV", now, how, (replace(base, schedule="DualPipeV", overlap=True), planner.ours))
     if now.pp > 1:
-        split = split_by_time(planner.setup(now, how), micro_batches=planner.micro_batches(now), least_last=0)
-        own = split_by_time(planner.setup(base), micro_batches=planner.micro_batches(base), least_last=0)
+        split = split_by_time(planner.setup(now, how), micro_batches=planner.micro_batches(now))
+        own = split_by_time(planner.setup(base), micro_batches=planner.micro_batches(base))
         now = replace(now, stage_layers=split)
         add("+ layers split by time", now, how, (replace(base, stage_layers=own), planner.ours))
     if configured.precision == "fp8":

@@ -33,10 +33,12 @@ from torch import nn
 from parallel.layout import Layout
 from parallel.mesh import Mesh, init_processes, make_mesh
 from parallel.pipeline import Pipeline
+from train.assemble import at_first
 from train.config import PretrainConfig
 from train.model.config import StageSpec
 from train.model.precision import Precision
 from train.model.sizes import flops_per_token, held_by, parameters, weights
+from train.observe.sentences import few_micro_batches
 from train.schedules import ScheduleConfig, scheduled_values
 from train.stage import stage_specs
 from train.studies import measured
@@ -119,17 +121,21 @@ def _measured(config: PretrainConfig, rank: int, known: dict[StageKind, ChunkByt
     # 2 pp - 1 micro-batches on. One more lets a receive buffer meet them.
     schedule, layout = config.schedule, config.layout
     full = scheduled_values(schedule, step=0, tokens_seen=schedule.batch_ramp_tokens).batch_sequences
-    count = min(2 * layout.pp, full // layout.dp // config.run.micro_batch_sequences)
+    counts = [min(2 * layout.pp, full // layout.dp // config.run.micro_batch_sequences)]
+    # While the ramp gives too few, another schedule runs; it holds most with most of them.
+    counts += [layout.facts.fewest(layout.pp) - 1] if at_first(config) else []
     with as_rank(config, rank) as mesh:
-        memory = measure(config, mesh, num_micro_batches=count, known=known)
+        planned = [measure(config, mesh, num_micro_batches=count, known=known) for count in counts]
+    memory = max(planned, key=lambda each: each.total)
     return replace(memory, messages=round(_closed_form(config, rank, 1.0).messages))
 
 
 def _closed_form(config: PretrainConfig, rank: int, imbalance: float) -> Footprint:
     """Of a rank's pipeline rank."""
     candidate = candidate_of(config)
-    count = config.schedule.batch_full_sequences // candidate.dp // candidate.micro_batch_sequences
-    found = footprint(config, candidate, moments_of(candidate, count), imbalance=imbalance)
+    unit, schedule = candidate.dp * candidate.micro_batch_sequences, config.schedule
+    counts = schedule.batch_full_sequences // unit, schedule.batch_start_sequences // unit
+    found = footprint(config, candidate, moments_of(candidate, counts[0], at_first=counts[1]), imbalance=imbalance)
     return found[rank // candidate.dp]
 
 
@@ -145,7 +151,10 @@ def _tables(config: PretrainConfig, rank: int, memory: Memory) -> list[list[str]
         _position(config, mesh, parts),
         _memory_table(memory),
         *([_imbalance_table(config, rank, memory)] if config.layout.ep > 1 else []),
-        _ramp_table(points),
+        [
+            *_ramp_table(points),
+            *([few_micro_batches(first, config.layout.schedule)] if (first := at_first(config)) else []),
+        ],
         _work_table(config, mesh, parts.values(), points[-1]),
     ]
 

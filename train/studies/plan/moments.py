@@ -4,10 +4,11 @@ Read from action lists (arXiv:2412.19437 §3.2.1). An action is (kind, stage, mi
 I its input part, W its weight part; a step is one action or several that overlap.
 
 Messages. A hidden state that goes forward is held by its own micro-batch until the gradient has come back, which proves
-that it arrived. A gradient that goes back is held until it is sent, and nobody waits for that: ours counts as under way
-until something that this rank has used was sent after the neighbour had used it. A message to this rank counts as
-arrived as soon as its sender can have sent it, given what this rank has sent so far. Both are the worst that messages
-between two neighbours allow; what other ranks would hold back besides is not looked at.
+that it arrived. A gradient that goes back is held until it is sent: ours counts as under way until something that this
+rank has used was sent after the neighbour had used it, and no more of them than `MOST_MESSAGES`, beyond which the rank
+waits. A message to this rank counts as arrived as soon as its sender can have sent it, given what this rank has sent so
+far. Both are the worst that messages between two neighbours allow; what other ranks would hold back besides is not
+looked at.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
+from parallel.schedules import MOST_MESSAGES
 from train.studies.plan.candidate import Candidate
-from train.studies.plan.orders import Orders, Step, orders, refusal
+from train.studies.plan.orders import SCHEDULES, Orders, Step, fallback, orders, refusal
 
 
 class Moment(NamedTuple):
@@ -41,17 +43,23 @@ def moments(orders: Orders, *, max_waiting_wgrads: int | None) -> list[list[Mome
     return found
 
 
-def moments_of(candidate: Candidate, micro_batches: int) -> list[list[Moment]]:
-    """Those of a candidate's step; the rounds of a full pipeline repeat themselves."""
+def moments_of(candidate: Candidate, micro_batches: int, *, at_first: int) -> list[list[Moment]]:
+    """Those of a candidate's steps with so many micro-batches and, from `at_first` on, of the ramp before them.
+
+    The rounds of a full pipeline repeat themselves.
+    """
     name, pp, chunks = candidate.schedule, candidate.pp, candidate.chunks
+    few = fallback(name, pp, chunks, at_first) or name
     count = min(micro_batches, 2 * pp)
     count = micro_batches if refusal(name, pp, chunks, count) else count
-    return _moments_of(name, pp, chunks, count, candidate.max_waiting_wgrads)
+    steps = ((name, count),) if few == name else ((name, count), (few, SCHEDULES[name].fewest(pp) - 1))
+    return _moments_of(steps, pp, chunks, candidate.max_waiting_wgrads)
 
 
 @cache
-def _moments_of(name: str, pp: int, chunks: int, count: int, waiting: int | None) -> list[list[Moment]]:
-    return moments(orders(name, pp, chunks, count), max_waiting_wgrads=waiting)
+def _moments_of(steps: tuple[tuple[str, int], ...], pp: int, chunks: int, waiting: int | None) -> list[list[Moment]]:
+    found = [moments(orders(name, pp, chunks, count), max_waiting_wgrads=waiting) for name, count in steps]
+    return [_fullest(moment for moments in of_rank for moment in moments) for of_rank in zip(*found, strict=True)]
 
 
 def _fullest(moments: Iterable[Moment]) -> list[Moment]:
@@ -97,7 +105,7 @@ class _Message(NamedTuple):
 
 def _in_flight(steps: int, neighbours: Mapping[int, Sequence[_Message]]) -> list[int]:
     """Before each step of a rank: gradients that it has sent and messages that it can have got, not used yet."""
-    counts = [0] * steps
+    sent, arrived = [0] * steps, [0] * steps
     for messages in neighbours.values():
         goes = sorted((each for each in messages if not each.comes), key=lambda each: each.theirs)
         comes = sorted((each for each in messages if each.comes), key=lambda each: each.theirs)
@@ -116,11 +124,12 @@ def _in_flight(steps: int, neighbours: Mapping[int, Sequence[_Message]]) -> list
             while made < len(comes) and (free == len(goes) or comes[made].theirs < goes[free].theirs):
                 made += 1
             under_way = [each for each in under_way if each.theirs > proven]
-            counts[step] += made - taken + len(under_way)
+            sent[step] += len(under_way)
+            arrived[step] += made - taken
             taken += used[step]
             proven = max(proven, latest.get(step, -1))
             under_way += [each for each in by_step.get(step, ()) if each.gradient]
-    return counts
+    return [min(ours, MOST_MESSAGES) + theirs for ours, theirs in zip(sent, arrived, strict=True)]
 
 
 def _messages(orders: Orders) -> list[dict[int, list[_Message]]]:

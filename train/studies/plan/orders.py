@@ -1,18 +1,13 @@
 """What each rank of a pipeline does in one step, in order, under every schedule that the planner compares.
 
 arXiv:2412.19437 §3.2.1. `SCHEDULES` are those of `torch.distributed.pipelining` under its names, whose lists `orders`
-gives action by action, and two that torch lacks: ZB-H1 (arXiv:2401.10241) and DeepSeek's own DualPipe. Left out:
-InterleavedZeroBubble, restricted like Interleaved1F1B, with weight parts of all chunks kept to the end.
+gives action by action, and two that torch lacks: ZB-H1 (arXiv:2401.10241) and DeepSeek's own DualPipe.
 
     kind     F forward, B backward, I its input part, W its weight part
     stage    numbered along the forward pass
     step     one action, or a forward and a backward chunk whose exchange and computation overlap
 
-Placement of stages, as in `parallel.layout`:
-
-    "loop"   stage s is on rank s mod pp
-    "v"      rank r owns stages r and 2 pp - 1 - r
-
+Placement of stages and what each schedule takes are those of `parallel/schedules.py`.
 DualPipe runs two copies of every stage in opposite directions, each on half the micro-batches: stage pp + s is the
 second copy of stage s, on rank pp - 1 - s, which is a "v" too, and the second half of the micro-batches is its own.
 """
@@ -23,9 +18,11 @@ import difflib
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from parallel.layout import either, nearest
+from parallel.schedules import SCHEDULES as TORCHS
+from parallel.schedules import ScheduleFacts
 
 
 class Action(NamedTuple):
@@ -41,51 +38,31 @@ Orders = tuple[tuple[Step, ...], ...]  # of each rank
 
 
 @dataclass(frozen=True)
-class ScheduleRule:
-    """What a schedule fixes and what it takes.
+class ScheduleRule(ScheduleFacts):
+    """What a schedule fixes and takes, and what a simulated step needs besides.
 
     Args:
-        chunks: stages that one rank owns; None: any number.
         pairs: a forward and a backward chunk run overlapped.
-        micro_batches_per_rank: it takes at least so many times pp; 0: any number.
-        whole_rounds: the micro-batches are a multiple of their rounds, m // pp of them, or one.
         copies: of each parameter; with two, pp and the micro-batches are even.
-        in_torch: a run could use it.
-        when_few: the schedule on the same stages of the same ranks that takes fewer micro-batches.
     """
 
-    name: str
-    chunks: int | None
-    placement: Literal["loop", "v"]
     pairs: bool = False
-    micro_batches_per_rank: int = 0
-    whole_rounds: bool = False
     copies: int = 1
-    in_torch: bool = True
-    when_few: str | None = None
-
-    def fewest(self, pp: int) -> int:
-        """The smallest legal number of micro-batches of one step on `pp` ranks."""
-        return max(1, self.micro_batches_per_rank * pp) if pp > 1 else 1
 
     def takes(self, pp: int, micro_batches: int) -> bool:
         """Whether so many micro-batches are legal on so many ranks."""
         even = pp == 1 or self.copies == 1 or (pp % 2 == 0 and micro_batches % 2 == 0)
-        rounds = max(1, micro_batches // pp) if self.whole_rounds and pp > 1 else 1
-        return even and micro_batches % rounds == 0 and micro_batches >= self.fewest(pp)
+        return even and super().takes(pp, micro_batches)
+
+    def wanted(self, pp: int, micro_batches: int) -> str:
+        """What it takes, in words, where it does not take so many micro-batches."""
+        return f"an even number of {self.fewest(pp)} or more" if self.copies > 1 else super().wanted(pp, micro_batches)
 
 
 SCHEDULES = {
-    rule.name: rule
-    for rule in (
-        ScheduleRule("1F1B", chunks=1, placement="loop", micro_batches_per_rank=1),
-        ScheduleRule("Interleaved1F1B", chunks=None, placement="loop", whole_rounds=True),
-        ScheduleRule("ZBVZeroBubble", chunks=2, placement="v"),
-        # Where the batch ramp starts with too few for it, ZBV has the same V, so no weight moves.
-        ScheduleRule("DualPipeV", 2, "v", pairs=True, micro_batches_per_rank=2, when_few="ZBVZeroBubble"),
-        ScheduleRule("ZB-H1", chunks=1, placement="loop", micro_batches_per_rank=1, in_torch=False),
-        ScheduleRule("DualPipe", 2, "v", pairs=True, micro_batches_per_rank=2, copies=2, in_torch=False),
-    )
+    **{name: ScheduleRule(**vars(facts), pairs=name == "DualPipeV") for name, facts in TORCHS.items()},
+    "ZB-H1": ScheduleRule("ZB-H1", chunks=1, placement="loop", micro_batches_per_rank=1),
+    "DualPipe": ScheduleRule("DualPipe", 2, "v", micro_batches_per_rank=2, pairs=True, copies=2),
 }
 
 
@@ -97,7 +74,7 @@ def num_stages(name: str, pp: int, chunks: int) -> int:
 def rank_of_stage(name: str, pp: int, chunks: int, stage: int) -> int:
     """The pipeline rank that owns a stage."""
     assert 0 <= stage < pp * chunks, (stage, pp, chunks)
-    return min(stage, 2 * pp - 1 - stage) if SCHEDULES[name].placement == "v" else stage % pp
+    return SCHEDULES[name].rank_of_stage(pp, stage)
 
 
 def stages_of_rank(name: str, pp: int, chunks: int, rank: int) -> list[int]:
@@ -111,7 +88,7 @@ def refusal(name: str, pp: int, chunks: int, micro_batches: int) -> str | None:
         (near,) = difflib.get_close_matches(name, SCHEDULES, n=1, cutoff=0.0)
         return f"layout.schedule={name} is not a pipeline schedule: did you mean {near}? ({', '.join(SCHEDULES)})"
     rule = SCHEDULES[name]
-    # One rank has one stage whatever the schedule, as in `parallel.layout`.
+    # One rank has one stage whatever the schedule, as in `Layout.chunks`.
     wanted = 1 if pp == 1 else rule.chunks
     if chunks < 1 or chunks != (wanted or chunks):
         return (
@@ -124,12 +101,7 @@ def refusal(name: str, pp: int, chunks: int, micro_batches: int) -> str | None:
 
 
 def _refused_count(rule: ScheduleRule, pp: int, micro_batches: int) -> str:
-    least = rule.fewest(pp)
-    what = f"{least} or more"
-    if rule.whole_rounds and micro_batches >= least:
-        what = f"a multiple of {micro_batches} // {pp} = {micro_batches // pp}"
-    if rule.copies > 1:
-        what = f"an even number of {least} or more"
+    what, least = rule.wanted(pp, micro_batches), rule.fewest(pp)
     counts = nearest(micro_batches, [m for m in range(1, max(micro_batches, least) + 2 * pp) if rule.takes(pp, m)])
     pps = nearest(pp, [ranks for ranks in range(2, 2 * pp) if rule.takes(ranks, micro_batches)])
     choices = [f"{' or '.join(map(str, counts))} micro-batches"]
@@ -143,8 +115,8 @@ def _refused_count(rule: ScheduleRule, pp: int, micro_batches: int) -> str:
 
 def fallback(name: str, pp: int, chunks: int, micro_batches: int) -> str | None:
     """The schedule for a step of the batch ramp: this one, else one on the same stages that takes so few, or None."""
-    chain = [name, SCHEDULES[name].when_few]
-    return next((each for each in chain if each and not refusal(each, pp, chunks, micro_batches)), None)
+    facts = SCHEDULES[name].of_step(pp, micro_batches)
+    return facts.name if facts and not refusal(facts.name, pp, chunks, micro_batches) else None
 
 
 @cache  # a search asks for the same schedule under many splits and precisions
@@ -227,6 +199,23 @@ def _interleaved(rank: int, pp: int, chunks: int, micro_batches: int) -> list[St
     return write.steps
 
 
+def _interleaved_zero_bubble(rank: int, pp: int, chunks: int, micro_batches: int) -> list[Step]:
+    """Fewer forwards ahead than interleaved 1F1B; weight parts lag by `rank` backwards."""
+    write = _Writer(stages_of_rank("InterleavedZeroBubble", pp, chunks, rank))
+    each_round = micro_batches // max(1, micro_batches // pp)
+    total = micro_batches * chunks
+    warm_up = min(total, (chunks - 1) * each_round + pp - 1 - rank)
+    for i in range(total + warm_up):
+        if i < total:
+            write.repeat(1, f"F{i // each_round % chunks}")
+        if i >= warm_up:
+            write.repeat(1, f"I{chunks - 1 - (i - warm_up) // each_round % chunks}")
+        if i >= warm_up + rank:
+            write.repeat(1, "W")
+    write.repeat(min(rank, total), "W")
+    return write.steps
+
+
 def _zbv(rank: int, pp: int, chunks: int, micro_batches: int) -> list[Step]:
     """Written for as many micro-batches as fill the pipeline; those that do not exist are struck out."""
     write = _Writer([rank, 2 * pp - 1 - rank])
@@ -282,6 +271,7 @@ def _both_ways(write: _Writer, *, depth: int, place: int, each_way: int) -> None
 _WRITERS = {
     "1F1B": _one_forward_one_backward,
     "Interleaved1F1B": _interleaved,
+    "InterleavedZeroBubble": _interleaved_zero_bubble,
     "ZBVZeroBubble": _zbv,
     "DualPipeV": _dual_pipe_v,
     "ZB-H1": _zb_h1,

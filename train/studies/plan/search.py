@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
-from parallel.layout import SCHEDULES as RUNNABLE
 from parallel.layout import Layout, check_layout
+from parallel.schedules import SCHEDULES as RUNNABLE
 from train.studies.plan.candidate import Candidate, Dispatch
 from train.studies.plan.costs import StageCosts
-from train.studies.plan.orders import SCHEDULES, fallback, num_stages, rank_of_stage
+from train.studies.plan.orders import SCHEDULES, fallback, num_stages, rank_of_stage, refusal
 from train.studies.plan.predict import Quick, quick
 from train.studies.plan.products import Implementation, Machine, Setup
 from train.studies.plan.split import Split, best_split, deals
@@ -30,6 +30,7 @@ from train.studies.plan.tables import Tables
 
 if TYPE_CHECKING:
     from train.config import PretrainConfig
+    from train.schedules import ScheduleConfig
 
 # Stages a rank for schedules that take any number.
 INTERLEAVED = (2, 4)
@@ -41,21 +42,17 @@ FINALISTS, TRIES = 6, 40
 
 @dataclass(frozen=True)
 class Scope:
-    """What a search may use: schedules, exchanges, and whether the last stage may have no main layer."""
+    """What a search may use: exchanges, and overlapped pairs of chunks."""
 
     name: str
-    schedules: tuple[str, ...]
     dispatches: tuple[Dispatch, ...]
-    least_last: int
+    overlaps: bool
 
 
-TODAY = Scope("what the trainer runs today", tuple(RUNNABLE), ("direct", "node"), least_last=1)
-ALL = Scope(
-    "all that is modelled (with overlap, DeepEP's exchange, a last stage without layers)",
-    tuple(name for name, rule in SCHEDULES.items() if rule.in_torch),
-    ("direct", "node", "deepep"),
-    least_last=0,
-)
+# Of the trainer's. InterleavedZeroBubble takes the micro-batches of Interleaved1F1B, and keeps weight parts longer.
+SEARCHED = tuple(name for name in RUNNABLE if name != "InterleavedZeroBubble")
+TODAY = Scope("what the trainer runs today", ("direct", "node"), overlaps=False)
+ALL = Scope("all that is modelled (with overlap and DeepEP's exchange)", ("direct", "node", "deepep"), overlaps=True)
 
 
 @dataclass(frozen=True)
@@ -82,10 +79,10 @@ def runs_today(candidate: Candidate) -> str | None:
     """None if the trainer runs it; else what it lacks."""
     if candidate.schedule not in RUNNABLE:
         return f"layout.schedule={candidate.schedule} is not in the trainer yet"
+    if candidate.overlap:
+        return "the trainer runs the chunks of a pair one after the other"
     if candidate.dispatch == "deepep":
         return "the trainer's two hops follow one another"
-    if min(candidate.stage_layers) < 1:
-        return "every stage needs a layer in the trainer"
     return None
 
 
@@ -123,7 +120,7 @@ def _timed(
 ) -> Found:
     """A layout with the fastest way to keep activations and weights that fits, and the fastest of a few even deals."""
     count = batch // shell.dp // shell.micro_batch_sequences
-    splits = first_splits(setup_of(shell), least_last=scope.least_last)
+    splits = first_splits(setup_of(shell))
 
     def seconds(candidate: Candidate) -> float:
         return quick(setup_of(candidate), micro_batches=count).step_s
@@ -157,12 +154,11 @@ def shells(config: PretrainConfig, scope: Scope) -> Iterator[Candidate]:
             for micro in MICRO_BATCHES:
                 if not _allowed(config, dp=dp, ep=ep, micro=micro):
                     continue
-                counts = [
-                    batch // dp // micro for batch in (schedule.batch_start_sequences, schedule.batch_full_sequences)
-                ]
-                for precision, (name, chunks) in product(PRECISIONS, _schedules(scope, pp)):
-                    layers = model.num_hidden_layers + (1 - scope.least_last)
-                    if num_stages(name, pp, chunks) > layers or not all(fallback(name, pp, chunks, m) for m in counts):
+                for precision, (name, chunks) in product(PRECISIONS, _schedules(pp)):
+                    # The last stage may have none.
+                    if num_stages(name, pp, chunks) > model.num_hidden_layers + 1:
+                        continue
+                    if not _takes_the_ramp(schedule, name, pp, chunks, unit=dp * micro):
                         continue
                     for dispatch in scope.dispatches:
                         if not crosses(dispatch, ep, config.layout.ranks_per_node):
@@ -179,7 +175,7 @@ def shells(config: PretrainConfig, scope: Scope) -> Iterator[Candidate]:
                             zero=config.layout.zero,
                             max_waiting_wgrads=config.layout.max_waiting_wgrads,
                             dispatch=dispatch,
-                            overlap=SCHEDULES[name].pairs,
+                            overlap=scope.overlaps and SCHEDULES[name].pairs,
                             ranks_per_node=config.layout.ranks_per_node,
                         )
 
@@ -189,6 +185,12 @@ def crosses(dispatch: Dispatch, ep: int, per_node: int) -> bool:
     if dispatch == "node":
         return 1 < per_node < ep and ep % per_node == 0
     return dispatch == "direct" or ep > per_node
+
+
+def _takes_the_ramp(schedule: ScheduleConfig, name: str, pp: int, chunks: int, *, unit: int) -> bool:
+    """Whether every step can run, of any number of micro-batches of `unit` sequences, the last under this schedule."""
+    start, full = schedule.batch_start_sequences // unit, schedule.batch_full_sequences // unit
+    return not refusal(name, pp, chunks, full) and all(fallback(name, pp, chunks, m) for m in range(start, full))
 
 
 def _divisors(number: int, most: int) -> list[int]:
@@ -213,12 +215,12 @@ def _allowed(config: PretrainConfig, *, dp: int, ep: int, micro: int) -> bool:
     return True
 
 
-def _schedules(scope: Scope, pp: int) -> Iterator[tuple[str, int]]:
+def _schedules(pp: int) -> Iterator[tuple[str, int]]:
     """(name, stages a rank); one rank has one stage, whatever the schedule."""
     if pp == 1:
         yield "1F1B", 1
         return
-    for name in scope.schedules:
+    for name in SEARCHED:
         chunks = SCHEDULES[name].chunks
         yield from ((name, each) for each in ((chunks,) if chunks else INTERLEAVED))
 
@@ -230,7 +232,7 @@ def ways(precision: str) -> list[dict[str, Any]]:
     return [{}, {"keep_bf16_weights": False}, {"keep_bf16_weights": False, "attention_output": "e5m6"}]
 
 
-def first_splits(setup: Setup, *, least_last: int) -> list[Split]:
+def first_splits(setup: Setup) -> list[Split]:
     """Deals of all layers over the stages of a candidate, whatever its own split is."""
     candidate, model = setup.candidate, setup.model
     stages = num_stages(candidate.schedule, candidate.pp, candidate.chunks)
@@ -246,20 +248,18 @@ def first_splits(setup: Setup, *, least_last: int) -> list[Split]:
 
     layer_s = seconds(0) / model.num_hidden_layers
     owners = [rank_of_stage(candidate.schedule, candidate.pp, candidate.chunks, stage) for stage in range(stages)]
-    return deals(
-        model.num_hidden_layers, owners, last_stage_layers=seconds(stages - 1) / layer_s, least_last=least_last
-    )
+    return deals(model.num_hidden_layers, owners, last_stage_layers=seconds(stages - 1) / layer_s)
 
 
-def split_by_time(setup: Setup, *, micro_batches: int, least_last: int, tries: int = TRIES) -> Split:
+def split_by_time(setup: Setup, *, micro_batches: int, tries: int = TRIES) -> Split:
     """The fastest split found, the candidate's own among the first."""
 
     def seconds(split: Split) -> float:
         candidate = replace(setup.candidate, stage_layers=split)
         return quick(replace(setup, candidate=candidate), micro_batches=micro_batches).step_s
 
-    first = [setup.candidate.stage_layers, *first_splits(setup, least_last=least_last)]
-    return best_split(first, seconds, least_last=least_last, tries=tries)
+    first = [setup.candidate.stage_layers, *first_splits(setup)]
+    return best_split(first, seconds, tries=tries)
 
 
 def _with_split(
@@ -267,7 +267,7 @@ def _with_split(
 ) -> Found:
     """The same layout with a split by simulated time, if that fits too."""
     setup = setup_of(found.candidate)
-    split = split_by_time(setup, micro_batches=found.micro_batches, least_last=scope.least_last)
+    split = split_by_time(setup, micro_batches=found.micro_batches)
     candidate = replace(found.candidate, stage_layers=split)
     if (num_bytes := memory_of(candidate)) > limit_bytes:
         return found

@@ -15,23 +15,20 @@ Split = tuple[int, ...]
 SCALES = (0.0, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 
-def deals(num_layers: int, rank_of_stage: Sequence[int], *, last_stage_layers: float, least_last: int) -> list[Split]:
+def deals(num_layers: int, rank_of_stage: Sequence[int], *, last_stage_layers: float) -> list[Split]:
     """Splits that give every rank the same number of layers, the last stage's own work counted as so many of them.
 
     Args:
         num_layers: main layers of the model, at least one for each stage but the last.
         rank_of_stage: the rank of each stage.
-        last_stage_layers: seconds of MTP and heads over seconds of a layer.
-        least_last: main layers that the last stage needs, 0 or 1.
+        last_stage_layers: seconds of MTP and heads over seconds of a layer; that stage needs no other layer.
     """
-    return list(
-        dict.fromkeys(_deal(num_layers, rank_of_stage, scale * last_stage_layers, least_last) for scale in SCALES)
-    )
+    return list(dict.fromkeys(_deal(num_layers, rank_of_stage, scale * last_stage_layers) for scale in SCALES))
 
 
-def _deal(num_layers: int, rank_of_stage: Sequence[int], fixed: float, least_last: int) -> Split:
+def _deal(num_layers: int, rank_of_stage: Sequence[int], fixed: float) -> Split:
     layers = [1] * len(rank_of_stage)
-    layers[-1] = least_last
+    layers[-1] = 0
     load = [0.0] * (max(rank_of_stage) + 1)
     for stage, rank in enumerate(rank_of_stage):
         load[rank] += layers[stage]
@@ -45,9 +42,7 @@ def _deal(num_layers: int, rank_of_stage: Sequence[int], fixed: float, least_las
     return tuple(layers)
 
 
-def best_split(
-    first: Sequence[Split], seconds: Callable[[Split], float], *, least_last: int, tries: int, seed: int = 0
-) -> Split:
+def best_split(first: Sequence[Split], seconds: Callable[[Split], float], *, tries: int, seed: int = 0) -> Split:
     """The fastest of `first`, then of `tries` changes by one layer, each kept if it is faster."""
     best = min(first, key=seconds)
     least, chosen = seconds(best), random.Random(seed)
@@ -59,7 +54,7 @@ def best_split(
         changed[giver] -= 1
         changed[taker] += 1
         split = tuple(changed)
-        if giver == taker or min(split[:-1]) < 1 or split[-1] < least_last:
+        if giver == taker or min(split[:-1]) < 1 or split[-1] < 0:
             continue
         if (now := seconds(split)) < least:
             best, least = split, now

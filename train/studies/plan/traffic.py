@@ -26,7 +26,7 @@ from itertools import combinations
 from math import comb
 
 from kernels.formats import TILE, ceil_div
-from parallel.layout import Layout, num_stages, rank_of_stage, stage_ids
+from parallel.layout import Layout
 from train.model.config import ModelConfig
 from train.model.sizes import BF16_BYTES, E4M3_BYTES, FP32_BYTES, Held, Weight
 
@@ -113,19 +113,18 @@ def destinations_by_hop(config: ModelConfig, layout: Layout) -> tuple[float, ...
 
 def pipeline_bytes(config: ModelConfig, layout: Layout, *, pp_rank: int, tokens: int, precision: str) -> int:
     """Bytes that a rank sends to other stages in forward and backward of one micro-batch; a V turns without sending."""
-    stages = num_stages(layout.schedule, layout.pp)
+    stages = layout.num_stages
     borders = 0
-    for stage in stage_ids(layout.schedule, layout.pp, pp_rank):
+    for stage in layout.stages_of_rank(pp_rank):
         # Forward to the stage after, the gradient to the stage before.
         neighbours = [other for other in (stage + 1, stage - 1) if 0 <= other < stages]
-        borders += sum(rank_of_stage(layout.schedule, layout.pp, other) != pp_rank for other in neighbours)
+        borders += sum(layout.rank_of_stage(other) != pp_rank for other in neighbours)
     return borders * tokens * hidden_bytes(config.hidden_size, precision=precision)
 
 
 def ends_apart(config: ModelConfig, layout: Layout) -> bool:
     """Whether the first and the last pipeline rank both hold a copy of the embedding (the last one for MTP)."""
-    last = num_stages(layout.schedule, layout.pp) - 1
-    return bool(config.mtp_layer_ids) and rank_of_stage(layout.schedule, layout.pp, last) != 0
+    return bool(config.mtp_layer_ids) and layout.rank_of_stage(layout.num_stages - 1) != 0
 
 
 def gathered_bytes(weight: Weight, *, precision: str, keep_bf16_weights: bool) -> int:

@@ -139,6 +139,7 @@ def _keeping(row: Mapping[str, Any]) -> str:
 def overrides(row: Mapping[str, Any]) -> str:
     """The command line's overrides that make a configuration this layout."""
     given = {f"layout.{name}": row[name] for name in ("pp", "dp", "ep", "dispatch", "schedule")}
+    given["layout.stages_per_rank"] = row["chunks"] if row["pp"] > 1 and "Interleaved" in row["schedule"] else "null"
     # The configuration may have a split of its own.
     given["layout.stage_layers"] = str(list(row["stage_layers"])).replace(" ", "") if row["pp"] > 1 else "null"
     given |= {
