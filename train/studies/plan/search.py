@@ -83,7 +83,7 @@ def runs_today(candidate: Candidate) -> str | None:
     if candidate.schedule not in RUNNABLE:
         return f"layout.schedule={candidate.schedule} is not in the trainer yet"
     if candidate.dispatch == "deepep":
-        return "the trainer's two hops follow one another"
+        return "layout.dispatch=deepep has not run yet"
     if min(candidate.stage_layers) < 1:
         return "every stage needs a layer in the trainer"
     return None
