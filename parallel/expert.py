@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -58,35 +58,65 @@ def unpack_fp8(packets: Tensor, hidden: int) -> Quantized:
     return Quantized(packets[:, :hidden].view(torch.float8_e4m3fn), scales.view(torch.float32).t())
 
 
+class TokenRoute(Protocol):
+    """The way of a layer's tokens in one micro-batch; forward and backward share it. Every rank calls it alike."""
+
+    @property
+    def power_of_two(self) -> bool:
+        """Whether scales of an fp8 wire are powers of two."""
+
+    def to_experts(self, x: Tensor) -> Tensor:
+        """[tokens, hidden] -> [received, hidden] in x.dtype, over a plain dispatch wire."""
+
+    def tiles_to_experts(self, tokens: Quantized) -> Quantized:
+        """Tokens in tiles -> received ones, over the fp8 dispatch wire."""
+
+    def to_tokens(self, sums: Tensor) -> Tensor:
+        """[received, hidden] -> [tokens, hidden] in sums.dtype, over the combine wire."""
+
+    def gradients_to_tokens(self, sums: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of received tokens [received, hidden] and of their gates [received, topk] -> of tokens."""
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What has reached the experts' rank, and the way home."""
+
+    tokens: Tensor | Quantized  # [received, hidden]
+    arrivals: Arrivals
+    route: TokenRoute
+
+
 @dataclass(frozen=True)
 class DispatchPlan:
-    """The way of a layer's tokens in one micro-batch; forward and backward share it."""
+    """`TokenRoute` over hops."""
 
     hops: tuple[Hop, ...]
     wire: Wire
     power_of_two: bool
 
     def to_experts(self, x: Tensor) -> Tensor:
-        """[tokens, hidden] -> [received, hidden] in x.dtype, over a plain dispatch wire."""
+        """As in `TokenRoute`."""
         return self._forward(x.to(self._plain_dtype)).to(x.dtype)
 
     def tiles_to_experts(self, tokens: Quantized) -> Quantized:
-        """Tokens in tiles -> received ones, over the fp8 dispatch wire: passed on as bytes."""
+        """As in `TokenRoute`; passed on as bytes."""
         return unpack_fp8(self._forward(pack_fp8(tokens)), tokens.payload.shape[1])
 
     def to_tokens(self, sums: Tensor) -> Tensor:
-        """[received, hidden] -> [tokens, hidden] in sums.dtype; rounded to the combine wire before each hop."""
+        """As in `TokenRoute`; rounded to the wire before each hop."""
         out_dtype, plain = sums.dtype, self._plain_dtype
         sums = sums.to(plain)
         for hop in reversed(self.hops):
             sums = hop.back(sums, "combine", out_dtype=out_dtype if hop is self.hops[0] else plain)
         return sums
 
-    def gates_to_tokens(self, grads: Tensor) -> Tensor:
-        """[received, topk] -> [tokens, topk]: each gate was used on one rank, the other copies bring zeros."""
+    def gradients_to_tokens(self, sums: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """As in `TokenRoute`; each gate was used on one rank, the other copies bring zeros."""
+        tokens = self.to_tokens(sums)
         for hop in reversed(self.hops):
-            grads = hop.back(grads, "gates", out_dtype=grads.dtype)
-        return grads
+            gates = hop.back(gates, "gates", out_dtype=gates.dtype)
+        return tokens, gates
 
     def _forward(self, rows: Tensor) -> Tensor:
         for hop in self.hops:
@@ -104,37 +134,35 @@ def _carrier(like: Tensor, tokens: int) -> Tensor:
 
 
 class _Dispatch(torch.autograd.Function):
-    """Tokens go out, with gates that have (`hops`); their gradients come home together: one order on every rank.
-
-    Of tokens that went out in tiles, `arrived` of them, the carrier follows here.
-    """
+    """Tokens and gates have gone out; here autograd learns it. Of tokens in tiles it gets a carrier."""
 
     @staticmethod
-    def forward(
-        ctx: Any, tokens: Tensor, gates: Tensor, arrivals: Arrivals, plan: DispatchPlan, arrived: int | None
-    ) -> tuple[Tensor, Tensor]:
-        ctx.plan = plan
-        return plan.to_experts(tokens) if arrived is None else _carrier(tokens, arrived), arrivals.gates
+    def forward(ctx: Any, tokens: Tensor, gates: Tensor, delivery: Delivery) -> tuple[Tensor, Tensor]:
+        ctx.route, received = delivery.route, delivery.tokens
+        if isinstance(received, Quantized):
+            received = _carrier(tokens, len(received.payload))
+        return received, delivery.arrivals.gates
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        plan: DispatchPlan = ctx.plan
-        return plan.to_tokens(grads[0]), plan.gates_to_tokens(grads[1]), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        route: TokenRoute = ctx.route
+        # Home together: one order on every rank.
+        return *route.gradients_to_tokens(grads[0], grads[1]), None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, sums: Tensor, plan: DispatchPlan, gradient: GradientTiles[Quantized] | None) -> Tensor:
-        ctx.plan, ctx.gradient, ctx.received = plan, gradient, len(sums)
-        return plan.to_tokens(sums)
+    def forward(ctx: Any, sums: Tensor, route: TokenRoute, gradient: GradientTiles[Quantized] | None) -> Tensor:
+        ctx.route, ctx.gradient, ctx.received = route, gradient, len(sums)
+        return route.to_tokens(sums)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        plan: DispatchPlan = ctx.plan
+        route: TokenRoute = ctx.route
         if ctx.gradient is None:
-            return plan.to_experts(grads[0]), None, None
+            return route.to_experts(grads[0]), None, None
         # Each token is quantised once, however many copies leave.
-        ctx.gradient.put(plan.tiles_to_experts(quantize_tiles(grads[0], power_of_two=plan.power_of_two)))
+        ctx.gradient.put(route.tiles_to_experts(quantize_tiles(grads[0], power_of_two=route.power_of_two)))
         return _carrier(grads[0], ctx.received), None, None
 
 
@@ -191,24 +219,34 @@ class ExpertParallelDispatcher:
         """
         assert len(tokens.shape) == 2, tokens.shape
         assert tokens.shape[0] == len(routing.topk_ids), (tokens.shape, routing.topk_ids.shape)
-        hops, arrivals = self._planner.plan(routing)
-        plan, tiles = DispatchPlan(hops, self.wire, self.power_of_two), None
+        sent: Tensor | Quantized
         if self.wire == "fp8":
             known = carried(tokens, power_of_two=self.power_of_two) if isinstance(tokens, Tensor) else tokens
-            tokens, tiles = known.carrier, plan.tiles_to_experts(known.tiles)
-        assert isinstance(tokens, Tensor), f"a wire in {self.wire} takes no tiles"
-        arrived = None if tiles is None else len(tiles.payload)
-        received, gates = _Dispatch.apply(tokens, routing.gates, arrivals, plan, arrived)  # type: ignore[no-untyped-call]
-        grouping = self._grouping(arrivals)
-        if tiles is not None:
+            tokens, sent = known.carrier, known.tiles
+        else:
+            assert isinstance(tokens, Tensor), f"a wire in {self.wire} takes no tiles"
+            sent = tokens
+        delivery = self._deliver(sent, routing)
+        received, gates = _Dispatch.apply(tokens, routing.gates, delivery)  # type: ignore[no-untyped-call]
+        grouping, tiles = self._grouping(delivery.arrivals), None
+        if isinstance(delivery.tokens, Quantized):
+            tiles = delivery.tokens
             received = CarriedTiles(received, tiles, partial(dequantized_rows, tiles, received.dtype))
         return Dispatched(
             tokens=received,
             gates=group_gates(gates, grouping),
             grouping=grouping,
             gradient=None if tiles is None else GradientTiles(),
-            handle=plan,
+            handle=delivery.route,
         )
+
+    @torch.no_grad()
+    def _deliver(self, tokens: Tensor | Quantized, routing: ExpertChoice) -> Delivery:
+        """Send tokens, and before them their routing."""
+        hops, arrivals = self._planner.plan(routing)
+        plan = DispatchPlan(hops, self.wire, self.power_of_two)
+        received = plan.tiles_to_experts(tokens) if isinstance(tokens, Quantized) else plan.to_experts(tokens)
+        return Delivery(received, arrivals, plan)
 
     @torch.no_grad()
     def _grouping(self, arrivals: Arrivals) -> Grouping:
@@ -224,7 +262,5 @@ class ExpertParallelDispatcher:
 
         A token's sum [tokens, hidden], in sums.dtype, is rounded to the wire's dtype on each rank, and once here.
         """
-        plan = dispatched.handle
-        assert isinstance(plan, DispatchPlan), type(plan)
-        y: Tensor = _Combine.apply(sums, plan, dispatched.gradient)  # type: ignore[no-untyped-call]
+        y: Tensor = _Combine.apply(sums, dispatched.handle, dispatched.gradient)  # type: ignore[no-untyped-call]
         return y

@@ -39,8 +39,9 @@ class Layout:
     stage_layers: tuple[int, ...] | None = None
     # Weight gradients that may wait for their W slot on one rank, each with its operands; beyond that the oldest runs.
     max_waiting_wgrads: int | None = None
-    # direct: a token goes once to each rank of its experts; node: once to each node, and on from there (§3.2.2).
-    dispatch: Literal["direct", "node"] = "direct"
+    # direct: a token goes once to each rank of its experts; node: once to each node, and on from there (§3.2.2);
+    # deepep: by DeepEP's kernels (`parallel/deepep.py`).
+    dispatch: Literal["direct", "node", "deepep"] = "direct"
 
     def __post_init__(self) -> None:
         for field in ("pp", "dp", "ep", "ranks_per_node"):

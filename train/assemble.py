@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 
 from kernels.attention import backend_name
 from kernels.deepgemm import Choice
+from parallel import deepep
 from parallel.fp8_weights import Fp8Buckets
 from parallel.mesh import Mesh, cpu_group, single
 from parallel.pipeline import Pipeline
@@ -85,6 +86,8 @@ def device_of(config: PretrainConfig) -> torch.device:
     device = choose_device(config.run.device)
     if config.precision.name == "fp8_te":
         require_te(device, power_of_two=config.precision.power_of_two_scales)
+    if config.layout.dispatch == "deepep" and config.layout.ep > 1:
+        deepep.require(device)
     check_kernels(config.kernels.backend, device, asked="kernels.backend=")
     return device
 

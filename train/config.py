@@ -120,6 +120,7 @@ class PretrainConfig:
         self._check_attention_output()
         self._check_backend()
         self._check_deepgemm()
+        self._check_deepep()
         if self.data.heldout is None and self.run.eval_every_steps:
             raise ConfigError(
                 f"run.eval_every_steps={self.run.eval_every_steps} asks for scores but data.heldout is null: "
@@ -164,6 +165,24 @@ class PretrainConfig:
                 f"kernels.backend=deepgemm multiplies in FP8 only, and precision={self.precision.name} has no such "
                 "product of ours: set kernels.backend=gluon, or precision=fp8"
             )
+
+    def _check_deepep(self) -> None:
+        """What layout.dispatch=deepep cannot send on any machine; `parallel.deepep.require` looks at this one."""
+        if self.layout.dispatch != "deepep" or self.layout.ep == 1:
+            return
+        hidden, topk, name = self.model.hidden_size, self.model.num_experts_per_tok, self.precision.name
+        # Rows are whole words of 16 bytes.
+        multiple = 16 if self.precision.wire == "fp8" else 8
+        reasons = {
+            f"adds up in BF16 only, and precision={name} sends FP32: use precision=bf16 or fp8": name == "fp32",
+            f"sends rows of whole 16 bytes, and model.hidden_size={hidden} is no multiple of {multiple}: "
+            f"use {-(-hidden // multiple) * multiple}": hidden % multiple > 0,
+            f"takes 32 experts a token at most, and model.num_experts_per_tok={topk}: lower it": topk > 32,
+            "runs on CUDA GPUs, and run.device=cpu: use run.device=cuda": self.run.device == "cpu" and not self.dry_run,
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise ConfigError(f"layout.dispatch=deepep {reason}, or layout.dispatch=node")
 
     def _check_sequence(self) -> None:
         length, limit = self.data.sequence_length, self.model.max_position_embeddings

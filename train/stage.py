@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kernels.probe import Probe, watching
 from parallel.balance import balanced_layers
 from parallel.collectives import sum_over
+from parallel.deepep import DeepEPDispatcher
 from parallel.expert import ExpertParallelDispatcher
 from parallel.mesh import Axis, Mesh
 from parallel.shards import LocalShard
@@ -131,13 +132,13 @@ def build_stages(
     """
     precision, specs, stages = Precision.of(precision), stage_specs(config, mesh), dict[int, Stage]()
     if dispatcher is None and mesh.ep.size > 1:
-        dispatcher = ExpertParallelDispatcher(
-            config.n_routed_experts,
-            mesh.ep,
-            hops=mesh.hops,
-            wire=precision.wire,
-            power_of_two=precision.power_of_two_scales,
-        )
+        experts, wire, power_of_two = config.n_routed_experts, precision.wire, precision.power_of_two_scales
+        if mesh.layout.dispatch == "deepep":
+            dispatcher = DeepEPDispatcher(experts, mesh.ep, wire=wire, power_of_two=power_of_two)
+        else:
+            dispatcher = ExpertParallelDispatcher(
+                experts, mesh.ep, hops=mesh.hops, wire=wire, power_of_two=power_of_two
+            )
     for index, spec in specs.items():
         with mesh.device:
             model = Transformer(config, precision, dispatcher, spec)

@@ -93,7 +93,8 @@ def candidate_of(config: PretrainConfig) -> Candidate:
         attention_output=precision.attention_output,
         zero=layout.zero,
         max_waiting_wgrads=layout.max_waiting_wgrads,
-        dispatch="node" if layout.two_hops else "direct",
+        # One of two hops that is idle is none.
+        dispatch=layout.dispatch if layout.two_hops or layout.dispatch == "deepep" else "direct",
         ranks_per_node=layout.ranks_per_node,
     )
 

@@ -82,7 +82,7 @@ def runs_today(candidate: Candidate) -> str | None:
     if candidate.overlap:
         return "the trainer runs the chunks of a pair one after the other"
     if candidate.dispatch == "deepep":
-        return "the trainer's two hops follow one another"
+        return "layout.dispatch=deepep has not run yet"
     return None
 
 
