@@ -28,6 +28,7 @@ from parallel.layout import Layout, Workload, check_layout
 from parallel.network import NetworkConfig
 from train.checkpoint.config import CheckpointConfig
 from train.data.config import DataConfig
+from train.job import JobConfig
 from train.model.config import ModelConfig, whole
 from train.model.precision_config import OURS, TE_MULTIPLE, PrecisionConfig
 from train.model.sizes import held_by, weights
@@ -109,6 +110,7 @@ class PretrainConfig:
     spikes: SpikeConfig
     run: RunConfig
     kernels: KernelsConfig
+    job: JobConfig = dataclasses.field(default_factory=JobConfig)  # the scheduler's, nothing of the run's
     dry_run: bool = False  # plan the memory of a rank and stop
     rank: int | Literal["all"] | None = None  # which one; None finds the fullest
 
