@@ -111,6 +111,17 @@ class DispatchPlan:
         return torch.float32 if self.wire == "fp32" else torch.bfloat16
 
 
+@dataclass(frozen=True)
+class CountsUnderWay:
+    """What `begin` has exchanged for one layer and micro-batch, on its way to the host."""
+
+    goes: Tensor  # [tokens, ranks] bool: whether a token has an expert there
+    # int64 on the host once `arrived`: copies to each rank, copies from each, and each local expert's tokens from each.
+    # None where they are assumed.
+    numbers: Tensor | None
+    arrived: torch.cuda.Event | None
+
+
 def _carrier(like: Tensor, tokens: int) -> Tensor:
     """What autograd gets in place of tiles: [tokens, hidden], a NaN that takes no memory."""
     return like.new_full((1, 1), float("nan")).expand(tokens, like.shape[1])
@@ -196,20 +207,42 @@ class ExpertParallelDispatcher:
         local = n_routed_experts // axis.size
         self.experts = range(axis.rank * local, (axis.rank + 1) * local)
 
-    def dispatch(self, tokens: LinearInput, routing: ExpertChoice) -> Dispatched:
+    @torch.no_grad()
+    def begin(self, routing: ExpertChoice) -> CountsUnderWay:
+        """Exchange the counts; the host waits for them in `dispatch`, not for what is issued in between."""
+        ids, ep, local = routing.topk_ids, self.axis.size, len(self.experts)
+        goes = torch.zeros(len(ids), ep, dtype=torch.bool, device=ids.device).scatter_(1, ids // local, True)
+        sent = torch.cat((goes.sum(0)[:, None], routing.counts.view(ep, local)), dim=1)  # [ep, 1 + local]
+        ones = [1] * ep
+        counts = all_to_all_rows(sent, ones, ones, self.axis, kind="counts", traffic=self.traffic)
+        if self.assume_balanced:
+            return CountsUnderWay(goes, None, None)
+        numbers = torch.cat((sent[:, 0], counts.t().flatten()))
+        if not numbers.is_cuda:
+            return CountsUnderWay(goes, numbers, None)
+        # A pinned copy and an event behind it: a plain read would wait for all that was launched until then.
+        host = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return CountsUnderWay(goes, host, arrived)
+
+    def dispatch(self, tokens: LinearInput, routing: ExpertChoice, begun: object = None) -> Dispatched:
         """Send tokens to their experts' ranks.
 
         Args:
             tokens: [tokens, hidden] fp32 or bf16, or in tiles for an fp8 wire, which quantises what is not; 0 tokens
                 are legal, the exchange still takes place.
             routing: of these tokens.
+            begun: what `begin` has returned for it; None begins now.
         Returns:
             The tokens that arrived, in order of (source rank, token), and how the local experts group them. Over an fp8
             wire they are in tiles, and so is the gradient of the experts' sums.
         """
         assert len(tokens.shape) == 2, tokens.shape
         assert tokens.shape[0] == len(routing.topk_ids), (tokens.shape, routing.topk_ids.shape)
-        plan, ids, num_rows = self._plan(routing)
+        begun = self.begin(routing) if begun is None else begun
+        assert isinstance(begun, CountsUnderWay), type(begun)
+        plan, ids, num_rows = self._plan(routing, begun)
         tiles = None
         if self.wire == "fp8":
             known = carried(tokens, power_of_two=self.power_of_two) if isinstance(tokens, Tensor) else tokens
@@ -239,22 +272,18 @@ class ExpertParallelDispatcher:
         return y
 
     @torch.no_grad()
-    def _plan(self, routing: ExpertChoice) -> tuple[DispatchPlan, Tensor, int]:
+    def _plan(self, routing: ExpertChoice, begun: CountsUnderWay) -> tuple[DispatchPlan, Tensor, int]:
         """The plan, the local ids of each copy [copies, topk] int32, and the number of rows on this rank."""
         ids, ep, local = routing.topk_ids, self.axis.size, len(self.experts)
         tokens, topk = ids.shape
-        goes = torch.zeros(tokens, ep, dtype=torch.bool, device=ids.device).scatter_(1, ids // local, True)
-        sent = torch.cat((goes.sum(0)[:, None], routing.counts.view(ep, local)), dim=1)  # [ep, 1 + local]
-        ones = [1] * ep
-        counts = all_to_all_rows(sent, ones, ones, self.axis, kind="counts", traffic=self.traffic)
-        if self.assume_balanced:
+        if begun.numbers is None:
             # Copies and tokens are spread evenly, rounded up.
             send_splits = recv_splits = [ceil_div(tokens * min(topk, ep), ep)] * ep
             expert_tokens = [ceil_div(tokens * topk, local)] * local
         else:
-            send_splits, recv_splits, expert_tokens = _read_counts(sent[:, 0], counts)
+            send_splits, recv_splits, expert_tokens = _read_counts(begun.numbers, begun.arrived, ep)
         copies = sum(send_splits)
-        by_rank = goes.t().flatten()  # [ep * tokens], in the order of sending
+        by_rank = begun.goes.t().flatten()  # [ep * tokens], in the order of sending
         # A stable sort brings the copies that exist to the front; `nonzero` would make the host wait.
         order = by_rank.logical_not().byte().sort(stable=True).indices[:copies]
         token_of_copy = order.remainder(max(tokens, 1))
@@ -275,10 +304,11 @@ class ExpertParallelDispatcher:
         return plan, local_ids, sum(ceil_div(count, TILE) * TILE for count in expert_tokens)
 
 
-def _read_counts(sent_copies: Tensor, received: Tensor) -> tuple[list[int], list[int], list[int]]:
-    """Copies to and from each rank, and tokens of each local expert, of int64 [ep] and [ep, 1 + local_experts]."""
-    ep = len(sent_copies)
+def _read_counts(numbers: Tensor, arrived: torch.cuda.Event | None, ep: int) -> tuple[list[int], list[int], list[int]]:
+    """Copies to and from each rank, and tokens of each local expert."""
     # The host's one wait in a MoE layer and micro-batch; backward reuses what it reads.
-    numbers: list[int] = torch.cat((sent_copies, received.t().flatten())).tolist()
-    columns = [numbers[start : start + ep] for start in range(0, len(numbers), ep)]
+    if arrived is not None:
+        arrived.synchronize()
+    read: list[int] = numbers.tolist()
+    columns = [read[start : start + ep] for start in range(0, len(read), ep)]
     return columns[0], columns[1], [sum(column) for column in columns[2:]]

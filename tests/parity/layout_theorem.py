@@ -108,7 +108,10 @@ class PartialSums:
         self.ranks, self.local = ranks, experts // ranks
         self.experts = range(experts)
 
-    def dispatch(self, tokens: LinearInput, routing: Routing) -> Dispatched:
+    def begin(self, routing: Routing) -> object:
+        return None
+
+    def dispatch(self, tokens: LinearInput, routing: Routing, begun: object = None) -> Dispatched:
         rank_of_copy = torch.arange(self.ranks).repeat_interleave(len(routing.topk_ids))[:, None]
         ids = routing.topk_ids.repeat(self.ranks, 1)
         ids = torch.where(ids // self.local == rank_of_copy, ids, -1)

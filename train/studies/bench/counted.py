@@ -48,9 +48,9 @@ TIMED = re.compile(
 )
 # Where the ledger says no more than the file: the first pattern that the line's function fits.
 PHASES = (
-    (r"train/model/attention\.py:|block\.py:MoEBlock\.(attend|route)|moe\.py:Router", "attend"),
+    (r"train/model/attention\.py:|block\.py:(_Block\.attend|MoEBlock\.route)|moe\.py:Router", "attend"),
     (
-        r"block\.py:(MoEBlock\.combine|DenseBlock)|moe\.py:Experts|expert\.py:ExpertParallelDispatcher\.dispatch",
+        r"block\.py:(MoEBlock\.(shared|combine)|DenseBlock)|moe\.py:Experts|expert\.py:ExpertParallelDispatcher\.dispatch",
         "experts",
     ),
     (r"parallel/expert\.py:", "exchange"),
