@@ -46,6 +46,8 @@ SCHEDULES = {
         # ScheduleZBVZeroBubble plans for 2 pp - 1 micro-batches or more and strikes out those that do not exist:
         # any number from one is legal, below 2 pp - 1 the pipeline does not fill.
         ScheduleFacts("ZBVZeroBubble", stages_per_rank=2, placement="v", waits_for_all_stages=False),
+        # ScheduleDualPipeV fills the pipeline before it overlaps: it raises below one micro-batch a stage.
+        ScheduleFacts("DualPipeV", stages_per_rank=2, placement="v", waits_for_all_stages=True),
     )
 }
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kernels import deferred
 from parallel.layout import SCHEDULES, num_stages, rank_of_stage
 from parallel.mesh import Mesh
+from parallel.phases import Phases
 from parallel.waiting import waiting
 
 if TYPE_CHECKING:
@@ -107,9 +108,11 @@ class Pipeline:
         # Activations are held from a stage's forward to its weight gradients, which need them too.
         held = most = 0
         for action in schedule.pipeline_order[self.mesh.pp.rank]:
-            kind = "" if action is None else action.computation_type.name
-            held += (kind == "FORWARD") - (kind in ("FULL_BACKWARD", "BACKWARD_WEIGHT"))
-            most = max(most, held)
+            # An overlapped pair is one action of two, forward first: both are held while it runs.
+            for part in () if action is None else action.sub_actions or (action,):
+                kind = part.computation_type.name
+                held += (kind == "FORWARD") - (kind in ("FULL_BACKWARD", "BACKWARD_WEIGHT"))
+                most = max(most, held)
         return most
 
     def _empty_hidden(self, input_ids: Tensor) -> Tensor:
@@ -127,14 +130,16 @@ class Pipeline:
 
     def _new_stages(self, sample: Tensor) -> list[ScheduledStage]:
         """This rank's stages as torch wants them; `sample` is the token ids of one micro-batch on the meta device."""
+        from parallel.overlap import PhasedStage
         from parallel.pipeline_stage import ScheduledStage, WaitingWgrads
 
         # Shapes are given: else torch runs the model once to infer them.
         hidden = self._empty_hidden(sample).requires_grad_()
         loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
         waiting = WaitingWgrads(self.mesh.layout.max_waiting_wgrads)
+        phased = self.mesh.layout.schedule == "DualPipeV" and all(isinstance(m, Phases) for m in self.stages.values())
         return [
-            ScheduledStage(
+            (PhasedStage if phased else ScheduledStage)(
                 module,
                 index,
                 self.num_stages,
@@ -150,12 +155,17 @@ class Pipeline:
         ]
 
     def _new_schedule(self, stages: list[ScheduledStage], num_micro_batches: int) -> Any:
-        from torch.distributed.pipelining.schedules import get_schedule_class
+        from torch.distributed.pipelining.schedules import OVERLAP_F_B, get_schedule_class
+
+        from parallel.overlap import Pairs, PhasedStage
 
         facts = SCHEDULES[self.mesh.layout.schedule]
         given = stages if facts.stages_per_rank > 1 else stages[0]
-        schedule = get_schedule_class(facts.name)
-        return schedule(given, num_micro_batches, loss_fn=lambda output, _: output, scale_grads=False)
+        schedule_class = get_schedule_class(facts.name)
+        schedule = schedule_class(given, num_micro_batches, loss_fn=lambda output, _: output, scale_grads=False)
+        if phased := [stage for stage in stages if isinstance(stage, PhasedStage)]:
+            schedule.register_custom_function(OVERLAP_F_B, Pairs(phased))
+        return schedule
 
 
 def split(inputs: Inputs, num_micro_batches: int) -> list[dict[str, Tensor]]:
