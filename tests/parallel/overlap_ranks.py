@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import parallel.expert
 import parallel.overlap
 import parallel.pipeline
 import train.stage
 from kernels import deferred
+from parallel.expert import ExpertParallelDispatcher
 from parallel.layout import Layout
 from parallel.overlap import PhasedStage
 from parallel.phases import Slot
@@ -71,8 +73,9 @@ def torchs_own() -> Iterator[None]:
 
 @contextmanager
 def recorded(events: list[str]) -> Iterator[None]:
-    """Write down what pairs issue, and what is issued outside of them, at its end."""
+    """Write down what pairs issue, what is issued outside of them, and when counts leave and the host reads them."""
     turns, one = parallel.overlap.take_turns, parallel.overlap._issue
+    begin, read = ExpertParallelDispatcher.begin, parallel.expert._read_counts
 
     def watched(*sides: Generator[str, None, None]) -> Generator[tuple[str, str], None, None]:
         events.append("pair")
@@ -84,7 +87,17 @@ def recorded(events: list[str]) -> Iterator[None]:
         events.append("alone")
         one(phases)
 
+    def begins(self: ExpertParallelDispatcher, routing: Any) -> Any:
+        events.append("counts leave")
+        return begin(self, routing)
+
+    def reads(*args: Any) -> Any:
+        events.append("host reads")
+        return read(*args)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ExpertParallelDispatcher, "begin", begins)
+        patch.setattr(parallel.expert, "_read_counts", reads)
         patch.setattr(parallel.overlap, "take_turns", watched)
         patch.setattr(parallel.overlap, "_issue", alone)
         yield
