@@ -124,8 +124,12 @@ class DeepEPDispatcher(ExpertParallelDispatcher):
         super().__init__(n_routed_experts, axis, wire=wire, power_of_two=power_of_two)
         self._buffer: Any = None
 
+    def begin(self, routing: ExpertChoice) -> object:
+        """Nothing: DeepEP exchanges counts with the tokens."""
+        return None
+
     @torch.no_grad()
-    def _deliver(self, tokens: Tensor | Quantized, routing: ExpertChoice) -> Delivery:
+    def _deliver(self, tokens: Tensor | Quantized, routing: ExpertChoice, begun: object) -> Delivery:
         x = _operand(tokens) if isinstance(tokens, Quantized) else tokens.contiguous()
         width = (tokens.payload if isinstance(tokens, Quantized) else tokens).shape[1]
         ids, num_experts = routing.topk_ids, len(routing.counts)

@@ -34,7 +34,7 @@ from kernels.fp8_linear import LinearInput, carried, dequantized_rows
 from kernels.permute import Dispatched, Grouping, group_gates, partial_grouping
 from kernels.quantize import quantize_tiles
 from parallel.collectives import Traffic
-from parallel.hops import Arrivals, ExpertChoice, Hop, HopPlanner, as_if_in_order
+from parallel.hops import Arrivals, CountsUnderWay, ExpertChoice, Hop, HopPlanner, as_if_in_order
 from parallel.mesh import Axis
 
 Wire = Literal["fp32", "bf16", "fp8"]
@@ -206,13 +206,18 @@ class ExpertParallelDispatcher:
         local = n_routed_experts // axis.size
         self.experts = range(axis.rank * local, (axis.rank + 1) * local)
 
-    def dispatch(self, tokens: LinearInput, routing: ExpertChoice) -> Dispatched:
+    def begin(self, routing: ExpertChoice) -> object:
+        """Exchange the counts; the host waits for them in `dispatch`, not for what is issued in between."""
+        return self._planner.begin(routing)
+
+    def dispatch(self, tokens: LinearInput, routing: ExpertChoice, begun: object = None) -> Dispatched:
         """Send tokens to their experts' ranks.
 
         Args:
             tokens: [tokens, hidden] fp32 or bf16, or in tiles for an fp8 wire, which quantises what is not; 0 tokens
                 are legal, the exchange still takes place.
             routing: of these tokens.
+            begun: what `begin` has returned for it; None begins now.
         Returns:
             The tokens that arrived, and how the local experts group them: each expert's rows in order of (source rank,
             token). Over an fp8 wire they are in tiles, and so is the gradient of the experts' sums.
@@ -226,7 +231,7 @@ class ExpertParallelDispatcher:
         else:
             assert isinstance(tokens, Tensor), f"a wire in {self.wire} takes no tiles"
             sent = tokens
-        delivery = self._deliver(sent, routing)
+        delivery = self._deliver(sent, routing, self.begin(routing) if begun is None else begun)
         received, gates = _Dispatch.apply(tokens, routing.gates, delivery)  # type: ignore[no-untyped-call]
         grouping, tiles = self._grouping(delivery.arrivals), None
         if isinstance(delivery.tokens, Quantized):
@@ -241,9 +246,10 @@ class ExpertParallelDispatcher:
         )
 
     @torch.no_grad()
-    def _deliver(self, tokens: Tensor | Quantized, routing: ExpertChoice) -> Delivery:
+    def _deliver(self, tokens: Tensor | Quantized, routing: ExpertChoice, begun: object) -> Delivery:
         """Send tokens, and before them their routing."""
-        hops, arrivals = self._planner.plan(routing)
+        assert isinstance(begun, CountsUnderWay), type(begun)
+        hops, arrivals = self._planner.plan(routing, begun)
         plan = DispatchPlan(hops, self.wire, self.power_of_two)
         received = plan.tiles_to_experts(tokens) if isinstance(tokens, Quantized) else plan.to_experts(tokens)
         return Delivery(received, arrivals, plan)

@@ -15,7 +15,9 @@ rank, token), after two (index of the source on its node, node, token).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -81,6 +83,28 @@ class Arrivals:
 
 
 @dataclass(frozen=True)
+class CountsUnderWay:
+    """What `HopPlanner.begin` has exchanged for one layer and micro-batch, on its way to the host."""
+
+    goes: Tensor  # [tokens, ranks] bool: whether a token crosses the first hop to that rank
+    arriving: Tensor | None  # [nodes, peers], copies from each source; only of two hops
+    parts: tuple[Tensor, ...]  # int64 on the host once `arrived`; none where they are assumed
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, goes: Tensor, arriving: Tensor | None, parts: Sequence[Tensor]) -> CountsUnderWay:
+        """Start to bring int64 vectors to the host."""
+        if not parts or not goes.is_cuda:
+            return cls(goes, arriving, tuple(parts), None)
+        # A pinned copy and an event behind it: a plain read would wait for all that was launched until then.
+        numbers = torch.cat(tuple(parts))
+        host = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return cls(goes, arriving, host.split([len(part) for part in parts]), arrived)
+
+
+@dataclass(frozen=True)
 class HopPlanner:
     """Plans the hops of one layer and micro-batch; every rank of `ep` calls it in the same order.
 
@@ -105,30 +129,16 @@ class HopPlanner:
             assert self.ep.rank == rail.rank * node.size + node.rank, f"{names} have not the order of {self.ep.name}"
 
     @torch.no_grad()
-    def plan(self, choice: ExpertChoice) -> tuple[tuple[Hop, ...], Arrivals]:
-        """The hops, with the routing sent ahead over them."""
-        return self._direct(choice) if len(self.axes) == 1 else self._by_node(choice)
-
-    def _direct(self, choice: ExpertChoice) -> tuple[tuple[Hop, ...], Arrivals]:
-        ids, (axis,) = choice.topk_ids, self.axes
-        by_rank = choice.counts.view(axis.size, -1)  # [ep, local]
-        goes = _goes(ids, axis.size, local=by_rank.shape[1])  # [tokens, ep]
-        sent = torch.cat((goes.sum(0)[:, None], by_rank), dim=1)
-        counts = self._exchange_counts(sent)
-        if self.assume_balanced:
-            # Copies and tokens are spread evenly, rounded up.
-            send = recv = _even(len(ids) * min(ids.shape[1], axis.size), axis.size)
-            tokens = _even(ids.numel(), by_rank.shape[1])
-        else:
-            send, recv, tokens = _read_counts(sent[:, 0], counts[:, 0], counts[:, 1:].sum(0))
-        hop = _plan_hop(axis, goes, send, recv, topk=ids.shape[1], traffic=self.traffic)
-        return (hop,), _arrivals(hop.there(_packed(choice), "routing"), None, tokens)
-
-    def _by_node(self, choice: ExpertChoice) -> tuple[tuple[Hop, ...], Arrivals]:
-        ids, topk, (rail, node) = choice.topk_ids, choice.topk_ids.shape[1], self.axes
+    def begin(self, choice: ExpertChoice) -> CountsUnderWay:
+        """Exchange the counts; the host waits for them in `plan`, not for what is issued in between."""
         by_rank = choice.counts.view(self.ep.size, -1)  # [ep, local]
-        local = by_rank.shape[1]
-        goes = _goes(ids, self.ep.size, local=local).unflatten(1, (rail.size, node.size))  # [tokens, nodes, peers]
+        goes = _goes(choice.topk_ids, self.ep.size, local=by_rank.shape[1])  # [tokens, ep]
+        if len(self.axes) == 1:
+            sent = torch.cat((goes.sum(0)[:, None], by_rank), dim=1)
+            counts = self._exchange_counts(sent)
+            return self._read_later(goes, None, sent[:, 0], counts[:, 0], counts[:, 1:].sum(0))
+        rail, node = self.axes
+        goes = goes.unflatten(1, (rail.size, node.size))  # [tokens, nodes, peers]
         to_nodes = goes.any(2)  # [tokens, nodes]
         # For each node: tokens that go there, then copies for each of its ranks; all its ranks get the same.
         onward = torch.cat((to_nodes.sum(0)[:, None], goes.sum(0)), dim=1)  # [nodes, 1 + peers]
@@ -136,22 +146,45 @@ class HopPlanner:
         counts = counts.unflatten(0, (rail.size, node.size))  # by source: [nodes, peers, 1 + peers + local]
         # This rank passes on what the sources of its own index send, and gets copies of every source.
         passed, arriving = counts[:, node.rank], counts[:, :, 1 + node.rank]
+        for_peers, experts = passed[:, 1 : 1 + node.size].sum(0), counts[:, :, 1 + node.size :].sum((0, 1))
+        return self._read_later(to_nodes, arriving, onward[:, 0], passed[:, 0], for_peers, arriving.sum(0), experts)
+
+    @torch.no_grad()
+    def plan(self, choice: ExpertChoice, begun: CountsUnderWay) -> tuple[tuple[Hop, ...], Arrivals]:
+        """The hops, with the routing sent ahead over them."""
+        return self._direct(choice, begun) if len(self.axes) == 1 else self._by_node(choice, begun)
+
+    def _direct(self, choice: ExpertChoice, begun: CountsUnderWay) -> tuple[tuple[Hop, ...], Arrivals]:
+        ids, (axis,) = choice.topk_ids, self.axes
+        if self.assume_balanced:
+            # Copies and tokens are spread evenly, rounded up.
+            send = recv = _even(len(ids) * min(ids.shape[1], axis.size), axis.size)
+            tokens = _even(ids.numel(), len(choice.counts) // axis.size)
+        else:
+            send, recv, tokens = _read_counts(begun)
+        hop = _plan_hop(axis, begun.goes, send, recv, topk=ids.shape[1], traffic=self.traffic)
+        return (hop,), _arrivals(hop.there(_packed(choice), "routing"), None, tokens)
+
+    def _by_node(self, choice: ExpertChoice, begun: CountsUnderWay) -> tuple[tuple[Hop, ...], Arrivals]:
+        ids, topk, (rail, node) = choice.topk_ids, choice.topk_ids.shape[1], self.axes
+        local = len(choice.counts) // self.ep.size
         if self.assume_balanced:
             nodes = min(topk, rail.size, self.most_nodes or rail.size)
             send1 = recv1 = _even(len(ids) * nodes, rail.size)
             send2 = recv2 = _even(len(ids) * min(topk, self.ep.size), node.size)
             tokens = _even(ids.numel(), local)
         else:
-            for_peers, experts = passed[:, 1 : 1 + node.size].sum(0), counts[:, :, 1 + node.size :].sum((0, 1))
-            send1, recv1, send2, recv2, tokens = _read_counts(
-                onward[:, 0], passed[:, 0], for_peers, arriving.sum(0), experts
-            )
-        first = _plan_hop(rail, to_nodes, send1, recv1, topk=topk, traffic=self.traffic)
+            send1, recv1, send2, recv2, tokens = _read_counts(begun)
+        first = _plan_hop(rail, begun.goes, send1, recv1, topk=topk, traffic=self.traffic)
         choices = first.there(_packed(choice), "routing")
         goes_on = _goes(choices[:, :topk], node.size, local=local, first=rail.rank * node.size)
         second = _plan_hop(node, goes_on, send2, recv2, topk=topk, traffic=self.traffic)
         choices = second.there(choices, "routing")
-        return (first, second), _arrivals(choices, _source_order(arriving, sum(recv2)), tokens)
+        assert begun.arriving is not None
+        return (first, second), _arrivals(choices, _source_order(begun.arriving, sum(recv2)), tokens)
+
+    def _read_later(self, goes: Tensor, arriving: Tensor | None, *parts: Tensor) -> CountsUnderWay:
+        return CountsUnderWay.of(goes, arriving, () if self.assume_balanced else parts)
 
     def _exchange_counts(self, sent: Tensor) -> Tensor:
         """[ep, numbers] int64 for each rank -> from each rank."""
@@ -214,12 +247,14 @@ def _source_order(arriving: Tensor, received: int) -> Tensor:
     return source_of_row.sort(stable=True).indices
 
 
-def _read_counts(*parts: Tensor) -> list[list[int]]:
-    """Each of some int64 vectors as a list."""
+def _read_counts(begun: CountsUnderWay) -> list[list[int]]:
+    """Each of the vectors under way as a list."""
     # The host's one wait in a MoE layer and micro-batch; backward reuses what it reads.
-    numbers: list[int] = torch.cat(parts).tolist()
-    ends = [sum(map(len, parts[: i + 1])) for i in range(len(parts))]
-    return [numbers[end - len(part) : end] for part, end in zip(parts, ends, strict=True)]
+    if begun.arrived is not None:
+        begun.arrived.synchronize()
+    numbers: list[int] = torch.cat(begun.parts).tolist()
+    ends = [*accumulate(map(len, begun.parts))]
+    return [numbers[end - len(part) : end] for part, end in zip(begun.parts, ends, strict=True)]
 
 
 def _even(number: int, parts: int) -> list[int]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from kernels import deferred
 from parallel.mesh import Mesh
+from parallel.phases import Phases
 from parallel.schedules import MOST_MESSAGES
 from parallel.waiting import waiting
 
@@ -108,6 +109,7 @@ class Pipeline:
         # Activations are held from a stage's forward to its weight gradients, which need them too.
         held = most = 0
         order = [action for action in schedule.pipeline_order[self.mesh.pp.rank] if action is not None]
+        # An overlapped pair is one action of two, forward first: both are held while it runs.
         for part in (part for action in order for part in action.sub_actions or (action,)):
             kind = part.computation_type.name
             held += (kind == "FORWARD") - (kind in ("FULL_BACKWARD", "BACKWARD_WEIGHT"))
@@ -129,6 +131,7 @@ class Pipeline:
 
     def _new_stages(self, sample: Tensor) -> list[ScheduledStage]:
         """This rank's stages as torch wants them; `sample` is the token ids of one micro-batch on the meta device."""
+        from parallel.overlap import PhasedStage
         from parallel.pipeline_stage import MessagesUnderWay, ScheduledStage, WaitingWgrads
 
         # Shapes are given: else torch runs the model once to infer them.
@@ -136,8 +139,9 @@ class Pipeline:
         loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
         waiting = WaitingWgrads(self.mesh.layout.max_waiting_wgrads)
         messages = MessagesUnderWay(MOST_MESSAGES) if self.mesh.layout.facts.chunks != 1 else None
+        phased = self.mesh.layout.schedule == "DualPipeV" and all(isinstance(m, Phases) for m in self.stages.values())
         return [
-            ScheduledStage(
+            (PhasedStage if phased else ScheduledStage)(
                 module,
                 index,
                 self.num_stages,
@@ -153,14 +157,19 @@ class Pipeline:
         ]
 
     def _new_schedule(self, stages: list[ScheduledStage], num_micro_batches: int) -> Any:
-        from torch.distributed.pipelining.schedules import get_schedule_class
+        from torch.distributed.pipelining.schedules import OVERLAP_F_B, get_schedule_class
+
+        from parallel.overlap import Pairs, PhasedStage
 
         # A step of the batch ramp may have too few micro-batches for the layout's own.
         facts = self.mesh.layout.facts.of_step(self.mesh.pp.size, num_micro_batches)
         assert facts is not None, "check_layout refuses such a ramp"
         given = stages[0] if facts.chunks == 1 else stages
-        schedule = get_schedule_class(facts.name)
-        return schedule(given, num_micro_batches, loss_fn=lambda output, _: output, scale_grads=False)
+        schedule_class = get_schedule_class(facts.name)
+        schedule = schedule_class(given, num_micro_batches, loss_fn=lambda output, _: output, scale_grads=False)
+        if phased := [stage for stage in stages if isinstance(stage, PhasedStage)]:
+            schedule.register_custom_function(OVERLAP_F_B, Pairs(phased))
+        return schedule
 
 
 def split(inputs: Inputs, num_micro_batches: int) -> list[dict[str, Tensor]]:

@@ -146,8 +146,8 @@ _defect(
 
 
 def _mtp_shifted(before: Any) -> Any:
-    def shifted(self: Transformer, hidden: Tensor, input_ids: Tensor, *rest: Any) -> Any:
-        return before(self, hidden, input_ids if self.spec.is_first else input_ids.roll(1, dims=1), *rest)
+    def shifted(self: Transformer, run: Any, hidden: Tensor, input_ids: Tensor, *rest: Any) -> Any:
+        return before(self, run, hidden, input_ids if self.spec.is_first else input_ids.roll(1, dims=1), *rest)
 
     return shifted
 

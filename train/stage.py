@@ -11,7 +11,9 @@ Shapes: hidden [sequences, tokens, hidden].
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +28,11 @@ from parallel.shards import LocalShard
 from train.losses import LossWeights, attach_loss, balance_sum, loss_sums
 from train.model.config import ModelConfig, StageSpec
 from train.model.moe import Experts, Routing, TokenDispatcher
+from train.model.phases import Run, Steps, T, at_once, finish
 from train.model.precision import Precision
 from train.model.precision_config import PrecisionConfig
 from train.model.sizes import layer_costs
-from train.model.transformer import Transformer
+from train.model.transformer import ModelOutput, Transformer
 
 
 class StepMetrics:
@@ -92,11 +95,22 @@ class Stage(nn.Module):
         Returns:
             hidden for the stage after; the total loss, a scalar, on the last.
         """
+        return finish(self.steps(at_once, inbound, input_ids=input_ids, labels=labels, document_ids=document_ids))
+
+    def steps(
+        self, run: Run, inbound: Tensor, *, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None
+    ) -> Steps[Tensor]:
+        """`forward`, phase by phase."""
         model, probe = self.model, self.probe
         self.probe = None
-        with nullcontext() if probe is None else watching(probe):
-            output = model(input_ids, document_ids, None if model.spec.is_first else inbound)
+        watched: Run = run if probe is None else partial(_watched, probe, run)
+        output = yield from model.steps(watched, input_ids, document_ids, None if model.spec.is_first else inbound)
         self.metrics.add_routings(output.routings)
+        return (yield from run("losses", self._add_losses, output, labels))
+
+    def _add_losses(self, output: ModelOutput, labels: Tensor) -> Tensor:
+        """hidden with the balance losses attached; the total loss on the last stage."""
+        model = self.model
         balance = balance_sum(output, self.weights)
         if not model.spec.is_last:
             hidden: Tensor = output.hidden
@@ -104,6 +118,16 @@ class Stage(nn.Module):
         losses = loss_sums(model, output, labels, self.weights)
         self.metrics.add_losses(losses.main, losses.mtp)
         return losses.total if balance is None else losses.total + balance
+
+
+def _watched(probe: Probe, run: Run, name: str, phase: Callable[..., T], *args: Any) -> Steps[T]:
+    """A phase under a probe; between two phases another micro-batch may compute."""
+
+    def under_probe(*inputs: Any) -> T:
+        with watching(probe):
+            return phase(*inputs)
+
+    return run(name, under_probe, *args)
 
 
 def stage_specs(config: ModelConfig, mesh: Mesh) -> dict[int, StageSpec]:

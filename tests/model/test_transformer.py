@@ -128,7 +128,7 @@ def test_phases_compose_to_the_block() -> None:
     delta = torch.randn_like(hidden)
     routed = block.route(*block.attend(hidden, delta, None))
     dispatched = block.dispatch(routed)
-    combined = block.combine(routed, dispatched, block.experts(dispatched))
+    combined = block.combine(routed, dispatched, block.experts(dispatched), block.shared(routed))
     residual, whole, routing = block(hidden, delta, None)
     assert torch.equal(residual, routed.residual)
     assert torch.equal(whole, combined)

@@ -243,7 +243,16 @@ class Walker:
         self.first: dict[str, Tensor] | None = None
         self.calls: Counter[int] = Counter()
         for index, stage in self.engine.stages.items():
-            stage.register_forward_pre_hook(lambda *_, index=index: self.calls.update([index]))
+            stage.steps = self._counted(index, stage.steps)  # type: ignore[method-assign]
+
+    def _counted(self, index: int, steps: Callable[..., Any]) -> Callable[..., Any]:
+        """A stage's forward, whole or phase by phase, with its calls counted."""
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            self.calls.update([index])
+            return steps(*args, **kwargs)
+
+        return counting
 
     def step(self, micro_batches: int, sequences: int) -> StepFacts:
         truth = losses_of(gradients_of(self.alone, micro_batches, sequences))

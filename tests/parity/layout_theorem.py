@@ -123,7 +123,10 @@ class PartialSums:
         nodes = parts.chunk(self.ranks // self.ranks_per_node)
         return _in_order(torch.cat([_in_order(node, self.ranks_per_node) for node in nodes]), len(nodes))
 
-    def dispatch(self, tokens: LinearInput, routing: Routing) -> Dispatched:
+    def begin(self, routing: Routing) -> object:
+        return None
+
+    def dispatch(self, tokens: LinearInput, routing: Routing, begun: object = None) -> Dispatched:
         rank_of_copy = torch.arange(self.ranks).repeat_interleave(len(routing.topk_ids))[:, None]
         ids = routing.topk_ids.repeat(self.ranks, 1)
         ids = torch.where(ids // self.local == rank_of_copy, ids, -1)

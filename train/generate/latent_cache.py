@@ -262,7 +262,7 @@ class Decoder:
             return normed.residual, block.mlp(normed.linears[0])
         routed = block.route(normed.residual, attended)
         dispatched = block.dispatch(routed)
-        return routed.residual, block.combine(routed, dispatched, block.experts(dispatched))
+        return routed.residual, block.combine(routed, dispatched, block.experts(dispatched), block.shared(routed))
 
     def _attend(
         self,

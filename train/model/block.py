@@ -1,9 +1,11 @@
-"""One layer: a dense block or a MoE block in five phases (arXiv:2412.19437 §2.1).
+"""One layer in phases: a dense block or a MoE block (arXiv:2412.19437 §2.1).
 
-    attend -> route -> dispatch -> experts -> combine
+    dense    attend -> feed
+    MoE      attend -> route -> dispatch -> experts -> shared -> combine
 
-Each phase takes and returns explicit tensors: a pipeline schedule can interleave the phases of one micro-batch's
-forward with another's backward (§3.2.1) without touching the math.
+Each phase takes and returns explicit tensors: a pipeline schedule interleaves the phases of one micro-batch's forward
+with another's backward (§3.2.1) without touching the math (`phases.py`). The shared expert stands before `combine`, so
+that in backward, where phases run in reverse, the tokens' gradients are under way before it computes.
 
 A block hands on the residual stream and what its FFN adds to it, not yet added: the next norm adds, normalises and
 quantises in one pass. Shapes: residual, delta [sequences, tokens, hidden].
@@ -22,6 +24,7 @@ from train.model.attention import MultiHeadLatentAttention, RopeTables
 from train.model.config import ModelConfig
 from train.model.layers import FeedForward, RMSNorm
 from train.model.moe import Experts, Router, Routing, TokenDispatcher
+from train.model.phases import Run, Steps, at_once, finish
 from train.model.precision import Precision
 
 
@@ -47,43 +50,57 @@ class MoE(nn.Module):
         self.shared_experts = FeedForward(config, shared_size, precision) if shared_size else None
 
 
-class DenseBlock(nn.Module):
-    """Pre-norm attention and a dense SwiGLU FFN: the first `first_k_dense_replace` layers."""
+class _Block(nn.Module):
+    """Pre-norm attention, which every layer begins with."""
 
     def __init__(self, config: ModelConfig, precision: Precision, rope: RopeTables) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
         self.self_attn = MultiHeadLatentAttention(config, precision, rope)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
+
+    def attend(self, residual: Tensor, delta: Tensor | None, documents: Packed | None) -> tuple[Tensor, Tensor]:
+        """Norm and attention -> (residual + delta, attention's output), not added yet."""
+        normed = self.input_layernorm.of_sum(residual, delta, linears=1)
+        return normed.residual, self.self_attn(normed.linears[0], documents)
+
+
+class DenseBlock(_Block):
+    """Attention and a dense SwiGLU FFN: the first `first_k_dense_replace` layers."""
+
+    def __init__(self, config: ModelConfig, precision: Precision, rope: RopeTables) -> None:
+        super().__init__(config, precision, rope)
         self.mlp = FeedForward(config, config.intermediate_size, precision)
+
+    def feed(self, residual: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Norm of the sum and FFN -> (residual + delta, the FFN's output), not added yet."""
+        normed = self.post_attention_layernorm.of_sum(residual, delta, linears=1)
+        return normed.residual, self.mlp(normed.linears[0])
+
+    def steps(
+        self, run: Run, residual: Tensor, delta: Tensor | None, documents: Packed | None
+    ) -> Steps[tuple[Tensor, Tensor, None]]:
+        """`forward`, phase by phase."""
+        residual, delta = yield from run("attend", self.attend, residual, delta, documents)
+        residual, delta = yield from run("feed", self.feed, residual, delta)
+        return residual, delta, None
 
     def forward(self, residual: Tensor, delta: Tensor | None, documents: Packed | None) -> tuple[Tensor, Tensor, None]:
         """Residual stream and what is to be added to it -> the same after this layer; no routing."""
-        normed = self.input_layernorm.of_sum(residual, delta, linears=1)
-        attended = self.self_attn(normed.linears[0], documents)
-        normed = self.post_attention_layernorm.of_sum(normed.residual, attended, linears=1)
-        return normed.residual, self.mlp(normed.linears[0]), None
+        return finish(self.steps(at_once, residual, delta, documents))
 
 
-class MoEBlock(nn.Module):
-    """Pre-norm attention and DeepSeekMoE, in five phases."""
+class MoEBlock(_Block):
+    """Attention and DeepSeekMoE."""
 
     def __init__(
         self, config: ModelConfig, precision: Precision, rope: RopeTables, dispatcher: TokenDispatcher
     ) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
-        self.self_attn = MultiHeadLatentAttention(config, precision, rope)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
+        super().__init__(config, precision, rope)
         self.mlp = MoE(config, precision, dispatcher)
 
-    def attend(self, residual: Tensor, delta: Tensor | None, documents: Packed | None) -> tuple[Tensor, Tensor]:
-        """Phase 1: norm and attention -> (residual + delta, attention's output), not added yet."""
-        normed = self.input_layernorm.of_sum(residual, delta, linears=1)
-        return normed.residual, self.self_attn(normed.linears[0], documents)
-
     def route(self, residual: Tensor, delta: Tensor | None) -> DispatchInput:
-        """Phase 2: norm of the sum, scores, choice and gates."""
+        """Norm of the sum, scores, choice and gates."""
         shared = self.mlp.shared_experts is not None
         # Readers in the order in which they run: router, routed experts, shared expert.
         normed = self.post_attention_layernorm.of_sum(residual, delta, plain=1, linears=1 + int(shared))
@@ -94,29 +111,48 @@ class MoEBlock(nn.Module):
             routing=self.mlp.gate(normed.plain[0], normed.kept),
         )
 
-    def dispatch(self, routed: DispatchInput) -> Dispatched:
-        """Phase 3: tokens travel to their experts."""
-        return self.mlp.dispatcher.dispatch(routed.tokens, routed.routing)
+    def dispatch(self, routed: DispatchInput, begun: object = None) -> Dispatched:
+        """Tokens travel to their experts; `begun` is the dispatcher's, None where it has not begun."""
+        return self.mlp.dispatcher.dispatch(routed.tokens, routed.routing, begun)
 
     def experts(self, dispatched: Dispatched) -> Tensor:
-        """Phase 4: the routed experts, each times its gate, summed for each token -> [dispatched tokens, hidden]."""
+        """The routed experts, each times its gate, summed for each token -> [dispatched tokens, hidden]."""
         sums: Tensor = self.mlp.experts(dispatched)
         return sums
 
-    def combine(self, routed: DispatchInput, dispatched: Dispatched, sums: Tensor) -> Tensor:
-        """Phase 5: sums of g_i FFN_i(u) travel home; their sum + shared(u), to be added to the residual stream."""
+    def shared(self, routed: DispatchInput) -> Tensor | None:
+        """The shared expert of u, [sequences, tokens, hidden]; None where there is none."""
+        return None if self.mlp.shared_experts is None else self.mlp.shared_experts(routed.shared)
+
+    def combine(self, routed: DispatchInput, dispatched: Dispatched, sums: Tensor, shared: Tensor | None) -> Tensor:
+        """Sums of g_i FFN_i(u) travel home; their sum + shared(u), to be added to the residual stream."""
         out = self.mlp.dispatcher.combine(sums, dispatched).view_as(routed.residual)
-        if self.mlp.shared_experts is not None:
-            out = out + self.mlp.shared_experts(routed.shared)
-        return out
+        return out if shared is None else out + shared
+
+    def _route_and_begin(self, residual: Tensor, delta: Tensor | None) -> tuple[DispatchInput, object]:
+        """`route`, and what `dispatch` will wait for: the more is issued in between, the shorter."""
+        routed = self.route(residual, delta)
+        return routed, self.mlp.dispatcher.begin(routed.routing)
+
+    def steps(
+        self, run: Run, residual: Tensor, delta: Tensor | None, documents: Packed | None
+    ) -> Steps[tuple[Tensor, Tensor, Routing]]:
+        """`forward`, phase by phase."""
+        residual, delta = yield from run("attend", self.attend, residual, delta, documents)
+        routed, begun = yield from run("route", self._route_and_begin, residual, delta)
+        del residual, delta
+        dispatched = yield from run("dispatch", self.dispatch, routed, begun)
+        del begun
+        sums = yield from run("experts", self.experts, dispatched)
+        shared = yield from run("shared", self.shared, routed)
+        delta = yield from run("combine", self.combine, routed, dispatched, sums, shared)
+        return routed.residual, delta, routed.routing
 
     def forward(
         self, residual: Tensor, delta: Tensor | None, documents: Packed | None
     ) -> tuple[Tensor, Tensor, Routing]:
-        """The five phases in order: residual stream and what is to be added to it -> the same after this layer."""
-        routed = self.route(*self.attend(residual, delta, documents))
-        dispatched = self.dispatch(routed)
-        return routed.residual, self.combine(routed, dispatched, self.experts(dispatched)), routed.routing
+        """Residual stream and what is to be added to it -> the same after this layer."""
+        return finish(self.steps(at_once, residual, delta, documents))
 
 
 def make_block(

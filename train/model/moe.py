@@ -49,7 +49,11 @@ class TokenDispatcher(Protocol):
         """Global ids of the experts that live on this process."""
         ...
 
-    def dispatch(self, tokens: LinearInput, routing: Routing) -> Dispatched:
+    def begin(self, routing: Routing) -> object:
+        """Start to find out how many tokens will travel; `dispatch` takes the answer and waits for it."""
+        ...
+
+    def dispatch(self, tokens: LinearInput, routing: Routing, begun: object = None) -> Dispatched:
         """[tokens, hidden] -> tokens where their experts are, and how these group them."""
         ...
 
@@ -64,7 +68,11 @@ class LocalDispatcher:
     def __init__(self, n_routed_experts: int) -> None:
         self.experts = range(n_routed_experts)
 
-    def dispatch(self, tokens: LinearInput, routing: Routing) -> Dispatched:
+    def begin(self, routing: Routing) -> object:
+        """Nothing to find out."""
+        return None
+
+    def dispatch(self, tokens: LinearInput, routing: Routing, begun: object = None) -> Dispatched:
         """[tokens, hidden] as they are, and gates [rows], grouped by expert."""
         slots = grouping(routing.topk_ids, len(self.experts))
         return Dispatched(tokens, group_gates(routing.gates, slots), slots, gradient=None, handle=None)

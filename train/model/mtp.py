@@ -11,6 +11,8 @@ See docs/decisions/0003-mtp.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ from train.model.block import make_block
 from train.model.config import ModelConfig
 from train.model.layers import HighLinear, RMSNorm
 from train.model.moe import Routing, TokenDispatcher
+from train.model.phases import Run, Steps
 from train.model.precision import Precision
 
 
@@ -37,8 +40,18 @@ class MultiTokenPredictor(nn.Module):
         self.block = make_block(config, precision, rope, dispatcher, layer_id=layer_id)
         self.norm = RMSNorm(hidden, eps, precision)
 
-    def forward(self, previous: Tensor, embeds: Tensor, documents: Packed | None) -> tuple[Tensor, Routing | None]:
-        """h^{k-1} and Emb(t_{i+k}), both [sequences, T - k, hidden] -> (h^k normed, routing)."""
-        joined = torch.cat((self.enorm(embeds), self.hnorm(previous)), dim=-1)
-        residual, delta, routing = self.block(self.eh_proj(joined), None, documents)
-        return self.norm(residual, delta), routing
+    def join(self, previous: Tensor, next_ids: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """h^{k-1} [sequences, T - k + 1, hidden] and t_{i+k} [sequences, T - k] -> h'^k [sequences, T - k, hidden]."""
+        embeds = embed(next_ids)
+        joined = torch.cat((self.enorm(embeds), self.hnorm(previous[:, : next_ids.shape[1]])), dim=-1)
+        projected: Tensor = self.eh_proj(joined)
+        return projected
+
+    def steps(
+        self, run: Run, previous: Tensor, next_ids: Tensor, embed: Callable[[Tensor], Tensor], documents: Packed | None
+    ) -> Steps[tuple[Tensor, Routing | None]]:
+        """Arguments of `join` -> (h^k normed, routing), phase by phase."""
+        residual = yield from run("join", self.join, previous, next_ids, embed)
+        residual, delta, routing = yield from self.block.steps(run, residual, None, documents)
+        hidden: Tensor = yield from run("norm", self.norm, residual, delta)
+        return hidden, routing

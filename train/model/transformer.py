@@ -13,14 +13,15 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kernels.attention import Packed, documents_of
+from kernels.attention import documents_of
 from kernels.cross_entropy import linear_cross_entropy_sum
 from train.model.attention import MultiHeadLatentAttention, RopeTables
-from train.model.block import make_block
+from train.model.block import DenseBlock, MoEBlock, make_block
 from train.model.config import ModelConfig, StageSpec, whole
 from train.model.layers import Embedding, HighLinear, Linear, RMSNorm
 from train.model.moe import Experts, LocalDispatcher, Routing, TokenDispatcher
 from train.model.mtp import MultiTokenPredictor
+from train.model.phases import Run, Steps, at_once, finish
 from train.model.precision import Precision
 
 
@@ -70,15 +71,22 @@ class Transformer(nn.Module):
             document_ids: [sequences, tokens] int64 on the host limits attention to a document, or None.
             hidden: [sequences, tokens, hidden] from the stage before; None on the first.
         """
+        return finish(self.steps(at_once, input_ids, document_ids, hidden))
+
+    def steps(
+        self, run: Run, input_ids: Tensor, document_ids: Tensor | None = None, hidden: Tensor | None = None
+    ) -> Steps[ModelOutput]:
+        """`forward`, phase by phase."""
         routings: dict[int, Routing] = {}
-        hidden = self._main(self._start(input_ids, hidden), documents_of(document_ids, input_ids.device), routings)
-        return ModelOutput(hidden, self._predict_further(hidden, input_ids, document_ids, routings), routings)
+        hidden = yield from self._main(run, input_ids, document_ids, hidden, routings)
+        chain = yield from self._predict_further(run, hidden, input_ids, document_ids, routings)
+        return ModelOutput(hidden, chain, routings)
 
     def next_token_hidden(
         self, input_ids: Tensor, document_ids: Tensor | None = None, hidden: Tensor | None = None
     ) -> Tensor:
         """The main model alone, for evaluation: arguments of `forward` -> [sequences, tokens, hidden]."""
-        return self._main(self._start(input_ids, hidden), documents_of(document_ids, input_ids.device), {})
+        return finish(self._main(at_once, input_ids, document_ids, hidden, {}))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocab]; the head is shared by the main model and every MTP depth."""
@@ -93,39 +101,50 @@ class Transformer(nn.Module):
         rows, weight = hidden.flatten(0, 1), self.lm_head.weight
         return linear_cross_entropy_sum(rows, weight, labels.flatten(), scale=scale)
 
-    def _start(self, input_ids: Tensor, hidden: Tensor | None) -> Tensor:
-        start: Tensor | None = self.embed_tokens(input_ids) if self.spec.is_first else hidden
-        assert start is not None, "a stage after the first needs the hidden state of the one before"
-        return start
-
-    def _main(self, start: Tensor, documents: Packed | None, routings: dict[int, Routing]) -> Tensor:
-        """Every layer and, on the last stage, the final norm; adds each layer's routing to `routings`."""
-        residual, delta = start, None
+    def _main(
+        self,
+        run: Run,
+        input_ids: Tensor,
+        document_ids: Tensor | None,
+        hidden: Tensor | None,
+        routings: dict[int, Routing],
+    ) -> Steps[Tensor]:
+        """Embedding on the first stage, every layer, `_end`; adds each layer's routing to `routings`."""
+        if self.spec.is_first:
+            hidden = yield from run("embed", self.embed_tokens, input_ids)
+        assert hidden is not None, "a stage after the first needs the hidden state of the one before"
+        documents = documents_of(document_ids, input_ids.device)
+        residual, delta = hidden, None
         for layer_id, block in self.layers.items():
-            residual, delta, routing = block(residual, delta, documents)
+            assert isinstance(block, DenseBlock | MoEBlock)
+            residual, delta, routing = yield from block.steps(run, residual, delta, documents)
             if routing is not None:
                 routings[int(layer_id)] = routing
+        return (yield from run("end", self._end, residual, delta))
+
+    def _end(self, residual: Tensor, delta: Tensor | None) -> Tensor:
+        """The final norm on the last stage; elsewhere the sum, for one tensor travels to the next stage."""
         if self.spec.is_last:
             normed: Tensor = self.norm(residual, delta)
             return normed
-        # One tensor travels to the next stage.
         return residual if delta is None else residual + delta
 
     def _predict_further(
-        self, hidden: Tensor, input_ids: Tensor, document_ids: Tensor | None, routings: dict[int, Routing]
-    ) -> tuple[Tensor, ...]:
+        self, run: Run, hidden: Tensor, input_ids: Tensor, document_ids: Tensor | None, routings: dict[int, Routing]
+    ) -> Steps[tuple[Tensor, ...]]:
         """The MTP chain (§2.2): depth k turns positions 1..T-k of depth k-1 and Emb(t_{i+k}) into its own hidden."""
         chain = []
         for depth, (layer_id, predictor) in enumerate(self.mtp.items(), start=1):
             num_tokens = input_ids.shape[1] - depth
             if num_tokens < 1:
                 break
+            assert isinstance(predictor, MultiTokenPredictor)
             ids = None if document_ids is None else document_ids[:, :num_tokens]
             documents = documents_of(ids, input_ids.device)
             # A lookup for each depth: the gradients meet in FP32, in the weight's, not in the activation's dtype; and a
             # pipeline, whose last stage cannot reach the first one's lookup, computes the same.
-            embeds = self.embed_tokens(input_ids[:, depth:])  # [sequences, tokens - depth, hidden]
-            hidden, routing = predictor(hidden[:, :num_tokens], embeds, documents)
+            next_ids = input_ids[:, depth:]  # [sequences, tokens - depth]
+            hidden, routing = yield from predictor.steps(run, hidden, next_ids, self.embed_tokens, documents)
             chain.append(hidden)
             if routing is not None:
                 routings[int(layer_id)] = routing

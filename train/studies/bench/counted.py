@@ -49,8 +49,8 @@ TIMED = re.compile(
 )
 # Where the ledger says no more than the file: the first pattern that the line's function fits.
 PHASES = (
-    (r"train/model/attention\.py:|block\.py:MoEBlock\.(attend|route)|moe\.py:Router", "attend"),
-    (r"block\.py:(MoEBlock\.combine|DenseBlock)|moe\.py:Experts", "experts"),
+    (r"train/model/attention\.py:|block\.py:(_Block\.attend|MoEBlock\.route)|moe\.py:Router", "attend"),
+    (r"block\.py:(MoEBlock\.(shared|combine)|DenseBlock)|moe\.py:Experts", "experts"),
     (r"expert\.py:ExpertParallelDispatcher\.(dispatch|_grouping)", "experts"),
     (r"parallel/(expert|hops)\.py:", "exchange"),
 )

@@ -80,7 +80,7 @@ def runs_today(candidate: Candidate) -> str | None:
     if candidate.schedule not in RUNNABLE:
         return f"layout.schedule={candidate.schedule} is not in the trainer yet"
     if candidate.overlap:
-        return "the trainer runs the chunks of a pair one after the other"
+        return "exchanges of a pair do not run beside its products yet"
     if candidate.dispatch == "deepep":
         return "layout.dispatch=deepep has not run yet"
     return None
