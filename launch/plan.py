@@ -7,8 +7,9 @@ A training in that folder compares itself with plan.json after ten steps; then
 
     python launch/plan.py calibrate runs/NAME
 
-keeps by how much this machine was slower than planned, and `python launch/plan.py residuals` prints how far the planner
-is from what others have published. A wrong argument is one sentence and exit code 2.
+keeps by how much this machine was slower than planned, `python launch/plan.py residuals` prints how far the planner is
+from what others have published, and `python launch/plan.py split +cluster=h800_2048` layers of each stage by simulated
+time, as an override. A wrong argument is one sentence and exit code 2.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import datetime
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from train.config import compose
@@ -24,11 +26,12 @@ from train.observe.sinks import PLAN_FILE, write_whole
 from train.run_directory import run_directory
 from train.studies.measured import REPORT
 from train.studies.plan import judge
-from train.studies.plan.document import Assumptions, plan
+from train.studies.plan.document import Assumptions, Planner, plan
 from train.studies.plan.judged import calibrate, correction_for
 from train.studies.plan.page import render
 from train.studies.plan.products import MachineName, machine
 from train.studies.plan.read_loads import read_loads
+from train.studies.plan.search import split_by_time
 from train.studies.plan.trace import write_trace
 from train.studies.plan.words import residuals, tables
 
@@ -45,7 +48,7 @@ def main(arguments: list[str]) -> int:
         if arguments == ["residuals"]:
             print("\n".join(residuals(judge.residuals(compose([f"+cluster={V3}"]).model))))
             return 0
-        return _plan(arguments)
+        return _split(arguments[1:]) if arguments[:1] == ["split"] else _plan(arguments)
     except (ValueError, OSError) as error:
         print(f"plan: {error}", file=sys.stderr)
         return 2
@@ -56,6 +59,30 @@ def _calibrate(arguments: list[str]) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run that has compared itself")
     print(calibrate(parser.parse_args(arguments).run))
     return 0
+
+
+def _split(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="plan split", description="Layers of each stage by simulated time.")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="Hydra override, as of launch/pretrain.py")
+    options = parser.parse_args(arguments)
+    config, name = compose(options.overrides), _named_gpu(options.overrides)
+    gpu = machine(name)
+    planner = Planner(config, Assumptions(gpu, GPUS[name], gpu.tables.value("price"), config.model))
+    now = planner.candidate
+    if now.pp == 1:
+        raise ValueError(
+            "layout.pp=1 has one stage, which nothing can split: plan a pipeline, with layout.pp=2 or more"
+        )
+    found = replace(now, stage_layers=split_by_time(planner.setup(now), micro_batches=planner.micro_batches(now)))
+    print(f"layout.stage_layers={str(list(found.stage_layers)).replace(' ', '')}")
+    for words, each in (("with it", found), ("as configured", now)):
+        step_s, held_gb = planner.predicted(each).step_s, planner.fullest_bytes(each) / 1e9
+        print(f"{words}: a step of {step_s:.2f} s, {held_gb:.1f} GB on the fullest rank, both modelled")
+    return 0
+
+
+def _named_gpu(overrides: list[str]) -> MachineName:
+    return "H800" if any("cluster=h800" in text for text in overrides) else "H100"
 
 
 def _plan(arguments: list[str]) -> int:
@@ -74,8 +101,7 @@ def _plan(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder to write (the run's own)")
     options = parser.parse_intermixed_args(arguments)
     config = compose(options.overrides)
-    named: MachineName = "H800" if any("cluster=h800" in text for text in options.overrides) else "H100"
-    name: MachineName = options.gpu or named
+    name: MachineName = options.gpu or _named_gpu(options.overrides)
     report = options.report if options.report.exists() else None
     # Published runs are of DeepSeek-V3, whatever is planned here.
     v3 = compose([f"+cluster={V3}"])

@@ -39,7 +39,7 @@ TARGETS = {
     "one process": ONE,
     "dp2 without ZeRO": Layout(dp=2, zero=False),
     "dp4 x ep4": Layout(dp=4, ep=4),
-    "pp2 1F1B": Layout(pp=2),
+    "pp2 1F1B, head and MTP alone": Layout(pp=2, stage_layers=(5, 0)),
 }
 SMALL = [
     "model.num_hidden_layers=5",

@@ -83,6 +83,21 @@ def test_what_a_plan_advises_is_a_configuration_that_the_trainer_takes(planned: 
             assert taken.attention_output == row["attention_output"]
 
 
+def test_a_split_by_time_is_an_override_that_makes_the_modelled_step_shorter(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """V3's last stage has MTP and two products with the head, so it gets no layer besides."""
+    assert plan.main(["split", "+cluster=h800_2048"]) == 0
+    override, *figures = capsys.readouterr().out.splitlines()
+    layers = compose(["+cluster=h800_2048", override]).layout.stage_layers
+    assert layers is not None
+    assert (len(layers), sum(layers), layers[-1]) == (32, 61, 0)
+    seconds = [float(line.split("a step of ")[1].split()[0]) for line in figures]
+    assert seconds[0] < seconds[1]
+    assert plan.main(["split", CLUSTER]) == 2
+    assert "plan: layout.pp=1 has one stage, which nothing can split: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
