@@ -25,6 +25,7 @@ from tests.ranks import PRELOAD
 from train.studies.preflight import links, machine, rank
 from train.studies.preflight.arguments import parse
 
+ROOT = Path(__file__).resolve().parents[2]
 # Of each phase; a rank that is there needs a tenth of it.
 TIMEOUT_S = 20
 HANG_TIMEOUT_S = 6
@@ -184,3 +185,13 @@ def test_a_rank_that_dies_among_the_others_is_named(tmp_path: Path) -> None:
     ended = nodes(tmp_path, {0: wait_less, 1: die_in_links}, world=2, timeout_s=HANG_TIMEOUT_S)
     assert ended.codes == [1, 9]
     assert "rank 1 did not answer, in: links" in ended.faults()[1][0], ended.said
+
+
+@pytest.mark.long
+def test_under_torchrun_it_is_one_of_its_processes(tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "launch/preflight.py"), "--device", "cpu", "--share", "0", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "preflight: nothing is wrong with 1 nodes"

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from launch.cluster import SCHEDULERS, main
 from train.config import CONFIGS, compose, convert
 from train.job import JobConfig
 from train.studies.job_files.grace import grace_of
-from train.studies.job_files.job import IN_IMAGE, job_of
+from train.studies.job_files.job import IN_IMAGE, Job, job_of
 from train.studies.preflight.arguments import parse
 
 HERE = Path(__file__).parent
@@ -30,18 +32,27 @@ MOUNTS = "job.mounts=[runs:/v3fp8/runs,stores:/v3fp8/stores]"
 IMAGE = ["job.image=registry.local/v3fp8:1", MOUNTS]
 EXCLUDE = "job.exclude=[gpu017,gpu101]"
 SITE = ["job.partition=h800", "job.account=pretraining", "job.time_limit=2-00:00:00", EXCLUDE]
+ALERT = "observe.alert_command=\"page --team 'v3'\""
 # File -> scheduler and overrides.
-GOLDEN = {
-    "h800_2048.sbatch": ("slurm", ["+cluster=h800_2048", "run.name=first", *SITE, "job.container=pyxis", *IMAGE]),
+GOLDEN: dict[str, tuple[str, list[str]]] = {
+    "h800_2048.sbatch": (
+        "slurm",
+        ["+cluster=h800_2048", "run.name=first", ALERT, *SITE, "job.container=pyxis", *IMAGE],
+    ),
     "h100_8.sbatch": ("slurm", ["+cluster=h100_8"]),
     "h800_2048.trainjob.yaml": ("kubernetes", ["+cluster=h800_2048", "job.rdma=rdma/hca:8", EXCLUDE, *IMAGE]),
     "h100_256.sky.yaml": ("sky", ["+cluster=h100_256", EXCLUDE]),
 }
-FACTS = [*IMAGE, "job.rdma=rdma/hca:8"]
+OTHERS = [("slurm", [f"+cluster={cluster}"]) for cluster in CLUSTERS if cluster != "h100_8"]
 
 
-def text(scheduler: str, overrides: list[str]) -> str:
-    return SCHEDULERS[scheduler](job_of(overrides))
+@cache
+def job(*overrides: str) -> Job:
+    return job_of(overrides)
+
+
+def text(scheduler: str, overrides: Sequence[str]) -> str:
+    return SCHEDULERS[scheduler](job(*overrides))
 
 
 def without_model(written: str) -> str:
@@ -54,7 +65,7 @@ def test_a_job_file_is_the_golden_one(name: str) -> None:
     scheduler, overrides = GOLDEN[name]
     written = text(scheduler, overrides)
     assert without_model(written) == without_model((HERE / name).read_text())
-    assert written == text(scheduler, overrides)
+    assert written == SCHEDULERS[scheduler](job(*overrides))
     assert written.splitlines()[2 if scheduler == "slurm" else 1].endswith(
         f"python -m launch.cluster {scheduler} {shlex.join(overrides)}"
     )
@@ -80,23 +91,13 @@ def commands(scheduler: str, written: str) -> tuple[list[str], list[str]]:
     return [each for each in preflight if each != "exec"], [each for each in training if each != "exec"]
 
 
-# Scheduler, cluster, container: each cluster under Slurm, each scheduler and container with the largest.
-FILES = [("slurm", cluster, "none") for cluster in CLUSTERS]
-FILES += [("slurm", "h800_2048", container) for container in ("pyxis", "apptainer")]
-FILES += [(scheduler, "h800_2048", "none") for scheduler in ("kubernetes", "sky")]
-
-
-@pytest.mark.parametrize(("scheduler", "cluster", "container"), FILES)
-def test_every_cluster_gives_commands_that_bash_torchrun_and_hydra_read(
-    scheduler: str, cluster: str, container: str
-) -> None:
-    alert = "observe.alert_command=\"page --team 'v3'\""
-    job = job_of([f"+cluster={cluster}", alert, *FACTS, f"job.container={container}"])
-    written, config = SCHEDULERS[scheduler](job), job.config
+@pytest.mark.parametrize(("scheduler", "overrides"), [*GOLDEN.values(), *OTHERS])
+def test_bash_torchrun_and_hydra_read_what_a_file_runs(scheduler: str, overrides: list[str]) -> None:
+    written, config = text(scheduler, overrides), job(*overrides).config
     for script in scripts(scheduler, written):
         subprocess.run(["bash", "-n"], input=script, text=True, check=True, capture_output=True)
     preflight, training = commands(scheduler, written)
-    bin_ = ".venv/bin/" if (scheduler, container) == ("slurm", "none") else ""
+    bin_ = ".venv/bin/" if config.job.image is None else ""
     assert preflight[:2] == [f"{bin_}python", "launch/preflight.py"]
     assert training[0] == f"{bin_}torchrun"
     # As torchrun and Hydra read them: the same run, on as many ranks as its layout has.
@@ -125,12 +126,8 @@ CONTAINER_PATCH = {"name", "volumeMounts", "securityContext"}
 RESERVED = {"PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"}
 
 
-def trainjob(*more: str) -> Any:
-    return yaml.safe_load(text("kubernetes", ["+cluster=h800_2048", *FACTS, *more]))
-
-
 def test_a_train_job_has_the_fields_of_the_published_schema() -> None:
-    found = trainjob(EXCLUDE)
+    found = yaml.safe_load(text(*GOLDEN["h800_2048.trainjob.yaml"]))
     assert (found["apiVersion"], found["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
     spec = found["spec"]
     assert set(spec) == {"runtimeRef", "trainer", "runtimePatches"}
@@ -154,9 +151,10 @@ def test_a_train_job_has_the_fields_of_the_published_schema() -> None:
 
 
 def test_a_name_of_kubernetes_is_a_label_of_dns() -> None:
-    assert trainjob("run.name=V3_first.try")["metadata"]["name"] == "v3-first-try"
+    named = "run.name=V3_first.try"
+    assert yaml.safe_load(text("kubernetes", ["+cluster=h100_1", named, *IMAGE]))["metadata"]["name"] == "v3-first-try"
     with pytest.raises(ValueError, match="use 50 or fewer"):
-        trainjob(f"run.name={'a' * 51}")
+        text("kubernetes", ["+cluster=h100_1", f"run.name={'a' * 51}", *IMAGE])
 
 
 REFUSED = {
@@ -228,16 +226,16 @@ def test_the_grace_is_two_steps_and_two_saves() -> None:
         ValueError, match=r"job.grace_s=100 .* 2 saves of 6,826.\d GB in 68 s: use job.grace_s=\d+ or more"
     ):
         job_of([*overrides, "job.grace_s=100"])
-    written = text("slurm", ["+cluster=h800_2048", "job.grace_s=700"])
+    written = text("slurm", ["+cluster=h100_1", "job.grace_s=700"])
     assert "#SBATCH --signal=TERM@700\n" in written
     assert "--shutdown-timeout 700 " in written
-    assert "terminationGracePeriodSeconds: 700\n" in text("sky", ["+cluster=h800_2048", "job.grace_s=700"])
+    assert "terminationGracePeriodSeconds: 700\n" in text("sky", ["+cluster=h100_1", "job.grace_s=700"])
 
 
 def test_where_no_speed_is_known_the_grace_is_the_one_that_is_given() -> None:
-    job = job_of(["experiment=tiny", "run.device=cpu", "layout.dp=2", "run.micro_batch_sequences=1"])
-    assert job.grace is None
-    assert "gpus-per-node" not in text("slurm", list(job.arguments))
+    overrides = ["experiment=tiny", "run.device=cpu", "layout.dp=2", "run.micro_batch_sequences=1"]
+    assert job(*overrides).grace is None
+    assert "gpus-per-node" not in text("slurm", overrides)
 
 
 def test_the_files_go_where_they_are_sent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,7 +64,7 @@ def write(job: Job) -> str:
         'on_each_node "$preflight"',
         "",
         f"log={log}",
-        'before=$(wc -c <"$log" 2>/dev/null || echo 0)',
+        'before=$(stat -c %s "$log" 2>/dev/null || echo 0)',
         "status=0",
         'on_each_node "$training" || status=$?',
         "",
