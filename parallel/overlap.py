@@ -122,6 +122,12 @@ def _issue(phases: Generator[str, None, None]) -> None:
         pass
 
 
+def _wait(receives: dict[tuple[int, int], list[Any]], of: tuple[int, int]) -> None:
+    """Wait for a micro-batch's receive and let go of it, for it holds the buffer; where a V turns there is none."""
+    for work in receives.pop(of, ()):
+        work.wait()
+
+
 class Pairs:
     """Runs a schedule's overlapped pairs (`OVERLAP_F_B`) on the stages of this rank."""
 
@@ -135,12 +141,8 @@ class Pairs:
         ahead, behind = self._stages[forward.stage_index], self._stages[backward.stage_index]
         f, b = forward.microbatch_index, backward.microbatch_index
         args, inputs = context.arg_mbs[f], context.kwarg_mbs[f]
-        # Nothing is received where a V turns: both stages are on this rank.
-        for work in (
-            *schedule.fwd_recv_ops.pop((ahead.stage_index, f), ()),
-            *schedule.bwd_recv_ops.pop((behind.stage_index, b), ()),
-        ):
-            work.wait()
+        _wait(schedule.fwd_recv_ops, (ahead.stage_index, f))
+        _wait(schedule.bwd_recv_ops, (behind.stage_index, b))
         with working():
             for _ in take_turns(ahead.forward_phases(f, args, inputs), behind.backward_phases(b)):
                 pass
