@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from kernels.formats import TILE
+
 
 @dataclass(frozen=True)
 class ScheduleFacts:
@@ -96,6 +98,9 @@ class Layout:
     stage_layers: tuple[int, ...] | None = None  # layers of each stage; None balances them by cost
     # Weight gradients that may wait for their W slot on one rank, each with its operands; beyond that the oldest runs.
     max_waiting_wgrads: int | None = None
+    # Rows of a rank's experts in one layer and micro-batch, beyond which they keep only their tokens and compute the
+    # rest in parts, twice: the same bits in less memory, for a popular expert. None: never.
+    max_expert_rows: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("pp", "dp", "ep", "ranks_per_node"):
@@ -103,6 +108,11 @@ class Layout:
                 raise ValueError(f"layout.{field}={getattr(self, field)} is too small: use 1 or more")
         if self.max_waiting_wgrads is not None and self.max_waiting_wgrads < 0:
             raise ValueError(f"layout.max_waiting_wgrads={self.max_waiting_wgrads} is negative: use 0 or more, or null")
+        if self.max_expert_rows is not None and self.max_expert_rows < TILE:
+            raise ValueError(
+                f"layout.max_expert_rows={self.max_expert_rows} is less than a tile of {TILE} rows: use "
+                f"{TILE} or more, or null for no limit"
+            )
         stages = num_stages(self.schedule, self.pp)
         if self.dp % self.ep:
             fits = [ep for ep in range(1, self.dp + 1) if self.dp % ep == 0]

@@ -52,6 +52,7 @@ class Candidate:
     overlap: bool = False
     comm_sms: int = 20
     max_waiting_wgrads: int | None = None
+    max_expert_rows: int | None = None
     ranks_per_node: int = 8
 
     def __post_init__(self) -> None:
@@ -87,6 +88,7 @@ def candidate_of(config: PretrainConfig) -> Candidate:
         attention_output=precision.attention_output,
         zero=layout.zero,
         max_waiting_wgrads=layout.max_waiting_wgrads,
+        max_expert_rows=layout.max_expert_rows,
         ranks_per_node=layout.ranks_per_node,
     )
 
