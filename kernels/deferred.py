@@ -124,10 +124,27 @@ def _take_stale(weight: Tensor) -> bool:
     return stale
 
 
+def is_fresh(weight: Tensor) -> bool:
+    """Whether a gradient has come to `weight.main_grad` since `forget`."""
+    return not getattr(weight, "main_grad_is_stale", False)
+
+
 def settle(weight: Tensor) -> None:
     """Zero `weight.main_grad` if no gradient of this step has come, for whoever adds to it or reads it."""
     if _take_stale(weight):
         weight.main_grad.zero_()  # type: ignore[attr-defined]
+
+
+def listen(weight: Tensor, listener: Callable[[], None]) -> None:
+    """Have `listener` called after each addition to `weight.main_grad`."""
+    weight.main_grad_listener = listener  # type: ignore[attr-defined]
+
+
+def added(weight: Tensor) -> None:
+    """Something was added to `weight.main_grad`, or has replaced it; who does so without the functions here says it."""
+    listener: Closure | None = getattr(weight, "main_grad_listener", None)
+    if listener is not None:
+        listener()
 
 
 @torch.no_grad()
@@ -136,6 +153,7 @@ def accumulate_grad(weight: Tensor, dw: Tensor) -> None:
     main_grad: Tensor | None = getattr(weight, "main_grad", None)
     if main_grad is not None:
         (main_grad.copy_ if _take_stale(weight) else main_grad.add_)(dw)
+        added(weight)
     elif weight.grad is None:
         weight.grad = dw.to(weight.dtype)
     else:
@@ -151,6 +169,7 @@ def accumulate_product(weight: Tensor, product: Callable[[Tensor, bool], object]
     main_grad: Tensor | None = getattr(weight, "main_grad", None)
     if main_grad is not None:
         product(main_grad, not _take_stale(weight))
+        added(weight)
         return
     dw = torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
     product(dw, False)

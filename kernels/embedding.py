@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.deferred import accumulate_grad, push, settle
+from kernels.deferred import accumulate_grad, added, push, settle
 
 
 def embedding_reference(ids: Tensor, weight: Tensor) -> Tensor:
@@ -46,6 +46,7 @@ class _Embedding(torch.autograd.Function):
                 # Straight into it: a dW of its own would be 3.7 GB at V3's size.
                 settle(weight)
                 main_grad.index_add_(0, tokens, rows.float())
+                added(weight)
 
         push(wgrad)
         return None, None

@@ -74,6 +74,7 @@ class Fp8Buckets(GradientBuckets):
         # Without an axis, or without ZeRO, each rank makes all weights itself, and nothing is flat.
         self._flats = [_flat(bucket) for bucket in self._buckets] if sharded and axis.size > 1 else []
         self._views = {name: view for flat in self._flats for name, view in flat.views.items()}
+        self._bytes_on_the_way: deque[tuple[_Flat, dist.Work]] = deque()
 
     @torch.no_grad()
     def release(self) -> None:
@@ -84,13 +85,16 @@ class Fp8Buckets(GradientBuckets):
     @torch.no_grad()
     def restore(self, masters: WeightUpdate) -> None:
         """Until `release`, give every weight values: in BF16, gathered from masters; `masters` as `gather`'s update."""
+        self.arrive()
         for parameter in self.parameters.values():
             parameter.data = parameter.new_empty(parameter.shape)
         super().gather(masters)
+        super().arrive()
 
     @torch.no_grad()
     def gather(self, update: WeightUpdate) -> None:
         """As `GradientBuckets`: the new weights arrive in FP8, and in both layouts."""
+        self.arrive()
         if not self._flats:
             for name, held in self._shards.items():
                 weights = held.parameter.new_empty(held.parameter.shape)
@@ -98,20 +102,36 @@ class Fp8Buckets(GradientBuckets):
                 self._keep(name, held.parameter, weights)
         # One bucket is updated while the maxima of the one before and the bytes of those before that are on their way.
         before: _Updated | None = None
-        in_flight: deque[tuple[_Flat, dist.Work]] = deque()
+        self._arrived = 0
         for flat in self._flats:
             updated = self._update(flat, update)
-            if before is not None:
-                in_flight.append(self._send(before))
-            if len(in_flight) == GATHERS_IN_FLIGHT:
-                _finish(*in_flight.popleft())
+            self._send_before(before)
             before = updated
-        if before is not None:
-            in_flight.append(self._send(before))
-        while in_flight:
-            _finish(*in_flight.popleft())
+        self._send_before(before)
+        if not self._later:
+            self.arrive()
         # Graphs of the step before must not read the new weights.
         torch.autograd.graph.increment_version(self.parameters.values())
+
+    @torch.no_grad()
+    def arrive(self, parameter: nn.Parameter | None = None) -> None:
+        """As `GradientBuckets`. Bytes arrive where they stay, so any number of buckets may be under way."""
+        last = len(self._flats) if parameter is None else self._place[parameter]
+        while self._bytes_on_the_way and self._arrived <= last:
+            self._take_bytes_in()
+
+    def _awaited(self) -> set[nn.Parameter]:
+        return {parameter for flat, _ in self._bytes_on_the_way for parameter in flat.bucket.parameters}
+
+    def _take_bytes_in(self) -> None:
+        _finish(*self._bytes_on_the_way.popleft())
+        self._arrived += 1
+
+    def _send_before(self, updated: _Updated | None) -> None:
+        if updated is not None:
+            self._bytes_on_the_way.append(self._send(updated))
+        if len(self._bytes_on_the_way) == GATHERS_IN_FLIGHT and not self._later:
+            self._take_bytes_in()
 
     def _keep(self, name: str, parameter: nn.Parameter, weights: Tensor) -> None:
         copy = quantize_blocks(weights, power_of_two=self._power_of_two)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from kernels.formats import TILE
 from parallel.schedules import INTERLEAVED_CHUNKS, ScheduleFacts, schedule_facts
 
 
@@ -42,6 +43,9 @@ class Layout:
     # direct: a token goes once to each rank of its experts; node: once to each node, and on from there (§3.2.2);
     # deepep: by DeepEP's kernels (`parallel/deepep.py`).
     dispatch: Literal["direct", "node", "deepep"] = "direct"
+    # Rows of a rank's experts in one layer and micro-batch, beyond which they keep only their tokens and compute the
+    # rest in parts, twice: the same bits in less memory, for a popular expert. None: never.
+    max_expert_rows: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("pp", "dp", "ep", "ranks_per_node"):
@@ -50,6 +54,11 @@ class Layout:
         if self.max_waiting_wgrads is not None and self.max_waiting_wgrads < 0:
             raise ValueError(f"layout.max_waiting_wgrads={self.max_waiting_wgrads} is negative: use 0 or more, or null")
         self._check_stages_per_rank()
+        if self.max_expert_rows is not None and self.max_expert_rows < TILE:
+            raise ValueError(
+                f"layout.max_expert_rows={self.max_expert_rows} is less than a tile of {TILE} rows: use "
+                f"{TILE} or more, or null for no limit"
+            )
         if self.dp % self.ep:
             fits = [ep for ep in range(1, self.dp + 1) if self.dp % ep == 0]
             raise ValueError(

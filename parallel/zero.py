@@ -4,7 +4,7 @@ arXiv:2412.19437 §3.2, §3.3.3. Ranks of one axis hold the same parameters and 
 stored in flat FP32 buckets, `main_grad` is a view of one. A bucket is cut into `axis.size` equal shards:
 
     backward   main_grad = or += ...                every rank, its own tokens
-    reduce     reduce-scatter, sum                  rank r holds the finished sums of shard r
+    reduce     reduce-scatter, sum                  rank r holds the finished sums of shard r (`early_reduction`)
     update     masters and moments of the shard     `train.optim`, on `parameter_shards()`
     gather     all-gather in the weights' dtype     every rank holds all new weights (FP8: `parallel.fp8_weights`)
 
@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kernels.deferred import accumulate_grad, backwards_due, forget, settle
+from kernels.deferred import accumulate_grad, backwards_due, forget, is_fresh, settle
 from parallel.mesh import Axis
 from parallel.shards import Shard
 from parallel.waiting import waiting
@@ -147,6 +147,12 @@ class GradientBuckets:
         sizes = [(name, parameter.numel(), parameter.dtype) for name, parameter in self.parameters.items()]
         plans = plan_buckets(sizes, shards=axis.size, bucket_bytes=bucket_bytes)
         self._buckets = [*map(self._bucket, plans, self.allocate(plans))]
+        self._reducing: dict[int, dist.Work] = {}
+        # New weights: of this rank's shards, and of whole buckets under way; how many have arrived.
+        self._place = {each: index for index, bucket in enumerate(self._buckets) for each in bucket.parameters}
+        self._later, self._arrived = False, 0
+        self._made: deque[tuple[Bucket, Tensor]] = deque()
+        self._on_the_way: deque[tuple[Bucket, Tensor, dist.Work]] = deque()
         self._shards = {shard.name: shard for bucket in self._buckets for shard in self._cut(bucket)}
         # The model's kernels write and add to `main_grad` themselves (`kernels.deferred`). What autograd makes of any
         # other parameter as `.grad`, this hook moves over as soon as autograd has finished the tensor.
@@ -217,7 +223,7 @@ class GradientBuckets:
 
     def restore(self, masters: WeightUpdate) -> None:
         """Until `release`, every weight has values, gathered from masters where it had none; as `gather`'s update."""
-        return
+        self.arrive()
 
     def forget(self) -> None:
         """Begin a step: the first gradient replaces each `main_grad`; drop what autograd may have left in `.grad`."""
@@ -225,19 +231,41 @@ class GradientBuckets:
             forget(parameter)
             parameter.grad = None
 
+    def names_by_bucket(self) -> list[tuple[str, ...]]:
+        """The parameters of each bucket."""
+        return [tuple(each.name for each in bucket.plan.ranges) for bucket in self._buckets]
+
+    @torch.no_grad()
+    def begin_reduce(self, index: int) -> None:
+        """Begin to sum a bucket over an axis of several ranks, in order; no gradient of it is to come in this step."""
+        bucket = self._buckets[index]
+        for parameter in bucket.parameters:
+            settle(parameter)
+        # In place: the shard is the part of its bucket that this rank owns. With ZeRO, `main_grad` outside this shard
+        # still holds afterwards what this rank alone has summed.
+        work = _reduce_scatter(bucket.shard, bucket.grads, group=self.axis.group, async_op=True)
+        assert work is not None, "this rank is not in the group of its axis"
+        self._reducing[index] = work
+
     @torch.no_grad()
     def reduce(self) -> None:
-        """Sum the gradients over the axis, and over the tied copies; once per step."""
+        """Sum the gradients over the axis, as far as that has not begun, and over the tied copies; once per step."""
         assert all(p.grad is None for p in self.parameters.values()), "a gradient was left in .grad, not in main_grad"
         wrong = [name for name, parameter in self.parameters.items() if backwards_due(parameter)]
         assert not wrong, f"the gradient of {wrong} has losses that were not differentiated once: use torch.no_grad()"
-        for parameter in self.parameters.values():
-            settle(parameter)
-        # With ZeRO, `main_grad` outside this rank's shard still holds afterwards what this rank alone has summed.
+        awaited = self._awaited()
+        wrong = [name for name, parameter in self.parameters.items() if parameter in awaited and is_fresh(parameter)]
+        assert not wrong, f"{wrong} were read before their new weights had come: call the modules that hold them"
         group, several = self.axis.group, self.axis.size > 1
         if several:
-            # In place: the shard is the part of its bucket that this rank owns.
-            _wait_for(_reduce_scatter(each.shard, each.grads, group=group, async_op=True) for each in self._buckets)
+            for index in range(len(self._buckets)):
+                if index not in self._reducing:
+                    self.begin_reduce(index)
+            _wait_for(self._reducing.values())
+            self._reducing.clear()
+        else:
+            for parameter in self.parameters.values():
+                settle(parameter)
         if self._tied is not None and self._tied.size > 1:
             _wait_for(dist.all_reduce(each.shard, group=self._tied.group, async_op=True) for each in self._buckets)
         if several and not self.sharded:
@@ -274,31 +302,63 @@ class GradientBuckets:
 
     @torch.no_grad()
     def gather(self, update: WeightUpdate) -> None:
-        """Make the new weights, each of `parameter_shards()` in order, and give them to every rank of the axis."""
+        """Make the new weights, each of `parameter_shards()` in order, and give them to every rank of the axis.
+
+        After `let_arrive_later` some are still under way; `arrive` waits for them.
+        """
+        self.arrive()
         # Whoever writes weights raises the parameter's version: that makes cached FP8 copies stale.
         if not self.sharded or self.axis.size == 1:
             for name, shard in self._shards.items():
                 update(name, shard.parameter.detach().view(-1))
             return
-        in_flight: deque[tuple[Bucket, Tensor, dist.Work]] = deque()
+        self._arrived = 0
         for bucket in self._buckets:
-            in_flight.append(self._start_gather(bucket, update))
-            if len(in_flight) == GATHERS_IN_FLIGHT:
-                _finish_gather(*in_flight.popleft())
-        while in_flight:
-            _finish_gather(*in_flight.popleft())
+            self._made.append((bucket, self._make_shard(bucket, update)))
+            self._send_weights()
+            if len(self._on_the_way) == GATHERS_IN_FLIGHT and not self._later:
+                self._take_in()
+        if not self._later:
+            self.arrive()
 
-    def _start_gather(self, bucket: Bucket, update: WeightUpdate) -> tuple[Bucket, Tensor, dist.Work]:
-        weights = torch.empty(bucket.plan.numel, dtype=bucket.plan.dtype, device=bucket.grads.device)
+    def let_arrive_later(self) -> bool:
+        """From now on `gather` does not wait: whoever reads a weight calls `arrive` first. Whether that is so here."""
+        self._later = self.sharded and self.axis.size > 1
+        return self._later
+
+    @torch.no_grad()
+    def arrive(self, parameter: nn.Parameter | None = None) -> None:
+        """Let the new weights of a parameter arrive, or all; bucket by bucket, and send the next ones."""
+        last = len(self._buckets) if parameter is None else self._place[parameter]
+        while self._on_the_way and self._arrived <= last:
+            self._take_in()
+
+    def _awaited(self) -> set[nn.Parameter]:
+        """Parameters whose new weights have not come."""
+        buckets = [*(bucket for bucket, *_ in self._on_the_way), *(bucket for bucket, _ in self._made)]
+        return {parameter for bucket in buckets for parameter in bucket.parameters}
+
+    def _take_in(self) -> None:
+        _finish_gather(*self._on_the_way.popleft())
+        self._arrived += 1
+        self._send_weights()
+
+    def _make_shard(self, bucket: Bucket, update: WeightUpdate) -> Tensor:
+        """This rank's new weights of a bucket, rounded to the weights' dtype before they travel."""
+        own = torch.empty(bucket.shard.numel(), dtype=bucket.plan.dtype, device=bucket.grads.device)
         for each in bucket.plan.ranges:
             if each.name in self._shards:
                 shard = self._shards[each.name].shard
-                first = each.start + shard.offsets[0]
-                # Rounded to the weights' dtype before they travel.
-                update(each.name, weights[first : first + shard.numel])
-        own = weights[bucket.shard_start : bucket.shard_start + bucket.shard.numel()]
-        work = all_gather(weights, own, group=self.axis.group, async_op=True)
-        return bucket, weights, work
+                first = each.start + shard.offsets[0] - bucket.shard_start
+                update(each.name, own[first : first + shard.numel])
+        return own
+
+    def _send_weights(self) -> None:
+        while self._made and len(self._on_the_way) < GATHERS_IN_FLIGHT:
+            bucket, own = self._made.popleft()
+            weights = torch.empty(bucket.plan.numel, dtype=own.dtype, device=own.device)
+            work = all_gather(weights, own, group=self.axis.group, async_op=True)
+            self._on_the_way.append((bucket, weights, work))
 
 
 def _finish_gather(bucket: Bucket, weights: Tensor, work: dist.Work) -> None:

@@ -34,7 +34,10 @@ MAX_DOCSTRING_RATIO = 0.28
 # Files in kernels/ that are no kernels: formats and tiles, configuration, backend, another library, queue and probe.
 NOT_KERNELS = ("__init__", "formats", "tiles", "config", "backend", "deepgemm", "deferred", "operators", "probe")
 # Kernel files whose arithmetic is all in other kernel files, which have references: name -> what it composes.
-COMPOSITIONS = {"fp8_linear": ("gemm_fp8", "gemm_grouped", "quantize", "swiglu")}
+COMPOSITIONS = {
+    "fp8_linear": ("gemm_fp8", "gemm_grouped", "quantize", "swiglu"),
+    "experts_in_chunks": ("gather", "gemm_grouped", "permute", "swiglu"),
+}
 # Functions that may read a device value inside the step, and why.
 HOST_READS = {
     "kernels/deepgemm.py:_microseconds": "a clock, at the start of a run",

@@ -10,7 +10,7 @@ before the model is allocated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch.distributed import ProcessGroup
 from kernels.attention import backend_name
 from kernels.deepgemm import Choice
 from parallel import deepep
+from parallel.early_reduction import EarlyReduction
 from parallel.fp8_weights import Fp8Buckets
 from parallel.mesh import Mesh, cpu_group, single
 from parallel.pipeline import Pipeline
@@ -33,8 +34,11 @@ from train.checkpoint.publish import published
 from train.config import PretrainConfig
 from train.data.store import TokenStore, store_hashes
 from train.data.stream import Stores, TokenStream, open_stores
+from train.model.attention import MultiHeadLatentAttention
 from train.model.config import ModelConfig
 from train.model.init import initialize
+from train.model.layers import FeedForward
+from train.model.moe import Experts
 from train.model.precision import Precision
 from train.model.precision_config import PrecisionConfig
 from train.model.sizes import held_by, parameter_counts
@@ -53,6 +57,8 @@ if TYPE_CHECKING:
     from train.huggingface.weights import WeightSource
 
 BUCKETS = {"native": GradientBuckets, "deepspeed": DeepSpeedBuckets}
+# What reads the weights of an FP8 linear or of experts, and is called as a module.
+READERS = (MultiHeadLatentAttention, FeedForward, Experts)
 # Of a save: a rank that has written waits for the slowest one.
 SAVE_TIMEOUT_S = 3600
 
@@ -232,14 +238,39 @@ def build_engine(
     return assemble(stages, optim, mesh)
 
 
+def let_weights_arrive_later(models: list[Transformer], buckets: Sequence[GradientBuckets]) -> None:
+    """New weights of attention, FFNs and experts come under the next forward: each of them waits for its own.
+
+    Buckets that hold other weights as well, read in many places, arrive before the update ends.
+    """
+    readers = [module for model in models for module in model.modules() if isinstance(module, READERS)]
+    read = {parameter for reader in readers for parameter in reader.parameters()}
+    for each in buckets:
+        if not (read.issuperset(each.parameters.values()) and each.let_arrive_later()):
+            continue
+        held = set(each.parameters.values())
+        for reader in readers:
+            own = [parameter for parameter in reader.parameters() if parameter in held]
+            reader.register_forward_pre_hook(partial(_arrive, each, own))
+        for model in models:
+            model.register_state_dict_pre_hook(partial(_arrive, each, [None]))  # type: ignore[no-untyped-call]
+
+
+def _arrive(buckets: GradientBuckets, parameters: Iterable[nn.Parameter | None], *_: object) -> None:
+    for parameter in parameters:
+        buckets.arrive(parameter)
+
+
 def assemble(stages: dict[int, Stage], optim: OptimConfig, mesh: Mesh) -> Engine:
     """Pipeline and optimizer of the stages of this rank; masters take the values that the weights have now."""
     models = [stage.model for _, stage in sorted(stages.items())]
     config, precision = models[0].config, models[0].precision
     optimizer = build_optimizer(models, optim, mesh)
+    reduction = EarlyReduction(optimizer.buckets, [name for model in models for name, _ in model.named_parameters()])
+    let_weights_arrive_later(models, optimizer.buckets)
     ema = None if optim.ema_decay is None else Ema(optimizer.masters(), optim.ema_decay)
     pipeline = Pipeline(stages, mesh=mesh, hidden_size=config.hidden_size, dtype=precision.dtype)
-    return Engine(mesh=mesh, stages=stages, pipeline=pipeline, optimizer=optimizer, ema=ema)
+    return Engine(mesh=mesh, stages=stages, pipeline=pipeline, optimizer=optimizer, reduction=reduction, ema=ema)
 
 
 def build(config: PretrainConfig, mesh: Mesh, resources: Resources) -> Components:

@@ -208,6 +208,7 @@ class PretrainConfig:
             "dry_run=true": (self.dry_run, "its kernels take no fake tensors, plan with precision=fp8"),
             "run.recompute=true": (self.run.recompute, "set run.recompute=false"),
             "run.device=cpu": (self.run.device == "cpu", f"{OURS}"),
+            "layout.max_expert_rows": (self.layout.max_expert_rows is not None, "set layout.max_expert_rows=null"),
         }
         for setting, (chosen, cure) in cannot.items():
             if chosen:

@@ -32,7 +32,7 @@ from train.model.phases import Run, Steps, T, at_once, finish
 from train.model.precision import Precision
 from train.model.precision_config import PrecisionConfig
 from train.model.sizes import layer_costs
-from train.model.transformer import ModelOutput, Transformer
+from train.model.transformer import ModelOutput, Transformer, limit_expert_rows
 
 
 class StepMetrics:
@@ -166,6 +166,7 @@ def build_stages(
     for index, spec in specs.items():
         with mesh.device:
             model = Transformer(config, precision, dispatcher, spec)
+        limit_expert_rows(model, mesh.layout.max_expert_rows)
         stages[index] = Stage(model)
     models = [stage.model for stage in stages.values()]
     if len(models) > 1 and models[0].spec.is_first and models[-1].mtp:

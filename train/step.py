@@ -2,7 +2,8 @@
 
     sum the numbers of targets over ranks -> N                         one small collective
     for each micro-batch: forward -> sums of losses -> backward        `parallel/pipeline.py`; sums, never means
-    reduce over ranks, divide by N, norm, clip                         `parallel/grads.py`
+      sums over ranks begin under the last backward                    `parallel/early_reduction.py`
+    wait for all sums, divide by N, norm, clip                         `parallel/grads.py`
     AdamW on this rank's share; new weights to every rank              `train/optim/adamw.py`
     b_i += gamma * sign(mean load - load_i)                            `train/optim/balance.py`, loads of all ranks
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from kernels.fp8_linear import has_numbers
 from parallel.collectives import sum_over
+from parallel.early_reduction import EarlyReduction
 from parallel.grads import reduce_and_clip
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline
@@ -44,6 +46,7 @@ class Engine:
     stages: Mapping[int, Stage]  # by index
     pipeline: Pipeline
     optimizer: AdamW
+    reduction: EarlyReduction
     ema: Ema | None
 
     @property
@@ -113,6 +116,7 @@ def compute_gradients(
     """
     mesh, optimizer, config = engine.mesh, engine.optimizer, engine.models[0].config
     optimizer.zero_grad()
+    engine.reduction.begin(num_micro_batches)
     metrics = StepMetrics(config, mesh.device)
     # Ranks of one pipeline hold the same tokens: its first rank counts them.
     busy = torch.zeros(mesh.world.size, len(busy_s), dtype=torch.int64)
@@ -125,6 +129,7 @@ def compute_gradients(
     for stage in engine.stages.values():
         stage.begin(weights, metrics, health)
     engine.pipeline.run(batch.inputs(mesh.device), num_micro_batches=num_micro_batches)
+    engine.reduction.finish()
     norm = reduce_and_clip(
         optimizer.buckets, num_targets=num_targets, max_norm=optimizer.config.clip_norm, world=mesh.world
     )

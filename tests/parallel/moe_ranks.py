@@ -89,9 +89,12 @@ def dispatcher_of(rank: int, world: int, wire: Wire, **options: Any) -> ExpertPa
     return ExpertParallelDispatcher(EXPERTS, axis, wire=wire, power_of_two=True, **options)
 
 
-def routed_experts(case: Case, dispatcher: TokenDispatcher, name: Wire) -> dict[str, Tensor]:
+def routed_experts(
+    case: Case, dispatcher: TokenDispatcher, name: Wire, *, max_rows: int | None = None
+) -> dict[str, Tensor]:
     """Forward and backward of sum_i g_i FFN_i(x); the experts' values depend on their global ids only."""
     experts = Experts(CONFIG, Precision(name), dispatcher.experts)
+    experts.max_rows = max_rows
     generator = torch.Generator().manual_seed(3)
     main_grads = {}
     for key, weight in experts.named_parameters():
@@ -236,6 +239,18 @@ def bytes_sent(rank: int, world: int, hidden: int) -> dict[str, object]:
     }
 
 
+def limited_faults(rank: int, world: int) -> list[str]:
+    """Where a limit of one tile of rows changes a bit. All tokens go to the last rank, or to one expert of rank 0."""
+    faults = []
+    for kind in ("random", "all to one expert", "all to the last rank"):
+        for wire in get_args(Wire):
+            mine = case(kind, world, torch.float32 if wire == "fp32" else torch.bfloat16).part(rank, world)
+            whole = routed_experts(mine, dispatcher_of(rank, world, wire), wire)
+            limited = routed_experts(mine, dispatcher_of(rank, world, wire), wire, max_rows=128)
+            faults += [f"{kind}, {wire}: {key}" for key in whole if not torch.equal(whole[key], limited[key])]
+    return faults
+
+
 READERS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "to_list")
 
 
@@ -313,6 +328,7 @@ def measure(rank: int, world: int) -> dict[str, Any]:
         "dyadic": dyadic_gates_are_exact(rank, world),
         "no tokens": without_tokens(rank, world),
         "repeats": repeats(rank, world),
+        "limited": limited_faults(rank, world),
         "bytes": {hidden: bytes_sent(rank, world, hidden) for hidden in (160, 7168)},
         "host reads": host_reads(mine, dispatcher_of(rank, world, "fp8")),
         "dgrad": compare_dgrad_operands(rank, world),

@@ -73,6 +73,11 @@ def test_routed_experts_in_bf16_and_fp8_equal_one_process_but_for_the_wire(
         assert relative(parts, key) < 2**-8, key
 
 
+def test_a_limit_on_rows_changes_no_bit(ranks: list[dict[str, Any]]) -> None:
+    """FP32, BF16 and FP8; outputs and every gradient; some ranks beyond the limit and others not."""
+    assert [result["limited"] for result in ranks] == [[]] * len(ranks)
+
+
 @pytest.mark.parametrize("wire", WIRES)
 def test_dispatch_then_combine_is_the_identity_for_unit_gates(ranks: list[dict[str, Any]], wire: str) -> None:
     """One gate is 1, the others 0, experts are the identity: y = x and dx = dy to the bit; fp8: both quantised once."""

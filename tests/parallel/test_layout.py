@@ -45,6 +45,10 @@ BY_ITSELF = [
     ({"pp": 0}, "layout.pp=0 is too small: use 1 or more"),
     ({"dp": -2}, "layout.dp=-2 is too small: use 1 or more"),
     ({"max_waiting_wgrads": -1}, "layout.max_waiting_wgrads=-1 is negative: use 0 or more, or null"),
+    (
+        {"max_expert_rows": 127},
+        "layout.max_expert_rows=127 is less than a tile of 128 rows: use 128 or more, or null for no limit",
+    ),
     ({"ranks_per_node": 0}, "layout.ranks_per_node=0 is too small: use 1 or more"),
     ({"dp": 8, "ep": 3}, "layout.ep=3 does not divide layout.dp=8: use layout.ep=2 or 4, or layout.dp=6 or 9"),
     ({"dp": 2, "ep": 4}, "layout.ep=4 does not divide layout.dp=2: use layout.ep=2, or layout.dp=4"),

@@ -323,6 +323,7 @@ def config() -> PretrainConfig:
     ("section", "change", "words"),
     [
         ("run", {"device": "cpu"}, "run.device=cpu does not go with precision=fp8_te"),
+        ("layout", {"max_expert_rows": 128}, "layout.max_expert_rows does not go with precision=fp8_te"),
         ("run", {"recompute": True}, "set run.recompute=false"),
         (None, {"dry_run": True}, "plan with precision=fp8"),
         ("precision", {"cache_swiglu_input": True}, "set precision.cache_swiglu_input=false"),

@@ -64,15 +64,16 @@ def trainer_for(name: str, backend: str, overrides: list[str]) -> Trainer:
 
 
 def poison(trainer: Trainer, *, rank: int) -> None:
-    """A NaN in one gradient of the second rank, in the second step."""
-    run = trainer.engine.pipeline.run
+    """A NaN in one gradient of the second rank, in the second step, before anybody sums it."""
+    weight: Any = trainer.engine.models[0].norm.weight
+    listener = weight.main_grad_listener
 
-    def poisoned(*arguments: Any, **named: Any) -> None:
-        run(*arguments, **named)
+    def poisoned() -> None:
         if trainer.state.step == 1 and rank == 1:
-            trainer.engine.models[0].norm.weight.main_grad[3] = math.nan
+            weight.main_grad[3] = math.nan
+        listener()
 
-    trainer.engine.pipeline.run = poisoned  # type: ignore[method-assign]
+    weight.main_grad_listener = poisoned
 
 
 def crossed(rank: int, world: int, folder: Path, crossings: list[tuple[str, str, list[str]]]) -> dict[str, Look]:

@@ -126,6 +126,9 @@ class Experts(nn.Module):
     down_proj [experts, hidden, moe_intermediate].
     """
 
+    # With more rows in a micro-batch backward makes again what is not kept (`layout.max_expert_rows`); None: never.
+    max_rows: int | None = None
+
     def __init__(self, config: ModelConfig, precision: Precision, experts: range) -> None:
         super().__init__()
         # The global id of expert 0 of the stack: initial values and checkpoints do not depend on the layout.
@@ -136,4 +139,4 @@ class Experts(nn.Module):
 
     def forward(self, dispatched: Dispatched) -> Tensor:
         """Each dispatched token's sum of g_i FFN_i(token) over the experts here, [tokens, hidden]."""
-        return self.precision.experts(dispatched, self.gate_up_proj, self.down_proj)
+        return self.precision.experts(dispatched, self.gate_up_proj, self.down_proj, max_rows=self.max_rows)

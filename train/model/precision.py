@@ -10,7 +10,9 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from kernels.experts_in_chunks import fp8_experts_in_chunks
 from kernels.formats import GradientTiles
 from kernels.fp8_linear import (
     Fp8Gradient,
@@ -25,7 +27,7 @@ from kernels.fp8_linear import (
     grouped_linear,
     linear,
 )
-from kernels.permute import Dispatched, combine_tokens, group_tokens
+from kernels.permute import Dispatched, Grouping, combine_tokens, group_tokens
 from kernels.quantize import dequantize_carried, dequantize_gradient
 from kernels.rmsnorm import KeptNorm
 from kernels.router_linear import router_linear
@@ -105,16 +107,34 @@ class Precision(PrecisionConfig):
             return grouped_fp8_swiglu_linear(gate_up, gates, weight, group_ends, power_of_two=power_of_two)
         return self.grouped_linear(gated_swiglu(gate_up, gates), weight, group_ends)
 
-    def experts(self, dispatched: Dispatched, gate_up: Tensor, down: Tensor) -> Tensor:
-        """Each token's g_i FFN_i, summed over its experts here: -> [tokens, hidden]."""
+    def experts(self, dispatched: Dispatched, gate_up: Tensor, down: Tensor, *, max_rows: int | None = None) -> Tensor:
+        """Each token's g_i FFN_i, summed over its experts here: -> [tokens, hidden].
+
+        With more than `max_rows` rows only the tokens are kept for backward, which makes the rest again; the same bits.
+        """
+        grouping, power_of_two = dispatched.grouping, self.power_of_two_scales
+        beyond = max_rows is not None and grouping.num_rows > max_rows
         if self.reads_tiles and self.cache_swiglu_input:
-            return fp8_experts(dispatched, gate_up, down, power_of_two=self.power_of_two_scales)
-        tokens, grouping = dispatched.tokens, dispatched.grouping
+            if max_rows is not None and beyond:
+                return fp8_experts_in_chunks(dispatched, gate_up, down, max_rows=max_rows, power_of_two=power_of_two)
+            return fp8_experts(dispatched, gate_up, down, power_of_two=power_of_two)
+        tokens = dispatched.tokens
         tokens = tokens if isinstance(tokens, Tensor) else dequantize_carried(tokens)
-        rows = self.grouped_linear(group_tokens(tokens, grouping), gate_up, grouping.group_ends)
-        rows = self.grouped_swiglu_linear(rows, dispatched.gates, down, grouping.group_ends)
-        sums = combine_tokens(rows, grouping)
+        parts = (tokens, dispatched.gates, grouping, gate_up, down)
+        if beyond and torch.is_grad_enabled():
+            # Whole: a product of other sizes may sum in another order where it is not ours.
+            sums: Tensor = checkpoint(self._experts_apart, *parts, use_reentrant=False, preserve_rng_state=False)
+        else:
+            sums = self._experts_apart(*parts)
         return sums if dispatched.gradient is None else dequantize_gradient(sums, dispatched.gradient)
+
+    def _experts_apart(
+        self, tokens: Tensor, gates: Tensor, grouping: Grouping, gate_up: Tensor, down: Tensor
+    ) -> Tensor:
+        """The steps of `experts` as operations of their own."""
+        rows = self.grouped_linear(group_tokens(tokens, grouping), gate_up, grouping.group_ends)
+        rows = self.grouped_swiglu_linear(rows, gates, down, grouping.group_ends)
+        return combine_tokens(rows, grouping)
 
     def high(self, x: Tensor, weight: Tensor) -> Tensor:
         """A linear that stays in the dtype of `x`: head, `eh_proj`."""

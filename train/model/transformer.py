@@ -167,3 +167,10 @@ def recompute_up_projections(model: Transformer) -> None:
     for module in model.modules():
         if isinstance(module, MultiHeadLatentAttention):
             module.recompute = True
+
+
+def limit_expert_rows(model: Transformer, rows: int | None) -> None:
+    """Let experts keep only their tokens where a layer has more than so many rows here; values stay the same bits."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.max_rows = rows

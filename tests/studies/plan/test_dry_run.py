@@ -451,12 +451,20 @@ def test_uneven_routing_is_added_to_the_total_and_said_where_it_breaks(monkeypat
     assert totals[:4] == sorted(set(totals[:4]))
     assert "with 4 GB for CUDA and NCCL it fits even if its experts get all tokens of their group" in shown
 
-    def verdict(bytes_left: float) -> str:
+    def verdict(bytes_left: float, config: PretrainConfig = config) -> str:
         monkeypatch.setattr(planned, "DEVICE_GB", bytes_left / GB + 4)
-        return planned._imbalance_table(config, 0, memory)[-1]
+        return "\n".join(planned._imbalance_table(config, 0, memory)[5:])
 
-    (breaks,) = re.findall(r"it no longer fits 4 GB from ([\d.]+) times the mean on$", verdict(sum(totals[1:3]) / 2))
+    between = sum(totals[1:3]) / 2
+    (breaks,) = re.findall(r"it no longer fits 4 GB from ([\d.]+) times the mean on$", verdict(between), re.MULTILINE)
     assert 1.2 < float(breaks) < 1.5
+    # The limit that is advised is what fits, and with it the rank fits as far as is said.
+    (advice,) = re.findall(
+        r"^layout.max_expert_rows=(\d+) makes it fit up to ([\d.]+) times", verdict(between), re.MULTILINE
+    )
+    limited = replace(config, layout=replace(config.layout, max_expert_rows=int(advice[0])))
+    assert f"from {advice[1]} times the mean on" in verdict(between, limited)
+    assert float(advice[1]) > float(breaks)
     assert verdict(0.9 * totals[0]).endswith("it no longer fits 4 GB however even its routing")
     one = dry_run(small())
     assert "over the mean" not in one

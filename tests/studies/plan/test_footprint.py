@@ -20,7 +20,7 @@ from train.model.transformer import recompute_up_projections
 from train.stage import StepMetrics, build_stages
 from train.studies.plan.candidate import candidate_of
 from train.studies.plan.dry_run import as_rank, plan_pipeline_rank
-from train.studies.plan.footprint import Footprint, breaking_imbalance, footprint
+from train.studies.plan.footprint import Footprint, breaking_imbalance, footprint, rows_at
 from train.studies.plan.kept import Work
 from train.studies.plan.live_bytes import LiveBytes
 from train.studies.plan.memory import Memory, balanced_dispatcher
@@ -42,6 +42,7 @@ def work_of(config: PretrainConfig) -> Work:
         config.model, config.run.micro_batch_sequences, config.data.sequence_length, layout.ep, precision.name,
         config.run.recompute, precision.attention_output == "e5m6", precision.cache_swiglu_input, layout.pp > 1,
         ranks_per_node=layout.ranks_per_node if layout.two_hops else None,
+        max_rows=layout.max_expert_rows,
     )  # fmt: skip
 
 
@@ -76,6 +77,12 @@ E5M6 = {"precision_attention_output": "e5m6", "run_recompute": "true"}
         ({"precision": "fp8", **E5M6, "layout_ep": 2, "run_micro_batch_sequences": 2}, (0, 4)),
         ({"precision": "bf16", "layout_ep": 2}, (2,)),
         ({"precision": "fp8", "layout_dp": 4, "layout_ep": 4, **BY_NODE}, (5,)),
+        ({"precision": "fp8", "layout_ep": 2, "layout_max_expert_rows": 256}, (2,)),
+        pytest.param({"precision": "fp8", "layout_max_expert_rows": 1024}, (2, 4), marks=pytest.mark.long),
+        pytest.param(
+            {"precision": "bf16", "layout_ep": 2, "layout_max_expert_rows": 256}, (2, 4), marks=pytest.mark.long
+        ),
+        pytest.param({"precision": "bf16", "layout_max_expert_rows": 128}, (2,), marks=pytest.mark.long),
         pytest.param({"precision": "fp8"}, (0, 2, 4), marks=pytest.mark.long),
         pytest.param(
             {"precision": "fp8", "precision_cache_swiglu_input": "false", "layout_ep": 2},
@@ -212,7 +219,7 @@ def test_messages_under_way_are_the_most_that_two_ranks_allow() -> None:
 
 
 def test_imbalance_costs_memory_until_every_token_is_on_one_rank() -> None:
-    config = compose(["+cluster=h800_2048"])
+    config = compose(["+cluster=h800_2048", "layout.max_expert_rows=null"])
     candidate = candidate_of(config)
     # Rank 8's most: 16 and 15 micro-batches of its two stages.
     held = [[Moment(((r, 16), (31 - r, 15)), (), 0, (("F", r), ("B", 31 - r)))] for r in range(16)]
@@ -230,6 +237,32 @@ def test_imbalance_costs_memory_until_every_token_is_on_one_rank() -> None:
     assert most(breaks - 2e-3) <= limit < most(breaks)
     assert breaking_imbalance(config, candidate, most, limit=totals[-1]) is None
     assert breaking_imbalance(config, candidate, most, limit=totals[0] - 1) == 1.0
+
+
+def test_beyond_a_limit_on_rows_a_popular_expert_costs_less_memory() -> None:
+    """Falls where rows pass the limit and rises again from there; what breaks is found on either side."""
+    config = compose(["+cluster=h800_2048", "layout.max_expert_rows=49152"])
+    candidate = candidate_of(config)
+    held = [[Moment(((r, 16), (31 - r, 15)), (), 0, (("F", r), ("B", 31 - r)))] for r in range(16)]
+
+    def most(imbalance: float, limit: int | None = 49152) -> float:
+        limited = replace(candidate, max_expert_rows=limit)
+        return max(each.total for each in footprint(config, limited, held, imbalance=imbalance))
+
+    # 4,096 tokens with 8 experts each, 4 of 256 experts a rank: 32,768 rows at an even share.
+    assert [rows_at(config, candidate, each) for each in (1.0, 1.5, 1.51)] == [32768, 49152, 49664]
+    assert most(1.5) == most(1.5, None)
+    assert most(1.51) < 0.95 * most(1.5) < most(1.51, None)
+    totals = [most(each) for each in (1.51, 2.0, 4.0, 64.0)]
+    assert totals == sorted(totals)
+    assert all(total < most(each, None) for total, each in zip(totals, (1.51, 2.0, 4.0, 64.0), strict=True))
+    before = breaking_imbalance(config, candidate, most, limit=most(1.5) - 1e9)
+    assert before is not None
+    assert 1.2 < before < 1.5
+    after = breaking_imbalance(config, candidate, most, limit=most(1.5))
+    assert after is not None
+    assert after > 1.6
+    assert most(after - 2e-3) <= most(1.5) < most(after)
 
 
 def test_two_copies_of_every_stage_share_their_states() -> None:

@@ -27,14 +27,15 @@ from kernels.block_ranges import block_scales, quantize_range, range_amax, trans
 from kernels.cross_entropy import IGNORE, cross_entropy, linear_cross_entropy_sum
 from kernels.e5m6 import pack_e5m6, quantize_pack, unpack_e5m6, unpack_quantize_transposed
 from kernels.embedding import embedding_reference
+from kernels.experts_in_chunks import fp8_experts_in_chunks
 from kernels.formats import E4M3_MAX, TILE, Quantized
-from kernels.fp8_linear import fp8_linear
+from kernels.fp8_linear import fp8_experts, fp8_linear
 from kernels.gather import gather_quantize_both, gather_requantize_transposed, gather_tiles
 from kernels.gemm_fp8 import gemm_tile_block, gemm_tile_tile
 from kernels.gemm_grouped import grouped_gemm_tile_block
 from kernels.grad_norm import sums_of_squares
 from kernels.heads import heads_forward, heads_quantize_both, turn_back_quantize_both
-from kernels.permute import combine_tokens, group_tokens, grouping
+from kernels.permute import Dispatched, Grouping, combine_tokens, group_tokens, grouping
 from kernels.quantize import (
     dequantize_blocks,
     dequantize_tiles,
@@ -236,6 +237,26 @@ def _linear_gradients(layer: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: T
     assert x.grad is not None
     assert w.grad is not None
     return torch.cat([x.grad, w.grad])
+
+
+def _expert_inputs(device: torch.device) -> tuple[Tensor, Grouping, Tensor, Tensor]:
+    """1,024 tokens at two of four experts, 2,048 rows and padding, and the experts' weights in BF16."""
+    generator = seeded()
+    layout = grouping(torch.rand(1024, 4, generator=generator).argsort(-1)[:, :2].to(device), 4)
+    x, gate_up, down = (
+        torch.randn(shape, generator=generator) for shape in ((1024, 512), (4, 512, 512), (4, 512, 256))
+    )
+    return x.to(device, BF16), layout, (gate_up / 16).to(device, BF16), (down / 16).to(device, BF16)
+
+
+def _expert_gradients(layer: Callable[..., Tensor], x: Tensor, layout: Grouping, up: Tensor, down: Tensor) -> Tensor:
+    """Sums and the tokens' gradient of one forward and backward of experts with unit gates, stacked along rows."""
+    x, gates = x.clone().requires_grad_(), x.new_ones(layout.num_rows, dtype=torch.float32)
+    up, down = (weight.clone().requires_grad_() for weight in (up, down))
+    y = layer(Dispatched(x, gates, layout, None, None), up, down, power_of_two=True)
+    y.backward(y.detach())
+    assert x.grad is not None
+    return torch.cat([y.detach(), x.grad])
 
 
 def _gemm_inputs(device: torch.device) -> tuple[Quantized, Quantized, Quantized, Tensor, Tensor]:
@@ -536,6 +557,13 @@ ROWS: dict[str, list[Case]] = {
         "embedding", _embedding_inputs, embedding_reference, F.embedding, "torch embedding",
         # A gather copies bits.
         tolerance=0.0, bytes=2 * 2048 * 256 * 4.0,
+    )],
+    "experts_in_chunks": [pair(
+        "fp8_experts_in_chunks", _expert_inputs,
+        partial(_expert_gradients, partial(fp8_experts_in_chunks, max_rows=512)),
+        partial(_expert_gradients, fp8_experts),
+        # The same bits in less memory; the peer multiplies gate and up once.
+        "fp8_experts", tolerance=0.0, flops=22.0 * 2048 * 512 * 256, bytes=2.0 * 2 * 2048 * 512,
     )],
     "fp8_linear": [pair(
         "fp8_linear_forward_backward", _linear_inputs,

@@ -53,6 +53,7 @@ class Candidate:
     overlap: bool = False
     comm_sms: int = 20
     max_waiting_wgrads: int | None = None
+    max_expert_rows: int | None = None
     ranks_per_node: int = 8
 
     def __post_init__(self) -> None:
@@ -95,6 +96,7 @@ def candidate_of(config: PretrainConfig) -> Candidate:
         max_waiting_wgrads=layout.max_waiting_wgrads,
         # One of two hops that is idle is none.
         dispatch=layout.dispatch if layout.two_hops or layout.dispatch == "deepep" else "direct",
+        max_expert_rows=layout.max_expert_rows,
         ranks_per_node=layout.ranks_per_node,
     )
 

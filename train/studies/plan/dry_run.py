@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from kernels.formats import TILE
 from parallel.layout import Layout
 from parallel.mesh import Mesh, init_processes, make_mesh
 from parallel.pipeline import Pipeline
@@ -44,7 +45,7 @@ from train.stage import stage_specs
 from train.studies import measured
 from train.studies.measured import Rate, rate
 from train.studies.plan.candidate import candidate_of
-from train.studies.plan.footprint import IMBALANCES, RESERVED_BYTES, Footprint, breaking_imbalance, footprint
+from train.studies.plan.footprint import IMBALANCES, RESERVED_BYTES, Footprint, breaking_imbalance, footprint, rows_at
 from train.studies.plan.memory import Memory, measure, share_bytes
 from train.studies.plan.moments import moments_of
 from train.studies.plan.stand_ins import ChunkBytes, StageKind
@@ -288,20 +289,36 @@ def _imbalance_table(config: PretrainConfig, rank: int, memory: Memory) -> list[
     """The total where this rank's experts get more than their even share of the tokens, and where that is too much."""
     even = _closed_form(config, rank, 1.0).total
 
-    def total(imbalance: float) -> float:
-        return memory.total + _closed_form(config, rank, imbalance).total - even
+    def total(of: PretrainConfig, imbalance: float) -> float:
+        return memory.total + _closed_form(of, rank, imbalance).total - even
 
-    limit, reserved = DEVICE_GB * GB, RESERVED_BYTES / GB
-    breaks = breaking_imbalance(config, candidate_of(config), total, limit=limit - RESERVED_BYTES)
-    verdict = f"with {reserved:.0f} GB for CUDA and NCCL it no longer fits {DEVICE_GB:.0f} GB "
+    def breaks_of(of: PretrainConfig) -> float | None:
+        fits = DEVICE_GB * GB - RESERVED_BYTES
+        return breaking_imbalance(of, candidate_of(of), functools.partial(total, of), limit=fits)
+
+    verdict = f"with {RESERVED_BYTES / GB:.0f} GB for CUDA and NCCL it "
+    breaks = breaks_of(config)
     if breaks is None:
-        verdict = f"with {reserved:.0f} GB for CUDA and NCCL it fits even if its experts get all tokens of their group"
+        verdict += "fits even if its experts get all tokens of their group"
     elif breaks == 1.0:
-        verdict += "however even its routing"
+        verdict += f"no longer fits {DEVICE_GB:.0f} GB however even its routing"
     else:
-        verdict += f"from {breaks:.2f} times the mean on"
+        verdict += f"no longer fits {DEVICE_GB:.0f} GB from {breaks:.2f} times the mean on"
     head = f"{'tokens of its experts over the mean':<48}{'total':>12}"
-    return [head, *(f"{each:<48.1f}{size(total(each)):>12}" for each in IMBALANCES), verdict]
+    lines = [head, *(f"{each:<48.1f}{size(total(config, each)):>12}" for each in IMBALANCES), verdict]
+    if config.layout.max_expert_rows is not None or breaks is None or breaks == 1.0:
+        return lines
+    local = config.model.n_routed_experts // config.layout.ep
+    rows = rows_at(config, candidate_of(config), breaks) - local * TILE
+    limited = replace(config, layout=replace(config.layout, max_expert_rows=max(rows, TILE)))
+    then = breaks_of(limited)
+    upto = "even then" if then is None else f"up to {then:.2f} times"
+    # What no longer fits with the limit either has too little room for one.
+    if then is None or then > breaks:
+        lines.append(
+            f"layout.max_expert_rows={limited.layout.max_expert_rows} makes it fit {upto}: the same bits, slower"
+        )
+    return lines
 
 
 def _ramp_table(points: list[RampPoint]) -> list[str]:

@@ -86,7 +86,14 @@ def breaking_imbalance(
     Returns:
         None if a rank fits whose experts get all tokens of their group.
     """
-    low, high = 1.0, _work(config, candidate).most_imbalance
+    work = _work(config, candidate)
+    low, high = 1.0, work.most_imbalance
+    # Beyond a limit on rows memory falls, then rises again: each side has a highest point.
+    if low < work.imbalance_at_limit < high:
+        if bytes_at(work.imbalance_at_limit) > limit:
+            high = work.imbalance_at_limit
+        else:
+            low = work.imbalance_at_limit
     if bytes_at(high) <= limit:
         return None
     if bytes_at(low) > limit:
@@ -95,6 +102,11 @@ def breaking_imbalance(
         middle = (low + high) / 2
         low, high = (middle, high) if bytes_at(middle) <= limit else (low, middle)
     return high
+
+
+def rows_at(config: PretrainConfig, candidate: Candidate, imbalance: float) -> int:
+    """Rows of a rank's experts in one layer and micro-batch."""
+    return replace(_work(config, candidate), imbalance=imbalance).rows
 
 
 def _work(config: PretrainConfig, candidate: Candidate) -> Work:
@@ -109,6 +121,7 @@ def _work(config: PretrainConfig, candidate: Candidate) -> Work:
         swiglu_input=config.precision.cache_swiglu_input,
         deferred=candidate.pp > 1,
         ranks_per_node=candidate.ranks_per_node if candidate.two_hops else None,
+        max_rows=candidate.max_expert_rows,
     )
 
 

@@ -14,6 +14,7 @@ experts here, each expert's padded to 128.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -41,6 +42,7 @@ class Work:
         deferred: weight gradients wait for the end of the stage's backward, as in every pipeline.
         imbalance: how many times its even share a rank's experts receive; what it sends stays.
         ranks_per_node: with two hops to the experts, ranks of the second one.
+        max_rows: of a rank's experts, beyond which they keep only tokens (`layout.max_expert_rows`).
     """
 
     model: ModelConfig
@@ -54,6 +56,7 @@ class Work:
     deferred: bool = True
     imbalance: float = 1.0
     ranks_per_node: int | None = None
+    max_rows: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -100,10 +103,28 @@ class Work:
         return local * ceil_div(min(round(ceil_div(slots, local) * self.imbalance), most), TILE) * TILE
 
     @property
+    def again(self) -> bool:
+        """Whether the experts have more rows than they may keep."""
+        return self.max_rows is not None and self.rows > self.max_rows
+
+    @property
+    def regroups(self) -> bool:
+        """Whether experts gather their rows out of the tokens' tiles."""
+        return self.fp8 and self.swiglu_input
+
+    @property
     def most_imbalance(self) -> float:
         """Every token of the group has as many experts on one rank as it can."""
         topk = self.model.num_experts_per_tok
         return max(self.ep * min(topk, self.local_experts) / topk, self.ep / min(topk, self.ep))
+
+    @property
+    def imbalance_at_limit(self) -> float:
+        """The largest at which experts do not have more rows than they may keep; infinite without a limit."""
+        if self.max_rows is None or self.ep == 1:
+            return math.inf
+        each = self.max_rows // (self.local_experts * TILE) * TILE
+        return each / ceil_div(self.tokens * self.model.num_experts_per_tok, self.local_experts)
 
     def plain(self, rows: int, cols: int) -> tuple[float, ...]:
         """Numbers as they pass between operations."""
@@ -187,13 +208,12 @@ def moe_kept(work: Work) -> Storages:
     model, tokens, rows = work.model, work.tokens, work.rows
     topk, experts, inter = model.num_experts_per_tok, model.n_routed_experts, model.moe_intermediate_size
     scores = tokens * experts * FP32_BYTES, tokens * topk * INT64_BYTES, work.sequences * experts * FP32_BYTES
-    rows_of_token = work.received * min(topk, work.local_experts) * INT64_BYTES
     kept: dict[str, tuple[float, ...]] = {
         "router: scores, ids, shares of the experts": scores,
         "exchange: which token each copy is, and back": _exchange(work),
-        "grouping: slots, rows of a token, gates, ends": (rows_of_token, *_grouping(work)),
-        "tokens that arrived": _arrived(work),
-        "gate and up of experts": swiglu_kept(work, rows, inter),
+        "grouping: slots, rows of a token, gates, ends": (_rows_of_token(work), *_grouping(work)),
+        "tokens that arrived": _tokens(work) if work.again else _arrived(work),
+        "gate and up of experts": () if work.again else swiglu_kept(work, rows, inter),
     }
     if model.n_shared_experts:
         kept["gate and up of the shared expert"] = swiglu_kept(work, tokens, model.n_shared_experts * inter)
@@ -215,15 +235,25 @@ def _grouping(work: Work) -> tuple[float, ...]:
     return work.rows * INT64_BYTES, work.rows * FP32_BYTES, work.local_experts * INT32_BYTES
 
 
+def _rows_of_token(work: Work) -> int:
+    return work.received * min(work.model.num_experts_per_tok, work.local_experts) * INT64_BYTES
+
+
 def _arrived(work: Work) -> tuple[float, ...]:
     """Each token once, as it travelled; or a row for each expert."""
     hidden = work.model.hidden_size
-    if not work.fp8:
-        return work.plain(work.rows, hidden)
-    if not work.swiglu_input:
-        return work.tiles(work.rows, hidden)
-    tiles = work.tiles(work.received, hidden)
-    return tiles if work.ep == 1 else (sum(tiles),)
+    if work.regroups:
+        return _tokens(work)
+    return (work.tiles if work.fp8 else work.plain)(work.rows, hidden)
+
+
+def _tokens(work: Work) -> tuple[float, ...]:
+    """Each token once, as it travelled. In BF16 without an exchange it is the norm's output, which is kept anyway."""
+    hidden = work.model.hidden_size
+    if work.regroups:
+        tiles = work.tiles(work.received, hidden)
+        return tiles if work.ep == 1 else (sum(tiles),)
+    return () if work.ep == 1 and not work.fp8 else work.plain(work.received, hidden)
 
 
 def attention_waiting(work: Work) -> float:
@@ -258,9 +288,27 @@ def moe_waiting(work: Work) -> float:
     """Operands of the products of router and experts."""
     model, inter = work.model, work.model.moe_intermediate_size
     found = work.tokens * model.n_routed_experts * FP32_BYTES + sum(_arrived(work))
-    found += swiglu_waiting(work, work.rows, inter)
     if model.n_shared_experts:
         found += swiglu_waiting(work, work.tokens, model.n_shared_experts * inter)
-    regroups = work.fp8 and work.swiglu_input
-    found += sum(_grouping(work)) if regroups else work.local_experts * INT32_BYTES
-    return found + (sum(_exchange(work)) if regroups or not work.fp8 else 0)
+    if work.again and work.regroups:
+        # The gradient of the tokens instead of that of rows; SwiGLU's output; no gate, which would hold the exchange.
+        slots, _, ends = _grouping(work)
+        found += slots + ends + _rows_of_token(work)
+        return found + sum((*again(work, gradient=True), *_gradient_of_tokens(work)))
+    found += swiglu_waiting(work, work.rows, inter)
+    found += sum(_grouping(work)) if work.regroups else work.local_experts * INT32_BYTES
+    return found + (sum(_exchange(work)) if work.regroups or not work.fp8 else 0)
+
+
+def again(work: Work, *, gradient: bool) -> tuple[float, ...]:
+    """What experts beyond their limit hold of all rows: SwiGLU's output, in backward its input's gradient too."""
+    inter = work.model.moe_intermediate_size
+    if not gradient:
+        return work.tiles(work.rows, inter)
+    return *work.gradient(work.rows, inter), *work.gradient(work.rows, 2 * inter)
+
+
+def _gradient_of_tokens(work: Work) -> tuple[float, ...]:
+    """As it arrived; without an exchange the numbers, which are regrouped when the weight gradient runs."""
+    hidden = work.model.hidden_size
+    return work.plain(work.tokens, hidden) if work.ep == 1 else (sum(work.tiles(work.received, hidden)),)

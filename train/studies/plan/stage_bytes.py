@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 
-from kernels.formats import ceil_div
+from kernels.formats import TILE, ceil_div
 from train.model.sizes import FP32_BYTES
 from train.studies.plan.kept import (
     HEAD_ROWS,
     Storages,
     Work,
+    again,
     attention_kept,
     attention_waiting,
     heads,
@@ -181,43 +182,81 @@ def _swiglu_peaks(work: Work, rows: int, inter: int) -> tuple[float, float]:
 
 def _moe_peaks(work: Work) -> tuple[float, float]:
     """The same of a MoE layer: rows of the experts, their sums, and the sums on their way home."""
-    model, inter, rows = work.model, work.model.moe_intermediate_size, work.rows
+    model, inter = work.model, work.model.moe_intermediate_size
     kept = _bytes(moe_kept(work)) - _sum(moe_kept(work).get("gate and up of the shared expert", (0.0,)))
-    of_rows, sums = _sum(work.plain(rows, model.hidden_size)), _sum(work.plain(work.received, model.hidden_size))
+    sums = _sum(work.plain(work.received, model.hidden_size))
     # With two hops the sums of a node are there with what they were made of; they become a token's sums after that.
     home = _sum(work.plain(work.sent, model.hidden_size)) + max(
         work.hidden, _sum(work.plain(work.crossing, model.hidden_size))
     )
     home = home if work.ep > 1 else 0.0
-    wide, tiles = _sum(work.plain(rows, 2 * inter)), _sum(work.tiles(rows, model.hidden_size))
-    made = kept - _sum(swiglu_kept(work, rows, inter))
-    regroups = work.fp8 and work.swiglu_input
-    # Gate and up, kept and activated, go with the last product.
-    up = kept + of_rows + wide / 2 * work.fp8
-    if regroups:
-        up = made + wide + _sum(work.tiles(rows, 2 * inter)) + _sum(work.tiles(rows, inter)) + of_rows
-    forward = max(up, kept + of_rows + sums, kept + sums + home)
     shared = _sum(swiglu_kept(work, work.tokens, model.n_shared_experts * inter)) if model.n_shared_experts else 0.0
     done = swiglu_waiting(work, work.tokens, model.n_shared_experts * inter) if shared and work.deferred else 0.0
-    of_down = _sum(work.gradient(rows, model.hidden_size)) if work.deferred else tiles
-    of_up = _sum(work.gradient(rows, 2 * inter))
+    rows_of = _rows_in_parts if work.again and work.regroups else _rows_at_once
+    up, backward = rows_of(work, kept, sums)
+    backward = max(backward, _gradients_on_their_way(work, sums + home))
+    return max(up, kept + sums + home), kept + done + backward
+
+
+def _gradients_on_their_way(work: Work, sums: float) -> float:
+    """Sums of the rows' gradients, in the exchange, with what waits of the experts."""
+    model, inter, rows = work.model, work.model.moe_intermediate_size, work.rows
+    if not work.fp8:
+        return sums + _sum(work.plain(rows, model.hidden_size)) + _sum(work.plain(rows, 2 * inter))
+    if work.again and work.regroups:
+        return sums + _sum(again(work, gradient=True)) * work.deferred
+    of_down = work.gradient if work.deferred else work.tiles
+    return sums + _sum(work.gradient(rows, 2 * inter)) + _sum(of_down(rows, model.hidden_size))
+
+
+def _rows_at_once(work: Work, kept: float, sums: float) -> tuple[float, float]:
+    """Forward with `kept`, what is kept in the end; backward above that."""
+    model, inter, rows = work.model, work.model.moe_intermediate_size, work.rows
+    of_rows, tiles = _sum(work.plain(rows, model.hidden_size)), _sum(work.tiles(rows, model.hidden_size))
+    wide, swiglu = _sum(work.plain(rows, 2 * inter)), _sum(swiglu_kept(work, rows, inter))
+    # Gate and up, kept and activated, go with the last product; beyond a limit so does what would be kept.
+    up = kept + swiglu * work.again + of_rows + wide / 2 * work.fp8
+    if work.regroups:
+        up = kept - swiglu + wide + _sum(work.tiles(rows, 2 * inter)) + _sum(work.tiles(rows, inter)) + of_rows
+    up = max(up, kept + of_rows + sums)
     if work.fp8:
+        of_down = _sum(work.gradient(rows, model.hidden_size)) if work.deferred else tiles
+        of_up = _sum(work.gradient(rows, 2 * inter))
         backward = max(
             sums + tiles + of_down,
             tiles + of_down + wide / 2,
             wide / 2 + 2 * of_up + of_down,
             2 * of_up + of_down + of_rows,
             of_up + of_down + of_rows + sums,
-            of_up + of_down + sums + home,
         )
     else:
         # Without a pipeline weight gradients run at once, each a product of its own that is added afterwards. SwiGLU
         # has let go of what it kept by then.
         product = 0.0 if work.deferred else _expert_products(work)
-        backward = max(
-            of_rows + 1.5 * wide, 2 * of_rows + wide + sums, of_rows + wide + sums + home, product - wide / 2
-        )
-    return forward, kept + done + backward
+        backward = max(of_rows + 1.5 * wide, 2 * of_rows + wide + sums, product - wide / 2)
+    # Beyond a limit all that is not kept is made again first.
+    return up, backward + (swiglu + of_rows) * work.again
+
+
+def _rows_in_parts(work: Work, kept: float, sums: float) -> tuple[float, float]:
+    """The same beyond a limit (`kernels/experts_in_chunks.py`): of all rows only what is FP8 and as wide as SwiGLU."""
+    model, inter, rows = work.model, work.model.moe_intermediate_size, work.rows
+    assert work.max_rows is not None
+    chunk = work.max_rows // TILE * TILE
+    width = min(model.hidden_size * work.max_rows // rows, work.max_rows // (2 * work.local_experts))
+    width = max(width // TILE, 1) * TILE
+    wide, half = _sum(work.plain(chunk, 2 * inter)), _sum(work.plain(chunk, inter))
+    tiles = _sum(work.tiles(chunk, model.hidden_size))
+    of_wide, of_half = _sum(work.tiles(chunk, 2 * inter)), _sum(work.tiles(chunk, inter))
+    activate = wide + max(tiles, of_wide + of_half)
+    of_slice = _sum(work.plain(rows, width)) + _sum(work.plain(work.received, width))
+    up = kept + _sum(again(work, gradient=False)) + max(activate, sums + of_slice)
+    # The gradient by row, besides what weight gradients read.
+    by_row, both = _sum(work.tiles(rows, 2 * inter)), _sum(again(work, gradient=True))
+    differentiate = max(activate, of_wide + half + max(tiles, 2 * of_wide))
+    products = 2 * inter * width * FP32_BYTES * work.local_experts + _sum(work.gradient(rows, width))
+    backward = by_row + both + max(differentiate, products * (not work.deferred), sums + of_slice)
+    return up, backward + _sum(work.tiles(work.received, model.hidden_size))
 
 
 def _wgrad_peak(work: Work, shape: StageShape, routes: bool) -> float:
