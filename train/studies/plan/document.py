@@ -190,6 +190,28 @@ def plan(config: PretrainConfig, assumed: Assumptions, *, date: str) -> dict[str
     return document
 
 
+def split(planner: Planner) -> list[str]:
+    """Layers of each stage by simulated time, as an override, and what they change.
+
+    Raises:
+        ValueError: there is one stage.
+    """
+    now = planner.candidate
+    if now.pp == 1:
+        raise ValueError(
+            "layout.pp=1 has one stage, which nothing can split: plan a pipeline, with layout.pp=2 or more"
+        )
+    found = replace(now, stage_layers=split_by_time(planner.setup(now), micro_batches=planner.micro_batches(now)))
+    return [
+        f"layout.stage_layers={str(list(found.stage_layers)).replace(' ', '')}",
+        *(
+            f"{what}: a step of {planner.predicted(each).step_s:.2f} s, {planner.fullest_bytes(each) / 1e9:.1f} GB on "
+            f"the fullest rank, both modelled"
+            for what, each in (("with it", found), ("as configured", now))
+        ),
+    ]
+
+
 def _source(row: Figure) -> dict[str, Any]:
     value = row.value
     return asdict(row) | {"value": ", ".join(f"{each:g}" for each in value) if isinstance(value, tuple) else value}
