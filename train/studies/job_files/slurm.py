@@ -3,7 +3,7 @@
     --signal=TERM@grace   torchrun and workers get SIGTERM that long before the end: the run saves and stops
     requeue               if the run has made progress in this turn and did not end by itself
 
-Slurm never ran it here; a stand-in of srun and scontrol did (`tests/system/test_cluster_job.py`).
+Run under Slurm 22.05.8 on CPUs by hand (docs/launch.md), and in `tests/system/test_cluster_job.py` with a stand-in.
 """
 
 from __future__ import annotations
