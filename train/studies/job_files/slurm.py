@@ -42,8 +42,9 @@ def write(job: Job) -> str:
         "set -euo pipefail",
         "# Settings of NCCL and of torch above it have their reasons in configs/network/ and configs/cluster/.",
         *exports,
-        'HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        # Not by `head`, which closes the pipe: that would end this script, whoever writes into it.
         'NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)',
+        "HEAD=${NODES%%,*}",
         "export HEAD NODES",
         # A task is a torchrun with many children: not bound to one core, and no other node's to be ended with.
         f'on_each_node() {{ srun {_step(job)} bash -c "$1"; }}',
