@@ -26,7 +26,7 @@ from train.studies.job_files.grace import checkpoint_bytes
 ROOT = Path(__file__).resolve().parents[2]
 Overrides = Callable[..., list[str]]
 # Long enough to be struck in between.
-STEPS = 120
+STEPS = 60
 SRUN = """#!/bin/bash
 echo "$@" >>"$STAND_IN/srun.log"
 while [[ $1 == --* ]]; do shift; done
@@ -108,8 +108,8 @@ def test_the_job_saves_asks_for_another_turn_restarts_what_dies_and_ends(
 ) -> None:
     overrides = small_run(
         "data.heldout=null", f"schedule.total_tokens={STEPS * 64}", "layout.dp=2", "layout.ep=2",
-        "layout.ranks_per_node=1", "run.name=run",
-        f"run.directory={tmp_path}", "network.peer_timeout_s=5", f"job.port={free_port()}", "job.max_restarts=1",
+        "layout.ranks_per_node=1", "run.name=run", f"run.directory={tmp_path}", "network.peer_timeout_s=5",
+        f"job.port={free_port()}", "job.max_restarts=1", "checkpoint.every_steps=20",
     )  # fmt: skip
     file, run = tmp_path / "job.sbatch", tmp_path / "run"
     assert main(["slurm", *overrides, "--out", str(file)]) == 0
@@ -141,13 +141,11 @@ def test_the_job_saves_asks_for_another_turn_restarts_what_dies_and_ends(
         "--ntasks=2 --ntasks-per-node=1 --cpu-bind=none bash -c exec .venv/bin/python launch/preflight.py --nnodes 2 "
     )
     assert (tmp_path / "srun.log").read_text().startswith(first)
-    # A file for each rank, attempt and node.
+    # A file for each rank, attempt and node; a node whose own rank did not fail may count no attempt.
     logs = sorted(
         str(path.relative_to(run / "logs/77")) for path in run.glob("logs/77/node_*/*/attempt_*/0/stdout.log")
     )
-    assert [log.partition("/")[0] for log in logs].count("node_0") == [log.partition("/")[0] for log in logs].count(
-        "node_1"
-    )
+    assert {log.partition("/")[0] for log in logs} == {"node_0", "node_1"}
     assert {log.split("/")[2] for log in logs} == {"attempt_0", "attempt_1"}
 
 

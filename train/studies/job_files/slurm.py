@@ -3,7 +3,7 @@
     --signal=TERM@grace   torchrun and workers get SIGTERM that long before the end: the run saves and stops
     requeue               if the run has made progress in this turn and did not end by itself
 
-Slurm never ran it here; a stand-in of srun and scontrol did (`tests/system/test_cluster_job.py`).
+Run under Slurm 22.05.8 on CPUs by hand (docs/launch.md), and in `tests/system/test_cluster_job.py` with a stand-in.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ def write(job: Job) -> str:
         "set -euo pipefail",
         "# Settings of NCCL and of torch above it have their reasons in configs/network/ and configs/cluster/.",
         *exports,
-        'HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        # Not by `head`, which closes the pipe: that would end this script, whoever writes into it.
         'NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)',
+        "HEAD=${NODES%%,*}",
         "export HEAD NODES",
         # A task is a torchrun with many children: not bound to one core, and no other node's to be ended with.
         f'on_each_node() {{ srun {_step(job)} bash -c "$1"; }}',
