@@ -79,7 +79,7 @@ OPERATIONS = (
     (r"kernels/attention", "attention core"),
     (r"swiglu", "SwiGLU"),
     (r"permute|gather", "permute"),
-    (r"parallel/(expert|collectives)", "exchange of tokens"),
+    (r"parallel/(expert|hops|collectives)", "exchange of tokens"),
     (r"router|train/model/moe", "router"),
     (r"quantize|e5m6", "quantise"),
     (r"gemm|fp8_linear", "GEMM"),
