@@ -18,7 +18,6 @@ import argparse
 import datetime
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from train.config import compose
@@ -26,11 +25,10 @@ from train.observe.sinks import PLAN_FILE, write_whole
 from train.run_directory import run_directory
 from train.studies.measured import REPORT
 from train.studies.plan import judge
-from train.studies.plan.document import Assumptions, Planner, plan
+from train.studies.plan.document import Assumptions, Planner, plan, split_lines
 from train.studies.plan.judged import calibrate, correction_for
 from train.studies.plan.page import render
 from train.studies.plan.products import MachineName, machine
-from train.studies.plan.search import split_by_time
 from train.studies.plan.trace import write_trace
 from train.studies.plan.words import residuals, tables
 
@@ -67,16 +65,7 @@ def _split(arguments: list[str]) -> int:
     config, name = compose(options.overrides), _named_gpu(options.overrides)
     gpu = machine(name)
     planner = Planner(config, Assumptions(gpu, GPUS[name], gpu.tables.value("price"), config.model))
-    now = planner.candidate
-    if now.pp == 1:
-        raise ValueError(
-            "layout.pp=1 has one stage, which nothing can split: plan a pipeline, with layout.pp=2 or more"
-        )
-    found = replace(now, stage_layers=split_by_time(planner.setup(now), micro_batches=planner.micro_batches(now)))
-    print(f"layout.stage_layers={str(list(found.stage_layers)).replace(' ', '')}")
-    for words, each in (("with it", found), ("as configured", now)):
-        step_s, held_gb = planner.predicted(each).step_s, planner.fullest_bytes(each) / 1e9
-        print(f"{words}: a step of {step_s:.2f} s, {held_gb:.1f} GB on the fullest rank, both modelled")
+    print("\n".join(split_lines(planner)))
     return 0
 
 

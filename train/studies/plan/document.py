@@ -336,6 +336,25 @@ def _residual(found: judge.Residual, tables: Any) -> dict[str, Any]:
     }
 
 
+def split_lines(planner: Planner) -> list[str]:
+    """Layers of each stage by simulated time as an override, then what they change.
+
+    Raises:
+        ValueError: the layout has one stage.
+    """
+    now = planner.candidate
+    if now.pp == 1:
+        raise ValueError(
+            "layout.pp=1 has one stage, which nothing can split: plan a pipeline, with layout.pp=2 or more"
+        )
+    found = replace(now, stage_layers=split_by_time(planner.setup(now), micro_batches=planner.micro_batches(now)))
+    lines = [f"layout.stage_layers={str(list(found.stage_layers)).replace(' ', '')}"]
+    for what, each in (("with it", found), ("as configured", now)):
+        step_s, held_gb = planner.predicted(each).step_s, planner.fullest_bytes(each) / 1e9
+        lines.append(f"{what}: a step of {step_s:.2f} s, {held_gb:.1f} GB on the fullest rank, both modelled")
+    return lines
+
+
 # ---- changes, bound, search
 
 
