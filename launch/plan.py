@@ -25,7 +25,7 @@ from train.observe.sinks import PLAN_FILE, write_whole
 from train.run_directory import run_directory
 from train.studies.measured import REPORT
 from train.studies.plan import judge
-from train.studies.plan.document import Assumptions, Planner, plan, split
+from train.studies.plan.document import Assumptions, Planner, plan, split_lines
 from train.studies.plan.judged import calibrate, correction_for
 from train.studies.plan.page import render
 from train.studies.plan.products import MachineName, machine
@@ -65,7 +65,8 @@ def _split(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     config, name = compose(options.overrides), _named_gpu(options.overrides)
     gpu = machine(name)
-    print("\n".join(split(Planner(config, Assumptions(gpu, GPUS[name], gpu.tables.value("price"), config.model)))))
+    planner = Planner(config, Assumptions(gpu, GPUS[name], gpu.tables.value("price"), config.model))
+    print("\n".join(split_lines(planner)))
     return 0
 
 

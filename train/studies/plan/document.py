@@ -190,28 +190,6 @@ def plan(config: PretrainConfig, assumed: Assumptions, *, date: str) -> dict[str
     return document
 
 
-def split(planner: Planner) -> list[str]:
-    """Layers of each stage by simulated time, as an override, and what they change.
-
-    Raises:
-        ValueError: there is one stage.
-    """
-    now = planner.candidate
-    if now.pp == 1:
-        raise ValueError(
-            "layout.pp=1 has one stage, which nothing can split: plan a pipeline, with layout.pp=2 or more"
-        )
-    found = replace(now, stage_layers=split_by_time(planner.setup(now), micro_batches=planner.micro_batches(now)))
-    return [
-        f"layout.stage_layers={str(list(found.stage_layers)).replace(' ', '')}",
-        *(
-            f"{what}: a step of {planner.predicted(each).step_s:.2f} s, {planner.fullest_bytes(each) / 1e9:.1f} GB on "
-            f"the fullest rank, both modelled"
-            for what, each in (("with it", found), ("as configured", now))
-        ),
-    ]
-
-
 def _source(row: Figure) -> dict[str, Any]:
     value = row.value
     return asdict(row) | {"value": ", ".join(f"{each:g}" for each in value) if isinstance(value, tuple) else value}
@@ -376,6 +354,25 @@ def _residual(found: judge.Residual, tables: Any) -> dict[str, Any]:
         "error": found.error,
         "source": tables.rows[found.what].source,
     }
+
+
+def split_lines(planner: Planner) -> list[str]:
+    """Layers of each stage by simulated time as an override, then what they change.
+
+    Raises:
+        ValueError: the layout has one stage.
+    """
+    now = planner.candidate
+    if now.pp == 1:
+        raise ValueError(
+            "layout.pp=1 has one stage, which nothing can split: plan a pipeline, with layout.pp=2 or more"
+        )
+    found = replace(now, stage_layers=split_by_time(planner.setup(now), micro_batches=planner.micro_batches(now)))
+    lines = [f"layout.stage_layers={str(list(found.stage_layers)).replace(' ', '')}"]
+    for what, each in (("with it", found), ("as configured", now)):
+        step_s, held_gb = planner.predicted(each).step_s, planner.fullest_bytes(each) / 1e9
+        lines.append(f"{what}: a step of {step_s:.2f} s, {held_gb:.1f} GB on the fullest rank, both modelled")
+    return lines
 
 
 # ---- changes, bound, search
