@@ -168,7 +168,7 @@ REFUSED = {
     ),
     "half a node": (
         "slurm",
-        ["model.n_group=1", "model.topk_group=1", "layout.ranks_per_node=3"],
+        ["model.n_group=1", "model.topk_group=1", "layout.ranks_per_node=3", "layout.dispatch=direct"],
         "2048 ranks do not fill nodes of layout.ranks_per_node=3",
     ),
     "a plan": ("slurm", ["dry_run=true"], "dry_run=true plans a run and trains nothing: leave it out of a job"),

@@ -117,8 +117,10 @@ def test_without_bf16_weights_a_rank_holds_two_bytes_a_weight_less() -> None:
     linears = 2 * 15
     assert 0 <= without[0].weights - (kept[0].weights - fewer) <= 2 * linears
     assert 0 <= without[0].fp8_copies - kept[0].fp8_copies < 256 * linears
-    for field in ("gradients", "masters", "moments", "held", "transient"):
+    for field in ("gradients", "masters", "moments", "held"):
         assert abs(getattr(without[0], field) - getattr(kept[0], field)) <= 4, field
+    # New BF16 weights of this rank's half wait to be sent, here the highest moment of a step; bytes arrive in place.
+    assert 0 <= kept[0].transient - without[0].transient <= kept[0].weights // 2
 
 
 STATE_ROWS = {

@@ -389,5 +389,5 @@ def test_the_split_of_a_pipeline_is_the_one_that_runs() -> None:
     config = compose(["+cluster=h800_2048", "run.name=first"])
     candidate = compared(config)
     assert (candidate["chunks"], sum(candidate["stage_layers"]), len(candidate["stage_layers"])) == (2, 61, 32)
-    assert candidate["stage_layers"] == list(balanced_layers(layer_costs(config.model), "ZBVZeroBubble", 16))
+    assert candidate["stage_layers"] == list(balanced_layers(layer_costs(config.model), config.layout))
     assert json.loads(json.dumps(candidate)) == candidate
