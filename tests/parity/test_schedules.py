@@ -27,6 +27,7 @@ LONG = [
     "pp=2 schedule=DualPipeV dp=2 ep=2 layers=5 stages=1,2,1,1 sequences=8 seed=16",
     "pp=2 schedule=DualPipeV dp=2 ep=2 layers=4 sequences=8 steps=2 precision=fp8 recompute=1 seed=17",
     "pp=2 schedule=DualPipeV dp=4 ep=2 layers=4 stages=1,1,2,0 sequences=16 seed=18",
+    "pp=2 schedule=DualPipeV dp=4 ep=4 node=2 dispatch=node layers=4 stages=1,1,2,0 sequences=16 precision=fp8 seed=20",
     "pp=2 schedule=DualPipeV dp=2 zero=0 layers=4 sequences=8 wgrads=0 backend=native mask=1 seed=19",
     "pp=4 schedule=1F1B layers=5 stages=1,2,1,1 sequences=6 seed=21",
     "pp=4 schedule=Interleaved1F1B layers=9 stages=1,1,2,1,1,1,1,1 sequences=8 seed=22",
