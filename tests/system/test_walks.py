@@ -149,13 +149,13 @@ def test_own_text_on_a_laptop(place: Path) -> None:
 
 def test_a_cluster_is_planned_and_two_ranks_are_operated(place: Path) -> None:
     planned = shown(line("plan", {"h800_2048": "h100_8"}), place)
-    says("README.md", "it finds the fullest rank and prints its memory by component, FLOPs, bytes sent by axis")
+    says("README.md", "The third runs the fullest rank on fake tensors.")
     assert planned.startswith("the fullest of 8 ranks is rank 0 ")
     for row in ("FP32 gradients", "FLOPs, forward and backward", "sent over dp, gradients"):
         assert re.search(rf"^{row} +[1-9][\d.]* [GT]", planned, flags=re.MULTILINE), row
     assert re.search(r"^fits 80 GB, \d+\.\d GB left$", planned, flags=re.MULTILINE)
     several = shown(line("plan", {"h800_2048": "h100_8"}, more="rank=all layout.pp=2"), place)
-    says("README.md", "(`rank=all`: one line for each pipeline rank)")
+    says("docs/parallelism.md", "`rank=all` prints one line for each pipeline rank")
     says("docs/parallelism.md", "A field of the layout that changes the number of ranks says so")
     assert several.startswith("layout.pp=2 makes it 16 ranks ")
     assert re.findall(r"^(\d+-\d+) +\d .* left$", several, flags=re.MULTILINE) == ["0-7", "8-15"]

@@ -174,10 +174,17 @@ def shells(config: PretrainConfig, scope: Scope) -> Iterator[Candidate]:
                             precision=precision,
                             zero=config.layout.zero,
                             max_waiting_wgrads=config.layout.max_waiting_wgrads,
+                            max_expert_rows=_expert_rows(config, micro),
                             dispatch=dispatch,
                             overlap=scope.overlaps and SCHEDULES[name].pairs,
                             ranks_per_node=config.layout.ranks_per_node,
                         )
+
+
+def _expert_rows(config: PretrainConfig, micro: int) -> int | None:
+    """The configured limit at another micro-batch, whose rows are so many times more."""
+    limit = config.layout.max_expert_rows
+    return limit and limit * micro // config.run.micro_batch_sequences
 
 
 def crosses(dispatch: Dispatch, ep: int, per_node: int) -> bool:

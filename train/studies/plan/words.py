@@ -142,6 +142,7 @@ def overrides(row: Mapping[str, Any]) -> str:
     given["layout.stages_per_rank"] = row["chunks"] if row["pp"] > 1 and "Interleaved" in row["schedule"] else "null"
     # The configuration may have a split of its own.
     given["layout.stage_layers"] = str(list(row["stage_layers"])).replace(" ", "") if row["pp"] > 1 else "null"
+    given["layout.max_expert_rows"] = "null" if row["max_expert_rows"] is None else row["max_expert_rows"]
     given |= {
         "run.micro_batch_sequences": row["micro_batch_sequences"],
         "run.recompute": str(row["recompute"]).lower(),
