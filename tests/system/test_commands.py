@@ -35,6 +35,7 @@ ELSEWHERE = {
     "python -m tests.fuzz_layouts": "tests/parity/test_fuzz_layouts.py",
     "python -m tests.kernels.hopper_codegen": "tests/kernels/test_hopper_codegen.py",
     "python -m tests.parity.bench_transformers": "tests/parity/test_bench_transformers.py",
+    "python launch/plan.py +cluster=h800_2048 --loads": "tests/system/test_plan_command.py",
     "python launch/pretrain.py +cluster=h800_2048 dry_run=true": "tests/studies/plan/test_dry_run.py",
     "python -m pytest": "make test and make test-long",
     "python launch/score.py MODEL --tasks": "needs a network: tests/evaluate/test_lm_eval_adapter.py has the adapter",
