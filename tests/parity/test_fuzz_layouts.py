@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.fuzz_cases import Case
-from tests.fuzz_layouts import Pools, Record, caught, fuzz, judge, legal_cases, pools
+from tests.fuzz_layouts import Pools, Record, caught, fuzz, judge, legal_cases
 
 # One of each kind: losses, sums over an axis, experts, FP8 wire, pipeline, update.
 SOME_DEFECTS = (
@@ -24,13 +22,6 @@ TWO_HOPS = (
     "dp=4 ep=4 node=2 dispatch=node layers=2 groups=1 shared=2 mask=1 precision=bf16 recompute=1 moments=fp32 seed=8",
     "dp=4 ep=4 node=2 dispatch=node layers=2 dense=0 experts=12 steps=2 precision=fp8 bf16_weights=0 seed=9",
 )
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Pools]:
-    """Ranks that stay up."""
-    with pools() as at:
-        yield at
 
 
 def test_a_case_is_rebuilt_from_its_text() -> None:

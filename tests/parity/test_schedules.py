@@ -7,13 +7,11 @@ stages, and a micro-batch without targets. On one data rank the losses are those
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from parallel.schedules import SCHEDULES
 from tests.fuzz_cases import Case, why_illegal
-from tests.fuzz_layouts import Pools, judge, pools
+from tests.fuzz_layouts import Pools, judge
 
 # An end without layers has the embedding alone, or head and MTP alone.
 QUICK = [
@@ -36,13 +34,6 @@ LONG = [
     "pp=4 schedule=DualPipeV layers=9 stages=1,1,2,1,1,1,1,1 sequences=10 seed=25",
     "pp=4 schedule=DualPipeV layers=7 stages=0,1,1,2,1,1,1,0 sequences=8 precision=fp8 recompute=1 seed=26",
 ]
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Pools]:
-    """Ranks that stay up."""
-    with pools() as at:
-        yield at
 
 
 def test_every_schedule_is_here_on_two_ranks_and_on_four() -> None:
