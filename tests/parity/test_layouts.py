@@ -35,12 +35,13 @@ LAYOUTS = {
     "ep4 on two nodes": Layout(dp=4, ep=4, ranks_per_node=2, dispatch="node"),
     "pp2 1F1B uneven": Layout(pp=2, stage_layers=(3, 2)),
     "pp2 zero-bubble uneven": Layout(pp=2, schedule="ZBVZeroBubble", stage_layers=(2, 1, 1, 1)),
+    "pp2 DualPipeV uneven": Layout(pp=2, schedule="DualPipeV", stage_layers=(2, 1, 1, 1)),
     "ep2 x pp2": Layout(pp=2, dp=2, ep=2),
     "dp2 x ep2 x pp2": Layout(pp=2, dp=4, ep=2, schedule="ZBVZeroBubble"),
     "dp2 x ep2 x pp2 without ZeRO": Layout(pp=2, dp=4, ep=2, schedule="ZBVZeroBubble", zero=False),
     "ep4 x pp2 on four nodes": Layout(pp=2, dp=4, ep=4, schedule="ZBVZeroBubble", ranks_per_node=2, dispatch="node"),
 }
-LONG = ("ep4 x pp2 on four nodes",)
+LONG = ("pp2 zero-bubble uneven", "ep4 x pp2 on four nodes")
 
 
 @pytest.fixture(scope="module")
