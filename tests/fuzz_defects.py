@@ -190,7 +190,7 @@ _defect(
     (
         Transformer,
         "_predict_further",
-        lambda before: lambda self, hidden, ids, documents, routings: before(self, hidden, ids, None, routings),
+        lambda before: lambda self, run, hidden, ids, _, routings: before(self, run, hidden, ids, None, routings),
     ),
 )
 

@@ -266,6 +266,8 @@ def caught(defect: str, at: Pools, seed: int = 1) -> tuple[int, Case, str] | Non
     cases.sort(key=lambda case: case.steps * case.sequences * case.layers * (4 if case.precision == "fp8" else 1))
     for tries, case in enumerate(cases, start=1):
         outcome = judge(case, at.answers(case, defect))
+        misfit = next((fault for fault in outcome.faults if "TypeError" in fault), None)
+        assert misfit is None, f"{defect} is planted with other arguments than the code takes today: {misfit}"
         # The same ranks and case without the defect must agree, or it is not the defect that was seen.
         if outcome.faults and at.is_sound(case):
             return tries, case, figure_of(case, outcome)
