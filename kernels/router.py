@@ -6,6 +6,7 @@ arXiv:2412.19437 §2.1.2. With logits u . e (made by the caller, fp32) and balan
     gate_weights       g = scale * s_i / sum of the selected s             eq. 13, times routed_scaling_factor
     expert_counts      tokens per expert, for the bias update
 and `sequence_balance` is sum_i f_i P_i per sequence                       eq. 17-20
+`route_softmax` is DeepSeek-V2-Lite's router: softmax, no bias, no groups   arXiv:2405.04434 §2.2, §B.1
 
 Backward of `route` is one kernel as well; it keeps the scores and the ids.
 Shapes: logits, scores [tokens, experts] fp32; ids [tokens, topk] int64. Tokens may be sharded on any axis.
@@ -185,6 +186,14 @@ def route(
     """
     how = (n_group, topk_group, topk, scale, normalize)
     return RouterOutput(*_Route.apply(logits, bias.detach(), *how))  # type: ignore[no-untyped-call]
+
+
+def route_softmax(logits: Tensor, *, topk: int, scale: float, normalize: bool) -> RouterOutput:
+    """`route` with softmax scores, without bias or groups, in torch's own operations."""
+    scores = logits.softmax(-1)  # [tokens, experts]
+    ids = _best(scores.detach(), topk)  # [tokens, topk]
+    gates = gate_weights(scores, ids, scale=scale, normalize=normalize)  # [tokens, topk]
+    return RouterOutput(scores, ids, gates, expert_counts(ids, logits.shape[1]))
 
 
 class _SequenceBalance(torch.autograd.Function):

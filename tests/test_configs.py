@@ -6,6 +6,7 @@ The parameter count is an independent closed form, written from the report's equ
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import asdict, replace
@@ -17,7 +18,8 @@ import yaml
 
 from parallel.layout import check_world
 from tests.test_schedules import V3
-from train.config import CONFIGS, PretrainConfig, compose
+from train.config import CONFIGS, ConfigError, PretrainConfig, compose
+from train.huggingface.config import released_config
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
@@ -28,6 +30,10 @@ GROUP_FILES = sorted(CONFIGS.glob("*/*.yaml"))
 TILE = 128
 
 
+# What an option asks for besides.
+OVERRIDES = {"model=v2_lite": ["schedule.bias_speed=0"]}
+
+
 def option(path: Path) -> str:
     """The override that chooses a file: model=tiny, +cluster=h100_1."""
     plus = "+" if path.parent.name == "cluster" else ""
@@ -36,7 +42,7 @@ def option(path: Path) -> str:
 
 def model_config(name: str) -> ModelConfig:
     """A model with a schedule and data that fit any of them."""
-    return compose([f"model={name}"]).model
+    return compose([*OVERRIDES.get(f"model={name}", []), f"model={name}"]).model
 
 
 def attention_parameters(m: ModelConfig) -> int:
@@ -57,7 +63,8 @@ def layer_parameters(m: ModelConfig, *, routed_experts: int | None) -> int:
     if routed_experts is None:
         return block + 3 * m.hidden_size * m.intermediate_size
     expert = 3 * m.hidden_size * m.moe_intermediate_size
-    router = m.n_routed_experts * (m.hidden_size + 1)  # with the bias that only chooses
+    # With the bias that only chooses; a softmax router has none.
+    router = m.n_routed_experts * (m.hidden_size + (m.scoring_func == "sigmoid"))
     return block + router + (m.n_shared_experts + routed_experts) * expert
 
 
@@ -86,6 +93,13 @@ SIZES = {
     "v3_671b": (671_026_419_200, 37_552_297_472, 11_610_068_224),
     "v3_16b": (15_790_268_544, 2_744_934_528, 592_195_136),
     "small": (2_302_302_176, 815_945_696, 129_327_904),
+    # Published figures, and where they are from: docs/family.md.
+    "v3_1": (671_026_419_200, 37_552_297_472, 11_610_068_224),
+    "kimi_k2": (1_026_408_232_448, 32_861_500_928, 0),
+    "moonlight_16b": (15_960_110_208, 2_914_776_192, 0),
+    "joyai_flash_48b": (48_942_542_592, 3_304_320_768, 1_247_949_056),
+    "glm_4_7_flash": (29_943_393_920, 3_896_766_080, 643_706_176),
+    "v2_lite": (15_706_484_224, 2_661_150_208, 0),
     "tiny": (5_963_024, 3_603_728, 2_338_568),
     "ragged_test": (3_908_422, 3_701_062, 3_922_828),
 }
@@ -95,7 +109,8 @@ SIZES = {
 def test_every_option_of_every_group_composes(path: Path) -> None:
     # A layout of many ranks needs a model and a batch of its size: those of the cluster of its name.
     with_cluster = path.parent.name == "layout" and path.stem in CLUSTERS
-    config = compose([*([f"+cluster={path.stem}"] if with_cluster else []), option(path)])
+    more = OVERRIDES.get(option(path), [])
+    config = compose([*([f"+cluster={path.stem}"] if with_cluster else []), option(path), *more])
     group = path.parent.name
     if group in GROUPS:
         section = getattr(config, group)
@@ -109,7 +124,8 @@ def test_every_option_of_every_group_composes(path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_every_model_composes_in_every_precision_on_the_cluster(model: str, precision: str) -> None:
     """What the command line names wins over the cluster file."""
-    config = compose(["+cluster=h100_1", f"model={model}", f"precision={precision}"])
+    more = OVERRIDES.get(f"model={model}", [])
+    config = compose(["+cluster=h100_1", f"model={model}", f"precision={precision}", *more])
     assert config.model == model_config(model)
     assert config.precision.name == precision
     assert config.run.device == "cuda"
@@ -195,7 +211,7 @@ def test_the_model_built_on_meta_has_the_closed_form_size(name: str) -> None:
     with torch.device("meta"):
         model = Transformer(m, Precision("bf16"))
     # The published count takes in each router's selection bias, which is a buffer here.
-    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    held = model.state_dict()
     mtp = sum(tensor.numel() for name, tensor in held.items() if name.startswith("mtp."))
     assert (sum(map(torch.Tensor.numel, held.values())) - mtp, mtp) == (total_parameters(m), mtp_parameters(m))
 
@@ -255,3 +271,41 @@ def test_one_override_shortens_a_run_and_keeps_its_shape(name: str, total_tokens
         # Each side is rounded to a whole token once.
         rounding = 0.5 / full.total_tokens * cut.total_tokens + 0.5
         assert abs(getattr(cut, point) - share * cut.total_tokens) <= rounding
+
+
+def test_a_folder_of_hugging_face_gives_the_model_and_the_command_line_wins(tmp_path: Path) -> None:
+    """Kimi-K2's own fields, as its config.json has them; `model.` overrides come after."""
+    kimi = model_config("kimi_k2")
+    folder = tmp_path / "Kimi K2"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(released_config(kimi, format="bf16", ids=None)))
+    assert compose([f"model=hf:{folder}"]).model == kimi
+    smaller = compose(["model.num_hidden_layers=4", f"model=hf:{folder}", "model.rope_scaling.factor=64"]).model
+    assert smaller.rope_scaling is not None
+    assert kimi.rope_scaling is not None
+    assert smaller == replace(kimi, num_hidden_layers=4, rope_scaling=replace(kimi.rope_scaling, factor=64.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"^model=hf:.*config\.json cannot be read as JSON \(.*name the folder of a model$"),
+        ("{", r"^model=hf:.*config\.json cannot be read as JSON"),
+        ("[]", r"^model=hf:.*config\.json holds no object; fetch it again$"),
+        ('{"model_type": "qwen3_moe"}', r"^.*config\.json has model_type=\"qwen3_moe\", which is not one"),
+    ],
+)
+def test_a_folder_that_describes_no_such_model_is_one_sentence(text: str | None, message: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        compose([f"model=hf:{tmp_path}"])
+
+
+def test_a_softmax_router_has_no_bias_to_move() -> None:
+    with pytest.raises(ConfigError, match=r"^schedule\.bias_speed=0\.005 moves a bias .* use schedule\.bias_speed=0"):
+        compose(["model=v2_lite"])
+    with pytest.raises(ConfigError, match=r"^model\.n_group=8 does not go with model\.model_type=deepseek_v2"):
+        compose(["model=v2_lite", "schedule.bias_speed=0", "model.n_group=8", "model.topk_group=4"])
+    with pytest.raises(ConfigError, match=r"^model\.model_type=deepseek_v4 is not one of deepseek_v3, kimi_k2,"):
+        compose(["+model.model_type=deepseek_v4"])

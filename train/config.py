@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import types
@@ -31,6 +32,7 @@ from train.data.config import DataConfig
 from train.job import JobConfig
 from train.model.config import ModelConfig, whole
 from train.model.precision_config import OURS, TE_MULTIPLE, PrecisionConfig
+from train.model.published import model_config
 from train.model.sizes import held_by, weights
 from train.observe.config import ObserveConfig
 from train.optim.config import OptimConfig
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ROOT_FILE = "pretrain"
+# `model=hf:FOLDER` on the command line.
+HF = "model=hf:"
 # Groups without an entry in the defaults list: only so does `+cluster=h100_1` compose.
 APPENDED_GROUPS = ("cluster",)
 # Fields whose names are not ours: `+network.environment.NCCL_IB_HCA=mlx5` adds one; their dataclass checks them.
@@ -123,6 +127,12 @@ class PretrainConfig:
         self._check_backend()
         self._check_deepgemm()
         self._check_deepep()
+        if self.model.scoring_func == "softmax" and self.schedule.bias_speed:
+            raise ConfigError(
+                f"schedule.bias_speed={self.schedule.bias_speed} moves a bias that the softmax router of "
+                f"model.model_type={self.model.model_type} does not have: use schedule.bias_speed=0, and "
+                "schedule.balance_alpha to balance its experts"
+            )
         if self.data.heldout is None and self.run.eval_every_steps:
             raise ConfigError(
                 f"run.eval_every_steps={self.run.eval_every_steps} asks for scores but data.heldout is null: "
@@ -247,7 +257,7 @@ def compose(overrides: list[str]) -> PretrainConfig:
 
     Args:
         overrides: Hydra's grammar: `model=small` chooses an option, `schedule.lr_peak=3e-4` sets a value,
-            `+cluster=h100_1` applies a cluster.
+            `+cluster=h100_1` applies a cluster; `model=hf:FOLDER` takes the model of FOLDER/config.json.
     Raises:
         ConfigError: any mistake, in one sentence.
     """
@@ -274,8 +284,11 @@ def _values(overrides: list[str]) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    overrides = [_parseable(text) for text in overrides]
+    folder = next((text.partition(HF)[2] for text in overrides if text.startswith(HF)), None)
+    overrides = [_parseable(text) for text in overrides if not text.startswith(HF)]
     _check_overrides(overrides)
+    if folder is not None:
+        overrides = [*_published_model(Path(folder)), *overrides]
     _register_resolvers()
     try:
         with hydra.initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
@@ -285,6 +298,26 @@ def _values(overrides: list[str]) -> Any:
         raise ConfigError(f"configs/: {_undecodable()} is not UTF-8 text ({error}); save it as UTF-8") from error
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(f"configs/: {' '.join(str(error).split())}") from error
+
+
+def _published_model(folder: Path) -> list[str]:
+    """The model of a Hugging Face folder, as overrides; what else is given of it comes after and wins."""
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{HF}{folder}: {file} cannot be read as JSON ({error}); name the folder of a model"
+        ) from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{HF}{folder}: {file} holds no object; fetch it again")
+    try:
+        model = model_config(values, origin=str(file))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    # Keys of Hydra's mappings are not quoted.
+    texts = {name: re.sub(r'"(\w+)":', r"\1:", json.dumps(value)) for name, value in dataclasses.asdict(model).items()}
+    return [f"++model.{name}={text}" for name, text in texts.items()]
 
 
 def _undecodable() -> str:

@@ -27,12 +27,13 @@ from kernels.config import YarnScaling
 from tests.huggingface.hf_folders import BF16, RAGGED, Made, changed, tensors_of, write_index
 from train.data.tokenizer import SPECIAL_TOKENS, train_byte_level_bpe
 from train.data.trained_on import KEY, TrainedOn
-from train.huggingface.config import is_fp8, model_config, released_config, small_files
+from train.huggingface.config import is_fp8, released_config, small_files
 from train.huggingface.import_weights import import_hf
 from train.huggingface.reader import INDEX, HfReader
 from train.huggingface.safetensors_files import OpenFiles, pointer_or
 from train.huggingface.weights import open_weights
 from train.model.config import ModelConfig
+from train.model.published import model_config
 
 YARN = YarnScaling(40.0, 16, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)
 YARN_JSON = {"type": "yarn", **vars(YARN)}
@@ -72,7 +73,31 @@ def test_fp8_says_how_it_is_quantised() -> None:
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    r"describes \"LlamaForCausalLM\"": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+    r"model_type=\"llama\", which is not one of deepseek_v3, kimi_k2,": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+    },
+    r"model_type=null, which is not one of": {"model_type": None},
+    r"model_type=kimi_k2 but architectures=\[\"KimiLinearForCausalLM\"\], where models of that type have Deepseek": {
+        "architectures": ["KimiLinearForCausalLM"],
+        "model_type": "kimi_k2",
+    },
+    r"topk_method=\"group_limited_greedy\", but this model knows \"greedy\" only": {
+        "model_type": "deepseek_v2",
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "scoring_func": "softmax",
+        "topk_method": "group_limited_greedy",
+    },
+    r"mlp_layer_types=\[\"sparse\", \"dense\", \"sparse\"\], but this model has dense layers first": {
+        "model_type": "glm4_moe_lite",
+        "architectures": ["Glm4MoeLiteForCausalLM"],
+        "mlp_layer_types": ["sparse", "dense", "sparse"],
+    },
+    r"contradicts itself: mlp_layer_types begins with 2 dense layers, first_k_dense_replace=1": {
+        "model_type": "glm4_moe_lite",
+        "architectures": ["Glm4MoeLiteForCausalLM"],
+        "mlp_layer_types": ["dense", "dense", "sparse"],
+    },
     r"attention_bias=true": {"attention_bias": True},
     r"tie_word_embeddings=true": {"tie_word_embeddings": True},
     r"hidden_act=\"gelu": {"hidden_act": "gelu"},
@@ -87,7 +112,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     r"lacks rope_scaling\.factor": {"rope_scaling": {"type": "yarn"}},
     r"hidden_size is \"wide\", not int": {"hidden_size": "wide"},
     r"n_routed_experts is true, not int": {"n_routed_experts": True},
-    r"describes {\"0\": 1} \(model_type \[\"x\\n\"\]\)": {"architectures": {"0": 1}, "model_type": ["x\n"]},
+    r"model_type=\[\"x\\n\"\], which is not one of": {"architectures": {"0": 1}, "model_type": ["x\n"]},
+    r"architectures={\"0\": 1}, where models of that type": {"architectures": {"0": 1}},
     r"attention_bias=0, but": {"attention_bias": 0},
     r"rope_theta is null, not float": {"rope_theta": None},
     r"rope_scaling is \"yarn\", not an object": {"rope_scaling": "yarn"},

@@ -31,7 +31,7 @@ from torch import Tensor
 from kernels.formats import TILE, Quantized, ceil_div
 from kernels.quantize import dequantize_blocks
 from train.data.trained_on import TrainedOn
-from train.huggingface.config import is_fp8, model_config, shown
+from train.huggingface.config import is_fp8
 from train.huggingface.names import (
     SCALE_SUFFIX,
     ReleasedTensor,
@@ -44,6 +44,7 @@ from train.huggingface.names import (
 from train.huggingface.safetensors_files import DTYPES, JOURNAL, READ_ERRORS, OpenFiles, pointer_or, read_json
 from train.model.config import ModelConfig
 from train.model.precision import Precision
+from train.model.published import model_config, shown
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 # Rows of a comparison of two stored tensors.

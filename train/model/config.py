@@ -13,6 +13,14 @@ from typing import Any
 
 from kernels.config import YarnScaling
 
+# `model_type` of a published config.json -> the router's scores; what differs between the members: docs/family.md.
+FAMILY = {
+    "deepseek_v3": "sigmoid",
+    "kimi_k2": "sigmoid",
+    "joyai_llm_flash": "sigmoid",
+    "glm4_moe_lite": "sigmoid",
+    "deepseek_v2": "softmax",
+}
 # Of a field that is a number: FP32's normal numbers, and sizes that an int32 holds.
 _SMALLEST, _LARGEST, _LARGEST_SIZE = 2.0**-126, 2.0**127, 2**31 - 1
 
@@ -21,6 +29,7 @@ _SMALLEST, _LARGEST, _LARGEST_SIZE = 2.0**-126, 2.0**127, 2**31 - 1
 class ModelConfig:
     """Shape of one DeepSeek-V3-style model; field names are those of the released `config.json`.
 
+    `model_type` is the member of the family that a folder of weights is written as; `deepseek_v2` routes by softmax.
     `q_lora_rank=None` drops the query latent (V2-Lite style). `n_group=1` switches node-limited routing off.
     `num_nextn_predict_layers` is D, the MTP depth (§2.2). `initializer_range` is the standard deviation of the initial
     weights; `embedding_initializer_range` sets the embedding's apart for short runs (None: the same, as V3 has it).
@@ -52,6 +61,7 @@ class ModelConfig:
     rope_scaling: YarnScaling | None = None
     initializer_range: float = 0.006
     embedding_initializer_range: float | None = None
+    model_type: str = "deepseek_v3"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -90,6 +100,13 @@ class ModelConfig:
             )
 
     def _check_experts(self) -> None:
+        if self.model_type not in FAMILY:
+            raise ValueError(f"model.model_type={self.model_type} is not one of {', '.join(FAMILY)}; choose one")
+        if self.scoring_func == "softmax" and self.n_group > 1:
+            raise ValueError(
+                f"model.n_group={self.n_group} does not go with model.model_type={self.model_type}, which chooses "
+                "among all experts (greedy); use 1"
+            )
         if self.first_k_dense_replace > self.num_hidden_layers:
             raise ValueError(
                 f"model.first_k_dense_replace={self.first_k_dense_replace} exceeds "
@@ -125,6 +142,11 @@ class ModelConfig:
     def q_width(self) -> int:
         """Width of the query part of the fused first projection: the latent, or all heads when there is none."""
         return self.q_lora_rank or self.num_attention_heads * self.qk_head_dim
+
+    @property
+    def scoring_func(self) -> str:
+        """Of the router: "sigmoid" with a balancing bias, or "softmax" without."""
+        return FAMILY[self.model_type]
 
     @property
     def experts_per_group(self) -> int:

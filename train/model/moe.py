@@ -14,7 +14,7 @@ their experts there, grouped by expert, each group padded with zeros to 128 rows
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from kernels.fp8_linear import LinearInput
 from kernels.permute import Dispatched, group_gates, grouping
 from kernels.rmsnorm import KeptNorm
-from kernels.router import route, sequence_balance
+from kernels.router import route, route_softmax, sequence_balance
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 
@@ -83,9 +83,10 @@ class LocalDispatcher:
 
 
 class Router(nn.Module):
-    """FP32 sigmoid router with bias-only selection; named `mlp.gate` in the checkpoint.
+    """FP32 router, named `mlp.gate` in the checkpoint: sigmoid with bias-only selection, or V2-Lite's softmax.
 
-    `e_score_correction_bias` [experts] FP32 is no parameter: `balance.update_bias` moves it after each step.
+    `e_score_correction_bias` [experts] FP32 is no parameter: `balance.update_bias` moves it after each step. A softmax
+    router has none in its files, and here zeros.
     """
 
     e_score_correction_bias: Tensor
@@ -96,21 +97,22 @@ class Router(nn.Module):
         shape = (config.n_routed_experts, config.hidden_size)
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32))
         bias = torch.zeros(config.n_routed_experts, dtype=torch.float32)
-        self.register_buffer("e_score_correction_bias", bias)
+        self.register_buffer("e_score_correction_bias", bias, persistent=config.scoring_func == "sigmoid")
 
     def forward(self, x: Tensor, norm: KeptNorm | None = None) -> Routing:
         """[sequences, tokens, hidden] -> Routing over sequences * tokens; with x's `norm`, x is not kept."""
         config = self.config
         logits = self.precision.fp32(x, self.weight, norm)  # [sequences, tokens, experts] fp32
-        routed = route(
-            logits.flatten(0, 1),
-            self.e_score_correction_bias,
-            n_group=config.n_group,
-            topk_group=config.topk_group,
-            topk=config.num_experts_per_tok,
-            scale=config.routed_scaling_factor,
-            normalize=config.norm_topk_prob,
-        )
+        how: dict[str, Any] = {
+            "topk": config.num_experts_per_tok,
+            "scale": config.routed_scaling_factor,
+            "normalize": config.norm_topk_prob,
+        }
+        if config.scoring_func == "softmax":
+            routed = route_softmax(logits.flatten(0, 1), **how)
+        else:
+            how |= {"n_group": config.n_group, "topk_group": config.topk_group}
+            routed = route(logits.flatten(0, 1), self.e_score_correction_bias, **how)
         return Routing(
             topk_ids=routed.ids,
             gates=routed.gates,

@@ -146,7 +146,8 @@ def _experts(config: ModelConfig, *, ep: int) -> Iterator[Weight]:
     hidden, inter, routed = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
     assert routed % ep == 0, (routed, ep)
     yield Weight("router", routed, hidden, uses=1, fp32=True)
-    yield Weight("router_bias", 1, routed, fp32=True, trained=False)
+    if config.scoring_func == "sigmoid":
+        yield Weight("router_bias", 1, routed, fp32=True, trained=False)
     shared = config.n_shared_experts * inter
     for rows, cols in ((2 * shared, hidden), (hidden, shared)):
         if shared:
