@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from train.chat.template import chat_template, missing_marks
-from train.data.ingest import Recipe
+from train.data.ingest import Recipe, prepare
 from train.data.tokenizer import (
     CHAT_MARKS,
     SMALLEST_VOCAB_SIZE,
     SPECIAL_TOKENS,
     TextTokenizer,
     deepseek_tokenizer,
+    load_tokenizer,
     train_byte_level_bpe,
 )
 
@@ -153,3 +155,16 @@ def test_marks_are_reserved_by_training_only() -> None:
         train_byte_level_bpe(TEXTS, vocab_size=SMALLEST_VOCAB_SIZE, chat_marks=True)
     with pytest.raises(ValueError, match=r"only a tokeniser that is trained here .* --tokenizer is deepseek"):
         Recipe("text.jsonl", tokenizer="deepseek", chat_marks=True)
+
+
+def test_a_store_says_that_marks_are_reserved_and_one_without_says_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    plain, marked = (Recipe(str(source), vocab_size=300, chat_marks=marks) for marks in (False, True))
+    made = prepare(marked, tmp_path / "marked").train
+    assert load_tokenizer(made.path / made.manifest.tokenizer_file).vocab_size == 300
+    assert made.manifest.recipe["chat_marks"] is True
+    assert prepare(marked, tmp_path / "marked").reused
+    with pytest.raises(ValueError, match=r"made with other inputs \(chat_marks differ\)"):
+        prepare(plain, tmp_path / "marked")
+    assert "chat_marks" not in prepare(plain, tmp_path / "plain").train.manifest.recipe

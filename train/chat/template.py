@@ -16,11 +16,44 @@ Source: the template published with DeepSeek-V3.1; `tools` are listed in words o
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from train.data.tokenizer import CHAT_MARKS, TextTokenizer
+from train.data.tokenizer import CHAT_MARKS, SPECIAL_TOKENS, TextTokenizer
 
 # The name that `transformers` 5, vLLM and others look for beside the tokeniser.
 TEMPLATE_NAME = "chat_template.jinja"
+
+# How `transformers` takes an answer apart: into reasoning, content and calls of tools, as it comes or whole.
+RESPONSE_TEMPLATE: dict[str, Any] = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": [CHAT_MARKS["assistant"], CHAT_MARKS["tool_output_end"]],
+    "fields": {
+        "reasoning_content": {
+            "open": CHAT_MARKS["think"],
+            "close": CHAT_MARKS["end_of_think"],
+            "content": "text",
+            "content_args": {"strip": False},
+        },
+        "tool_calls": {
+            "open_pattern": f"{CHAT_MARKS['tool_call_begin']}(?P<name>.*?){CHAT_MARKS['tool_sep']}",
+            "close": CHAT_MARKS["tool_call_end"],
+            "repeats": True,
+            "content": "text",
+            "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+        },
+        # Marks that are no part of the text; what follows one goes on with it.
+        "content": {
+            "close": [
+                *(CHAT_MARKS[name] for name in ("end_of_think", "tool_calls_begin", "tool_calls_end")),
+                SPECIAL_TOKENS["eos"],
+            ],
+            "content": "text",
+            "content_args": {"strip": False},
+            "repeats": True,
+            "join": "",
+        },
+    },
+}
 
 
 def chat_template() -> str:

@@ -3,6 +3,9 @@
 A tokeniser is one `tokenizer.json` in the format of the `tokenizers` library: trained on the spot (for the demo),
 DeepSeek-V3's own (optional package), or a file.
 
+An export's file also puts the first token of a sample before a text, for other programs (`file_beginning_with`). Read
+here, such a file is again the one before the export, to the byte.
+
 Text is data: a document that spells out `<｜end▁of▁sentence｜>` gets ordinary tokens, never the control token. The end
 of a document is added by ingest. Tokens of punctuation and newline are not split at random, as V3 does for a share.
 """
@@ -108,9 +111,49 @@ class TextTokenizer:
         text: str = self.core.decode(list(ids), skip_special_tokens=False)
         return text
 
+    def file_beginning_with(self, first_id: int) -> str:
+        """The file for programs that take a text's first token from it; one that adds tokens already is unchanged."""
+        if self.core.encode("").ids:
+            return self.json_text
+        before, value, after = _at_post_processor(self.json_text)
+        added = _first_token(str(self.core.id_to_token(first_id)), first_id)
+        return before + (added if value == "null" else f"{_WRAPPED}{value}, {added}]}}") + after
+
     def save(self, path: Path) -> None:
         """Write the tokeniser file."""
         path.write_text(self.json_text, encoding="utf-8")
+
+
+_WRAPPED = '{"type": "Sequence", "processors": ['
+_ADDED = '{"type": "TemplateProcessing", "single": [{"SpecialToken": '
+
+
+def _at_post_processor(json_text: str) -> tuple[str, str, str]:
+    """A tokenizer.json before, in and after its post-processor."""
+    key = re.search(r'"post_processor":\s*', json_text)
+    if key is None:
+        raise ValueError("it names no post_processor")
+    end = json.JSONDecoder().raw_decode(json_text, key.end())[1]
+    return json_text[: key.end()], json_text[key.end() : end], json_text[end:]
+
+
+def _first_token(spelling: str, id_: int) -> str:
+    """A post-processor, in one line, that puts a token before every text."""
+    token, text = {"SpecialToken": {"id": spelling, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 1}}
+    special = {spelling: {"id": spelling, "ids": [id_], "tokens": [spelling]}}
+    fields = {"single": [token, text], "pair": [token, text, second], "special_tokens": special}
+    return json.dumps({"type": "TemplateProcessing", **fields}, ensure_ascii=False)
+
+
+def _without_first_token(json_text: str) -> str:
+    """The inverse of `TextTokenizer.file_beginning_with`; the library itself writes no post-processor in one line."""
+    before, value, after = _at_post_processor(json_text)
+    if value.startswith(_ADDED):
+        return before + "null" + after
+    if value.startswith(_WRAPPED) and (cut := value.rfind(f", {_ADDED}")) > 0:
+        return before + value[len(_WRAPPED) : cut] + after
+    return json_text
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -159,6 +202,7 @@ def tokenizer_from_json(json_text: str, *, origin: str) -> TextTokenizer:
         ValueError: not a tokeniser, or one without the special tokens of DeepSeek-V3.
     """
     try:
+        json_text = _without_first_token(json_text)
         fields = json.loads(json_text)
         # Among the added tokens of V3's file only three are marked special; marked so, none is read from text.
         for token in fields["added_tokens"]:

@@ -1,7 +1,7 @@
 """Export to the released Hugging Face layout, a few rows at a time, from any source of weights.
 
     check the source against the plan -> file after file: read rows -> round or quantise -> write -> journal
-    -> tokeniser and generation files -> index -> config.json, which makes the folder a model
+    -> tokeniser, chat template and generation files -> index -> config.json, which makes the folder a model
 
 In FP8 a weight's blocks are quantised from the values of the source: for `--weights model` of an FP8 run these are the
 payloads that training's forward multiplied (`kernels.fp8_linear.weight_fp8` of the BF16 parameter), with power-of-two
@@ -15,6 +15,7 @@ Shapes: rows [rows, in] of one released weight; blocks 128x128.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -25,7 +26,9 @@ from torch import Tensor
 
 from kernels.formats import TILE
 from kernels.quantize import quantize_blocks
+from train.chat.template import missing_marks
 from train.checkpoint import publish
+from train.data.tokenizer import TextTokenizer
 from train.huggingface.config import small_files
 from train.huggingface.names import SCALE_SUFFIX, ExportPlan, Format, ReleasedTensor, export_plan
 from train.huggingface.reader import INDEX
@@ -52,12 +55,19 @@ class Exported:
 
     plan: ExportPlan
     written: int
-    has_tokenizer: bool
+    tokenizer: TextTokenizer | None
 
     @property
     def notes(self) -> list[str]:
         """What a user should know of it, one sentence each."""
-        notes = [] if self.has_tokenizer else ["without a tokeniser: the source names none; add one with --tokenizer"]
+        notes = []
+        if self.tokenizer is None:
+            notes.append("without a tokeniser: the source names none; add one with --tokenizer")
+        elif missing := missing_marks(self.tokenizer):
+            notes.append(
+                f"without a chat template: the tokeniser has no token for {missing[0]} and {len(missing) - 1} more "
+                "marks, so chats will not work, completions will (prepare.py --chat-marks reserves them)"
+            )
         if cut := len(self.plan.cut_blocks):
             notes.append(f"{cut} FP8 weights have other blocks than in training (no multiples of 128 rows)")
         return notes
@@ -74,6 +84,7 @@ def export(source: WeightSource, out: Path, options: ExportOptions) -> Exported:
     _check_source(source, plan)
     has_tokenizer = options.tokenizer is not None or source.tokenizer is not None
     tokenizer = tokenizer_of(source, options.tokenizer) if has_tokenizer else None
+    texts = small_files(source.config, format=plan.format, tokenizer=tokenizer, trained_on=source.trained_on)
     # As the source's own forward has them.
     power_of_two = source.precision.name == "fp8" and source.precision.power_of_two_scales
     identity = {
@@ -82,6 +93,7 @@ def export(source: WeightSource, out: Path, options: ExportOptions) -> Exported:
         "weights": options.weights,
         "power_of_two_scales": power_of_two,
         "tokenizer": None if tokenizer is None else tokenizer.sha256,
+        "small_files": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
         "source": source.fingerprint(),
     }
     journal = Journal(out, identity)
@@ -99,13 +111,12 @@ def export(source: WeightSource, out: Path, options: ExportOptions) -> Exported:
             del rows
 
     written = write_files(out, plan.shards, produce, journal)
-    texts = small_files(source.config, format=plan.format, tokenizer=tokenizer, trained_on=source.trained_on)
     config = texts.pop("config.json")
     for name, text in {**texts, INDEX: json.dumps(plan.index(), indent=2), "config.json": config}.items():
         if not journal.holds(out / name):
             write_text(out / name, text)
             journal.record(name, publish.entry_of(out / name))
-    return Exported(plan, written, has_tokenizer=has_tokenizer)
+    return Exported(plan, written, tokenizer)
 
 
 def _check_source(source: WeightSource, plan: ExportPlan) -> None:
