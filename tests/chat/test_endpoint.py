@@ -86,7 +86,8 @@ def test_as_many_are_in_flight_as_are_allowed_and_never_more(tmp_path: Path) -> 
     def meet(body: dict[str, Any]) -> Reply:
         # With fewer than five at once nobody gets on: the barrier breaks, and so does the connection.
         together.wait(timeout=30)
-        return Reply("met")
+        # Time for a sixth to come.
+        return Reply("met", delay_s=0.05)
 
     with served(meet) as server:
         asked = ask(tmp_path / "a.jsonl", Endpoint(server.url, in_flight=5, retries=0), requests(*map(str, range(40))))
