@@ -1,1 +1,1 @@
-"""Conversations: their template, and what other programs answer over an API."""
+"""Chat: asking an endpoint that speaks OpenAI's API, distilling from it, talking to it, scoring its answers."""
