@@ -67,13 +67,13 @@ def served_folder(options: argparse.Namespace) -> tuple[Path, Path]:
 
 def run_server(options: argparse.Namespace) -> int:
     """Export if need be, serve, wait."""
-    from train.chat.engine import Engine, name_for_clients, serve
+    from train.chat.engine import ModelServer, name_for_clients, serve
 
     folder, named = served_folder(options)
     with socket.socket() as free:
         free.bind((options.host, 0))
         port = options.port or free.getsockname()[1]
-    engine = Engine(options.engine, folder, name_for_clients(named), options.host, port, options.more)
+    engine = ModelServer(options.engine, folder, name_for_clients(named), options.host, port, options.more)
     log = named / "serve.log"
 
     def ready() -> None:

@@ -87,6 +87,7 @@ SIZES = {
     "v3_16b": (15_790_268_544, 2_744_934_528, 592_195_136),
     "small": (2_302_302_176, 815_945_696, 129_327_904),
     "tiny": (5_963_024, 3_603_728, 2_338_568),
+    "tiny_served": (6_676_496, 4_317_200, 2_576_392),
     "ragged_test": (3_908_422, 3_701_062, 3_922_828),
 }
 
@@ -221,6 +222,12 @@ def test_every_contraction_of_tiny_fills_tiles() -> None:
         "expert intermediate": m.moe_intermediate_size,
     }
     assert {name: k for name, k in contractions.items() if k < 2 * TILE or k % TILE} == {}
+
+
+def test_tiny_served_is_tiny_with_the_latent_that_engines_take() -> None:
+    m = model_config("tiny_served")
+    assert m.kv_lora_rank + m.qk_rope_head_dim == 576
+    assert replace(m, kv_lora_rank=256, qk_rope_head_dim=32) == model_config("tiny")
 
 
 def test_ragged_test_is_ragged_where_v3_is() -> None:

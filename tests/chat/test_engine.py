@@ -16,7 +16,7 @@ import pytest
 from launch import serve as serve_command
 from tests.huggingface.hf_folders import BF16, RAGGED, lively, save_checkpoint
 from train.chat import engine as engine_module
-from train.chat.engine import Engine, name_for_clients, serve
+from train.chat.engine import ModelServer, name_for_clients, serve
 
 HEALTHY = """
 import http.server, sys
@@ -36,16 +36,16 @@ def port() -> int:
 
 
 @pytest.fixture
-def engine(tmp_path: Path, port: int) -> Engine:
+def engine(tmp_path: Path, port: int) -> ModelServer:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
-    return Engine("transformers", tmp_path / "model", "model", port=port)
+    return ModelServer("transformers", tmp_path / "model", "model", port=port)
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     """What is started in place of an engine."""
     words = lambda self, scratch: ([sys.executable, "-c", program, str(self.port)], {})  # noqa: E731
-    monkeypatch.setattr(Engine, "command", words)
+    monkeypatch.setattr(ModelServer, "command", words)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     ],
 )
 def test_an_engine_that_dies_is_reported_in_one_sentence(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, message: str
+    engine: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, message: str
 ) -> None:
     stand_in(monkeypatch, program)
     with pytest.raises(ChildProcessError, match=f"^the engine transformers {message}"):
@@ -68,7 +68,7 @@ def test_an_engine_that_dies_is_reported_in_one_sentence(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_engine_and_is_no_failure(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    engine: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     stand_in(monkeypatch, HEALTHY)
     before = signal.getsignal(number)
@@ -77,7 +77,9 @@ def test_a_signal_ends_the_engine_and_is_no_failure(
     assert not engine.is_healthy()
 
 
-def test_an_engine_that_does_not_end_is_killed(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_does_not_end_is_killed(
+    engine: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(engine_module, "END_WITHIN_S", 0.3)
     deaf = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); print(os.getpid(), flush=True)\n"
     stand_in(monkeypatch, deaf + "while True: signal.pause()")
@@ -94,7 +96,7 @@ def test_an_engine_that_does_not_end_is_killed(engine: Engine, tmp_path: Path, m
 
 
 def test_what_cannot_start_is_said_before_anything_is_started(
-    engine: Engine, port: int, monkeypatch: pytest.MonkeyPatch
+    engine: ModelServer, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = f"^port {port} of 127.0.0.1: Address already in use; choose another with --port$"
     with socket.create_server(("127.0.0.1", port)), pytest.raises(ValueError, match=said):
@@ -109,10 +111,10 @@ def test_what_cannot_start_is_said_before_anything_is_started(
     ):
         engine.check()
     with pytest.raises(ValueError, match=r"^--engine vllm needs vllm, not installed here: `pip install vllm`$"):
-        Engine("vllm", engine.folder, "model", port=port).check()
+        ModelServer("vllm", engine.folder, "model", port=port).check()
 
 
-def test_the_commands_name_folder_address_and_what_is_added(engine: Engine, tmp_path: Path) -> None:
+def test_the_commands_name_folder_address_and_what_is_added(engine: ModelServer, tmp_path: Path) -> None:
     (tmp_path / "hub").mkdir()
     words, variables = engine.command(tmp_path / "hub")
     assert words[1:] == [
@@ -128,7 +130,7 @@ def test_the_commands_name_folder_address_and_what_is_added(engine: Engine, tmp_
     assert (variables["HF_HUB_OFFLINE"], variables["HF_HUB_CACHE"]) == ("1", str(tmp_path / "hub"))
     assert (tmp_path / "hub/models--model/snapshots/export/config.json").read_text() == "{}"
     (engine.folder / "chat_template.jinja").touch()
-    vllm = Engine("vllm", engine.folder, "model", "0.0.0.0", 1, ("--tensor-parallel-size", "8"))
+    vllm = ModelServer("vllm", engine.folder, "model", "0.0.0.0", 1, ("--tensor-parallel-size", "8"))
     words, _ = vllm.command(tmp_path / "other")
     expected = (
         f"serve {engine.folder} --served-model-name model --reasoning-parser deepseek_v3 --host 0.0.0.0 --port 1 "

@@ -14,7 +14,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from launch import generate as generate_command
 from launch import serve as serve_command
 from tests.chat.scripted_server import Reply, served
 from tests.huggingface.hf_folders import FP32, RAGGED, lively, save_checkpoint
+from train.config import compose
 from train.data.ingest import Recipe, prepare
 from train.data.tokenizer import TextTokenizer, load_tokenizer
 from train.generate.latent_cache import Decoder
@@ -85,27 +88,32 @@ class Server:
         return "".join(self.greedy(ids["input_ids"]))
 
 
+@contextmanager
+def started(run: Path, *flags: str, **variables: str) -> Iterator[list[str]]:
+    """The command, from its first answer on: the lines that it has said."""
+    process = subprocess.Popen(
+        [sys.executable, "launch/serve.py", str(run), "--port", "0", *flags],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **variables}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        yield [process.stdout.readline() for _ in range(3)]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0, (run / "serve.log").read_text()
+    finally:
+        process.kill()
+        process.communicate()
+
+
 @pytest.fixture(scope="module")
 def server(run: Path) -> Iterator[Server]:
     with socket.create_server(("127.0.0.1", 0)) as hub:
-        variables = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}", "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            [sys.executable, "launch/serve.py", str(run), "--format", "fp32", "--port", "0"],
-            cwd=ROOT, env={**os.environ, **variables, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        try:
-            assert process.stdout is not None
-            said = [process.stdout.readline() for _ in range(3)]
-            source = open_weights(run)
-            decoder = Decoder(load_model(source, device=torch.device("cpu")))
+        endpoint = f"http://127.0.0.1:{hub.getsockname()[1]}"
+        with started(run, "--format", "fp32", HF_ENDPOINT=endpoint, OMP_NUM_THREADS="1") as said:
+            decoder = Decoder(load_model(open_weights(run), device=torch.device("cpu")))
             theirs = AutoTokenizer.from_pretrained(run / "served/fp32")
             tokenizer = load_tokenizer(run / "served/fp32/tokenizer.json")
             yield Server(said[1].split()[0], said, hub, run, decoder, tokenizer, theirs)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=60) == 0, (run / "serve.log").read_text()
-        finally:
-            process.kill()
-            process.communicate()
 
 
 def test_what_it_says_names_address_and_a_command_that_works(server: Server) -> None:
@@ -213,6 +221,30 @@ def test_nobody_asked_a_hub(server: Server) -> None:
     server.asked_hub.setblocking(False)
     with pytest.raises(BlockingIOError):
         server.asked_hub.accept()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("format", ["bf16", "fp8"])
+def test_vllm_serves_the_same_exports(run: Path, tmp_path: Path, format: str) -> None:
+    if find_spec("vllm") is None:
+        pytest.skip("vllm is not installed: docs/serving.md says how; never run so far")
+    source = open_weights(run)
+    model = lively(replace(compose(["model=tiny_served"]).model, vocab_size=source.config.vocab_size), FP32)
+    path = tmp_path / "tiny_served/checkpoints/step_00000001"
+    sha256 = source.trained_on.tokenizer_sha256
+    save_checkpoint(path, model, store=run.parent / "store/train", tokenizer_sha256=sha256)
+    with (
+        started(tmp_path / "tiny_served", "--format", format, "--engine", "vllm") as said,
+        OpenAI(base_url=said[1].split()[0], api_key="none", max_retries=0) as client,
+    ):
+        assert [model.id for model in client.models.list()] == ["tiny_served"]
+        asked: dict[str, Any] = {"model": "tiny_served", "max_tokens": TOKENS, "temperature": 0}
+        messages: Any = [{"role": "user", "content": "the king?"}]
+        whole = client.chat.completions.create(**asked, messages=messages)
+        parts = client.chat.completions.create(**asked, messages=messages, stream=True)
+        assert "".join(part.choices[0].delta.content or "" for part in parts) == whole.choices[0].message.content
+        assert whole.usage.completion_tokens <= TOKENS
+        assert client.completions.create(**asked, prompt="the king").choices[0].text
 
 
 @pytest.mark.long

@@ -44,7 +44,7 @@ LOOK_EVERY_S, END_WITHIN_S = 0.1, 15.0
 
 
 @dataclass(frozen=True)
-class Engine:
+class ModelServer:
     """Which program serves which folder, where, under which name; `more` are arguments of the program's own."""
 
     kind: EngineName
@@ -129,11 +129,11 @@ def name_for_clients(folder: Path) -> str:
     return name[:96].strip("-.") or "model"
 
 
-def serve(engine: Engine, log: Path, environment: Mapping[str, str], ready: Callable[[], None]) -> None:
+def serve(engine: ModelServer, log: Path, environment: Mapping[str, str], ready: Callable[[], None]) -> None:
     """Run an engine until SIGTERM or SIGINT; `ready` is called when it answers, what it says goes to the file `log`.
 
     Raises:
-        ValueError: it cannot start (`Engine.check`).
+        ValueError: it cannot start (`ModelServer.check`).
         ChildProcessError: it ended by itself.
     """
     engine.check()
@@ -186,7 +186,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _last_words(engine: Engine, code: int, log: Path) -> str:
+def _last_words(engine: ModelServer, code: int, log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
     said = f"; its last words: {lines[-1].strip()}" if lines else ""
