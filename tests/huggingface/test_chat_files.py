@@ -65,6 +65,8 @@ def test_texts_and_chats_begin_with_the_runs_own_first_token(
         marks = [ours.core.token_to_id(CHAT_MARKS[name]) for name in ("user", "assistant", "end_of_think")]
         assert ids == [first_id, marks[0], *ours.encode_batch(["a"])[0], *marks[1:]]
         assert theirs.chat_template == chat_template()
+        # A server leaves special tokens out of an answer; thoughts must stay apart from it.
+        assert theirs.decode(ids, skip_special_tokens=True) == "<｜User｜>a<｜Assistant｜></think>"
 
 
 def test_the_tokeniser_of_an_export_is_read_as_it_was_trained(ours: TextTokenizer, tmp_path: Path) -> None:
