@@ -101,6 +101,7 @@ SIZES = {
     "glm_4_7_flash": (29_943_393_920, 3_896_766_080, 643_706_176),
     "v2_lite": (15_706_484_224, 2_661_150_208, 0),
     "tiny": (5_963_024, 3_603_728, 2_338_568),
+    "tiny_served": (6_676_496, 4_317_200, 2_576_392),
     "ragged_test": (3_908_422, 3_701_062, 3_922_828),
 }
 
@@ -239,6 +240,12 @@ def test_every_contraction_of_tiny_fills_tiles() -> None:
     assert {name: k for name, k in contractions.items() if k < 2 * TILE or k % TILE} == {}
 
 
+def test_tiny_served_is_tiny_with_the_latent_that_engines_take() -> None:
+    m = model_config("tiny_served")
+    assert m.kv_lora_rank + m.qk_rope_head_dim == 576
+    assert replace(m, kv_lora_rank=256, qk_rope_head_dim=32) == model_config("tiny")
+
+
 def test_ragged_test_is_ragged_where_v3_is() -> None:
     m = model_config("ragged_test")
     assert m.q_lora_rank is not None
@@ -278,7 +285,7 @@ def test_a_folder_of_hugging_face_gives_the_model_and_the_command_line_wins(tmp_
     kimi = model_config("kimi_k2")
     folder = tmp_path / "Kimi K2"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(released_config(kimi, format="bf16", ids=None)))
+    (folder / "config.json").write_text(json.dumps(released_config(kimi, format="bf16")))
     assert compose([f"model=hf:{folder}"]).model == kimi
     smaller = compose(["model.num_hidden_layers=4", f"model=hf:{folder}", "model.rope_scaling.factor=64"]).model
     assert smaller.rope_scaling is not None

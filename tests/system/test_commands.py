@@ -30,6 +30,8 @@ ELSEWHERE = {
     "python launch/ablate.py": "tests/system/test_ablate_command.py",
     "python -m launch.bench ledger": "tests/studies/bench/test_ledger.py",
     "python -m launch.gpu --document": "tests/studies/test_measured.py",
+    "python launch/serve.py runs/chat": "tests/system/test_serve.py",
+    "python launch/serve.py batch": "tests/system/test_serve.py",
     "python launch/bench.py": "tests/studies/bench/test_table.py",
     "python -m train.studies.bench.bubble": "tests/studies/bench/test_bubble.py",
     "python -m tests.fuzz_files": "tests/system/test_fuzz_files.py",

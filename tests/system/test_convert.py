@@ -69,7 +69,9 @@ def test_there_and_back_with_every_proof(
         assert torch.equal(open_weights(Path(again)).read(name), values.read(name).float()), name
     text = "In the beginning, the king said unto his people\n\n"
     tokenizer = load_tokenizer(store / "tokenizer.json")
-    assert AutoTokenizer.from_pretrained(again)(text)["input_ids"] == tokenizer.encode_batch([text])[0]
+    # What the run's own samples begin with.
+    expected = [tokenizer.special_ids.eos, *tokenizer.encode_batch([text])[0]]
+    assert AutoTokenizer.from_pretrained(again)(text)["input_ids"] == expected
 
 
 def test_a_damaged_source_is_not_proved(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +115,7 @@ def test_without_its_store_an_export_says_that_it_has_no_tokeniser(
     assert not (tmp_path / "out/tokenizer.json").exists()
     chosen = store / "tokenizer.json"
     assert main(["export", str(path), str(tmp_path / "with"), "--tokenizer", str(chosen)]) == 0
-    assert (tmp_path / "with/tokenizer.json").read_text() == chosen.read_text()
+    assert load_tokenizer(tmp_path / "with/tokenizer.json").json_text == chosen.read_text()
 
 
 def test_an_export_whose_tokeniser_was_changed_is_not_imported(

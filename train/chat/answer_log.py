@@ -1,0 +1,85 @@
+"""A JSONL file of answers that only grows: one line a request, written as soon as it is answered.
+
+Each line goes to the operating system in one write, so a process that is killed loses nothing that it received. The
+disk is told to keep it (fsync) every `FSYNC_EVERY_S` and when the file is closed: a machine that loses power loses at
+most the answers of that time, which are asked for again. A last line without its end, from a write that was cut, is
+removed when the file is opened.
+
+A line has the form of OpenAI's batch output, and two fields of ours:
+
+    {"custom_id", "response": {"status_code", "body"} or null, "error": {"message"} or null, "time_unix_s", "seconds"}
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+FSYNC_EVERY_S = 5.0
+
+
+class AnswerLog:
+    """The file, open for appending by this process alone; `ids` are those that need not be asked for again."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file, or make it; ValueError where another process writes it or a line is not of this form."""
+        self.path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._mend()
+            self.ids = {line["custom_id"] for line in read_answers(path)}
+        except BlockingIOError:
+            os.close(self._file)
+            raise ValueError(f"{path} is written by another process; wait for it, or name another file") from None
+        except ValueError:
+            os.close(self._file)
+            raise
+        self._synced_s = time.monotonic()
+
+    def __enter__(self) -> AnswerLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.fsync(self._file)
+        os.close(self._file)
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add the answer to one request."""
+        data = json.dumps(line).encode() + b"\n"
+        written = 0
+        while written < len(data):
+            written += os.write(self._file, data[written:])
+        self.ids.add(line["custom_id"])
+        if time.monotonic() - self._synced_s > FSYNC_EVERY_S:
+            os.fsync(self._file)
+            self._synced_s = time.monotonic()
+
+    def _mend(self) -> None:
+        """Cut off what follows the last end of a line."""
+        end = os.fstat(self._file).st_size
+        while end and (block := os.pread(self._file, min(end, 1 << 16), end - min(end, 1 << 16))):
+            if (found := block.rfind(b"\n")) >= 0:
+                end += found + 1 - len(block)
+                break
+            end -= len(block)
+        os.ftruncate(self._file, end)
+
+
+def read_answers(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a log; ValueError names the first that is not of its form."""
+    with path.open("rb") as lines:
+        for number, text in enumerate(lines, start=1):
+            try:
+                line = json.loads(text)
+                well_formed = isinstance(line["custom_id"], str) and "response" in line
+            except (ValueError, TypeError, KeyError):
+                well_formed = False
+            if not well_formed:
+                raise ValueError(f"{path} line {number} is no answer to a request; name another file to write to")
+            yield line

@@ -1,0 +1,236 @@
+"""Ask an endpoint that speaks OpenAI's API many things at once, and keep each answer as it comes.
+
+    Endpoint   where it is and how it is asked
+    Request    one call: an id, the body, the path
+    ask_all    requests -> an `AnswerLog`, a bounded number of them in flight; ids that the log has are not asked
+
+The client is OpenAI's own: it retries on 408, 409, 429, 5xx, timeouts and lost connections, after 0.5 to 8 s or what
+`Retry-After` says. A request that is refused (400, 413, 422 and so on) is answered: its line holds the error. What
+fails in the end is not written, so the next call asks again. Where the whole endpoint refuses (401, 403, 404), or as
+many requests in a row fail as are in flight, the rest is not asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from train.chat.answer_log import AnswerLog
+
+INSTALL = "the package openai is not installed; it is optional: pip install 'openai>=3'"
+CHAT = "/chat/completions"
+# Refusals that are about the endpoint, not about one request.
+REFUSES_ALL = {401: "the key is refused", 403: "access is forbidden", 404: "there is no such model or path"}
+
+
+def openai_module() -> ModuleType:
+    """The package `openai`; ValueError where it is not installed."""
+    try:
+        import openai
+    except ModuleNotFoundError:
+        raise ValueError(INSTALL) from None
+    return openai
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An endpoint, and how it is asked: `url` with or without `/v1`, seconds until an answer is given up."""
+
+    url: str
+    key: str = "none"
+    in_flight: int = 16
+    retries: int = 20
+    timeout_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ValueError(f"--url {self.url} is no address; write http://HOST:PORT or https://HOST/v1")
+        for flag, value, least in (("--in-flight", self.in_flight, 1), ("--retries", self.retries, 0)):
+            if value < least:
+                raise ValueError(f"{flag} {value} must be {least} or more")
+        if not self.timeout_s > 0:
+            raise ValueError(f"--timeout {self.timeout_s} must be above 0 seconds")
+
+    @property
+    def base_url(self) -> str:
+        """The address with its version, `/v1` where none is given."""
+        parts = urlsplit(self.url)
+        return urlunsplit(parts._replace(path=parts.path.rstrip("/") or "/v1"))
+
+    @property
+    def public_url(self) -> str:
+        """The address without user, password and query: what may be written into a file."""
+        parts = urlsplit(self.base_url)
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+    def client(self, *, sent: Callable[[Any], Any] | None = None) -> Any:
+        """An `AsyncOpenAI`; `sent`, a coroutine function, is called with each HTTP request, retries included."""
+        openai = openai_module()
+        http = openai.DefaultAsyncHttpxClient(event_hooks={"request": [sent] if sent else []}, timeout=self.timeout_s)
+        return openai.AsyncOpenAI(
+            base_url=self.base_url, api_key=self.key, max_retries=self.retries, timeout=self.timeout_s, http_client=http
+        )
+
+
+async def first_model(endpoint: Endpoint) -> str:
+    """The first model that the endpoint names; ValueError where it does not answer or has none."""
+    openai = openai_module()
+    try:
+        async with endpoint.client() as client:
+            async for model in client.models.list():
+                return str(model.id)
+    except openai.OpenAIError as error:
+        raise ValueError(f"{endpoint.public_url} does not say which models it has ({sentence_of(error)})") from None
+    raise ValueError(f"{endpoint.public_url} has no model; name one with --model")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call: what to send where; the id is unique among those of one file."""
+
+    id: str
+    body: Mapping[str, Any]
+    path: str = CHAT
+
+
+@dataclass
+class Asked:
+    """What became of the requests so far."""
+
+    answered: int = 0
+    # In the log before.
+    kept: int = 0
+    # HTTP requests sent, with retries.
+    sent: int = 0
+    # Refused for good: their lines hold the error.
+    refused: Counter[str] = field(default_factory=Counter)
+    # Not in the log: asked again by the next call.
+    failed: Counter[str] = field(default_factory=Counter)
+    # Why the rest was not asked.
+    stopped: str = ""
+    failed_in_a_row: int = 0
+
+    @property
+    def done(self) -> int:
+        """Requests that need no more."""
+        return self.kept + self.answered + self.refused.total()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every request has its line."""
+        return not self.failed and not self.stopped
+
+    def add(self, line: Mapping[str, Any] | None, reason: str, *, allowed_in_a_row: int) -> None:
+        """Count one request: its line, None without one, and what went wrong."""
+        self.failed_in_a_row = 0 if line else self.failed_in_a_row + 1
+        if line and reason:
+            self.refused[reason] += 1
+        elif line:
+            self.answered += 1
+        else:
+            self.failed[reason] += 1
+            if reason.startswith(tuple(REFUSES_ALL.values())):
+                self.stopped = reason
+            elif not self.stopped and self.failed_in_a_row >= allowed_in_a_row:
+                self.stopped = f"{self.failed_in_a_row} requests in a row failed"
+
+    def rows(self) -> Iterator[tuple[str, int]]:
+        """What the table at the end shows: a word and a number."""
+        yield "answered", self.answered
+        if self.kept:
+            yield "answered before", self.kept
+        yield from ((f"refused: {reason}", number) for reason, number in self.refused.most_common())
+        yield from (
+            (f"failed, asked again next time: {reason}", number) for reason, number in self.failed.most_common()
+        )
+        yield "HTTP requests", self.sent
+
+
+async def ask_all(
+    endpoint: Endpoint, requests: Iterable[Request], log: AnswerLog, show: Callable[[Asked], None] = lambda _: None
+) -> Asked:
+    """Ask what the log does not have; `show` is called after each request.
+
+    Raises:
+        ValueError: two requests have one id.
+    """
+    asked, openai = Asked(), openai_module()
+    # One iterator for all: each worker takes the next request when it has its answer.
+    waiting = _still_to_ask(requests, log, asked)
+
+    async def count(_: object) -> None:
+        asked.sent += 1
+
+    async def work(client: Any) -> None:
+        for request in waiting:
+            line, reason = await _ask(client, request, openai)
+            if line:
+                log.append(line)
+            asked.add(line, reason, allowed_in_a_row=endpoint.in_flight)
+            show(asked)
+            if asked.stopped:
+                return
+
+    async with endpoint.client(sent=count) as client:
+        await asyncio.gather(*(work(client) for _ in range(endpoint.in_flight)))
+    return asked
+
+
+def _still_to_ask(requests: Iterable[Request], log: AnswerLog, asked: Asked) -> Iterator[Request]:
+    seen = set[str]()
+    for request in requests:
+        if request.id in seen:
+            raise ValueError(f"two requests have the id {request.id!r}; give each its own")
+        seen.add(request.id)
+        if request.id not in log.ids:
+            yield request
+        else:
+            asked.kept += 1
+
+
+async def _ask(client: Any, request: Request, openai: ModuleType) -> tuple[dict[str, Any] | None, str]:
+    """The line of a request, None where it is to be asked again, and what went wrong, "" if nothing did."""
+    begun_s = time.time()
+    try:
+        body = await client.post(request.path, body=dict(request.body), cast_to=object)
+    except openai.APIStatusError as error:
+        status, reason = error.status_code, f"status {error.status_code}"
+        if status in REFUSES_ALL:
+            return None, f"{REFUSES_ALL[status]} ({sentence_of(error)})"
+        for_good = status not in (408, 409, 429) and status < 500
+        return _line(request, status, None, sentence_of(error), begun_s) if for_good else None, reason
+    except openai.APITimeoutError:
+        return None, "timed out"
+    except openai.APIConnectionError:
+        return None, "connection lost"
+    # What comes with status 200 and is no JSON.
+    except (openai.OpenAIError, ValueError):
+        return None, "malformed answer"
+    return (_line(request, 200, body, None, begun_s), "") if isinstance(body, dict) else (None, "malformed answer")
+
+
+def _line(
+    request: Request, status: int, body: Mapping[str, Any] | None, error: str | None, begun_s: float
+) -> dict[str, Any]:
+    now_s = time.time()
+    return {
+        "custom_id": request.id,
+        "response": {"status_code": status, "body": body},
+        "error": None if error is None else {"message": error},
+        "time_unix_s": round(now_s, 3),
+        "seconds": round(now_s - begun_s, 3),
+    }
+
+
+def sentence_of(error: Exception) -> str:
+    """What an error of the client says, on one line."""
+    cause = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{text} ({type(cause).__name__}: {cause})" if cause is not None else text
