@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.flight import Lane, UnderWay, Work
+from parallel.flight import Lane, Started, UnderWay
 from parallel.mesh import Axis
 from parallel.waiting import waiting
 
@@ -74,7 +74,7 @@ def all_to_all_rows(
     sent, splits = rows.contiguous(), (list(recv_splits), list(send_splits))
     if Lane.current is not None:
         # The backend holds both tensors until the wait.
-        work: Work = dist.all_to_all_single(received, sent, *splits, group=axis.group, async_op=True)
+        work: Started = dist.all_to_all_single(received, sent, *splits, group=axis.group, async_op=True)
         return UnderWay(received, work, then)
     with waiting():
         dist.all_to_all_single(received, sent, *splits, group=axis.group)

@@ -27,7 +27,7 @@ from parallel.waiting import waiting
 T = TypeVar("T")
 
 
-class Work(Protocol):
+class Started(Protocol):
     """A collective that has started."""
 
     def wait(self) -> object:
@@ -39,7 +39,7 @@ class UnderWay:
     """Rows that have left; nobody reads `buffer` before `work` was waited for."""
 
     buffer: Tensor
-    work: Work | None  # None: they are here
+    work: Started | None  # None: they are here
     then: Callable[[Tensor], Tensor]  # what arrives -> what the journey goes on with
 
 
@@ -73,7 +73,7 @@ class Lane:
             Lane.current = None
         assert self.in_flight == 0, f"nobody has waited for {self.in_flight} exchanges of a pair"
 
-    def wait(self, work: Work) -> None:
+    def wait(self, work: Started) -> None:
         """Have the lane's stream wait for a collective; without one the host does."""
         with waiting() if self.stream is None else nullcontext():
             work.wait()

@@ -23,7 +23,7 @@ T = TypeVar("T")
 Steps = Generator[str, None, T]
 
 
-class Exchange(Protocol):
+class Departure(Protocol):
     """Tokens that travel before a phase can go on."""
 
     def now(self) -> Any:
@@ -31,7 +31,7 @@ class Exchange(Protocol):
         ...
 
 
-Travel = Generator[Exchange, Any, T]
+Travel = Generator[Departure, Any, T]
 
 
 class Run(Protocol):
@@ -66,9 +66,9 @@ def finish(steps: Steps[T]) -> T:
 def arrived(travel: Travel[T]) -> T:
     """Run a phase with an exchange to its end, waiting for what travels."""
     try:
-        exchange = next(travel)
+        departure = next(travel)
         while True:
-            exchange = travel.send(exchange.now())
+            departure = travel.send(departure.now())
     except StopIteration as end:
         result: T = end.value
         return result
