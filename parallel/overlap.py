@@ -2,8 +2,8 @@
 
 arXiv:2412.19437 §3.2.1, figure 4. Of one MoE layer in either direction, in the order of issue:
 
-    B combine | F attend, route | B shared, experts | F dispatch | W
-    B dispatch | F experts, shared, combine | B route, attend
+    B combine | F attend, route | B shared, experts | F dispatch | B dispatch
+    W | F experts, shared, combine | B route, attend
 
 so that every exchange of tokens (dispatch and combine, of either direction) stands between computation of the other
 micro-batch. Names of phases alone decide the order: the ranks of an expert-parallel group, which own the same stages
@@ -40,10 +40,13 @@ def take_turns(
 ) -> Generator[tuple[str, str], None, None]:
     """Issue both to their ends; yields ("F" or "B", phase) as each has been issued, and ("W", "") for weight gradients.
 
-    Weight gradients of the backward are issued behind a forward's exchange, and once the forward has ended behind each
-    turn of the backward. Where one side has fewer layers, the rest of the other runs alone.
+    Weight gradients of the backward are issued behind a forward's exchange, or behind the backward's dispatch where
+    that is next, and once the forward has ended behind each turn of the backward. Where one side has fewer layers, the
+    rest of the other runs alone.
     """
     running = {"B": (backward, BACKWARD_TURNS), "F": (forward, FORWARD_TURNS)}
+    # The last phase of each side's last turn.
+    last: dict[str, str | None] = {}
     while running:
         for side, (phases, turns) in [*running.items()]:
             phase = None
@@ -54,7 +57,10 @@ def take_turns(
             else:
                 del running[side]
                 phase = None
-            if (phase in EXCHANGES) if side == "F" else ("F" not in running):
+            last[side] = phase
+            # An exchange starts behind what has been launched: both dispatches go before the weight gradients.
+            both = last.get("F") == "dispatch" and last.get("B") == ("experts" if side == "F" else "dispatch")
+            if (phase in EXCHANGES and not both) if side == "F" else ("F" not in running or both):
                 deferred.take()()
                 yield "W", ""
 

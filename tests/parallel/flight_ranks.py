@@ -120,21 +120,18 @@ def compared(rank: int, world: int) -> dict[str, Any]:
     return found
 
 
-def peaks(rank: int, world: int) -> dict[str, tuple[int, int, int]]:
-    """Dispatch -> the most bytes alive in FP8 by turns, waiting at once; in flight; and of one exchange's buffers."""
-    found = {}
-    for dispatch in ("direct", "node"):
-        measured = []
-        for lane in (None, Lane(CPU)):
-            chunks = Chunks(mesh_of(world, dispatch), "fp8")
-            # What is made once: copies of weights, tables.
+def peaks(rank: int, world: int) -> tuple[int, int, int]:
+    """The most bytes alive in BF16 over two hops, waiting at once and in flight; and of one exchange's buffers."""
+    mesh, found = mesh_of(world, "node"), []
+    for lane in (None, Lane(CPU)):
+        chunks = Chunks(mesh, "bf16")
+        # What is made once: tables.
+        chunks.run(lane=lane)
+        gc.collect()
+        with LiveBytes() as live:
             chunks.run(lane=lane)
-            gc.collect()
-            with LiveBytes() as live:
-                chunks.run(lane=lane)
-            measured.append(live.peak)
-        found[dispatch] = measured[0], measured[1], chunks.traffic.largest_exchange
-    return found
+        found.append(live.peak)
+    return found[0], found[1], chunks.traffic.largest_exchange
 
 
 def nobody_waits(self: Lane, work: Any) -> None:
