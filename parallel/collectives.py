@@ -2,17 +2,19 @@
 
 The exchange of tokens in expert parallelism is an uneven all-to-all of whole rows (arXiv:2412.19437 §3.2.2). On an axis
 of one rank there is no group, and every function is the identity. Not differentiable: autograd belongs to the callers.
+What a journey starts in a pair of micro-batches is asynchronous (`parallel/flight.py`); all else waits at once.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.flight import Lane, Started, UnderWay
 from parallel.mesh import Axis
 from parallel.waiting import waiting
 
@@ -47,8 +49,9 @@ def all_to_all_rows(
     *,
     kind: str = "rows",
     traffic: Traffic | None = None,
-) -> Tensor:
-    """Send whole rows to every rank of an axis; every rank must call it.
+    then: Callable[[Tensor], Tensor] = lambda rows: rows,
+) -> UnderWay:
+    """Send whole rows to every rank of an axis; every rank must call it. In a pair it starts, else it has ended.
 
     Args:
         rows: [sum(send_splits), ...], sorted by destination. gloo refuses FP8: send its bytes as uint8.
@@ -56,8 +59,9 @@ def all_to_all_rows(
         recv_splits: rows from each rank, zero allowed.
         axis: the ranks that take part.
         kind: under which name `traffic` counts the bytes, if it is given.
+        then: what becomes of the rows when they are here.
     Returns:
-        [sum(recv_splits), ...] in order of the source rank; `rows` itself on an axis of one rank.
+        [sum(recv_splits), ...] in order of the source rank, under way; `rows` itself on an axis of one rank.
     """
     assert len(send_splits) == len(recv_splits) == axis.size, (send_splits, recv_splits, axis.size)
     assert rows.shape[0] == sum(send_splits), (rows.shape, send_splits)
@@ -65,11 +69,16 @@ def all_to_all_rows(
         row_bytes = rows.shape[1:].numel() * rows.element_size()
         traffic.add(kind, send_splits, received=sum(recv_splits), row_bytes=row_bytes, own=axis.rank)
     if axis.group is None:
-        return rows
+        return UnderWay(rows, None, then)
     received = rows.new_empty(sum(recv_splits), *rows.shape[1:])
+    sent, splits = rows.contiguous(), (list(recv_splits), list(send_splits))
+    if Lane.current is not None:
+        # The backend holds both tensors until the wait.
+        work: Started = dist.all_to_all_single(received, sent, *splits, group=axis.group, async_op=True)
+        return UnderWay(received, work, then)
     with waiting():
-        dist.all_to_all_single(received, rows.contiguous(), list(recv_splits), list(send_splits), group=axis.group)
-    return received
+        dist.all_to_all_single(received, sent, *splits, group=axis.group)
+    return UnderWay(received, None, then)
 
 
 def sum_over(x: Tensor, axis: Axis) -> Tensor:

@@ -10,6 +10,9 @@ sorts what arrives by (source rank, token), which is the order of `parallel/hops
 nodes, `layout.dispatch=node` is the reference. It reads on the host itself how many rows the experts have, once a
 dispatch.
 
+Each call is made where its exchange is put together, and blocks the stream that it is on: a pair of micro-batches hides
+none of them, for who may free DeepEP's own buffers meanwhile is not published.
+
 The only file that imports DeepEP. It follows `ElasticBuffer` of version 2.1.0 (commit dd758ca, 2026-07-14), is tested
 against that interface, and has not run on a GPU.
 
@@ -30,6 +33,7 @@ from torch import Tensor
 from kernels.formats import TILE, Quantized, ceil_div
 from kernels.permute import Grouping, partial_grouping
 from parallel.expert import Delivery, ExpertParallelDispatcher, Wire
+from parallel.flight import Journey, here
 from parallel.hops import Arrivals, ExpertChoice
 from parallel.mesh import Axis
 
@@ -78,26 +82,26 @@ class DeepEPRoute:
     num_experts: int
     power_of_two: bool
 
-    def to_experts(self, x: Tensor) -> Tensor:
+    def to_experts(self, x: Tensor) -> Journey[Tensor]:
         """As in `TokenRoute`, BF16."""
         received: Tensor = self._again(x.bfloat16().contiguous())
-        return received.to(x.dtype)
+        return here(received.to(x.dtype))
 
-    def tiles_to_experts(self, tokens: Quantized) -> Quantized:
+    def tiles_to_experts(self, tokens: Quantized) -> Journey[Quantized]:
         """As in `TokenRoute`."""
-        return _tiles(self._again(_operand(tokens)))
+        return here(_tiles(self._again(_operand(tokens))))
 
-    def to_tokens(self, sums: Tensor) -> Tensor:
+    def to_tokens(self, sums: Tensor) -> Journey[Tensor]:
         """As in `TokenRoute`."""
         tokens, _, _ = self.buffer.combine(sums.bfloat16().contiguous(), self.handle)
-        return tokens.to(sums.dtype)  # type: ignore[no-any-return]
+        return here(tokens.to(sums.dtype))
 
-    def gradients_to_tokens(self, sums: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients_to_tokens(self, sums: Tensor, gates: Tensor) -> Journey[tuple[Tensor, Tensor]]:
         """As in `TokenRoute`."""
         tokens, home, _ = self.buffer.combine(
             sums.bfloat16().contiguous(), self.handle, topk_weights=gates.contiguous()
         )
-        return tokens.to(sums.dtype), home
+        return here((tokens.to(sums.dtype), home))
 
     def _again(self, x: Any) -> Any:
         # Both numbers are in the handle, but 2.1.0 looks at its arguments first.
@@ -129,7 +133,7 @@ class DeepEPDispatcher(ExpertParallelDispatcher):
         return None
 
     @torch.no_grad()
-    def _deliver(self, tokens: Tensor | Quantized, routing: ExpertChoice, begun: object) -> Delivery:
+    def _deliver(self, tokens: Tensor | Quantized, routing: ExpertChoice, begun: object) -> Journey[Delivery]:
         x = _operand(tokens) if isinstance(tokens, Quantized) else tokens.contiguous()
         width = (tokens.payload if isinstance(tokens, Quantized) else tokens).shape[1]
         ids, num_experts = routing.topk_ids, len(routing.counts)
@@ -145,7 +149,7 @@ class DeepEPDispatcher(ExpertParallelDispatcher):
         num_rows = sum(ceil_div(count, TILE) * TILE for count in handle.num_recv_tokens_per_expert_list)
         route = DeepEPRoute(buffer, handle, num_experts, self.power_of_two)
         arrived = _tiles(received) if isinstance(tokens, Quantized) else received
-        return Delivery(arrived, Arrivals(local_ids.int(), gates, None, num_rows), route)
+        return here(Delivery(arrived, Arrivals(local_ids.int(), gates, None, num_rows), route))
 
     @torch.no_grad()
     def _grouping(self, arrivals: Arrivals) -> Grouping:

@@ -18,13 +18,16 @@ underflow.
 
 Shapes: tokens of this rank [tokens, hidden]; received = copies that arrived, each of another token. Gathers and ordered
 sums only: results repeat to the bit.
+
+In a pair of micro-batches each of these exchanges, in either direction, is in flight (`parallel/flight.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,10 +37,14 @@ from kernels.fp8_linear import LinearInput, carried, dequantized_rows
 from kernels.permute import Dispatched, Grouping, group_gates, partial_grouping
 from kernels.quantize import quantize_tiles
 from parallel.collectives import Traffic
-from parallel.hops import Arrivals, CountsUnderWay, ExpertChoice, Hop, HopPlanner, as_if_in_order
+from parallel.flight import Exchange, Flight, Journey, gradients
+from parallel.hops import Arrivals, ExpertChoice, Hop, HopPlanner, as_if_in_order
 from parallel.mesh import Axis
 
 Wire = Literal["fp32", "bf16", "fp8"]
+T = TypeVar("T")
+# A phase with an exchange, which it yields and whose result it is sent.
+Travel = Generator[Exchange[Any], Any, T]
 
 
 def pack_fp8(q: Quantized) -> Tensor:
@@ -65,16 +72,16 @@ class TokenRoute(Protocol):
     def power_of_two(self) -> bool:
         """Whether scales of an fp8 wire are powers of two."""
 
-    def to_experts(self, x: Tensor) -> Tensor:
+    def to_experts(self, x: Tensor) -> Journey[Tensor]:
         """[tokens, hidden] -> [received, hidden] in x.dtype, over a plain dispatch wire."""
 
-    def tiles_to_experts(self, tokens: Quantized) -> Quantized:
+    def tiles_to_experts(self, tokens: Quantized) -> Journey[Quantized]:
         """Tokens in tiles -> received ones, over the fp8 dispatch wire."""
 
-    def to_tokens(self, sums: Tensor) -> Tensor:
+    def to_tokens(self, sums: Tensor) -> Journey[Tensor]:
         """[received, hidden] -> [tokens, hidden] in sums.dtype, over the combine wire."""
 
-    def gradients_to_tokens(self, sums: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients_to_tokens(self, sums: Tensor, gates: Tensor) -> Journey[tuple[Tensor, Tensor]]:
         """Gradients of received tokens [received, hidden] and of their gates [received, topk] -> of tokens."""
 
 
@@ -95,37 +102,44 @@ class DispatchPlan:
     wire: Wire
     power_of_two: bool
 
-    def to_experts(self, x: Tensor) -> Tensor:
+    def to_experts(self, x: Tensor) -> Journey[Tensor]:
         """As in `TokenRoute`."""
-        return self._forward(x.to(self._plain_dtype)).to(x.dtype)
+        rows = yield from self._forward(x.to(_plain_dtype(self.wire)))
+        return rows.to(x.dtype)
 
-    def tiles_to_experts(self, tokens: Quantized) -> Quantized:
+    def tiles_to_experts(self, tokens: Quantized) -> Journey[Quantized]:
         """As in `TokenRoute`; passed on as bytes."""
-        return unpack_fp8(self._forward(pack_fp8(tokens)), tokens.payload.shape[1])
+        packets = yield from self._forward(pack_fp8(tokens))
+        return unpack_fp8(packets, tokens.payload.shape[1])
 
-    def to_tokens(self, sums: Tensor) -> Tensor:
+    def to_tokens(self, sums: Tensor) -> Journey[Tensor]:
         """As in `TokenRoute`; rounded to the wire before each hop."""
-        out_dtype, plain = sums.dtype, self._plain_dtype
+        out_dtype, plain = sums.dtype, _plain_dtype(self.wire)
         sums = sums.to(plain)
         for hop in reversed(self.hops):
-            sums = hop.back(sums, "combine", out_dtype=out_dtype if hop is self.hops[0] else plain)
+            sums = yield hop.back(sums, "combine", out_dtype=out_dtype if hop is self.hops[0] else plain)
         return sums
 
-    def gradients_to_tokens(self, sums: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients_to_tokens(self, sums: Tensor, gates: Tensor) -> Journey[tuple[Tensor, Tensor]]:
         """As in `TokenRoute`; each gate was used on one rank, the other copies bring zeros."""
-        tokens = self.to_tokens(sums)
+        out_dtype, plain = sums.dtype, _plain_dtype(self.wire)
+        sums = sums.to(plain)
         for hop in reversed(self.hops):
-            gates = hop.back(gates, "gates", out_dtype=gates.dtype)
-        return tokens, gates
+            # Home together: one order on every rank.
+            tokens = hop.back(sums, "combine", out_dtype=out_dtype if hop is self.hops[0] else plain)
+            weights = hop.back(gates, "gates", out_dtype=gates.dtype)
+            sums = yield tokens
+            gates = yield weights
+        return sums, gates
 
-    def _forward(self, rows: Tensor) -> Tensor:
+    def _forward(self, rows: Tensor) -> Journey[Tensor]:
         for hop in self.hops:
-            rows = hop.there(rows, "dispatch")
+            rows = yield hop.there(rows, "dispatch")
         return rows
 
-    @property
-    def _plain_dtype(self) -> torch.dtype:
-        return torch.float32 if self.wire == "fp32" else torch.bfloat16
+
+def _plain_dtype(wire: Wire) -> torch.dtype:
+    return torch.float32 if wire == "fp32" else torch.bfloat16
 
 
 def _carrier(like: Tensor, tokens: int) -> Tensor:
@@ -139,6 +153,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, gates: Tensor, delivery: Delivery) -> tuple[Tensor, Tensor]:
         ctx.route, received = delivery.route, delivery.tokens
+        ctx.shapes = tokens.shape, gates.shape
         if isinstance(received, Quantized):
             received = _carrier(tokens, len(received.payload))
         return received, delivery.arrivals.gates
@@ -146,24 +161,38 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         route: TokenRoute = ctx.route
-        # Home together: one order on every rank.
-        return *route.gradients_to_tokens(grads[0], grads[1]), None
+        home = Exchange(route.gradients_to_tokens(grads[0], grads[1]), route, grads)
+        tokens, gates = gradients(home, *zip(ctx.shapes, (grads[0].dtype, grads[1].dtype), strict=True))
+        return tokens, gates, None
 
 
 class _Combine(torch.autograd.Function):
+    """Sums have come home; here autograd learns it."""
+
     @staticmethod
-    def forward(ctx: Any, sums: Tensor, route: TokenRoute, gradient: GradientTiles[Quantized] | None) -> Tensor:
-        ctx.route, ctx.gradient, ctx.received = route, gradient, len(sums)
-        return route.to_tokens(sums)
+    def forward(ctx: Any, sums: Tensor, home: list[Tensor], dispatched: Dispatched) -> Tensor:
+        ctx.route, ctx.gradient, ctx.shape = dispatched.handle, dispatched.gradient, sums.shape
+        return home.pop()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         route: TokenRoute = ctx.route
-        if ctx.gradient is None:
-            return route.to_experts(grads[0]), None, None
-        # Each token is quantised once, however many copies leave.
-        ctx.gradient.put(route.tiles_to_experts(quantize_tiles(grads[0], power_of_two=route.power_of_two)))
-        return _carrier(grads[0], ctx.received), None, None
+        tiles: GradientTiles[Quantized] | None = ctx.gradient
+        journey: Journey[Any] = (
+            route.to_experts(grads[0]) if tiles is None else _leave_tiles(grads[0], route, tiles, ctx.shape[0])
+        )
+        (received,) = gradients(Exchange(journey, route, grads), (ctx.shape, grads[0].dtype))
+        return received, None, None
+
+
+def _leave_tiles(
+    grad: Tensor, route: TokenRoute, gradient: GradientTiles[Quantized], received: int
+) -> Journey[tuple[Tensor, Quantized]]:
+    """A carrier of the gradient at the experts, and its tiles, which are left for them beside autograd."""
+    # Each token is quantised once, however many copies leave.
+    tiles = yield from route.tiles_to_experts(quantize_tiles(grad, power_of_two=route.power_of_two))
+    gradient.put(tiles)
+    return _carrier(grad, received), tiles
 
 
 class ExpertParallelDispatcher:
@@ -208,9 +237,9 @@ class ExpertParallelDispatcher:
 
     def begin(self, routing: ExpertChoice) -> object:
         """Exchange the counts; the host waits for them in `dispatch`, not for what is issued in between."""
-        return self._planner.begin(routing)
+        return Exchange(self._planner.begin(routing), routing).depart()
 
-    def dispatch(self, tokens: LinearInput, routing: ExpertChoice, begun: object = None) -> Dispatched:
+    def dispatch(self, tokens: LinearInput, routing: ExpertChoice, begun: object = None) -> Travel[Dispatched]:
         """Send tokens to their experts' ranks.
 
         Args:
@@ -218,6 +247,8 @@ class ExpertParallelDispatcher:
                 are legal, the exchange still takes place.
             routing: of these tokens.
             begun: what `begin` has returned for it; None begins now.
+        Yields:
+            The exchange, for whoever runs the phase.
         Returns:
             The tokens that arrived, and how the local experts group them: each expert's rows in order of (source rank,
             token). Over an fp8 wire they are in tiles, and so is the gradient of the experts' sums.
@@ -231,7 +262,8 @@ class ExpertParallelDispatcher:
         else:
             assert isinstance(tokens, Tensor), f"a wire in {self.wire} takes no tiles"
             sent = tokens
-        delivery = self._deliver(sent, routing, self.begin(routing) if begun is None else begun)
+        begun = self.begin(routing) if begun is None else begun
+        delivery: Delivery = yield Exchange(self._deliver(sent, routing, begun), sent, routing, begun)
         received, gates = _Dispatch.apply(tokens, routing.gates, delivery)  # type: ignore[no-untyped-call]
         grouping, tiles = self._grouping(delivery.arrivals), None
         if isinstance(delivery.tokens, Quantized):
@@ -245,14 +277,15 @@ class ExpertParallelDispatcher:
             handle=delivery.route,
         )
 
-    @torch.no_grad()
-    def _deliver(self, tokens: Tensor | Quantized, routing: ExpertChoice, begun: object) -> Delivery:
+    def _deliver(self, tokens: Tensor | Quantized, routing: ExpertChoice, begun: object) -> Journey[Delivery]:
         """Send tokens, and before them their routing."""
-        assert isinstance(begun, CountsUnderWay), type(begun)
-        hops, arrivals = self._planner.plan(routing, begun)
+        assert isinstance(begun, Flight), type(begun)
+        rows = pack_fp8(tokens) if isinstance(tokens, Quantized) else tokens.detach().to(_plain_dtype(self.wire))
+        hops, arrivals, received = yield from self._planner.send(routing, begun.wait(), rows)
         plan = DispatchPlan(hops, self.wire, self.power_of_two)
-        received = plan.tiles_to_experts(tokens) if isinstance(tokens, Quantized) else plan.to_experts(tokens)
-        return Delivery(received, arrivals, plan)
+        if isinstance(tokens, Quantized):
+            return Delivery(unpack_fp8(received, tokens.payload.shape[1]), arrivals, plan)
+        return Delivery(received.to(tokens.dtype), arrivals, plan)
 
     @torch.no_grad()
     def _grouping(self, arrivals: Arrivals) -> Grouping:
@@ -263,10 +296,12 @@ class ExpertParallelDispatcher:
         grouping = partial_grouping(ids, local, num_rows=arrivals.num_rows)
         return grouping if in_order is None else as_if_in_order(grouping, in_order)
 
-    def combine(self, sums: Tensor, dispatched: Dispatched) -> Tensor:
+    def combine(self, sums: Tensor, dispatched: Dispatched) -> Travel[Tensor]:
         """Send the experts' sums of the received tokens, gates included, home, and sum them there.
 
         A token's sum [tokens, hidden], in sums.dtype, is rounded to the wire's dtype on each rank, and once here.
         """
-        y: Tensor = _Combine.apply(sums, dispatched.handle, dispatched.gradient)  # type: ignore[no-untyped-call]
+        route: Any = dispatched.handle
+        home: Tensor = yield Exchange(route.to_tokens(sums.detach()), route, sums)
+        y: Tensor = _Combine.apply(sums, [home], dispatched)  # type: ignore[no-untyped-call]
         return y

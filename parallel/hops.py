@@ -15,7 +15,7 @@ rank, token), after two (index of the source on its node, node, token).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol
@@ -26,6 +26,7 @@ from torch import Tensor
 from kernels.formats import TILE, ceil_div
 from kernels.permute import Grouping, sum_rows
 from parallel.collectives import Traffic, all_to_all_rows
+from parallel.flight import Journey, UnderWay
 from parallel.mesh import Axis
 
 
@@ -56,20 +57,25 @@ class Hop:
     copies_of_row: Tensor  # [rows, columns] int64 in order of destination; `copies` where a row has fewer
     traffic: Traffic | None
 
-    def there(self, rows: Tensor, kind: str) -> Tensor:
+    def there(self, rows: Tensor, kind: str) -> UnderWay:
         """[rows, width] -> [sum(recv_splits), width], by source, then row."""
         copies = rows.index_select(0, self.row_of_copy)
-        return self._exchange(copies, self.send_splits, self.recv_splits, kind)
+        return self._send(copies, self.send_splits, self.recv_splits, kind, then=lambda received: received)
 
-    def back(self, received: Tensor, kind: str, *, out_dtype: torch.dtype) -> Tensor:
+    def back(self, received: Tensor, kind: str, *, out_dtype: torch.dtype) -> UnderWay:
         """[sum(recv_splits), width] -> [rows, width]: each row's copies summed in FP32, in order of destination."""
-        copies = self._exchange(received, self.recv_splits, self.send_splits, kind)
-        return sum_rows(copies, self.copies_of_row, partial=True, out_dtype=out_dtype)
 
-    def _exchange(self, rows: Tensor, send: tuple[int, ...], recv: tuple[int, ...], kind: str) -> Tensor:
+        def total(copies: Tensor) -> Tensor:
+            return sum_rows(copies, self.copies_of_row, partial=True, out_dtype=out_dtype)
+
+        return self._send(received, self.recv_splits, self.send_splits, kind, then=total)
+
+    def _send(
+        self, rows: Tensor, send: tuple[int, ...], recv: tuple[int, ...], kind: str, then: Callable[[Tensor], Tensor]
+    ) -> UnderWay:
         # On rail and node the axis says which bytes cross nodes.
         kind = kind if self.axis.name == "ep" else f"{self.axis.name}.{kind}"
-        return all_to_all_rows(rows, send, recv, self.axis, kind=kind, traffic=self.traffic)
+        return all_to_all_rows(rows, send, recv, self.axis, kind=kind, traffic=self.traffic, then=then)
 
 
 @dataclass(frozen=True)
@@ -128,33 +134,35 @@ class HopPlanner:
             assert self.ep.size == rail.size * node.size, f"{names} hold not the ranks of {self.ep.name}"
             assert self.ep.rank == rail.rank * node.size + node.rank, f"{names} have not the order of {self.ep.name}"
 
-    @torch.no_grad()
-    def begin(self, choice: ExpertChoice) -> CountsUnderWay:
-        """Exchange the counts; the host waits for them in `plan`, not for what is issued in between."""
+    def begin(self, choice: ExpertChoice) -> Journey[CountsUnderWay]:
+        """Exchange the counts; the host waits for them in `send`, not for what is issued in between."""
         by_rank = choice.counts.view(self.ep.size, -1)  # [ep, local]
         goes = _goes(choice.topk_ids, self.ep.size, local=by_rank.shape[1])  # [tokens, ep]
         if len(self.axes) == 1:
             sent = torch.cat((goes.sum(0)[:, None], by_rank), dim=1)
-            counts = self._exchange_counts(sent)
+            counts = yield self._send_counts(sent)
             return self._read_later(goes, None, sent[:, 0], counts[:, 0], counts[:, 1:].sum(0))
         rail, node = self.axes
         goes = goes.unflatten(1, (rail.size, node.size))  # [tokens, nodes, peers]
         to_nodes = goes.any(2)  # [tokens, nodes]
         # For each node: tokens that go there, then copies for each of its ranks; all its ranks get the same.
         onward = torch.cat((to_nodes.sum(0)[:, None], goes.sum(0)), dim=1)  # [nodes, 1 + peers]
-        counts = self._exchange_counts(torch.cat((onward.repeat_interleave(node.size, 0), by_rank), dim=1))
+        counts = yield self._send_counts(torch.cat((onward.repeat_interleave(node.size, 0), by_rank), dim=1))
         counts = counts.unflatten(0, (rail.size, node.size))  # by source: [nodes, peers, 1 + peers + local]
         # This rank passes on what the sources of its own index send, and gets copies of every source.
         passed, arriving = counts[:, node.rank], counts[:, :, 1 + node.rank]
         for_peers, experts = passed[:, 1 : 1 + node.size].sum(0), counts[:, :, 1 + node.size :].sum((0, 1))
         return self._read_later(to_nodes, arriving, onward[:, 0], passed[:, 0], for_peers, arriving.sum(0), experts)
 
-    @torch.no_grad()
-    def plan(self, choice: ExpertChoice, begun: CountsUnderWay) -> tuple[tuple[Hop, ...], Arrivals]:
-        """The hops, with the routing sent ahead over them."""
-        return self._direct(choice, begun) if len(self.axes) == 1 else self._by_node(choice, begun)
+    def send(
+        self, choice: ExpertChoice, begun: CountsUnderWay, rows: Tensor
+    ) -> Journey[tuple[tuple[Hop, ...], Arrivals, Tensor]]:
+        """Plan the hops, and send over each the routing and [tokens, width] -> hops, arrivals, [received, width]."""
+        return self._direct(choice, begun, rows) if len(self.axes) == 1 else self._by_node(choice, begun, rows)
 
-    def _direct(self, choice: ExpertChoice, begun: CountsUnderWay) -> tuple[tuple[Hop, ...], Arrivals]:
+    def _direct(
+        self, choice: ExpertChoice, begun: CountsUnderWay, rows: Tensor
+    ) -> Journey[tuple[tuple[Hop, ...], Arrivals, Tensor]]:
         ids, (axis,) = choice.topk_ids, self.axes
         if self.assume_balanced:
             # Copies and tokens are spread evenly, rounded up.
@@ -163,9 +171,13 @@ class HopPlanner:
         else:
             send, recv, tokens = _read_counts(begun)
         hop = _plan_hop(axis, begun.goes, send, recv, topk=ids.shape[1], traffic=self.traffic)
-        return (hop,), _arrivals(hop.there(_packed(choice), "routing"), None, tokens)
+        routing, copies = hop.there(_packed(choice), "routing"), hop.there(rows, "dispatch")
+        choices = yield routing
+        return (hop,), _arrivals(choices, None, tokens), (yield copies)
 
-    def _by_node(self, choice: ExpertChoice, begun: CountsUnderWay) -> tuple[tuple[Hop, ...], Arrivals]:
+    def _by_node(
+        self, choice: ExpertChoice, begun: CountsUnderWay, rows: Tensor
+    ) -> Journey[tuple[tuple[Hop, ...], Arrivals, Tensor]]:
         ids, topk, (rail, node) = choice.topk_ids, choice.topk_ids.shape[1], self.axes
         local = len(choice.counts) // self.ep.size
         if self.assume_balanced:
@@ -176,17 +188,21 @@ class HopPlanner:
         else:
             send1, recv1, send2, recv2, tokens = _read_counts(begun)
         first = _plan_hop(rail, begun.goes, send1, recv1, topk=topk, traffic=self.traffic)
-        choices = first.there(_packed(choice), "routing")
+        routing, copies = first.there(_packed(choice), "routing"), first.there(rows, "dispatch")
+        choices = yield routing
         goes_on = _goes(choices[:, :topk], node.size, local=local, first=rail.rank * node.size)
         second = _plan_hop(node, goes_on, send2, recv2, topk=topk, traffic=self.traffic)
-        choices = second.there(choices, "routing")
+        routing = second.there(choices, "routing")
+        copies = second.there((yield copies), "dispatch")
+        choices = yield routing
         assert begun.arriving is not None
-        return (first, second), _arrivals(choices, _source_order(begun.arriving, sum(recv2)), tokens)
+        arrivals = _arrivals(choices, _source_order(begun.arriving, sum(recv2)), tokens)
+        return (first, second), arrivals, (yield copies)
 
     def _read_later(self, goes: Tensor, arriving: Tensor | None, *parts: Tensor) -> CountsUnderWay:
         return CountsUnderWay.of(goes, arriving, () if self.assume_balanced else parts)
 
-    def _exchange_counts(self, sent: Tensor) -> Tensor:
+    def _send_counts(self, sent: Tensor) -> UnderWay:
         """[ep, numbers] int64 for each rank -> from each rank."""
         ones = [1] * self.ep.size
         return all_to_all_rows(sent, ones, ones, self.ep, kind="counts", traffic=self.traffic)

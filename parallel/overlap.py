@@ -2,19 +2,20 @@
 
 arXiv:2412.19437 §3.2.1, figure 4. Of one MoE layer in either direction, in the order of issue:
 
-    B combine | F attend, route | B shared, experts | F dispatch | W
-    B dispatch | F experts, shared, combine | B route, attend
+    B combine | F attend, route | B shared, experts | F dispatch | B dispatch
+    W | F experts, shared, combine | B route, attend
 
 so that every exchange of tokens (dispatch and combine, of either direction) stands between computation of the other
 micro-batch. Names of phases alone decide the order: the ranks of an expert-parallel group, which own the same stages
 and run the same pairs, meet in each exchange. What torch does around a forward and a backward stays as it is.
 
-Exchanges still block the stream that they are issued on: this is the order in which a communication stream could hide
-them, and no time is won yet.
+An exchange is in flight (`parallel/flight.py`) from its phase until its micro-batch reads what it brings: in forward
+when its turn comes again, in backward when `Slot.take` hands the gradient to the phase that made the tensor.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from kernels import deferred
+from parallel.flight import Lane
 from parallel.phases import Phases, Tape, border, slot_of
 from parallel.pipeline_stage import ScheduledStage
 from parallel.waiting import working
@@ -38,10 +40,13 @@ def take_turns(
 ) -> Generator[tuple[str, str], None, None]:
     """Issue both to their ends; yields ("F" or "B", phase) as each has been issued, and ("W", "") for weight gradients.
 
-    Weight gradients of the backward are issued behind a forward's exchange, and once the forward has ended behind each
-    turn of the backward. Where one side has fewer layers, the rest of the other runs alone.
+    Weight gradients of the backward are issued behind a forward's exchange, or behind the backward's dispatch where
+    that is next, and once the forward has ended behind each turn of the backward. Where one side has fewer layers, the
+    rest of the other runs alone.
     """
     running = {"B": (backward, BACKWARD_TURNS), "F": (forward, FORWARD_TURNS)}
+    # The last phase of each side's last turn.
+    last: dict[str, str | None] = {}
     while running:
         for side, (phases, turns) in [*running.items()]:
             phase = None
@@ -52,7 +57,10 @@ def take_turns(
             else:
                 del running[side]
                 phase = None
-            if (phase in EXCHANGES) if side == "F" else ("F" not in running):
+            last[side] = phase
+            # An exchange starts behind what has been launched: both dispatches go before the weight gradients.
+            both = last.get("F") == "dispatch" and last.get("B") == ("experts" if side == "F" else "dispatch")
+            if (phase in EXCHANGES and not both) if side == "F" else ("F" not in running or both):
                 deferred.take()()
                 yield "W", ""
 
@@ -117,6 +125,14 @@ class PhasedStage(ScheduledStage):
         return (None if self.is_first else slot_of(inbound, "the stage before").take(),), None
 
 
+def order_of(stages: Sequence[PhasedStage], actions: Sequence[object]) -> str:
+    """What decides in which order a rank issues the exchanges of a step, in a line."""
+    parameters = [name for stage in stages for name, _ in stage.submod.named_parameters()]
+    layers, listed = (hashlib.sha256(str(each).encode()).hexdigest()[:8] for each in (parameters, [*actions]))
+    turns = f"turns end with {'/'.join(FORWARD_TURNS)} and {'/'.join(BACKWARD_TURNS)}"
+    return f"{turns}, {len(actions)} actions ({listed}), {len(parameters)} parameters ({layers})"
+
+
 def _issue(phases: Generator[str, None, None]) -> None:
     for _ in phases:
         pass
@@ -133,6 +149,7 @@ class Pairs:
 
     def __init__(self, stages: Sequence[PhasedStage]) -> None:
         self._stages = {stage.stage_index: stage for stage in stages}
+        self._lane = Lane(stages[0].device)
 
     def __call__(self, action: Any, context: Any) -> None:
         """One pair: both receives, the phases by turns, then what torch does around a forward and a backward alone."""
@@ -143,7 +160,7 @@ class Pairs:
         args, inputs = context.arg_mbs[f], context.kwarg_mbs[f]
         _wait(schedule.fwd_recv_ops, (ahead.stage_index, f))
         _wait(schedule.bwd_recv_ops, (behind.stage_index, b))
-        with working():
+        with working(), self._lane.open():
             for _ in take_turns(ahead.forward_phases(f, args, inputs), behind.backward_phases(b)):
                 pass
         output = ahead.forward_one_chunk(f, args, inputs, save_forward_output=False)

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from parallel.flight import by_turns, landed, parts, tensors_in
+
 T = TypeVar("T")
 
 
@@ -48,12 +50,12 @@ class Slot:
     def add(self, grad: Tensor) -> None:
         """Add what one reader of the tensor gives."""
         # Not in place: the same tensor may be in another slot, or wait as the operand of a weight gradient.
-        self._grad = grad if self._grad is None else self._grad + grad
+        self._grad = grad if self._grad is None else landed(self._grad) + landed(grad)
 
     def take(self) -> Tensor | None:
-        """Let go of the sum, for whoever made the tensor."""
+        """Let go of the sum, for whoever made the tensor; one in flight is waited for."""
         grad, self._grad = self._grad, None
-        return grad
+        return None if grad is None else landed(grad)
 
 
 class _Entry(torch.autograd.Function):
@@ -111,22 +113,36 @@ class Tape:
         """Whether no phase waits for its backward."""
         return not self._cuts
 
-    def run(self, name: str, phase: Callable[..., T], *args: Any) -> Generator[str, None, T]:
-        """Issue one phase; what has a gradient among `args` must have come from `border` or from this tape."""
-        result = self._issue(name, phase, args)
-        del args
+    def run(self, name: str, phase: Callable[..., Any], *args: Any) -> Generator[str, None, Any]:
+        """Issue one phase; what has a gradient among `args` must have come from `border` or from this tape.
+
+        One with an exchange is a generator (`parallel/flight.py`); in a pair its name comes while that is in flight.
+        """
+        inside, outside = self._enter(name, args)
+        result = phase(*inside)
+        del args, inside
+        if isinstance(result, Generator):
+            result = yield from by_turns(name, result)
+            return self._leave(name, result, outside)
+        result = self._leave(name, result, outside)
+        del outside
         yield name
         return result
 
-    def _issue(self, name: str, phase: Callable[..., T], args: tuple[Any, ...]) -> T:
+    def _enter(self, name: str, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[int, tuple[Tensor, Tensor]]]:
+        """The arguments inside the phase; and id inside -> tensor inside, tensor outside."""
         given = list(_unique(_differentiable(args)))
         inside: tuple[Tensor, ...] = ()
         if given:
             bare = (tensor.detach() for tensor in given)
             inside = _Entry.apply(self._anchor, [slot_of(tensor, name) for tensor in given], *bare)  # type: ignore[no-untyped-call]
-        result = phase(*_replaced(args, dict(zip(map(id, given), inside, strict=True))))
+        replaced = _replaced(args, dict(zip(map(id, given), inside, strict=True)))
+        return replaced, {id(new): (new, old) for new, old in zip(inside, given, strict=True)}
+
+    def _leave(self, name: str, result: Any, crossed: dict[int, tuple[Tensor, Tensor]]) -> Any:
+        """End the phase's graph; its result as later phases read it."""
         # What a phase hands through as it came keeps its slot.
-        outside = dict(zip(map(id, inside), given, strict=True))
+        outside = {inside: given for inside, (_, given) in crossed.items()}
         leaving = [tensor for tensor in _unique(_differentiable(result)) if id(tensor) not in outside]
         if leaving:
             borders = [border(tensor) for tensor in leaving]
@@ -134,8 +150,7 @@ class Tape:
             slots = [slot_of(tensor, name) for tensor in borders]
             root = _Exit.apply(self._anchor, slots, *leaving)  # type: ignore[no-untyped-call]
             self._cuts.append(_Cut(name, get_gradient_edge(root), slots))
-        handed_on: T = _replaced(result, outside)
-        return handed_on
+        return _replaced(result, outside)
 
     def backward(self) -> Generator[str, None, None]:
         """Each phase's backward, in reverse order; yields its name."""
@@ -168,32 +183,16 @@ def _unique(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
     return {id(tensor): tensor for tensor in tensors}.values()
 
 
-def _parts(value: object) -> dict[Any, Any]:
-    """What a tuple, list, dict or dataclass holds, by index, key or field; of anything else nothing."""
-    if isinstance(value, dict):
-        return value
-    if type(value) is tuple or type(value) is list:
-        return dict(enumerate(value))
-    if dataclasses.is_dataclass(value):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return {}
-
-
 def _differentiable(value: object) -> Iterator[Tensor]:
     """Every tensor with a gradient in a structure."""
-    if isinstance(value, Tensor):
-        if value.requires_grad:
-            yield value
-    else:
-        for part in _parts(value).values():
-            yield from _differentiable(part)
+    return (tensor for tensor in tensors_in(value) if tensor.requires_grad)
 
 
 def _replaced(value: Any, by_id: dict[int, Tensor]) -> Any:
     """A structure with some of its tensors replaced; what holds none of them stays the same object."""
     if isinstance(value, Tensor):
         return by_id.get(id(value), value)
-    changed = {key: new for key, old in _parts(value).items() if (new := _replaced(old, by_id)) is not old}
+    changed = {key: new for key, old in parts(value).items() if (new := _replaced(old, by_id)) is not old}
     if not changed:
         return value
     if isinstance(value, dict):

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels import deferred
+from parallel.collectives import texts_of
 from parallel.mesh import Mesh
 from parallel.phases import Phases
 from parallel.schedules import MOST_MESSAGES
@@ -126,8 +127,24 @@ class Pipeline:
         if self._built_for != wanted:
             self._running = self._new_stages(torch.empty(shape, dtype=input_ids.dtype, device="meta"))
             self._schedule = self._new_schedule(self._running, num_micro_batches)
+            self._refuse_other_orders()
             self._built_for = wanted
         return self._schedule
+
+    def _refuse_other_orders(self) -> None:
+        """A collective call of the ranks of `ep`: in a step they would wait for each other without end."""
+        from parallel.overlap import PhasedStage, order_of
+
+        mesh, phased = self.mesh, [stage for stage in self._running if isinstance(stage, PhasedStage)]
+        if not phased or mesh.ep.size == 1:
+            return
+        orders = texts_of(order_of(phased, self._schedule.pipeline_order[mesh.pp.rank]), mesh.ep, device=mesh.device)
+        other = next((rank for rank, order in enumerate(orders) if order != orders[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"ranks 0 and {other} of an expert group issue their exchanges in different orders: {orders[0]}; "
+                f"{orders[other]}: start all ranks with the same code and configuration"
+            )
 
     def _new_stages(self, sample: Tensor) -> list[ScheduledStage]:
         """This rank's stages as torch wants them; `sample` is the token ids of one micro-batch on the meta device."""

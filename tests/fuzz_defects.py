@@ -31,6 +31,7 @@ import train.optim.deepspeed_backend
 import train.stage
 import train.step
 from parallel.expert import ExpertParallelDispatcher
+from parallel.flight import UnderWay
 from parallel.hops import Hop
 from parallel.mesh import Axis, Mesh
 from parallel.pipeline_stage import WaitingWgrads
@@ -40,7 +41,8 @@ from tests.fuzz_cases import Case
 from train.data.batch import Batch
 from train.losses import LossWeights
 from train.model.attention import MultiHeadLatentAttention
-from train.model.block import MoEBlock
+from train.model.block import DispatchInput, MoEBlock
+from train.model.phases import Travel
 from train.model.precision import Precision
 from train.model.transformer import Transformer
 from train.optim.adamw import AdamW
@@ -414,7 +416,12 @@ _defect(
 
 
 def _hop(method: str, change: Callable[..., Any]) -> Replacement:
-    return (Hop, method, _after(change))
+    """A change of what a hop brings, which is under way when it has been sent."""
+
+    def arriving(sent: UnderWay, *args: Any, **named: Any) -> UnderWay:
+        return replace(sent, then=lambda rows: change(sent.then(rows), *args, **named))
+
+    return (Hop, method, _after(arriving))
 
 
 def _with_experts(case: Case) -> bool:
@@ -549,10 +556,17 @@ _defect(
     _with_experts,
     (ExpertParallelDispatcher, "__init__", _after(_neighbours_experts)),
 )
+
+
+def _shared_twice(home: Travel[Tensor], self: MoEBlock, routed: DispatchInput, *_: object) -> Travel[Tensor]:
+    out = yield from home
+    return out + self.mlp.shared_experts(routed.shared)
+
+
 _defect(
     "the shared expert is counted twice",
     lambda c: c.shared and _has_moe(c) and c.precision != "fp8",
-    (MoEBlock, "combine", _after(lambda out, self, routed, *_: out + self.mlp.shared_experts(routed.shared))),
+    (MoEBlock, "combine", _after(_shared_twice)),
 )
 
 # Router.

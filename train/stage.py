@@ -28,7 +28,7 @@ from parallel.shards import LocalShard
 from train.losses import LossWeights, attach_loss, balance_sum, loss_sums
 from train.model.config import ModelConfig, StageSpec
 from train.model.moe import Experts, Routing, TokenDispatcher
-from train.model.phases import Run, Steps, T, at_once, finish
+from train.model.phases import Run, Steps, T, Travel, at_once, finish
 from train.model.precision import Precision
 from train.model.precision_config import PrecisionConfig
 from train.model.sizes import layer_costs
@@ -120,10 +120,10 @@ class Stage(nn.Module):
         return losses.total if balance is None else losses.total + balance
 
 
-def _watched(probe: Probe, run: Run, name: str, phase: Callable[..., T], *args: Any) -> Steps[T]:
-    """A phase under a probe; between two phases another micro-batch may compute."""
+def _watched(probe: Probe, run: Run, name: str, phase: Callable[..., T | Travel[T]], *args: Any) -> Steps[T]:
+    """A phase under a probe; between two phases another micro-batch may compute. One that travels has no linear."""
 
-    def under_probe(*inputs: Any) -> T:
+    def under_probe(*inputs: Any) -> T | Travel[T]:
         with watching(probe):
             return phase(*inputs)
 

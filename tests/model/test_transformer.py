@@ -20,6 +20,7 @@ from train.model.config import ModelConfig
 from train.model.init import initialize
 from train.model.layers import Linear
 from train.model.moe import Experts
+from train.model.phases import arrived
 from train.model.precision import Precision
 from train.model.transformer import Transformer, recompute_up_projections
 
@@ -127,8 +128,8 @@ def test_phases_compose_to_the_block() -> None:
     hidden = torch.randn(2, 6, TINY.hidden_size, generator=torch.Generator().manual_seed(3))
     delta = torch.randn_like(hidden)
     routed = block.route(*block.attend(hidden, delta, None))
-    dispatched = block.dispatch(routed)
-    combined = block.combine(routed, dispatched, block.experts(dispatched), block.shared(routed))
+    dispatched = arrived(block.dispatch(routed))
+    combined = arrived(block.combine(routed, dispatched, block.experts(dispatched), block.shared(routed)))
     residual, whole, routing = block(hidden, delta, None)
     assert torch.equal(residual, routed.residual)
     assert torch.equal(whole, combined)

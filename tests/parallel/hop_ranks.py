@@ -33,6 +33,7 @@ from tests.parallel.moe_ranks import (
     there_and_back,
 )
 from train.model.moe import LocalDispatcher
+from train.model.phases import arrived
 
 TOKENS = {4: (131, 29, 37, 0), 8: (131, 29, 37, 0, 5, 0, 90, 17)}
 HIDDEN = 160
@@ -102,7 +103,7 @@ def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Square
 
 def rows_at_experts(mine: Case, dispatcher: ExpertParallelDispatcher) -> list[Tensor]:
     """What the experts get: rows, gates, ends of their groups."""
-    dispatched = dispatcher.dispatch(mine.x, routing_of(mine.ids, mine.gates))
+    dispatched = arrived(dispatcher.dispatch(mine.x, routing_of(mine.ids, mine.gates)))
     tokens = dispatched.tokens if isinstance(dispatched.tokens, Tensor) else dequantize_carried(dispatched.tokens)
     return [group_tokens(tokens, dispatched.grouping), dispatched.gates, dispatched.grouping.group_ends]
 

@@ -26,6 +26,7 @@ from parallel.expert import ExpertParallelDispatcher, Wire, pack_fp8, unpack_fp8
 from parallel.mesh import Axis
 from tests.tiny_model import TINY
 from train.model.moe import Experts, LocalDispatcher, Routing, TokenDispatcher
+from train.model.phases import arrived
 from train.model.precision import Precision
 
 EXPERTS, TOPK = 8, 3
@@ -102,8 +103,8 @@ def routed_experts(
         weight.data.copy_(whole[dispatcher.experts.start : dispatcher.experts.stop])
         main_grads[key] = weight.main_grad = torch.zeros(weight.shape)  # type: ignore[attr-defined]
     x, gates = case.x.clone().requires_grad_(), case.gates.clone().requires_grad_()
-    dispatched = dispatcher.dispatch(x, routing_of(case.ids, gates))
-    y = dispatcher.combine(experts(dispatched), dispatched)
+    dispatched = arrived(dispatcher.dispatch(x, routing_of(case.ids, gates)))
+    y = arrived(dispatcher.combine(experts(dispatched), dispatched))
     y.backward(case.grad)
     return {"y": y.detach(), "x": x.grad, "gates": gates.grad, **main_grads}
 
@@ -153,8 +154,8 @@ def there_and_back(
 ) -> tuple[Tensor, Tensor, Dispatched]:
     """y and dx for experts that return their input times the gate."""
     x = case.x.clone().requires_grad_()
-    dispatched = dispatcher.dispatch(x, routing_of(case.ids, gates))
-    y = dispatcher.combine(identity_experts(dispatched), dispatched)
+    dispatched = arrived(dispatcher.dispatch(x, routing_of(case.ids, gates)))
+    y = arrived(dispatcher.combine(identity_experts(dispatched), dispatched))
     y.backward(case.grad)
     return y.detach(), x.grad, dispatched
 
@@ -281,9 +282,9 @@ def host_reads(mine: Case, dispatcher: ExpertParallelDispatcher) -> dict[str, li
                     patch.setattr(Tensor, name, watched(name, getattr(Tensor, name)))
             return run(), list(calls)
 
-    dispatched, in_dispatch = phase(lambda: dispatcher.dispatch(x, routing))
+    dispatched, in_dispatch = phase(lambda: arrived(dispatcher.dispatch(x, routing)))
     sums = identity_experts(dispatched)
-    y, in_combine = phase(lambda: dispatcher.combine(sums, dispatched))
+    y, in_combine = phase(lambda: arrived(dispatcher.combine(sums, dispatched)))
     _, in_backward = phase(lambda: y.backward(mine.grad))
     return {"dispatch": in_dispatch, "combine": in_combine, "backward": in_backward}
 

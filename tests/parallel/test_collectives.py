@@ -34,13 +34,13 @@ def exchange(rank: int, world: int) -> dict[str, object]:
                 [source * 100 + rank * 10 + n] * WIDTH for source in range(world) for n in range(splits[source][rank])
             ]
             columns = [splits[source][rank] for source in range(world)]
-            got = all_to_all_rows(rows, splits[rank], columns, axis, kind=str(dtype), traffic=traffic)
+            got = all_to_all_rows(rows, splits[rank], columns, axis, kind=str(dtype), traffic=traffic).buffer
             if not torch.equal(got, torch.tensor(expected, dtype=dtype).view(-1, WIDTH)):
                 wrong.append((name, dtype))
     # Rows may be strided and have more dims than two.
     strided = torch.arange(2 * world, dtype=torch.float32).view(2, world).t()[..., None] + 100 * rank  # [world, 2, 1]
     ones = [1] * world
-    got = all_to_all_rows(strided, ones, ones, axis)
+    got = all_to_all_rows(strided, ones, ones, axis).buffer
     expected_rows = [[[100.0 * source + rank], [100.0 * source + world + rank]] for source in range(world)]
     if got.tolist() != expected_rows:
         wrong.append(("strided", got.tolist()))
@@ -73,7 +73,7 @@ def test_an_axis_of_one_rank_is_the_identity_and_needs_no_group() -> None:
     assert not dist.is_initialized()
     axis = Axis("ep", 1, 0, None)
     rows, traffic = torch.randn(7, 3), Traffic()
-    assert all_to_all_rows(rows, [7], [7], axis, kind="dispatch", traffic=traffic) is rows
+    assert all_to_all_rows(rows, [7], [7], axis, kind="dispatch", traffic=traffic).buffer is rows
     assert sum_over(rows, axis) is rows
     assert traffic.sent["dispatch"] == 7 * 3 * 4
     assert traffic.to_others["dispatch"] == 0

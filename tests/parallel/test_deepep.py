@@ -21,6 +21,7 @@ from tests.parallel.deepep_stand_in import TABLE, Buffer, DeepEP
 from tests.parallel.moe_ranks import EXPERTS, Case, case, identity_experts, routed_experts, routing_of
 from tests.ranks import run_ranks
 from train.config import compose
+from train.model.phases import arrived
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 KINDS = ("random", "experts without tokens")
@@ -50,8 +51,8 @@ def beside_direct(rank: int, world: int) -> dict[str, Any]:
         calls.append([*theirs._buffer.calls])
     # Fewer tokens use the same buffer, as MTP's do; its dispatch works again.
     buffer, few = theirs._buffer, tokens_of("random", rank, TOKENS - 1)
-    dispatched = theirs.dispatch(few.x, routing_of(few.ids, few.gates))
-    theirs.combine(identity_experts(dispatched), dispatched)
+    dispatched = arrived(theirs.dispatch(few.x, routing_of(few.ids, few.gates)))
+    arrived(theirs.combine(identity_experts(dispatched), dispatched))
     return {"differ": differ, "calls": calls, "same buffer": theirs._buffer is buffer}
 
 

@@ -34,6 +34,7 @@ from tests.parallel.moe_ranks import (
 )
 from tests.ranks import run_ranks
 from train.model.moe import LocalDispatcher
+from train.model.phases import arrived
 
 WIRES: tuple[Wire, ...] = get_args(Wire)
 ALONE = Axis("ep", 1, 0, None)
@@ -252,13 +253,13 @@ def test_one_rank_of_2048_is_planned_with_fake_tensors(rank_130_of_2048: Axis) -
         x = torch.empty(4096, 7168, dtype=torch.bfloat16, requires_grad=True)
         gates = torch.empty(4096, 8, requires_grad=True)
         ids, counts = torch.empty(4096, 8, dtype=torch.int64), torch.empty(256, dtype=torch.int64)
-        dispatched = dispatcher.dispatch(x, SimpleNamespace(topk_ids=ids, gates=gates, counts=counts))
+        dispatched = arrived(dispatcher.dispatch(x, SimpleNamespace(topk_ids=ids, gates=gates, counts=counts)))
         # 4096 tokens x 8 experts from each of 64 ranks, over 64 ranks: 32,768 rows, 8,192 for each of four experts.
         assert dispatched.tokens.shape == (32768, 7168)
         assert dispatched.grouping.num_rows == 32768
         assert dispatched.gates.shape == (32768,)
         assert dispatched.grouping.group_ends.shape == (4,)
-        y = dispatcher.combine(identity_experts(dispatched), dispatched)
+        y = arrived(dispatcher.combine(identity_experts(dispatched), dispatched))
         assert (y.shape, y.dtype) == (x.shape, x.dtype)
         y.sum().backward()
         assert (x.grad.shape, gates.grad.shape) == (x.shape, gates.shape)
@@ -274,9 +275,9 @@ def test_balanced_splits_round_up() -> None:
     counts = torch.tensor([2, 2, 2, 2, 2, 2, 2, 1])
     ids = torch.repeat_interleave(torch.arange(EXPERTS), counts).view(3, 5).t().contiguous()
     x = torch.randn(5, 4)
-    dispatched = dispatcher.dispatch(x, SimpleNamespace(topk_ids=ids, gates=torch.ones(5, 3), counts=counts))
+    dispatched = arrived(dispatcher.dispatch(x, SimpleNamespace(topk_ids=ids, gates=torch.ones(5, 3), counts=counts)))
     assert dispatched.grouping.num_rows == EXPERTS * TILE
-    torch.testing.assert_close(dispatcher.combine(identity_experts(dispatched), dispatched), 3 * x)
+    torch.testing.assert_close(arrived(dispatcher.combine(identity_experts(dispatched), dispatched)), 3 * x)
 
 
 def test_packets_hold_payload_and_scales_of_each_token() -> None:

@@ -18,6 +18,7 @@ from parallel.mesh import Mesh, init_processes, make_mesh
 from tests.parallel.hop_ranks import ALL_KINDS, HIDDEN, ONE_ORDER, TOKENS, WIRES, Squares, measure
 from tests.parallel.moe_ranks import EXPERTS, TOPK, identity_experts
 from tests.ranks import run_ranks
+from train.model.phases import arrived
 
 
 @pytest.fixture(
@@ -90,8 +91,8 @@ def test_bytes_of_each_hop_are_those_of_the_formula(ranks: list[dict[str, Any]])
         assert wire["handed over"] == [
             ("int64", len(ranks) * 8 * (1 + peers + local)),
             ("int32", sent * 8 * TOPK),
-            ("int32", copies * 8 * TOPK),
             ("uint8", sent * packet),
+            ("int32", copies * 8 * TOPK),
             ("uint8", copies * packet),
             # Home: from the experts' ranks, then from the ranks that passed on.
             ("bfloat16", arrived * 2 * HIDDEN),
@@ -99,8 +100,8 @@ def test_bytes_of_each_hop_are_those_of_the_formula(ranks: list[dict[str, Any]])
             ("uint8", sent * packet),
             ("uint8", copies * packet),
             ("bfloat16", arrived * 2 * HIDDEN),
-            ("bfloat16", passed * 2 * HIDDEN),
             ("float32", arrived * 4 * TOPK),
+            ("bfloat16", passed * 2 * HIDDEN),
             ("float32", passed * 4 * TOPK),
         ], rank
         assert wire["traffic"]["rail.dispatch"] == 2 * sent * packet
@@ -148,9 +149,9 @@ def test_one_rank_of_2048_is_planned_with_two_hops(mesh_of_v3: Mesh) -> None:
         x = torch.empty(4096, 7168, dtype=torch.bfloat16, requires_grad=True)
         gates = torch.empty(4096, 8, requires_grad=True)
         ids, counts = torch.empty(4096, 8, dtype=torch.int64), torch.empty(256, dtype=torch.int64)
-        dispatched = dispatcher.dispatch(x, SimpleNamespace(topk_ids=ids, gates=gates, counts=counts))
+        dispatched = arrived(dispatcher.dispatch(x, SimpleNamespace(topk_ids=ids, gates=gates, counts=counts)))
         assert dispatched.tokens.shape == (32768, 7168)
-        y = dispatcher.combine(identity_experts(dispatched), dispatched)
+        y = arrived(dispatcher.combine(identity_experts(dispatched), dispatched))
         y.sum().backward()
         assert (x.grad.shape, gates.grad.shape) == (x.shape, gates.shape)
     assert traffic.sent["rail.dispatch"] == 2 * 4096 * 4 * 7392

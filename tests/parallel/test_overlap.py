@@ -82,7 +82,7 @@ def test_a_pair_is_issued_in_the_order_that_the_planner_times(forward: str, back
 def test_a_pair_of_moe_layers_is_issued_as_documented() -> None:
     turns = list(take_turns((name for name in MOE), (name for name in MOE[::-1])))
     assert " | ".join(f"{side} {phase}".strip() for side, phase in turns) == (
-        "B combine | F attend | F route | B shared | B experts | F dispatch | W | B dispatch | "
+        "B combine | F attend | F route | B shared | B experts | F dispatch | B dispatch | W | "
         "F experts | F shared | F combine | W | B route | B attend"
     )
 
@@ -274,7 +274,7 @@ def test_expert_ranks_issue_the_same_order_and_meet_in_each_exchange(on_four: li
 
 def test_the_host_reads_counts_behind_the_experts_of_the_other_side(on_four: list[dict[str, Any]]) -> None:
     """They leave with the route phase; while the host waits for them, a device has the experts' products to do."""
-    layer = "counts leave|F route|B shared|B experts|host reads|F dispatch|W|B dispatch|F experts|F shared|F combine"
+    layer = "counts leave|F route|B shared|B experts|host reads|F dispatch|B dispatch|W|F experts|F shared|F combine"
     for index, rank in enumerate(on_four):
         events = "|".join(rank["events"])
         assert events.count("counts leave") == events.count("host reads") > 0

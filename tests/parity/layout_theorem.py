@@ -43,6 +43,7 @@ from train.data.batch import IGNORE_INDEX, Batch
 from train.model.config import ModelConfig
 from train.model.init import initialize
 from train.model.moe import Routing
+from train.model.phases import Travel
 from train.model.precision import Precision
 from train.optim.balance import routers
 from train.optim.config import OptimConfig
@@ -126,7 +127,8 @@ class PartialSums:
     def begin(self, routing: Routing) -> object:
         return None
 
-    def dispatch(self, tokens: LinearInput, routing: Routing, begun: object = None) -> Dispatched:
+    def dispatch(self, tokens: LinearInput, routing: Routing, begun: object = None) -> Travel[Dispatched]:
+        yield from ()
         rank_of_copy = torch.arange(self.ranks).repeat_interleave(len(routing.topk_ids))[:, None]
         ids = routing.topk_ids.repeat(self.ranks, 1)
         ids = torch.where(ids // self.local == rank_of_copy, ids, -1)
@@ -141,7 +143,8 @@ class PartialSums:
         gates = group_gates(routing.gates.repeat(self.ranks, 1), grouping)
         return Dispatched(copies, gates, grouping, gradient=None, handle=None)
 
-    def combine(self, sums: Tensor, dispatched: Dispatched) -> Tensor:
+    def combine(self, sums: Tensor, dispatched: Dispatched) -> Travel[Tensor]:
+        yield from ()
         return self.sum_of(sums)
 
 

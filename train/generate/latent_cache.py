@@ -39,6 +39,7 @@ from train.model.attention import MultiHeadLatentAttention
 from train.model.block import DenseBlock, MoEBlock
 from train.model.config import ModelConfig, whole
 from train.model.mtp import MultiTokenPredictor
+from train.model.phases import arrived
 from train.model.transformer import Transformer
 
 # Queries of a sequence that are scored at a time: bounds the scores, [heads, 128, keys], during a long prompt.
@@ -261,8 +262,9 @@ class Decoder:
             normed = block.post_attention_layernorm.of_sum(normed.residual, attended, linears=1)
             return normed.residual, block.mlp(normed.linears[0])
         routed = block.route(normed.residual, attended)
-        dispatched = block.dispatch(routed)
-        return routed.residual, block.combine(routed, dispatched, block.experts(dispatched), block.shared(routed))
+        dispatched = arrived(block.dispatch(routed))
+        sums = block.experts(dispatched)
+        return routed.residual, arrived(block.combine(routed, dispatched, sums, block.shared(routed)))
 
     def _attend(
         self,

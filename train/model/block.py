@@ -24,7 +24,7 @@ from train.model.attention import MultiHeadLatentAttention, RopeTables
 from train.model.config import ModelConfig
 from train.model.layers import FeedForward, RMSNorm
 from train.model.moe import Experts, Router, Routing, TokenDispatcher
-from train.model.phases import Run, Steps, at_once, finish
+from train.model.phases import Run, Steps, Travel, at_once, finish
 from train.model.precision import Precision
 
 
@@ -111,7 +111,7 @@ class MoEBlock(_Block):
             routing=self.mlp.gate(normed.plain[0], normed.kept),
         )
 
-    def dispatch(self, routed: DispatchInput, begun: object = None) -> Dispatched:
+    def dispatch(self, routed: DispatchInput, begun: object = None) -> Travel[Dispatched]:
         """Tokens travel to their experts; `begun` is the dispatcher's, None where it has not begun."""
         return self.mlp.dispatcher.dispatch(routed.tokens, routed.routing, begun)
 
@@ -124,9 +124,12 @@ class MoEBlock(_Block):
         """The shared expert of u, [sequences, tokens, hidden]; None where there is none."""
         return None if self.mlp.shared_experts is None else self.mlp.shared_experts(routed.shared)
 
-    def combine(self, routed: DispatchInput, dispatched: Dispatched, sums: Tensor, shared: Tensor | None) -> Tensor:
+    def combine(
+        self, routed: DispatchInput, dispatched: Dispatched, sums: Tensor, shared: Tensor | None
+    ) -> Travel[Tensor]:
         """Sums of g_i FFN_i(u) travel home; their sum + shared(u), to be added to the residual stream."""
-        out = self.mlp.dispatcher.combine(sums, dispatched).view_as(routed.residual)
+        tokens = yield from self.mlp.dispatcher.combine(sums, dispatched)
+        out = tokens.view_as(routed.residual)
         return out if shared is None else out + shared
 
     def _route_and_begin(self, residual: Tensor, delta: Tensor | None) -> tuple[DispatchInput, object]:
@@ -141,11 +144,12 @@ class MoEBlock(_Block):
         residual, delta = yield from run("attend", self.attend, residual, delta, documents)
         routed, begun = yield from run("route", self._route_and_begin, residual, delta)
         del residual, delta
-        dispatched = yield from run("dispatch", self.dispatch, routed, begun)
+        # mypy does not see T in T | Travel[T].
+        dispatched: Dispatched = yield from run("dispatch", self.dispatch, routed, begun)  # type: ignore[arg-type]
         del begun
         sums = yield from run("experts", self.experts, dispatched)
         shared = yield from run("shared", self.shared, routed)
-        delta = yield from run("combine", self.combine, routed, dispatched, sums, shared)
+        delta = yield from run("combine", self.combine, routed, dispatched, sums, shared)  # type: ignore[arg-type]
         return routed.residual, delta, routed.routing
 
     def forward(

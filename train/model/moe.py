@@ -24,6 +24,7 @@ from kernels.permute import Dispatched, group_gates, grouping
 from kernels.rmsnorm import KeptNorm
 from kernels.router import route, route_softmax, sequence_balance
 from train.model.config import ModelConfig
+from train.model.phases import Travel
 from train.model.precision import Precision
 
 
@@ -53,11 +54,11 @@ class TokenDispatcher(Protocol):
         """Start to find out how many tokens will travel; `dispatch` takes the answer and waits for it."""
         ...
 
-    def dispatch(self, tokens: LinearInput, routing: Routing, begun: object = None) -> Dispatched:
+    def dispatch(self, tokens: LinearInput, routing: Routing, begun: object = None) -> Travel[Dispatched]:
         """[tokens, hidden] -> tokens where their experts are, and how these group them."""
         ...
 
-    def combine(self, sums: Tensor, dispatched: Dispatched) -> Tensor:
+    def combine(self, sums: Tensor, dispatched: Dispatched) -> Travel[Tensor]:
         """Sums of the experts, gates included, of the dispatched tokens -> [tokens, hidden]."""
         ...
 
@@ -72,13 +73,15 @@ class LocalDispatcher:
         """Nothing to find out."""
         return None
 
-    def dispatch(self, tokens: LinearInput, routing: Routing, begun: object = None) -> Dispatched:
+    def dispatch(self, tokens: LinearInput, routing: Routing, begun: object = None) -> Travel[Dispatched]:
         """[tokens, hidden] as they are, and gates [rows], grouped by expert."""
+        yield from ()
         slots = grouping(routing.topk_ids, len(self.experts))
         return Dispatched(tokens, group_gates(routing.gates, slots), slots, gradient=None, handle=None)
 
-    def combine(self, sums: Tensor, dispatched: Dispatched) -> Tensor:
+    def combine(self, sums: Tensor, dispatched: Dispatched) -> Travel[Tensor]:
         """[tokens, hidden] as they are: the experts have summed."""
+        yield from ()
         return sums
 
 

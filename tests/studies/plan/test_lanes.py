@@ -21,7 +21,7 @@ def words(forward: Chunk, backward: Chunk) -> str:
 
 def test_a_pair_of_moe_layers_is_issued_as_in_figure_4() -> None:
     """arXiv:2412.19437 figure 4: each exchange stands beside computation of the other chunk."""
-    layer = "B combine, F attend, B experts, F dispatch, W experts, B dispatch, F experts, F combine, B attend"
+    layer = "B combine, F attend, B experts, F dispatch, B dispatch, W experts, F experts, F combine, B attend"
     assert words(FORWARD, BACKWARD) == f"{layer}, W attend"
     # The weight gradients of attention wait for the next layer's dispatch.
     second = layer.replace("W experts", "W attend, W experts")
@@ -32,7 +32,7 @@ def test_layers_of_other_numbers_and_kinds_take_turns_as_long_as_both_last() -> 
     head = Phase("head", 1.0, 1.0)
     dense = Phase("dense", 1.0)
     assert words([dense, *FORWARD], [head, *BACKWARD]) == (
-        "B head, B combine, F dense, F attend, B experts, F dispatch, W head, W experts, B dispatch, "
+        "B head, B combine, F dense, F attend, B experts, F dispatch, B dispatch, W head, W experts, "
         "F experts, F combine, B attend, W attend"
     )
     # Forward has nothing to exchange: all of it covers the first combine, weight gradients what is left.
@@ -53,8 +53,8 @@ def test_a_pair_by_hand() -> None:
         ("F", "attend", 0, 1),
         ("B", "experts", 5, 11),
         ("F", "dispatch", 5, 7),
-        ("W", "experts", 11, 11.5),
         ("B", "dispatch", 11, 18),
+        ("W", "experts", 11, 11.5),
         ("F", "experts", 11.5, 14.5),
         ("F", "combine", 18, 22),
         ("B", "attend", 18, 26),

@@ -83,17 +83,25 @@ def overlapped(forward: Sequence[Phase], backward: Sequence[Phase]) -> Overlappe
 def issue(forward: Sequence[Phase], backward: Sequence[Phase]) -> list[tuple[str, Phase]]:
     """(kind, phase) of a pair in the order of issue: the chunks take turns, backward first.
 
-    Weight gradients follow a forward turn that ends in an exchange, and any backward turn once forward has ended.
+    Weight gradients follow a forward turn that ends in an exchange, or the backward's dispatch where that is next, and
+    any backward turn once forward has ended.
     """
     turns: list[tuple[list[Phase], list[Phase]]] = list(zip_longest(_turns(backward), _turns(forward), fillvalue=[]))
     forward_turns = sum(bool(forward_turn) for _, forward_turn in turns)
     order: list[tuple[str, Phase]] = []
     waiting: list[Phase] = []
+    behind = [backward_turn for backward_turn, _ in turns[1:]] + [[]]
+    both = False
     for index, (backward_turn, forward_turn) in enumerate(turns):
         order += [("B", phase) for phase in backward_turn]
         waiting += [Phase(phase.name, phase.weight_s) for phase in backward_turn if phase.weight_s]
+        if both:
+            order += [("W", phase) for phase in waiting]
+            waiting = []
         order += [("F", phase) for phase in forward_turn]
-        if index >= forward_turns or forward_turn[-1].lane == "exchange":
+        # Two dispatches, one behind the other, start before the weight gradients.
+        both = [phase.name for phase in (*forward_turn[-1:], *behind[index][:1])] == ["dispatch", "dispatch"]
+        if index >= forward_turns or (forward_turn[-1].lane == "exchange" and not both):
             order += [("W", phase) for phase in waiting]
             waiting = []
     return order + [("W", phase) for phase in waiting]

@@ -49,7 +49,8 @@ class Scope:
     overlaps: bool
 
 
-# Of the trainer's. InterleavedZeroBubble takes the micro-batches of Interleaved1F1B, and keeps weight parts longer.
+# Of the trainer's. Its pairs have exchanges in flight, but start them later than `lanes.py` does (decision 0015).
+# InterleavedZeroBubble takes the micro-batches of Interleaved1F1B, and keeps weight parts longer.
 SEARCHED = tuple(name for name in RUNNABLE if name != "InterleavedZeroBubble")
 TODAY = Scope("what the trainer runs today", ("direct", "node"), overlaps=False)
 ALL = Scope("all that is modelled (with overlap and DeepEP's exchange)", ("direct", "node", "deepep"), overlaps=True)
@@ -80,7 +81,7 @@ def runs_today(candidate: Candidate) -> str | None:
     if candidate.schedule not in RUNNABLE:
         return f"layout.schedule={candidate.schedule} is not in the trainer yet"
     if candidate.overlap:
-        return "exchanges of a pair do not run beside its products yet"
+        return "exchanges of a pair start behind what was launched before them, later than is modelled"
     if candidate.dispatch == "deepep":
         return "layout.dispatch=deepep has not run yet"
     return None
