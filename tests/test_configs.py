@@ -17,7 +17,7 @@ import yaml
 
 from parallel.layout import check_world
 from tests.test_schedules import V3
-from train.config import CONFIGS, PretrainConfig, compose
+from train.config import APPENDED_GROUPS, CONFIGS, PretrainConfig, compose
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
@@ -26,11 +26,13 @@ GROUPS = ("model", "precision", "layout", "network", "data", "schedule", "optim"
 CLUSTERS = sorted(path.stem for path in (CONFIGS / "cluster").glob("*.yaml"))
 GROUP_FILES = sorted(CONFIGS.glob("*/*.yaml"))
 TILE = 128
+# What a stage asks the command line for.
+ASKED = {"sft": ["run.init_from=runs/tiny", "schedule.total_tokens=1e6"]}
 
 
 def option(path: Path) -> str:
-    """The override that chooses a file: model=tiny, +cluster=h100_1."""
-    plus = "+" if path.parent.name == "cluster" else ""
+    """The override that chooses a file: model=tiny, +cluster=h100_1, +stage=sft."""
+    plus = "+" if path.parent.name in APPENDED_GROUPS else ""
     return f"{plus}{path.parent.name}={path.stem}"
 
 
@@ -95,7 +97,8 @@ SIZES = {
 def test_every_option_of_every_group_composes(path: Path) -> None:
     # A layout of many ranks needs a model and a batch of its size: those of the cluster of its name.
     with_cluster = path.parent.name == "layout" and path.stem in CLUSTERS
-    config = compose([*([f"+cluster={path.stem}"] if with_cluster else []), option(path)])
+    asked = ASKED[path.stem] if path.parent.name == "stage" else []
+    config = compose([*([f"+cluster={path.stem}"] if with_cluster else []), option(path), *asked])
     group = path.parent.name
     if group in GROUPS:
         section = getattr(config, group)
@@ -140,7 +143,7 @@ def test_a_number_that_cannot_be_trained_with_is_refused(name: str, value: float
 def test_the_groups_are_the_fields_of_the_configuration() -> None:
     folders = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
     fields = set(PretrainConfig.__dataclass_fields__) - {"run", "dry_run", "rank"}
-    assert folders == fields | {"cluster", "experiment"}
+    assert folders == fields | {*APPENDED_GROUPS, "experiment"}
     assert sorted(CONFIGS.rglob("*.y*ml")) == sorted([*GROUP_FILES, CONFIGS / "pretrain.yaml"])
 
 
