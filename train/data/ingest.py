@@ -236,7 +236,7 @@ def _write_manifest(
     """Describe the Arrow files just written, and index them."""
     files = sorted(folder.iterdir())
     arrow = [file for file in files if file.name.endswith(DATA_SUFFIX)]
-    index, largest = scan_arrow(arrow, dtype=dtype, block_bytes=BLOCK_BYTES)
+    index, largest, _ = scan_arrow(arrow, dtype=dtype, block_bytes=BLOCK_BYTES)
     special = tokenizer.special_ids
     Manifest(
         documents=len(index.starts) - 1,
