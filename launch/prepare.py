@@ -1,4 +1,4 @@
-"""Turn text into tokenised stores.
+"""Turn text or conversations into tokenised stores.
 
     python launch/prepare.py --source data/king_james_bible/text.jsonl --out stores/demo
     python launch/prepare.py --upgrade stores/demo
@@ -13,7 +13,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from train.data.store import Manifest
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -22,6 +27,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--source", help="file, folder or hub dataset (owner/name[:config])")
     parser.add_argument("--out", type=Path, help="folder to make")
     parser.add_argument("--upgrade", type=Path, metavar="FOLDER", help="give stores of an earlier version their hashes")
+    parser.add_argument("--format", choices=("text", "messages"), default="text", help="rows (default: text)")
     parser.add_argument("--text-field", default="text", help="field that holds the text (default: text)")
     parser.add_argument("--split", default="train", help="split of a hub dataset (default: train)")
     parser.add_argument("--tokenizer", default="bpe", help="bpe (train one), deepseek, or a tokenizer.json")
@@ -30,6 +36,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--paragraphs", action="store_true", help="a folder of .txt: a document a paragraph, not a file"
     )
+    parser.add_argument(
+        "--first-token", choices=("bos", "eos"), default="eos", help="begins a conversation; bos for released weights"
+    )
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="leave out longer conversations (default: none)")
     parser.add_argument("--heldout", type=float, default=0.1, help="share kept out, in whole files (default: 0.1)")
     parser.add_argument("--workers", type=int, default=1, help="processes that tokenise (default: 1)")
     options = parser.parse_args(arguments)
@@ -50,6 +60,8 @@ def main(arguments: list[str]) -> int:
     # Imported late: --help should not wait for `datasets`.
     import datasets
 
+    from train.chat.ingest import ChatForm
+    from train.data.forms import TextForm
     from train.data.ingest import Recipe, prepare
     from train.data.sources import passed_by
 
@@ -57,23 +69,37 @@ def main(arguments: list[str]) -> int:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        recipe = {name: value for name, value in vars(options).items() if name not in ("out", "workers", "upgrade")}
-        prepared = prepare(Recipe(**recipe), options.out, workers=options.workers)
+        values = {field.name: getattr(options, field.name) for field in fields(Recipe)}
+        if is_chat := options.format == "messages":
+            # A tokeniser that is trained on conversations has their marks.
+            values["chat_marks"] = options.tokenizer == "bpe"
+        form = ChatForm(options.first_token, options.max_tokens) if is_chat else TextForm()
+        prepared = prepare(Recipe(**values), options.out, workers=options.workers, form=form)
     except (ValueError, OSError) as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 2
     print(f"{options.out}: {'reused, it was made from the same inputs' if prepared.reused else 'made'}")
     for store in filter(None, (prepared.train, prepared.heldout)):
-        manifest = store.manifest
-        print(
-            f"  {store.path.name}: {manifest.documents} documents, {manifest.tokens} tokens, {manifest.text_bytes} "
-            f"bytes of text ({manifest.text_bytes / manifest.tokens:.2f} a token), vocabulary {manifest.vocab_size}"
-        )
+        print(f"  {store.path.name}: {summary(store.manifest)}")
     if prepared.split:
         print(f"  {prepared.split}")
     if others := passed_by(options.source):
         print(f"  passed by, as hidden or of no known kind: {len(others)}, such as {others[0]}")
     return 0
+
+
+def summary(manifest: Manifest) -> str:
+    """What a store holds, in a line."""
+    if manifest.chat is None:
+        return (
+            f"{manifest.documents} documents, {manifest.tokens} tokens, {manifest.text_bytes} bytes of text "
+            f"({manifest.text_bytes / manifest.tokens:.2f} a token), vocabulary {manifest.vocab_size}"
+        )
+    left_out = ", ".join(f"{count} {reason}" for reason, count in manifest.chat.left_out.items() if count)
+    return (
+        f"{manifest.documents} conversations, {manifest.tokens} tokens, {manifest.chat.targets} of them with a loss, "
+        f"vocabulary {manifest.vocab_size}{f'; left out: {left_out}' if left_out else ''}"
+    )
 
 
 def upgrade_stores(folder: Path) -> int:

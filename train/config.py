@@ -323,10 +323,22 @@ def _register_resolvers() -> None:
     OmegaConf.register_new_resolver("gcd", _gcd_or_null, replace=True)
     # `${asked:run.init_from,runs/tiny}`: a value that only the command line can know, with an example.
     OmegaConf.register_new_resolver("asked", _ask, replace=True)
+    # `${epochs:2,${data.store},${data.sequence_length}}`: a budget in epochs of a store of conversations.
+    OmegaConf.register_new_resolver("epochs", _tokens_of_epochs, replace=True)
 
 
 def _ask(key: str, example: str) -> None:
     raise ConfigError(f"{key} has no value here: give one on the command line, such as {key}={example}")
+
+
+def _tokens_of_epochs(epochs: float, store: str, sequence_length: int) -> int:
+    # Here, so that other configurations are read without numpy.
+    from train.chat.packing import epoch_tokens
+
+    try:
+        return round(epochs * epoch_tokens(Path(str(store)), sequence_length))
+    except ValueError as error:
+        raise ConfigError(f"{error} (schedule.total_tokens=... is a budget that needs no store)") from error
 
 
 def _gcd_or_null(left: object, right: object) -> int | None:

@@ -527,7 +527,7 @@ class Trainer:
             "store": store_hashes(self.components.stream.store),
             "seed": config.run.seed,
             # The position in the data order counts windows of this length over this stream.
-            "data": {name: data[name] for name in ("sequence_length", "fim_rate", "mask_documents")},
+            "data": {name: data[name] for name in ("sequence_length", "fim_rate", "mask_documents", "samples")},
         }
         if config.model.rms_norm_eps != LATENT_NORM_EPS:
             # Older versions trained such a run with `rms_norm_eps` in the latents' norms too.

@@ -6,8 +6,8 @@
     hashes    [blocks, 32] uint8      SHA-256 of the blocks, files in the order of their names
 
 Numbers are little-endian. The file is read whole on opening and has its own SHA-256 in the manifest; everything else
-about the data files is read through it, so no reader parses Arrow. In memory: 8 bytes a document, 24 or 32 a run (an Arrow
-record batch, 1,000 documents), 32 a block.
+about the data files is read through it, so no reader parses Arrow. In memory: 8 bytes a document, 24 or 32 a run (an
+Arrow record batch, 1,000 documents), 32 a block.
 """
 
 from __future__ import annotations

@@ -171,10 +171,8 @@ def read_manifest_of_any_format(folder: Path) -> Manifest:
     try:
         values["special_ids"] = SpecialIds(**values["special_ids"])
         values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
-        if values.get("index") is not None:
-            values["index"] = FileRecord(**values["index"])
-        if values.get("chat") is not None:
-            values["chat"] = ChatRecord(**values["chat"])
+        for name, kind in (("index", FileRecord), ("chat", ChatRecord)):
+            values[name] = kind(**values[name]) if values.get(name) is not None else None
         manifest = Manifest(**values)
     except (KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
