@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from parallel.shards import Shard
 from parallel.zero import GradientBuckets
 from train.backend import check_kernels, shown, use_kernels
 from train.chat.stream import open_conversations
+from train.checkpoint.lineage import lineage
 from train.checkpoint.publish import published
 from train.config import PretrainConfig
 from train.data.store import TokenStore, store_hashes
@@ -73,6 +74,7 @@ class Components:
     heldout: TokenStore | None  # None when the configuration names none
     checkpoint_group: ProcessGroup | None  # carries the planning of saves, apart from the step; None with one rank
     products: tuple[Choice, ...] = ()  # what DeepGEMM was measured on, and whether it is taken
+    began_from: dict[str, Any] | None = None  # `train/checkpoint/lineage.py`, where weights are another run's
 
 
 def choose_device(name: str) -> torch.device:
@@ -325,6 +327,7 @@ def build(config: PretrainConfig, mesh: Mesh, resources: Resources) -> Component
         heldout=heldout,
         checkpoint_group=cpu_group(timeout_s=SAVE_TIMEOUT_S),
         products=tuple(products),
+        began_from=lineage(resources.source.path, resources.source.state) if resources.source else None,
     )
 
 
