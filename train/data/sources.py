@@ -143,7 +143,8 @@ def open_documents(
         texts = _hub_texts(source, split=split, text_field=text_field, digest=digest, parse=parse)
     table, text_bytes = _written(texts, cache)
     if table is None or not text_bytes.any():
-        raise ValueError(f"source: {source} is an empty corpus; pass files with text in them")
+        left_out = "; conversations whose text spells a mark are left out" if parse else ""
+        raise ValueError(f"source: {source} is an empty corpus; pass files with text in them{left_out}")
     hashes = hash_files(source, files) if files else {f"{source}@{split}": digest.hexdigest()}
     return Documents(table, text_bytes, hashes, tuple(starts) or (0,))
 
