@@ -30,10 +30,10 @@ from parallel.pipeline import Pipeline
 from parallel.shards import Shard
 from parallel.zero import GradientBuckets
 from train.backend import check_kernels, shown, use_kernels
-from train.chat.stream import open_conversations
 from train.checkpoint.lineage import lineage
 from train.checkpoint.publish import published
 from train.config import PretrainConfig
+from train.data.conversations import open_conversations
 from train.data.store import TokenStore, store_hashes
 from train.data.stream import SampleStream, Stores, open_stores
 from train.model.attention import MultiHeadLatentAttention

@@ -333,7 +333,7 @@ def _ask(key: str, example: str) -> None:
 
 def _tokens_of_epochs(epochs: float, store: str, sequence_length: int) -> int:
     # Here, so that other configurations are read without numpy.
-    from train.chat.packing import epoch_tokens
+    from train.data.best_fit import epoch_tokens
 
     try:
         return round(epochs * epoch_tokens(Path(str(store)), sequence_length))

@@ -15,8 +15,8 @@ from tests.huggingface.hf_folders import tensors_of
 from tests.system.conftest import PROSE, small_overrides
 from tests.system.lives import losses
 from train.assemble import build_alone, open_resources
-from train.chat.packing import epoch_tokens
 from train.config import PretrainConfig, compose
+from train.data.best_fit import epoch_tokens
 from train.data.ingest import Recipe, prepare
 from train.data.store import TokenStore
 from train.observe.sinks import Sinks, read_events

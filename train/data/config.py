@@ -18,7 +18,7 @@ class DataConfig:
     sequence_length: int = 4096  # targets of one sample, tokens
     fim_rate: float = 0.1  # share of documents rearranged for fill-in-the-middle (arXiv:2412.19437 §4.1)
     mask_documents: bool = False  # whether document ids limit attention; not in V3's pre-training
-    # Of text, every token a target; or whole conversations, a loss on what the assistant says (`train/chat/stream.py`).
+    # Windows of text, every token a target; or whole conversations, with a loss on what the assistant says.
     samples: Literal["windows", "conversations"] = "windows"
     # A sample whose data were altered after preparing ends the run, or is left out of the data order.
     on_damage: Literal["refuse", "quarantine"] = "refuse"

@@ -148,7 +148,7 @@ def iterate_windows(
 
 
 class SampleStream(Protocol):
-    """An endless order of training samples: windows of text, or conversations (`train/chat/stream.py`)."""
+    """An endless order of training samples: windows of text, or conversations (`train/data/conversations.py`)."""
 
     dropped: Windows
 

@@ -15,8 +15,8 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from train.chat.stream import iterate_conversations
 from train.data.batch import Batch
+from train.data.conversations import iterate_conversations
 from train.data.store import TokenStore
 from train.data.stream import iterate_windows
 

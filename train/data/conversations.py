@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from train.chat.packing import ConversationPacking
 from train.data.batch import IGNORE_INDEX, Batch, DamagedWindow
+from train.data.best_fit import ConversationPacking
 from train.data.blocks import DamagedData
 from train.data.config import DataConfig
 from train.data.packing import WINDOW_ORDER, permutation

@@ -21,11 +21,11 @@ from tests.ranks import run_ranks
 from tests.tiny_model import FP32, TINY, frozen
 from train.assemble import build_engine
 from train.chat.ingest import ChatForm
-from train.chat.packing import ConversationPacking, best_fit, epoch_tokens
-from train.chat.stream import ConversationStream, iterate_conversations, open_conversations
 from train.data.batch import IGNORE_INDEX, Batch
+from train.data.best_fit import ConversationPacking, best_fit, epoch_tokens
 from train.data.blocks import DamagedData
 from train.data.config import DataConfig
+from train.data.conversations import ConversationStream, iterate_conversations, open_conversations
 from train.data.store import TokenStore
 from train.data.stream import open_stores
 from train.evaluate.score import score_store
