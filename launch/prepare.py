@@ -37,7 +37,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--paragraphs", action="store_true", help="a folder of .txt: a document a paragraph, not a file"
     )
     parser.add_argument(
-        "--first-token", choices=("bos", "eos"), default="eos", help="begins a conversation; bos for released weights"
+        "--first-token", choices=("bos", "eos"), help="of a conversation: eos, or bos for released weights"
     )
     parser.add_argument("--max-tokens", type=int, metavar="N", help="leave out longer conversations (default: none)")
     parser.add_argument("--heldout", type=float, default=0.1, help="share kept out, in whole files (default: 0.1)")
@@ -45,6 +45,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not options.upgrade and not (options.source and options.out):
         parser.error("--source and --out are required, or --upgrade alone")
+    if options.format == "text" and (options.first_token or options.max_tokens):
+        parser.error("--first-token and --max-tokens are for conversations: add --format messages")
     if options.upgrade and (options.source or options.out):
         parser.error("--upgrade takes no --source and no --out")
     return options
@@ -73,7 +75,7 @@ def main(arguments: list[str]) -> int:
         if is_chat := options.format == "messages":
             # A tokeniser that is trained on conversations has their marks.
             values["chat_marks"] = options.tokenizer == "bpe"
-        form = ChatForm(options.first_token, options.max_tokens) if is_chat else TextForm()
+        form = ChatForm(options.first_token or "eos", options.max_tokens) if is_chat else TextForm()
         prepared = prepare(Recipe(**values), options.out, workers=options.workers, form=form)
     except (ValueError, OSError) as error:
         print(f"prepare: {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from launch.prepare import main
 from tests.chat.chats import TOOL, prepared, rows
 from train.chat.ingest import ChatForm
 from train.chat.messages import Conversation, read_row
@@ -178,6 +179,13 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
         prepared(tmp_path / "none", lines, form=ChatForm(max_tokens=4))
     with pytest.raises(ValueError, match=r"is an empty corpus; .* conversations whose text spells a mark are left out"):
         prepared(tmp_path / "marks", lines[1:2])
+
+
+@pytest.mark.parametrize("flag", [["--max-tokens", "9"], ["--first-token", "bos"]])
+def test_flags_of_conversations_are_refused_for_text(flag: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--source", "a.jsonl", "--out", "b", *flag])
+    assert "are for conversations: add --format messages" in capsys.readouterr().err
 
 
 def any_row(**fields: Any) -> dict[str, Any]:
