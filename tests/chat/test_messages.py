@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +200,13 @@ def test_numbers_of_arguments_stay_whole(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(row), encoding="utf-8")
     (text,) = read_texts(tmp_path / "a.jsonl", "", parse=ChatForm().parse)
     assert '{"n": 12345678901234567890, "x": 1.5}' in text
+
+
+def test_the_conversations_of_the_repository_are_what_their_script_writes(tmp_path: Path) -> None:
+    folder = Path(__file__).resolve().parents[2] / "data" / "chats"
+    (tmp_path / "build_sums.py").write_bytes((folder / "build_sums.py").read_bytes())
+    runpy.run_path(str(tmp_path / "build_sums.py"), run_name="__main__")
+    assert (tmp_path / "sums.jsonl").read_bytes() == (folder / "sums.jsonl").read_bytes()
+    texts = list(read_texts(folder / "sums.jsonl", "", parse=ChatForm().parse))
+    assert len(texts) == 120
+    assert all(texts), "none is left out"

@@ -185,11 +185,11 @@ def packed_losses(rank: int, world: int, path: str, dp: int, micro_batches: int)
 
 def check_against_alone(path: Path, found: tuple[float, float]) -> None:
     main, mtp, targets = alone(path, 9, 4)
-    # FP32 sums of about 2,000 terms of about 6 nats against FP64, and attention's other blocking: 2^-24 x sqrt(2,000) x
-    # some; measured 1e-7.
-    assert found[0] == pytest.approx(main / targets, rel=3e-6)
+    # 519 targets summed in FP32 against FP64: sqrt(519) x 2^-24 = 1.4e-6; measured 6e-8.
+    assert targets == 519
+    assert found[0] == pytest.approx(main / targets, rel=1.4e-6)
     # Two depths; each divides by the main model's N (eq. 24).
-    assert found[1] == pytest.approx(mtp / 2 / targets, rel=3e-6)
+    assert found[1] == pytest.approx(mtp / 2 / targets, rel=1.4e-6)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 4])

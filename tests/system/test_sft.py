@@ -45,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     chat = ["--format", "messages", "--source", str(folder / "chat.jsonl"), "--out", str(folder / "chat")]
     assert main([*chat, "--tokenizer", str(folder / "text" / "tokenizer.json")]) == 0
     base = small_overrides(
-        folder / "text", f"run.directory={folder}", "run.name=base", "schedule.total_tokens=640", "optim.ema_decay=0.9"
+        folder / "text", f"run.directory={folder}", "run.name=base", "schedule.total_tokens=640", "data.heldout=null"
     )
     config = compose(base)
     Trainer(config, build_alone(config)).fit()
