@@ -15,10 +15,6 @@ import os
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from train.data.store import Manifest
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -64,7 +60,7 @@ def main(arguments: list[str]) -> int:
 
     from train.chat.ingest import ChatForm
     from train.data.forms import TextForm
-    from train.data.ingest import Recipe, prepare
+    from train.data.ingest import Recipe, prepare, summary
     from train.data.sources import passed_by
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -88,20 +84,6 @@ def main(arguments: list[str]) -> int:
     if others := passed_by(options.source):
         print(f"  passed by, as hidden or of no known kind: {len(others)}, such as {others[0]}")
     return 0
-
-
-def summary(manifest: Manifest) -> str:
-    """What a store holds, in a line."""
-    if manifest.chat is None:
-        return (
-            f"{manifest.documents} documents, {manifest.tokens} tokens, {manifest.text_bytes} bytes of text "
-            f"({manifest.text_bytes / manifest.tokens:.2f} a token), vocabulary {manifest.vocab_size}"
-        )
-    left_out = ", ".join(f"{count} {reason}" for reason, count in manifest.chat.left_out.items() if count)
-    return (
-        f"{manifest.documents} conversations, {manifest.tokens} tokens, {manifest.chat.targets} of them with a loss, "
-        f"vocabulary {manifest.vocab_size}{f'; left out: {left_out}' if left_out else ''}"
-    )
 
 
 def upgrade_stores(folder: Path) -> int:

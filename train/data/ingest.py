@@ -107,6 +107,20 @@ def prepare(recipe: Recipe, out: Path, *, workers: int = 1, form: Form = TEXT) -
     return replace(_opened(out, reused=False), split=split.sentence)
 
 
+def summary(manifest: Manifest) -> str:
+    """What a store holds, in a line."""
+    if manifest.chat is None:
+        return (
+            f"{manifest.documents} documents, {manifest.tokens} tokens, {manifest.text_bytes} bytes of text "
+            f"({manifest.text_bytes / manifest.tokens:.2f} a token), vocabulary {manifest.vocab_size}"
+        )
+    left_out = ", ".join(f"{count} {reason}" for reason, count in manifest.chat.left_out.items() if count)
+    return (
+        f"{manifest.documents} conversations, {manifest.tokens} tokens, {manifest.chat.targets} of them with a loss, "
+        f"vocabulary {manifest.vocab_size}{f'; left out: {left_out}' if left_out else ''}"
+    )
+
+
 def _opened(out: Path, *, reused: bool) -> Prepared:
     heldout = TokenStore.open(out / HELDOUT) if (out / HELDOUT).is_dir() else None
     return Prepared(TokenStore.open(out / TRAIN), heldout, reused)
