@@ -1,4 +1,4 @@
-"""Turn text into tokenised stores.
+"""Turn text or conversations into tokenised stores.
 
     python launch/prepare.py --source data/king_james_bible/text.jsonl --out stores/demo
     python launch/prepare.py --upgrade stores/demo
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 
@@ -22,6 +23,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--source", help="file, folder or hub dataset (owner/name[:config])")
     parser.add_argument("--out", type=Path, help="folder to make")
     parser.add_argument("--upgrade", type=Path, metavar="FOLDER", help="give stores of an earlier version their hashes")
+    parser.add_argument("--format", choices=("text", "messages"), default="text", help="rows (default: text)")
     parser.add_argument("--text-field", default="text", help="field that holds the text (default: text)")
     parser.add_argument("--split", default="train", help="split of a hub dataset (default: train)")
     parser.add_argument("--tokenizer", default="bpe", help="bpe (train one), deepseek, or a tokenizer.json")
@@ -30,11 +32,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--paragraphs", action="store_true", help="a folder of .txt: a document a paragraph, not a file"
     )
+    parser.add_argument(
+        "--first-token", choices=("bos", "eos"), help="of a conversation: eos, or bos for released weights"
+    )
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="leave out longer conversations (default: none)")
     parser.add_argument("--heldout", type=float, default=0.1, help="share kept out, in whole files (default: 0.1)")
     parser.add_argument("--workers", type=int, default=1, help="processes that tokenise (default: 1)")
     options = parser.parse_args(arguments)
     if not options.upgrade and not (options.source and options.out):
         parser.error("--source and --out are required, or --upgrade alone")
+    if options.format == "text" and (options.first_token or options.max_tokens):
+        parser.error("--first-token and --max-tokens are for conversations: add --format messages")
     if options.upgrade and (options.source or options.out):
         parser.error("--upgrade takes no --source and no --out")
     return options
@@ -50,25 +58,27 @@ def main(arguments: list[str]) -> int:
     # Imported late: --help should not wait for `datasets`.
     import datasets
 
-    from train.data.ingest import Recipe, prepare
+    from train.chat.ingest import ChatForm
+    from train.data.forms import TextForm
+    from train.data.ingest import Recipe, prepare, summary
     from train.data.sources import passed_by
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        recipe = {name: value for name, value in vars(options).items() if name not in ("out", "workers", "upgrade")}
-        prepared = prepare(Recipe(**recipe), options.out, workers=options.workers)
+        values = {field.name: getattr(options, field.name) for field in fields(Recipe)}
+        if is_chat := options.format == "messages":
+            # A tokeniser that is trained on conversations has their marks.
+            values["chat_marks"] = options.tokenizer == "bpe"
+        form = ChatForm(options.first_token or "eos", options.max_tokens) if is_chat else TextForm()
+        prepared = prepare(Recipe(**values), options.out, workers=options.workers, form=form)
     except (ValueError, OSError) as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 2
     print(f"{options.out}: {'reused, it was made from the same inputs' if prepared.reused else 'made'}")
     for store in filter(None, (prepared.train, prepared.heldout)):
-        manifest = store.manifest
-        print(
-            f"  {store.path.name}: {manifest.documents} documents, {manifest.tokens} tokens, {manifest.text_bytes} "
-            f"bytes of text ({manifest.text_bytes / manifest.tokens:.2f} a token), vocabulary {manifest.vocab_size}"
-        )
+        print(f"  {store.path.name}: {summary(store.manifest)}")
     if prepared.split:
         print(f"  {prepared.split}")
     if others := passed_by(options.source):

@@ -77,6 +77,11 @@ MISTAKES = {
     "a deletion": (["~run.name"], "'~run.name' would delete run.name"),
     "a moved group": (["model@x=tiny"], "write model=... without '@'"),
     "cluster without plus": (["cluster=h100_1"], "write +cluster=h100_1, with the plus sign"),
+    "stage without plus": (["stage=sft"], "write +stage=sft, with the plus sign"),
+    "what only the command line knows": (
+        ["+stage=sft", "schedule.total_tokens=1e6"],
+        "run.init_from has no value here: give one on the command line, such as run.init_from=runs/tiny",
+    ),
     "group with plus": (["+model=tiny"], "write model=tiny, without the plus sign"),
     "interpolation to nowhere": (["schedule.lr_peak=${nothing.here}"], "schedule.lr_peak"),
     "no value": (["schedule.lr_peak=???"], "schedule.lr_peak"),

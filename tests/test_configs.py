@@ -18,7 +18,7 @@ import yaml
 
 from parallel.layout import check_world
 from tests.test_schedules import V3
-from train.config import CONFIGS, ConfigError, PretrainConfig, compose
+from train.config import APPENDED_GROUPS, CONFIGS, ConfigError, PretrainConfig, compose
 from train.huggingface.config import released_config
 from train.model.config import ModelConfig
 from train.model.precision import Precision
@@ -28,21 +28,22 @@ GROUPS = ("model", "precision", "layout", "network", "data", "schedule", "optim"
 CLUSTERS = sorted(path.stem for path in (CONFIGS / "cluster").glob("*.yaml"))
 GROUP_FILES = sorted(CONFIGS.glob("*/*.yaml"))
 TILE = 128
-
-
-# What an option asks for besides.
-OVERRIDES = {"model=v2_lite": ["schedule.bias_speed=0"]}
+# What an option asks the command line for.
+ASKED = {
+    "model=v2_lite": ["schedule.bias_speed=0"],
+    "+stage=sft": ["run.init_from=runs/tiny", "schedule.total_tokens=1e6"],
+}
 
 
 def option(path: Path) -> str:
-    """The override that chooses a file: model=tiny, +cluster=h100_1."""
-    plus = "+" if path.parent.name == "cluster" else ""
+    """The override that chooses a file: model=tiny, +cluster=h100_1, +stage=sft."""
+    plus = "+" if path.parent.name in APPENDED_GROUPS else ""
     return f"{plus}{path.parent.name}={path.stem}"
 
 
 def model_config(name: str) -> ModelConfig:
     """A model with a schedule and data that fit any of them."""
-    return compose([*OVERRIDES.get(f"model={name}", []), f"model={name}"]).model
+    return compose([*ASKED.get(f"model={name}", []), f"model={name}"]).model
 
 
 def attention_parameters(m: ModelConfig) -> int:
@@ -110,8 +111,8 @@ SIZES = {
 def test_every_option_of_every_group_composes(path: Path) -> None:
     # A layout of many ranks needs a model and a batch of its size: those of the cluster of its name.
     with_cluster = path.parent.name == "layout" and path.stem in CLUSTERS
-    more = OVERRIDES.get(option(path), [])
-    config = compose([*([f"+cluster={path.stem}"] if with_cluster else []), option(path), *more])
+    asked = ASKED.get(option(path), [])
+    config = compose([*([f"+cluster={path.stem}"] if with_cluster else []), option(path), *asked])
     group = path.parent.name
     if group in GROUPS:
         section = getattr(config, group)
@@ -125,7 +126,7 @@ def test_every_option_of_every_group_composes(path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_every_model_composes_in_every_precision_on_the_cluster(model: str, precision: str) -> None:
     """What the command line names wins over the cluster file."""
-    more = OVERRIDES.get(f"model={model}", [])
+    more = ASKED.get(f"model={model}", [])
     config = compose(["+cluster=h100_1", f"model={model}", f"precision={precision}", *more])
     assert config.model == model_config(model)
     assert config.precision.name == precision
@@ -157,7 +158,7 @@ def test_a_number_that_cannot_be_trained_with_is_refused(name: str, value: float
 def test_the_groups_are_the_fields_of_the_configuration() -> None:
     folders = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
     fields = set(PretrainConfig.__dataclass_fields__) - {"run", "dry_run", "rank"}
-    assert folders == fields | {"cluster", "experiment"}
+    assert folders == fields | {*APPENDED_GROUPS, "experiment"}
     assert sorted(CONFIGS.rglob("*.y*ml")) == sorted([*GROUP_FILES, CONFIGS / "pretrain.yaml"])
 
 

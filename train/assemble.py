@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,10 +30,12 @@ from parallel.pipeline import Pipeline
 from parallel.shards import Shard
 from parallel.zero import GradientBuckets
 from train.backend import check_kernels, shown, use_kernels
+from train.checkpoint.lineage import lineage
 from train.checkpoint.publish import published
 from train.config import PretrainConfig
+from train.data.conversations import open_conversations
 from train.data.store import TokenStore, store_hashes
-from train.data.stream import Stores, TokenStream, open_stores
+from train.data.stream import SampleStream, Stores, open_stores
 from train.model.attention import MultiHeadLatentAttention
 from train.model.config import ModelConfig
 from train.model.init import initialize
@@ -68,10 +70,11 @@ class Components:
     """What a trainer works with on this rank."""
 
     engine: Engine
-    stream: TokenStream
+    stream: SampleStream
     heldout: TokenStore | None  # None when the configuration names none
     checkpoint_group: ProcessGroup | None  # carries the planning of saves, apart from the step; None with one rank
     products: tuple[Choice, ...] = ()  # what DeepGEMM was measured on, and whether it is taken
+    began_from: dict[str, Any] | None = None  # `train/checkpoint/lineage.py`, where weights are another run's
 
 
 def choose_device(name: str) -> torch.device:
@@ -157,7 +160,23 @@ def open_resources(config: PretrainConfig) -> Resources:
     if config.optim.backend == "deepspeed":
         check_installed()
     source = first_weights(config)
-    return Resources(open_stores(config.data, vocab_size=config.model.vocab_size, seed=config.run.seed), source)
+    return Resources(_open_stores(config, source), source)
+
+
+def _open_stores(config: PretrainConfig, source: WeightSource | None) -> Stores:
+    """Of text or of conversations; these must begin as the samples did that the source was trained on."""
+    data, seed, model = config.data, config.run.seed, config.model
+    if data.samples == "windows":
+        return open_stores(data, vocab_size=model.vocab_size, seed=seed)
+    stores = open_conversations(data, vocab_size=model.vocab_size, seed=seed, mtp_depths=model.num_nextn_predict_layers)
+    chat = stores[0].store.manifest.chat
+    assert chat is not None
+    if source is not None and (known := source.trained_on.first_token) != chat.first_token:
+        raise ValueError(
+            f"data.store: conversations of {data.store} begin with {chat.first_token}, and samples of "
+            f"run.init_from={config.run.init_from} began with {known}: prepare with --first-token {known}"
+        )
+    return stores
 
 
 def build_optimizer(models: list[Transformer], config: OptimConfig, mesh: Mesh) -> AdamW:
@@ -308,6 +327,7 @@ def build(config: PretrainConfig, mesh: Mesh, resources: Resources) -> Component
         heldout=heldout,
         checkpoint_group=cpu_group(timeout_s=SAVE_TIMEOUT_S),
         products=tuple(products),
+        began_from=lineage(resources.source.path, resources.source.state) if resources.source else None,
     )
 
 

@@ -47,7 +47,7 @@ ROOT_FILE = "pretrain"
 # `model=hf:FOLDER` on the command line.
 HF = "model=hf:"
 # Groups without an entry in the defaults list: only so does `+cluster=h100_1` compose.
-APPENDED_GROUPS = ("cluster",)
+APPENDED_GROUPS = ("cluster", "stage")
 # Fields whose names are not ours: `+network.environment.NCCL_IB_HCA=mlx5` adds one; their dataclass checks them.
 MAPPINGS = ("network.environment",)
 
@@ -257,7 +257,8 @@ def compose(overrides: list[str]) -> PretrainConfig:
 
     Args:
         overrides: Hydra's grammar: `model=small` chooses an option, `schedule.lr_peak=3e-4` sets a value,
-            `+cluster=h100_1` applies a cluster; `model=hf:FOLDER` takes the model of FOLDER/config.json.
+            `+cluster=h100_1` applies a cluster, `+stage=sft` a stage after pre-training; `model=hf:FOLDER` takes the
+            model of FOLDER/config.json.
     Raises:
         ConfigError: any mistake, in one sentence.
     """
@@ -297,7 +298,14 @@ def _values(overrides: list[str]) -> Any:
     except UnicodeDecodeError as error:
         raise ConfigError(f"configs/: {_undecodable()} is not UTF-8 text ({error}); save it as UTF-8") from error
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise ConfigError(f"configs/: {' '.join(str(error).split())}") from error
+        raise _said_by_ours(error) or ConfigError(f"configs/: {' '.join(str(error).split())}") from error
+
+
+def _said_by_ours(error: BaseException | None) -> ConfigError | None:
+    """What a function that `configs/` calls refused, under what the libraries make of it."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _published_model(folder: Path) -> list[str]:
@@ -347,6 +355,24 @@ def _register_resolvers() -> None:
     # layout's, so a run is the same on any layout that divides them. A wrong type gives null; it is refused where
     # it was written, which is before this value is read.
     OmegaConf.register_new_resolver("gcd", _gcd_or_null, replace=True)
+    # `${asked:run.init_from,runs/tiny}`: a value that only the command line can know, with an example.
+    OmegaConf.register_new_resolver("asked", _ask, replace=True)
+    # `${epochs:2,${data.store},${data.sequence_length}}`: a budget in epochs of a store of conversations.
+    OmegaConf.register_new_resolver("epochs", _tokens_of_epochs, replace=True)
+
+
+def _ask(key: str, example: str) -> None:
+    raise ConfigError(f"{key} has no value here: give one on the command line, such as {key}={example}")
+
+
+def _tokens_of_epochs(epochs: float, store: str, sequence_length: int) -> int:
+    # Here, so that other configurations are read without numpy.
+    from train.data.best_fit import epoch_tokens
+
+    try:
+        return round(epochs * epoch_tokens(Path(str(store)), sequence_length))
+    except ValueError as error:
+        raise ConfigError(f"{error} (schedule.total_tokens=... is a budget that needs no store)") from error
 
 
 def _gcd_or_null(left: object, right: object) -> int | None:

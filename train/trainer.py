@@ -33,6 +33,7 @@ from parallel.waiting import BusyTime
 from train.assemble import Components, device_name, run_card
 from train.checkpoint.dcp import SaveFailed, Saver, latest, load
 from train.checkpoint.identity import SavedState, changed_fields, check_same_identity, read_state, without_defaults
+from train.checkpoint.lineage import BEGAN_FROM
 from train.checkpoint.publish import step_of
 from train.config import PretrainConfig, to_yaml
 from train.data.batch import Batch
@@ -115,6 +116,7 @@ class Trainer:
         self.stop_agreed, self.is_unscored = False, False
         self.termination = TerminationGuard()
         self.changed: dict[str, list[object]] = {}
+        self.began_from = components.began_from
 
     def fit(self) -> TrainState:
         """Train until the budget is spent or SIGTERM asks for the end; leaves a checkpoint of the last step.
@@ -198,9 +200,14 @@ class Trainer:
         )
 
     def run_card(self) -> dict[str, Any]:
-        """What the run is, and how many sequences it left out, if any."""
+        """What the run is, what it began from, and how many sequences it left out, if any."""
         dropped = sum(count for _, count in self.spikes.dropped)
-        return run_card(self.config, self.components) | ({"dropped_sequences": dropped} if dropped else {})
+        left_out = {"dropped_sequences": dropped} if dropped else {}
+        return run_card(self.config, self.components) | self.lineage() | left_out
+
+    def lineage(self) -> dict[str, Any]:
+        """What it began from, by name, where weights were another run's."""
+        return {BEGAN_FROM: self.began_from} if self.began_from else {}
 
     def take_step(self, sinks: Sinks | NoSinks) -> None:
         """One optimizer step, its record, and a checkpoint when one is due; or, of a damaged batch, its quarantine.
@@ -472,7 +479,7 @@ class Trainer:
         """
         self.wait_for_save(sinks)
         counters = {"train_state": self.state.to_json(), "spikes": self.spikes.to_json()}
-        state = {"identity": self.identity(), "config": asdict(self.config), **counters}
+        state = {"identity": self.identity(), "config": asdict(self.config), **counters, **self.lineage()}
         with self.failures_counted(sinks):
             stay = self.spikes.stay(self.state.step)
             with self.engine.optimizer.whole_weights():
@@ -527,8 +534,10 @@ class Trainer:
             "store": store_hashes(self.components.stream.store),
             "seed": config.run.seed,
             # The position in the data order counts windows of this length over this stream.
-            "data": {name: data[name] for name in ("sequence_length", "fim_rate", "mask_documents")},
+            "data": {name: data[name] for name in ("sequence_length", "fim_rate", "mask_documents", "samples")},
         }
+        if chat := self.components.stream.store.manifest.chat:
+            identity["first_token"] = chat.first_token
         if config.model.rms_norm_eps != LATENT_NORM_EPS:
             # Older versions trained such a run with `rms_norm_eps` in the latents' norms too.
             identity["latent_norm_eps"] = LATENT_NORM_EPS
@@ -565,6 +574,6 @@ class Trainer:
         generator_state = tensors["rng.cpu"]
         assert isinstance(generator_state, Tensor)
         torch.set_rng_state(generator_state)
-        self.state, self.spikes = saved.train_state, saved.spikes
+        self.state, self.spikes, self.began_from = saved.train_state, saved.spikes, saved.began_from
         self.saved_step = self.state.step
         return saved

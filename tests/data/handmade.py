@@ -31,7 +31,7 @@ def write_store(
     features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
     rows = {"input_ids": [list(document) for document in documents]}
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(folder))
-    index, _ = scan_arrow(sorted(folder.glob("*.arrow")), dtype="int32", block_bytes=block_bytes)
+    index, *_ = scan_arrow(sorted(folder.glob("*.arrow")), dtype="int32", block_bytes=block_bytes)
     largest = max(5, *(max(document) for document in documents))
     Manifest(
         documents=len(documents),
@@ -73,7 +73,7 @@ def resealed(
     manifest = read_manifest(folder)
     block_bytes = block_bytes or manifest.block_bytes
     files = [folder / name for name in manifest.data_files]
-    index, _ = scan_arrow(files, dtype=manifest.token_dtype, block_bytes=block_bytes)
+    index, *_ = scan_arrow(files, dtype=manifest.token_dtype, block_bytes=block_bytes)
     replace(manifest, block_bytes=block_bytes, **fields).seal(folder, change_index(index))  # type: ignore[arg-type]
     return folder
 

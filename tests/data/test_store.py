@@ -91,7 +91,7 @@ def test_a_damaged_store_is_refused_on_opening(store: TokenStore, damage: Callab
     ("message", "change"),
     [
         ("manifest.json is not readable JSON .*run launch/prepare.py again", {}),
-        ("has format_version 3, and 1 to 2 are read", {"format_version": 3}),
+        ("has format_version 4, and 1 to 3 are read", {"format_version": 4}),
         ("lacks or misnames a field", {"special_ids": {"eos": 1}}),
         ("lacks or misnames a field", {"colour": "red"}),
         ("lacks or misnames a field", {"files": 5}),

@@ -63,5 +63,4 @@ def chat_template() -> str:
 
 def missing_marks(tokenizer: TextTokenizer) -> tuple[str, ...]:
     """Marks of the template that a tokeniser has no token for: with any, chats would be read as letters."""
-    known = tokenizer.core.get_vocab(with_added_tokens=True)
-    return tuple(mark for mark in CHAT_MARKS.values() if mark not in known)
+    return tuple(mark for mark in CHAT_MARKS.values() if tokenizer.core.token_to_id(mark) is None)

@@ -11,6 +11,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
+from train.checkpoint.lineage import BEGAN_FROM
 from train.checkpoint.publish import STATE, damage, one_line
 from train.data.config import DataConfig
 from train.model.config import ModelConfig
@@ -29,6 +30,7 @@ class SavedState(NamedTuple):
     config: dict[str, Any]
     train_state: TrainState
     spikes: SpikeState
+    began_from: dict[str, Any] | None  # `lineage.py`; None of a run that drew its weights, and of earlier versions
 
 
 def read_state(path: Path, state: dict[str, Any]) -> SavedState:
@@ -42,7 +44,10 @@ def read_state(path: Path, state: dict[str, Any]) -> SavedState:
             if not isinstance(state.get(name), dict):
                 raise ValueError(f"lacks {name!r}")
         train_state, spikes = TrainState.from_json(state.get("train_state")), SpikeState.from_json(state.get("spikes"))
-        return SavedState(state["identity"], state["config"], train_state, spikes)
+        began_from = state.get(BEGAN_FROM)
+        if began_from is not None and not isinstance(began_from, dict):
+            raise ValueError(f"has {BEGAN_FROM!r} that is no record")
+        return SavedState(state["identity"], state["config"], train_state, spikes, began_from)
     except ValueError as error:
         raise damage(path / STATE, str(error)) from None
 

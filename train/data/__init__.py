@@ -1,1 +1,1 @@
-"""Data: text of any source -> tokeniser -> Arrow store -> fill-in-the-middle -> packing -> TokenStream."""
+"""Data: text or conversations of any source -> tokeniser -> Arrow store -> packing -> a stream of samples."""

@@ -25,6 +25,7 @@ import datasets
 import numpy as np
 
 from train.data.blocks import BLOCK_BYTES
+from train.data.forms import Form, TextForm
 from train.data.index import scan_arrow
 from train.data.readers import kind_of
 from train.data.sources import Documents, hash_files, is_txt_folder, local_files, open_documents
@@ -67,8 +68,13 @@ class Prepared:
     split: str = ""
 
 
-def prepare(recipe: Recipe, out: Path, *, workers: int = 1) -> Prepared:
+TEXT = TextForm()
+
+
+def prepare(recipe: Recipe, out: Path, *, workers: int = 1, form: Form = TEXT) -> Prepared:
     """Make the stores of a recipe in the folder `out`, or find them made; the result does not depend on `workers`.
+
+    `form`: whether rows are texts or conversations.
 
     Raises:
         ValueError: bad input, or `out` holds something else; nothing is left behind.
@@ -79,21 +85,40 @@ def prepare(recipe: Recipe, out: Path, *, workers: int = 1) -> Prepared:
     if recipe.paragraphs and not (files and kind_of(files[0]) == ".txt"):
         raise ValueError(f"paragraphs: {recipe.source} is not .txt, of which alone it is; leave it out")
     if files and (out / TRAIN).is_dir():
-        return _reuse(recipe, out, hash_files(recipe.source, files))
+        return _reuse(recipe, out, hash_files(recipe.source, files), form)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.partial-", dir=out.parent) as scratch:
         whole, cache = Path(scratch, "whole"), Path(scratch, "cache")
         documents = open_documents(
-            recipe.source, split=recipe.split, text_field=recipe.text_field, cache=cache, paragraphs=recipe.paragraphs
+            recipe.source,
+            split=recipe.split,
+            text_field=recipe.text_field,
+            cache=cache,
+            paragraphs=recipe.paragraphs,
+            parse=form.parse,
         )
         if (out / TRAIN).is_dir():
-            return _reuse(recipe, out, documents.hashes)
+            return _reuse(recipe, out, documents.hashes, form)
         split = _split(recipe, documents)
-        _write_all(recipe, documents, whole, num_train=split.num_train, workers=workers)
+        _write_all(recipe, documents, whole, form, num_train=split.num_train, workers=workers)
         # A folder made by mkdtemp is private; a store is not.
         whole.chmod(0o755)
         whole.rename(out)
     return replace(_opened(out, reused=False), split=split.sentence)
+
+
+def summary(manifest: Manifest) -> str:
+    """What a store holds, in a line."""
+    if manifest.chat is None:
+        return (
+            f"{manifest.documents} documents, {manifest.tokens} tokens, {manifest.text_bytes} bytes of text "
+            f"({manifest.text_bytes / manifest.tokens:.2f} a token), vocabulary {manifest.vocab_size}"
+        )
+    left_out = ", ".join(f"{count} {reason}" for reason, count in manifest.chat.left_out.items() if count)
+    return (
+        f"{manifest.documents} conversations, {manifest.tokens} tokens, {manifest.chat.targets} of them with a loss, "
+        f"vocabulary {manifest.vocab_size}{f'; left out: {left_out}' if left_out else ''}"
+    )
 
 
 def _opened(out: Path, *, reused: bool) -> Prepared:
@@ -101,7 +126,7 @@ def _opened(out: Path, *, reused: bool) -> Prepared:
     return Prepared(TokenStore.open(out / TRAIN), heldout, reused)
 
 
-def _comparable(recipe: Recipe, given: TextTokenizer | None) -> dict[str, Any]:
+def _comparable(recipe: Recipe, given: TextTokenizer | None, form: Form) -> dict[str, Any]:
     """The recipe without what cannot change the result: folders, the vocabulary size where a tokeniser is given."""
     fields = asdict(recipe)
     fields["source"] = Path(recipe.source).name if local_files(recipe.source) else recipe.source
@@ -113,7 +138,7 @@ def _comparable(recipe: Recipe, given: TextTokenizer | None) -> dict[str, Any]:
     # Stores of an earlier version do not name it.
     if not recipe.chat_marks:
         del fields["chat_marks"]
-    return fields
+    return form.compared(fields)
 
 
 def _found(manifest: Manifest, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -127,10 +152,10 @@ def _given_tokenizer(recipe: Recipe) -> TextTokenizer | None:
     return deepseek_tokenizer() if recipe.tokenizer == "deepseek" else load_tokenizer(Path(recipe.tokenizer))
 
 
-def _reuse(recipe: Recipe, out: Path, hashes: dict[str, str]) -> Prepared:
+def _reuse(recipe: Recipe, out: Path, hashes: dict[str, str], form: Form) -> Prepared:
     """Take existing stores if they are what was asked for and unaltered; refuse others untouched."""
     manifest = read_manifest(out / TRAIN)
-    wanted = {**_comparable(recipe, _given_tokenizer(recipe)), "sources": hashes}
+    wanted = {**_comparable(recipe, _given_tokenizer(recipe), form), "sources": hashes}
     found = {**_found(manifest, wanted), "sources": manifest.sources}
     if wanted != found:
         names = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
@@ -192,33 +217,36 @@ def _split(recipe: Recipe, documents: Documents) -> _Split:
     )
 
 
-def _write_all(recipe: Recipe, documents: Documents, whole: Path, *, num_train: int, workers: int) -> None:
+def _write_all(recipe: Recipe, documents: Documents, whole: Path, form: Form, *, num_train: int, workers: int) -> None:
     rows = len(documents.table)
     stores = {TRAIN: documents.select(0, num_train)}
     if num_train < rows:
         stores[HELDOUT] = documents.select(num_train, rows)
     given = _given_tokenizer(recipe)
     tokenizer = given or train_byte_level_bpe(
-        stores[TRAIN].all_texts(), vocab_size=recipe.vocab_size, chat_marks=recipe.chat_marks
+        form.texts(stores[TRAIN].all_texts()), vocab_size=recipe.vocab_size, chat_marks=recipe.chat_marks
     )
-    made_from = _comparable(recipe, given)
+    made_from = _comparable(recipe, given, form)
     whole.mkdir()
     tokenizer.save(whole / TOKENIZER_NAME)
     for name, store in stores.items():
-        dtype = _write_store(made_from, store, tokenizer, whole / name, workers=workers)
-        _write_manifest(made_from, store, tokenizer, whole / name, dtype=dtype)
+        _write_store(made_from, store, tokenizer, whole / name, form, workers=workers)
+        _write_manifest(made_from, store, tokenizer, whole / name, form)
+
+
+def _id_dtype(tokenizer: TextTokenizer) -> str:
+    return "uint16" if tokenizer.vocab_size <= 1 + np.iinfo(np.uint16).max else "int32"
 
 
 def _write_store(
-    made_from: dict[str, Any], documents: Documents, tokenizer: TextTokenizer, folder: Path, workers: int
-) -> str:
-    """Tokenise documents into one store, those without text left out; returns the dtype of the ids."""
-    dtype = "uint16" if tokenizer.vocab_size <= 1 + np.iinfo(np.uint16).max else "int32"
-    eos = tokenizer.special_ids.eos
+    made_from: dict[str, Any], documents: Documents, tokenizer: TextTokenizer, folder: Path, form: Form, *, workers: int
+) -> None:
+    """Tokenise documents into one store, those without text left out."""
+    dtypes = {name: dtype or _id_dtype(tokenizer) for name, dtype in form.columns.items()}
 
     def encode(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        texts = documents.texts(batch["start"][0], batch["stop"][0])
-        return {"input_ids": [np.append(ids, eos).astype(dtype) for ids in tokenizer.encode_arrays(texts)]}
+        columns = form.encode(documents.texts(batch["start"][0], batch["stop"][0]), tokenizer)
+        return {name: [row.astype(dtypes[name]) for row in rows] for name, rows in columns.items()}
 
     cache = folder.parent.parent / "cache" / f"{folder.name}.arrow"
     cache.parent.mkdir(exist_ok=True)
@@ -231,30 +259,31 @@ def _write_store(
         batched=True,
         batch_size=1,
         remove_columns=["start", "stop"],
-        features=datasets.Features({"input_ids": datasets.List(datasets.Value(dtype))}),
+        features=datasets.Features({name: datasets.List(datasets.Value(dtype)) for name, dtype in dtypes.items()}),
         num_proc=workers if workers > 1 else None,
         cache_file_name=str(cache),
         new_fingerprint=fingerprint,
     )
     # The bare table, without what the library remembers of source and workers.
     datasets.Dataset(table.data, fingerprint=fingerprint).save_to_disk(str(folder))
-    return dtype
 
 
 def _write_manifest(
-    made_from: dict[str, Any], documents: Documents, tokenizer: TextTokenizer, folder: Path, *, dtype: str
+    made_from: dict[str, Any], documents: Documents, tokenizer: TextTokenizer, folder: Path, form: Form
 ) -> None:
     """Describe the Arrow files just written, and index them."""
     files = sorted(folder.iterdir())
     arrow = [file for file in files if file.name.endswith(DATA_SUFFIX)]
-    index, largest = scan_arrow(arrow, dtype=dtype, block_bytes=BLOCK_BYTES)
-    special = tokenizer.special_ids
+    dtype = _id_dtype(tokenizer)
+    scanned = scan_arrow(arrow, dtype=dtype, block_bytes=BLOCK_BYTES, masked="loss_mask" in form.columns)
+    index, special = scanned.found, tokenizer.special_ids
+    described = form.describe(documents, tokenizer, arrow, scanned)
     Manifest(
         documents=len(index.starts) - 1,
         tokens=int(index.starts[-1]),
-        text_bytes=int(documents.text_bytes.sum()),
+        text_bytes=described.text_bytes,
         empty_documents=len(documents.table) - (len(index.starts) - 1),
-        max_token_id=max(*asdict(special).values(), largest),
+        max_token_id=max(*asdict(special).values(), scanned.max_token_id),
         vocab_size=tokenizer.vocab_size,
         token_dtype=dtype,
         special_ids=special,
@@ -267,4 +296,5 @@ def _write_manifest(
             "python": platform.python_version(),
             **{package: version(package) for package in ("datasets", "numpy", "pyarrow", "tokenizers")},
         },
+        chat=described.chat,
     ).seal(folder, index)

@@ -4,8 +4,9 @@
     .parquet .csv   one row a document; every value of a CSV file is text
     .txt            one document, or documents separated by blank lines
 
-Each may be compressed (.gz, .zst). Other fields are passed over, whatever they hold. Memory depends on the longest row,
-not on the number of rows.
+Each may be compressed (.gz, .zst). Other fields are passed over, whatever they hold. A caller that makes the text of a
+row itself (of a conversation: `train/chat/messages.py`) gets whole rows, of a kind that nests: .jsonl, .json, .parquet.
+Memory depends on the longest row, not on the number of rows.
 """
 
 from __future__ import annotations
@@ -35,14 +36,36 @@ PARQUET_ROWS = 16
 
 # Integers of other fields may have any number of digits.
 JSON = json.JSONDecoder(parse_int=float)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"it has '{max(names, key=names.count)}' twice")
+    return dict(pairs)
+
+
+# Of a row that is read whole every value counts.
+WHOLE_JSON = json.JSONDecoder(object_pairs_hook=_once)
 JSON_FIRST = re.compile(r"\s*\[\s*(?P<end>\])?")
 JSON_NEXT = re.compile(r"\s*(,|(?P<end>\]))\s*")
 # What a cut literal, number or escape can be short of.
 JSON_CUT_CHARS = 16
-JSON_KINDS = {type(None): "null", bool: "true or false", float: "a number", list: "a list", dict: "an object"}
+JSON_KINDS = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
+
+NESTING = (".jsonl", ".json", ".parquet")
 
 # The place of a row ("line" or "row", from 1) and what it holds.
 Row = tuple[str, int, Any]
+# A row of several fields -> its text; a ValueError says what is wrong with it.
+Parse = Callable[[dict[str, Any]], str]
 
 
 class _BadRow(Exception):
@@ -59,8 +82,8 @@ def kind_of(file: Path) -> str | None:
     return name.suffix.lower() if name.suffix.lower() in READERS else None
 
 
-def read_texts(file: Path, text_field: str, *, whole_txt: bool = False) -> Iterator[str]:
-    """The texts of a file, in its order; `whole_txt`: a .txt file is one text.
+def read_texts(file: Path, text_field: str, *, whole_txt: bool = False, parse: Parse | None = None) -> Iterator[str]:
+    """The texts of a file, in its order; `whole_txt`: a .txt file is one text; `parse`: makes a text of a whole row.
 
     Raises:
         ValueError: whatever keeps a text from being read exactly.
@@ -76,10 +99,8 @@ def read_texts(file: Path, text_field: str, *, whole_txt: bool = False) -> Itera
         if not head and (kind == ".parquet" or file.suffix.lower() in COMPRESSIONS):
             raise ValueError("it has no bytes, so it was not written to its end")
         with _opened(file) as stream:
-            for unit, number, value in rows(stream, text_field):
-                if not isinstance(value, str):
-                    held = JSON_KINDS.get(type(value), type(value).__name__)
-                    raise _BadRow(unit, number, f"'{text_field}' holds {held}, not text")
+            for unit, number, value in rows(stream, None if parse else text_field):
+                value = _text(value, text_field, unit, number) if parse is None else _parsed(value, parse, unit, number)
                 # Arrow and every tokeniser take UTF-8.
                 if not value.isascii():
                     value.encode()
@@ -89,8 +110,9 @@ def read_texts(file: Path, text_field: str, *, whole_txt: bool = False) -> Itera
             f"source: {file}, {error.where}, is unreadable ({error}); repair or remove the {unit}"
         ) from None
     except UnicodeEncodeError as error:
+        what = "it" if parse else f"'{text_field}'"
         raise ValueError(
-            f"source: {file}, {unit} {number}, is unreadable ('{text_field}' holds half of a surrogate pair or a byte "
+            f"source: {file}, {unit} {number}, is unreadable ({what} holds half of a surrogate pair or a byte "
             f"that is not UTF-8, \\u{ord(error.object[error.start]):04x}); repair or remove the {unit}"
         ) from None
     # Damaged files raise whatever their library pleases.
@@ -99,6 +121,24 @@ def read_texts(file: Path, text_field: str, *, whole_txt: bool = False) -> Itera
         raise ValueError(
             f"source: {file} {where}cannot be read ({one_line(error)}); repair or replace the file"
         ) from None
+
+
+def _text(value: Any, text_field: str, unit: str, number: int) -> str:
+    if not isinstance(value, str):
+        raise _BadRow(unit, number, f"'{text_field}' holds {kind_name(value)}, not text")
+    return value
+
+
+def _parsed(value: Any, parse: Parse, unit: str, number: int) -> str:
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise _BadRow(unit, number, str(error)) from None
+
+
+def kind_name(value: Any) -> str:
+    """What a value of a JSON file is, in words."""
+    return JSON_KINDS.get(type(value), "text" if isinstance(value, str) else type(value).__name__)
 
 
 def one_line(error: BaseException) -> str:
@@ -151,7 +191,7 @@ def _paragraphs(stream: IO[bytes], _: str) -> Iterator[Row]:
         yield "line", number, "".join(paragraph)
 
 
-def _whole(stream: IO[bytes], _: str) -> Iterator[Row]:
+def _whole(stream: IO[bytes], _: str | None) -> Iterator[Row]:
     yield "line", 1, "".join(text for _, text in _lines(stream))
 
 
@@ -184,7 +224,7 @@ def _column(names: list[str], text_field: str) -> int:
     return names.index(text_field)
 
 
-def _parquet_rows(stream: Any, text_field: str) -> Iterator[Row]:
+def _parquet_rows(stream: Any, text_field: str | None) -> Iterator[Row]:
     # The library jumps about in a file, which a compressed one cannot.
     is_plain = isinstance(getattr(stream, "raw", None), io.FileIO)
     with nullcontext(stream) if is_plain else tempfile.TemporaryFile() as file:
@@ -193,7 +233,15 @@ def _parquet_rows(stream: Any, text_field: str) -> Iterator[Row]:
         with pq.ParquetFile(file, page_checksum_verification=True) as table:
             # Writers leave shards without rows for empty partitions.
             if table.metadata.num_rows:
-                yield from _table_rows(table, text_field)
+                yield from _whole_rows(table) if text_field is None else _table_rows(table, text_field)
+
+
+def _whole_rows(table: Any) -> Iterator[Row]:
+    number = 0
+    for rows in table.iter_batches(batch_size=PARQUET_ROWS):
+        for value in rows.to_pylist():
+            number += 1
+            yield "row", number, value
 
 
 def _table_rows(table: Any, text_field: str) -> Iterator[Row]:
@@ -213,24 +261,26 @@ def _table_rows(table: Any, text_field: str) -> Iterator[Row]:
             yield "row", number, value
 
 
-def _json_rows(stream: Any, text_field: str) -> Iterator[Row]:
+def _json_rows(stream: Any, text_field: str | None) -> Iterator[Row]:
     beginning = stream.peek(CHUNK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
     if beginning.startswith(b"["):
         yield from _array_rows(stream, text_field)
         return
+    decoder = WHOLE_JSON if text_field is None else JSON
     for number, line in _lines(stream):
         if not line.isspace():
             try:
-                value = JSON.decode(line)
+                value = decoder.decode(line)
             except (ValueError, RecursionError) as error:
                 raise _BadRow("line", number, one_line(error)) from None
             yield "line", number, _text_of("line", number, value, line, text_field)
 
 
-def _array_rows(stream: IO[bytes], text_field: str) -> Iterator[Row]:
+def _array_rows(stream: IO[bytes], text_field: str | None) -> Iterator[Row]:
     """The objects of one JSON array, each parsed as soon as it is there."""
     # A byte that is not UTF-8 becomes a lone surrogate, which `read_texts` refuses in the row that holds it.
     decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+    objects = WHOLE_JSON if text_field is None else JSON
     text, at, number, reason = "", 0, 0, "the array has no end"
     while chunk := stream.read(max(CHUNK_BYTES, len(text) - at)):
         text, at = text[at:] + decoder.decode(chunk), 0
@@ -240,13 +290,13 @@ def _array_rows(stream: IO[bytes], text_field: str) -> Iterator[Row]:
                     raise _BadRow("row", number + 1, "the array has ended before it")
                 return
             try:
-                value, end = JSON.raw_decode(text, match.end())
+                value, end = objects.raw_decode(text, match.end())
             except json.JSONDecodeError as error:
                 reason = one_line(error)
                 if error.pos < len(text) - JSON_CUT_CHARS and not error.msg.startswith("Unterminated string"):
                     raise _BadRow("row", number + 1, reason) from None
                 break
-            except RecursionError as error:
+            except (ValueError, RecursionError) as error:
                 raise _BadRow("row", number + 1, one_line(error)) from None
             number += 1
             yield "row", number, _text_of("row", number, value, text[match.end() : end], text_field)
@@ -257,10 +307,12 @@ def _array_rows(stream: IO[bytes], text_field: str) -> Iterator[Row]:
     raise _BadRow("row", number + 1, reason)
 
 
-def _text_of(unit: str, number: int, value: Any, source: str, text_field: str) -> Any:
-    """The field of a parsed object; `source` is what was parsed."""
+def _text_of(unit: str, number: int, value: Any, source: str, text_field: str | None) -> Any:
+    """The field of a parsed object, or the object; `source` is what was parsed."""
     if not isinstance(value, dict):
         raise _BadRow(unit, number, "it is not a JSON object")
+    if text_field is None:
+        return value
     if text_field not in value:
         raise _BadRow(unit, number, no_field(text_field, value))
     if source.count(f'"{text_field}"') > 1:
@@ -270,7 +322,7 @@ def _text_of(unit: str, number: int, value: Any, source: str, text_field: str) -
     return value[text_field]
 
 
-READERS: dict[str, Callable[[Any, str], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Any, Any], Iterator[Row]]] = {
     ".jsonl": _json_rows,
     ".json": _json_rows,
     ".parquet": _parquet_rows,

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from train.data.readers import COMPRESSIONS, READERS, kind_of, no_field, one_line, read_texts
+from train.data.readers import COMPRESSIONS, NESTING, READERS, Parse, kind_of, no_field, one_line, read_texts
 from train.data.store import file_sha256
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -121,10 +121,12 @@ def is_txt_folder(source: str) -> bool:
     return Path(source).is_dir() and kind_of(files[0]) == ".txt"
 
 
-def open_documents(source: str, *, split: str, text_field: str, cache: Path, paragraphs: bool = False) -> Documents:
+def open_documents(
+    source: str, *, split: str, text_field: str, cache: Path, paragraphs: bool = False, parse: Parse | None = None
+) -> Documents:
     """Read a file, folder or hub dataset (through `datasets`) into an Arrow file in the folder `cache`.
 
-    `paragraphs`: documents of a .txt file are separated by blank lines, in a folder too.
+    `paragraphs`: documents of a .txt file are separated by blank lines, in a folder too. `parse`: as `read_texts`.
 
     Raises:
         ValueError: whatever a user can repair, in one sentence.
@@ -132,23 +134,29 @@ def open_documents(source: str, *, split: str, text_field: str, cache: Path, par
     files = local_files(source)
     digest, starts = hashlib.sha256(), list[int]()
     texts: Iterable[str]
+    if parse and files and (kind := kind_of(files[0])) not in NESTING:
+        raise ValueError(f"source: {source} is {kind}, and conversations are read from {', '.join(NESTING)}")
     if files:
-        texts = _file_texts(files, text_field, starts, whole_txt=is_txt_folder(source) and not paragraphs)
+        whole_txt = is_txt_folder(source) and not paragraphs
+        texts = _file_texts(files, text_field, starts, whole_txt=whole_txt, parse=parse)
     else:
-        texts = _hub_texts(source, split=split, text_field=text_field, digest=digest)
+        texts = _hub_texts(source, split=split, text_field=text_field, digest=digest, parse=parse)
     table, text_bytes = _written(texts, cache)
     if table is None or not text_bytes.any():
-        raise ValueError(f"source: {source} is an empty corpus; pass files with text in them")
+        left_out = "; conversations whose text spells a mark are left out" if parse else ""
+        raise ValueError(f"source: {source} is an empty corpus; pass files with text in them{left_out}")
     hashes = hash_files(source, files) if files else {f"{source}@{split}": digest.hexdigest()}
     return Documents(table, text_bytes, hashes, tuple(starts) or (0,))
 
 
-def _file_texts(files: list[Path], text_field: str, starts: list[int], *, whole_txt: bool) -> Iterator[str]:
+def _file_texts(
+    files: list[Path], text_field: str, starts: list[int], *, whole_txt: bool, parse: Parse | None
+) -> Iterator[str]:
     """The texts of all files; `starts` gets the number of the first one of each."""
     number = 0
     for file in files:
         starts.append(number)
-        for text in read_texts(file, text_field, whole_txt=whole_txt):
+        for text in read_texts(file, text_field, whole_txt=whole_txt, parse=parse):
             number += 1
             yield text
 
@@ -166,7 +174,7 @@ def _is_data(file: Path, folder: Path) -> bool:
     )
 
 
-def _hub_texts(source: str, *, split: str, text_field: str, digest: Any) -> Iterator[str]:
+def _hub_texts(source: str, *, split: str, text_field: str, digest: Any, parse: Parse | None) -> Iterator[str]:
     """The texts of a hub dataset; each goes into the digest."""
     name, _, config = source.partition(":")
     try:
@@ -177,6 +185,20 @@ def _hub_texts(source: str, *, split: str, text_field: str, digest: Any) -> Iter
             f"source: '{source}' (split '{split}') is no file here and cannot be loaded from the hub "
             f"({one_line(error)}); check the name, the split and the network, or pass a local file"
         ) from None
+    for text in _hub_rows(table, source, text_field) if parse is None else _hub_parsed(table, source, parse):
+        digest.update(len(text.encode()).to_bytes(8, "little") + text.encode())
+        yield text
+
+
+def _hub_parsed(table: Any, source: str, parse: Parse) -> Iterator[str]:
+    for number, row in enumerate(table, 1):
+        try:
+            yield parse(row)
+        except ValueError as error:
+            raise ValueError(f"source: row {number} of {source} is unreadable ({error}); repair or remove it") from None
+
+
+def _hub_rows(table: Any, source: str, text_field: str) -> Iterator[str]:
     if text_field not in table.column_names:
         raise ValueError(f"source: {source} cannot be read: {no_field(text_field, table.column_names)}")
     dtype = getattr(table.features[text_field], "dtype", str(table.features[text_field]))
@@ -188,7 +210,6 @@ def _hub_texts(source: str, *, split: str, text_field: str, digest: Any) -> Iter
             number += 1
             if text is None:
                 raise ValueError(f"text_field: document {number} of {source} holds null in '{text_field}', not text")
-            digest.update(len(text.encode()).to_bytes(8, "little") + text.encode())
             yield text
 
 

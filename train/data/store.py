@@ -4,7 +4,8 @@ A store is a folder written once by `train/data/ingest.py` and never changed:
 
     manifest.json          counts, hashes, tokeniser, vocabulary, versions (the `Manifest` below), and its own SHA-256
     index.bin              where each document is, and the hashes of the blocks (`train/data/index.py`)
-    data-*.arrow           one row a document: `input_ids`, the text's tokens and one end-of-sentence token
+    data-*.arrow           one row a document: `input_ids`, the text's tokens and one end-of-sentence token; of a
+                           conversation (`train/chat/`) also `loss_mask`, 1 for each token that has a loss
     state.json, dataset_info.json      what `datasets.load_from_disk` needs; nothing here reads them
 
 Opening reads manifest and index and compares every file's size. A block of the data is compared with its hash when
@@ -31,13 +32,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.data.blocks import BLOCK_BYTES, BlockReader, DamagedData, read_regular, refuse_irregular
-from train.data.index import INDEX_NAME, Index, parse_index
+from train.data.index import INDEX_NAME, MASK_DTYPE, Index, parse_index
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 DATA_SUFFIX = ".arrow"
 # 1 had neither index nor hashes of blocks, nor a hash of the manifest.
 FORMAT_VERSION = 2
+# Of conversations: with a column `loss_mask`. Stores of text stay what they are.
+CHAT_FORMAT_VERSION = 3
 REMEDY = "remove the store's folder and run launch/prepare.py again"
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 ID_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "int32": np.dtype("<i4")}
@@ -64,6 +67,16 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class ChatRecord:
+    """What the manifest of a store of conversations has besides."""
+
+    targets: int  # tokens with a loss
+    first_token: str  # that begins each conversation: bos or eos
+    template_sha256: str
+    left_out: dict[str, int]  # conversations of the source that the store lacks, by reason
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a store holds and what it was made from; equal recipes and equal sources give an equal store."""
 
@@ -84,6 +97,12 @@ class Manifest:
     index: FileRecord | None = None  # None in format 1
     block_bytes: int = BLOCK_BYTES
     format_version: int = FORMAT_VERSION
+    chat: ChatRecord | None = None  # None of a store of text
+
+    @property
+    def columns(self) -> dict[str, np.dtype[Any]]:
+        """Name -> type of a token's value in each column of the data files."""
+        return {"input_ids": ID_DTYPES[self.token_dtype]} | ({"loss_mask": np.dtype(MASK_DTYPE)} if self.chat else {})
 
     @property
     def data_files(self) -> dict[str, int]:
@@ -94,7 +113,9 @@ class Manifest:
         """Write the index and, once it is on the disk, this manifest with the index's hash."""
         content = index.to_bytes()
         record = FileRecord(len(content), hashlib.sha256(content).hexdigest())
-        body = asdict(replace(self, index=record, format_version=FORMAT_VERSION))
+        body = asdict(replace(self, index=record, format_version=CHAT_FORMAT_VERSION if self.chat else FORMAT_VERSION))
+        if self.chat is None:
+            del body["chat"]
         text = json.dumps(body | {"sha256": _sha256_of(body)}, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         for name, whole in ((INDEX_NAME, content), (MANIFEST_NAME, text.encode())):
             draft = folder / f".{name}.tmp"
@@ -113,7 +134,7 @@ def _sha256_of(body: dict[str, Any]) -> str:
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a store; a ValueError names one that is missing, damaged or of an earlier format."""
     manifest = read_manifest_of_any_format(folder)
-    if manifest.format_version != FORMAT_VERSION:
+    if manifest.format_version < FORMAT_VERSION:
         raise ValueError(
             f"store: {folder} was made by an earlier version and has no hashes of its blocks; add them once: "
             f"`python launch/prepare.py --upgrade {folder}` (the data and the runs on it stay as they are)"
@@ -141,17 +162,17 @@ def read_manifest_of_any_format(folder: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"store: {path} is not readable JSON ({error}); {REMEDY}") from None
     version = values.get("format_version") if isinstance(values, dict) else None
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= CHAT_FORMAT_VERSION:
         raise ValueError(
-            f"store: {path} has format_version {str(version)[:20]}, and 1 to {FORMAT_VERSION} are read; {REMEDY}"
+            f"store: {path} has format_version {str(version)[:20]}, and 1 to {CHAT_FORMAT_VERSION} are read; {REMEDY}"
         )
     if version > 1 and values.pop("sha256", None) != _sha256_of(values):
         raise ValueError(f"store: {path} does not have its own sha256, so it was altered; {REMEDY}")
     try:
         values["special_ids"] = SpecialIds(**values["special_ids"])
         values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
-        if values.get("index") is not None:
-            values["index"] = FileRecord(**values["index"])
+        for name, kind in (("index", FileRecord), ("chat", ChatRecord)):
+            values[name] = kind(**values[name]) if values.get(name) is not None else None
         manifest = Manifest(**values)
     except (KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -163,7 +184,8 @@ def read_manifest_of_any_format(folder: Path) -> Manifest:
 
 def _wrong_fields(manifest: Manifest) -> Iterator[str]:
     """What is not of its kind, or leads out of the folder."""
-    for part in (manifest, manifest.special_ids, *manifest.files.values(), *filter(None, [manifest.index])):
+    inner = (manifest.special_ids, *manifest.files.values(), *filter(None, [manifest.index, manifest.chat]))
+    for part in (manifest, *inner):
         hints, values = get_type_hints(type(part)), vars(part)
         for name, value in values.items():
             kind = get_origin(hints[name]) or hints[name]
@@ -179,6 +201,7 @@ def _wrong_fields(manifest: Manifest) -> Iterator[str]:
         "documents": manifest.documents > 0,
         "block_bytes": manifest.block_bytes > 0,
         "index": manifest.index is not None or manifest.format_version == 1,
+        "chat": (manifest.chat is not None) == (manifest.format_version == CHAT_FORMAT_VERSION),
         "max_token_id": max(special) <= largest < manifest.vocab_size,
     }
     yield from (f"{name} = {short(getattr(manifest, name))}" for name, holds in must_hold.items() if not holds)
@@ -230,7 +253,7 @@ class TokenStore:
     path: Path
     manifest: Manifest
     starts: NDArray[np.int64]  # [documents + 1] first token of each, all documents end to end
-    runs: NDArray[np.int64]  # [3, runs] first token, data file, byte offset
+    runs: NDArray[np.int64]  # [3 or 4, runs] first token, data file, byte offset of its id, and of its loss mask
     blocks: BlockReader
 
     @classmethod
@@ -252,7 +275,7 @@ class TokenStore:
                 tokens=manifest.tokens,
                 sizes=list(files.values()),
                 block_bytes=manifest.block_bytes,
-                id_bytes=ID_DTYPES[manifest.token_dtype].itemsize,
+                item_bytes=tuple(dtype.itemsize for dtype in manifest.columns.values()),
             )
         except (OSError, ValueError) as error:
             raise ValueError(f"store: {folder / INDEX_NAME} {error}; {REMEDY}") from None
@@ -274,22 +297,35 @@ class TokenStore:
         Raises:
             DamagedData: it is not what was written; names the file and the block, or the id.
         """
-        start, stop = int(self.starts[index]), int(self.starts[index + 1])
-        first, last = start + begin, stop if end is None else min(start + end, stop)
-        run_first, file, offset = self.runs[:, self.runs[0].searchsorted(start, side="right") - 1].tolist()
-        dtype = ID_DTYPES[self.manifest.token_dtype]
-        at = offset + (first - run_first) * dtype.itemsize
-        ids: NDArray[np.integer[Any]] = np.frombuffer(
-            self.blocks.read(file, at, at + (last - first) * dtype.itemsize), dtype=dtype
-        )
+        ids, file = self._column("input_ids", index, begin, end)
         # A negative id is a large one.
-        if len(ids) and (largest := int(ids.view(f"<u{dtype.itemsize}").max())) > self.manifest.max_token_id:
+        if len(ids) and (largest := int(ids.view(f"<u{ids.itemsize}").max())) > self.manifest.max_token_id:
             raise DamagedData(
                 f"store: document {index} of {self.path} has the id {largest}, beyond the manifest's largest, "
                 f"{self.manifest.max_token_id}; {REMEDY}",
-                file=self.blocks.names[file],
+                file=file,
             )
         return ids
+
+    def loss_mask(self, index: int) -> NDArray[np.bool_]:
+        """[tokens] whether each token of a conversation has a loss; of a store that has such a column.
+
+        Raises:
+            DamagedData: as `document`.
+        """
+        mask, _ = self._column("loss_mask", index, 0, None)
+        return mask.astype(np.bool_)
+
+    def _column(self, name: str, index: int, begin: int, end: int | None) -> tuple[NDArray[np.integer[Any]], str]:
+        """The values of a document, or of a range of it, in a column, and the name of their file."""
+        start, stop = int(self.starts[index]), int(self.starts[index + 1])
+        first, last = start + begin, stop if end is None else min(start + end, stop)
+        run_first, file, *offsets = self.runs[:, self.runs[0].searchsorted(start, side="right") - 1].tolist()
+        columns = self.manifest.columns
+        offset, dtype = offsets[[*columns].index(name)], columns[name]
+        at = offset + (first - run_first) * dtype.itemsize
+        content = self.blocks.read(file, at, at + (last - first) * dtype.itemsize)
+        return np.frombuffer(content, dtype=dtype), self.blocks.names[file]
 
     def check(self, *, vocab_size: int) -> None:
         """Raise a ValueError for a model whose embedding is too small for this store."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,8 +50,7 @@ class TokenStream:
     _orders: dict[int, NDArray[np.int64]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed: {self.seed} is out of range; choose one between 0 and 2**64 - 1")
+        check_seed(self.seed)
         if self.store.manifest.tokens < self.config.sequence_length:
             raise ValueError(
                 f"data.store: {self.store.path} holds {self.store.manifest.tokens} tokens, fewer than one sample of "
@@ -97,7 +96,7 @@ class TokenStream:
         first = -(-self._epoch_starts[epoch] // length)
         after = -(-self._epoch_starts[epoch + 1] // length)
         order = partial(permutation, after - first, seed=self.seed, purpose=WINDOW_ORDER, epoch=epoch)
-        return first + int(_cached(self._orders, epoch, order)[position - first])
+        return first + int(cached(self._orders, epoch, order)[position - first])
 
     def _read_window(self, window: int, tokens: NDArray[np.int64], documents: NDArray[np.int64]) -> None:
         """Fill one row with a sample's context token and its targets."""
@@ -108,13 +107,13 @@ class TokenStream:
             epoch = self._epoch_at(offset + filled)
             start = offset + filled - self._epoch_starts[epoch]
             pack = partial(pack_epoch, self.store, seed=self.seed, epoch=epoch, fim_rate=self.config.fim_rate)
-            packing = _cached(self._packings, epoch, pack)
+            packing = cached(self._packings, epoch, pack)
             count = read_packed(self.store, packing, start, tokens=tokens[filled:], documents=documents[filled:])
             documents[filled : filled + count] += epoch * self.store.manifest.documents
             filled += count
 
 
-def _cached(cache: dict[int, Value], epoch: int, make: Callable[[], Value]) -> Value:
+def cached(cache: dict[int, Value], epoch: int, make: Callable[[], Value]) -> Value:
     """The value of an epoch; those of the few epochs used last are kept."""
     if epoch not in cache:
         value = make()
@@ -148,22 +147,53 @@ def iterate_windows(
         yield batch_from_windows(windows, documents, mask_documents=mask_documents)
 
 
+class SampleStream(Protocol):
+    """An endless order of training samples: windows of text, or conversations (`train/data/conversations.py`)."""
+
+    dropped: Windows
+
+    @property
+    def store(self) -> TokenStore:
+        """Where the samples come from."""
+
+    def take(self, position: int, count: int) -> Batch:
+        """The samples at `position`, `position + 1`, ..., whatever was taken before."""
+
+
 # The training stream and the held-out store.
-Stores = tuple[TokenStream, TokenStore | None]
+Stores = tuple[SampleStream, TokenStore | None]
+
+
+def check_seed(seed: int) -> None:
+    """Raise a ValueError for a seed that is out of range."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed: {seed} is out of range; choose one between 0 and 2**64 - 1")
 
 
 def open_stores(config: DataConfig, *, vocab_size: int, seed: int) -> Stores:
     """The training stream and the held-out store, checked against the model's vocabulary and each other.
 
     Raises:
-        ValueError: missing, damaged, too short, or made with another tokeniser or too large a vocabulary.
+        ValueError: missing, damaged, too short, of conversations, or made with another tokeniser or too large a
+            vocabulary.
     """
+    store, heldout = open_pair(config, vocab_size=vocab_size)
+    for name, each in (("store", store), ("heldout", heldout)):
+        if each is not None and each.manifest.chat is not None:
+            raise ValueError(
+                f"data.{name}: {each.path} holds conversations, and data.samples=windows would cut them and learn the "
+                "user's turns too; train on it with +stage=sft"
+            )
+    return TokenStream(store, config, seed), heldout
+
+
+def open_pair(config: DataConfig, *, vocab_size: int) -> tuple[TokenStore, TokenStore | None]:
+    """The training and the held-out store; ValueError as `open_stores`."""
     store = TokenStore.open(Path(config.store))
     store.check(vocab_size=vocab_size)
-    stream = TokenStream(store, config, seed)
     if config.heldout is None:
-        return stream, None
+        return store, None
     heldout = TokenStore.open(Path(config.heldout))
     heldout.check(vocab_size=vocab_size)
     check_same_tokenizer(store, heldout)
-    return stream, heldout
+    return store, heldout

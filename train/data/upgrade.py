@@ -40,7 +40,7 @@ def _upgrade_one(folder: Path) -> bool:
     is_old = manifest.format_version < FORMAT_VERSION
     if is_old:
         files = [folder / name for name in manifest.data_files]
-        index, largest = scan_arrow(files, dtype=manifest.token_dtype, block_bytes=BLOCK_BYTES)
+        index, largest, _ = scan_arrow(files, dtype=manifest.token_dtype, block_bytes=BLOCK_BYTES)
         found = (len(index.starts) - 1, int(index.starts[-1]))
         if found != (manifest.documents, manifest.tokens) or largest > manifest.max_token_id:
             raise ValueError(

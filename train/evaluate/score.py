@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from train.data.batch import Batch
+from train.data.conversations import iterate_conversations
 from train.data.store import TokenStore
 from train.data.stream import iterate_windows
 
@@ -61,14 +62,22 @@ def score_store(
     batch_sequences: int,
     mask_documents: bool = False,
 ) -> StoreScore:
-    """Score a model on a whole store, in batches of `batch_sequences` samples with or without document ids."""
-    nats, targets = 0.0, 0
-    batches = iterate_windows(
-        store, sequence_length=sequence_length, batch_sequences=batch_sequences, mask_documents=mask_documents
+    """Score a model on a whole store, in batches of `batch_sequences` samples with or without document ids.
+
+    Of conversations, which are always kept apart, on what the assistant says; a ValueError where one is too long.
+    """
+    nats, targets, chat = 0.0, 0, store.manifest.chat
+    batches = (
+        iterate_windows(
+            store, sequence_length=sequence_length, batch_sequences=batch_sequences, mask_documents=mask_documents
+        )
+        if chat is None
+        else iterate_conversations(store, sequence_length=sequence_length, batch_sequences=batch_sequences)
     )
     for batch in batches:
         batch_nats, batch_targets = loss_of_batch(batch)
         nats += batch_nats
         targets += batch_targets
-    assert targets == store.manifest.tokens, (targets, store.manifest.tokens)
+    expected = store.manifest.tokens if chat is None else chat.targets
+    assert targets == expected, (targets, expected)
     return StoreScore(nats, targets, store.manifest.text_bytes)

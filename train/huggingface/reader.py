@@ -77,6 +77,7 @@ class HfReader:
         origin = str(path / CONFIG)
         announced, fp8 = model_config(values, origin=origin), is_fp8(values, origin=origin)
         self.trained_on: TrainedOn = TrainedOn.from_json(values, origin=origin)
+        self.state: dict[str, Any] = {}
         self._files = OpenFiles(
             path,
             lambda file, error: ValueError(

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -30,7 +31,7 @@ from train.checkpoint import publish
 from train.config import convert
 from train.data.store import MANIFEST_NAME, read_manifest
 from train.data.tokenizer import TextTokenizer, load_tokenizer
-from train.data.trained_on import TrainedOn
+from train.data.trained_on import FirstToken, TrainedOn
 from train.huggingface.reader import CONFIG, HfReader
 from train.huggingface.safetensors_files import READ_ERRORS, OpenFiles
 from train.model.config import ModelConfig
@@ -63,6 +64,10 @@ class WeightSource(Protocol):
     @property
     def trained_on(self) -> TrainedOn:
         """How samples of its training looked."""
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """What a run saved with them; empty where no run of ours did."""
 
     def names(self) -> tuple[str, ...]:
         """Every tensor, in the order they are best read."""
@@ -144,7 +149,7 @@ class CheckpointReader:
         identity = convert(section, self.state.get("identity", {}), "identity")
         store = convert(section, identity.get("store", {}), "identity.store")
         self.trained_on = TrainedOn(
-            "eos",
+            convert(FirstToken, identity.get("first_token", "eos"), "identity.first_token"),
             convert(int | None, data.get("sequence_length"), "config.data.sequence_length"),
             convert(bool, data.get("mask_documents", False), "config.data.mask_documents"),
             convert(str | None, store.get("tokenizer"), "identity.store.tokenizer"),

@@ -64,14 +64,23 @@ def opening(card: Mapping[str, Any], *, directory: Path, num_steps: int, step: i
     inexact = [] if card["deterministic"] else [f"a resume goes on {_INEXACT}"]
     first = card.get("at_first")
     few = [few_micro_batches(first, layout["schedule"])] if first and step < first["until_step"] else []
+    began = [began_from(card["began_from"])] if card.get("began_from") else []
     return [
         f"{card['precision']} on {card['device']}{threads}, {several}, torch {card['torch']}",
         f"model: {total} parameters, {active} active per token{apart}",
         f"budget: {budget}; {num_steps - step:,} steps to go",
+        *began,
         f"folder: {directory}, a checkpoint every {every_steps} steps; SIGTERM or Ctrl-C saves and stops",
         *few,
         *inexact,
     ]
+
+
+def began_from(record: Mapping[str, Any]) -> str:
+    """Whose weights a run began with, and whose those did."""
+    seen = f" ({record['tokens_seen']:,} tokens of {record['store']})" if "tokens_seen" in record else ""
+    before = record.get("began_from")
+    return f"began from {record['path']}{seen}" + (f", which {began_from(before)}" if before else "")
 
 
 def few_micro_batches(first: Mapping[str, Any], schedule: str) -> str:

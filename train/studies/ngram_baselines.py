@@ -214,6 +214,9 @@ def open_beside(heldout: Mapping[str, Path], learn_from: Path | None) -> dict[st
     found: dict[str, tuple[TokenStore, TokenStore] | str] = {}
     for name, path in heldout.items():
         store, place = TokenStore.open(path), learn_from or path.parent / "train"
+        if store.manifest.chat is not None:
+            found[name] = "it holds conversations, of which a part is scored, and these figures are of whole texts"
+            continue
         if learn_from is None and (place.resolve() == path.resolve() or not (place / MANIFEST_NAME).exists()):
             found[name] = f"no store `train` is beside {path}; name the one to learn from with --learn-from"
             continue
