@@ -172,7 +172,7 @@ async def ask_all(
         for request in waiting:
             line, reason = await _ask(client, request, openai)
             if line:
-                log.append(line)
+                log.append(line | {"endpoint": endpoint.public_url})
             asked.add(line, reason, allowed_in_a_row=endpoint.in_flight)
             show(asked)
             if asked.stopped:
