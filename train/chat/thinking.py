@@ -59,3 +59,26 @@ def split_thinking(text: str, *, cut_off: bool = False) -> tuple[str, str]:
     if before.strip() or BEGIN in answer or END in answer or (begin and not end):
         raise ValueError(f"{BEGIN} and {END} do not enclose one beginning of the text")
     return (thoughts, answer) if end else ("", text)
+
+
+class ThinkingStream:
+    """Tells thoughts from answer while a text arrives; marks may be cut anywhere between two chunks."""
+
+    def __init__(self) -> None:
+        self._thinks, self._held = False, ""
+
+    def feed(self, text: str, *, last: bool = False) -> list[tuple[bool, str]]:
+        """Parts to show: (whether it is thought, text); what may become a mark is held until the next call."""
+        self._held += text
+        parts: list[tuple[bool, str]] = []
+        while True:
+            mark = END if self._thinks else BEGIN
+            before, found, after = self._held.partition(mark)
+            if not found:
+                break
+            parts.append((self._thinks, before))
+            self._thinks, self._held = not self._thinks, after
+        held = 0 if last else max((n for n in range(1, len(mark)) if self._held.endswith(mark[:n])), default=0)
+        parts.append((self._thinks, self._held[: len(self._held) - held]))
+        self._held = self._held[len(self._held) - held :]
+        return [part for part in parts if part[1]]
