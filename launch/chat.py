@@ -2,7 +2,7 @@
 
     python launch/chat.py http://127.0.0.1:8000
 
-`launch/serve.py RUN` serves a run and prints its address. `/help` lists what can be typed: docs/post_training.md. Bad
+`python -m launch.serve RUN` serves a run and prints its address. `/help` lists what can be typed: docs/post_training.md. Bad
 input ends with one sentence and exit code 2.
 """
 
@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import sys
 
 from rich.console import Console
 
-from train.chat.endpoint import Endpoint, first_model
+from train.chat.endpoint import Endpoint, fields_of, first_model
 from train.chat.terminal import Chat, line_reader
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -32,7 +31,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--temperature", type=float, default=0.6, help="(%(default)s)")
     add("--top-p", type=float, default=0.95, help="(%(default)s)")
     add("--max-tokens", type=int, help="of an answer (default: the endpoint's)")
-    add("--extra", type=json.loads, default={}, help="JSON object with more fields of each request")
+    add("--extra", default="{}", help="JSON object with more fields of each request")
     add("--key-variable", default="OPENAI_API_KEY", help="environment variable with the endpoint's key (%(default)s)")
     add("--timeout", type=float, default=600.0, help="seconds until an answer is given up (%(default)s)")
     return parser.parse_args(arguments)
@@ -44,17 +43,15 @@ def main(arguments: list[str]) -> int:
     try:
         if not given.url.startswith(("http://", "https://")):
             raise ValueError(
-                f"{given.url} is no address; `python launch/serve.py {given.url}` serves a run and prints one"
+                f"{given.url} is no address; `python -m launch.serve {given.url}` serves a run and prints one"
             )
-        if not isinstance(given.extra, dict):
-            raise ValueError(f"--extra {given.extra} is no JSON object of fields")
         key = os.environ.get(given.key_variable, "none")
         endpoint = Endpoint(given.url, key, retries=2, timeout_s=given.timeout)
         options = {
             "temperature": given.temperature,
             "top_p": given.top_p,
             "max_tokens": given.max_tokens,
-            **given.extra,
+            **fields_of(given.extra),
         }
         options = {name: value for name, value in options.items() if value is not None}
         model = given.model or asyncio.run(first_model(endpoint))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ from rich.table import Table
 
 from train.chat.asking import ask_into
 from train.chat.distill import MESSAGES, SAMPLES, Distillation, claim, select
-from train.chat.endpoint import Endpoint, first_model
+from train.chat.endpoint import Endpoint, fields_of, first_model
 from train.chat.problems import open_problems
 
 INCOMPLETE, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -48,7 +47,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--instruction", help="after each problem (default: asks for \\boxed{}, or for a code block)")
     add("--min-characters", type=int, default=1, help="of thoughts and answer together (%(default)s)")
     add("--max-characters", type=int, default=65536, help="of thoughts and answer together (%(default)s)")
-    add("--extra", type=json.loads, default={}, help="JSON object with more fields of each request")
+    add("--extra", default="{}", help="JSON object with more fields of each request")
     add("--in-flight", type=int, default=16, help="requests under way at once, at most (%(default)s)")
     add("--retries", type=int, default=20, help="of a request, about two minutes (%(default)s)")
     add("--timeout", type=float, default=1800.0, help="seconds until an answer is given up (%(default)s)")
@@ -58,8 +57,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def settings_of(options: argparse.Namespace, model: str) -> Distillation:
     """What is asked and kept."""
-    names = Distillation.__dataclass_fields__.keys() - {"model"}
-    return Distillation(model=model, **{name: getattr(options, name) for name in names})
+    names = Distillation.__dataclass_fields__.keys() - {"model", "extra"}
+    named = {name: getattr(options, name) for name in names}
+    return Distillation(model=model, extra=fields_of(options.extra), **named)
 
 
 def show(report: dict[str, Any], folder: Path) -> None:

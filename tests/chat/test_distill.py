@@ -222,7 +222,7 @@ def test_what_a_user_can_do_wrong_is_one_sentence(
         "--samples 2 at --temperature 0 are all the same": {"temperature": 0},
         "--temperature -1.0 must be in 0 .. 2": {"temperature": -1},
         "--max-characters 3 is below --min-characters 4": {"max-characters": 3, "min-characters": 4},
-        "--extra [1] is no JSON object": {"extra": "[1]"},
+        "--extra '[1]' is no JSON object": {"extra": "[1]"},
         "--in-flight 0 must be 1 or more": {"in-flight": 0},
     }
     for message, changes in wrong.items():

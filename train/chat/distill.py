@@ -64,8 +64,6 @@ class Distillation:
             raise ValueError(f"--temperature {self.temperature} must be in 0 .. 2, --top-p {self.top_p} in 0 .. 1")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"--samples {self.samples} at --temperature 0 are all the same; set --temperature 0.6")
-        if not isinstance(self.extra, dict):
-            raise ValueError(f"--extra {short(self.extra)} is no JSON object of fields")
         if self.max_characters < self.min_characters:
             raise ValueError(f"--max-characters {self.max_characters} is below --min-characters {self.min_characters}")
 

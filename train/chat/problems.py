@@ -1,6 +1,7 @@
 r"""Problems with a way to check an answer: from JSONL files in published formats, or made by reasoning-gym.
 
     math   {"problem" | "question" | "prompt", "answer"} or, for MATH, {"problem", "solution": "... \boxed{...}"}
+    choice MMLU-Pro {"question", "options", "answer"}, MMLU, GPQA, as `--choice` reads them: the letter is the answer
     code   HumanEval {"task_id", "prompt", "entry_point", "test"}; MBPP {"task_id", "text" | "prompt", "test_list"}
     reasoning-gym:FAMILY   as many problems as are asked for, from a seed; its own verifier
 
@@ -43,6 +44,9 @@ EVALUATING = frozenset(
 )
 BOX = "Put your final answer within \\boxed{}."
 BLOCK = "Write the whole solution in one Python code block."
+LETTER = "Put the letter of the right option within \\boxed{}."
+# Any of them makes a line a question with options.
+CHOICE_FIELDS = frozenset(("options", "choices", "correct answer"))
 _BLOCK = re.compile(r"```(?:python|py|Python)?[ \t]*\n(.*?)```", re.DOTALL)
 
 
@@ -70,6 +74,8 @@ class ProblemSet:
     problems: Sequence[CheckedProblem]
     instruction: str
     verifier: str
+    # Answers can be counted: a majority of them means something.
+    votes: bool = True
 
     @cached_property
     def distinct(self) -> dict[str, CheckedProblem]:
@@ -87,7 +93,7 @@ def open_problems(source: str, *, size: int, seed: int, run_code: bool) -> Probl
         if not run_code:
             raise ValueError(f"{path} has tests to run on what a model wrote; allow that with --run-code, in a sandbox")
         return code_problems(path)
-    return math_problems(path)
+    return choice_problems(path, seed=seed) if CHOICE_FIELDS & first.fields.keys() else math_problems(path)
 
 
 def math_problems(path: Path) -> ProblemSet:
@@ -98,6 +104,21 @@ def math_problems(path: Path) -> ProblemSet:
 
     problems = [checked(p.problem, p.answer, p.category, str(i)) for i, p in enumerate(read_problems(path))]
     return ProblemSet(problems, BOX, "final answer: spelling or exact fraction")
+
+
+def choice_problems(path: Path, *, seed: int) -> ProblemSet:
+    """Questions with options; the seed shuffles those of GPQA."""
+    # It loads torch.
+    from train.evaluate.multiple_choice import LETTERS, read_questions
+
+    def checked(number: int, question: str, options: Sequence[str], letter: str, category: str) -> CheckedProblem:
+        listed = "\n".join(f"{mark}. {option}" for mark, option in zip(LETTERS, options, strict=False))
+        text = f"{question.strip()}\n\n{listed}"
+        return CheckedProblem(text, letter, lambda said: same_answer(final_answer(said), letter), str(number), category)
+
+    questions = read_questions(path, seed=seed)
+    problems = [checked(i, q.question, q.options, LETTERS[q.answer], q.category) for i, q in enumerate(questions)]
+    return ProblemSet(problems, LETTER, "letter of the right option")
 
 
 def code_problems(path: Path, limits: CodeLimits | None = None) -> ProblemSet:
@@ -113,7 +134,8 @@ def code_problems(path: Path, limits: CodeLimits | None = None) -> ProblemSet:
 
         return CheckedProblem(text, tests, accepts, name)
 
-    return ProblemSet([checked(line) for line in read_lines(path)], BLOCK, f"unit tests, {limits.cpu_s} s of CPU time")
+    verifier = f"unit tests, {limits.cpu_s} s of CPU time"
+    return ProblemSet([checked(line) for line in read_lines(path)], BLOCK, verifier, votes=False)
 
 
 def _tests_of(line: Line) -> tuple[str, str, str]:
