@@ -2,8 +2,8 @@
 
     python launch/chat.py http://127.0.0.1:8000
 
-`python -m launch.serve RUN` serves a run and prints its address. `/help` lists what can be typed: docs/post_training.md. Bad
-input ends with one sentence and exit code 2.
+`python -m launch.serve RUN` serves a run and prints its address. `/help` lists what can be typed:
+docs/post_training.md. Bad input ends with one sentence and exit code 2.
 """
 
 from __future__ import annotations

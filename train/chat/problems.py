@@ -1,6 +1,6 @@
 r"""Problems with a way to check an answer: from JSONL files in published formats, or made by reasoning-gym.
 
-    math   {"problem" | "question" | "prompt", "answer"} or, for MATH, {"problem", "solution": "... \boxed{...}"}
+    math   {"problem" | "question", "answer"} or, for MATH, {"problem", "solution": "... \boxed{...}"}
     choice MMLU-Pro {"question", "options", "answer"}, MMLU, GPQA, as `--choice` reads them: the letter is the answer
     code   HumanEval {"task_id", "prompt", "entry_point", "test"}; MBPP {"task_id", "text" | "prompt", "test_list"}
     reasoning-gym:FAMILY   as many problems as are asked for, from a seed; its own verifier

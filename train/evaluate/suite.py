@@ -94,7 +94,7 @@ class SuiteFiles:
 def read_files(suite: Suite) -> SuiteFiles:
     """Read the files; ValueError for whatever can be wrong with them before a model is loaded."""
     if suite.chat:
-        raise ValueError("--chat asks an endpoint: serve the model (python -m launch.serve) and give its address in its place")
+        raise ValueError("--chat asks an endpoint: serve the model (python -m launch.serve) and give its address")
     choices = {str(path): read_questions(path, seed=suite.seed) for path in suite.choice}
     problems = {str(path): read_problems(path) for path in suite.exact}
     choice_examples = read_questions(suite.dev, seed=suite.seed) if suite.dev and choices else []
