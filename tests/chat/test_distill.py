@@ -81,6 +81,23 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / MESSAGES).read_text().splitlines()]
 
 
+def check(out: Path, bodies: list[dict[str, Any]]) -> None:
+    """What was kept and why the rest was not, against the teacher's script and a sum of ours."""
+    report, kept, verdicts = json.loads((out / REPORT).read_text()), rows(out), expected_verdicts(bodies)
+    assert report["samples"] == verdicts.total()
+    assert report["accepted"] == verdicts.pop("accepted") == len(kept)
+    assert (report["rejected"], report["missing"]) == (verdicts, 0)
+    for row in kept:
+        user, assistant = row["messages"]
+        assert assistant["content"] == f"It is \\boxed{{{total_of(user['content'])}}}."
+        body = {"messages": [user], "seed": row["provenance"]["seed"]}
+        assert VERDICTS[kind_of(body)] == "accepted"
+        assert assistant["reasoning_content"] == f"I add ({body['seed']})."
+    assert report["solved"] == len({row["messages"][0]["content"] for row in kept})
+    assert report["problems"] == len({body["messages"][0]["content"] for body in bodies})
+
+
+@pytest.mark.long
 def test_nothing_wrong_is_kept_and_nothing_is_lost_by_a_kill(tmp_path: Path) -> None:
     out, root = tmp_path / "out", Path(__file__).resolve().parents[2]
     with served(teacher) as server:
@@ -114,20 +131,8 @@ def test_nothing_wrong_is_kept_and_nothing_is_lost_by_a_kill(tmp_path: Path) -> 
         assert [line for line in after if line["custom_id"] in before] == list(before.values())
         assert len({line["custom_id"] for line in after}) == len(after) == 80
         every = list(map(json.loads, server.attempts))
-    report, kept = json.loads((out / REPORT).read_text()), rows(out)
-    verdicts = expected_verdicts(every)
-    assert {kind for body in every for kind in [kind_of(body)]} == set(KINDS)
-    assert report["accepted"] == verdicts.pop("accepted") == len(kept)
-    assert report["rejected"] == verdicts
-    assert (report["missing"], report["samples"], report["problems"]) == (0, 80, 20)
-    # Each row is right by a sum of ours, whole, and one that the teacher's script calls right.
-    for row in kept:
-        user, assistant = row["messages"]
-        assert assistant["content"] == f"It is \\boxed{{{total_of(user['content'])}}}."
-        body = {"messages": [user], "seed": row["provenance"]["seed"]}
-        assert VERDICTS[kind_of(body)] == "accepted"
-        assert assistant["reasoning_content"] == f"I add ({body['seed']})."
-    assert report["solved"] == len({row["messages"][0]["content"] for row in kept})
+    assert {kind_of(body) for body in every} == set(KINDS)
+    check(out, every)
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +194,13 @@ def test_another_bound_or_more_samples_ask_for_no_more_than_is_missing(
     assert (out / SAMPLES).read_bytes().startswith(before)
 
 
+def test_nothing_wrong_is_kept_and_every_rejection_has_its_reason(tmp_path: Path) -> None:
+    with served(teacher) as server:
+        assert main(arguments(server, tmp_path / "out", size=10)) == 0
+        assert server.most_in_flight <= 4
+        check(tmp_path / "out", list(map(json.loads, server.attempts)))
+
+
 def test_the_same_solution_is_kept_once(tmp_path: Path) -> None:
     with served(lambda body: Reply(f"\\boxed{{{total_of(body['messages'][0]['content'])}}}")) as server:
         assert main(arguments(server, tmp_path / "out", size=2, samples=3)) == 0
@@ -196,6 +208,7 @@ def test_the_same_solution_is_kept_once(tmp_path: Path) -> None:
     assert (report["accepted"], report["rejected"]) == (2, {"repeated": 4})
 
 
+@pytest.mark.long
 def test_a_teacher_that_stays_ill_leaves_the_rest_for_the_next_call(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

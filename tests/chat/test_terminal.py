@@ -159,6 +159,7 @@ def test_a_chat_is_typed_stopped_saved_and_ended(server: ScriptedServer, tmp_pat
     assert [message["role"] for message in messages[1:]] == ["user", "assistant"] * 6
 
 
+@pytest.mark.long
 def test_the_end_of_input_ends_a_chat_and_a_pipe_works(server: ScriptedServer, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "launch/chat.py"), server.url]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
