@@ -64,15 +64,14 @@ def settings_of(options: argparse.Namespace, model: str) -> Distillation:
 
 def show(report: dict[str, Any], folder: Path) -> None:
     """The report as a table."""
-    table = Table(
-        "solutions", "number", title=f"{folder / MESSAGES}: {report['solved']} of {report['problems']} problems"
-    )
+    console, table = Console(highlight=False), Table("solutions", "number")
     table.add_row("accepted", f"{report['accepted']:,}")
     for reason, number in report["rejected"].items():
         table.add_row(f"rejected: {reason}", f"{number:,}")
     if report["missing"]:
         table.add_row("not answered yet", f"{report['missing']:,}")
-    Console(highlight=False).print(table)
+    console.print(f"{folder / MESSAGES}: {report['solved']} of {report['problems']} problems solved", soft_wrap=True)
+    console.print(table)
 
 
 def main(arguments: list[str]) -> int:
