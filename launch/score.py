@@ -2,7 +2,8 @@
 
     python launch/score.py runs/demo/fp8 --store stores/demo/heldout
 
-The model is a run, one of its checkpoints, or a Hugging Face folder. Bad input ends with one sentence, exit code 2.
+The model is a run, a checkpoint, a Hugging Face folder, or, for --chat, an endpoint of OpenAI's form, its key in
+OPENAI_API_KEY. Bad input ends with one sentence, exit code 2.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ os.environ.update(spin_default(os.environ))
 
 from train.assemble import choose_device
 from train.backend import use_for_command
+from train.chat.score import score_endpoint
 from train.evaluate.exact_match import Attempts
 from train.evaluate.language_model import LanguageModel
 from train.evaluate.suite import Suite, SuiteScores, evaluate, named_stores, read_files
@@ -28,20 +30,22 @@ from train.huggingface.weights import Kind, load_model, open_weights, tokenizer_
 from train.studies.ngram_baselines import measure_beside, open_beside
 
 BAD_INPUT, INTERRUPTED = 2, 130
-# Flags of the same name as a field of `Suite`.
-SAME_NAMES = ("choice", "exact", "dev", "shots", "seed", "tasks", "limit", "run_code")
+SAME_NAMES = ("choice", "exact", "dev", "shots", "seed", "tasks", "limit", "run_code", "chat", "extra", "answers")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Score a model.")
     add = parser.add_argument
-    add("model", type=Path, help="a run, a checkpoint, or a Hugging Face folder")
+    add("model", help="a run, a checkpoint, a Hugging Face folder, or for --chat http://HOST:PORT")
     add("--store", action="append", default=[], help="held-out store, PATH or NAME=PATH; may be repeated")
     add("--learn-from", type=Path, help="store of the n-gram models and xz (default: `train` beside each --store)")
     add("--baselines", action=argparse.BooleanOptionalAction, help="beside each score (default: up to 32 MB of text)")
     add("--choice", action="append", default=[], type=Path, help="multiple choice (MMLU-Pro, MMLU, GPQA), JSONL")
     add("--exact", action="append", default=[], type=Path, help="final answers (MATH, AIME), JSONL")
+    add("--chat", action="append", default=[], type=Path, help="answers, options or tests (HumanEval, MBPP), JSONL")
+    add("--extra", default="{}", help="JSON object with more fields of each request of --chat")
+    add("--answers", type=Path, help="JSONL that keeps the answers to --chat; what it has is not asked again")
     add("--tasks", default="", help="deepseek-base, or lm-eval tasks separated by commas; needs lm-eval")
     add("--dev", type=Path, help="JSONL of examples, in the format of the questions")
     add("--shots", type=int, default=0, help="examples before each question (default: 0)")
@@ -50,7 +54,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--max-new-tokens", type=int, help="longest solution (default: 512, at most half of --max-length)")
     add("--seed", type=int, default=0, help="of samples and of the order of GPQA's options (default: 0)")
     add("--limit", type=int, help="documents of each lm-eval task (default: all)")
-    add("--run-code", action="store_true", help="let lm-eval run programs that the model wrote")
+    add("--run-code", action="store_true", help="run programs that the model wrote: no security boundary")
     add("--weights", choices=get_args(Kind), default="model", help="which values, of a run (default: model)")
     add("--tokenizer", type=Path, help="tokenizer.json (default: the model's)")
     add("--max-length", type=int, help="longest input, tokens (default: as trained)")
@@ -63,22 +67,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def suite_of(options: argparse.Namespace) -> Suite:
     """What to measure."""
-    return Suite(
-        stores=named_stores(options.store),
-        attempts=Attempts(options.samples, options.temperature, options.max_new_tokens, options.seed),
-        **{name: getattr(options, name) for name in SAME_NAMES},
-    )
+    attempts = Attempts(options.samples, options.temperature, options.max_new_tokens, options.seed)
+    named = {name: getattr(options, name) for name in SAME_NAMES}
+    return Suite(stores=named_stores(options.store), attempts=attempts, **named)
 
 
 def model_of(options: argparse.Namespace) -> LanguageModel:
     """Load the model; lengths and tokeniser are those of its training unless the command line says otherwise."""
-    source = open_weights(options.model, options.weights)
+    source = open_weights(Path(options.model), options.weights)
     device = choose_device(options.device)
     use_for_command(options.kernels, source.config, source.precision, tokens=options.batch_tokens, device=device)
     return LanguageModel(
         load_model(source, device=device),
         device,
-        name=str(options.model),
+        name=options.model,
         load_tokenizer=partial(tokenizer_of, source, options.tokenizer),
         trained_on=source.trained_on,
         max_length=options.max_length,
@@ -89,16 +91,19 @@ def model_of(options: argparse.Namespace) -> LanguageModel:
 def main(arguments: list[str]) -> int:
     """Score as the command line says; returns the exit code."""
     options = parse(arguments)
-    scores, code = None, 0
+    scores = None
     try:
         suite, scores = suite_of(options), SuiteScores(options.out)
-        files = read_files(suite)
-        stores = {} if options.baselines is False else suite.stores
-        beaten = open_beside(stores, options.learn_from)
-        evaluate(model_of(options), suite, files, scores)
-        for name, pair in beaten.items():
-            scores.add("baselines", name, measure_beside(pair, asked=bool(options.baselines)))
-        code = 0 if scores.finish(files.left_out) else BAD_INPUT
+        if "://" in options.model:
+            whole = score_endpoint(options.model, os.environ.get("OPENAI_API_KEY", "none"), suite, scores)
+            code = 0 if whole else BAD_INPUT
+        else:
+            files = read_files(suite)
+            beaten = open_beside({} if options.baselines is False else suite.stores, options.learn_from)
+            evaluate(model_of(options), suite, files, scores)
+            for name, pair in beaten.items():
+                scores.add("baselines", name, measure_beside(pair, asked=bool(options.baselines)))
+            code = 0 if scores.finish(files.left_out) else BAD_INPUT
     except (ValueError, OSError) as error:
         print(f"score: {error}", file=sys.stderr)
         code = BAD_INPUT

@@ -61,7 +61,7 @@ def contents(path: Path) -> dict[str, Any]:
     """Id -> what was answered, or the error."""
     return {
         line["custom_id"]: line["error"] or line["response"]["body"]["choices"][0]["message"]["content"]
-        for line in read_answers(path)
+        for _, line in read_answers(path)
     }
 
 

@@ -5,9 +5,10 @@ disk is told to keep it (fsync) every `FSYNC_EVERY_S` and when the file is close
 most the answers of that time, which are asked for again. A last line without its end, from a write that was cut, is
 removed when the file is opened.
 
-A line has the form of OpenAI's batch output, and two fields of ours:
+A line has the form of OpenAI's batch output, and three fields of ours:
 
-    {"custom_id", "response": {"status_code", "body"} or null, "error": {"message"} or null, "time_unix_s", "seconds"}
+    {"custom_id", "response": {"status_code", "body"}, "error": null or {"message"}, "endpoint", "time_unix_s",
+     "seconds"}
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class AnswerLog:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._mend()
-            self.ids = {line["custom_id"] for line in read_answers(path)}
+            self.ids = {line["custom_id"] for _, line in read_answers(path)}
         except BlockingIOError:
             os.close(self._file)
             raise ValueError(f"{path} is written by another process; wait for it, or name another file") from None
@@ -71,8 +72,9 @@ class AnswerLog:
         os.ftruncate(self._file, end)
 
 
-def read_answers(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a log; ValueError names the first that is not of its form."""
+def read_answers(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(offset in bytes, line) of a log; ValueError names the first line that is not of its form."""
+    offset = 0
     with path.open("rb") as lines:
         for number, text in enumerate(lines, start=1):
             try:
@@ -82,4 +84,5 @@ def read_answers(path: Path) -> Iterator[dict[str, Any]]:
                 well_formed = False
             if not well_formed:
                 raise ValueError(f"{path} line {number} is no answer to a request; name another file to write to")
-            yield line
+            yield offset, line
+            offset += len(text)

@@ -30,10 +30,11 @@ def ask_into(
     with AnswerLog(path) as log, ExitStack() as stack:
         show = _Bar(console, path.name, total, stack) if console.is_terminal else _Lines(console, path.name, total)
         asked = asyncio.run(ask_all(endpoint, requests, log, show))
-    table = Table("requests", "number", title=str(path), title_justify="left")
+    table = Table("requests", "number")
     table.columns[1].justify = "right"
     for name, number in asked.rows():
         table.add_row(name, f"{number:,}")
+    console.print(str(path), markup=False, soft_wrap=True)
     console.print(table)
     if asked.stopped:
         console.print(f"the rest was not asked: {asked.stopped}", markup=False, soft_wrap=True)

@@ -13,6 +13,7 @@ many requests in a row fail as are in flight, the rest is not asked.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -77,6 +78,17 @@ class Endpoint:
         return openai.AsyncOpenAI(
             base_url=self.base_url, api_key=self.key, max_retries=self.retries, timeout=self.timeout_s, http_client=http
         )
+
+
+def fields_of(extra: str) -> dict[str, Any]:
+    """More fields of each request, from JSON; ValueError where it is no object."""
+    try:
+        fields = json.loads(extra)
+    except ValueError as error:
+        raise ValueError(f"--extra {extra!r} is not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"--extra {extra!r} is no JSON object of fields")
+    return fields
 
 
 async def first_model(endpoint: Endpoint) -> str:
@@ -172,7 +184,7 @@ async def ask_all(
         for request in waiting:
             line, reason = await _ask(client, request, openai)
             if line:
-                log.append(line)
+                log.append(line | {"endpoint": endpoint.public_url})
             asked.add(line, reason, allowed_in_a_row=endpoint.in_flight)
             show(asked)
             if asked.stopped:

@@ -25,9 +25,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
+from typing import TYPE_CHECKING
 
 from train.evaluate.jsonl import Line, read_lines
-from train.evaluate.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    # It loads torch; who compares answers does not need it.
+    from train.evaluate.language_model import LanguageModel
 
 # Where a base model begins the next problem.
 STOP = "Problem:"

@@ -49,10 +49,14 @@ class Suite:
     tasks: str = ""
     limit: int | None = None
     run_code: bool = False
+    # Of an endpoint (`train/chat/score.py`): files, more fields of each request as JSON, and where answers are kept.
+    chat: Sequence[Path] = ()
+    extra: str = "{}"
+    answers: Path | None = None
 
     def __post_init__(self) -> None:
-        if not (self.stores or self.choice or self.exact or self.tasks):
-            raise ValueError("nothing to score: give --store, --choice, --exact or --tasks")
+        if not (self.stores or self.choice or self.exact or self.tasks or self.chat):
+            raise ValueError("nothing to score: give --store, --choice, --exact or --tasks, of an endpoint --chat")
         for flag, value, least in (("--shots", self.shots, 0), ("--limit", self.limit, 1)):
             if value is not None and value < least:
                 raise ValueError(f"{flag} {value} must be {least} or more")
@@ -89,6 +93,8 @@ class SuiteFiles:
 
 def read_files(suite: Suite) -> SuiteFiles:
     """Read the files; ValueError for whatever can be wrong with them before a model is loaded."""
+    if suite.chat:
+        raise ValueError("--chat asks an endpoint: serve the model (python -m launch.serve) and give its address")
     choices = {str(path): read_questions(path, seed=suite.seed) for path in suite.choice}
     problems = {str(path): read_problems(path) for path in suite.exact}
     choice_examples = read_questions(suite.dev, seed=suite.seed) if suite.dev and choices else []
@@ -106,8 +112,8 @@ class SuiteScores:
     """Everything measured so far, in a JSON file where one is wanted.
 
     `results`: {"stores": {domain: figures, "total": figures}, "baselines": {domain: figures}, "choice": {file:
-    figures}, "exact": {file: figures}, "tasks": {task: figures}, "left_out": sentences}, each only where asked for, and
-    "finished": whether it is complete.
+    figures}, "exact": {file: figures}, "chat": {file: figures}, "tasks": {task: figures}, "left_out": sentences}, each
+    only where asked for, and "finished": whether it is complete.
     """
 
     def __init__(self, out: Path | None) -> None:
@@ -118,17 +124,18 @@ class SuiteScores:
         self.results: dict[str, Any] = {"finished": False}
 
     def add(self, section: str, name: str, figures: Mapping[str, Any]) -> None:
-        """Keep a score: of "stores", "baselines", "choice", "exact" or "tasks"."""
+        """Keep a score: of "stores", "baselines", "choice", "exact", "chat" or "tasks"."""
         self.results.setdefault(section, {})[name] = figures
         self._write()
 
     def finish(self, left_out: Sequence[str]) -> bool:
-        """Mark the scores as complete; returns whether every task of lm-eval could be scored."""
+        """Mark the scores as complete; returns whether every task and every chat could be scored."""
         if left_out:
             self.results["left_out"] = list(left_out)
         self.results["finished"] = True
         self._write()
-        return not any("failed" in figures for figures in self.results.get("tasks", {}).values())
+        sections = (self.results.get(name, {}) for name in ("chat", "tasks"))
+        return not any("failed" in figures for section in sections for figures in section.values())
 
     def show(self) -> None:
         """Print the scores; a reader that closes the pipe (`| head`) is no error."""
@@ -208,12 +215,10 @@ def summary_lines(results: Mapping[str, Any]) -> Iterator[str]:
             f"{figures['unfinished']:.0%} unfinished"
         )
         yield from _cut_line(file, figures)
+    for file, figures in results.get("chat", {}).items():
+        yield _chat_line(file, figures)
     for name, figures in results.get("tasks", {}).items():
-        if "failed" in figures:
-            yield f"{name}: not scored ({figures['failed']})"
-            continue
-        yield f"{name}: {figures['results']} (DeepSeek-V3-Base: {figures['deepseek_v3_base']})"
-        yield from _cut_line(name, figures)
+        yield from _task_lines(name, figures)
     for sentence in results.get("left_out", ()):
         yield f"left out: {sentence}"
 
@@ -224,6 +229,29 @@ def _baseline_line(figures: Mapping[str, Any] | None) -> Iterator[str]:
     elif figures:
         parts = ", ".join(f"{name} {figures[name]:.4f}" for name in ("bigram", "xz", "unigram"))
         yield f"  to beat: {parts} bits per byte, learnt from {figures['learn_from']}"
+
+
+def _task_lines(name: str, figures: Mapping[str, Any]) -> Iterator[str]:
+    if "failed" in figures:
+        yield f"{name}: not scored ({figures['failed']})"
+        return
+    yield f"{name}: {figures['results']} (DeepSeek-V3-Base: {figures['deepseek_v3_base']})"
+    yield from _cut_line(name, figures)
+
+
+def _chat_line(file: str, figures: Mapping[str, Any]) -> str:
+    if "failed" in figures:
+        return f"{file}: not scored ({figures['failed']})"
+    samples, value = figures["samples"], figures["pass@1"]
+    shares = {
+        "pass@1": value,
+        **({f"cons@{samples}": figures["cons@n"]} if samples > 1 and "cons@n" in figures else {}),
+    }
+    shown = ", ".join(f"{name} {each['value']:.2%} +- {each['standard_error']:.2%}" for name, each in shares.items())
+    return (
+        f"{file} {shown} of {value['problems']} problems, {samples} samples each; "
+        f"{figures['unfinished']:.0%} unfinished, {figures['malformed']:.0%} malformed"
+    )
 
 
 def _cut_line(name: str, figures: Mapping[str, Any]) -> Iterator[str]:

@@ -1,0 +1,168 @@
+"""A chat in a terminal with any endpoint of OpenAI's form: answers as they are written, thoughts dimmed or hidden.
+
+A line is sent as it is; one that ends with a backslash goes on in the next, and lines between two of \"\"\" are one
+message. Ctrl-C stops an answer, Ctrl-D ends the chat. An answer that was stopped, cut off or failed is not kept, nor
+is its question: what `/save` writes, one conversation a line, is whole and is what training on messages reads.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from train.chat.endpoint import Endpoint, openai_module, sentence_of
+from train.chat.thinking import FIELDS, Solution, ThinkingStream, split_thinking
+
+QUOTES = '"""'
+HELP = """\
+/think        show thoughts dimmed, or hide them
+/save FILE    add this conversation to a JSONL file, in the form of training on messages
+/clear        begin a new conversation
+/help         this list
+/quit         end, as Ctrl-D does; Ctrl-C stops an answer
+a line that ends with \\ goes on in the next; lines between two of \"\"\" are one message"""
+# Of the model's text, all but tabs and ends of lines: it must not steer the terminal.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class Chat:
+    """One conversation; `ask` sends it with a new message and shows the answer."""
+
+    def __init__(
+        self, endpoint: Endpoint, model: str, console: Console, *, system: str | None, options: Mapping[str, Any]
+    ) -> None:
+        self._openai = openai_module()
+        self._client = self._openai.OpenAI(
+            base_url=endpoint.base_url, api_key=endpoint.key, timeout=endpoint.timeout_s, max_retries=endpoint.retries
+        )
+        self._console, self._model, self._options = console, model, dict(options)
+        self._system = [{"role": "system", "content": system}] if system else []
+        self._turns: list[dict[str, str]] = []
+        self._shows_thoughts = True
+
+    def run(self, read: Callable[[str], str]) -> None:
+        """Talk until the end of input or `/quit`; `read` returns a line for a prompt, as `input` does."""
+        self._say(f"{self._model}; /help lists what can be typed")
+        while True:
+            try:
+                text = read_message(read)
+            except KeyboardInterrupt:
+                self._say("\n/quit or Ctrl-D ends the chat")
+                continue
+            except EOFError:
+                return
+            if text.startswith("/"):
+                if not self._command(*text.split(maxsplit=1)):
+                    return
+            elif text.strip():
+                self._ask(text)
+
+    def _command(self, name: str, argument: str = "") -> bool:
+        """Do what a command says; returns whether the chat goes on."""
+        if name == "/think":
+            self._shows_thoughts = not self._shows_thoughts
+            self._say(f"thoughts are {'shown' if self._shows_thoughts else 'hidden'}")
+        elif name == "/save":
+            self._save(argument.strip())
+        elif name == "/clear":
+            self._turns = []
+            self._say("a new conversation")
+        elif name != "/quit":
+            self._say(HELP)
+        return name != "/quit"
+
+    def _save(self, name: str) -> None:
+        if not name or not self._turns:
+            self._say("nothing to save yet" if name else "/save FILE: name a file")
+            return
+        try:
+            with Path(name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"messages": self._system + self._turns}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            self._say(f"not saved: {error}")
+            return
+        self._say(f"{len(self._turns)} messages added to {name}")
+
+    def _ask(self, text: str) -> None:
+        question = {"role": "user", "content": text}
+        finish, answer, problem = "", "", ""
+        try:
+            finish, solution = self._receive([*self._system, *self._turns, question])
+            answer = solution.answer
+        except KeyboardInterrupt:
+            problem = "stopped"
+        except (self._openai.OpenAIError, ValueError) as error:
+            problem = sentence_of(error)
+        if not problem and (finish == "length" or not answer):
+            problem = "cut off" if finish == "length" else "no answer"
+        self._console.print()
+        if problem:
+            self._say(f"{problem}: question and answer are not kept")
+        else:
+            self._turns += [question, solution.message]
+
+    def _receive(self, messages: list[dict[str, str]]) -> tuple[str, Solution]:
+        """Show an answer while it comes; why it ended, and all of it."""
+        stream = self._client.chat.completions.create(
+            model=self._model, messages=messages, stream=True, extra_body=self._options
+        )
+        marks, finish, thoughts, content = ThinkingStream(), "", "", ""
+        with stream:
+            for thinks, text, why in _deltas(stream):
+                finish = why or finish
+                if thinks:
+                    thoughts += text
+                    self._show(True, text)
+                else:
+                    content += text
+                    for part in marks.feed(text):
+                        self._show(*part)
+        for part in marks.feed("", last=True):
+            self._show(*part)
+        inside, answer = split_thinking(content, cut_off=finish == "length")
+        return finish, Solution(answer.strip(), (thoughts + inside).strip())
+
+    def _show(self, thinks: bool, text: str) -> None:
+        if self._shows_thoughts or not thinks:
+            style = "dim" if thinks else None
+            self._console.print(_CONTROL.sub("", text), end="", style=style, markup=False, soft_wrap=True)
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, style="italic", markup=False, soft_wrap=True)
+
+
+def read_message(read: Callable[[str], str]) -> str:
+    """One message: a line, lines joined by backslashes, or lines between two of three quotation marks."""
+    line = read("> ")
+    if line.strip() == QUOTES:
+        lines: list[str] = []
+        while (line := read(". ")).strip() != QUOTES:
+            lines.append(line)
+        return "\n".join(lines)
+    while line.endswith("\\"):
+        line = line[:-1] + "\n" + read(". ")
+    return line
+
+
+def _deltas(stream: Any) -> Iterator[tuple[bool, str, str]]:
+    """(whether it is thought, text, why it ended or "") of each chunk."""
+    for chunk in stream:
+        for choice in chunk.choices[:1]:
+            finish = choice.finish_reason or ""
+            thought = next((text for name in FIELDS if (text := getattr(choice.delta, name, None))), "")
+            if thought:
+                yield True, thought, finish
+            yield False, choice.delta.content or "", finish
+
+
+def line_reader() -> Callable[[str], str]:
+    """`input`, with arrows and history where Python has readline."""
+    with suppress(ImportError):
+        import readline  # noqa: F401
+    return input
