@@ -1,1 +1,1 @@
-"""Chat: asking an endpoint that speaks OpenAI's API, distilling from it, talking to it, scoring its answers."""
+"""Chat: conversations and their template, serving, asking an endpoint of OpenAI's API, distilling, scoring."""
