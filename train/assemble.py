@@ -132,7 +132,9 @@ def first_weights(config: PretrainConfig) -> WeightSource | None:
     source = open_weights(Path(run.init_from))
     wanted, found = asdict(config.model), asdict(source.config)
     for name, value in wanted.items():
-        if found[name] != value and name not in _FREE_TO_DIFFER:
+        # Context extension brings YaRN (§4.3). Weights that were trained with it need it, as it was.
+        added = name == "rope_scaling" and found[name] is None
+        if found[name] != value and name not in _FREE_TO_DIFFER and not added:
             raise ValueError(
                 f"run.init_from={run.init_from} holds a model with {name}={found[name]}, but model.{name}={value}: "
                 "give the run the model's own values"
