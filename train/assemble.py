@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ from train.model.precision import Precision
 from train.model.precision_config import PrecisionConfig
 from train.model.sizes import held_by, parameter_counts
 from train.model.te_linear import require_te
-from train.model.transformer import Transformer, fp8_weights, recompute_up_projections
+from train.model.transformer import Transformer, fp8_weights, recompute_as_asked
 from train.optim.adamw import AdamW
 from train.optim.config import OptimConfig
 from train.optim.deepspeed_backend import DeepSpeedBuckets, check_installed
@@ -220,7 +220,7 @@ def build_engine(
     mesh: Mesh,
     *,
     seed: int,
-    recompute: bool = False,
+    recompute: bool | Literal["layers"] = False,
     source: WeightSource | None = None,
 ) -> Engine:
     """Initialised stages of this rank, their pipeline and their optimizer; the same values on every layout.
@@ -233,8 +233,7 @@ def build_engine(
         initialize(stage.model, seed=seed, std=spread, embedding_std=own)
         if source is not None:
             fill(stage.model, source)
-        if recompute:
-            recompute_up_projections(stage.model)
+        recompute_as_asked(stage.model, recompute)
     if source is not None:
         source.close()
     return assemble(stages, optim, mesh)
