@@ -10,13 +10,22 @@ import torch
 from torch import Tensor
 
 from kernels import deferred
+from parallel.layout import Layout
+from parallel.mesh import make_mesh
+from tests.parity.layout_theorem import named_gradients
+from tests.ranks import run_ranks
 from tests.tiny_model import DISTINCT
+from train.assemble import build_engine
+from train.data.batch import Batch
 from train.losses import LossWeights
 from train.model.config import ModelConfig
 from train.model.init import initialize
 from train.model.precision import Precision
 from train.model.transformer import Transformer, recompute_as_asked
+from train.optim.config import OptimConfig
+from train.schedules import ScheduledValues
 from train.stage import Stage, StepMetrics
+from train.step import compute_gradients
 
 # Two tiles of 128 along hidden, one ragged; two MTP depths.
 CONFIG: ModelConfig = replace(DISTINCT, hidden_size=160, kv_lora_rank=16, num_nextn_predict_layers=2)
@@ -81,3 +90,40 @@ def test_layers_run_again_to_the_same_bits(name: str) -> None:
     assert [key for key in kept if not torch.equal(kept[key], again[key])] == []
     assert probes[0].asked == probes[1].asked > 0 or name in ("fp32", "bf16")
     assert all(bool(kept[key].any()) for key in kept)
+
+
+def gradients_of(rank: int, world: int, layout: Layout, precision: str) -> list[str]:
+    """Names of what differs on this rank between a step that keeps layers and one that runs them again."""
+    mesh = make_mesh(layout, device=torch.device("cpu"), tied_embedding=True, timeout_s=60)
+    generator = torch.Generator().manual_seed(9)
+    tokens = torch.randint(CONFIG.vocab_size, (8 * layout.dp, 25), generator=generator)
+    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).share(mesh.dp.rank, layout.dp)
+    now = ScheduledValues(lr=1e-3, batch_sequences=len(tokens), bias_speed=1e-3, mtp_weight=0.3, balance_alpha=0.01)
+    found = []
+    for again in (False, "layers"):
+        config, numbers = replace(CONFIG, num_hidden_layers=5, n_routed_experts=8), Precision(precision)
+        engine = build_engine(config, numbers, OptimConfig(), mesh, seed=2, recompute=again)
+        result = compute_gradients(engine, batch, num_micro_batches=8, now=now)
+        found.append(named_gradients(engine) | {"counts": torch.stack([*result.counts.values()])} | result.logged)
+    kept, again = found
+    assert len(kept) > 20
+    return [name for name, tensor in kept.items() if not torch.equal(tensor, again[name])]
+
+
+LAYOUTS = {
+    "pairs over experts": (Layout(pp=2, dp=2, ep=2, schedule="DualPipeV"), "fp8"),
+    "two hops": (Layout(pp=1, dp=4, ep=4, ranks_per_node=2, dispatch="node"), "bf16"),
+    "weight gradients that wait": (Layout(pp=2, schedule="ZBVZeroBubble", max_waiting_wgrads=1), "fp8"),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "weight gradients that wait",
+        *(pytest.param(each, marks=pytest.mark.long) for each in ("pairs over experts", "two hops")),
+    ],
+)
+def test_over_ranks_they_run_again_to_the_same_bits(name: str) -> None:
+    layout, precision = LAYOUTS[name]
+    assert run_ranks(layout.world, gradients_of, layout, precision) == [[]] * layout.world

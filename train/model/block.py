@@ -15,6 +15,7 @@ quantises in one pass. Shapes: residual, delta [sequences, tokens, hidden].
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -72,9 +73,9 @@ class _Block(nn.Module):
         normed = self.input_layernorm.of_sum(residual, delta, linears=1)
         return normed.residual, self.self_attn(normed.linears[0], documents)
 
+    @abstractmethod
     def phases(self, run: Run, residual: Tensor, delta: Tensor | None, documents: Packed | None) -> Steps[LayerOutput]:
         """The layer, phase by phase."""
-        raise NotImplementedError
 
     def steps(self, run: Run, residual: Tensor, delta: Tensor | None, documents: Packed | None) -> Steps[LayerOutput]:
         """`forward`, phase by phase."""

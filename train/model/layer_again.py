@@ -4,8 +4,8 @@
     backward    the layer again, with a graph; its backward; its weight gradients, at once
 
 Between forward and backward a layer holds one hidden state, 59 MB at V3's size and 4096 tokens. The price is a second
-forward with its exchange of tokens. The report recomputes less (arXiv:2412.19437 §3.2.3): this is for sequences of which
-that would hold too much. Values are the same bits, for the stream is rounded where it always is.
+forward with its exchange of tokens. The report recomputes less (arXiv:2412.19437 §3.2.3): this is for long sequences,
+of which that would hold too much. Values are the same bits, for the stream is rounded where it always is.
 
 Weight gradients do not wait for their slot in a pipeline: what they read would be held for all layers of a stage.
 
@@ -62,7 +62,7 @@ class _Again(torch.autograd.Function):
 
 
 def layer_again(layer: Layer, residual: Tensor, delta: Tensor | None) -> tuple[Tensor, Routing | None]:
-    """The sum that leaves a layer of residual + delta, and its routing; of that only the balance loss has a gradient."""
+    """The sum that leaves a layer of residual + delta, and its routing, whose balance loss has a gradient."""
     routings: list[Routing] = []
     x = residual if delta is None else residual + delta
     total, balance = _Again.apply(x, layer, routings)  # type: ignore[no-untyped-call]
