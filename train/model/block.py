@@ -15,7 +15,7 @@ quantises in one pass. Shapes: residual, delta [sequences, tokens, hidden].
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +59,10 @@ class MoE(nn.Module):
 
 
 class _Block(nn.Module):
-    """Pre-norm attention, which every layer begins with; `phases` is the layer."""
+    """Pre-norm attention, which every layer begins with."""
+
+    # The layer of a kind, phase by phase.
+    phases: Callable[[Run, Tensor, Tensor | None, Packed | None], Steps[LayerOutput]]
 
     def __init__(self, config: ModelConfig, precision: Precision, rope: RopeTables) -> None:
         super().__init__()
@@ -72,10 +75,6 @@ class _Block(nn.Module):
         """Norm and attention -> (residual + delta, attention's output), not added yet."""
         normed = self.input_layernorm.of_sum(residual, delta, linears=1)
         return normed.residual, self.self_attn(normed.linears[0], documents)
-
-    @abstractmethod
-    def phases(self, run: Run, residual: Tensor, delta: Tensor | None, documents: Packed | None) -> Steps[LayerOutput]:
-        """The layer, phase by phase."""
 
     def steps(self, run: Run, residual: Tensor, delta: Tensor | None, documents: Packed | None) -> Steps[LayerOutput]:
         """`forward`, phase by phase."""
