@@ -71,7 +71,7 @@ MODEL: dict[str, Any] = {
 class StudySize:
     """How much is trained and measured."""
 
-    base_steps: int = 1200
+    base_steps: int = 400
     extend_steps: int = 150
     tokens_per_step: int = 4096
     base_lr: float = 4e-3
