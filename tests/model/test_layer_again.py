@@ -112,18 +112,12 @@ def gradients_of(rank: int, world: int, layout: Layout, precision: str) -> list[
 
 LAYOUTS = {
     "pairs over experts": (Layout(pp=2, dp=2, ep=2, schedule="DualPipeV"), "fp8"),
-    "two hops": (Layout(pp=1, dp=4, ep=4, ranks_per_node=2, dispatch="node"), "bf16"),
     "weight gradients that wait": (Layout(pp=2, schedule="ZBVZeroBubble", max_waiting_wgrads=1), "fp8"),
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "weight gradients that wait",
-        *(pytest.param(each, marks=pytest.mark.long) for each in ("pairs over experts", "two hops")),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_over_ranks_they_run_again_to_the_same_bits(name: str) -> None:
     layout, precision = LAYOUTS[name]
     assert run_ranks(layout.world, gradients_of, layout, precision) == [[]] * layout.world
