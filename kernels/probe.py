@@ -61,12 +61,17 @@ class Probe(Protocol):
 
 
 # The probes of the open blocks; a plain global for the reason given in `kernels/deferred.py`.
-_open: list[Probe] = []
+_open: list[Probe | None] = []
+
+
+def current() -> Probe | None:
+    """The probe of the innermost open block."""
+    return _open[-1] if _open else None
 
 
 @contextmanager
-def watching(probe: Probe) -> Iterator[None]:
-    """Show the operands of every FP8 linear whose forward runs inside the block to `probe`."""
+def watching(probe: Probe | None) -> Iterator[None]:
+    """Show the operands of every FP8 linear whose forward runs inside the block to `probe`, or to none."""
     _open.append(probe)
     try:
         yield
@@ -76,7 +81,8 @@ def watching(probe: Probe) -> Iterator[None]:
 
 def watch(weight: Tensor) -> Watch | None:
     """What looks at this call of the linear with `weight`; None while no probe is open."""
-    return _open[-1].watch(weight) if _open else None
+    probe = current()
+    return None if probe is None else probe.watch(weight)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from kernels.config import YarnScaling
 from parallel.layout import check_world
 from tests.test_schedules import V3
 from train.config import APPENDED_GROUPS, CONFIGS, ConfigError, PretrainConfig, compose
@@ -23,15 +24,19 @@ from train.huggingface.config import released_config
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.transformer import Transformer
+from train.schedules import scheduled_values, steps_to_go
 
 GROUPS = ("model", "precision", "layout", "network", "data", "schedule", "optim", "observe", "checkpoint", "spikes")
 CLUSTERS = sorted(path.stem for path in (CONFIGS / "cluster").glob("*.yaml"))
 GROUP_FILES = sorted(CONFIGS.glob("*/*.yaml"))
 TILE = 128
 # What an option asks the command line for.
+BEGUN = ["run.init_from=runs/tiny"]
 ASKED = {
     "model=v2_lite": ["schedule.bias_speed=0"],
-    "+stage=sft": ["run.init_from=runs/tiny", "schedule.total_tokens=1e6"],
+    "+stage=sft": [*BEGUN, "schedule.total_tokens=1e6"],
+    "+stage=extend_32k": BEGUN,
+    "+stage=extend_128k": BEGUN,
 }
 
 
@@ -153,6 +158,28 @@ def test_a_number_that_cannot_be_trained_with_is_refused(name: str, value: float
     changed = {"rope_scaling": {**yarn, field: value}} if section else {field: value}
     with pytest.raises(ValueError, match=rf"^model\.{re.escape(name)}={re.escape(str(value))} "):
         ModelConfig.from_dict({**tiny, **changed})
+
+
+@pytest.mark.parametrize(("name", "length", "batch"), [("extend_32k", 32768, 1920), ("extend_128k", 131072, 480)])
+def test_context_extension_is_a_thousand_steps_at_one_rate_and_batch(name: str, length: int, batch: int) -> None:
+    """§4.3; every other scheduled value is the one with which V3's pre-training ended."""
+    config = compose(["model=v3_671b", "data=text", "schedule=v3", f"+stage={name}", *BEGUN])
+    schedule, total = config.schedule, config.schedule.total_tokens
+    assert config.data.sequence_length == length
+    assert total == 1000 * batch * length
+    assert steps_to_go(schedule, sequence_length=length, tokens_seen=0) == 1000
+    ended = compose(["model=v3_671b", "data=text", "schedule=v3"]).schedule
+    last = scheduled_values(ended, step=10**6, tokens_seen=ended.total_tokens - 1)
+    for step in (0, 1, 500, 999):
+        now = scheduled_values(schedule, step=step, tokens_seen=step * batch * length)
+        assert now == replace(last, batch_sequences=batch)
+    assert last.lr == 7.3e-6
+    assert config.model.rope_scaling == YarnScaling(40.0, 4096, 32.0, 1.0, 1.0, 1.0)
+    assert config.model == replace(
+        compose(["model=v3_671b", "data=text", "schedule=v3"]).model,
+        rope_scaling=config.model.rope_scaling,
+        max_position_embeddings=163840,
+    )
 
 
 def test_the_groups_are_the_fields_of_the_configuration() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -45,7 +45,7 @@ from train.model.precision import Precision
 from train.model.precision_config import PrecisionConfig
 from train.model.sizes import held_by, parameter_counts
 from train.model.te_linear import require_te
-from train.model.transformer import Transformer, fp8_weights, recompute_up_projections
+from train.model.transformer import Transformer, fp8_weights, recompute_as_asked
 from train.optim.adamw import AdamW
 from train.optim.config import OptimConfig
 from train.optim.deepspeed_backend import DeepSpeedBuckets, check_installed
@@ -135,7 +135,9 @@ def first_weights(config: PretrainConfig) -> WeightSource | None:
     source = open_weights(Path(run.init_from))
     wanted, found = asdict(config.model), asdict(source.config)
     for name, value in wanted.items():
-        if found[name] != value and name not in _FREE_TO_DIFFER:
+        # Context extension brings YaRN (§4.3). Weights that were trained with it need it, as it was.
+        added = name == "rope_scaling" and found[name] is None
+        if found[name] != value and name not in _FREE_TO_DIFFER and not added:
             raise ValueError(
                 f"run.init_from={run.init_from} holds a model with {name}={found[name]}, but model.{name}={value}: "
                 "give the run the model's own values"
@@ -237,7 +239,7 @@ def build_engine(
     mesh: Mesh,
     *,
     seed: int,
-    recompute: bool = False,
+    recompute: bool | Literal["layers"] = False,
     source: WeightSource | None = None,
 ) -> Engine:
     """Initialised stages of this rank, their pipeline and their optimizer; the same values on every layout.
@@ -250,8 +252,7 @@ def build_engine(
         initialize(stage.model, seed=seed, std=spread, embedding_std=own)
         if source is not None:
             fill(stage.model, source)
-        if recompute:
-            recompute_up_projections(stage.model)
+        recompute_as_asked(stage.model, recompute)
     if source is not None:
         source.close()
     return assemble(stages, optim, mesh)

@@ -71,7 +71,8 @@ class RunConfig:
     deterministic: bool  # torch's deterministic algorithms: a resumed run is bit-equal
     threads: int | None  # CPU threads of torch, part of every bit-equality promise; None leaves torch's choice
     micro_batch_sequences: int  # of one forward and backward on one rank; it x layout.dp divides every batch
-    recompute: bool  # make queries, keys and values again in backward instead of keeping them; same bits, less memory
+    # Make queries, keys and values again in backward instead of keeping them, or whole layers; same bits, less memory.
+    recompute: bool | Literal["layers"]
     resume: bool  # continue from the newest checkpoint of the same run, if there is one
     max_consecutive_nonfinite: int  # stop, with a checkpoint, after so many skipped steps in a row
     eval_every_steps: int  # score the held-out store; 0 for the end only
@@ -216,7 +217,7 @@ class PretrainConfig:
             return
         cannot = {
             "dry_run=true": (self.dry_run, "its kernels take no fake tensors, plan with precision=fp8"),
-            "run.recompute=true": (self.run.recompute, "set run.recompute=false"),
+            f"run.recompute={str(self.run.recompute).lower()}": (bool(self.run.recompute), "set run.recompute=false"),
             "run.device=cpu": (self.run.device == "cpu", f"{OURS}"),
             "layout.max_expert_rows": (self.layout.max_expert_rows is not None, "set layout.max_expert_rows=null"),
         }

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, DeepseekV3Config
 
 from kernels.config import YarnScaling
 from tests.huggingface.hf_folders import BF16, RAGGED, Made, changed, tensors_of, write_index
+from train.config import compose
 from train.data.tokenizer import SPECIAL_TOKENS, train_byte_level_bpe
 from train.data.trained_on import KEY, TrainedOn
 from train.huggingface.config import is_fp8, released_config, small_files
@@ -62,6 +63,82 @@ def test_what_transformers_makes_of_our_file_comes_back_as_it_was(config: ModelC
     saved = theirs.to_dict() | {"architectures": ["DeepseekV3ForCausalLM"]}
     assert "rope_scaling" not in saved
     assert model_config(saved, origin="config.json") == config
+
+
+# The fields of the released `config.json`, as public copies have them; `scale_fmt` is V3.1's.
+V3_1: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "initializer_range": 0.02,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "scale_fmt": "ue8m0",
+        "weight_block_size": [128, 128],
+    },
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.44.2",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+
+
+@pytest.mark.parametrize("name", ["extend_32k", "extend_128k"])
+def test_the_published_file_is_the_model_that_context_extension_leaves(name: str) -> None:
+    """Read, it is our V3 with the stage's YaRN; written, it says YaRN and its length as published."""
+    read = model_config(V3_1, origin="config.json")
+    stage = compose(["model=v3_671b", "data=text", "schedule=v3", f"+stage={name}", "run.init_from=runs/v3"])
+    assert read == dataclasses.replace(stage.model, initializer_range=0.02)
+    assert is_fp8(V3_1, origin="config.json")
+    written = released_config(stage.model, format="fp8", ids=None)
+    differing = {"initializer_range", "auto_map", "transformers_version", "quantization_config"}
+    assert {name: written[name] for name in V3_1.keys() - differing} == {
+        name: value for name, value in V3_1.items() if name not in differing
+    }
 
 
 def test_fp8_says_how_it_is_quantised() -> None:

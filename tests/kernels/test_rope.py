@@ -52,6 +52,24 @@ def test_tables_and_softmax_factor_are_those_of_transformers(dim: int, theta: fl
         assert yarn_softmax_factor(yarn) == pytest.approx(expected_factor, rel=1e-15)
 
 
+def test_v3_tables_are_those_of_transformers_at_every_position_it_serves() -> None:
+    """All 163,840 = 40 x 4096 positions of the released file; a table of fewer is the beginning of a longer one."""
+    length = 40 * 4096
+    expected = DeepseekV3RotaryEmbedding(transformers_config(64, 10000.0, V3_YARN))(
+        torch.zeros(1), torch.arange(length)[None]
+    )
+    tables = rope_tables(length, 64, 10000.0, yarn=V3_YARN)
+    # Their frequencies differ by up to two fp32 roundings and the angle is rounded once more: 3 * 2^-24 of the angle,
+    # which 2^-22 covers, and a rounding of cos and sin. Measured 5e-4 at angles of 1.6e5.
+    angles = torch.arange(length)[:, None] * torch.atan2(tables[1][1], tables[0][1])
+    bound = angles * 2.0**-22 + 2.0**-23
+    for ours, theirs in zip(tables, expected, strict=True):
+        assert bool(((ours - theirs[0, :, :32]).abs() <= bound).all())
+    for shorter in (1, 129, 4096, 4097, 16384, 32768, 131072):
+        pairs = zip(rope_tables(shorter, 64, 10000.0, yarn=V3_YARN), tables, strict=True)
+        assert all(torch.equal(short, table[:shorter]) for short, table in pairs)
+
+
 def test_v3_yarn_keeps_fast_pairs_slows_slow_pairs_and_sharpens_the_softmax() -> None:
     plain_cos, plain_sin = rope_tables(2, 64, 10000.0, yarn=None)
     cos, sin = rope_tables(2, 64, 10000.0, yarn=V3_YARN)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import train.huggingface.weights
+from kernels.config import YarnScaling
 from parallel.layout import Layout
 from parallel.mesh import make_mesh, single
 from parallel.shards import LocalShard
@@ -123,6 +124,32 @@ def test_weights_of_another_model_are_refused(config: PretrainConfig, old: Path)
     other = replace(config, model=replace(config.model, n_routed_experts=2 * config.model.n_routed_experts))
     with pytest.raises(ValueError, match=r"run\.init_from=.*old holds a model with n_routed_experts=\d+, but model"):
         first_weights(other)
+
+
+# Of a small context extension: YaRN over the small run's own 32 tokens.
+ORIGINAL = "model.rope_scaling.original_max_position_embeddings=32"
+
+
+def test_context_extension_goes_from_run_to_run(small_run: Callable[..., list[str]], old: Path, tmp_path: Path) -> None:
+    """YaRN is added to the weights of pre-training, each phase begins with the last one's, and none may lose it."""
+    source, place = old, f"run.directory={tmp_path}"
+    for name, length in (("extend_32k", 64), ("extend_128k", 128)):
+        budget = f"schedule.total_tokens={2 * 2 * length}"
+        phase = [f"+stage={name}", ORIGINAL, f"data.sequence_length={length}", budget, place]
+        config = compose(small_run(*phase, f"run.init_from={source}"))
+        trainer = Trainer(config, build_alone(config))
+        assert torch.equal(trainer.engine.models[0].lm_head.weight, open_weights(source).read("lm_head.weight"))
+        trainer.fit()
+        assert (trainer.state.step, trainer.state.tokens_seen) == (2, config.schedule.total_tokens)
+        source = tmp_path / name
+    assert open_weights(source).config.rope_scaling == YarnScaling(40.0, 32, 32.0, 1.0, 1.0, 1.0)
+    yarn = [f"+stage={name}", ORIGINAL, f"run.init_from={source}", "run.name=other", place]
+    for change in (["model.rope_scaling=null"], ["model.rope_scaling.factor=8", ORIGINAL]):
+        wrong = compose(small_run(*(each for each in yarn if each != ORIGINAL), *change))
+        with pytest.raises(
+            ValueError, match=r"a model with rope_scaling=\{'factor': 40\.0.*give the run the model's own"
+        ):
+            first_weights(wrong)
 
 
 def test_a_folder_without_a_model_is_refused(config: PretrainConfig) -> None:

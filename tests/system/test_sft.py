@@ -143,6 +143,7 @@ def kill_after(step: int) -> Any:
     return after_step
 
 
+@pytest.mark.long
 def test_a_resumed_stage_is_bit_equal(place: Place, tuned: Path) -> None:
     """Killed two steps after a checkpoint, in the second epoch; and the run that it began from is not needed again."""
     config = stage(place, "killed")

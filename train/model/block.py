@@ -7,14 +7,18 @@ Each phase takes and returns explicit tensors: a pipeline schedule interleaves t
 with another's backward (§3.2.1) without touching the math (`phases.py`). The shared expert stands before `combine`, so
 that in backward, where phases run in reverse, the tokens' gradients are under way before it computes.
 
+With `recompute` a layer is one phase and keeps its input only, to run again in backward: `layer_again.py`.
+
 A block hands on the residual stream and what its FFN adds to it, not yet added: the next norm adds, normalises and
 quantises in one pass. Shapes: residual, delta [sequences, tokens, hidden].
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from kernels.attention import Packed
@@ -22,10 +26,14 @@ from kernels.fp8_linear import LinearInput
 from kernels.permute import Dispatched
 from train.model.attention import MultiHeadLatentAttention, RopeTables
 from train.model.config import ModelConfig
+from train.model.layer_again import layer_again
 from train.model.layers import FeedForward, RMSNorm
 from train.model.moe import Experts, Router, Routing, TokenDispatcher
 from train.model.phases import Run, Steps, Travel, at_once, finish
 from train.model.precision import Precision
+
+# The residual stream, what is to be added to it (None: nothing), and a MoE layer's routing.
+LayerOutput = tuple[Tensor, Tensor | None, Routing | None]
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,12 @@ class MoE(nn.Module):
 class _Block(nn.Module):
     """Pre-norm attention, which every layer begins with."""
 
+    # The layer of a kind, phase by phase.
+    phases: Callable[[Run, Tensor, Tensor | None, Packed | None], Steps[LayerOutput]]
+
     def __init__(self, config: ModelConfig, precision: Precision, rope: RopeTables) -> None:
         super().__init__()
+        self.recompute = False
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
         self.self_attn = MultiHeadLatentAttention(config, precision, rope)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
@@ -63,6 +75,21 @@ class _Block(nn.Module):
         """Norm and attention -> (residual + delta, attention's output), not added yet."""
         normed = self.input_layernorm.of_sum(residual, delta, linears=1)
         return normed.residual, self.self_attn(normed.linears[0], documents)
+
+    def steps(self, run: Run, residual: Tensor, delta: Tensor | None, documents: Packed | None) -> Steps[LayerOutput]:
+        """`forward`, phase by phase."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            return (yield from self.phases(run, residual, delta, documents))
+
+        def layer(x: Tensor) -> LayerOutput:
+            return finish(self.phases(at_once, x, None, documents))
+
+        total, routing = yield from run("layer", layer_again, layer, residual, delta)
+        return total, None, routing
+
+    def forward(self, residual: Tensor, delta: Tensor | None, documents: Packed | None) -> LayerOutput:
+        """Residual stream and what is to be added to it -> the same after this layer; a MoE layer's routing."""
+        return finish(self.steps(at_once, residual, delta, documents))
 
 
 class DenseBlock(_Block):
@@ -77,17 +104,11 @@ class DenseBlock(_Block):
         normed = self.post_attention_layernorm.of_sum(residual, delta, linears=1)
         return normed.residual, self.mlp(normed.linears[0])
 
-    def steps(
-        self, run: Run, residual: Tensor, delta: Tensor | None, documents: Packed | None
-    ) -> Steps[tuple[Tensor, Tensor, None]]:
-        """`forward`, phase by phase."""
+    def phases(self, run: Run, residual: Tensor, delta: Tensor | None, documents: Packed | None) -> Steps[LayerOutput]:
+        """Attention, FFN."""
         residual, delta = yield from run("attend", self.attend, residual, delta, documents)
         residual, delta = yield from run("feed", self.feed, residual, delta)
         return residual, delta, None
-
-    def forward(self, residual: Tensor, delta: Tensor | None, documents: Packed | None) -> tuple[Tensor, Tensor, None]:
-        """Residual stream and what is to be added to it -> the same after this layer; no routing."""
-        return finish(self.steps(at_once, residual, delta, documents))
 
 
 class MoEBlock(_Block):
@@ -137,10 +158,8 @@ class MoEBlock(_Block):
         routed = self.route(residual, delta)
         return routed, self.mlp.dispatcher.begin(routed.routing)
 
-    def steps(
-        self, run: Run, residual: Tensor, delta: Tensor | None, documents: Packed | None
-    ) -> Steps[tuple[Tensor, Tensor, Routing]]:
-        """`forward`, phase by phase."""
+    def phases(self, run: Run, residual: Tensor, delta: Tensor | None, documents: Packed | None) -> Steps[LayerOutput]:
+        """Attention, MoE."""
         residual, delta = yield from run("attend", self.attend, residual, delta, documents)
         routed, begun = yield from run("route", self._route_and_begin, residual, delta)
         del residual, delta
@@ -151,12 +170,6 @@ class MoEBlock(_Block):
         shared = yield from run("shared", self.shared, routed)
         delta = yield from run("combine", self.combine, routed, dispatched, sums, shared)  # type: ignore[arg-type]
         return routed.residual, delta, routed.routing
-
-    def forward(
-        self, residual: Tensor, delta: Tensor | None, documents: Packed | None
-    ) -> tuple[Tensor, Tensor, Routing]:
-        """Residual stream and what is to be added to it -> the same after this layer."""
-        return finish(self.steps(at_once, residual, delta, documents))
 
 
 def make_block(

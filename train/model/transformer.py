@@ -10,6 +10,7 @@ Shapes: hidden [sequences, tokens, hidden].
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -167,6 +168,16 @@ def recompute_up_projections(model: Transformer) -> None:
     for module in model.modules():
         if isinstance(module, MultiHeadLatentAttention):
             module.recompute = True
+
+
+def recompute_as_asked(model: Transformer, what: bool | Literal["layers"]) -> None:
+    """Keep less for backward (`run.recompute`): nothing less, no queries, keys and values, or layers' inputs only."""
+    if what:
+        recompute_up_projections(model)
+    if what == "layers":
+        for module in model.modules():
+            if isinstance(module, DenseBlock | MoEBlock):
+                module.recompute = True
 
 
 def limit_expert_rows(model: Transformer, rows: int | None) -> None:

@@ -471,3 +471,24 @@ def test_uneven_routing_is_added_to_the_total_and_said_where_it_breaks(monkeypat
     one = dry_run(small())
     assert "over the mean" not in one
     assert "messages between stages" not in one
+
+
+EXTEND = ["+cluster=h800_2048", "run.init_from=runs/v3"]
+
+
+def test_what_a_long_sequence_needs_is_said_where_it_does_not_fit() -> None:
+    """Six hidden states of a micro-batch on an inner rank of the V: input, middle and output of both stages, BF16."""
+    fits = Memory(0, 0, 0, 0, 0, 10**9, 0, 0)
+    full, hidden = replace(fits, held=10**12), 7168 * 2 * 131072
+    config = compose([*EXTEND, "+stage=extend_128k", "layout.dp=32", "layout.ep=32"])
+    (words,) = planned._too_long(config, 14 * 32, full)
+    assert words == (
+        f"the hidden states at the borders of its layers alone take {15 * 6 * hidden / GB:.2f} GB: this layout needs "
+        "context parallelism for sequences of 131,072 tokens, which is not built"
+    )
+    # At 32K there are as many micro-batches of a quarter of the length: layers that run again leave room.
+    inner = planned._too_long(compose([*EXTEND, "+stage=extend_32k", "run.recompute=true"]), 14 * 128, full)
+    fewer = "run.recompute=layers would keep the hidden states at the borders of layers only"
+    assert inner == [f"{fewer}, {15 * 6 * hidden / 4 / GB:.2f} GB"]
+    assert compose([*EXTEND, "+stage=extend_32k"]).run.recompute == "layers"
+    assert planned._too_long(config, 14 * 32, fits) == []

@@ -16,7 +16,7 @@ from train.assemble import assemble
 from train.config import PretrainConfig, compose
 from train.losses import LossWeights
 from train.model.precision import Precision
-from train.model.transformer import recompute_up_projections
+from train.model.transformer import recompute_as_asked
 from train.stage import StepMetrics, build_stages
 from train.studies.plan.candidate import candidate_of
 from train.studies.plan.dry_run import as_rank, plan_pipeline_rank
@@ -40,9 +40,10 @@ def work_of(config: PretrainConfig) -> Work:
     precision, layout = config.precision, config.layout
     return Work(
         config.model, config.run.micro_batch_sequences, config.data.sequence_length, layout.ep, precision.name,
-        config.run.recompute, precision.attention_output == "e5m6", precision.cache_swiglu_input, layout.pp > 1,
+        bool(config.run.recompute), precision.attention_output == "e5m6", precision.cache_swiglu_input, layout.pp > 1,
         ranks_per_node=layout.ranks_per_node if layout.two_hops else None,
         max_rows=layout.max_expert_rows,
+        layers_again=config.run.recompute == "layers",
     )  # fmt: skip
 
 
@@ -52,9 +53,8 @@ def observed(config: PretrainConfig, rank: int) -> dict[StageKind, ChunkBytes]:
     with as_rank(config, rank) as mesh, FakeTensorMode(), LiveBytes() as live:
         dispatcher = balanced_dispatcher(config.model, config.precision, mesh)
         stages = build_stages(config.model, recipe, mesh, dispatcher)
-        if config.run.recompute:
-            for stage in stages.values():
-                recompute_up_projections(stage.model)
+        for stage in stages.values():
+            recompute_as_asked(stage.model, config.run.recompute)
         engine = assemble(stages, replace(config.optim, ema_decay=None), mesh)
         engine.optimizer.zero_grad()
         weights = LossWeights(0.1, 1e-4, torch.ones((), dtype=torch.int64), num_sequences=1)
@@ -78,6 +78,8 @@ E5M6 = {"precision_attention_output": "e5m6", "run_recompute": "true"}
         ({"precision": "bf16", "layout_ep": 2}, (2,)),
         ({"precision": "fp8", "layout_dp": 4, "layout_ep": 4, **BY_NODE}, (5,)),
         ({"precision": "fp8", "layout_ep": 2, "layout_max_expert_rows": 256}, (2,)),
+        ({"precision": "fp8", "layout_ep": 2, "run_recompute": "layers"}, (2, 4)),
+        pytest.param({"precision": "bf16", "run_recompute": "layers"}, (0, 4), marks=pytest.mark.long),
         pytest.param({"precision": "fp8", "layout_max_expert_rows": 1024}, (2, 4), marks=pytest.mark.long),
         pytest.param(
             {"precision": "bf16", "layout_ep": 2, "layout_max_expert_rows": 256}, (2, 4), marks=pytest.mark.long
@@ -105,7 +107,9 @@ def test_a_stage_holds_what_its_tensors_do(changes: dict[str, object], ranks: Se
         assert closed.kept == found.forward_held + inbound + (outbound or 4)
         assert closed.waiting == found.wgrad_held + sum(found.wgrad_needs) * work.hidden
         # Measured: forward -7 to +2 %, backward -4 to +29 % (a dense stage in BF16); the largest operators only.
-        assert 0.92 < closed.forward / (found.forward_peak + inbound) < 1.05
+        # Of a layer that runs again forward is that with a graph, measured +15 to +23 %: backward is higher anyway.
+        most = 1.05 if config.run.recompute != "layers" else 1.3
+        assert 0.92 < closed.forward / (found.forward_peak + inbound) < most
         assert 0.94 < closed.backward / (found.backward_peak + (outbound or 4)) < 1.35
 
 

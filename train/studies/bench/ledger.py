@@ -201,7 +201,7 @@ def block_of_rank(config: PretrainConfig, mesh: Mesh) -> MoEBlock:
     dispatcher: TokenDispatcher | None = balanced_dispatcher(model, config.precision, mesh)
     dispatcher = dispatcher or LocalDispatcher(model.n_routed_experts)
     block = MoEBlock(model, recipe, RopeTables(model), dispatcher)
-    block.self_attn.recompute = config.run.recompute
+    block.self_attn.recompute = bool(config.run.recompute)
     return block
 
 

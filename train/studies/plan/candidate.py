@@ -88,7 +88,7 @@ def candidate_of(config: PretrainConfig) -> Candidate:
         chunks=layout.chunks,
         stage_layers=split,
         micro_batch_sequences=config.run.micro_batch_sequences,
-        recompute=config.run.recompute,
+        recompute=bool(config.run.recompute),
         precision=precision.name,  # type: ignore[arg-type]  # `document.plan` refuses the others
         keep_bf16_weights=precision.keep_bf16_weights,
         attention_output=precision.attention_output,

@@ -153,8 +153,12 @@ def plan(config: PretrainConfig, assumed: Assumptions, *, date: str) -> dict[str
     """The whole document.
 
     Raises:
-        ValueError: a precision of which no speed is known.
+        ValueError: a precision of which no speed is known, or layers that run again.
     """
+    if config.run.recompute == "layers":
+        raise ValueError(
+            "run.recompute=layers: its time is not modelled; plan with true, or ask dry_run=true for memory"
+        )
     if config.precision.name not in ("bf16", "fp8"):
         raise ValueError(
             f"precision={config.precision.name}: speeds of bf16 and fp8 are known; plan with precision=fp8"

@@ -150,7 +150,7 @@ def _tables(config: PretrainConfig, rank: int, memory: Memory) -> list[list[str]
         points = ramp_points(config.schedule, config.layout, config.run.micro_batch_sequences, in_flight)
     return [
         _position(config, mesh, parts),
-        _memory_table(memory),
+        [*_memory_table(memory), *_too_long(config, rank, memory)],
         *([_imbalance_table(config, rank, memory)] if config.layout.ep > 1 else []),
         [
             *_ramp_table(points),
@@ -285,6 +285,21 @@ def _memory_table(memory: Memory) -> list[str]:
     return [*lines[: len(rows)], verdict, *lines[len(rows) :]]
 
 
+def _too_long(config: PretrainConfig, rank: int, memory: Memory) -> list[str]:
+    """Where a rank does not fit: whether it could if it kept its layers' borders only, and what it takes if not."""
+    if memory.total <= DEVICE_GB * GB or memory.state > DEVICE_GB * GB:
+        return []
+    layers = replace(config, run=replace(config.run, recompute="layers"))
+    borders, tokens = _closed_form(layers, rank, 1.0).activations, config.data.sequence_length
+    if memory.state + borders <= DEVICE_GB * GB:
+        fewer = f"run.recompute=layers would keep the hidden states at the borders of layers only, {size(borders)}"
+        return [fewer] if config.run.recompute != "layers" else []
+    cure = f"this layout needs context parallelism for sequences of {tokens:,} tokens, which is not built"
+    if config.run.micro_batch_sequences > 1:
+        cure = f"lower run.micro_batch_sequences={config.run.micro_batch_sequences}"
+    return [f"the hidden states at the borders of its layers alone take {size(borders)}: {cure}"]
+
+
 def _imbalance_table(config: PretrainConfig, rank: int, memory: Memory) -> list[str]:
     """The total where this rank's experts get more than their even share of the tokens, and where that is too much."""
     even = _closed_form(config, rank, 1.0).total
@@ -347,13 +362,21 @@ def _work_table(config: PretrainConfig, mesh: Mesh, parts: Iterable[StageSpec], 
     count = point.micro_batches
     per_token = flops_per_token(model, table, held, sequence_length=config.data.sequence_length)
     destinations = destinations_by_hop(model, layout)
-    to_experts = expert_bytes(model, layout, held, tokens=tokens, precision=name, destinations=destinations)
+    again = config.run.recompute == "layers"
+    to_experts = expert_bytes(
+        model, layout, held, tokens=tokens, precision=name, destinations=destinations, forwards=1 + again
+    )
     to_stages = pipeline_bytes(model, layout, pp_rank=mesh.pp.rank, tokens=tokens, precision=name)
     work = float(sum(per_token.values()) * tokens * count)
     flops = _scaled(work, ("TFLOP", "GFLOP", "MFLOP"), digits=1)
     lines = [
         f"one step of {point.batch_sequences} sequences on this rank:",
         f"{'FLOPs, forward and backward':<48}{flops:>15}",
+        *(
+            [f"run.recompute=layers runs the forward of {len(held.layer_ids)} layers twice, not counted"]
+            if again
+            else []
+        ),
         *_time_lines(work, rate(name, deterministic=config.run.deterministic, path=measured.REPORT)),
         *(f"{f'sent to experts, {kind}':<48}{size(sent * count):>12}" for kind, sent in to_experts.items()),
         f"{'sent between stages':<48}{size(to_stages * count):>12}",

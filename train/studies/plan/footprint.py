@@ -63,8 +63,8 @@ def footprint(
     """The memory of each pipeline rank.
 
     Args:
-        config: model, sequence length, `precision.cache_swiglu_input` and `optim.moments_dtype`; all else that decides
-            is the candidate's.
+        config: model, sequence length, `precision.cache_swiglu_input`, `optim.moments_dtype` and whether whole layers
+            run again; all else that decides is the candidate's.
         moments: of each pipeline rank, from `moments.moments`; with one rank they are not read.
         imbalance: how many times its even share the experts of the rank receive.
     """
@@ -122,6 +122,7 @@ def _work(config: PretrainConfig, candidate: Candidate) -> Work:
         deferred=candidate.pp > 1,
         ranks_per_node=candidate.ranks_per_node if candidate.two_hops else None,
         max_rows=candidate.max_expert_rows,
+        layers_again=config.run.recompute == "layers",
     )
 
 

@@ -37,6 +37,7 @@ class Work:
         length: tokens of each sequence.
         ep: ranks that share one copy of the experts.
         recompute: queries, keys and values are made again in backward.
+        layers_again: so are whole layers, and `recompute` is said too.
         e5m6: attention's output is kept in 12 bits.
         swiglu_input: FP8 keeps the input of SwiGLU only (`precision.cache_swiglu_input`).
         deferred: weight gradients wait for the end of the stage's backward, as in every pipeline.
@@ -57,6 +58,7 @@ class Work:
     imbalance: float = 1.0
     ranks_per_node: int | None = None
     max_rows: int | None = None
+    layers_again: bool = False
 
     @property
     def tokens(self) -> int:

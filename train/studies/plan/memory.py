@@ -24,7 +24,7 @@ from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.precision_config import PrecisionConfig
 from train.model.sizes import FP32_BYTES
-from train.model.transformer import recompute_up_projections
+from train.model.transformer import recompute_as_asked
 from train.optim import offload
 from train.optim.config import MOMENT_BYTES
 from train.schedules import scheduled_values
@@ -81,8 +81,7 @@ def measure(
     with FakeTensorMode(), LiveBytes() as live:
         stages = build_stages(config.model, precision, mesh, dispatcher)
         for stage in stages.values():
-            if config.run.recompute:
-                recompute_up_projections(stage.model)
+            recompute_as_asked(stage.model, config.run.recompute)
         # The moving average is stored in CPU memory and not counted; DeepSpeed's flat memory is as large as ours.
         engine = assemble(stages, replace(config.optim, ema_decay=None, backend="native"), mesh)
         state = live.now

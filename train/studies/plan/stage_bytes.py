@@ -6,6 +6,8 @@ Forward adds what each part keeps; backward replaces it from the last part on by
     forward    rises above what earlier parts keep
     backward   rises above what earlier parts keep and what the weight gradients of later ones wait for
 
+Of a layer that runs again (`run.recompute=layers`) a part keeps the input, and its backward is all of the layer.
+
 Peaks are of the operators that are largest at V3's sizes: attention's core with its operands made again, SwiGLU, the
 rows of the experts and the exchange, a chunk of logits. Shapes as in `kept.py`.
 """
@@ -66,6 +68,8 @@ class _Part:
     waiting: float
     forward: float
     backward: float
+    # Its backward runs the weight gradients that wait.
+    runs_wgrads: bool = False
 
 
 @cache
@@ -76,11 +80,13 @@ def stage_bytes(work: Work, shape: StageShape) -> StageBytes:
     # What leaves the stage is held as long as what it was made of; a loss is a number.
     out = 0.0 if shape.is_last else work.hidden
     before = [*accumulate((part.kept for part in parts), initial=0.0)]
-    after = [*accumulate((part.waiting * work.deferred for part in reversed(parts)), initial=0.0)][::-1]
+    after = [*accumulate(reversed(parts), lambda waits, part: _waits(work, waits, part), initial=0.0)][::-1]
     # Two scalars of the balance loss.
     kept = before[-1] + 2 * FP32_BYTES * routes
     # The embedding waits for its output's gradient; without FP8 the first layer's input outlives backward.
-    waiting = after[0] + (work.hidden if work.deferred and (shape.is_first or not work.fp8) else 0.0)
+    # Of layers that run again the loss, which stays, holds the last stage's input.
+    outlives = shape.is_first or (shape.is_last if work.layers_again else not work.fp8)
+    waiting = after[0] + (work.hidden if work.deferred and outlives else 0.0)
     forward = max(held + part.forward for held, part in zip(before, parts, strict=False))
     backward = max(held + part.backward + waits for held, part, waits in zip(before, parts, after[1:], strict=False))
     exchanged = _sum(work.plain(work.sent, work.model.hidden_size)) if work.ep > 1 and routes else 0.0
@@ -92,6 +98,11 @@ def stage_bytes(work: Work, shape: StageShape) -> StageBytes:
         wgrad=_wgrad_peak(work, shape, routes),
         dispatch=exchanged * (1 + work.received / work.sent),
     )
+
+
+def _waits(work: Work, waits: float, part: _Part) -> float:
+    """What weight gradients hold after a part's backward, of what they held before it."""
+    return waits * (not part.runs_wgrads) + part.waiting * work.deferred
 
 
 def _sum(sizes: Sequence[float]) -> float:
@@ -123,15 +134,26 @@ def _ending(work: Work) -> Iterator[_Part]:
         kept = (4 + (depth is not depths[-1])) * depth.hidden + 3 * depth.tokens * FP32_BYTES
         # The two outputs, the gradient of their product and that of the embedding.
         rise = 3 * depth.hidden + block.forward
-        yield _Part(kept + block.kept, 4 * depth.hidden + block.waiting, rise, block.backward)
+        waiting = 4 * depth.hidden + block.waiting
+        yield _Part(kept + block.kept, waiting, rise, block.backward, block.runs_wgrads)
     gradients = hidden + sum(depth.hidden for depth in depths)
     chunk = ceil_div(work.tokens, ceil_div(work.tokens, HEAD_ROWS))
     logits = _sum(work.plain(chunk, model.vocab_size))
     yield _Part(gradients, 0.0, 2 * gradients + logits, gradients)
 
 
-@cache
 def _block(work: Work, *, moe: bool) -> _Part:
+    if not work.layers_again:
+        return _whole_block(work, moe=moe)
+    # Both passes and the weight gradients in one, beside the gradient that came. Without a graph forward needs no more.
+    layer = _whole_block(work, moe=moe)
+    products = _expert_products(work) if moe and not work.fp8 else 0.0
+    backward = max(layer.forward, layer.backward, (layer.waiting + products) * work.deferred) + work.hidden
+    return _Part(kept=work.hidden, waiting=0.0, forward=layer.forward, backward=backward, runs_wgrads=True)
+
+
+@cache
+def _whole_block(work: Work, *, moe: bool) -> _Part:
     attention, inner = _bytes(attention_kept(work)), work.model.intermediate_size
     waits = attention_waiting(work)
     if moe:
@@ -263,7 +285,7 @@ def _wgrad_peak(work: Work, shape: StageShape, routes: bool) -> float:
     """A normed input made again, or an FP32 product that is added afterwards."""
     model = work.model
     embedded = work.tokens * model.hidden_size * FP32_BYTES if shape.is_first else 0.0
-    if work.fp8 or not routes:
+    if work.fp8 or work.layers_again or not routes:
         return max(embedded, work.hidden)
     return max(embedded, _expert_products(work))
 

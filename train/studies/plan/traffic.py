@@ -77,10 +77,13 @@ def share(elements: int, *, ranks: int, rank: int) -> int:
 
 
 def expert_bytes(
-    config: ModelConfig, layout: Layout, held: Held, *, tokens: int, precision: str, destinations: Sequence[float]
-) -> dict[str, float]:
+    config: ModelConfig, layout: Layout, held: Held, *, tokens: int, precision: str, destinations: Sequence[float],
+    forwards: int = 1,
+) -> dict[str, float]:  # fmt: skip
     """Bytes that a rank sends to experts in forward and backward of one micro-batch, on average over the ranks.
 
+    Args:
+        forwards: of each layer; two where it runs again in backward.
     Returns:
         kind of `parallel.collectives.Traffic` -> bytes; empty without the axis. `destinations` are those of a token at
         each hop: ranks; or nodes, then ranks.
@@ -89,9 +92,9 @@ def expert_bytes(
     if layout.ep == 1 or not layers:
         return {}
     kinds = {
-        "dispatch": 2 * dispatch_bytes(config.hidden_size, precision=precision),
-        "combine": 2 * hidden_bytes(config.hidden_size, precision=precision),
-        "routing": topk * (INT32_BYTES + FP32_BYTES),
+        "dispatch": (forwards + 1) * dispatch_bytes(config.hidden_size, precision=precision),
+        "combine": (forwards + 1) * hidden_bytes(config.hidden_size, precision=precision),
+        "routing": forwards * topk * (INT32_BYTES + FP32_BYTES),
         "gates": topk * FP32_BYTES,
     }
     hops = ("rail.", "node.") if layout.two_hops else ("",)
@@ -99,7 +102,7 @@ def expert_bytes(
     sent = {f"{hop}{kind}": number * size for kind, size in kinds.items() for hop, number in copies.items()}
     # To each rank how many copies come; with two hops also how many tokens pass on, for each rank of a node.
     numbers = 1 + layout.ranks_per_node * layout.two_hops
-    return sent | {"counts": layers * (layout.ep * numbers + config.n_routed_experts) * INT64_BYTES}
+    return sent | {"counts": forwards * layers * (layout.ep * numbers + config.n_routed_experts) * INT64_BYTES}
 
 
 def destinations_by_hop(config: ModelConfig, layout: Layout) -> tuple[float, ...]:

@@ -1,0 +1,69 @@
+"""A layer of which only its input is kept, and which runs again in backward (activation checkpoints, arXiv:1604.06174).
+
+    forward     no graph: of what the layer computes, the sum that leaves it stays
+    backward    the layer again, with a graph; its backward; its weight gradients, at once
+
+Between forward and backward a layer holds one hidden state, 59 MB at V3's size and 4096 tokens. The price is a second
+forward with its exchange of tokens. The report recomputes less (arXiv:2412.19437 §3.2.3): this is for long sequences,
+of which that would hold too much. Values are the same bits, for the stream is rounded where it always is.
+
+Weight gradients do not wait for their slot in a pipeline: what they read would be held for all layers of a stage.
+
+Shapes: x, total [sequences, tokens, hidden].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import deferred
+from kernels.probe import current, watching
+from train.model.moe import Routing
+
+# x -> residual stream, what is to be added to it, and a MoE layer's routing.
+Layer = Callable[[Tensor], tuple[Tensor, Tensor | None, Routing | None]]
+
+
+class _Again(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Layer, routings: list[Routing]) -> tuple[Tensor, Tensor | None]:
+        # FP8's operands are shown when they are computed the second time, where backward follows.
+        ctx.layer, ctx.probe = layer, current()
+        ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
+        with watching(None):
+            residual, delta, routing = layer(x)
+        assert delta is not None, "a layer has added what its FFN gives"
+        if routing is not None:
+            routings.append(routing)
+        return residual + delta, None if routing is None else routing.balance
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        d_total, d_balance = grads
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad(), watching(ctx.probe):
+            residual, delta, routing = ctx.layer(x)
+        outputs = [(residual, d_total), (delta, d_total)]
+        outputs += [] if routing is None else [(routing.balance, d_balance)]
+        del residual, delta, routing
+        roots = [each for each in outputs if each[1] is not None]
+        del outputs
+        torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])
+        del roots
+        deferred.take()()
+        return x.grad, None, None
+
+
+def layer_again(layer: Layer, residual: Tensor, delta: Tensor | None) -> tuple[Tensor, Routing | None]:
+    """The sum that leaves a layer of residual + delta, and its routing, whose balance loss has a gradient."""
+    routings: list[Routing] = []
+    x = residual if delta is None else residual + delta
+    total, balance = _Again.apply(x, layer, routings)  # type: ignore[no-untyped-call]
+    return total, replace(routings[0], balance=balance) if routings else None
