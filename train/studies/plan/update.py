@@ -6,7 +6,8 @@
     FP8 copies          of all weights of FP8 linears, also transposed
 
 A ring over nodes of eight sends seven eighths of a buffer over NVLink and one over InfiniBand. The norm's own reads are
-in AdamW's row. Nothing overlaps.
+in AdamW's row. Nothing overlaps here: under ZeRO-1 the trainer reduces under the last backward and gathers under the
+next forward, so this is an upper bound, 0.15 s of a step of 25.5 on `h800_2048`.
 """
 
 from __future__ import annotations
