@@ -54,16 +54,15 @@ def round_to_fp8(moment: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """What this rank updates of a parameter, with its master and moments, [elements] each."""
+    """What this rank updates of a parameter, with its master and its moments by name, [elements] each."""
 
     held: ParameterShard
     master: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    moments: dict[str, Tensor]
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.master, self.exp_avg, self.exp_avg_sq
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.master, *self.moments.values()
 
 
 class AdamW:
@@ -98,12 +97,16 @@ class AdamW:
 
     def _adopt(self, held: ParameterShard, master: Tensor) -> _State:
         dtype = MOMENT_DTYPES[self.config.moments_dtype]
-        moments = (torch.zeros_like(master, dtype=dtype) for _ in range(2))
+        moments = {name: torch.zeros_like(master, dtype=dtype) for name in self.moments_of(held)}
         if self.config.offload == "none":
-            return _State(held, master, *moments)
+            return _State(held, master, moments)
         # An FP32 parameter is its own master and stays where it is.
         is_own = held.parameter.dtype == torch.float32
-        return _State(held, master if is_own else on_host(master), *map(on_host, moments))
+        return _State(held, master if is_own else on_host(master), {name: on_host(x) for name, x in moments.items()})
+
+    def moments_of(self, held: ParameterShard) -> tuple[str, ...]:
+        """Names of the moments that a parameter has."""
+        return "exp_avg", "exp_avg_sq"
 
     @torch.no_grad()
     def step(self, *, lr: float, step: int) -> None:
@@ -169,8 +172,7 @@ class AdamW:
         for name, state in self._states.items():
             if state.held.parameter.dtype != torch.float32:
                 shards[f"master.{name}"] = self._local_shard(state, state.master)
-            shards[f"exp_avg.{name}"] = self._local_shard(state, state.exp_avg)
-            shards[f"exp_avg_sq.{name}"] = self._local_shard(state, state.exp_avg_sq)
+            shards |= {f"{kind}.{name}": self._local_shard(state, x) for kind, x in state.moments.items()}
         return shards
 
     def masters(self) -> dict[str, LocalShard]:
