@@ -557,7 +557,14 @@ class Trainer:
         """Take everything from a checkpoint; ValueError as for `resume`."""
 
         def is_this_run(state: dict[str, Any]) -> None:
-            check_same_identity(path, read_state(path, state).identity, self.identity())
+            saved = read_state(path, state)
+            check_same_identity(path, saved.identity, self.identity())
+            # Their moments are others. A version before had AdamW only.
+            check_same_identity(
+                path,
+                {"optimizer": saved.config.get("optim", {}).get("name", "adamw")},
+                {"optimizer": self.config.optim.name},
+            )
 
         with self.engine.optimizer.whole_weights():
             tensors = self.tensors()

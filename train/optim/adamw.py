@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.adamw import adamw_update
+from kernels.adamw import AdamWHyper, adamw_update
 from kernels.formats import TILE
 from kernels.quantize import dequantize_tiles, quantize_tiles
 from parallel.shards import LocalShard, Shard
@@ -97,15 +97,15 @@ class AdamW:
 
     def _adopt(self, held: ParameterShard, master: Tensor) -> _State:
         dtype = MOMENT_DTYPES[self.config.moments_dtype]
-        moments = {name: torch.zeros_like(master, dtype=dtype) for name in self.moments_of(held)}
+        moments = {name: torch.zeros_like(master, dtype=dtype) for name in self.moments_of(held.name)}
         if self.config.offload == "none":
             return _State(held, master, moments)
         # An FP32 parameter is its own master and stays where it is.
         is_own = held.parameter.dtype == torch.float32
         return _State(held, master if is_own else on_host(master), {name: on_host(x) for name, x in moments.items()})
 
-    def moments_of(self, held: ParameterShard) -> tuple[str, ...]:
-        """Names of the moments that a parameter has."""
+    def moments_of(self, name: str) -> tuple[str, ...]:
+        """The moments that a parameter has."""
         return "exp_avg", "exp_avg_sq"
 
     @torch.no_grad()
@@ -124,18 +124,21 @@ class AdamW:
         self, name: str, new_weights: Tensor, *, lr: float, step: int, passing: Iterator[Segment] | None
     ) -> None:
         """Move master and moments of one shard; its new weights are written rounded."""
-        state, config = self._states[name], self.config
-        weight_decay = config.weight_decay if decays(name, state.held.parameter) else 0.0
-        update = partial(adamw_update, lr=lr, betas=config.betas, eps=config.eps, weight_decay=weight_decay, step=step)
+        state = self._states[name]
         whole = [Segment(name, 0, len(new_weights), state.tensors)]
         for segment in whole if passing is None else islice(passing, len(self._segments[name])):
             assert segment.name == name, f"{name} was to be updated, but a segment of {segment.name} has come"
-            master, exp_avg, exp_avg_sq = segment.tensors
             grad, weight = (each[segment.start : segment.stop] for each in (state.held.grad, new_weights))
-            update(master, grad, exp_avg, exp_avg_sq, weight)
-            if config.moments_dtype == "fp8":
-                round_to_fp8(exp_avg)
-                round_to_fp8(exp_avg_sq)
+            self._move(segment, grad, weight, lr=lr, step=step)
+
+    def _move(self, segment: Segment, grad: Tensor, weight: Tensor, *, lr: float, step: int) -> None:
+        config, (master, exp_avg, exp_avg_sq) = self.config, segment.tensors
+        weight_decay = config.weight_decay if decays(segment.name, self._states[segment.name].held.parameter) else 0.0
+        hyper = AdamWHyper(lr=lr, betas=config.betas, eps=config.eps, weight_decay=weight_decay, step=step)
+        adamw_update(master, grad, exp_avg, exp_avg_sq, weight, **hyper)
+        if config.moments_dtype == "fp8":
+            round_to_fp8(exp_avg)
+            round_to_fp8(exp_avg_sq)
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:

@@ -18,8 +18,14 @@ MOMENT_BYTES = {"bf16": BF16_BYTES, "fp32": FP32_BYTES, "fp8": FP32_BYTES}
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Hyperparameters of AdamW and of the clipping (arXiv:2412.19437 §4.2); field `optim` of the configuration."""
+    """Hyperparameters of the update and of the clipping (arXiv:2412.19437 §4.2); field `optim` of the configuration.
 
+    With `name=muon` betas and eps are those of the parameters that stay with AdamW; learning rate, weight_decay and
+    clip_norm are both's, and moments_dtype is also the momentum's (`train/optim/muon.py`).
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"  # what moves matrices
+    momentum: float = 0.95  # Muon's mu; AdamW has none
     betas: tuple[float, float] = (0.9, 0.95)  # decay rates of the two moments
     eps: float = 1e-8  # added to the root of the second moment; the report does not give it
     weight_decay: float = 0.1  # decoupled decay per step, times the learning rate
@@ -47,7 +53,30 @@ class OptimConfig:
                 f"optim.offload=cpu takes masters off the device, but optim.{key} = {getattr(self, key)} needs them "
                 f"({why}): use optim.offload=none, or optim.{key}={cure}"
             )
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"optim.momentum = {self.momentum} must be in [0, 1); Muon's report uses 0.95")
+        self._check_muon()
         if self.moments_dtype not in MOMENT_BYTES:
             raise ValueError(
                 f"optim.moments_dtype = {self.moments_dtype!r} is unknown; use one of {sorted(MOMENT_BYTES)}"
             )
+
+    @property
+    def moments_of_matrices(self) -> int:
+        """Moments of a linear's weight or an expert's; other parameters have AdamW's two."""
+        return 1 if self.name == "muon" else 2
+
+    def _check_muon(self) -> None:
+        """What does not go with whole matrices."""
+        reasons = {
+            "backend": ("native", "DeepSpeed updates a flat partition, and Muon whole matrices"),
+            "offload": ("none", "a state in host memory passes in segments, and Muon needs whole matrices"),
+            "moments_dtype": ("bf16", "FP8 moments are an ablation of AdamW"),
+        }
+        given = {"backend": "deepspeed", "offload": "cpu", "moments_dtype": "fp8"}
+        for key, (cure, why) in reasons.items():
+            if self.name == "muon" and getattr(self, key) == given[key]:
+                raise ValueError(
+                    f"optim=muon does not go with optim.{key}={given[key]} ({why}): use optim.{key}={cure}, "
+                    "or optim=adamw"
+                )
