@@ -49,6 +49,7 @@ from train.optim.config import OptimConfig
 from train.optim.deepspeed_backend import DeepSpeedBuckets, check_installed
 from train.optim.ema import Ema
 from train.optim.muon import Muon, muon_matrices
+from train.optim.qk_clip import watch_logits
 from train.run_directory import CHECKPOINTS, run_directory
 from train.schedules import first_step_of
 from train.stage import Stage, build_stages, expert_shards, stage_specs
@@ -270,6 +271,8 @@ def assemble(stages: dict[int, Stage], optim: OptimConfig, mesh: Mesh) -> Engine
     models = [stage.model for _, stage in sorted(stages.items())]
     config, precision = models[0].config, models[0].precision
     optimizer = build_optimizer(models, optim, mesh)
+    if optim.qk_clip is not None:
+        watch_logits(models)
     reduction = EarlyReduction(optimizer.buckets, [name for model in models for name, _ in model.named_parameters()])
     let_weights_arrive_later(models, optimizer.buckets)
     ema = None if optim.ema_decay is None else Ema(optimizer.masters(), optim.ema_decay)

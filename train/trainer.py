@@ -66,6 +66,7 @@ from train.observe.metrics import (
     busy_tables,
     dead_experts,
     dense_bf16_peak,
+    logit_table,
     step_record,
 )
 from train.observe.sentences import closing, opening
@@ -255,6 +256,7 @@ class Trainer:
         self.busy_s = self.busy.stop()
         # Of the step before.
         record |= busy_tables(gradients.busy_us, data_ranks=self.mesh.dp.size)
+        record |= logit_table(gradients.max_logits)
         # Tables of some steps only; every rank takes part.
         if health is not None:
             record |= health.tables()

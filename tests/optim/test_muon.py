@@ -26,6 +26,7 @@ from train.model.config import ModelConfig
 from train.model.transformer import Transformer
 from train.optim.config import OptimConfig
 from train.optim.muon import Muon, muon_matrices, orthogonalize, rms_matched
+from train.optim.qk_clip import row_factors
 from train.stage import expert_shards
 from train.step import Engine
 
@@ -34,6 +35,8 @@ MUON = OptimConfig(name="muon", moments_dtype="fp32")
 # Two experts a rank under ep2, and three layers for two stages.
 MODEL: ModelConfig = DISTINCT
 LR, STEPS = 0.02, 2
+# Four layers with MTP's, three heads: most are clipped.
+LOGITS = torch.tensor([[40.0, 5.0, 11.0], [10.0, 90.0, 3.0], [50.0, 60.0, 70.0], [9.0, 20.0, 30.0]])
 LAYOUTS = {
     "dp2": Layout(dp=2),
     "dp2 without ZeRO": Layout(dp=2, zero=False),
@@ -67,7 +70,7 @@ class Reference:
         self.weights = {name: each.detach().clone() for name, each in parameters.items()}
         self.optim, self.momentum = optim, {name: torch.zeros_like(w) for name, w in self.weights.items()}
 
-    def step(self, grads: dict[str, Tensor], lr: float) -> None:
+    def step(self, grads: dict[str, Tensor], lr: float, factors: dict[str, Tensor]) -> None:
         mu, decay = self.optim.momentum, 1 - lr * self.optim.weight_decay
         for name, weight in self.weights.items():
             parts = split_as_released(name, weight, MODEL)
@@ -76,6 +79,8 @@ class Reference:
             for part, update in zip(parts, split_as_released(name, ahead, MODEL), strict=True):
                 scaled = newton_schulz(update).mul(0.2 * math.sqrt(max(update.shape)))
                 part.mul_(decay).add_(scaled, alpha=-lr)
+            if name in factors:
+                weight.mul_(factors[name][:, None].to(weight.dtype))
 
 
 def engine_on(mesh: Mesh, optim: OptimConfig = MUON) -> Engine:
@@ -113,8 +118,8 @@ def test_one_process_gives_the_bits_of_the_reference_and_nearly_those_of_fp64() 
         grads = gradients(step)
         feed(engine, grads)
         engine.optimizer.step(lr=LR, step=step)
-        reference.step(grads, LR)
-        exact.step({name: grad.double() for name, grad in grads.items()}, LR)
+        reference.step(grads, LR, {})
+        exact.step({name: grad.double() for name, grad in grads.items()}, LR, {})
     for name in moved:
         assert torch.equal(parameters[name], reference.weights[name]), name
         # Values near zero grow by 3.4445 a step and their errors with them: 3.4445^5 = 485 roundings of 2^-24 of
@@ -185,7 +190,7 @@ def sharded_update(rank: int, world: int, layout: Layout, folder: Path) -> Found
     assert isinstance(optimizer, Muon)
     for step in range(1, STEPS + 1):
         feed(engine, gradients(step))
-        optimizer.step(lr=LR, step=step)
+        optimizer.step(lr=LR, step=step, row_factors=row_factors(engine.models, LOGITS, threshold=10.0))
     expected = load_file(folder / "expected.safetensors")
     held = optimizer.state_shards() | {f"weight.{name}": shard for name, shard in optimizer.masters().items()}
     differing = [
@@ -215,9 +220,10 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     engine = engine_on(single(CPU))
     reference = Reference(dict(engine.models[0].named_parameters()), MUON)
     for step in range(1, STEPS + 1):
+        factors = row_factors(engine.models, LOGITS, threshold=10.0)
         feed(engine, gradients(step))
-        engine.optimizer.step(lr=LR, step=step)
-        reference.step(gradients(step), LR)
+        engine.optimizer.step(lr=LR, step=step, row_factors=factors)
+        reference.step(gradients(step), LR, factors)
     moved = muon_matrices(engine.models[0])
     state = {f"weight.{name}": p.detach() for name, p in engine.models[0].named_parameters()}
     state |= {name: shard.tensor for name, shard in engine.optimizer.state_shards().items()}

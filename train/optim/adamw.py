@@ -52,6 +52,13 @@ def round_to_fp8(moment: Tensor) -> None:
     moment.copy_(values.flatten()[: moment.numel()])
 
 
+def scale_rows(flat: Tensor, factors: Tensor, *, first: int, cols: int) -> None:
+    """Multiply elements from `first` on of a flattened [rows, cols] matrix by their rows' factors, in place."""
+    rows = factors[first // cols : -(-(first + len(flat)) // cols)]
+    elements = rows[:, None].expand(-1, cols).flatten()
+    flat.mul_(elements[first % cols :][: len(flat)])
+
+
 @dataclass(frozen=True, eq=False)
 class _State:
     """What this rank updates of a parameter, with its master and its moments by name, [elements] each."""
@@ -109,19 +116,29 @@ class AdamW:
         return "exp_avg", "exp_avg_sq"
 
     @torch.no_grad()
-    def step(self, *, lr: float, step: int) -> None:
-        """Update this rank's masters, then give the new weights to all ranks; `step` counts from 1."""
+    def step(self, *, lr: float, step: int, row_factors: Mapping[str, Tensor] | None = None) -> None:
+        """Update this rank's masters, then give the new weights to all ranks; `step` counts from 1.
+
+        row_factors: name -> [rows] fp32, by which the rows of new masters are multiplied.
+        """
         assert step >= 1, f"updates are counted from 1, got step {step}"
         passing = None if self.staging is None else self.staging.passing(self._segments.values())
         for bucket in self.buckets:
-            bucket.gather(partial(self._update, lr=lr, step=step, passing=passing))
+            bucket.gather(partial(self._update, lr=lr, step=step, row_factors=row_factors or {}, passing=passing))
         if passing is not None:
             # What is asked for after the last segment copies that one back.
             after = next(passing, None)
             assert after is None, f"a segment of {after.name} was not updated"
 
     def _update(
-        self, name: str, new_weights: Tensor, *, lr: float, step: int, passing: Iterator[Segment] | None
+        self,
+        name: str,
+        new_weights: Tensor,
+        *,
+        lr: float,
+        step: int,
+        row_factors: Mapping[str, Tensor],
+        passing: Iterator[Segment] | None,
     ) -> None:
         """Move master and moments of one shard; its new weights are written rounded."""
         state = self._states[name]
@@ -130,6 +147,10 @@ class AdamW:
             assert segment.name == name, f"{name} was to be updated, but a segment of {segment.name} has come"
             grad, weight = (each[segment.start : segment.stop] for each in (state.held.grad, new_weights))
             self._move(segment, grad, weight, lr=lr, step=step)
+            if name in row_factors:
+                first, (_, cols) = state.held.shard.offsets[0] + segment.start, state.held.parameter.shape
+                scale_rows(segment.tensors[0], row_factors[name], first=first, cols=cols)
+                weight.copy_(segment.tensors[0])
 
     def _move(self, segment: Segment, grad: Tensor, weight: Tensor, *, lr: float, step: int) -> None:
         config, (master, exp_avg, exp_avg_sq) = self.config, segment.tensors

@@ -31,6 +31,7 @@ class OptimConfig:
     weight_decay: float = 0.1  # decoupled decay per step, times the learning rate
     clip_norm: float = 1.0  # the global gradient norm is clipped to this
     moments_dtype: str = "bf16"  # storage of both moments (§3.3.3); a key of `MOMENT_BYTES`, docs/numerics.md
+    qk_clip: float | None = None  # the largest logit that a head of attention may have (`train/optim/qk_clip.py`)
     ema_decay: float | None = None  # moving average of the weights in CPU memory (`train/optim/ema.py`); None for none
     backend: Literal["native", "deepspeed"] = "native"  # who keeps weights, gradients and masters in flat memory
     offload: Literal["none", "cpu"] = "none"  # cpu: masters and moments in host memory (`train/optim/offload.py`)
@@ -55,6 +56,8 @@ class OptimConfig:
             )
         if not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"optim.momentum = {self.momentum} must be in [0, 1); Muon's report uses 0.95")
+        if self.qk_clip is not None and not self.qk_clip > 0.0:
+            raise ValueError(f"optim.qk_clip = {self.qk_clip} must be above 0; Kimi-K2's report uses 100, null is none")
         self._check_muon()
         if self.moments_dtype not in MOMENT_BYTES:
             raise ValueError(

@@ -127,7 +127,7 @@ class Muon(AdamW):
         return ("momentum",) if name in self._matrices else super().moments_of(name)
 
     @torch.no_grad()
-    def step(self, *, lr: float, step: int) -> None:
+    def step(self, *, lr: float, step: int, row_factors: Mapping[str, Tensor] | None = None) -> None:
         """As AdamW's; afterwards the gradients of matrices are their updates."""
         mu = self.config.momentum
         for state in self._states.values():
@@ -137,7 +137,7 @@ class Muon(AdamW):
                 momentum.copy_(moved)
         for exchange in self.exchanges:
             exchange.apply(rms_matched)
-        super().step(lr=lr, step=step)
+        super().step(lr=lr, step=step, row_factors=row_factors)
 
     def _move(self, segment: Segment, grad: Tensor, weight: Tensor, *, lr: float, step: int) -> None:
         if segment.name not in self._matrices:
