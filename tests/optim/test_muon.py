@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from parallel.layout import Layout
 from parallel.matrices import owners
@@ -22,13 +23,16 @@ from tests.ranks import run_ranks
 from tests.tiny_model import DISTINCT, FP32
 from train.assemble import build_engine
 from train.huggingface.names import released_tensors
-from train.model.config import ModelConfig
+from train.model.config import ModelConfig, StageSpec
+from train.model.sizes import held_by, weights
 from train.model.transformer import Transformer
 from train.optim.config import OptimConfig
 from train.optim.muon import Muon, muon_matrices, orthogonalize, rms_matched
 from train.optim.qk_clip import row_factors
 from train.stage import expert_shards
 from train.step import Engine
+from train.studies.plan.live_bytes import LiveBytes
+from train.studies.plan.state_bytes import state_bytes
 
 CPU = torch.device("cpu")
 MUON = OptimConfig(name="muon", moments_dtype="fp32")
@@ -240,11 +244,28 @@ def test_every_layout_gives_the_bits_of_the_reference(name: str, expected: Path)
     layout = LAYOUTS[name]
     ranks = run_ranks(layout.world, sharded_update, layout, expected)
     assert [rank.differing for rank in ranks] == [[]] * layout.world
-    weights = [each for name, each in load_file(expected / "expected.safetensors").items() if "weight." in name[:7]]
-    assert sum(rank.compared for rank in ranks) >= sum(each.numel() for each in weights)
+    values = [each for name, each in load_file(expected / "expected.safetensors").items() if "weight." in name[:7]]
+    assert sum(rank.compared for rank in ranks) >= sum(each.numel() for each in values)
     loads = [loads for rank in ranks for loads in rank.flops if any(loads)]
     assert bool(loads) == (layout.zero and layout.dp > 1)
     assert all(min(each) > 0 for each in loads), "a rank of an axis has nothing to compute"
+
+
+def test_bytes_are_those_of_the_closed_form() -> None:
+    """Moments of one process; and what one matrix takes for a moment beside itself, in FP32."""
+    shards = engine_on(single(CPU)).optimizer.state_shards()
+    table = weights(
+        MODEL, held_by(MODEL, [StageSpec(range(MODEL.num_hidden_layers), is_first=True, is_last=True)]), ep=1
+    )
+    planned = state_bytes(table, Layout(), precision="fp32", dp_rank=0, moment_bytes=4, moments_of_matrices=1)
+    assert planned.moments == sum(each.tensor.nbytes for each in shards.values())
+    for shape in ((180, 70), (70, 180)):
+        with FakeTensorMode(), LiveBytes() as live:
+            matrix = torch.empty(shape)
+            live.peak = before = live.now
+            rms_matched(matrix)
+            assert live.peak - before <= 8 * 180 * 70 + 8 * 70**2 + 1024
+            assert live.peak - before >= 8 * 180 * 70 + 8 * 70**2
 
 
 def test_owners_are_balanced_and_prefer_who_holds_a_matrix() -> None:
