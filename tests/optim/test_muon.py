@@ -36,8 +36,9 @@ from train.studies.plan.state_bytes import state_bytes
 
 CPU = torch.device("cpu")
 MUON = OptimConfig(name="muon", moments_dtype="fp32")
-# Two experts a rank under ep2, and three layers for two stages.
-MODEL: ModelConfig = DISTINCT
+# Two experts a rank under ep2, and three layers for two stages. With this width dp2 cuts a row of q_b_proj, which
+# QK-clip scales.
+MODEL: ModelConfig = replace(DISTINCT, intermediate_size=168)
 LR, STEPS = 0.02, 2
 # Four layers with MTP's, three heads: most are clipped.
 LOGITS = torch.tensor([[40.0, 5.0, 11.0], [10.0, 90.0, 3.0], [50.0, 60.0, 70.0], [9.0, 20.0, 30.0]])

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.attention import documents_of
 from parallel.mesh import single
@@ -62,6 +63,15 @@ def test_of_a_long_sequence_every_stride_th_query_up_to_the_last_is_taken(monkey
     expected = every_logit(q, k, None)[:, :, torch.arange(0, 129, 4)].amax((0, 2, 3))
     found = max_logits(q, k, scale=0.3, documents=None)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=ROUNDING)
+
+
+def test_at_4096_tokens_it_takes_two_percent_of_the_cores_products() -> None:
+    """V3's heads; fused attention makes four products as wide as q and three as wide as v, forward and backward."""
+    q, k = torch.empty(2, 1, 128, 4096, 192, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        max_logits(q, k, scale=0.1, documents=None)
+    core = 128 * 4096**2 * (4 * 192 + 3 * 128)
+    assert 0.02 < counter.get_total_flops() / core < 0.025
 
 
 def heads_of(attention: MultiHeadLatentAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
