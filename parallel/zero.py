@@ -198,10 +198,10 @@ class GradientBuckets:
         for each in plan.ranges:
             yield each, max(first, each.start), min(first + length, each.start + each.numel)
 
-    def sizes_of(self, rank: int) -> list[tuple[torch.dtype, int]]:
-        """Dtype of the weights and elements of each shard that a rank of the axis updates."""
-        plans = [bucket.plan for bucket in self._buckets]
-        return [(p.dtype, stop - start) for p in plans for _, start, stop in self._owned(p, rank) if start < stop]
+    def shards_of(self, rank: int) -> dict[str, tuple[int, int]]:
+        """Name -> elements of the flattened parameter that a rank of the axis updates: from, to."""
+        owned = (each for bucket in self._buckets for each in self._owned(bucket.plan, rank))
+        return {each.name: (start - each.start, stop - each.start) for each, start, stop in owned if start < stop}
 
     @property
     def grad_bytes(self) -> int:

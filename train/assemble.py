@@ -50,6 +50,8 @@ from train.optim.adamw import AdamW
 from train.optim.config import OptimConfig
 from train.optim.deepspeed_backend import DeepSpeedBuckets, check_installed
 from train.optim.ema import Ema
+from train.optim.muon import Muon, muon_matrices
+from train.optim.qk_clip import watch_logits
 from train.run_directory import CHECKPOINTS, run_directory
 from train.schedules import first_step_of
 from train.stage import Stage, build_stages, expert_shards, stage_specs
@@ -182,7 +184,7 @@ def _open_stores(config: PretrainConfig, source: WeightSource | None) -> Stores:
 
 
 def build_optimizer(models: list[Transformer], config: OptimConfig, mesh: Mesh) -> AdamW:
-    """Buckets by the axis they are reduced over, FP8 linears apart, and AdamW on this rank's share of them."""
+    """Buckets by the axis they are reduced over, FP8 linears apart, and the optimizer of this rank's share of them."""
     precision = models[0].precision
     dense: dict[str, nn.Parameter] = {}
     linears: dict[str, nn.Parameter] = {}
@@ -211,6 +213,9 @@ def build_optimizer(models: list[Transformer], config: OptimConfig, mesh: Mesh) 
         fp8_made_of(experts.items(), axis=mesh.edp),
         made_of(tied.items(), axis=mesh.dp, tied=mesh.tied, counts_in_norm=mesh.tied.rank == 0),
     ]
+    if config.name == "muon":
+        matrices = {name: held for model in models for name, held in muon_matrices(model).items()}
+        return Muon(buckets, config, flat_shards, matrices=matrices)
     return AdamW(buckets, config, flat_shards)
 
 
@@ -286,6 +291,8 @@ def assemble(stages: dict[int, Stage], optim: OptimConfig, mesh: Mesh) -> Engine
     models = [stage.model for _, stage in sorted(stages.items())]
     config, precision = models[0].config, models[0].precision
     optimizer = build_optimizer(models, optim, mesh)
+    if optim.qk_clip is not None:
+        watch_logits(models)
     reduction = EarlyReduction(optimizer.buckets, [name for model in models for name, _ in model.named_parameters()])
     let_weights_arrive_later(models, optimizer.buckets)
     ema = None if optim.ema_decay is None else Ema(optimizer.masters(), optim.ema_decay)

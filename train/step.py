@@ -4,7 +4,8 @@
     for each micro-batch: forward -> sums of losses -> backward        `parallel/pipeline.py`; sums, never means
       sums over ranks begin under the last backward                    `parallel/early_reduction.py`
     wait for all sums, divide by N, norm, clip                         `parallel/grads.py`
-    AdamW on this rank's share; new weights to every rank              `train/optim/adamw.py`
+    AdamW on this rank's share; new weights to every rank              `train/optim/adamw.py`, or muon.py
+      heads whose logits grew too large are clipped under it           `train/optim/qk_clip.py`
     b_i += gamma * sign(mean load - load_i)                            `train/optim/balance.py`, loads of all ranks
 
 The caller reads one tensor in between: all ranks skip the update of a step whose gradients are not finite, or whose
@@ -34,6 +35,7 @@ from train.observe.fp8_health import Fp8Health
 from train.optim.adamw import AdamW
 from train.optim.balance import update_biases
 from train.optim.ema import Ema
+from train.optim.qk_clip import begin_logits, largest_logits, row_factors
 from train.schedules import ScheduledValues
 from train.stage import Stage, StepMetrics, expert_shards
 
@@ -72,6 +74,7 @@ class StepGradients:
     damaged: Tensor  # whether any rank's batch is
     busy_us: Tensor  # [ranks, phases] int64, what each rank gave as `busy_s`
     counts: dict[int, Tensor]  # layer id -> [experts] int64 over the whole step
+    max_logits: Tensor | None  # [layers, heads], MTP layers last, with `optim.qk_clip`
 
     @property
     def verdict(self) -> Tensor:
@@ -128,6 +131,7 @@ def compute_gradients(
     weights = LossWeights(now.mtp_weight, now.balance_alpha, num_targets, now.batch_sequences)
     for stage in engine.stages.values():
         stage.begin(weights, metrics, health)
+    begin_logits(engine.models)
     engine.pipeline.run(batch.inputs(mesh.device), num_micro_batches=num_micro_batches)
     engine.reduction.finish()
     norm = reduce_and_clip(
@@ -151,11 +155,12 @@ def compute_gradients(
         damaged=num_damaged > 0,
         busy_us=shared[3:].view_as(busy),
         counts=dict(zip(metrics.layer_ids, metrics.counts.unbind(), strict=True)),
+        max_logits=largest_logits(engine.models, config, mesh.world),
     )
 
 
 def apply_update(engine: Engine, gradients: StepGradients, *, now: ScheduledValues, update: int) -> None:
-    """AdamW on the clipped gradients, then the routers' bias.
+    """The optimizer on the clipped gradients, QK-clip on its new weights, then the routers' bias.
 
     Args:
         engine: of this rank.
@@ -165,7 +170,10 @@ def apply_update(engine: Engine, gradients: StepGradients, *, now: ScheduledValu
     """
     if engine.ema is not None:
         engine.ema.before_write()
-    engine.optimizer.step(lr=now.lr, step=update)
+    factors, threshold = None, engine.optimizer.config.qk_clip
+    if gradients.max_logits is not None and threshold is not None:
+        factors = row_factors(engine.models, gradients.max_logits, threshold)
+    engine.optimizer.step(lr=now.lr, step=update, row_factors=factors)
     if engine.ema is not None:
         engine.ema.update()
     update_biases(engine.models, gradients.counts, now.bias_speed)

@@ -67,6 +67,7 @@ from train.observe.metrics import (
     busy_tables,
     dead_experts,
     dense_bf16_peak,
+    logit_table,
     step_record,
 )
 from train.observe.sentences import closing, opening
@@ -262,6 +263,7 @@ class Trainer:
         self.busy_s = self.busy.stop()
         # Of the step before.
         record |= busy_tables(gradients.busy_us, data_ranks=self.mesh.dp.size)
+        record |= logit_table(gradients.max_logits)
         # Tables of some steps only; every rank takes part.
         if health is not None:
             record |= health.tables()
@@ -566,7 +568,14 @@ class Trainer:
         """Take everything from a checkpoint; ValueError as for `resume`."""
 
         def is_this_run(state: dict[str, Any]) -> None:
-            check_same_identity(path, read_state(path, state).identity, self.identity())
+            saved = read_state(path, state)
+            check_same_identity(path, saved.identity, self.identity())
+            # Their moments are others. A version before had AdamW only.
+            check_same_identity(
+                path,
+                {"optimizer": saved.config.get("optim", {}).get("name", "adamw")},
+                {"optimizer": self.config.optim.name},
+            )
 
         with self.engine.optimizer.whole_weights():
             tensors = self.tensors()

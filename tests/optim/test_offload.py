@@ -31,7 +31,8 @@ def trained(name: str, place: str, moments: str, *overrides: str) -> tuple[Train
     """Four clipped FP8 steps, or what is left of them; and the final state."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     changes = [*SMALL, *SHORT, "precision=fp8", f"run.name={name}", f"optim.offload={place}", "optim.ema_decay=null"]
-    changes += [f"optim.moments_dtype={moments}", "optim.clip_norm=0.5", *overrides]
+    # QK-clip scales rows of the segments, too.
+    changes += [f"optim.moments_dtype={moments}", "optim.clip_norm=0.5", "optim.qk_clip=0.01", *overrides]
     trainer = trainer_on(compose(list({text.split("=")[0]: text for text in [*COMMON, *changes]}.values())), world)
     trainer.resume()
     trainer.fit()

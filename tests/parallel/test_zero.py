@@ -90,9 +90,9 @@ def test_what_a_rank_updates_is_known_on_every_rank(sharded: bool) -> None:
         for rank in range(3)
     ]
     for rank, buckets in enumerate(ranks):
-        owned = [(held.parameter.dtype, held.shard.numel) for held in buckets.parameter_shards()]
-        assert sorted(owned, key=str) == sorted(ranks[0].sizes_of(rank), key=str)
-    total = sum(elements for rank, buckets in enumerate(ranks) for _, elements in buckets.sizes_of(rank))
+        owned = {held.name: (held.shard.offsets[0], held.shard.numel) for held in buckets.parameter_shards()}
+        assert owned == {name: (start, stop - start) for name, (start, stop) in ranks[0].shards_of(rank).items()}
+    total = sum(stop - start for rank in range(3) for start, stop in ranks[0].shards_of(rank).values())
     assert total == NUMEL * (1 if sharded else 3)
 
 

@@ -36,6 +36,7 @@ from kernels.rope import apply_rope, rope_tables, yarn_softmax_factor
 from train.model.config import ModelConfig
 from train.model.kept_output import KeptOutput
 from train.model.layers import KeptLinear, NormedLinear, RMSNorm
+from train.model.max_logits import max_logits
 from train.model.precision import Precision
 
 
@@ -85,6 +86,8 @@ class MultiHeadLatentAttention(nn.Module):
     def __init__(self, config: ModelConfig, precision: Precision, rope: RopeTables) -> None:
         super().__init__()
         self.recompute = False
+        # [heads] fp32, the largest of the step, where somebody wants to know (`train/optim/qk_clip.py`).
+        self.max_logit: Tensor | None = None
         self.config, self.rope, self.scale = config, rope, softmax_scale(config)
         heads, kv_rank, rope_dim = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
         self.a_widths = (config.q_width, kv_rank, rope_dim)
@@ -116,6 +119,9 @@ class MultiHeadLatentAttention(nn.Module):
         """Latents -> heads -> attention core: [sequences, tokens, a_widths] -> [sequences, heads, tokens, v]."""
         make = self._heads_in_fp8 if self.kv_b_proj.precision.reads_tiles else self._heads_apart
         q, k, v = make(latents, *self.rope.at(latents.shape[1], latents.device))
+        if self.max_logit is not None and torch.is_grad_enabled():
+            largest = max_logits(q, k, scale=self.scale, documents=documents)
+            torch.maximum(self.max_logit, largest, out=self.max_logit)
         if output is None:
             return causal_attention(q, k, v, scale=self.scale, documents=documents)
         core = partial(causal_attention_of_output, q, k, v, scale=self.scale, documents=documents)

@@ -83,6 +83,11 @@ class Weight:
         """Elements of all copies."""
         return self.copies * self.rows * self.cols
 
+    @property
+    def by_muon(self) -> bool:
+        """Whether `optim=muon` moves it: linears and experts, not embedding, head, router and norms."""
+        return self.fp8 or self.part == "mtp_projection"
+
     def stored_fp32(self, precision: str) -> bool:
         """Whether the weight itself is FP32 in a recipe, 'fp32', 'bf16' or 'fp8'."""
         return self.fp32 or precision == "fp32"

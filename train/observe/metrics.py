@@ -67,6 +67,8 @@ METRICS: dict[str, Metric] = {
     "moe/expert_load": Metric("1", "sum", "[layers][experts] load over the layer's mean load", "table"),
     "moe/dead_experts": Metric("experts", "sum", "(layer, expert) pairs without a token in this step", "int"),
     "moe/expert_bias": Metric("1", "none", "[layers][experts] selection bias after the step, on some steps", "table"),
+    "attention/max_logit": Metric("1", "max", "largest logit of attention, worst head; with optim.qk_clip"),
+    "attention/head_max_logit": Metric("1", "max", "[layers][heads] the same by head, MTP layers last", "table"),
     "guard/skipped_steps": Metric("steps", "sum", "steps skipped so far: not finite, or a spike", "int"),
     "eval/bits_per_byte": Metric("bits/byte", "mean", "held-out loss per byte of text, in events `evaluation`"),
     "fp8/amax": Metric("1", "max", "[layers][operands] largest magnitude before quantisation", "table"),
@@ -163,6 +165,14 @@ class Speed:
         if self.peak_flops is not None:
             record["speed/mfu_ratio"] = tokens_per_s * self.flops_per_token / (self.peak_flops * self.num_devices)
         return record
+
+
+def logit_table(logits: Tensor | None) -> Record:
+    """The largest logits of a step, [layers, heads], as metrics; nothing where they are not watched."""
+    if logits is None:
+        return {}
+    table = [[float(f"{x:.4g}") for x in layer] for layer in logits.tolist()]
+    return {"attention/max_logit": max(map(max, table)), "attention/head_max_logit": table}
 
 
 def bias_table(biases: Tensor) -> Record:

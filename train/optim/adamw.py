@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.adamw import adamw_update
+from kernels.adamw import AdamWHyper, adamw_update
 from kernels.formats import TILE
 from kernels.quantize import dequantize_tiles, quantize_tiles
 from parallel.shards import LocalShard, Shard
@@ -52,18 +52,24 @@ def round_to_fp8(moment: Tensor) -> None:
     moment.copy_(values.flatten()[: moment.numel()])
 
 
+def scale_rows(flat: Tensor, factors: Tensor, *, first: int, cols: int) -> None:
+    """Multiply elements from `first` on of a flattened [rows, cols] matrix by their rows' factors, in place."""
+    rows = factors[first // cols : -(-(first + len(flat)) // cols)]
+    elements = rows[:, None].expand(-1, cols).flatten()
+    flat.mul_(elements[first % cols :][: len(flat)])
+
+
 @dataclass(frozen=True, eq=False)
 class _State:
-    """What this rank updates of a parameter, with its master and moments, [elements] each."""
+    """What this rank updates of a parameter, with its master and its moments by name, [elements] each."""
 
     held: ParameterShard
     master: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    moments: dict[str, Tensor]
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.master, self.exp_avg, self.exp_avg_sq
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.master, *self.moments.values()
 
 
 class AdamW:
@@ -98,41 +104,62 @@ class AdamW:
 
     def _adopt(self, held: ParameterShard, master: Tensor) -> _State:
         dtype = MOMENT_DTYPES[self.config.moments_dtype]
-        moments = (torch.zeros_like(master, dtype=dtype) for _ in range(2))
+        moments = {name: torch.zeros_like(master, dtype=dtype) for name in self.moments_of(held.name)}
         if self.config.offload == "none":
-            return _State(held, master, *moments)
+            return _State(held, master, moments)
         # An FP32 parameter is its own master and stays where it is.
         is_own = held.parameter.dtype == torch.float32
-        return _State(held, master if is_own else on_host(master), *map(on_host, moments))
+        return _State(held, master if is_own else on_host(master), {name: on_host(x) for name, x in moments.items()})
+
+    def moments_of(self, name: str) -> tuple[str, ...]:
+        """The moments that a parameter has."""
+        return "exp_avg", "exp_avg_sq"
 
     @torch.no_grad()
-    def step(self, *, lr: float, step: int) -> None:
-        """Update this rank's masters, then give the new weights to all ranks; `step` counts from 1."""
+    def step(self, *, lr: float, step: int, row_factors: Mapping[str, Tensor] | None = None) -> None:
+        """Update this rank's masters, then give the new weights to all ranks; `step` counts from 1.
+
+        row_factors: name -> [rows] fp32, by which the rows of new masters are multiplied.
+        """
         assert step >= 1, f"updates are counted from 1, got step {step}"
         passing = None if self.staging is None else self.staging.passing(self._segments.values())
         for bucket in self.buckets:
-            bucket.gather(partial(self._update, lr=lr, step=step, passing=passing))
+            bucket.gather(partial(self._update, lr=lr, step=step, row_factors=row_factors or {}, passing=passing))
         if passing is not None:
             # What is asked for after the last segment copies that one back.
             after = next(passing, None)
             assert after is None, f"a segment of {after.name} was not updated"
 
     def _update(
-        self, name: str, new_weights: Tensor, *, lr: float, step: int, passing: Iterator[Segment] | None
+        self,
+        name: str,
+        new_weights: Tensor,
+        *,
+        lr: float,
+        step: int,
+        row_factors: Mapping[str, Tensor],
+        passing: Iterator[Segment] | None,
     ) -> None:
         """Move master and moments of one shard; its new weights are written rounded."""
-        state, config = self._states[name], self.config
-        weight_decay = config.weight_decay if decays(name, state.held.parameter) else 0.0
-        update = partial(adamw_update, lr=lr, betas=config.betas, eps=config.eps, weight_decay=weight_decay, step=step)
+        state = self._states[name]
         whole = [Segment(name, 0, len(new_weights), state.tensors)]
         for segment in whole if passing is None else islice(passing, len(self._segments[name])):
             assert segment.name == name, f"{name} was to be updated, but a segment of {segment.name} has come"
-            master, exp_avg, exp_avg_sq = segment.tensors
             grad, weight = (each[segment.start : segment.stop] for each in (state.held.grad, new_weights))
-            update(master, grad, exp_avg, exp_avg_sq, weight)
-            if config.moments_dtype == "fp8":
-                round_to_fp8(exp_avg)
-                round_to_fp8(exp_avg_sq)
+            self._move(segment, grad, weight, lr=lr, step=step)
+            if name in row_factors:
+                first, (_, cols) = state.held.shard.offsets[0] + segment.start, state.held.parameter.shape
+                scale_rows(segment.tensors[0], row_factors[name], first=first, cols=cols)
+                weight.copy_(segment.tensors[0])
+
+    def _move(self, segment: Segment, grad: Tensor, weight: Tensor, *, lr: float, step: int) -> None:
+        config, (master, exp_avg, exp_avg_sq) = self.config, segment.tensors
+        weight_decay = config.weight_decay if decays(segment.name, self._states[segment.name].held.parameter) else 0.0
+        hyper = AdamWHyper(lr=lr, betas=config.betas, eps=config.eps, weight_decay=weight_decay, step=step)
+        adamw_update(master, grad, exp_avg, exp_avg_sq, weight, **hyper)
+        if config.moments_dtype == "fp8":
+            round_to_fp8(exp_avg)
+            round_to_fp8(exp_avg_sq)
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
@@ -169,8 +196,7 @@ class AdamW:
         for name, state in self._states.items():
             if state.held.parameter.dtype != torch.float32:
                 shards[f"master.{name}"] = self._local_shard(state, state.master)
-            shards[f"exp_avg.{name}"] = self._local_shard(state, state.exp_avg)
-            shards[f"exp_avg_sq.{name}"] = self._local_shard(state, state.exp_avg_sq)
+            shards |= {f"{kind}.{name}": self._local_shard(state, x) for kind, x in state.moments.items()}
         return shards
 
     def masters(self) -> dict[str, LocalShard]:

@@ -44,6 +44,7 @@ def with_tables(line: Record, *, dead: bool = False) -> Record:
         for at, name in enumerate(names)
     }
     tables["moe/expert_bias"] = [[0.001 * step * (expert - 1.5) for expert in range(EXPERTS)] for _ in range(LAYERS)]
+    tables["attention/head_max_logit"] = [[10.0 * (layer + 1) + head for head in range(5)] for layer in range(LAYERS)]
     # Rank 1 of four is three times slower than its stage; the other stage has less to do.
     tables["step/busy_ms"] = [[100.0, 300.0], [50.0, 50.0]]
     tables["step/data_ms"] = [[10.0, 210.0], [10.0, 10.0]]

@@ -260,6 +260,12 @@ def test_the_slow_rank_stands_out_among_its_stage(seen: Tab):
     assert text.split("<br><b>")[1] == "300 ms<br>data 210 ms<br>forward and backward 80 ms<br>update 10 ms"
 
 
+def test_the_largest_logit_of_each_head_is_a_map(seen: Tab):
+    show(seen, "head-logits")
+    z = seen.value("document.querySelector('#head-logits .plot').data[0].z")
+    assert z == [[10.0 * (layer + 1) + head for head in range(5)] for layer in range(3)]
+
+
 def test_the_page_follows_the_reader_into_the_dark(chromium: Chromium, page: Path):
     light = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).reduce((sum, part) => sum + +part, 0)"
     with opened(chromium, page.as_uri(), dark=True) as tab:

@@ -140,6 +140,7 @@ function fillFooter() {
 }
 
 const TABLE_FIGURES = {
+  optimizer: [{ id: "head-logits", title: "Largest logit of each head", about: "attention/head_max_logit: before softmax, with optim.qk_clip", wide: true, shared: false, needs: ["attention/head_max_logit"], draws: [drawLogits] }],
   speed: [{ id: "rank-busy", title: "Work of each rank", about: "step/busy_ms: time of the step that a rank did not wait for others, over the median of its pipeline stage", wide: true, needs: ["step/busy_ms"], draws: [drawBusy] }],
   experts: [
     { id: "expert-load", title: "Expert load", about: "moe/expert_load: load over the layer's mean load", wide: true, shared: false, needs: ["moe/expert_load"], draws: [drawLoadNow, drawLoadTime] },

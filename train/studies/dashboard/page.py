@@ -67,6 +67,7 @@ CHARTS = (
     Chart("loss/mtp", "loss", "MTP loss", "mean over depths, nats", smooth=True, logarithmic=True),
     Chart("eval/bits_per_byte", "loss", "Bits per byte while training", "held-out text", least_values=2),
     Chart("grad/norm", "optimizer", "Gradient norm", "global, before clipping", smooth=True, logarithmic=True),
+    Chart("attention/max_logit", "optimizer", "Largest logit", "of attention, worst head", from_zero=True),
     Chart("optim/lr", "optimizer", "Learning rate", from_zero=True),
     Chart("schedule/batch_sequences", "optimizer", "Batch", "sequences a step", from_zero=True),
     Chart("schedule/bias_speed", "optimizer", "γ", "step of the routing bias", from_zero=True),

@@ -394,6 +394,21 @@ function drawBias(figure) {
   ];
 }
 
+// The largest logit of every head at the last logged step; the darkest cells are the largest.
+function drawLogits(figure) {
+  const table = tableOf("attention/head_max_logit"), run = runOf("attention/head_max_logit");
+  if (!table) return empty(nothing(run));
+  const column = columnsOf(table) - 1, z = layersAt(table, column), layers = z.length, heads = Math.max(...table.shape);
+  figure.hint(`largest logit before softmax · ${spanText(table, column)}`);
+  return [[{
+    type: "heatmap", z, zmin: 0, colorscale: [[0, css("even")], [1, css("busy")]], xgap: heads > 64 ? 0 : 1, ygap: layers > 32 ? 0 : 1, customdata: z.map((row, layer) => row.map(() => layerName(run, layer))),
+    hovertemplate: "layer %{customdata}, head %{x}<br><b>%{z:.4g}</b><extra></extra>", colorbar: { thickness: 9, outlinewidth: 0, xpad: 6, tickfont: { size: 11.5, color: css("soft") } },
+  }], panelLayout("All layers and heads", {
+    xaxis: axisLayout({ title: axisTitle("head", 6), showgrid: false, ...integerTicks(heads), range: [-.5, heads - .5] }),
+    yaxis: axisLayout({ showgrid: false, range: [layers - .5, -.5], tickvals: tickRows(layers), ticktext: tickRows(layers).map(row => layerName(run, row)), title: axisTitle("layer") }),
+  })];
+}
+
 // Between two colours such as #1b2430.
 function mixed(from, to, share) {
   const parts = text => text.match(/[0-9a-f]{2}/gi).map(part => parseInt(part, 16)), end = parts(to);
@@ -480,14 +495,15 @@ function momentSlider(table) {
   return element("label", "slider", "Moment ", slider, text);
 }
 
-const tableFigures = () => figures.filter(figure => ["expert-load", "expert-bias", "fp8-health", "rank-busy"].includes(figure.id));
+const tableFigures = () => figures.filter(figure => ["expert-load", "expert-bias", "fp8-health", "rank-busy", "head-logits"].includes(figure.id));
 
 // Filled again whenever the inspected run, its tables or the choice change.
 function fillTableControls() {
   for (const figure of tableFigures()) {
     // A control that is being used stays.
     if (figure.controls.contains(document.activeElement)) continue;
-    if (figure.id === "rank-busy") { fillBusyControls(figure); continue; }
+    const prefixOfRun = { "rank-busy": "step/", "head-logits": "attention/" }[figure.id];
+    if (prefixOfRun) { fillRunControl(figure, prefixOfRun); continue; }
     const isFp8 = figure.id === "fp8-health", name = isFp8 ? state.statistic : figure.id === "expert-bias" ? "moe/expert_bias" : "moe/expert_load";
     const prefix = isFp8 ? "fp8/" : "moe/", able = data.runs.filter(run => hasTables(run, prefix)), parts = [];
     const again = () => { redraw(tableFigures()); document.activeElement.blur(); fillTableControls(); };
@@ -505,9 +521,9 @@ function fillTableControls() {
   }
 }
 
-function fillBusyControls(figure) {
-  const able = data.runs.filter(run => hasTables(run, "step/")), again = value => { state.inspect = Number(value); redraw(tableFigures()); document.activeElement.blur(); fillTableControls(); };
-  figure.controls.replaceChildren(...(able.length > 1 ? [select("Run", able.map(run => [run.key, run.name]), inspected("step/").key, again)] : []));
+function fillRunControl(figure, prefix) {
+  const able = data.runs.filter(run => hasTables(run, prefix)), again = value => { state.inspect = Number(value); redraw(tableFigures()); document.activeElement.blur(); fillTableControls(); };
+  figure.controls.replaceChildren(...(able.length > 1 ? [select("Run", able.map(run => [run.key, run.name]), inspected(prefix).key, again)] : []));
 }
 
 // Clicks: a row left chooses the layer, a column right the moment.

@@ -43,6 +43,7 @@ TABLES: dict[str, Reduction] = {
     "step/data_ms": "mean",
     "step/gradients_ms": "mean",
     "step/update_ms": "mean",
+    "attention/head_max_logit": "max",
     "moe/expert_load": "mean",
     "moe/expert_bias": "last",
     "fp8/amax": "max",

@@ -42,11 +42,14 @@ class Grace(NamedTuple):
 
 
 def checkpoint_bytes(config: PretrainConfig) -> int:
-    """Of one checkpoint of all ranks: weights, FP32 masters and both moments; norms and routers have no second copy."""
+    """Of one checkpoint of all ranks: weights, FP32 masters and moments; norms and routers have no second copy.
+
+    Muon's one moment counts for all: embedding, head and norms, which have two, are left out.
+    """
     counts = parameter_counts(config.model)
     moment = BF16_BYTES if config.optim.moments_dtype == "bf16" else FP32_BYTES
     weights = 0 if config.precision.name == "fp32" else BF16_BYTES
-    return (counts["total"] + counts["mtp"]) * (weights + FP32_BYTES + 2 * moment)
+    return (counts["total"] + counts["mtp"]) * (weights + FP32_BYTES + config.optim.moments_of_matrices * moment)
 
 
 def grace_of(config: PretrainConfig, v3: ModelConfig) -> Grace | None:

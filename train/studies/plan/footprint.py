@@ -63,8 +63,8 @@ def footprint(
     """The memory of each pipeline rank.
 
     Args:
-        config: model, sequence length, `precision.cache_swiglu_input`, `optim.moments_dtype` and whether whole layers
-            run again; all else that decides is the candidate's.
+        config: model, sequence length, `precision.cache_swiglu_input`, `optim.name`, `optim.moments_dtype` and whether
+            whole layers run again; all else that decides is the candidate's.
         moments: of each pipeline rank, from `moments.moments`; with one rank they are not read.
         imbalance: how many times its even share the experts of the rank receive.
     """
@@ -186,6 +186,7 @@ class _Recipe(NamedTuple):
     precision: str
     keep_bf16_weights: bool
     moment_bytes: int
+    moments_of_matrices: int
 
 
 def _recipe(config: PretrainConfig, candidate: Candidate) -> _Recipe:
@@ -193,7 +194,7 @@ def _recipe(config: PretrainConfig, candidate: Candidate) -> _Recipe:
     moment_bytes = BF16_BYTES if config.optim.moments_dtype == "bf16" else FP32_BYTES
     return _Recipe(
         candidate.dp * copies, candidate.edp * copies, candidate.ep, candidate.zero, candidate.precision,
-        candidate.keep_bf16_weights, moment_bytes,
+        candidate.keep_bf16_weights, moment_bytes, config.optim.moments_of_matrices,
     )  # fmt: skip
 
 
@@ -208,5 +209,6 @@ def _state(model: ModelConfig, recipe: _Recipe, shapes: tuple[StageShape, ...]) 
     table = weights(model, Held(dense + moe + mtp, embedding=first or bool(mtp), head=last), ep=recipe.ep)
     precision, kept = recipe.precision, recipe.keep_bf16_weights
     return state_bytes(
-        table, recipe, precision=precision, dp_rank=0, keep_bf16_weights=kept, moment_bytes=recipe.moment_bytes
-    )
+        table, recipe, precision=precision, dp_rank=0, keep_bf16_weights=kept, moment_bytes=recipe.moment_bytes,
+        moments_of_matrices=recipe.moments_of_matrices,
+    )  # fmt: skip

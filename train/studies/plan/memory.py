@@ -92,7 +92,7 @@ def measure(
         gradients = sum(bucket.grad_bytes for bucket in engine.optimizer.buckets)
         optimizer = engine.optimizer.state_shards()
         masters = storage_bytes(piece.tensor for name, piece in optimizer.items() if name.startswith("master."))
-        moments = storage_bytes(piece.tensor for name, piece in optimizer.items() if name.startswith("exp_avg"))
+        moments = storage_bytes(piece.tensor for name, piece in optimizer.items() if not name.startswith("master."))
         step = _FakeStep(config, engine, num_micro_batches)
         stood_in = step.replace_stages(live, traffic, known) if known is not None and mesh.pp.size > 1 else []
         live.peak = live.now
@@ -144,16 +144,21 @@ def share_bytes(config: PretrainConfig, mesh: Mesh) -> list[int]:
     layout, moment = config.layout, MOMENT_BYTES[config.optim.moments_dtype]
     with FakeTensorMode():
         models = [stage.model for stage in build_stages(config.model, config.precision, mesh).values()]
-        buckets = build_optimizer(models, replace(config.optim, backend="native"), mesh).buckets
+        optimizer = build_optimizer(models, replace(config.optim, backend="native"), mesh)
     shares = []
     for dp_rank in range(layout.dp):
-        ranks = [dp_rank // layout.ep if bucket.axis.name == "edp" else dp_rank for bucket in buckets]
-        sizes = [size for bucket, rank in zip(buckets, ranks, strict=True) for size in bucket.sizes_of(rank)]
+        sizes = [
+            (stop - start, len(optimizer.moments_of(name)), bucket.parameters[name].dtype == torch.float32)
+            for bucket in optimizer.buckets
+            for name, (start, stop) in bucket.shards_of(
+                dp_rank // layout.ep if bucket.axis.name == "edp" else dp_rank
+            ).items()
+        ]
         if config.optim.offload == "cpu":
-            longest = min(offload.SEGMENT_ELEMENTS, max((elements for _, elements in sizes), default=0))
+            longest = min(offload.SEGMENT_ELEMENTS, max((elements for elements, *_ in sizes), default=0))
             shares.append(2 * longest * (FP32_BYTES + 2 * moment))
         else:
-            shares.append(sum(n * (2 * moment + (FP32_BYTES if dtype != torch.float32 else 0)) for dtype, n in sizes))
+            shares.append(sum(n * (count * moment + (0 if is_own else FP32_BYTES)) for n, count, is_own in sizes))
     return shares
 
 

@@ -53,8 +53,9 @@ def state_bytes(
     dp_rank: int,
     keep_bf16_weights: bool = True,
     moment_bytes: int = BF16_BYTES,
+    moments_of_matrices: int = 2,
 ) -> StateBytes:
-    """Bytes of a rank's weights, copies, gradients and optimizer states, without padding."""
+    """Bytes of a rank's weights, copies, gradients and optimizer states, without padding; Muon has one moment."""
     table = tuple(table)
     masters = moments = 0
     for expert in (False, True):
@@ -64,7 +65,9 @@ def state_bytes(
         trained = [weight for weight in table if weight.trained and weight.expert == expert]
         own_master = sum(weight.elements for weight in trained if not weight.stored_fp32(precision))
         masters += FP32_BYTES * share(own_master, ranks=ranks, rank=rank)
-        moments += 2 * moment_bytes * share(sum(weight.elements for weight in trained), ranks=ranks, rank=rank)
+        matrices = sum(weight.elements for weight in trained if weight.by_muon)
+        twice = 2 * share(sum(weight.elements for weight in trained), ranks=ranks, rank=rank)
+        moments += moment_bytes * (twice - (2 - moments_of_matrices) * share(matrices, ranks=ranks, rank=rank))
     return StateBytes(
         weights=sum(weight.bytes(precision) for weight in table if keep_bf16_weights or not weight.fp8),
         fp8_copies=sum(fp8_bytes(weight, precision) for weight in table),

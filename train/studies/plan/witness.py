@@ -117,8 +117,8 @@ def state_bytes(engine: Engine) -> dict[str, int]:
     # Offloaded, they pass through buffers that a peak counts.
     shards = {} if engine.optimizer.staging else engine.optimizer.state_shards()
     by_kind = {
-        kind: storage_bytes(shard.tensor for name, shard in shards.items() if name.startswith(prefix))
-        for kind, prefix in (("masters", "master."), ("moments", "exp_avg"))
+        kind: storage_bytes(s.tensor for name, s in shards.items() if name.startswith("master.") == (kind == "masters"))
+        for kind in ("masters", "moments")
     }
     gradients = sum(bucket.grad_bytes for bucket in engine.optimizer.buckets)
     return {"weights": storage_bytes(tensors), "fp8_copies": copies, "gradients": gradients} | by_kind
