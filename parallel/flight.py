@@ -73,6 +73,16 @@ class Lane:
             Lane.current = None
         assert self.in_flight == 0, f"nobody has waited for {self.in_flight} exchanges of a pair"
 
+    @classmethod
+    @contextmanager
+    def closed(cls) -> Iterator[None]:
+        """No exchange that begins in the block flies; those in flight go on."""
+        lane, cls.current = cls.current, None
+        try:
+            yield
+        finally:
+            cls.current = lane
+
     def wait(self, work: Started) -> None:
         """Have the lane's stream wait for a collective; without one the host does."""
         with waiting() if self.stream is None else nullcontext():

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -22,9 +23,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from parallel.flight import by_turns, landed, parts, tensors_in
+from parallel.flight import Lane, by_turns, landed, parts, tensors_in
 
 T = TypeVar("T")
+# The phase that is a whole layer (`run.recompute=layers`).
+WHOLE_LAYER = "layer"
 
 
 @runtime_checkable
@@ -119,7 +122,8 @@ class Tape:
         One with an exchange is a generator (`parallel/flight.py`); in a pair its name comes while that is in flight.
         """
         inside, outside = self._enter(name, args)
-        result = phase(*inside)
+        with _lane_for(name):
+            result = phase(*inside)
         del args, inside
         if isinstance(result, Generator):
             result = yield from by_turns(name, result)
@@ -158,11 +162,17 @@ class Tape:
             cut = self._cuts.pop()
             # Without any gradient autograd would run the phase on zeros.
             if not all(slot.is_empty for slot in cut.slots):
-                torch.autograd.backward([cut.root], [self._anchor.detach()])
+                with _lane_for(cut.name):
+                    torch.autograd.backward([cut.root], [self._anchor.detach()])
             name = cut.name
             # The graph goes before somebody else computes.
             del cut
             yield name
+
+
+def _lane_for(name: str) -> AbstractContextManager[None]:
+    # A layer that runs again in backward is one phase, and no slot waits for gradients in it: its exchanges end there.
+    return Lane.closed() if name == WHOLE_LAYER else nullcontext()
 
 
 def border(tensor: Tensor) -> Tensor:

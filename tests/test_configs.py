@@ -318,7 +318,18 @@ def test_a_folder_of_hugging_face_gives_the_model_and_the_command_line_wins(tmp_
     smaller = compose(["model.num_hidden_layers=4", f"model=hf:{folder}", "model.rope_scaling.factor=64"]).model
     assert smaller.rope_scaling is not None
     assert kimi.rope_scaling is not None
+    with pytest.raises(ConfigError, match=r"^model is given twice, as .* and 'model=small': keep one$"):
+        compose([f"model=hf:{folder}", "model=small"])
     assert smaller == replace(kimi, num_hidden_layers=4, rope_scaling=replace(kimi.rope_scaling, factor=64.0))
+
+
+def test_a_stage_changes_the_model_of_a_folder(tmp_path: Path) -> None:
+    joyai = model_config("joyai_flash_48b")
+    (tmp_path / "config.json").write_text(json.dumps(released_config(joyai, format="bf16")))
+    stage = ["+stage=extend_32k", *BEGUN]
+    extended = compose([f"model=hf:{tmp_path}", *stage]).model
+    assert extended == compose(["model=joyai_flash_48b", *stage]).model
+    assert extended.rope_scaling is not None
 
 
 @pytest.mark.parametrize(
@@ -342,5 +353,7 @@ def test_a_softmax_router_has_no_bias_to_move() -> None:
         compose(["model=v2_lite"])
     with pytest.raises(ConfigError, match=r"^model\.n_group=8 does not go with model\.model_type=deepseek_v2"):
         compose(["model=v2_lite", "schedule.bias_speed=0", "model.n_group=8", "model.topk_group=4"])
+    with pytest.raises(ConfigError, match=r"^model\.norm_topk_prob=true does not go with"):
+        compose(["model=v2_lite", "schedule.bias_speed=0", "model.norm_topk_prob=true"])
     with pytest.raises(ConfigError, match=r"^model\.model_type=deepseek_v4 is not one of deepseek_v3, kimi_k2,"):
         compose(["+model.model_type=deepseek_v4"])

@@ -286,11 +286,14 @@ def _values(overrides: list[str]) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    folder = next((text.partition(HF)[2] for text in overrides if text.startswith(HF)), None)
-    overrides = [_parseable(text) for text in overrides if not text.startswith(HF)]
+    folders = [text for text in overrides if text.startswith(HF)]
+    models = [text for text in overrides if text.startswith("model=")]
+    if folders and len(models) > 1:
+        raise ConfigError(f"model is given twice, as {models[0]!r} and {models[1]!r}: keep one")
+    overrides = [_parseable(text) for text in overrides if text not in folders]
     _check_overrides(overrides)
-    if folder is not None:
-        overrides = [*_published_model(Path(folder)), *overrides]
+    if folders:
+        overrides = [*_published_model(Path(folders[0].removeprefix(HF)), _set_by_stage(overrides)), *overrides]
     _register_resolvers()
     try:
         with hydra.initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
@@ -309,8 +312,16 @@ def _said_by_ours(error: BaseException | None) -> ConfigError | None:
     return error
 
 
-def _published_model(folder: Path) -> list[str]:
-    """The model of a Hugging Face folder, as overrides; what else is given of it comes after and wins."""
+def _set_by_stage(overrides: list[str]) -> frozenset[str]:
+    """The model's fields that a stage on the command line sets: it begins with a model and changes it."""
+    from omegaconf import OmegaConf
+
+    stages = [CONFIGS / "stage" / f"{text.partition('=')[2]}.yaml" for text in overrides if text.startswith("+stage=")]
+    return frozenset(str(name) for path in stages for name in OmegaConf.load(path).get("model") or {})
+
+
+def _published_model(folder: Path, changed: frozenset[str]) -> list[str]:
+    """The model of a Hugging Face folder, as overrides but for what a stage has changed; what is given wins."""
     file = folder / "config.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -326,7 +337,7 @@ def _published_model(folder: Path) -> list[str]:
         raise ConfigError(str(error)) from error
     # Keys of Hydra's mappings are not quoted.
     texts = {name: re.sub(r'"(\w+)":', r"\1:", json.dumps(value)) for name, value in dataclasses.asdict(model).items()}
-    return [f"++model.{name}={text}" for name, text in texts.items()]
+    return [f"++model.{name}={text}" for name, text in texts.items() if name not in changed]
 
 
 def _undecodable() -> str:

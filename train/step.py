@@ -144,6 +144,8 @@ def compute_gradients(
     mtp = torch.stack(further).mean() if further else torch.zeros_like(main)
     balance = metrics.balance.sum() / now.batch_sequences
     total = main + now.mtp_weight * mtp + now.balance_alpha * balance
+    watched = optimizer.config.qk_clip is not None
+    max_logits = largest_logits(engine.models, config, mesh.world, device=mesh.device) if watched else None
     return StepGradients(
         loss_total=total,
         loss_main=main,
@@ -155,7 +157,7 @@ def compute_gradients(
         damaged=num_damaged > 0,
         busy_us=shared[3:].view_as(busy),
         counts=dict(zip(metrics.layer_ids, metrics.counts.unbind(), strict=True)),
-        max_logits=largest_logits(engine.models, config, mesh.world),
+        max_logits=max_logits,
     )
 
 

@@ -134,7 +134,7 @@ def test_the_published_file_is_the_model_that_context_extension_leaves(name: str
     stage = compose(["model=v3_671b", "data=text", "schedule=v3", f"+stage={name}", "run.init_from=runs/v3"])
     assert read == dataclasses.replace(stage.model, initializer_range=0.02)
     assert is_fp8(V3_1, origin="config.json")
-    written = released_config(stage.model, format="fp8", ids=None)
+    written = released_config(stage.model, format="fp8")
     differing = {"initializer_range", "auto_map", "transformers_version", "quantization_config"}
     assert {name: written[name] for name in V3_1.keys() - differing} == {
         name: value for name, value in V3_1.items() if name not in differing
@@ -176,6 +176,9 @@ REFUSED: dict[str, dict[str, Any]] = {
         "mlp_layer_types": ["dense", "dense", "sparse"],
     },
     r"attention_bias=true": {"attention_bias": True},
+    r"mlp_bias=true": {"mlp_bias": True},
+    r"sliding_window=128": {"sliding_window": 128},
+    r"index_topk=2048": {"index_topk": 2048},
     r"tie_word_embeddings=true": {"tie_word_embeddings": True},
     r"hidden_act=\"gelu": {"hidden_act": "gelu"},
     r"scoring_func=\"softmax": {"scoring_func": "softmax"},
@@ -218,6 +221,18 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_what_this_model_cannot_compute_is_refused(message: str, fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"^config\.json.* {message}"):
         model_config(released(**fields), origin="config.json")
+
+
+def test_what_a_file_leaves_out_is_asked_for_and_without_a_word_there_is_no_mtp() -> None:
+    """Libraries have other defaults than ours; `transformers` reads a V3 without these as V3 itself."""
+    for name in ("q_lora_rank", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor", "n_shared_experts"):
+        values = released()
+        del values[name]
+        with pytest.raises(ValueError, match=rf"^config\.json lacks {name}: "):
+            model_config(values, origin="config.json")
+    values = released()
+    del values["num_nextn_predict_layers"]
+    assert model_config(values, origin="config.json") == dataclasses.replace(RAGGED, num_nextn_predict_layers=0)
 
 
 def test_two_spellings_of_rope_are_read_as_transformers_reads_them_or_refused() -> None:

@@ -107,6 +107,11 @@ class ModelConfig:
                 f"model.n_group={self.n_group} does not go with model.model_type={self.model_type}, which chooses "
                 "among all experts (greedy); use 1"
             )
+        if self.scoring_func == "softmax" and self.norm_topk_prob:
+            raise ValueError(
+                f"model.norm_topk_prob=true does not go with model.model_type={self.model_type}, whose gates are the "
+                "softmax itself; use false"
+            )
         if self.first_k_dense_replace > self.num_hidden_layers:
             raise ValueError(
                 f"model.first_k_dense_replace={self.first_k_dense_replace} exceeds "

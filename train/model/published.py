@@ -38,6 +38,16 @@ _FIXED_IN = {
         "mlp_bias": (False, None),
     }
 }
+# What other members of the wider family have and this model does not: field -> values that mean none.
+_NOT_OURS: dict[str, tuple[Any, ...]] = {
+    "mlp_bias": (False, None),
+    "use_qk_norm": (False, None),
+    "sliding_window": (None,),
+    "swiglu_limit": (None,),
+    "index_topk": (None,),
+}
+# Fields with a default of ours that is not the one of every library: a file has to say them.
+_SAID = ("q_lora_rank", "n_shared_experts", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
 # Ours -> another spelling that `transformers` knows.
 _RENAMED = {"num_nextn_predict_layers": "num_mtp_layers", "n_routed_experts": "num_local_experts"}
 _YARN_OPTIONAL = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
@@ -60,13 +70,15 @@ def fixed_of(model_type: str) -> dict[str, tuple[Any, ...]]:
 
 
 def model_config(values: Mapping[str, Any], *, origin: str) -> ModelConfig:
-    """Read the content of the `config.json` at `origin`; its MTP depth is a claim that only the weights can confirm.
+    """Read the content of the `config.json` at `origin`.
+
+    Its MTP depth, 0 where it says none, is a claim that only the weights can confirm.
 
     Raises:
         ValueError: another architecture, a field that is missing, or a value that our model does not have.
     """
     kind = _member(values, origin)
-    _check_fixed(values, fixed_of(kind) | {"partial_rotary_factor": (1.0, None)}, origin)
+    _check_fixed(values, fixed_of(kind) | _NOT_OURS | {"partial_rotary_factor": (1.0, None)}, origin)
     heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
     if kv_heads is not None and _checked(kv_heads, "int", f"{origin}: num_key_value_heads") != heads:
         raise ValueError(
@@ -84,7 +96,9 @@ def model_config(values: Mapping[str, Any], *, origin: str) -> ModelConfig:
             ours[field.name] = _checked(value, str(field.type), f"{origin}: {name}")
         if len(set(found.values())) > 1:
             raise ValueError(f"{origin} contradicts itself: {_listed(found)}; keep the right one")
-        if not found and field.default is dataclasses.MISSING:
+        if not found and field.name == "num_nextn_predict_layers":
+            ours[field.name] = 0
+        if not found and (field.default is dataclasses.MISSING or field.name in _SAID):
             raise ValueError(f"{origin} lacks {field.name}: it is no complete configuration; fetch it again")
     try:
         return ModelConfig(**ours)

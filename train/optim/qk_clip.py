@@ -51,15 +51,13 @@ def begin_logits(models: Sequence[Transformer]) -> None:
             attention.max_logit.zero_()
 
 
-def largest_logits(models: Sequence[Transformer], config: ModelConfig, world: Axis) -> Tensor | None:
-    """[layers, heads] fp32 of the step, over all ranks; None while they are not watched."""
-    watched = [(row, each.max_logit) for row, _, each in attentions(models) if each.max_logit is not None]
-    if not watched:
-        return None
+def largest_logits(models: Sequence[Transformer], config: ModelConfig, world: Axis, *, device: torch.device) -> Tensor:
+    """[layers, heads] fp32 of the step, over all ranks: those without an attention take part too."""
     layers = len(config.layer_ids) + len(config.mtp_layer_ids)
-    table = torch.zeros(layers, config.num_attention_heads, device=watched[0][1].device)
-    for row, logits in watched:
-        table[row] = logits
+    table = torch.zeros(layers, config.num_attention_heads, device=device)
+    for row, _, attention in attentions(models):
+        if attention.max_logit is not None:
+            table[row] = attention.max_logit
     return max_over(table, world)
 
 
