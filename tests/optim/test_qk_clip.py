@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.attention import documents_of
-from parallel.mesh import single
+from parallel.layout import Layout
+from parallel.mesh import make_mesh, single
+from tests.ranks import run_ranks
 from tests.tiny_model import DISTINCT, FP32
 from train.assemble import build_engine
 from train.data.batch import Batch
@@ -164,3 +166,22 @@ def test_the_metric_is_one_row_a_layer_and_the_worst_head() -> None:
 def test_a_threshold_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^optim.qk_clip = 0.0 must be above 0; .* uses 100, null is none$"):
         OptimConfig(qk_clip=0.0)
+
+
+def logits_on(rank: int, world: int, layout: Layout) -> list[list[float]]:
+    """The table of one step on a layout, of the same four sequences."""
+    mesh = make_mesh(layout, device=torch.device("cpu"), tied_embedding=True, timeout_s=60)
+    engine = build_engine(DISTINCT, FP32, OptimConfig(qk_clip=100.0), mesh, seed=2)
+    tokens = torch.randint(DISTINCT.vocab_size, (4, 17), generator=torch.Generator().manual_seed(9))
+    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    now = ScheduledValues(lr=1e-3, batch_sequences=4, bias_speed=0.0, mtp_weight=0.3, balance_alpha=0.01)
+    table = compute_gradients(engine, batch, num_micro_batches=2, now=now).max_logits
+    assert table is not None
+    return table.tolist()
+
+
+def test_a_stage_without_attention_takes_part_and_every_rank_has_the_table_of_one_process() -> None:
+    (alone,) = run_ranks(1, logits_on, Layout())
+    assert min(map(min, alone)) > 0
+    ranks = run_ranks(2, logits_on, Layout(pp=2, stage_layers=(0, DISTINCT.num_hidden_layers)))
+    assert ranks == [alone, alone]
