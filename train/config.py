@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from yaml import YAMLError
+from yaml import YAMLError, safe_load
 
 from kernels.config import Backend
 from parallel.layout import Layout, Workload, check_layout
@@ -314,10 +314,9 @@ def _said_by_ours(error: BaseException | None) -> ConfigError | None:
 
 def _set_by_stage(overrides: list[str]) -> frozenset[str]:
     """The model's fields that a stage on the command line sets: it begins with a model and changes it."""
-    from omegaconf import OmegaConf
-
     stages = [CONFIGS / "stage" / f"{text.partition('=')[2]}.yaml" for text in overrides if text.startswith("+stage=")]
-    return frozenset(str(name) for path in stages for name in OmegaConf.load(path).get("model") or {})
+    sections = [safe_load(path.read_text(encoding="utf-8")).get("model") or {} for path in stages]
+    return frozenset(name for section in sections for name in section)
 
 
 def _published_model(folder: Path, changed: frozenset[str]) -> list[str]:
