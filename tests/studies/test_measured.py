@@ -156,6 +156,6 @@ def test_the_plan_reads_that_file(report: Path, monkeypatch: pytest.MonkeyPatch)
     config = compose(["experiment=tiny", "precision=fp8", "run.deterministic=false"])
     monkeypatch.setattr(dry_run, "_measured", lambda *_: SimpleNamespace())
     monkeypatch.setattr(dry_run, "_memory_table", lambda _: [])
-    (*_, work) = dry_run._tables(config, 0, SimpleNamespace())  # type: ignore[arg-type]
+    (*_, work) = dry_run._tables(config, 0, SimpleNamespace(total=0))  # type: ignore[arg-type]
     assert work[2].startswith("computing them alone, at 640 TFLOP/s")
     assert work[3].endswith(f"({report})")
