@@ -91,6 +91,8 @@ def run_batch(options: argparse.Namespace) -> int:
 
     key = os.environ.get(options.key_variable, "none")
     endpoint = Endpoint(options.url, key, options.in_flight, options.retries, options.timeout)
+    if options.answers.exists() and options.answers.samefile(options.requests):
+        raise ValueError(f"{options.answers} holds the requests; name another file for the answers")
     requests = read_batch(options.requests)
     asked = ask_into(options.answers, endpoint, requests, total=len(requests))
     return 0 if asked.complete else UNFINISHED

@@ -186,10 +186,27 @@ def test_a_torn_last_line_is_removed_whatever_its_length(tmp_path: Path, size: i
     path = tmp_path / "a.jsonl"
     whole = json.dumps({"custom_id": "a", "response": None}).encode() + b"\n"
     for kept in (b"", whole, whole + whole):
-        path.write_bytes(kept + b"x" * size)
+        path.write_bytes(kept + (b'{"custom_id": "' + b"x" * size)[:size])
         with AnswerLog(path) as log:
             assert log.ids == ({"a"} if kept else set())
         assert path.read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"model": "mine"}',
+        "x" * 70000,
+        '{"custom_id": "a", "body": {}}',
+        '{"custom_id": "a", "response": null}\n{"text": "b"}',
+    ],
+)
+def test_a_file_that_is_no_log_is_left_as_it_is(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"a\.jsonl is no answer file"):
+        AnswerLog(path)
+    assert path.read_text() == text
 
 
 def test_the_table_counts_every_request_and_lines_say_how_it_goes(

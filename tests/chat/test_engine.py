@@ -199,6 +199,15 @@ def test_a_batch_that_cannot_be_sent_is_one_sentence(
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_a_batch_does_not_write_into_its_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"custom_id": "a", "url": "/v1/completions", "body": {}}')
+    before = path.read_bytes()
+    assert serve_command.main(["batch", str(path), str(path), "--url", "http://127.0.0.1:1"]) == 2
+    assert capsys.readouterr().err == f"serve: {path} holds the requests; name another file for the answers\n"
+    assert path.read_bytes() == before
+
+
 def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert serve_command.main([str(tmp_path / "nowhere")]) == 2
     said = (
