@@ -153,6 +153,30 @@ def test_the_first_model_is_found(server: ScriptedServer) -> None:
         asyncio.run(first_model(Endpoint(empty.url, retries=0)))
 
 
+@pytest.mark.parametrize("listing", [b"<html>hello</html>", b"[]", b'{"data": [1]}', b'{"data": null}', b"null"])
+def test_an_address_that_lists_no_models_is_one_sentence(listing: bytes) -> None:
+    with served(script) as other:
+        other.listing = listing
+        with pytest.raises(ValueError, match=r"127\.0\.0\.1:\d+/v1 does not list models as OpenAI's API does"):
+            asyncio.run(first_model(Endpoint(other.url, retries=0)))
+
+
+def test_the_words_of_a_server_are_no_markup_and_do_not_steer_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Asked(stopped="no \x1b]0;title\x07[/b] model")
+    asked.failed["no \x1b]0;title\x07[/b] model"] = 1
+
+    async def answered(*_: object) -> Asked:
+        return asked
+
+    monkeypatch.setattr("train.chat.asking.ask_all", answered)
+    shown = io.StringIO()
+    ask_into(tmp_path / "a", Endpoint("http://x"), [], total=0, console=Console(file=shown, width=200))
+    assert shown.getvalue().count("no ]0;title[/b] model") == 2
+    assert "\x1b" not in shown.getvalue()
+
+
 def test_mistakes_are_named(server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, endpoint = tmp_path / "a.jsonl", Endpoint(server.url)
     with pytest.raises(ValueError, match="two requests have the id 'a'"):
