@@ -4,8 +4,8 @@
     python launch/serve.py out/ --engine vllm -- --tensor-parallel-size 8      a Hugging Face folder as it is
     python launch/serve.py batch in.jsonl out.jsonl --url http://127.0.0.1:8000
 
-Served until SIGTERM or Ctrl-C, exit code 0. Bad input ends with one sentence and exit code 2; an engine that ends by
-itself, and a batch with lines that were not answered, with 1: the same command goes on.
+Served until SIGTERM, SIGHUP or Ctrl-C, exit code 0. Bad input ends with one sentence and exit code 2; an engine that
+ends by itself, and a batch with lines that were not answered, with 1: the same command goes on.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ def run_server(options: argparse.Namespace) -> int:
     """Export if need be, serve, wait."""
     from train.chat.engine import ModelServer, name_for_clients, serve
 
+    # An export takes long: first what needs none.
+    ModelServer(options.engine, options.model, "model", options.host, options.port).check_machine()
     folder, named = served_folder(options)
     with socket.socket() as free:
         free.bind((options.host, 0))
@@ -91,6 +93,8 @@ def run_batch(options: argparse.Namespace) -> int:
 
     key = os.environ.get(options.key_variable, "none")
     endpoint = Endpoint(options.url, key, options.in_flight, options.retries, options.timeout)
+    if options.answers.exists() and options.answers.samefile(options.requests):
+        raise ValueError(f"{options.answers} holds the requests; name another file for the answers")
     requests = read_batch(options.requests)
     asked = ask_into(options.answers, endpoint, requests, total=len(requests))
     return 0 if asked.complete else UNFINISHED

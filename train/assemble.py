@@ -168,17 +168,27 @@ def open_resources(config: PretrainConfig) -> Resources:
 
 
 def _open_stores(config: PretrainConfig, source: WeightSource | None) -> Stores:
-    """Of text or of conversations; these must begin as the samples did that the source was trained on."""
+    """Of text or of conversations; of the source's tokeniser, conversations beginning as its samples did."""
     data, seed, model = config.data, config.run.seed, config.model
     if data.samples == "windows":
-        return open_stores(data, vocab_size=model.vocab_size, seed=seed)
-    stores = open_conversations(data, vocab_size=model.vocab_size, seed=seed, mtp_depths=model.num_nextn_predict_layers)
-    chat = stores[0].store.manifest.chat
-    assert chat is not None
-    if source is not None and (known := source.trained_on.first_token) != chat.first_token:
+        stores: Stores = open_stores(data, vocab_size=model.vocab_size, seed=seed)
+    else:
+        depths = model.num_nextn_predict_layers
+        stores = open_conversations(data, vocab_size=model.vocab_size, seed=seed, mtp_depths=depths)
+    if source is None:
+        return stores
+    manifest, known = stores[0].store.manifest, source.trained_on
+    if known.tokenizer_sha256 not in (None, manifest.tokenizer_sha256):
         raise ValueError(
-            f"data.store: conversations of {data.store} begin with {chat.first_token}, and samples of "
-            f"run.init_from={config.run.init_from} began with {known}: prepare with --first-token {known}"
+            f"data.store: {data.store} was made with tokeniser {manifest.tokenizer_sha256[:12]}, the weights of "
+            f"run.init_from={config.run.init_from} with {str(known.tokenizer_sha256)[:12]}; prepare it with that one: "
+            "`python launch/prepare.py --tokenizer tokenizer.json ...`"
+        )
+    if manifest.chat is not None and known.first_token != manifest.chat.first_token:
+        raise ValueError(
+            f"data.store: conversations of {data.store} begin with {manifest.chat.first_token}, and samples of "
+            f"run.init_from={config.run.init_from} began with {known.first_token}: prepare with --first-token "
+            f"{known.first_token}"
         )
     return stores
 

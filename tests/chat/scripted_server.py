@@ -63,6 +63,8 @@ class ScriptedServer(ThreadingHTTPServer):
     def __init__(self, script: Script, models: tuple[str, ...] = ("teacher",), port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.script, self.models = script, models
+        # Sent in place of the list of models.
+        self.listing: bytes | None = None
         self.lock = threading.Lock()
         self.in_flight = self.most_in_flight = 0
         self.bodies: list[dict[str, Any]] = []
@@ -82,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         listed = [{"id": name, "object": "model", "created": 0, "owned_by": "x"} for name in self.server.models]
-        self._send(200, json.dumps({"object": "list", "data": listed}).encode())
+        self._send(200, self.server.listing or json.dumps({"object": "list", "data": listed}).encode())
 
     def do_POST(self) -> None:
         server = self.server

@@ -73,6 +73,12 @@ def test_numbers_are_equal_as_fractions_are() -> None:
         ]
 
 
+def test_an_answer_of_many_digits_is_spelled() -> None:
+    digits = "1" * 5000
+    assert [canonical(text) for text in (digits, f"0.{digits}")] == [digits, f"0.{digits}"]
+    assert canonical(f"{digits}/2") == rf"\frac{{{digits}}}{{2}}"
+
+
 THOUGHTS = {
     "<think>a</think>b": ("a", "b"),
     "a</think>b": ("a", "b"),

@@ -251,5 +251,16 @@ def test_what_a_user_can_do_wrong_is_one_sentence(
     assert "has samples.jsonl but no settings.json" in capsys.readouterr().err
     (out / SETTINGS).write_text(settings)
     with AnswerLog(out / SAMPLES):
-        assert run() == 2
+        assert run(size=11) == 2
     assert "is written by another process" in capsys.readouterr().err
+
+
+def test_solutions_of_problems_that_are_gone_are_not_thrown_away(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with served(teacher) as server:
+        assert main(arguments(server, tmp_path / "out", size=2, samples=1)) == 0
+        before = {name: (tmp_path / "out" / name).read_bytes() for name in (SAMPLES, MESSAGES, SETTINGS)}
+        assert main(arguments(server, tmp_path / "out", size=1, samples=1)) == 2
+    assert "of a problem that is not among today's; give the source and --size as they were" in capsys.readouterr().err
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before

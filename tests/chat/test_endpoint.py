@@ -153,6 +153,30 @@ def test_the_first_model_is_found(server: ScriptedServer) -> None:
         asyncio.run(first_model(Endpoint(empty.url, retries=0)))
 
 
+@pytest.mark.parametrize("listing", [b"<html>hello</html>", b"[]", b'{"data": [1]}', b'{"data": null}', b"null"])
+def test_an_address_that_lists_no_models_is_one_sentence(listing: bytes) -> None:
+    with served(script) as other:
+        other.listing = listing
+        with pytest.raises(ValueError, match=r"127\.0\.0\.1:\d+/v1 does not list models as OpenAI's API does"):
+            asyncio.run(first_model(Endpoint(other.url, retries=0)))
+
+
+def test_the_words_of_a_server_are_no_markup_and_do_not_steer_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Asked(stopped="no \x1b]0;title\x07[/b] model")
+    asked.failed["no \x1b]0;title\x07[/b] model"] = 1
+
+    async def answered(*_: object) -> Asked:
+        return asked
+
+    monkeypatch.setattr("train.chat.asking.ask_all", answered)
+    shown = io.StringIO()
+    ask_into(tmp_path / "a", Endpoint("http://x"), [], total=0, console=Console(file=shown, width=200))
+    assert shown.getvalue().count("no ]0;title[/b] model") == 2
+    assert "\x1b" not in shown.getvalue()
+
+
 def test_mistakes_are_named(server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, endpoint = tmp_path / "a.jsonl", Endpoint(server.url)
     with pytest.raises(ValueError, match="two requests have the id 'a'"):
@@ -186,10 +210,27 @@ def test_a_torn_last_line_is_removed_whatever_its_length(tmp_path: Path, size: i
     path = tmp_path / "a.jsonl"
     whole = json.dumps({"custom_id": "a", "response": None}).encode() + b"\n"
     for kept in (b"", whole, whole + whole):
-        path.write_bytes(kept + b"x" * size)
+        path.write_bytes(kept + (b'{"custom_id": "' + b"x" * size)[:size])
         with AnswerLog(path) as log:
             assert log.ids == ({"a"} if kept else set())
         assert path.read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"model": "mine"}',
+        "x" * 70000,
+        '{"custom_id": "a", "body": {}}',
+        '{"custom_id": "a", "response": null}\n{"text": "b"}',
+    ],
+)
+def test_a_file_that_is_no_log_is_left_as_it_is(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"a\.jsonl is no answer file"):
+        AnswerLog(path)
+    assert path.read_text() == text
 
 
 def test_the_table_counts_every_request_and_lines_say_how_it_goes(

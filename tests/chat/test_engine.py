@@ -66,7 +66,7 @@ def test_an_engine_that_dies_is_reported_in_one_sentence(
         serve(engine, tmp_path / "log", os.environ, lambda: pytest.fail("it never answered"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_engine_and_is_no_failure(
     engine: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
@@ -75,6 +75,24 @@ def test_a_signal_ends_the_engine_and_is_no_failure(
     serve(engine, tmp_path / "log", os.environ, lambda: os.kill(os.getpid(), number))
     assert signal.getsignal(number) == before
     assert not engine.is_healthy()
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored(
+    engine: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, HEALTHY)
+    found = list[object]()
+
+    def ready() -> None:
+        found.append(signal.getsignal(signal.SIGHUP))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        serve(engine, tmp_path / "log", os.environ, ready)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert found == [signal.SIG_IGN]
 
 
 def test_an_engine_that_does_not_end_is_killed(
@@ -93,6 +111,36 @@ def test_an_engine_that_does_not_end_is_killed(
     serve(engine, tmp_path / "log", os.environ, lambda: None)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "log").read_text()), 0)
+
+
+def test_the_workers_of_an_engine_that_died_are_killed(
+    engine: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleep = "[sys.executable, '-c', 'import time; time.sleep(600)']"
+    stand_in(monkeypatch, f"import subprocess, sys; print(subprocess.Popen({sleep}).pid)")
+    with pytest.raises(ChildProcessError, match="ended with exit code 0"):
+        serve(engine, tmp_path / "log", os.environ, lambda: None)
+    state = Path("/proc") / (tmp_path / "log").read_text().strip() / "stat"
+    deadline = time.monotonic() + 20
+    # Gone, or a zombie that nobody has asked for.
+    while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("wrong", [-1, 65536])
+def test_what_cannot_be_served_is_not_exported(
+    tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: int
+) -> None:
+    monkeypatch.setattr(serve_command, "served_folder", lambda _: pytest.fail("exported"))
+    assert serve_command.main([str(tmp_path), f"--port={wrong}"]) == 2
+    assert capsys.readouterr().err == f"serve: --port {wrong} must be in 0 .. 65535\n"
+    with socket.create_server(("127.0.0.1", port)):
+        assert serve_command.main([str(tmp_path), f"--port={port}"]) == 2
+    assert f"port {port} of 127.0.0.1: Address already in use" in capsys.readouterr().err
+    monkeypatch.setattr(engine_module, "find_spec", lambda _: None)
+    assert serve_command.main([str(tmp_path), "--port=0"]) == 2
+    assert "not installed here" in capsys.readouterr().err
 
 
 def test_what_cannot_start_is_said_before_anything_is_started(
@@ -199,8 +247,17 @@ def test_a_batch_that_cannot_be_sent_is_one_sentence(
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_a_batch_does_not_write_into_its_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"custom_id": "a", "url": "/v1/completions", "body": {}}')
+    before = path.read_bytes()
+    assert serve_command.main(["batch", str(path), str(path), "--url", "http://127.0.0.1:1"]) == 2
+    assert capsys.readouterr().err == f"serve: {path} holds the requests; name another file for the answers\n"
+    assert path.read_bytes() == before
+
+
 def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert serve_command.main([str(tmp_path / "nowhere")]) == 2
+    assert serve_command.main([str(tmp_path / "nowhere"), "--port=0"]) == 2
     said = (
         f"serve: there is no folder {tmp_path}/nowhere: give a run, such as runs/tiny_bf16, or one of its checkpoints"
     )

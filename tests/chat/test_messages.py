@@ -57,6 +57,7 @@ BAD = {
         {"messages": [{"role": "bot", "content": "a"}]},
         "has the role 'bot', which is none of system, user",
     ),
+    "a role that is a list": ({"messages": [{"role": ["user"]}]}, "message 1 of 'messages' has the role ['user']"),
     "no role": ({"messages": [{"content": "a"}]}, "message 1 of 'messages' has the role None"),
     "unknown field": (
         {"messages": [USER, SAID | {"weight": 0}]},

@@ -12,7 +12,7 @@ import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
 from train.chat import problems
-from train.chat.problems import EVALUATING, open_problems
+from train.chat.problems import EVALUATING, UNUSABLE, open_problems
 from train.evaluate.jsonl import Line
 
 
@@ -87,6 +87,9 @@ def test_problems_of_reasoning_gym_are_checked_by_its_own_verifier() -> None:
 REFUSED = {
     "reasoning-gym:nope": "reasoning-gym has no family 'nope'; it has ab, ",
     "reasoning-gym:countdown": "the verifier of reasoning-gym:countdown evaluates what a model wrote; take another",
+    "reasoning-gym:ransom_note": "has problems that depend on Python's hash seed or on --size",
+    "reasoning-gym:game_of_life_halting": "has a verifier that accepts any answer; take another family",
+    "reasoning-gym:coin_flip": "reasoning-gym:coin_flip may never end making a problem; take another family",
     "reasoning-gym:composite": r"reasoning-gym:composite cannot be made without settings of its own \(Must specify",
     "nowhere.jsonl": r"there is no file nowhere\.jsonl",
 }
@@ -98,6 +101,12 @@ def test_sources_that_cannot_be_used_are_refused(source: str, message: str) -> N
         open_problems(source, size=1, seed=0, run_code=False)
     with pytest.raises(ValueError, match="--size 0 must be 1 or more"):
         open_problems("reasoning-gym:chain_sum", size=0, seed=0, run_code=False)
+
+
+def test_the_families_that_are_refused_are_there() -> None:
+    assert UNUSABLE.keys() <= DATASETS.keys()
+    assert len(UNUSABLE) == 8
+    assert not UNUSABLE.keys() & EVALUATING
 
 
 @pytest.mark.long

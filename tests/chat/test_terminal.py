@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -13,13 +14,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from launch.chat import main
 from tests.chat.scripted_server import Reply, ScriptedServer, served
-from train.chat.terminal import read_message
+from train.chat.endpoint import Endpoint
+from train.chat.terminal import Chat, _deltas, read_message
 from train.chat.thinking import ThinkingStream
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -207,3 +211,26 @@ def test_a_message_ends_where_its_lines_do() -> None:
         waiting = iter(lines)
         assert read_message(lambda _, waiting=waiting: next(waiting)) == message
         assert list(waiting) == []
+
+
+def test_chunks_of_another_form_are_no_traceback() -> None:
+    def chunk(**fields: Any) -> SimpleNamespace:
+        return SimpleNamespace(choices=[SimpleNamespace(finish_reason=None, **fields)])
+
+    odd = [SimpleNamespace(choices=None), SimpleNamespace(), SimpleNamespace(choices=[None]), chunk(delta=None)]
+    said = chunk(delta=SimpleNamespace(content="a", reasoning_content="b"))
+    parts = [(thinks, text) for thinks, text, _ in _deltas([*odd, said]) if text]
+    assert parts == [(True, "b"), (False, "a")]
+    with pytest.raises(ValueError, match="the server sent an answer whose content is no text"):
+        list(_deltas([chunk(delta=SimpleNamespace(content=[{"type": "text"}]))]))
+
+
+def test_what_a_server_calls_its_model_does_not_steer_the_terminal() -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=False)
+
+    def ended(_: str) -> str:
+        raise EOFError
+
+    Chat(Endpoint("http://x"), "m\x1b]0;title\x07", console, system=None, options={}).run(ended)
+    assert shown.getvalue().startswith("m]0;title; /help")

@@ -176,3 +176,22 @@ def test_conversations_that_begin_otherwise_than_the_model_are_refused(place: Pl
     )
     with pytest.raises(ValueError, match=r"begin with bos, and samples of run\.init_from=.* --first-token eos"):
         open_resources(config)
+
+
+@pytest.mark.parametrize("samples", ["conversations", "windows"])
+def test_a_store_of_another_tokeniser_than_the_weights_is_refused(place: Place, tmp_path: Path, samples: str) -> None:
+    prepare(Recipe(str(place.folder / "text.jsonl"), vocab_size=290, chat_marks=True), tmp_path / "text")
+    tokenizer = str(tmp_path / "text" / "tokenizer.json")
+    chat = ["--format", "messages", "--source", str(place.folder / "chat.jsonl"), "--out", str(tmp_path / "chat")]
+    assert main([*chat, "--tokenizer", tokenizer, "--heldout", "0"]) == 0
+    if samples == "conversations":
+        config = stage(place, "other", f"data.store={tmp_path / 'chat' / 'train'}", "data.heldout=null")
+    else:
+        other = [
+            f"run.init_from={place.folder / 'base'}",
+            "run.name=other",
+            f"data.store={tmp_path / 'text' / 'train'}",
+        ]
+        config = compose(list({text.split("=")[0]: text for text in (*place.base, *other)}.values()))
+    with pytest.raises(ValueError, match=r"data\.store: .* was made with tokeniser .*launch/prepare\.py --tokenizer"):
+        open_resources(config)

@@ -3,7 +3,7 @@
 Each line goes to the operating system in one write, so a process that is killed loses nothing that it received. The
 disk is told to keep it (fsync) every `FSYNC_EVERY_S` and when the file is closed: a machine that loses power loses at
 most the answers of that time, which are asked for again. A last line without its end, from a write that was cut, is
-removed when the file is opened.
+removed when the file is opened; a file that holds anything else is refused as it is.
 
 A line has the form of OpenAI's batch output, and three fields of ours:
 
@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 FSYNC_EVERY_S = 5.0
+# Of every line: `json.dumps` keeps the order of `endpoint._line`.
+BEGINNING = b'{"custom_id"'
 
 
 class AnswerLog:
@@ -33,8 +35,10 @@ class AnswerLog:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._mend()
-            self.ids = {line["custom_id"] for _, line in read_answers(path)}
+            torn, self.ids = self._torn_line(), {line["custom_id"] for _, line in read_answers(path, whole_only=True)}
+            if torn and not _is_torn(torn):
+                raise ValueError(f"{path} is no answer file; name another file to write to")
+            os.ftruncate(self._file, os.fstat(self._file).st_size - len(torn))
         except BlockingIOError:
             os.close(self._file)
             raise ValueError(f"{path} is written by another process; wait for it, or name another file") from None
@@ -61,22 +65,32 @@ class AnswerLog:
             os.fsync(self._file)
             self._synced_s = time.monotonic()
 
-    def _mend(self) -> None:
-        """Cut off what follows the last end of a line."""
-        end = os.fstat(self._file).st_size
+    def _torn_line(self) -> bytes:
+        """What follows the last end of a line."""
+        size = end = os.fstat(self._file).st_size
         while end and (block := os.pread(self._file, min(end, 1 << 16), end - min(end, 1 << 16))):
             if (found := block.rfind(b"\n")) >= 0:
                 end += found + 1 - len(block)
                 break
             end -= len(block)
-        os.ftruncate(self._file, end)
+        return os.pread(self._file, size - end, end)
 
 
-def read_answers(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(offset in bytes, line) of a log; ValueError names the first line that is not of its form."""
+def _is_torn(text: bytes) -> bool:
+    """Whether it may be a line of ours without its end; whole JSON of another form, such as a request, is not."""
+    try:
+        return "response" in json.loads(text)
+    except (ValueError, TypeError):
+        return text.startswith(BEGINNING) or BEGINNING.startswith(text)
+
+
+def read_answers(path: Path, *, whole_only: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(offset in bytes, line) of a log, or of its lines with an end; ValueError names the first of another form."""
     offset = 0
     with path.open("rb") as lines:
         for number, text in enumerate(lines, start=1):
+            if whole_only and not text.endswith(b"\n"):
+                return
             try:
                 line = json.loads(text)
                 well_formed = isinstance(line["custom_id"], str) and "response" in line

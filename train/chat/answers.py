@@ -51,6 +51,8 @@ def same_answer(found: str | None, expected: str) -> bool:
 def canonical(answer: str) -> str | Fraction:
     """One value for all ways to write an answer that this module knows: what a majority is counted by."""
     spelled = normalize(answer)
+    if len(spelled) > MAX_CHARACTERS:
+        return spelled
     if _DECIMAL.fullmatch(spelled):
         return Fraction(spelled)
     if (fraction := _FRACTION.fullmatch(spelled)) and int(fraction[3]):

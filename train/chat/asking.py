@@ -11,9 +11,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from train.chat.answer_log import AnswerLog
-from train.chat.endpoint import Asked, Endpoint, Request, ask_all
+from train.chat.endpoint import Asked, Endpoint, Request, ask_all, printable
 
 LINE_EVERY_S = 10.0
 
@@ -33,11 +34,12 @@ def ask_into(
     table = Table("requests", "number")
     table.columns[1].justify = "right"
     for name, number in asked.rows():
-        table.add_row(name, f"{number:,}")
+        # A server's words are in it: no markup.
+        table.add_row(Text(printable(name)), f"{number:,}")
     console.print(str(path), markup=False, soft_wrap=True)
     console.print(table)
     if asked.stopped:
-        console.print(f"the rest was not asked: {asked.stopped}", markup=False, soft_wrap=True)
+        console.print(f"the rest was not asked: {printable(asked.stopped)}", markup=False, soft_wrap=True)
     return asked
 
 

@@ -97,7 +97,7 @@ class Distillation:
 
 
 def claim(folder: Path, settings: Distillation, problems: ProblemSet) -> None:
-    """Make the folder, or find the one of the same settings; ValueError names the first that is another."""
+    """Make the folder, or find the one of the same settings and problems; ValueError names the first that differs."""
     folder.mkdir(parents=True, exist_ok=True)
     path, wanted = folder / SETTINGS, asdict(settings) | {"verifier": problems.verifier}
     try:
@@ -112,7 +112,19 @@ def claim(folder: Path, settings: Distillation, problems: ProblemSet) -> None:
                 f"{folder} was begun with {name} = {short(found.get(name))}, not {short(wanted[name])}; "
                 "say the same again, or name another folder with --out"
             )
+    if (folder / SAMPLES).exists():
+        _check_problems(folder / SAMPLES, problems)
     _write(path, [strict_json(wanted)])
+
+
+def _check_problems(path: Path, problems: ProblemSet) -> None:
+    """Refuse solutions, which were paid for, of problems that are not among today's."""
+    asked = (line["custom_id"] for _, line in read_answers(path, whole_only=True))
+    if lost := next((name for name in asked if name.rpartition("/")[0] not in problems.distinct), None):
+        raise ValueError(
+            f"{path} has a solution {lost!r} of a problem that is not among today's; give the source and --size as "
+            "they were, or name another folder with --out"
+        )
 
 
 def select(folder: Path, settings: Distillation, problems: ProblemSet) -> dict[str, Any]:

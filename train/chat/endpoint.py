@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +27,7 @@ from train.chat.answer_log import AnswerLog
 
 INSTALL = "the package openai is not installed; it is optional: pip install 'openai>=3'"
 CHAT = "/chat/completions"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # Refusals that are about the endpoint, not about one request.
 REFUSES_ALL = {401: "the key is refused", 403: "access is forbidden", 404: "there is no such model or path"}
 
@@ -96,11 +98,18 @@ async def first_model(endpoint: Endpoint) -> str:
     openai = openai_module()
     try:
         async with endpoint.client() as client:
-            async for model in client.models.list():
-                return str(model.id)
+            listed = await client.get("/models", cast_to=object)
     except openai.OpenAIError as error:
         raise ValueError(f"{endpoint.public_url} does not say which models it has ({sentence_of(error)})") from None
-    raise ValueError(f"{endpoint.public_url} has no model; name one with --model")
+    except ValueError:
+        listed = None
+    models = listed.get("data") if isinstance(listed, dict) else None
+    if models == []:
+        raise ValueError(f"{endpoint.public_url} has no model; name one with --model")
+    first = models[0] if isinstance(models, list) else None
+    if not isinstance(first, dict) or not isinstance(first.get("id"), str):
+        raise ValueError(f"{endpoint.public_url} does not list models as OpenAI's API does; is --url right?")
+    return str(first["id"])
 
 
 @dataclass(frozen=True)
@@ -239,6 +248,11 @@ def _line(
         "time_unix_s": round(now_s, 3),
         "seconds": round(now_s - begun_s, 3),
     }
+
+
+def printable(text: str) -> str:
+    """Without control characters but tabs and ends of lines: what a server says must not steer the terminal."""
+    return _CONTROL.sub("", text)
 
 
 def sentence_of(error: Exception) -> str:

@@ -10,6 +10,7 @@ temporary folder, with links to the files. Its name for clients is the folder's.
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from importlib.util import find_spec
@@ -56,15 +57,21 @@ class ModelServer:
 
     def check(self) -> None:
         """Raise a ValueError where it cannot start: not installed, another program's port, a folder it misreads."""
-        modules, install = _NEEDS[self.kind]
-        if missing := [name for name in modules if find_spec(name) is None]:
-            raise ValueError(f"--engine {self.kind} needs {', '.join(missing)}, not installed here: `{install}`")
+        self.check_machine()
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         if self.kind == "transformers" and "quantization_config" in config and not _has_gpu():
             raise ValueError(
                 f"{self.folder} is in FP8, of which transformers takes other blocks on a CPU wherever a weight has no "
                 "multiple of 128 rows; serve it with --format bf16, or on a GPU"
             )
+
+    def check_machine(self) -> None:
+        """`check` without the folder, which may not be there yet."""
+        modules, install = _NEEDS[self.kind]
+        if missing := [name for name in modules if find_spec(name) is None]:
+            raise ValueError(f"--engine {self.kind} needs {', '.join(missing)}, not installed here: `{install}`")
+        if not 0 <= self.port < 1 << 16:
+            raise ValueError(f"--port {self.port} must be in 0 .. 65535")
         with socket(AF_INET, SOCK_STREAM) as probe:
             # As the engines do: a port in TIME_WAIT is free.
             probe.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
@@ -130,7 +137,7 @@ def name_for_clients(folder: Path) -> str:
 
 
 def serve(engine: ModelServer, log: Path, environment: Mapping[str, str], ready: Callable[[], None]) -> None:
-    """Run an engine until SIGTERM or SIGINT; `ready` is called when it answers, what it says goes to the file `log`.
+    """Run an engine until SIGTERM, SIGINT or SIGHUP; `ready` is called when it answers, the file `log` has its words.
 
     Raises:
         ValueError: it cannot start (`ModelServer.check`).
@@ -162,9 +169,12 @@ def serve(engine: ModelServer, log: Path, environment: Mapping[str, str], ready:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[threading.Event]:
-    """Set by SIGTERM and SIGINT."""
+    """Set by SIGTERM, SIGINT and SIGHUP."""
     stop = threading.Event()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    # Under `nohup` it outlives the terminal.
+    if before[signal.SIGHUP] == signal.SIG_IGN:
+        del before[signal.SIGHUP]
     for number in before:
         signal.signal(number, lambda *_: stop.set())
     try:
@@ -175,14 +185,15 @@ def _asked_to_stop() -> Iterator[threading.Event]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask it to end, and kill it where it does not."""
+    """Ask it to end, then kill what is left of its process group."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         with_patience = time.monotonic() + END_WITHIN_S
         while process.poll() is None and time.monotonic() < with_patience:
             time.sleep(LOOK_EVERY_S)
-    if process.poll() is None:
-        process.kill()
+    # Its number is that of the group, which lives as long as one of its workers does.
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 

@@ -113,7 +113,7 @@ def _one(item: object, where: str) -> Message:
     if unknown := [str(name) for name in fields if name not in FIELDS]:
         raise ValueError(f"{where} has '{unknown[0]}', which is none of {', '.join(FIELDS)}")
     role = fields.get("role")
-    if role not in MAY_FOLLOW:
+    if not isinstance(role, str) or role not in MAY_FOLLOW:
         raise ValueError(f"{where} has the role {role!r}, which is none of {', '.join(MAY_FOLLOW)}")
     for name in ("content", "reasoning_content", "name", "tool_call_id"):
         if not isinstance(fields.setdefault(name, "") if name == "content" else fields.get(name, ""), str):

@@ -42,6 +42,15 @@ EVALUATING = frozenset(
         "string_insertion",
     )
 )
+# Families of 0.1.25 that are of no use for other reasons -> the reason, the rest of a sentence.
+_CHANGES = "has problems that depend on Python's hash seed or on --size, so that a later call makes other ones"
+UNUSABLE = {
+    **dict.fromkeys(
+        ("ransom_note", "isomorphic_strings", "word_ladder", "knight_swap", "list_functions", "acre"), _CHANGES
+    ),
+    "game_of_life_halting": "has a verifier that accepts any answer",
+    "coin_flip": "may never end making a problem",
+}
 BOX = "Put your final answer within \\boxed{}."
 BLOCK = "Write the whole solution in one Python code block."
 LETTER = "Put the letter of the right option within \\boxed{}."
@@ -177,6 +186,8 @@ def gym_problems(family: str, *, size: int, seed: int) -> ProblemSet:
         raise ValueError(f"reasoning-gym has no family {family!r}; it has {', '.join(sorted(DATASETS))}")
     if family in EVALUATING:
         raise ValueError(f"the verifier of {GYM}{family} evaluates what a model wrote; take another family")
+    if family in UNUSABLE:
+        raise ValueError(f"{GYM}{family} {UNUSABLE[family]}; take another family")
     if size < 1:
         raise ValueError(f"--size {size} must be 1 or more")
     try:

@@ -8,7 +8,6 @@ is its question: what `/save` writes, one conversation a line, is whole and is w
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from train.chat.endpoint import Endpoint, openai_module, sentence_of
+from train.chat.endpoint import Endpoint, openai_module, printable, sentence_of
 from train.chat.thinking import FIELDS, Solution, ThinkingStream, split_thinking
 
 QUOTES = '"""'
@@ -27,8 +26,6 @@ HELP = """\
 /help         this list
 /quit         end, as Ctrl-D does; Ctrl-C stops an answer
 a line that ends with \\ goes on in the next; lines between two of \"\"\" are one message"""
-# Of the model's text, all but tabs and ends of lines: it must not steer the terminal.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Chat:
@@ -131,10 +128,10 @@ class Chat:
     def _show(self, thinks: bool, text: str) -> None:
         if self._shows_thoughts or not thinks:
             style = "dim" if thinks else None
-            self._console.print(_CONTROL.sub("", text), end="", style=style, markup=False, soft_wrap=True)
+            self._console.print(printable(text), end="", style=style, markup=False, soft_wrap=True)
 
     def _say(self, text: str) -> None:
-        self._console.print(text, style="italic", markup=False, soft_wrap=True)
+        self._console.print(printable(text), style="italic", markup=False, soft_wrap=True)
 
 
 def read_message(read: Callable[[str], str]) -> str:
@@ -153,12 +150,17 @@ def read_message(read: Callable[[str], str]) -> str:
 def _deltas(stream: Any) -> Iterator[tuple[bool, str, str]]:
     """(whether it is thought, text, why it ended or "") of each chunk."""
     for chunk in stream:
-        for choice in chunk.choices[:1]:
-            finish = choice.finish_reason or ""
-            thought = next((text for name in FIELDS if (text := getattr(choice.delta, name, None))), "")
+        # The client does not check what servers send: fields may be null, or of another kind.
+        choices = getattr(chunk, "choices", None)
+        for choice in choices[:1] if isinstance(choices, list) else ():
+            delta, finish = getattr(choice, "delta", None), getattr(choice, "finish_reason", None) or ""
+            thought = next((text for name in FIELDS if (text := getattr(delta, name, None))), "")
+            content = getattr(delta, "content", None) or ""
+            if not all(isinstance(text, str) for text in (thought, content, finish)):
+                raise ValueError("the server sent an answer whose content is no text")
             if thought:
                 yield True, thought, finish
-            yield False, choice.delta.content or "", finish
+            yield False, content, finish
 
 
 def line_reader() -> Callable[[str], str]:
