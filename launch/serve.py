@@ -53,8 +53,7 @@ def served_folder(options: argparse.Namespace) -> tuple[Path, Path]:
     from train.huggingface.export import ExportOptions, refresh
     from train.huggingface.weights import CheckpointReader, open_weights
 
-    source = open_weights(options.model)
-    if not isinstance(source, CheckpointReader):
+    if not isinstance(source := open_weights(options.model), CheckpointReader):
         return options.model, options.model
     run = source.path.parent.parent if source.path.parent.name == "checkpoints" else source.path.parent
     out = run / "served" / options.format
@@ -66,17 +65,16 @@ def served_folder(options: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def run_server(options: argparse.Namespace) -> int:
-    """Export if need be, serve, wait."""
+    """Check what needs no export, export if need be, serve, wait."""
     from train.chat.engine import ModelServer, name_for_clients, serve
 
-    # An export takes long: first what needs none.
     ModelServer(options.engine, options.model, "model", options.host, options.port).check_machine()
     folder, named = served_folder(options)
+    log = named / "serve.log"
     with socket.socket() as free:
         free.bind((options.host, 0))
         port = options.port or free.getsockname()[1]
     engine = ModelServer(options.engine, folder, name_for_clients(named), options.host, port, options.more)
-    log = named / "serve.log"
 
     def ready() -> None:
         print(f"{engine.url} serves {engine.name} ({options.engine}, {folder}; log: {log})\n{engine.curl}", flush=True)

@@ -32,7 +32,7 @@ from train.data.config import DataConfig
 from train.job import JobConfig
 from train.model.config import ModelConfig, whole
 from train.model.precision_config import OURS, TE_MULTIPLE, PrecisionConfig
-from train.model.published import model_config
+from train.model.published import read_model
 from train.model.sizes import held_by, weights
 from train.observe.config import ObserveConfig
 from train.optim.config import OptimConfig
@@ -315,25 +315,15 @@ def _said_by_ours(error: BaseException | None) -> ConfigError | None:
 def _set_by_stage(overrides: list[str]) -> frozenset[str]:
     """The model's fields that a stage on the command line sets: it begins with a model and changes it."""
     stages = [CONFIGS / "stage" / f"{text.partition('=')[2]}.yaml" for text in overrides if text.startswith("+stage=")]
-    sections = [safe_load(path.read_text(encoding="utf-8")).get("model") or {} for path in stages]
-    return frozenset(name for section in sections for name in section)
+    return frozenset().union(*(safe_load(path.read_text(encoding="utf-8")).get("model") or () for path in stages))
 
 
 def _published_model(folder: Path, changed: frozenset[str]) -> list[str]:
     """The model of a Hugging Face folder, as overrides but for what a stage has changed; what is given wins."""
-    file = folder / "config.json"
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{HF}{folder}: {file} cannot be read as JSON ({error}); name the folder of a model"
-        ) from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{HF}{folder}: {file} holds no object; fetch it again")
-    try:
-        model = model_config(values, origin=str(file))
+        model = read_model(folder)
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"{HF}{folder}: {error}") from error
     # Keys of Hydra's mappings are not quoted.
     texts = {name: re.sub(r'"(\w+)":', r"\1:", json.dumps(value)) for name, value in dataclasses.asdict(model).items()}
     return [f"++model.{name}={text}" for name, text in texts.items() if name not in changed]

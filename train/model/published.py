@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from kernels.config import YarnScaling
@@ -104,6 +105,18 @@ def model_config(values: Mapping[str, Any], *, origin: str) -> ModelConfig:
         return ModelConfig(**ours)
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from None
+
+
+def read_model(folder: Path) -> ModelConfig:
+    """`model_config` of a folder's config.json, without its weights; ValueError as there, or where there is none."""
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read as JSON ({error}); name the folder of a model") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds no object; fetch it again")
+    return model_config(values, origin=str(file))
 
 
 def _member(values: Mapping[str, Any], origin: str) -> str:
