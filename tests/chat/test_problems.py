@@ -12,7 +12,7 @@ import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
 from train.chat import problems
-from train.chat.problems import EVALUATING, UNUSABLE, open_problems
+from train.chat.problems import EVALUATING, UNUSABLE, code_problems, open_problems
 from train.evaluate.jsonl import Line
 
 
@@ -125,3 +125,11 @@ def test_the_verifiers_that_evaluate_an_answer_are_known(tmp_path: Path) -> None
                 found.add(family)
                 mark.unlink()
     assert found == EVALUATING
+
+
+def test_the_imports_of_sanitized_mbpp_stand_before_its_tests(tmp_path: Path) -> None:
+    line = {"prompt": "Halve.", "test_imports": ["import math"], "test_list": ["assert math.isclose(half(3), 1.5)"]}
+    (tmp_path / "mbpp.jsonl").write_text(json.dumps(line) + "\n")
+    (problem,) = code_problems(tmp_path / "mbpp.jsonl").problems
+    assert problem.accepts("```python\ndef half(x):\n    return x / 2\n```")
+    assert not problem.accepts("```python\ndef half(x):\n    return x\n```")

@@ -20,6 +20,9 @@ _PHRASE = re.compile(r"\banswer(?:\s+is|\s*:)\s*:?\s*([^\n]+)", re.IGNORECASE)
 _DECIMAL = re.compile(r"-?\d+(?:\.\d+)?", re.ASCII)
 _FRACTION = re.compile(r"(-?)\\frac\{(\d+)\}\{(\d+)\}", re.ASCII)
 _LETTER = re.compile(r"\(?([A-Za-z])[).]?")
+_OPTION = re.compile(r"\([A-Za-z][).]|[A-Za-z][).]")
+# `normalize` drops spaces: a mixed number would become another one.
+_SPACED = re.compile(r"\d\s+\d")
 # No answer to a problem is longer; what is longer is not compared as a number.
 MAX_CHARACTERS = 1000
 
@@ -45,11 +48,20 @@ def same_answer(found: str | None, expected: str) -> bool:
     """Whether two answers are the same spelling, the same option or the same number; None is no answer."""
     if found is None or max(len(found), len(expected)) > MAX_CHARACTERS:
         return False
-    return is_equal(found, expected) or canonical(found) == canonical(expected)
+    if _SPACED.search(found) or _SPACED.search(expected):
+        return canonical(found) == canonical(expected)
+    one, two = canonical(found), canonical(expected)
+    if is_equal(found, expected) or one == two:
+        return True
+    # Case tells variables apart, not the letters of options.
+    marked = _OPTION.fullmatch(found.strip()) or _OPTION.fullmatch(expected.strip())
+    return bool(marked) and str(one).upper() == str(two).upper()
 
 
 def canonical(answer: str) -> str | Fraction:
     """One value for all ways to write an answer that this module knows: what a majority is counted by."""
+    if _SPACED.search(answer):
+        return " ".join(answer.split())
     spelled = normalize(answer)
     if len(spelled) > MAX_CHARACTERS:
         return spelled
@@ -58,5 +70,5 @@ def canonical(answer: str) -> str | Fraction:
     if (fraction := _FRACTION.fullmatch(spelled)) and int(fraction[3]):
         return Fraction(int(fraction[1] + fraction[2]), int(fraction[3]))
     if letter := _LETTER.fullmatch(spelled):
-        return letter[1].upper()
+        return letter[1]
     return spelled

@@ -123,7 +123,11 @@ def choice_problems(path: Path, *, seed: int) -> ProblemSet:
     def checked(number: int, question: str, options: Sequence[str], letter: str, category: str) -> CheckedProblem:
         listed = "\n".join(f"{mark}. {option}" for mark, option in zip(LETTERS, options, strict=False))
         text = f"{question.strip()}\n\n{listed}"
-        return CheckedProblem(text, letter, lambda said: same_answer(final_answer(said), letter), str(number), category)
+
+        def accepts(said: str) -> bool:
+            return same_answer((final_answer(said) or "").upper(), letter)
+
+        return CheckedProblem(text, letter, accepts, str(number), category)
 
     questions = read_questions(path, seed=seed)
     problems = [checked(i, q.question, q.options, LETTERS[q.answer], q.category) for i, q in enumerate(questions)]
@@ -164,7 +168,10 @@ def _tests_of(line: Line) -> tuple[str, str, str]:
     tests = line.fields["test_list"]
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise line.error("has a 'test_list' that is no list of texts")
-    setup = line.optional("test_setup_code")
+    imports = line.fields.get("test_imports") or []
+    if not isinstance(imports, list) or not all(isinstance(each, str) for each in imports):
+        raise line.error("has 'test_imports' that are no list of texts")
+    setup = "\n".join([*imports, line.optional("test_setup_code")])
     shown = "\n".join(tests)
     return f"{text.strip()}\nThe solution must pass these tests:\n\n```python\n{shown}\n```", "", f"{setup}\n{shown}"
 
