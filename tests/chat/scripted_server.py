@@ -30,10 +30,14 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
     # "drop": close without a word; "half": half of the body; "junk": no JSON.
     trouble: str = ""
+    # Of a refusal, in FastAPI's form.
+    detail: str = ""
     # Of a stream: seconds between two chunks.
     chunk_s: float = 0.0
 
     def body(self, model: str) -> dict[str, Any]:
+        if self.detail:
+            return {"detail": self.detail}
         if self.status != 200:
             return {"error": {"message": f"scripted {self.status}", "type": "scripted"}}
         message: dict[str, Any] = {"role": "assistant", "content": self.content}

@@ -80,6 +80,16 @@ def test_every_request_is_answered_whatever_happens_on_the_way(server: ScriptedS
     assert rows == {"answered": 35, "refused: status 400": 1, "HTTP requests": 42}
 
 
+def test_what_a_server_says_of_a_refusal_is_kept_in_either_form(tmp_path: Path) -> None:
+    refusals = {"openai": Reply(status=422), "fastapi": Reply(status=422, detail="no such\nfield: " + "x" * 1000)}
+    with served(lambda body: refusals[body["messages"][0]["content"]]) as picky:
+        ask(tmp_path / "a.jsonl", Endpoint(picky.url), requests(*refusals))
+    found = contents(tmp_path / "a.jsonl")
+    assert found["openai"]["message"] == "Error code: 422 - scripted 422"
+    assert found["fastapi"]["message"].startswith("Error code: 422 - {'detail': 'no such\\nfield: xxx")
+    assert len(found["fastapi"]["message"]) == len("Error code: 422 - ") + 500
+
+
 def test_as_many_are_in_flight_as_are_allowed_and_never_more(tmp_path: Path) -> None:
     together = threading.Barrier(5)
 

@@ -28,6 +28,8 @@ from train.chat.answer_log import AnswerLog
 INSTALL = "the package openai is not installed; it is optional: pip install 'openai>=3'"
 CHAT = "/chat/completions"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# Characters of an answer's body that an error shows: FastAPI's repeats the request.
+MAX_DETAIL = 500
 # Refusals that are about the endpoint, not about one request.
 REFUSES_ALL = {401: "the key is refused", 403: "access is forbidden", 404: "there is no such model or path"}
 
@@ -256,7 +258,9 @@ def printable(text: str) -> str:
 
 
 def sentence_of(error: Exception) -> str:
-    """What an error of the client says, on one line."""
-    cause = error.__cause__
+    """What an error of the client says, on one line, and the body of an answer without a message of OpenAI's form."""
+    cause, body = error.__cause__, getattr(error, "body", None)
     text = " ".join(str(error).split()) or type(error).__name__
+    if body and not (isinstance(body, Mapping) and isinstance(body.get("message"), str)):
+        text += f" - {' '.join(str(body).split())[:MAX_DETAIL]}"
     return f"{text} ({type(cause).__name__}: {cause})" if cause is not None else text
