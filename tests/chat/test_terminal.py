@@ -5,12 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
-import pty
 import re
-import select
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,16 +19,11 @@ from rich.console import Console
 
 from launch.chat import main
 from tests.chat.scripted_server import Reply, ScriptedServer, served
+from tests.chat.typed_terminal import PATIENCE_S, ROOT, Terminal
 from train.chat.endpoint import Endpoint
-from train.chat.terminal import Chat, _deltas, read_message
+from train.chat.terminal import Chat, _deltas, put_line, read_message
 from train.chat.thinking import ThinkingStream
 
-ROOT = Path(__file__).resolve().parents[2]
-# The command, with the pseudo-terminal as the one whose Ctrl-C reaches it.
-TAKE_TERMINAL = (
-    "import fcntl, sys, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
-    "from launch.chat import main\nsys.exit(main(sys.argv[1:]))"
-)
 DIM = "\x1b[2m"
 
 
@@ -39,7 +31,9 @@ def script(body: dict[str, Any]) -> Reply | list[Reply]:
     text = body["messages"][-1]["content"]
     replies = {
         "inline": Reply("<think>quiet thoughts</think>loud answer"),
-        "endless": Reply("word " * 2000, chunk_s=0.01),
+        "begun": Reply("quiet thoughts</think>loud answer"),
+        "thoughtless": Reply("loud answer"),
+        "endless": Reply("word " * 200_000, chunk_s=0.01),
         "cut": Reply("half of it", finish="length"),
         "refused": Reply(status=400),
         "steer": Reply("a\x1b]0;title\x07b"),
@@ -51,49 +45,6 @@ def script(body: dict[str, Any]) -> Reply | list[Reply]:
 def server() -> Iterator[ScriptedServer]:
     with served(script) as running:
         yield running
-
-
-class Terminal:
-    """A process on a pseudo-terminal: type, and wait until something is shown."""
-
-    def __init__(self, arguments: list[str]) -> None:
-        self._leader, follower = pty.openpty()
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "200"}
-        environment.pop("NO_COLOR", None)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", TAKE_TERMINAL, *arguments],
-            stdin=follower,
-            stdout=follower,
-            stderr=follower,
-            env=environment,
-            start_new_session=True,
-        )
-        os.close(follower)
-        self.shown = ""
-
-    def wait_for(self, text: str) -> str:
-        """What was shown since the last wait, up to and with `text`."""
-        deadline = time.monotonic() + 60
-        while text not in self.shown:
-            assert time.monotonic() < deadline, self.shown
-            if select.select([self._leader], [], [], 0.1)[0]:
-                self.shown += os.read(self._leader, 1 << 16).decode()
-        seen, found, self.shown = self.shown.partition(text)
-        return seen + found
-
-    def type(self, text: str) -> None:
-        os.write(self._leader, text.encode())
-
-    def ask(self, line: str, until: str) -> str:
-        self.type(line + "\r")
-        seen = self.wait_for(until)
-        self.wait_for("> ")
-        return seen
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._leader)
 
 
 @contextmanager
@@ -127,9 +78,7 @@ def test_a_chat_is_typed_stopped_saved_and_ended(server: ScriptedServer, tmp_pat
         # Ctrl-C stops the answer and not the chat; what was not finished is not kept.
         terminal.type("endless\r")
         terminal.wait_for("word word")
-        terminal.type("\x03")
-        terminal.wait_for("stopped: question and answer are not kept")
-        terminal.wait_for("> ")
+        terminal.interrupt("stopped: question and answer are not kept")
         terminal.ask("cut", "cut off: question and answer are not kept")
         terminal.ask("refused", "question and answer are not kept")
         # Several lines, in both ways.
@@ -139,19 +88,20 @@ def test_a_chat_is_typed_stopped_saved_and_ended(server: ScriptedServer, tmp_pat
         expected = ["Be kind.", "hello", "you said 'hello'", "inline", "loud answer", "inline", "loud answer"]
         assert turns == [*expected, "one\ntwo", "you said 'one\\ntwo'", "three\n\nfour"]
         assert "\x1b]0;" not in terminal.ask("steer", "a]0;titleb")
+        # Thoughts are not sent again.
+        assert {frozenset(message) for message in server.bodies[-1]["messages"]} == {frozenset({"role", "content"})}
         terminal.ask(f"/save {saved}", "12 messages added to")
         terminal.ask("/clear", "a new conversation")
         terminal.ask("/save", "name a file")
         terminal.ask(f"/save {saved}", "nothing to save yet")
         terminal.ask("/what", "end, as Ctrl-D does")
         # Ctrl-C at an empty prompt ends nothing.
-        terminal.type("\x03")
-        terminal.wait_for("/quit or Ctrl-D ends the chat")
+        terminal.interrupt("/quit or Ctrl-D ends the chat")
         assert terminal.ask("again", "'again'")
         assert len(server.bodies[-1]["messages"]) == 2
         terminal.ask(f"/save {tmp_path / 'no/where'}", "not saved")
         terminal.type("/quit\r")
-        assert terminal.process.wait(timeout=60) == 0
+        assert terminal.process.wait(timeout=PATIENCE_S) == 0
     (line,) = saved.read_text().splitlines()
     messages = json.loads(line)["messages"]
     assert messages[:3] == [
@@ -193,17 +143,73 @@ def test_marks_of_thinking_may_be_cut_anywhere() -> None:
     text = "a<b <think>x < y</thin></think>c</think><"
     whole = [(False, "a<b "), (True, "x < y</thin>"), (False, "c</think><")]
     for size in range(1, len(text) + 1):
-        stream, parts = ThinkingStream(), list[tuple[bool, str]]()
-        for begin in range(0, len(text), size):
-            parts += stream.feed(text[begin : begin + size])
-        parts += stream.feed("", last=True)
-        joined = list[tuple[bool, str]]()
-        for thinks, part in parts:
-            if joined and joined[-1][0] == thinks:
-                joined[-1] = (thinks, joined[-1][1] + part)
-            else:
-                joined.append((thinks, part))
-        assert joined == whole, size
+        chunks = [text[begin : begin + size] for begin in range(0, len(text), size)]
+        assert joined(ThinkingStream(), *chunks) == whole, size
+
+
+def joined(stream: ThinkingStream, *chunks: str) -> list[tuple[bool, str]]:
+    """What a stream shows, without its cuts."""
+    whole = list[tuple[bool, str]]()
+    for thinks, part in [part for chunk in chunks for part in stream.feed(chunk)] + stream.feed("", last=True):
+        if whole and whole[-1][0] == thinks:
+            whole[-1] = (thinks, whole[-1][1] + part)
+        else:
+            whole.append((thinks, part))
+    return whole
+
+
+def test_thoughts_may_begin_in_the_prompt() -> None:
+    expected = [(True, "a < b"), (False, "c</think>")]
+    for size in range(1, 20):
+        chunks = [text[i : i + size] for text in ["a < b</think>c</think>"] for i in range(0, len(text), size)]
+        assert joined(ThinkingStream(thinks=True), *chunks) == expected, size
+    # Not known before: what was not shown yet is thought.
+    assert joined(ThinkingStream(), "a < b</think>c</think>") == expected
+    assert joined(ThinkingStream(), "a <", " b</think>c</think>") == [(False, "a "), (True, "< b"), *expected[1:]]
+
+
+def said(server: ScriptedServer, *questions: str, thinking: bool, hides: bool) -> tuple[Chat, str]:
+    """A chat, and what it shows after its first line, thoughts dimmed."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=200, highlight=False)
+    options = {"chat_template_kwargs": {"thinking": thinking}}
+    chat = Chat(Endpoint(server.url, retries=0), "teacher", console, system=None, options=options)
+    lines = iter([*(["/think"] if hides else []), *questions, "/quit"])
+    chat.run(lambda _: next(lines))
+    return chat, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("hides", [False, True])
+def test_an_answer_that_begins_inside_thinking_is_told_from_its_thoughts(server: ScriptedServer, hides: bool) -> None:
+    _, shown = said(server, "begun", thinking=True, hides=hides)
+    assert (f"{DIM}quiet\x1b[0m" in shown) != hides
+    assert "loud answer" in shown
+    assert "think>" not in shown
+    # A server that takes thoughts out itself, of an answer without any: never hidden.
+    assert "loud" in plain(said(server, "thoughtless", thinking=True, hides=hides)[1])
+    # And of one with some: they came before.
+    shown = said(server, "hello", thinking=True, hides=hides)[1]
+    assert "you said 'hello'" in shown
+    assert (f"{DIM}let" in shown) != hides
+
+
+def test_a_conversation_is_saved_once_and_brought_up_to_date(server: ScriptedServer, tmp_path: Path) -> None:
+    path, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    path.write_text('{"messages": "of another"}\n')
+    questions = ["hello", f"/save {path}", f"/save {path}", "inline", f"/save {path}", f"/save {other}", "/clear"]
+    _, shown = said(server, *questions, "again", f"/save {path}", thinking=False, hides=False)
+    lines = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
+    assert lines[0] == "of another"
+    assert [[turn["content"] for turn in line] for line in lines[1:]] == [
+        ["hello", "you said 'hello'", "inline", "loud answer"],
+        ["again", "you said 'again'"],
+    ]
+    assert shown.count("2 messages added to") == 2
+    assert "2 messages brought up to date in" in shown
+    assert "4 messages brought up to date in" in shown
+    assert len(other.read_text().splitlines()) == 1
+    # Where somebody took the line away, it comes again.
+    assert put_line(path, "new\n", in_place_of="gone\n")
+    assert path.read_text().endswith('again\'", "reasoning_content": "let me think"}]}\nnew\n')
 
 
 def test_a_message_ends_where_its_lines_do() -> None:

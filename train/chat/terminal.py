@@ -2,7 +2,8 @@
 
 A line is sent as it is; one that ends with a backslash goes on in the next, and lines between two of \"\"\" are one
 message. Ctrl-C stops an answer, Ctrl-D ends the chat. An answer that was stopped, cut off or failed is not kept, nor
-is its question: what `/save` writes, one conversation a line, is whole and is what training on messages reads.
+is its question: what `/save` writes, one conversation a line, is whole and is what training on messages reads. Thoughts
+are saved and not sent again: V3.1's template leaves those of earlier turns out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from train.chat.thinking import FIELDS, Solution, ThinkingStream, split_thinking
 QUOTES = '"""'
 HELP = """\
 /think        show thoughts dimmed, or hide them
-/save FILE    add this conversation to a JSONL file, in the form of training on messages
+/save FILE    add this conversation to a JSONL file, in the form of training on messages; again: bring it up to date
 /clear        begin a new conversation
 /help         this list
 /quit         end, as Ctrl-D does; Ctrl-C stops an answer
@@ -41,7 +42,11 @@ class Chat:
         self._console, self._model, self._options = console, model, dict(options)
         self._system = [{"role": "system", "content": system}] if system else []
         self._turns: list[dict[str, str]] = []
+        # File -> the line of this conversation.
+        self._saved: dict[Path, str] = {}
         self._shows_thoughts = True
+        asked = options.get("chat_template_kwargs")
+        self._asks_to_think = isinstance(asked, Mapping) and bool(asked.get("thinking") or asked.get("enable_thinking"))
 
     def run(self, read: Callable[[str], str]) -> None:
         """Talk until the end of input or `/quit`; `read` returns a line for a prompt, as `input` does."""
@@ -68,7 +73,7 @@ class Chat:
         elif name == "/save":
             self._save(argument.strip())
         elif name == "/clear":
-            self._turns = []
+            self._turns, self._saved = [], {}
             self._say("a new conversation")
         elif name != "/quit":
             self._say(HELP)
@@ -78,19 +83,22 @@ class Chat:
         if not name or not self._turns:
             self._say("nothing to save yet" if name else "/save FILE: name a file")
             return
+        path = Path(name).absolute()
+        line = json.dumps({"messages": self._system + self._turns}, ensure_ascii=False) + "\n"
         try:
-            with Path(name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": self._system + self._turns}, ensure_ascii=False) + "\n")
+            is_new = put_line(path, line, in_place_of=self._saved.get(path))
         except OSError as error:
             self._say(f"not saved: {error}")
             return
-        self._say(f"{len(self._turns)} messages added to {name}")
+        self._saved[path] = line
+        self._say(f"{len(self._turns)} messages {'added to' if is_new else 'brought up to date in'} {name}")
 
     def _ask(self, text: str) -> None:
         question = {"role": "user", "content": text}
         finish, answer, problem = "", "", ""
         try:
-            finish, solution = self._receive([*self._system, *self._turns, question])
+            without_thoughts = [{"role": turn["role"], "content": turn["content"]} for turn in self._turns]
+            finish, solution = self._receive([*self._system, *without_thoughts, question])
             answer = solution.answer
         except KeyboardInterrupt:
             problem = "stopped"
@@ -116,13 +124,19 @@ class Chat:
                 if thinks:
                     thoughts += text
                     self._show(True, text)
-                else:
+                elif text:
+                    if not content:
+                        # A server that takes thoughts out of the text has sent some by now.
+                        marks = ThinkingStream(thinks=self._asks_to_think and not thoughts)
                     content += text
                     for part in marks.feed(text):
                         self._show(*part)
         for part in marks.feed("", last=True):
             self._show(*part)
         inside, answer = split_thinking(content, cut_off=finish == "length")
+        if marks.thinks and finish != "length" and not self._shows_thoughts:
+            # No end of thoughts came: there were none, and the answer was taken for them.
+            self._show(False, answer)
         return finish, Solution(answer.strip(), (thoughts + inside).strip())
 
     def _show(self, thinks: bool, text: str) -> None:
@@ -132,6 +146,20 @@ class Chat:
 
     def _say(self, text: str) -> None:
         self._console.print(printable(text), style="italic", markup=False, soft_wrap=True)
+
+
+def put_line(path: Path, line: str, *, in_place_of: str | None) -> bool:
+    """Add a line to a file, unless an earlier one is still there, which it replaces; returns whether it was added."""
+    new, old = line.encode(), (in_place_of or "").encode()
+    text = path.read_bytes() if old and path.exists() else b""
+    if not old or old not in text:
+        with path.open("ab") as file:
+            file.write(new)
+        return True
+    hidden = path.with_name(f".{path.name}.writing")
+    hidden.write_bytes(text.replace(old, new, 1))
+    hidden.replace(path)
+    return False
 
 
 def read_message(read: Callable[[str], str]) -> str:

@@ -7,6 +7,7 @@ has its end alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,23 +63,32 @@ def split_thinking(text: str, *, cut_off: bool = False) -> tuple[str, str]:
 
 
 class ThinkingStream:
-    """Tells thoughts from answer while a text arrives; marks may be cut anywhere between two chunks."""
+    """Tells thoughts from answer while a text arrives; marks may be cut anywhere between two chunks.
 
-    def __init__(self) -> None:
-        self._thinks, self._held = False, ""
+    `thinks`: the prompt has ended with `<think>`, so the text begins inside. An end without a beginning ends thoughts
+    too: what was shown of them cannot be taken back.
+    """
+
+    def __init__(self, *, thinks: bool = False) -> None:
+        self.thinks, self._has_thought, self._held = thinks, False, ""
 
     def feed(self, text: str, *, last: bool = False) -> list[tuple[bool, str]]:
         """Parts to show: (whether it is thought, text); what may become a mark is held until the next call."""
         self._held += text
         parts: list[tuple[bool, str]] = []
-        while True:
-            mark = END if self._thinks else BEGIN
-            before, found, after = self._held.partition(mark)
-            if not found:
-                break
-            parts.append((self._thinks, before))
-            self._thinks, self._held = not self._thinks, after
-        held = 0 if last else max((n for n in range(1, len(mark)) if self._held.endswith(mark[:n])), default=0)
-        parts.append((self._thinks, self._held[: len(self._held) - held]))
+        while found := re.search("|".join(self._marks), self._held):
+            is_end = found[0] == END
+            parts.append((is_end, self._held[: found.start()]))
+            self.thinks, self._has_thought, self._held = not is_end, is_end, self._held[found.end() :]
+        lengths = (n for mark in self._marks for n in range(1, len(mark)) if self._held.endswith(mark[:n]))
+        held = 0 if last else max(lengths, default=0)
+        parts.append((self.thinks, self._held[: len(self._held) - held]))
         self._held = self._held[len(self._held) - held :]
         return [part for part in parts if part[1]]
+
+    @property
+    def _marks(self) -> tuple[str, ...]:
+        """What has a meaning next."""
+        if self.thinks:
+            return (END,)
+        return (BEGIN,) if self._has_thought else (BEGIN, END)
