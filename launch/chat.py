@@ -1,9 +1,10 @@
-"""Chat in a terminal with a model behind any endpoint of OpenAI's form.
+"""Chat in a terminal with a run, or with a model behind any endpoint of OpenAI's form.
 
+    python launch/chat.py runs/sft                   its newest checkpoint, by an engine that ends with the chat
     python launch/chat.py http://127.0.0.1:8000
 
-`python -m launch.serve RUN` serves a run and prints its address. `/help` lists what can be typed:
-docs/post_training.md. Bad input ends with one sentence and exit code 2.
+`/help` lists what can be typed: docs/post_training.md. Bad input ends with one sentence and exit code 2, an engine that
+ended by itself with 1.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from rich.console import Console
 
 from train.chat.endpoint import Endpoint, fields_of, first_model
 from train.chat.terminal import Chat, line_reader
+from train.huggingface.answering import answering
 
-BAD_INPUT, INTERRUPTED = 2, 130
+ENGINE_DIED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="chat", description="Chat with a model.")
     add = parser.add_argument
-    add("url", help="address of the endpoint, http://HOST:PORT")
-    add("--model", help="its name at the endpoint (default: the first that it has)")
+    add("where", metavar="RUN|FOLDER|URL", help="a run, a Hugging Face folder, or an endpoint, http://HOST:PORT")
+    add("--engine", default="transformers", choices=("transformers", "vllm"), help="of a run or folder (%(default)s)")
+    add("--format", default="bf16", choices=("bf16", "fp8", "fp32"), help="of a run's export (%(default)s)")
+    add("--model", help="its name at an endpoint (default: the first that it has)")
     add("--system", help="the system's message, before all others")
     add("--temperature", type=float, default=0.6, help="(%(default)s)")
     add("--top-p", type=float, default=0.95, help="(%(default)s)")
@@ -41,12 +45,6 @@ def main(arguments: list[str]) -> int:
     """Chat as the command line says; returns the exit code."""
     given = parse(arguments)
     try:
-        if not given.url.startswith(("http://", "https://")):
-            raise ValueError(
-                f"{given.url} is no address; `python -m launch.serve {given.url}` serves a run and prints one"
-            )
-        key = os.environ.get(given.key_variable, "none")
-        endpoint = Endpoint(given.url, key, retries=2, timeout_s=given.timeout)
         options = {
             "temperature": given.temperature,
             "top_p": given.top_p,
@@ -54,9 +52,14 @@ def main(arguments: list[str]) -> int:
             **fields_of(given.extra),
         }
         options = {name: value for name, value in options.items() if value is not None}
-        model = given.model or asyncio.run(first_model(endpoint))
-        Chat(endpoint, model, Console(highlight=False), system=given.system, options=options).run(line_reader())
-    except ValueError as error:
+        with answering(given.where, given.engine, given.format, os.environ) as (url, name):
+            endpoint = Endpoint(url, os.environ.get(given.key_variable, "none"), retries=2, timeout_s=given.timeout)
+            model = given.model or name or asyncio.run(first_model(endpoint))
+            Chat(endpoint, model, Console(highlight=False), system=given.system, options=options).run(line_reader())
+    except ChildProcessError as error:
+        print(f"chat: {error}", file=sys.stderr)
+        return ENGINE_DIED
+    except (ValueError, OSError) as error:
         print(f"chat: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:

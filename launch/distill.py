@@ -1,7 +1,7 @@
 """Let a teacher solve problems, keep what a verifier accepts, and write it as conversations to train on.
 
-    python launch/distill.py problems.jsonl --url http://127.0.0.1:8000 --out distilled/math
-    python launch/distill.py reasoning-gym:chain_sum --size 1000 --url http://127.0.0.1:8000 --out distilled/sums
+    python launch/distill.py problems.jsonl --teacher http://127.0.0.1:8000 --out distilled/math
+    python launch/distill.py reasoning-gym:chain_sum --size 1000 --teacher runs/sft --out distilled/sums
 
 The same command goes on where it was stopped. OUT/messages.jsonl is what `launch/prepare.py --format messages` reads:
 docs/post_training.md. Exit code 0: every sample was answered; 1: some were not, the same command asks for them; 2: bad
@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from train.chat.asking import ask_into
 from train.chat.distill import MESSAGES, SAMPLES, Distillation, claim, select
 from train.chat.endpoint import Endpoint, fields_of, first_model
 from train.chat.problems import open_problems
+from train.huggingface.answering import answering
 
 INCOMPLETE, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -33,9 +35,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="distill", description="Keep a teacher's verified solutions to train on.")
     add = parser.add_argument
     add("source", help="JSONL of problems with answers or tests, or reasoning-gym:FAMILY")
-    add("--url", required=True, help="the teacher: any endpoint of OpenAI's form, http://HOST:PORT")
+    add("--teacher", required=True, help="an endpoint of OpenAI's form, http://HOST:PORT, a run or an exported folder")
+    add("--engine", default="transformers", choices=("transformers", "vllm"), help="of a run or folder (%(default)s)")
+    add("--format", default="bf16", choices=("bf16", "fp8", "fp32"), help="of a run's export (%(default)s)")
     add("--out", type=Path, required=True, help="folder to make, or to go on with")
-    add("--model", help="name of the teacher at its endpoint (default: the first that it has)")
+    add("--model", help="name of the teacher at an endpoint (default: the first that it has)")
     add("--key-variable", default="OPENAI_API_KEY", help="environment variable with the endpoint's key (%(default)s)")
     add("--size", type=int, default=1000, help="problems of a family of reasoning-gym (%(default)s)")
     add("--seed", type=int, default=0, help="of the problems of a family, and of the first sample (%(default)s)")
@@ -78,19 +82,19 @@ def main(arguments: list[str]) -> int:
     """Ask, verify, write; returns the exit code."""
     options = parse(arguments)
     try:
-        endpoint = Endpoint(
-            options.url,
-            os.environ.get(options.key_variable, "none"),
-            options.in_flight,
-            options.retries,
-            options.timeout,
-        )
         problems = open_problems(options.source, size=options.size, seed=options.seed, run_code=options.run_code)
-        settings = settings_of(options, options.model or asyncio.run(first_model(endpoint)))
-        claim(options.out, settings, problems)
-        total = len(problems.distinct) * settings.samples
-        asked = ask_into(options.out / SAMPLES, endpoint, settings.requests(problems), total=total)
+        settings = settings_of(options, options.model or "")
+        with answering(options.teacher, options.engine, options.format, os.environ) as (url, name):
+            key = os.environ.get(options.key_variable, "none")
+            endpoint = Endpoint(url, key, options.in_flight, options.retries, options.timeout)
+            settings = replace(settings, model=options.model or name or asyncio.run(first_model(endpoint)))
+            claim(options.out, settings, problems)
+            total = len(problems.distinct) * settings.samples
+            asked = ask_into(options.out / SAMPLES, endpoint, settings.requests(problems), total=total)
         show(select(options.out, settings, problems), options.out)
+    except ChildProcessError as error:
+        print(f"distill: {error}; the same command goes on", file=sys.stderr)
+        return INCOMPLETE
     except (ValueError, OSError) as error:
         print(f"distill: {error}", file=sys.stderr)
         return BAD_INPUT

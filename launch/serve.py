@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 UNFINISHED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -47,39 +48,22 @@ def parse_batch(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def served_folder(options: argparse.Namespace) -> tuple[Path, Path]:
-    """The folder that the engine reads, of a run its export, and the one whose name it has."""
-    # Imported late: --help should not wait for torch.
-    from train.huggingface.export import ExportOptions, refresh
-    from train.huggingface.weights import CheckpointReader, open_weights
-
-    if not isinstance(source := open_weights(options.model), CheckpointReader):
-        return options.model, options.model
-    run = source.path.parent.parent if source.path.parent.name == "checkpoints" else source.path.parent
-    out = run / "served" / options.format
-    done = refresh(source, out, ExportOptions(options.format, tokenizer=options.tokenizer))
-    print(f"{out}: {source.path} as {options.format}, {'written' if done.written else 'as it was'}", flush=True)
-    for note in (*source.notes, *done.notes):
-        print(f"  {note}", flush=True)
-    return out, run
-
-
 def run_server(options: argparse.Namespace) -> int:
     """Check what needs no export, export if need be, serve, wait."""
-    from train.chat.engine import ModelServer, name_for_clients, serve
+    # Imported late: --help should not wait for torch.
+    from train.chat.engine import ModelServer, free_port, running
+    from train.huggingface.export import ExportOptions
+    from train.huggingface.served import served_folder
 
+    say = partial(print, flush=True)
     ModelServer(options.engine, options.model, "model", options.host, options.port).check_machine()
-    folder, named = served_folder(options)
-    log = named / "serve.log"
-    with socket.socket() as free:
-        free.bind((options.host, 0))
-        port = options.port or free.getsockname()[1]
-    engine = ModelServer(options.engine, folder, name_for_clients(named), options.host, port, options.more)
-
-    def ready() -> None:
-        print(f"{engine.url} serves {engine.name} ({options.engine}, {folder}; log: {log})\n{engine.curl}", flush=True)
-
-    serve(engine, log, os.environ, ready)
+    with served_folder(options.model, ExportOptions(options.format, tokenizer=options.tokenizer), say) as folder:
+        port = options.port or free_port(options.host)
+        engine = ModelServer(options.engine, folder.path, folder.name, options.host, port, options.more)
+        # How a signal leaves the block.
+        with suppress(KeyboardInterrupt, SystemExit), running(engine, os.environ, say) as process:
+            say(f"{engine.url} serves {engine.name} ({options.engine}, {folder.path})\n{engine.curl}")
+            process.wait()
     return 0
 
 

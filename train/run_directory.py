@@ -25,7 +25,6 @@ from train.observe.sinks import METRICS_FILE, RUN_CARD_FILE
 LOCK = "lock"
 ROOM_BYTES = 2**16
 CHECKPOINTS = "checkpoints"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 _log = logging.getLogger(__name__)
 
 
@@ -78,7 +77,7 @@ def _lock(file: int, directory: Path) -> None:
             f"{directory} is in use: {who} trains there; wait for it, stop it, or choose another run.name"
         ) from None
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in publish.NO_LOCKS:
             raise _unusable(directory, error) from error
         _log.warning("%s: this file system has no locks, so a second trainer there would not be noticed", directory)
 

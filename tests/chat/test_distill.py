@@ -11,6 +11,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,9 +24,12 @@ import pytest
 
 from launch.distill import main
 from tests.chat.scripted_server import Reply, ScriptedServer, served
+from tests.huggingface.hf_folders import BF16, RAGGED, lively, saved
 from train.chat.answer_log import AnswerLog, read_answers
 from train.chat.distill import MESSAGES, REPORT, SAMPLES, SETTINGS
+from train.chat.engine import ModelServer
 from train.chat.problems import open_problems
+from train.huggingface.export import ExportOptions, export
 
 SOON = {"Retry-After": "0.02"}
 KINDS = ("right", "wrong", "cut off", "malformed", "empty", "too long", "busy", "ill", "gone", "refused", "slow")
@@ -69,7 +73,7 @@ def teacher(body: dict[str, Any]) -> Reply | list[Reply]:
 def arguments(server: ScriptedServer, out: Path, **changes: object) -> list[str]:
     given = {"size": 20, "samples": 4, "keep": 4, "in-flight": 4, "max-characters": LONG, "seed": 5} | changes
     flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-    return ["reasoning-gym:chain_sum", "--url", server.url, "--out", str(out), *flags]
+    return ["reasoning-gym:chain_sum", "--teacher", server.url, "--out", str(out), *flags]
 
 
 def expected_verdicts(bodies: list[dict[str, Any]]) -> Counter[str]:
@@ -221,6 +225,42 @@ def test_a_teacher_that_stays_ill_leaves_the_rest_for_the_next_call(
     with served(teacher) as server:
         assert main(arguments(server, out, size=10, samples=2)) == 0
     assert json.loads((out / REPORT).read_text())["missing"] == 0
+
+
+ENGINE = (
+    "import sys\nfrom tests.chat.scripted_server import Reply, ScriptedServer\n"
+    "ScriptedServer(lambda body: Reply('\\\\boxed{2}'), port=int(sys.argv[1])).serve_forever()"
+)
+
+
+def test_a_folder_is_served_for_as_long_as_it_is_the_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The engine is a scripted one; `tests/system/test_serve.py` has the real one, for a chat."""
+    folder, problems, ports = tmp_path / "teacher", tmp_path / "problems.jsonl", list[int]()
+    export(saved(lively(RAGGED, BF16), tmp_path / "run"), folder, ExportOptions())
+    problems.write_text('{"problem": "1+1", "answer": "2"}\n{"problem": "1+2", "answer": "3"}\n')
+
+    def command(self: ModelServer, _: Path) -> tuple[list[str], dict[str, str]]:
+        ports.append(self.port)
+        return [sys.executable, "-c", ENGINE, str(self.port)], {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+    monkeypatch.setattr(ModelServer, "command", command)
+    asked = [str(problems), "--teacher", str(folder), "--out", str(tmp_path / "out"), "--samples", "1"]
+    assert main(asked) == 2
+    assert "teacher has no chat template" in capsys.readouterr().err
+    (folder / "chat_template.jinja").touch()
+    assert main(asked) == 0
+    (row,) = rows(tmp_path / "out")
+    assert row["messages"][0]["content"].startswith("1+1")
+    assert row["provenance"]["teacher"] == "teacher"
+    (port,) = ports
+    assert row["provenance"]["endpoint"] == f"http://127.0.0.1:{port}/v1"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+    monkeypatch.setattr(ModelServer, "command", lambda *_: ([sys.executable, "-c", "raise SystemExit('ill')"], {}))
+    assert main([*asked, "--samples", "2"]) == 1
+    assert re.search(r"distill: the engine .* its last words: ill; .* goes on\n$", capsys.readouterr().err)
 
 
 def test_what_a_user_can_do_wrong_is_one_sentence(

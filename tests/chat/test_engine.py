@@ -6,17 +6,28 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch import serve as serve_command
 from tests.huggingface.hf_folders import BF16, RAGGED, lively, save_checkpoint
 from train.chat import engine as engine_module
-from train.chat.engine import ModelServer, name_for_clients, serve
+from train.chat.engine import ModelServer, name_for_clients, running
+from train.huggingface import served
+from train.huggingface.answering import answering
+from train.huggingface.export import Exported, ExportOptions, refresh
+from train.huggingface.served import served_folder
+
+ROOT = Path(__file__).resolve().parents[2]
 
 HEALTHY = """
 import http.server, sys
@@ -36,9 +47,11 @@ def port() -> int:
 
 
 @pytest.fixture
-def engine(tmp_path: Path, port: int) -> ModelServer:
+def engine(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> ModelServer:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     return ModelServer("transformers", tmp_path / "model", "model", port=port)
 
 
@@ -46,6 +59,32 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     """What is started in place of an engine."""
     words = lambda self, scratch: ([sys.executable, "-c", program, str(self.port)], {})  # noqa: E731
     monkeypatch.setattr(ModelServer, "command", words)
+
+
+def serve(engine: ModelServer, ready: Callable[[], object]) -> None:
+    with running(engine, os.environ, lambda _: None) as process:
+        ready()
+        process.wait()
+
+
+def logs(tmp_path: Path) -> list[Path]:
+    return list((tmp_path / "temporary").glob("model-*.log"))
+
+
+def words_of_engine(tmp_path: Path) -> str:
+    """What it says first."""
+    while not (found := [text for log in logs(tmp_path) if (text := log.read_text())]):
+        time.sleep(0.01)
+    return found[0]
+
+
+def wait_for_the_end_of(process_id: int) -> None:
+    """Until it is gone, or a zombie that nobody has asked for."""
+    state, deadline = Path(f"/proc/{process_id}/stat"), time.monotonic() + 60
+    with suppress(FileNotFoundError, ProcessLookupError):
+        while state.read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
@@ -62,55 +101,73 @@ def test_an_engine_that_dies_is_reported_in_one_sentence(
     engine: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, message: str
 ) -> None:
     stand_in(monkeypatch, program)
-    with pytest.raises(ChildProcessError, match=f"^the engine transformers {message}"):
-        serve(engine, tmp_path / "log", os.environ, lambda: pytest.fail("it never answered"))
+    with pytest.raises(ChildProcessError, match=f"^the engine transformers {message}") as died:
+        serve(engine, lambda: pytest.fail("it never answered"))
+    (log,) = logs(tmp_path)
+    assert str(died.value).endswith(f"is in {log}")
+
+
+def test_an_engine_that_dies_while_it_is_asked_is_reported_at_the_end(
+    engine: ModelServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, HEALTHY)
+
+    def ask() -> None:
+        with running(engine, os.environ, print) as process:
+            process.terminate()
+            process.wait()
+
+    with pytest.raises(ChildProcessError, match="was killed by signal 15"):
+        ask()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_the_engine_and_is_no_failure(
+def test_a_signal_ends_the_engine_and_is_no_failure_of_it(
     engine: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     stand_in(monkeypatch, HEALTHY)
     before = signal.getsignal(number)
-    serve(engine, tmp_path / "log", os.environ, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as left:
+        serve(engine, lambda: os.kill(os.getpid(), number))
+    assert getattr(left.value, "code", 128 + number) == 128 + number
     assert signal.getsignal(number) == before
     assert not engine.is_healthy()
+    # Neither a log nor the links to the model.
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
-def test_a_hangup_that_nohup_ignores_stays_ignored(
-    engine: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hangup_that_nohup_ignores_stays_ignored(engine: ModelServer, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, HEALTHY)
-    found = list[object]()
-
-    def ready() -> None:
-        found.append(signal.getsignal(signal.SIGHUP))
-        os.kill(os.getpid(), signal.SIGTERM)
-
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        serve(engine, tmp_path / "log", os.environ, ready)
+        with running(engine, os.environ, lambda _: None):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert found == [signal.SIG_IGN]
 
 
-def test_an_engine_that_does_not_end_is_killed(
+def test_an_engine_that_does_not_end_is_killed_whatever_signals_come(
     engine: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "END_WITHIN_S", 0.3)
+    monkeypatch.setattr(engine_module, "END_WITHIN_S", 0.5)
     deaf = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); print(os.getpid(), flush=True)\n"
     stand_in(monkeypatch, deaf + "while True: signal.pause()")
+    seen = list[int]()
 
     def stop_when_it_lives() -> None:
-        while not (tmp_path / "log").exists() or not (tmp_path / "log").read_text():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+        seen.append(int(words_of_engine(tmp_path)))
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
 
-    threading.Thread(target=stop_when_it_lives).start()
-    serve(engine, tmp_path / "log", os.environ, lambda: None)
+    impatient = threading.Thread(target=stop_when_it_lives)
+    impatient.start()
+    with pytest.raises(SystemExit):
+        serve(engine, lambda: None)
+    impatient.join()
     with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "log").read_text()), 0)
+        os.kill(seen[0], 0)
 
 
 def test_the_workers_of_an_engine_that_died_are_killed(
@@ -119,20 +176,47 @@ def test_the_workers_of_an_engine_that_died_are_killed(
     sleep = "[sys.executable, '-c', 'import time; time.sleep(600)']"
     stand_in(monkeypatch, f"import subprocess, sys; print(subprocess.Popen({sleep}).pid)")
     with pytest.raises(ChildProcessError, match="ended with exit code 0"):
-        serve(engine, tmp_path / "log", os.environ, lambda: None)
-    state = Path("/proc") / (tmp_path / "log").read_text().strip() / "stat"
-    deadline = time.monotonic() + 20
-    # Gone, or a zombie that nobody has asked for.
-    while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+        serve(engine, lambda: None)
+    wait_for_the_end_of(int(words_of_engine(tmp_path)))
+
+
+def test_a_killed_command_takes_its_engine_with_it(engine: ModelServer) -> None:
+    """By a process of its own that serves with a stand-in which is deaf, and is killed with -9."""
+    program = (
+        "import os, sys\nfrom pathlib import Path\nfrom train.chat.engine import ModelServer, running\n"
+        f"deaf = 'import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\\n' + {HEALTHY!r}\n"
+        "ModelServer.command = lambda self, _: ([sys.executable, '-c', deaf, str(self.port)], {})\n"
+        "server = ModelServer('transformers', Path(sys.argv[1]), 'model', port=int(sys.argv[2]))\n"
+        "with running(server, os.environ, lambda _: None) as process:\n"
+        "    print(process.pid, flush=True)\n    process.wait()"
+    )
+    words = [sys.executable, "-c", program, str(engine.folder), str(engine.port)]
+    with subprocess.Popen(
+        words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE
+    ) as command:
+        assert command.stdout is not None
+        process_id = int(command.stdout.readline())
+        assert engine.is_healthy()
+        command.kill()
+    wait_for_the_end_of(process_id)
+    assert not engine.is_healthy()
+
+
+def test_nothing_is_written_into_the_folder_that_is_served(
+    engine: ModelServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, HEALTHY)
+    engine.folder.chmod(0o555)
+    with running(engine, os.environ, lambda _: None):
+        assert [path.name for path in engine.folder.iterdir()] == ["config.json"]
+    assert [path.name for path in engine.folder.iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize("wrong", [-1, 65536])
 def test_what_cannot_be_served_is_not_exported(
     tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: int
 ) -> None:
-    monkeypatch.setattr(serve_command, "served_folder", lambda _: pytest.fail("exported"))
+    monkeypatch.setattr(served, "open_weights", lambda _: pytest.fail("exported"))
     assert serve_command.main([str(tmp_path), f"--port={wrong}"]) == 2
     assert capsys.readouterr().err == f"serve: --port {wrong} must be in 0 .. 65535\n"
     with socket.create_server(("127.0.0.1", port)):
@@ -181,7 +265,8 @@ def test_the_commands_name_folder_address_and_what_is_added(engine: ModelServer,
     vllm = ModelServer("vllm", engine.folder, "model", "0.0.0.0", 1, ("--tensor-parallel-size", "8"))
     words, _ = vllm.command(tmp_path / "other")
     expected = (
-        f"serve {engine.folder} --served-model-name model --reasoning-parser deepseek_v3 --host 0.0.0.0 --port 1 "
+        f"serve {engine.folder} --served-model-name model --reasoning-parser deepseek_v3 "
+        "--enable-auto-tool-choice --tool-call-parser deepseek_v31 --host 0.0.0.0 --port 1 "
     )
     assert " ".join(words[3:]) == expected + "--tensor-parallel-size 8"
 
@@ -193,27 +278,110 @@ def test_a_name_is_one_that_engines_take(folder: str, name: str) -> None:
     assert name_for_clients(Path(folder)) == name
 
 
-def test_an_export_is_reused_mended_and_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By what `launch/serve.py` does before it starts an engine."""
-    options = serve_command.parse([str(tmp_path / "run")])
-    model = lively(RAGGED, BF16)
+def test_an_export_is_reused_mended_and_made_again(tmp_path: Path) -> None:
+    model, first, said = lively(RAGGED, BF16), tmp_path / "run/served/bf16/step_00000001", list[str]()
 
-    def served() -> str:
-        assert serve_command.served_folder(options) == (tmp_path / "run/served/bf16", tmp_path / "run")
-        return capsys.readouterr().out
+    def written(run: Path = tmp_path / "run") -> Path:
+        said.clear()
+        with served_folder(run, ExportOptions(), said.append) as folder:
+            assert (folder.name, folder.exact_name) == ("run", f"run-{folder.path.name}-bf16")
+            return folder.path
 
     save_checkpoint(tmp_path / "run/checkpoints/step_00000001", model)
-    assert "step_00000001 as bf16, written" in served()
-    (weights,) = (tmp_path / "run/served/bf16").glob("*.safetensors")
+    assert written() == first
+    assert said[0] == f"{first}: {tmp_path / 'run/checkpoints/step_00000001'} as bf16, written"
+    (weights,) = first.glob("*.safetensors")
     before = weights.stat().st_mtime_ns
-    assert "step_00000001 as bf16, as it was" in served()
+    assert written() == first
+    assert said[0].endswith("as bf16, as it was")
     assert weights.stat().st_mtime_ns == before
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert "written" in served()
+    assert written() == first
+    assert said[0].endswith("written")
     model.get_parameter("norm.weight")[0] += 1.0
     save_checkpoint(tmp_path / "run/checkpoints/step_00000002", model)
-    assert "step_00000002 as bf16, written" in served()
-    assert "without a tokeniser" in served()
+    assert written().name == "step_00000002"
+    assert said[0].endswith("step_00000002 as bf16, written")
+    assert "without a tokeniser" in said[1]
+    # Nobody serves it any more.
+    assert not first.exists()
+    assert written(tmp_path / "run/checkpoints/step_00000001") == first
+
+
+def test_an_export_that_is_served_stays_whole(tmp_path: Path) -> None:
+    run, model = tmp_path / "run", lively(RAGGED, BF16)
+    checkpoint = save_checkpoint(run / "checkpoints/step_00000001", model)
+
+    def files(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    with served_folder(run, ExportOptions(), print) as first:
+        before = files(first.path)
+        save_checkpoint(run / "checkpoints/step_00000002", model)
+        with served_folder(run, ExportOptions(), print) as second, served_folder(checkpoint, ExportOptions(), print):
+            assert second.path != first.path
+            assert files(first.path) == before
+        # Now as another export: the checkpoint of that step is another one.
+        model.get_parameter("norm.weight")[0] += 1.0
+        save_checkpoint(checkpoint, model)
+        with (
+            pytest.raises(ValueError, match="step_00000001 is being served and is not what is asked for now"),
+            served_folder(checkpoint, ExportOptions(), print),
+        ):
+            pass
+        assert files(first.path) == before
+    with served_folder(checkpoint, ExportOptions(), print) as again:
+        assert files(again.path).keys() == before.keys()
+        assert files(again.path) != before
+
+
+def test_of_two_that_serve_a_run_at_once_one_exports_and_the_other_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path / "run/checkpoints/step_00000001", lively(RAGGED, BF16))
+    both, begun, waits, said = threading.Barrier(2, timeout=60), threading.Event(), threading.Event(), list[str]()
+
+    def slow(*arguments: Any) -> Exported:
+        begun.set()
+        assert waits.wait(60)
+        return refresh(*arguments)
+
+    def serve_run() -> None:
+        def say(text: str) -> None:
+            said.append(text)
+            if "waiting for another process" in text:
+                waits.set()
+
+        with served_folder(tmp_path / "run", ExportOptions(), say):
+            both.wait()
+
+    monkeypatch.setattr(served, "refresh", slow)
+    first = threading.Thread(target=serve_run)
+    first.start()
+    assert begun.wait(60)
+    serve_run()
+    first.join()
+    assert len([text for text in said if text.endswith("as bf16, written")]) == 1
+    assert len([text for text in said if text.endswith("as bf16, as it was")]) == 1
+
+
+def test_a_run_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "run/checkpoints/step_00000001", lively(RAGGED, BF16))
+    (tmp_path / "run/served").touch()
+    with (
+        pytest.raises(ValueError, match=r"served/bf16 cannot be written \(Not a directory\); export elsewhere with"),
+        served_folder(tmp_path / "run", ExportOptions(), print),
+    ):
+        pass
+
+
+def test_what_cannot_chat_is_not_started(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "run/checkpoints/step_00000001", lively(RAGGED, BF16))
+    with (
+        pytest.raises(ValueError, match=r"step_00000001 has no chat template: its tokeniser is not known, or has no"),
+        answering(str(tmp_path / "run"), "transformers", "bf16", os.environ),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,6 @@ ELSEWHERE = {
     "python launch/pretrain.py +cluster=h800_2048 dry_run=true": "tests/studies/plan/test_dry_run.py",
     "python -m pytest": "make test and make test-long",
     "python launch/score.py MODEL --tasks": "needs a network: tests/evaluate/test_lm_eval_adapter.py has the adapter",
-    "python -m launch.serve": "serves until it is stopped, a run that knows the marks of chats",
     "torchrun launch/pretrain.py +cluster=h100_1": "needs a GPU: test_the_h100_cluster_says_what_it_needs_or_composes",
 }
 STORES = "data.store=stores/mine/train data.heldout=stores/mine/heldout"

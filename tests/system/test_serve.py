@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -29,6 +30,7 @@ from transformers import AutoTokenizer
 from launch import generate as generate_command
 from launch import serve as serve_command
 from tests.chat.scripted_server import Reply, served
+from tests.chat.typed_terminal import PATIENCE_S, Terminal
 from tests.huggingface.hf_folders import FP32, RAGGED, lively, save_checkpoint
 from train.config import compose
 from train.data.ingest import Recipe, prepare
@@ -40,6 +42,7 @@ from train.huggingface.weights import load_model, open_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 6
+EXPORT, CHECKPOINT = "served/fp32/step_00000003", "checkpoints/step_00000003"
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +105,11 @@ def started(run: Path, *flags: str, **variables: str) -> Iterator[list[str]]:
     impatience.start()
     try:
         assert process.stdout is not None
-        said = [process.stdout.readline() for _ in range(3)]
+        said = [process.stdout.readline() for _ in range(4)]
         impatience.cancel()
         yield said
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0, (run / "serve.log").read_text()
+        assert process.wait(timeout=60) == 0
     finally:
         impatience.cancel()
         process.kill()
@@ -140,20 +143,19 @@ def server(run: Path) -> Iterator[Server]:
         started(run, "--format", "fp32", HF_ENDPOINT=hub, OMP_NUM_THREADS="1") as said,
     ):
         decoder = Decoder(load_model(open_weights(run), device=torch.device("cpu")))
-        theirs = AutoTokenizer.from_pretrained(run / "served/fp32")
-        tokenizer = load_tokenizer(run / "served/fp32/tokenizer.json")
-        yield Server(said[1].split()[0], said, calls, run, decoder, tokenizer, theirs)
+        folder = run / EXPORT
+        theirs = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder / "tokenizer.json")
+        yield Server(said[2].split()[0], said, calls, run, decoder, tokenizer, theirs)
 
 
 def test_what_it_says_names_address_and_a_command_that_works(server: Server) -> None:
-    assert (
-        server.said[0] == f"{server.run / 'served/fp32'}: {server.run / 'checkpoints/step_00000003'} as fp32, written\n"
-    )
-    assert server.said[1].endswith(
-        f" serves smallest (transformers, {server.run}/served/fp32; log: {server.run}/serve.log)\n"
-    )
+    exported, log, ready, command = server.said
+    assert exported == f"{server.run / EXPORT}: {server.run / CHECKPOINT} as fp32, written\n"
+    assert ready == f"{server.url} serves smallest (transformers, {server.run / EXPORT})\n"
+    assert "Uvicorn running" in Path(log.split()[-1]).read_text()
     # As a shell would run it.
-    answered = subprocess.run(server.said[2], shell=True, check=True, capture_output=True, timeout=60)  # noqa: S602
+    answered = subprocess.run(command, shell=True, check=True, capture_output=True, timeout=60)  # noqa: S602
     assert json.loads(answered.stdout)["choices"][0]["message"]["role"] == "assistant"
 
 
@@ -239,10 +241,29 @@ def test_a_batch_file_is_answered_line_by_line_and_once(server: Server, tmp_path
     expected = server.greedy([first_id, *server.tokenizer.encode_batch(["the king"])[0]])
     assert found["text"]["response"]["body"]["choices"][0]["text"] == "".join(expected)
     assert found["refused"]["response"]["status_code"] == 422
-    assert found["refused"]["error"]["message"].startswith("Error code: 422")
+    # What FastAPI says of it.
+    assert re.match(r"Error code: 422 - .*nonsense", found["refused"]["error"]["message"])
     before = answers.read_bytes()
     assert serve_command.main(command) == 0
     assert answers.read_bytes() == before
+
+
+def test_a_chat_with_a_run_has_an_engine_of_its_own(server: Server) -> None:
+    flags = ["--format", "fp32", "--temperature", "0", "--max-tokens", str(TOKENS)]
+    terminal = Terminal([str(server.run), *flags])
+    try:
+        terminal.wait_for(f"{EXPORT}: {server.run / CHECKPOINT} as fp32, as it was")
+        terminal.wait_for("its words: ")
+        log = Path(terminal.wait_for(".log"))
+        terminal.wait_for("smallest-step_00000003-fp32; /help lists what can be typed")
+        terminal.wait_for("> ")
+        assert "Uvicorn running" in log.read_text()
+        assert server.answer("the king?") in terminal.ask("the king?", "cut off: question and answer are not kept")
+        terminal.type("/quit\r")
+        assert terminal.process.wait(timeout=PATIENCE_S) == 0
+        assert not log.exists()
+    finally:
+        terminal.close()
 
 
 def test_nobody_asked_a_hub(server: Server) -> None:
@@ -262,7 +283,7 @@ def test_vllm_serves_the_same_exports(run: Path, tmp_path: Path, format: str) ->
     save_checkpoint(path, model, store=run.parent / "store/train", tokenizer_sha256=sha256)
     with (
         started(tmp_path / "tiny_served", "--format", format, "--engine", "vllm") as said,
-        OpenAI(base_url=said[1].split()[0], api_key="none", max_retries=0) as client,
+        OpenAI(base_url=said[2].split()[0], api_key="none", max_retries=0) as client,
     ):
         assert [model.id for model in client.models.list()] == ["tiny_served"]
         asked: dict[str, Any] = {"model": "tiny_served", "max_tokens": TOKENS, "temperature": 0}

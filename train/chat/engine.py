@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,7 +24,7 @@ from http.client import HTTPConnection, HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from socket import AF_INET, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, socket
-from typing import Literal
+from typing import IO, Any, Literal
 
 from train.chat.template import TEMPLATE_NAME
 
@@ -87,7 +86,9 @@ class ModelServer:
         if self.kind == "vllm":
             words = ["vllm.entrypoints.cli.main", "serve", str(self.folder), "--served-model-name", self.name]
             if self.chats:
+                # What vLLM documents for DeepSeek-V3.1 (read on 2026-11-30).
                 words += ["--reasoning-parser", "deepseek_v3"]
+                words += ["--enable-auto-tool-choice", "--tool-call-parser", "deepseek_v31"]
             return [sys.executable, "-m", *words, *address, *self.more], OFFLINE
         snapshot = scratch / f"models--{self.name}" / "snapshots" / "export"
         snapshot.mkdir(parents=True)
@@ -136,18 +137,34 @@ def name_for_clients(folder: Path) -> str:
     return name[:96].strip("-.") or "model"
 
 
-def serve(engine: ModelServer, log: Path, environment: Mapping[str, str], ready: Callable[[], None]) -> None:
-    """Run an engine until SIGTERM, SIGINT or SIGHUP; `ready` is called when it answers, the file `log` has its words.
+def free_port(host: str) -> int:
+    """A port where nobody listens now."""
+    with socket(AF_INET, SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running(
+    engine: ModelServer, environment: Mapping[str, str], say: Callable[[str], None]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The engine's process, from its first answer until the block ends.
+
+    It ends with the block, and with this process however that ends; SIGTERM and SIGHUP leave the block as `SystemExit`.
+    Its words go to a temporary file, which is kept where it ended by itself.
 
     Raises:
         ValueError: it cannot start (`ModelServer.check`).
-        ChildProcessError: it ended by itself.
+        ChildProcessError: it ended by itself, before its first answer or in the block.
     """
     engine.check()
+    number, log = tempfile.mkstemp(prefix=f"{engine.name}-", suffix=".log")
+    say(f"the engine {engine.kind} starts; its words: {log}")
     with (
+        os.fdopen(number, "wb") as output,
         tempfile.TemporaryDirectory(prefix="v3fp8-serve-") as scratch,
-        log.open("wb") as output,
-        _asked_to_stop() as stop,
+        _handled(_leave, signal.SIGTERM, signal.SIGHUP),
+        _killer_of_orphans() as killer,
     ):
         words, variables = engine.command(Path(scratch))
         # A session of its own: Ctrl-C in the terminal reaches it through us only.
@@ -156,32 +173,51 @@ def serve(engine: ModelServer, log: Path, environment: Mapping[str, str], ready:
             start_new_session=True,
         )  # fmt: skip
         try:
-            is_ready = False
-            while process.poll() is None and not stop.wait(LOOK_EVERY_S):
-                if not is_ready and engine.is_healthy():
-                    is_ready = True
-                    ready()
+            killer.write(b"%d\n" % process.pid)
+            while process.poll() is None and not engine.is_healthy():
+                time.sleep(LOOK_EVERY_S)
+            if process.poll() is None:
+                yield process
         finally:
-            _end(process)
-    if not stop.is_set():
-        raise ChildProcessError(_last_words(engine, process.returncode, log))
+            ended_by_itself = process.poll() is not None
+            with _handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                _end(process)
+            if not ended_by_itself:
+                Path(log).unlink()
+    if ended_by_itself:
+        raise ChildProcessError(_last_words(engine, process.returncode, Path(log)))
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[threading.Event]:
-    """Set by SIGTERM, SIGINT and SIGHUP."""
-    stop = threading.Event()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    # Under `nohup` it outlives the terminal.
-    if before[signal.SIGHUP] == signal.SIG_IGN:
-        del before[signal.SIGHUP]
+def _killer_of_orphans() -> Iterator[IO[bytes]]:
+    """A shell: it reads the number of a process group, and kills it when this process, and so its input, has ended."""
+    words = ["sh", "-c", 'read group; read rest; kill -s KILL -- "-$group"']
+    with subprocess.Popen(
+        words, bufsize=0, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as shell:
+        assert shell.stdin is not None
+        try:
+            yield shell.stdin
+        finally:
+            shell.kill()
+
+
+@contextmanager
+def _handled(handler: Any, *numbers: int) -> Iterator[None]:
+    """Signals go to a handler, but what is ignored stays so: under `nohup`, SIGHUP."""
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: earlier for number, earlier in before.items() if earlier != signal.SIG_IGN}
     for number in before:
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, handler)
     try:
-        yield stop
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def _leave(number: int, _: object) -> None:
+    sys.exit(128 + number)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

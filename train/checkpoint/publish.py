@@ -20,6 +20,7 @@ against that one guards that nothing here or in `train.checkpoint.dcp` can execu
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -37,6 +38,8 @@ MANIFEST = "manifest.json"
 DEEPEST = 64
 STATE = "state.json"
 SHARD_SUFFIX = ".safetensors"
+# What `flock` raises on a file system without locks.
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 _WRITING, _REPLACED, _PRUNED = ".writing-", ".replaced-", ".pruned-"

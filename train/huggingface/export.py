@@ -136,31 +136,43 @@ def export(source: WeightSource, out: Path, options: ExportOptions) -> Exported:
     return _write(_Work.of(source, options), out)
 
 
+def finished(source: WeightSource, out: Path, options: ExportOptions) -> Exported | None:
+    """What `out` holds, where it is the export asked for and every file still has its size."""
+    return _finished(_Work.of(source, options), out)
+
+
 def refresh(source: WeightSource, out: Path, options: ExportOptions) -> Exported:
-    """Export in place of an earlier export, unless it is the one asked for and every file still has its size.
+    """Export in place of an earlier export, unless it is finished.
 
     Raises:
         ValueError: as `export`; `out` holds something that is no export.
     """
     work = _Work.of(source, options)
-    journal = read_json(out / JOURNAL) if (out / JOURNAL).is_file() else {}
-    found = journal.get("identity") if isinstance(journal, dict) else None
+    if done := _finished(work, out):
+        return done
+    found = _journal(out).get("identity")
     if isinstance(found, dict) and found.get("direction") == "export" and found != work.identity:
         shutil.rmtree(out)
-    elif found == work.identity and _is_whole(out, journal.get("files"), work.plan):
-        return Exported(work.plan, 0, work.tokenizer)
     return _write(work, out)
 
 
-def _is_whole(out: Path, files: Any, plan: ExportPlan) -> bool:
-    """Whether every file that a finished export records is there with its size."""
-    return (
-        isinstance(files, dict)
-        and files.keys() >= {*plan.files, CONFIG}
+def _journal(out: Path) -> dict[str, Any]:
+    journal = read_json(out / JOURNAL) if (out / JOURNAL).is_file() else {}
+    return journal if isinstance(journal, dict) else {}
+
+
+def _finished(work: _Work, out: Path) -> Exported | None:
+    journal = _journal(out)
+    files = journal.get("files")
+    whole = (
+        journal.get("identity") == work.identity
+        and isinstance(files, dict)
+        and files.keys() >= {*work.plan.files, CONFIG}
         and all(
             (out / name).is_file() and (out / name).stat().st_size == entry["bytes"] for name, entry in files.items()
         )
     )
+    return Exported(work.plan, 0, work.tokenizer) if whole else None
 
 
 def _write(work: _Work, out: Path) -> Exported:

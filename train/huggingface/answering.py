@@ -1,0 +1,51 @@
+"""A model that answers: behind an address, or served here for as long as a block runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from train.chat.engine import EngineName, ModelServer, free_port, running
+
+if TYPE_CHECKING:
+    from train.huggingface.names import Format
+
+HOST = "127.0.0.1"
+
+
+@contextmanager
+def answering(
+    model: str, kind: EngineName, format: Format, environment: Mapping[str, str]
+) -> Iterator[tuple[str, str | None]]:
+    """(address, name of the model) of a run or folder that an engine serves; of an address as it is, (address, None).
+
+    The engine listens on a free port of loopback and ends with the block. Progress goes to stderr.
+
+    Raises:
+        ValueError: there is nothing to serve, or it has no chat template.
+        ChildProcessError: the engine ended by itself.
+    """
+    if "://" in model:
+        yield model, None
+        return
+    # Imported late: who asks an address should not wait for torch.
+    from train.huggingface.export import ExportOptions
+    from train.huggingface.served import served_folder
+
+    if not Path(model).is_dir():
+        raise ValueError(f"{model} is neither a folder nor an address; give runs/NAME or http://HOST:PORT")
+    say = partial(print, file=sys.stderr, flush=True)
+    ModelServer(kind, Path(model), "model", HOST, 0).check_machine()
+    with served_folder(Path(model), ExportOptions(format), say) as folder:
+        engine = ModelServer(kind, folder.path, folder.exact_name, HOST, free_port(HOST))
+        if not engine.chats:
+            raise ValueError(
+                f"{folder.path} has no chat template: its tokeniser is not known, or has no marks for conversations "
+                "(launch/prepare.py --chat-marks)"
+            )
+        with running(engine, environment, say):
+            yield engine.url, engine.name
