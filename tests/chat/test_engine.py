@@ -22,6 +22,7 @@ from launch import serve as serve_command
 from tests.huggingface.hf_folders import BF16, RAGGED, lively, save_checkpoint
 from train.chat import engine as engine_module
 from train.chat.engine import ModelServer, name_for_clients, running
+from train.data.store import file_sha256
 from train.huggingface import served
 from train.huggingface.answering import answering
 from train.huggingface.export import Exported, ExportOptions, refresh
@@ -198,7 +199,11 @@ def test_a_killed_command_takes_its_engine_with_it(engine: ModelServer) -> None:
         process_id = int(command.stdout.readline())
         assert engine.is_healthy()
         command.kill()
-    wait_for_the_end_of(process_id)
+    try:
+        wait_for_the_end_of(process_id)
+    except AssertionError:
+        os.kill(process_id, signal.SIGKILL)
+        raise
     assert not engine.is_healthy()
 
 
@@ -312,8 +317,8 @@ def test_an_export_that_is_served_stays_whole(tmp_path: Path) -> None:
     run, model = tmp_path / "run", lively(RAGGED, BF16)
     checkpoint = save_checkpoint(run / "checkpoints/step_00000001", model)
 
-    def files(folder: Path) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in folder.iterdir()}
+    def files(folder: Path) -> dict[str, str]:
+        return {path.name: file_sha256(path) for path in folder.iterdir()}
 
     with served_folder(run, ExportOptions(), print) as first:
         before = files(first.path)

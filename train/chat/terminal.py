@@ -87,7 +87,8 @@ class Chat:
         line = json.dumps({"messages": self._system + self._turns}, ensure_ascii=False) + "\n"
         try:
             is_new = put_line(path, line, in_place_of=self._saved.get(path))
-        except OSError as error:
+        # A server may send half of a surrogate pair, which no file can hold.
+        except (OSError, UnicodeError) as error:
             self._say(f"not saved: {error}")
             return
         self._saved[path] = line
