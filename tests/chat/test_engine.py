@@ -276,6 +276,16 @@ def test_the_commands_name_folder_address_and_what_is_added(engine: ModelServer,
     assert " ".join(words[3:]) == expected + "--tensor-parallel-size 8"
 
 
+def test_a_chat_template_is_found_in_either_place(engine: ModelServer) -> None:
+    (engine.folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    assert not engine.chats
+    (engine.folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    assert engine.chats
+    (engine.folder / "tokenizer_config.json").unlink()
+    (engine.folder / "chat_template.jinja").touch()
+    assert engine.chats
+
+
 @pytest.mark.parametrize(
     ("folder", "name"), [("tiny_fp8", "tiny_fp8"), ("a b--c..d", "a-b-c.d"), ("-", "model"), ("läuft", "l-uft")]
 )

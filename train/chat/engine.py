@@ -102,8 +102,11 @@ class ModelServer:
 
     @property
     def chats(self) -> bool:
-        """Whether the folder has a chat template."""
-        return (self.folder / TEMPLATE_NAME).is_file()
+        """Whether the folder has a chat template, in a file of its own or, as older releases, in the tokeniser's."""
+        older = self.folder / "tokenizer_config.json"
+        return (self.folder / TEMPLATE_NAME).is_file() or (
+            older.is_file() and '"chat_template"' in older.read_text(encoding="utf-8", errors="replace")
+        )
 
     @property
     def url(self) -> str:
