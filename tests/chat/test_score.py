@@ -196,10 +196,18 @@ def test_what_a_user_can_do_wrong_is_one_sentence(
             "--chat",
             "reasoning-gym:chain_sum",
         ],
-        "--dev is of --choice and --exact only": [server.url, "--chat", problems, "--dev", problems, "--shots", "1"],
-        "--limit is of --tasks and --chat only": ["runs/x", "--exact", problems, "--limit", "3"],
-        "--answers is of --chat only": ["runs/x", "--exact", problems, "--answers", tmp_path / "a"],
-        "--extra is of --chat only": ["runs/x", "--exact", problems, "--extra", "[]"],
+        "--dev is used by --choice and --exact only": [
+            server.url,
+            "--chat",
+            problems,
+            "--dev",
+            problems,
+            "--shots",
+            "1",
+        ],
+        "--limit is used by --tasks and --chat only": ["runs/x", "--exact", problems, "--limit", "3"],
+        "--answers is used by --chat only": ["runs/x", "--exact", problems, "--answers", tmp_path / "a"],
+        "--extra is used by --chat only": ["runs/x", "--exact", problems, "--extra", "[]"],
     }
     for message, arguments in wrong.items():
         assert main(list(map(str, arguments))) == 2

@@ -103,7 +103,7 @@ def claim(folder: Path, settings: Distillation, problems: ProblemSet) -> None:
         ValueError: another process asks for it, or settings or problems are others; names the first that differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Whoever holds the samples may write beside them.
+    # Not while another process asks: the settings are its own.
     with AnswerLog(folder / SAMPLES) as samples:
         wanted = asdict(settings) | {"verifier": problems.verifier}
         _check_settings(folder, wanted, begun=bool(samples.ids))

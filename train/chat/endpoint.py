@@ -196,7 +196,7 @@ async def ask_all(
     """Ask what the log does not have; `show` is called after each request.
 
     Raises:
-        ValueError: two requests have one id.
+        ValueError: two requests have one id, or the disk is full.
     """
     asked, openai = Asked(), openai_module()
     # One iterator for all: each worker takes the next request when it has its answer.

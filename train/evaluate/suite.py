@@ -71,7 +71,7 @@ class Suite:
             ("--answers", self.answers is not None, "--chat", bool(self.chat)),
         ):
             if given and not used:
-                raise ValueError(f"{flag} is of {serves} only; leave it out, or ask for what it is of")
+                raise ValueError(f"{flag} is used by {serves} only; leave it out, or ask for one of these")
 
 
 def named_stores(arguments: Sequence[str]) -> dict[str, Path]:
