@@ -16,7 +16,7 @@ from launch.prepare import main
 from tests.chat.chats import TOOL, prepared, rows
 from train.chat.ingest import ChatForm
 from train.chat.messages import Conversation, read_row
-from train.data.readers import read_texts
+from train.data.readers import read_texts, without_null_fields
 from train.data.sources import open_documents
 
 USER = {"role": "user", "content": "q"}
@@ -172,6 +172,9 @@ def test_a_table_cannot_tell_a_null_that_was_written_from_a_field_that_is_not_th
     (text,) = read_texts(tmp_path / "a.parquet", "", parse=ChatForm().parse)
     assert '"arguments": {"n": 3, "of": [null, 1]}' in text
     assert '"arguments": {"unit": null, "n": 3, "of": [null, 1]}' in read_row(row).to_json()
+    # Columns of JSON invent nothing, and keep it.
+    table = datasets.Dataset.from_list([row], features=datasets.Features({"messages": datasets.List(datasets.Json())}))
+    assert without_null_fields(table[0], pa.struct(list(table.features.arrow_schema))) == row
 
 
 def test_every_kind_of_file_gives_the_same_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
