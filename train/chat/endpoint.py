@@ -32,8 +32,6 @@ from train.chat.answer_log import AnswerLog
 INSTALL = "the package openai is not installed; it is optional: pip install 'openai>=3'"
 CHAT = "/chat/completions"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-# Seconds until nobody is there; an answer may take as long as `timeout_s`.
-CONNECT_S = 10.0
 # Refusals that are about the endpoint, not about one request.
 REFUSES_ALL = {
     401: "the key is refused",
@@ -43,6 +41,8 @@ REFUSES_ALL = {
 }
 # Too many requests: the endpoint is there, and is asked at its own pace.
 BUSY = "status 429"
+# Seconds until nobody is there; an answer may take as long as `timeout_s`.
+CONNECT_S = 10.0
 
 
 def openai_module() -> ModuleType:
