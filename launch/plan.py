@@ -21,7 +21,8 @@ import sys
 from pathlib import Path
 
 from train.config import compose
-from train.observe.sinks import PLAN_FILE, write_whole
+from train.data.whole_file import write_whole
+from train.observe.sinks import PLAN_FILE
 from train.run_directory import run_directory
 from train.studies.measured import REPORT
 from train.studies.plan import judge

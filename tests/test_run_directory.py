@@ -82,7 +82,7 @@ def test_a_directory_that_cannot_be_is_one_sentence(tmp_path: Path, monkeypatch:
         pass
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "wandb", "config.yaml.tmp", "lock"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "wandb", ".writing-config.yaml", "lock"])
 def test_a_link_out_of_the_directory_is_refused_and_its_target_untouched(tmp_path: Path, name: str) -> None:
     outside = tmp_path / "outside"
     outside.write_text("another's")

@@ -39,6 +39,7 @@ from train.config import PretrainConfig, to_yaml
 from train.data.batch import Batch
 from train.data.blocks import DamagedData
 from train.data.store import store_hashes
+from train.data.whole_file import write_whole
 from train.data.windows import position_of, union
 from train.evaluate.score import score_store
 from train.model.attention import LATENT_NORM_EPS
@@ -71,7 +72,7 @@ from train.observe.metrics import (
     step_record,
 )
 from train.observe.sentences import closing, opening
-from train.observe.sinks import PLAN_FILE, NoSinks, Sinks, open_sinks, write_whole
+from train.observe.sinks import PLAN_FILE, NoSinks, Sinks, open_sinks
 from train.optim.balance import expert_biases
 from train.run_directory import CHECKPOINTS, LOCK, run_directory
 from train.schedules import scheduled_values, steps_to_go

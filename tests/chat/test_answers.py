@@ -20,6 +20,7 @@ FOUND = {
     r"\boxed{4}, no: \boxed{\frac{1}{2}}": r"\frac{1}{2}",
     "<answer> 7 </answer> and more": "7",
     "<answer>1</answer>\n<answer>\n2</answer>": "2",
+    "<answer>1</answer> <Answer> <ANSWER>3</answer> <answer>": "3",
     "The final answer is 12.": "12",
     "the answer is: $x+1$": "x+1",
     "**Answer:** 42": "42",
@@ -37,6 +38,11 @@ FOUND = {
 @pytest.mark.parametrize(("text", "answer"), FOUND.items())
 def test_the_final_answer_is_what_the_text_states_last(text: str, answer: str | None) -> None:
     assert final_answer(text) == answer
+
+
+def test_a_model_that_repeats_itself_costs_no_time() -> None:
+    text = "<answer>" * 50000
+    assert final_answer(text) == text
 
 
 SAME = [
@@ -111,6 +117,10 @@ def test_a_solution_is_read_from_every_form_of_server() -> None:
     for message in ({"content": "b", "reasoning_content": "a"}, {"content": "b", "reasoning": "a"}):
         assert solution_of(completion(message)) == expected
     assert solution_of(completion({"content": "<think> a </think> b"})) == expected
+    # Half of a surrogate pair, as it comes out of JSON: no file could hold it.
+    for message in ({"content": "\ud83d"}, {"content": "b", "reasoning_content": "\ud83d"}):
+        with pytest.raises(ValueError, match="surrogates not allowed"):
+            solution_of(completion(message))
     assert expected.message == {"role": "assistant", "content": "b", "reasoning_content": "a"}
     assert Solution("b").message == {"role": "assistant", "content": "b"}
     # In the middle of its thoughts, and without content.

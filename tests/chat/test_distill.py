@@ -293,6 +293,7 @@ def test_what_a_user_can_do_wrong_is_one_sentence(
     with AnswerLog(out / SAMPLES):
         assert run(size=11) == 2
     assert "is written by another process" in capsys.readouterr().err
+    assert (out / SETTINGS).read_text() == settings, "nothing is written beside the other process"
 
 
 def test_solutions_of_problems_that_are_gone_are_not_thrown_away(

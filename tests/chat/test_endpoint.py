@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
+import resource
+import socket
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +138,57 @@ def test_an_endpoint_that_refuses_or_is_gone_is_not_asked_for_the_rest(tmp_path:
         asked = ask(tmp_path / "a.jsonl", Endpoint(server.url, in_flight=1), requests("a", "b"))
         assert asked.stopped.startswith("there is no such model or path (Error code: 404")
         assert asked.sent == 1
-    asked = ask(tmp_path / "a.jsonl", Endpoint(server.url, in_flight=3, retries=0), requests(*"abcdefgh"))
-    # The three, and what the other two workers had begun when the third failed.
-    assert asked.stopped == "3 requests in a row failed"
-    assert 3 <= asked.failed["connection lost"] <= 5
+    many = requests(*map(str, range(100)))
+    asked = ask(tmp_path / "a.jsonl", Endpoint(server.url, in_flight=3, retries=0), many)
+    assert re.fullmatch(r"the endpoint is gone \(\d+ failed in a row\)", asked.stopped)
+    # The three, and what the others had begun until nobody was found to be there.
+    assert 3 <= asked.failed["connection lost"] < 20
     assert (tmp_path / "a.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_requests_that_always_fail_do_not_keep_the_others_from_being_asked(tmp_path: Path, in_flight: int) -> None:
+    bad = {"ill": Reply(status=500), "lost": Reply(trouble="drop"), "junk": Reply(trouble="junk")}
+    with served(lambda body: bad.get(body["messages"][0]["content"], Reply("fine"))) as server:
+        endpoint = Endpoint(server.url, in_flight=in_flight, retries=0)
+        asked = ask(tmp_path / "a.jsonl", endpoint, requests(*bad, *"abcd"))
+    assert (asked.answered, asked.failed.total(), asked.stopped) == (4, 3, "")
+    assert set(contents(tmp_path / "a.jsonl")) == set("abcd")
+
+
+def test_where_all_fails_each_further_request_is_sent_once(tmp_path: Path) -> None:
+    with served(lambda body: Reply(status=500, headers=SLOW)) as server:
+        endpoint = Endpoint(server.url, in_flight=2, retries=2)
+        asked = ask(tmp_path / "a.jsonl", endpoint, requests(*map(str, range(20))))
+        assert asked.failed == {"status 500": 20}
+        # Two with two retries each, and one more that may have begun when the second was not yet given up.
+        assert 20 + 2 * 2 <= len(server.bodies) <= 20 + 3 * 2
+
+
+def test_too_many_requests_are_no_failure_of_the_endpoint(tmp_path: Path) -> None:
+    replies = {"busy": Reply(status=429, headers=SLOW), "ill": [Reply(status=500, headers=SLOW), Reply("cured")]}
+    with served(lambda body: replies[body["messages"][0]["content"]]) as server:
+        asked = ask(tmp_path / "a.jsonl", Endpoint(server.url, in_flight=1, retries=1), requests("busy", "ill"))
+    assert (asked.failed, contents(tmp_path / "a.jsonl")) == ({"status 429": 1}, {"ill": "cured"})
+
+
+def test_an_address_where_nobody_listens_is_given_up_long_before_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Endpoint("http://x").settings()
+    assert (settings["timeout"].connect, settings["timeout"].read) == (10.0, 1800.0)
+    monkeypatch.setattr("train.chat.endpoint.CONNECT_S", 0.1)
+    # Once its queue is full, the kernel answers nobody.
+    with socket.socket() as silent, ExitStack() as waiting:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(0)
+        for _ in range(4):
+            queued = waiting.enter_context(socket.socket())
+            queued.setblocking(False)
+            queued.connect_ex(silent.getsockname())
+        endpoint = Endpoint(f"http://127.0.0.1:{silent.getsockname()[1]}", in_flight=1, retries=0)
+        asked = ask(tmp_path / "a.jsonl", endpoint, requests("a", "b"))
+    assert (asked.failed, asked.stopped) == ({"timed out": 1}, "the endpoint is gone (1 failed in a row)")
 
 
 def test_a_server_that_is_down_for_a_while_is_waited_for(tmp_path: Path) -> None:
@@ -193,7 +243,8 @@ def test_mistakes_are_named(server: ScriptedServer, tmp_path: Path, monkeypatch:
         ask(path, endpoint, requests("a", "a"))
     with AnswerLog(path), pytest.raises(ValueError, match=r"a\.jsonl is written by another process"):
         ask(path, endpoint, [])
-    for text in ("no JSON\n", "[1]\n", '{"custom_id": 1, "response": null}\n'):
+    bad = ['"a"', "1", '"a", "response": 1', '"a", "response": {}', '"a", "response": {"body": 1}']
+    for text in ("no JSON\n", "[1]\n", *(f'{{"custom_id": {each}}}\n' for each in bad)):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"a\.jsonl line 1 is no answer to a request"):
             ask(path, endpoint, [])
@@ -218,12 +269,39 @@ def test_nothing_secret_of_the_address_is_written() -> None:
 @pytest.mark.parametrize("size", [0, 10, 1 << 16, (1 << 16) + 1, 1 << 18])
 def test_a_torn_last_line_is_removed_whatever_its_length(tmp_path: Path, size: int) -> None:
     path = tmp_path / "a.jsonl"
-    whole = json.dumps({"custom_id": "a", "response": None}).encode() + b"\n"
+    whole = json.dumps({"custom_id": "a", "response": {"body": None}}).encode() + b"\n"
     for kept in (b"", whole, whole + whole):
         path.write_bytes(kept + (b'{"custom_id": "' + b"x" * size)[:size])
         with AnswerLog(path) as log:
             assert log.ids == ({"a"} if kept else set())
         assert path.read_bytes() == kept
+
+
+def test_a_response_that_is_null_answers_nothing_and_is_asked_again(server: ScriptedServer, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"custom_id": "a", "response": null, "error": {"code": "batch_expired", "message": "late"}}\n')
+    asked = ask(path, Endpoint(server.url), requests("a"))
+    assert (asked.kept, asked.answered) == (0, 1)
+    assert contents(path) == {"a": "echo a"}
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_whole_lines(tmp_path: Path) -> None:
+    """The kernel takes a part of the line, and no more: a limit on the size of files, as a quota is."""
+    path, line = tmp_path / "a.jsonl", {"custom_id": "a", "response": {"body": {"text": "x" * 100}}}
+    with AnswerLog(path) as log:
+        log.append(line)
+        size = path.stat().st_size
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, limits[1]))
+        try:
+            with pytest.raises(ValueError, match=r"a\.jsonl cannot be written \(File too large\); make room, and the"):
+                log.append(line | {"custom_id": "b"})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (path.stat().st_size, log.ids) == (size, {"a"})
+        log.append(line | {"custom_id": "c"})
+    with AnswerLog(path) as log:
+        assert log.ids == {"a", "c"}
 
 
 @pytest.mark.parametrize(
@@ -232,7 +310,7 @@ def test_a_torn_last_line_is_removed_whatever_its_length(tmp_path: Path, size: i
         '{"model": "mine"}',
         "x" * 70000,
         '{"custom_id": "a", "body": {}}',
-        '{"custom_id": "a", "response": null}\n{"text": "b"}',
+        '{"custom_id": "a", "response": {"body": null}}\n{"text": "b"}',
     ],
 )
 def test_a_file_that_is_no_log_is_left_as_it_is(tmp_path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ from launch.prepare import main
 from tests.chat.chats import TOOL, prepared, rows
 from train.chat.ingest import ChatForm
 from train.chat.messages import Conversation, read_row
-from train.data.readers import read_texts
+from train.data.readers import read_texts, without_null_fields
 from train.data.sources import open_documents
 
 USER = {"role": "user", "content": "q"}
@@ -79,6 +79,14 @@ BAD = {
         {"messages": [USER, {"role": "tool", "content": "3"}]},
         "message 2, the tool's, follows the user's",
     ),
+    "a tool that was not called": (
+        {"messages": [USER, SAID, {"role": "tool", "content": "3"}, SAID]},
+        "message 3, the tool's, is the output of no call that the assistant made",
+    ),
+    "more outputs than calls": (
+        {"messages": [USER, SAID | {"tool_calls": [CALL]}, *[{"role": "tool", "content": "3"}] * 2, SAID]},
+        "message 4, the tool's, is the output of no call",
+    ),
     "no answer": ({"messages": [USER]}, "the assistant says nothing in it"),
     "an empty answer": ({"messages": [USER, {"role": "assistant"}]}, "message 2, the assistant's, says nothing"),
     "prompt that ends with an answer": (
@@ -140,11 +148,41 @@ def test_a_line_that_is_no_row_is_one_sentence(name: str, tmp_path: Path) -> Non
     assert reason in str(refused.value)
 
 
+def called() -> list[dict[str, Any]]:
+    """Rows with tools and arguments of which no two have the same fields; a table gives each the fields of all."""
+    schemas: list[dict[str, Any]] = [
+        {"type": "object", "properties": {"city": {"type": "string", "enum": ["Rome", None]}}, "required": ["city"]},
+        {"type": "object", "properties": {"n": {"type": "integer", "default": 3}}},
+        {},
+    ]
+    arguments: list[dict[str, Any]] = [{"city": "Rome"}, {"n": 3, "deep": {"parts": [{"a": 1}, {"b": "c"}]}}, {}]
+    found = []
+    for schema, given in zip(schemas, arguments, strict=True):
+        call = {"type": "function", "function": {"name": "f", "arguments": given}}
+        messages = [USER, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "3"}, SAID]
+        tool = {"type": "function", "function": {"name": "f"} | ({"parameters": schema} if schema else {})}
+        found.append({"messages": messages, "tools": [tool]})
+    return found
+
+
+def test_a_table_cannot_tell_a_null_that_was_written_from_a_field_that_is_not_there(tmp_path: Path) -> None:
+    call = {"function": {"name": "f", "arguments": {"unit": None, "n": 3, "of": [None, 1]}}}
+    row = any_row(messages=[USER, {"role": "assistant", "tool_calls": [call]}])
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")  # type: ignore[no-untyped-call]
+    (text,) = read_texts(tmp_path / "a.parquet", "", parse=ChatForm().parse)
+    assert '"arguments": {"n": 3, "of": [null, 1]}' in text
+    assert '"arguments": {"unit": null, "n": 3, "of": [null, 1]}' in read_row(row).to_json()
+    # Columns of JSON invent nothing, and keep it.
+    table = datasets.Dataset.from_list([row], features=datasets.Features({"messages": datasets.List(datasets.Json())}))
+    assert without_null_fields(table[0], pa.struct(list(table.features.arrow_schema))) == row
+
+
 def test_every_kind_of_file_gives_the_same_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = [{"messages": row["messages"]} for row in rows(30) if "messages" in row]
     made = [
         {"messages": [{**m, "tool_calls": None} for m in row["messages"]]} for row in made if "tool" not in str(row)
     ]
+    made = called() + made
     expected = [read_row(row).to_json() for row in made]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, made)), encoding="utf-8")
     (tmp_path / "a.json").write_text(json.dumps(made), encoding="utf-8")

@@ -12,7 +12,7 @@ import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
 from train.chat import problems
-from train.chat.problems import EVALUATING, UNUSABLE, code_problems, open_problems
+from train.chat.problems import EVALUATING, UNUSABLE, code_of, code_problems, open_problems
 from train.evaluate.jsonl import Line
 
 
@@ -63,6 +63,39 @@ def test_problems_with_unit_tests(tmp_path: Path) -> None:
     for wrong in ([], "assert", [1]):
         with pytest.raises(ValueError, match="'test_list' that is no list of texts"):
             problems._tests_of(Line(Path("p"), 1, MBPP | {"test_list": wrong}))
+
+
+BLOCKS = {
+    "a name for Python": "```{}\nx = 1\n```",
+    "ends of lines as Windows has them": "so\r\n```python\r\nx = 1\r\n```\r\n",
+    "indented": "    ```py\n    x = 1\n    ```",
+    "of a list": "1. so\n\n   ```python\n   x = 1\n   ```\n2. done",
+    "behind words": "Solution: ```python\nx = 1\n```",
+    "with a title": '```python title="a.py"\nx = 1\n```',
+    "a longer fence": "````python\nx = 1\n````",
+    "the last of two": "```python\nx = 0\n```\n```python\nx = 1\n```",
+    "its output after it": "```python\nx = 1\n```\nIt prints\n```\n1\n```",
+    "another language before it": "```bash\npip install x\n```\nthen\n```python\nx = 1\n```\nthat is all",
+    "another language after it": "```python\nx = 1\n```\n```text\n1\n```",
+    "code in its line before it": "Use ```x``` in\n```python\nx = 1\n```",
+    "no mark": "```\nx = 1\n```",
+    "one that was cut off after it": "```python\nx = 1\n```\n```python\nx = ",
+    "no fence": "x = 1",
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_code_of_an_answer_is_its_last_whole_block(name: str) -> None:
+    for mark in ("python", "py", "python3", "Python3.11") if "{}" in BLOCKS[name] else ("",):
+        assert code_of(BLOCKS[name].replace("{}", mark)).strip("\n") == "x = 1"
+
+
+def test_what_a_block_holds_is_taken_whole() -> None:
+    lines = 'def f():\n\n    """```x```"""\n    return "`"\n'
+    assert code_of(f"```python\n{lines}```") == lines
+    # Cut off: there is no whole block, and so nothing that runs. A model that repeats itself costs no time.
+    for answer in ("```python\nx = 1", "```python x\n" * 20000):
+        assert code_of(answer) == answer
 
 
 def test_problems_of_reasoning_gym_are_checked_by_its_own_verifier() -> None:

@@ -135,6 +135,47 @@ def test_every_kind_of_file_is_scored_with_the_thoughts_taken_away(
     assert [(body["top_p"], body["temperature"]) for body in server.bodies] == [(0.9, 0.0)] * 2
 
 
+def scored(server: ScriptedServer, tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    """The figures of the one source of problems, and exit code 0."""
+    out = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+    assert main([server.url, *arguments, "--out", str(out)]) == 0
+    (figures,) = json.loads(out.read_text())["chat"].values()
+    return dict(figures)
+
+
+def test_so_many_problems_are_made_or_taken_as_are_asked_for(server: ScriptedServer, tmp_path: Path) -> None:
+    server.bodies = []
+    made = scored(server, tmp_path, "--chat", "reasoning-gym:chain_sum", "--limit", "5")
+    assert (made["pass@1"]["problems"], len(server.bodies)) == (5, 5)
+    assert made["verifier"] == "reasoning-gym 0.1.25 chain_sum"
+    path = str(write(tmp_path / "m.jsonl", *MATH))
+    assert scored(server, tmp_path, "--chat", path, "--limit", "1")["pass@1"]["problems"] == 1
+    assert scored(server, tmp_path, "--chat", path)["pass@1"]["problems"] == 2
+
+
+def test_equal_questions_are_asked_once_and_each_is_scored(server: ScriptedServer, tmp_path: Path) -> None:
+    other = MATH[0] | {"answer": "7"}
+    path = write(tmp_path / "m.jsonl", MATH[0], other, MATH[0])
+    server.bodies = []
+    found = scored(server, tmp_path, "--chat", str(path))
+    assert len(server.bodies) == 1
+    assert (found["pass@1"]["value"], found["pass@1"]["problems"], found["repeated_problems"]) == (0.5, 2, 1)
+
+
+def test_a_kept_answer_without_a_response_is_asked_for_again(server: ScriptedServer, tmp_path: Path) -> None:
+    path, answers = write(tmp_path / "m.jsonl", MATH[0]), tmp_path / "answers.jsonl"
+    arguments = ["--chat", str(path), "--answers", str(answers)]
+    scored(server, tmp_path, *arguments)
+    line = json.loads(answers.read_text())
+    write(answers, line | {"response": None, "error": {"message": "expired"}})
+    assert scored(server, tmp_path, *arguments)["pass@1"]["value"] == 1.0
+    # After the answer it changes nothing.
+    write(answers, line, line | {"response": None})
+    server.bodies = []
+    assert scored(server, tmp_path, *arguments)["pass@1"]["value"] == 1.0
+    assert server.bodies == []
+
+
 def test_what_a_user_can_do_wrong_is_one_sentence(
     server: ScriptedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,6 +191,23 @@ def test_what_a_user_can_do_wrong_is_one_sentence(
         "--extra '{' is not JSON": [server.url, "--chat", problems, "--extra", "{"],
         "nothing to score: give --store, --choice, --exact or --tasks, of an endpoint --chat": [server.url],
         "there is no file": [server.url, "--chat", tmp_path / "none.jsonl"],
+        "reasoning-gym:chain_sum can make any number of problems; say how many with --limit": [
+            server.url,
+            "--chat",
+            "reasoning-gym:chain_sum",
+        ],
+        "--dev is used by --choice and --exact only": [
+            server.url,
+            "--chat",
+            problems,
+            "--dev",
+            problems,
+            "--shots",
+            "1",
+        ],
+        "--limit is used by --tasks and --chat only": ["runs/x", "--exact", problems, "--limit", "3"],
+        "--answers is used by --chat only": ["runs/x", "--exact", problems, "--answers", tmp_path / "a"],
+        "--extra is used by --chat only": ["runs/x", "--exact", problems, "--extra", "[]"],
     }
     for message, arguments in wrong.items():
         assert main(list(map(str, arguments))) == 2

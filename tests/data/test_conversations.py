@@ -15,7 +15,7 @@ from torch import Tensor
 
 from parallel.layout import Layout
 from parallel.mesh import make_mesh, single
-from tests.chat.chats import prepared, rows
+from tests.chat.chats import prepared, rows, vocabulary
 from tests.data.handmade import write_store
 from tests.ranks import run_ranks
 from tests.tiny_model import FP32, TINY, frozen
@@ -28,6 +28,8 @@ from train.data.config import DataConfig
 from train.data.conversations import ConversationStream, iterate_conversations, open_conversations
 from train.data.store import TokenStore
 from train.data.stream import open_stores
+from train.data.trained_on import FirstToken, TrainedOn
+from train.evaluate.language_model import LanguageModel
 from train.evaluate.score import score_store
 from train.optim.config import OptimConfig
 from train.schedules import ScheduledValues
@@ -236,6 +238,37 @@ def test_stores_of_the_other_kind_are_refused(folder: Path, tmp_path: Path) -> N
         open_conversations(replace(config(folder), store=str(text.path)), vocab_size=400, seed=1, mtp_depths=1)
     with pytest.raises(ValueError, match=r"data\.samples=conversations are kept apart .*set data\.mask_documents=true"):
         replace(config(folder), mask_documents=False)
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        ({"first_token": "bos"}, r"heldout begin with bos, those of .* with eos: prepare them with --first-token eos"),
+        ({"template_sha256": "0"}, r"heldout have another chat template than those of .*: prepare both with one"),
+    ],
+)
+def test_held_out_conversations_of_another_writing_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, str], sentence: str
+) -> None:
+    pair = replace(config(folder), heldout=str(folder / "heldout"))
+    assert open_conversations(pair, vocab_size=400, seed=1, mtp_depths=1)[1] is not None
+    store, heldout = (TokenStore.open(folder / name) for name in ("train", "heldout"))
+    assert heldout.manifest.chat is not None
+    altered = replace(heldout, manifest=replace(heldout.manifest, chat=replace(heldout.manifest.chat, **other)))
+    monkeypatch.setattr("train.data.conversations.open_pair", lambda *_, **__: (store, altered))
+    with pytest.raises(ValueError, match=rf"data\.heldout: conversations of .*{sentence}"):
+        open_conversations(pair, vocab_size=400, seed=1, mtp_depths=1)
+
+
+def test_a_model_does_not_score_conversations_that_begin_otherwise_than_its_samples(store: TokenStore) -> None:
+    def model(first_token: FirstToken) -> LanguageModel:
+        trained = TrainedOn(first_token, 9, tokenizer_sha256=store.manifest.tokenizer_sha256)
+        cpu = torch.device("cpu")
+        return LanguageModel(frozen(MODEL), cpu, name="runs/x", load_tokenizer=vocabulary, trained_on=trained)
+
+    with pytest.raises(ValueError, match=r"train has conversations that begin with eos, runs/x trained on .* with bos"):
+        model("bos").open_store(store.path)
+    assert model("eos").open_store(store.path).manifest == store.manifest
 
 
 def test_an_altered_loss_mask_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -3,12 +3,16 @@
 Each line goes to the operating system in one write, so a process that is killed loses nothing that it received. The
 disk is told to keep it (fsync) every `FSYNC_EVERY_S` and when the file is closed: a machine that loses power loses at
 most the answers of that time, which are asked for again. A last line without its end, from a write that was cut, is
-removed when the file is opened; a file that holds anything else is refused as it is.
+removed when the file is opened; what a full disk does not take whole is removed at once. A file that holds anything
+else is refused as it is.
 
 A line has the form of OpenAI's batch output, and three fields of ours:
 
     {"custom_id", "response": {"status_code", "body"}, "error": null or {"message"}, "endpoint", "time_unix_s",
      "seconds"}
+
+`body` is null where the request was refused. A line whose `response` is null, as OpenAI's own files have it, answers
+nothing and is passed by; of two lines of one request the later one holds.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +56,36 @@ class AnswerLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.fsync(self._file)
-        os.close(self._file)
+        try:
+            with self._full_disk_is_one_sentence():
+                os.fsync(self._file)
+        finally:
+            os.close(self._file)
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Add the answer to one request."""
-        data = json.dumps(line).encode() + b"\n"
+        """Add the answer to one request, whole or not at all; ValueError where the disk does not take it."""
+        data, size = json.dumps(line).encode() + b"\n", os.fstat(self._file).st_size
         written = 0
-        while written < len(data):
-            written += os.write(self._file, data[written:])
+        with self._full_disk_is_one_sentence():
+            try:
+                while written < len(data):
+                    written += os.write(self._file, data[written:])
+            except OSError:
+                os.ftruncate(self._file, size)
+                raise
+            if time.monotonic() - self._synced_s > FSYNC_EVERY_S:
+                os.fsync(self._file)
+                self._synced_s = time.monotonic()
         self.ids.add(line["custom_id"])
-        if time.monotonic() - self._synced_s > FSYNC_EVERY_S:
-            os.fsync(self._file)
-            self._synced_s = time.monotonic()
+
+    @contextmanager
+    def _full_disk_is_one_sentence(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(
+                f"{self.path} cannot be written ({error.strerror}); make room, and the same command goes on"
+            ) from None
 
     def _torn_line(self) -> bytes:
         """What follows the last end of a line."""
@@ -85,7 +107,7 @@ def _is_torn(text: bytes) -> bool:
 
 
 def read_answers(path: Path, *, whole_only: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(offset in bytes, line) of a log, or of its lines with an end; ValueError names the first of another form."""
+    """(offset in bytes, line) of each answer, or of those with an end; ValueError names the first of another form."""
     offset = 0
     with path.open("rb") as lines:
         for number, text in enumerate(lines, start=1):
@@ -93,10 +115,13 @@ def read_answers(path: Path, *, whole_only: bool = False) -> Iterator[tuple[int,
                 return
             try:
                 line = json.loads(text)
-                well_formed = isinstance(line["custom_id"], str) and "response" in line
+                response = line["response"]
+                well_formed = isinstance(line["custom_id"], str)
+                well_formed &= response is None or isinstance(response["body"], dict | None)
             except (ValueError, TypeError, KeyError):
                 well_formed = False
             if not well_formed:
                 raise ValueError(f"{path} line {number} is no answer to a request; name another file to write to")
-            yield offset, line
+            if response is not None:
+                yield offset, line
             offset += len(text)

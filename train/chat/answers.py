@@ -14,7 +14,7 @@ from fractions import Fraction
 
 from train.evaluate.exact_match import boxed, is_equal, normalize
 
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_TAG, _END_OF_TAG = re.compile("<answer>", re.IGNORECASE), re.compile("</answer>", re.IGNORECASE)
 _PHRASE = re.compile(r"\banswer(?:\s+is|\s*:)\s*:?\s*([^\n]+)", re.IGNORECASE)
 # As `normalize` spells them.
 _DECIMAL = re.compile(r"-?\d+(?:\.\d+)?", re.ASCII)
@@ -31,8 +31,10 @@ def final_answer(text: str) -> str | None:
     """The final answer that a text states; None where it states none."""
     if "\\boxed" in text or "\\fbox" in text:
         return boxed(text)
-    if tagged := _TAGGED.findall(text):
-        return str(tagged[-1]).strip()
+    # One pattern for both tags takes quadratic time where a model repeats the first.
+    for part in reversed(_TAG.split(text)[1:]):
+        if end := _END_OF_TAG.search(part):
+            return part[: end.start()].strip()
     if phrases := _PHRASE.findall(text):
         return _without_marks(phrases[-1])
     line = _without_marks(text)

@@ -14,19 +14,19 @@ in it was not verified.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
-from train.chat.answer_log import read_answers
+from train.chat.answer_log import AnswerLog, read_answers
 from train.chat.endpoint import Request
 from train.chat.problems import CheckedProblem, ProblemSet
 from train.chat.thinking import Solution, solution_of
 from train.data.store import strict_json
+from train.data.whole_file import write_whole
 
 SAMPLES, MESSAGES, REPORT, SETTINGS = "samples.jsonl", "messages.jsonl", "report.json", "settings.json"
 ACCEPTED = "accepted"
@@ -97,14 +97,30 @@ class Distillation:
 
 
 def claim(folder: Path, settings: Distillation, problems: ProblemSet) -> None:
-    """Make the folder, or find the one of the same settings and problems; ValueError names the first that differs."""
+    """Make the folder, or find the one of the same settings and problems.
+
+    Raises:
+        ValueError: another process asks for it, or settings or problems are others; names the first that differs.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path, wanted = folder / SETTINGS, asdict(settings) | {"verifier": problems.verifier}
+    # Not while another process asks: the settings are its own.
+    with AnswerLog(folder / SAMPLES) as samples:
+        wanted = asdict(settings) | {"verifier": problems.verifier}
+        _check_settings(folder, wanted, begun=bool(samples.ids))
+        _check_problems(samples, problems)
+        write_whole(folder / SETTINGS, strict_json(wanted))
+
+
+def _check_settings(folder: Path, wanted: Mapping[str, Any], *, begun: bool) -> None:
+    """Refuse other settings than those with which the samples were made."""
+    path = folder / SETTINGS
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else wanted
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); name another folder with --out") from None
-    if not path.exists() and (folder / SAMPLES).exists():
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path} holds no settings of a distillation; name another folder with --out")
+    if begun and not path.exists():
         raise ValueError(f"{folder} has {SAMPLES} but no {SETTINGS}; name another folder with --out")
     for name in SAME_FOR_ALL:
         if found.get(name) != wanted[name]:
@@ -112,18 +128,14 @@ def claim(folder: Path, settings: Distillation, problems: ProblemSet) -> None:
                 f"{folder} was begun with {name} = {short(found.get(name))}, not {short(wanted[name])}; "
                 "say the same again, or name another folder with --out"
             )
-    if (folder / SAMPLES).exists():
-        _check_problems(folder / SAMPLES, problems)
-    _write(path, [strict_json(wanted)])
 
 
-def _check_problems(path: Path, problems: ProblemSet) -> None:
+def _check_problems(samples: AnswerLog, problems: ProblemSet) -> None:
     """Refuse solutions, which were paid for, of problems that are not among today's."""
-    asked = (line["custom_id"] for _, line in read_answers(path, whole_only=True))
-    if lost := next((name for name in asked if name.rpartition("/")[0] not in problems.distinct), None):
+    if lost := next((name for name in samples.ids if name.rpartition("/")[0] not in problems.distinct), None):
         raise ValueError(
-            f"{path} has a solution {lost!r} of a problem that is not among today's; give the source and --size as "
-            "they were, or name another folder with --out"
+            f"{samples.path} has a solution {lost!r} of a problem that is not among today's; give the source and "
+            "--size as they were, or name another folder with --out"
         )
 
 
@@ -144,10 +156,11 @@ def select(folder: Path, settings: Distillation, problems: ProblemSet) -> dict[s
                 verdicts[verdict] += 1
                 if solution and verdict == ACCEPTED:
                     kept.append(solution)
-                    yield json.dumps(_row(settings, problems, problem, sample, line, solution), ensure_ascii=False)
+                    row = _row(settings, problems, problem, sample, line, solution)
+                    yield json.dumps(row, ensure_ascii=False) + "\n"
             solved += bool(kept)
 
-    _write(folder / MESSAGES, rows())
+    write_whole(folder / MESSAGES, rows())
     asked = len(problems.distinct) * settings.samples
     report = {
         "problems": len(problems.distinct),
@@ -159,7 +172,7 @@ def select(folder: Path, settings: Distillation, problems: ProblemSet) -> dict[s
         "rejected": {reason: verdicts[reason] for reason in REASONS if verdicts[reason]},
         "verifier": problems.verifier,
     }
-    _write(folder / REPORT, [strict_json(report)])
+    write_whole(folder / REPORT, strict_json(report))
     return report
 
 
@@ -198,8 +211,9 @@ def _row(
         "messages": [{"role": "user", "content": settings.question(problem, problems)}, solution.message],
         "provenance": {
             "teacher": line["response"]["body"].get("model", settings.model),
-            "endpoint": line["endpoint"],
-            "time_unix_s": line["time_unix_s"],
+            # Answers of another program, such as OpenAI's own batches, have neither.
+            "endpoint": line.get("endpoint"),
+            "time_unix_s": line.get("time_unix_s"),
             "completion_tokens": solution.completion_tokens,
             "source": settings.source,
             "problem": problem.name,
@@ -227,13 +241,3 @@ class _SolutionsOnDisk:
         self._file.seek(self._offsets[key])
         found: dict[str, Any] = json.loads(self._file.readline())
         return found
-
-
-def _write(path: Path, lines: Iterable[str]) -> None:
-    hidden = path.with_name(f".{path.name}.writing")
-    with hidden.open("w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(line.rstrip("\n") + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    hidden.replace(path)

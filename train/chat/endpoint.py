@@ -6,8 +6,12 @@
 
 The client is OpenAI's own: it retries on 408, 409, 429, 5xx, timeouts and lost connections, after 0.5 to 8 s or what
 `Retry-After` says. A request that is refused (400, 413, 422 and so on) is answered: its line holds the error. What
-fails in the end is not written, so the next call asks again. Where the whole endpoint refuses (401, 403, 404), or as
-many requests in a row fail as are in flight, the rest is not asked.
+fails in the end is not written, so the next call asks again.
+
+Requests that always fail must not keep the others from being asked, nor an endpoint that is gone be asked for all. So
+where it refuses everybody (401 to 404), the rest is not asked. Where as many requests in a row fail as are in flight,
+it is asked for its models: without an answer it is gone, and the rest is not asked; with one, each further request is
+sent once, without retries, until one is answered.
 """
 
 from __future__ import annotations
@@ -31,7 +35,16 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # Characters of an answer's body that an error shows: FastAPI's repeats the request.
 MAX_DETAIL = 500
 # Refusals that are about the endpoint, not about one request.
-REFUSES_ALL = {401: "the key is refused", 403: "access is forbidden", 404: "there is no such model or path"}
+REFUSES_ALL = {
+    401: "the key is refused",
+    402: "the account has nothing left",
+    403: "access is forbidden",
+    404: "there is no such model or path",
+}
+# Too many requests: the endpoint is there, and is asked at its own pace.
+BUSY = "status 429"
+# Seconds until nobody is there; an answer may take as long as `timeout_s`.
+CONNECT_S = 10.0
 
 
 def openai_module() -> ModuleType:
@@ -75,13 +88,17 @@ class Endpoint:
         parts = urlsplit(self.base_url)
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
+    def settings(self) -> dict[str, Any]:
+        """What a client of the package `openai` is made with."""
+        timeout = openai_module().Timeout(self.timeout_s, connect=min(CONNECT_S, self.timeout_s))
+        return {"base_url": self.base_url, "api_key": self.key, "max_retries": self.retries, "timeout": timeout}
+
     def client(self, *, sent: Callable[[Any], Any] | None = None) -> Any:
         """An `AsyncOpenAI`; `sent`, a coroutine function, is called with each HTTP request, retries included."""
-        openai = openai_module()
-        http = openai.DefaultAsyncHttpxClient(event_hooks={"request": [sent] if sent else []}, timeout=self.timeout_s)
-        return openai.AsyncOpenAI(
-            base_url=self.base_url, api_key=self.key, max_retries=self.retries, timeout=self.timeout_s, http_client=http
-        )
+        openai, settings = openai_module(), self.settings()
+        hooks = {"request": [sent] if sent else []}
+        http = openai.DefaultAsyncHttpxClient(event_hooks=hooks, timeout=settings["timeout"])
+        return openai.AsyncOpenAI(http_client=http, **settings)
 
 
 def fields_of(extra: str) -> dict[str, Any]:
@@ -138,6 +155,7 @@ class Asked:
     failed: Counter[str] = field(default_factory=Counter)
     # Why the rest was not asked.
     stopped: str = ""
+    # Those since the last that were neither answered nor refused, `BUSY` apart.
     failed_in_a_row: int = 0
 
     @property
@@ -150,9 +168,9 @@ class Asked:
         """Whether every request has its line."""
         return not self.failed and not self.stopped
 
-    def add(self, line: Mapping[str, Any] | None, reason: str, *, allowed_in_a_row: int) -> None:
+    def add(self, line: Mapping[str, Any] | None, reason: str) -> None:
         """Count one request: its line, None without one, and what went wrong."""
-        self.failed_in_a_row = 0 if line else self.failed_in_a_row + 1
+        self.failed_in_a_row = 0 if line or reason == BUSY else self.failed_in_a_row + 1
         if line and reason:
             self.refused[reason] += 1
         elif line:
@@ -161,8 +179,6 @@ class Asked:
             self.failed[reason] += 1
             if reason.startswith(tuple(REFUSES_ALL.values())):
                 self.stopped = reason
-            elif not self.stopped and self.failed_in_a_row >= allowed_in_a_row:
-                self.stopped = f"{self.failed_in_a_row} requests in a row failed"
 
     def rows(self) -> Iterator[tuple[str, int]]:
         """What the table at the end shows: a word and a number."""
@@ -182,7 +198,7 @@ async def ask_all(
     """Ask what the log does not have; `show` is called after each request.
 
     Raises:
-        ValueError: two requests have one id.
+        ValueError: two requests have one id, or the disk is full.
     """
     asked, openai = Asked(), openai_module()
     # One iterator for all: each worker takes the next request when it has its answer.
@@ -191,19 +207,38 @@ async def ask_all(
     async def count(_: object) -> None:
         asked.sent += 1
 
-    async def work(client: Any) -> None:
+    async def work(client: Any, once: Any) -> None:
         for request in waiting:
-            line, reason = await _ask(client, request, openai)
+            line, reason = await _ask(once if asked.failed_in_a_row >= endpoint.in_flight else client, request, openai)
             if line:
                 log.append(line | {"endpoint": endpoint.public_url})
-            asked.add(line, reason, allowed_in_a_row=endpoint.in_flight)
+            asked.add(line, reason)
+            failed = asked.failed_in_a_row
+            all_failed = failed > 0 and failed % endpoint.in_flight == 0
+            if all_failed and not asked.stopped and not await _answers(once, openai):
+                asked.stopped = f"the endpoint is gone ({failed} failed in a row)"
             show(asked)
             if asked.stopped:
                 return
 
     async with endpoint.client(sent=count) as client:
-        await asyncio.gather(*(work(client) for _ in range(endpoint.in_flight)))
+        once = client.with_options(max_retries=0)
+        await asyncio.gather(*(work(client, once) for _ in range(endpoint.in_flight)))
     return asked
+
+
+async def _answers(client: Any, openai: ModuleType) -> bool:
+    """Whether anybody is there: then what fails may be the requests' own fault."""
+    try:
+        await client.get("/models", cast_to=object, options={"timeout": CONNECT_S})
+    except openai.APIStatusError as error:
+        return bool(error.status_code < 500)
+    except openai.APIConnectionError:
+        return False
+    # What comes with status 200 and is no JSON.
+    except (openai.OpenAIError, ValueError):
+        return True
+    return True
 
 
 def _still_to_ask(requests: Iterable[Request], log: AnswerLog, asked: Asked) -> Iterator[Request]:

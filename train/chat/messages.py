@@ -149,13 +149,16 @@ def _tools(value: object) -> list[dict[str, Any]]:
 
 
 def _checked(conversation: Conversation) -> Conversation:
-    """Refuse turns out of order and a conversation without an answer to learn."""
-    before, messages = None, conversation.messages
+    """Refuse turns out of order, outputs that nobody asked for, and a conversation without an answer to learn."""
+    before, open_calls, messages = None, 0, conversation.messages
     for number, message in enumerate(messages, 1):
         role = message["role"]
         if before not in MAY_FOLLOW[role]:
             after = "comes first" if before is None else f"follows the {before}'s"
             raise ValueError(f"message {number}, the {role}'s, {after}")
+        open_calls = len(message.get("tool_calls", ())) if role != "tool" else open_calls - 1
+        if open_calls < 0:
+            raise ValueError(f"message {number}, the tool's, is the output of no call that the assistant made")
         if role == "assistant" and not any(
             message.get(name) for name in ("content", "reasoning_content", "tool_calls")
         ):

@@ -14,7 +14,8 @@ import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -56,7 +57,9 @@ BLOCK = "Write the whole solution in one Python code block."
 LETTER = "Put the letter of the right option within \\boxed{}."
 # Any of them makes a line a question with options.
 CHOICE_FIELDS = frozenset(("options", "choices", "correct answer"))
-_BLOCK = re.compile(r"```(?:python|py|Python)?[ \t]*\n(.*?)```", re.DOTALL)
+# The line that begins a block of Markdown, and what the block is marked as.
+_FENCE = re.compile(r"[^`]*(`{3,})[ \t]*([^\s`]*)[^`]*")
+_PYTHON = re.compile(r"(python|py)[\d.]*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -177,9 +180,23 @@ def _tests_of(line: Line) -> tuple[str, str, str]:
 
 
 def code_of(answer: str) -> str:
-    """The last code block of an answer; without one, all of it."""
-    blocks = _BLOCK.findall(answer)
-    return str(blocks[-1]) if blocks else answer
+    """The last whole block that is marked as Python; else the last one without a mark; else the whole answer."""
+    blocks = list(_blocks(answer))
+    python = [code for mark, code in blocks if _PYTHON.fullmatch(mark)] or [code for mark, code in blocks if not mark]
+    return textwrap.dedent(python[-1]) if python else answer
+
+
+def _blocks(text: str) -> Iterator[tuple[str, str]]:
+    """(mark, lines) of each block that has an end, which is a line of its own, indented or not."""
+    fence, mark, lines = "", "", list[str]()
+    for line in text.replace("\r\n", "\n").split("\n"):
+        if fence and line.strip().startswith(fence) and not line.strip(" \t`"):
+            yield mark, "\n".join([*lines, ""])
+            fence = ""
+        elif fence:
+            lines.append(line)
+        elif found := _FENCE.fullmatch(line):
+            fence, mark, lines = found[1], found[2], []
 
 
 def gym_problems(family: str, *, size: int, seed: int) -> ProblemSet:

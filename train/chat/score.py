@@ -18,7 +18,7 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from train.chat.answer_log import read_answers
 from train.chat.answers import canonical, final_answer
 from train.chat.asking import ask_into
 from train.chat.endpoint import Endpoint, Request, fields_of, first_model
-from train.chat.problems import CheckedProblem, ProblemSet, open_problems
+from train.chat.problems import GYM, CheckedProblem, ProblemSet, open_problems
 from train.chat.thinking import Solution, solution_of
 from train.evaluate.exact_match import Attempts, mean_of
 from train.evaluate.suite import Suite, SuiteScores
@@ -62,9 +62,7 @@ def score_endpoint(url: str, key: str, suite: Suite, scores: SuiteScores) -> boo
     if suite.stores or suite.choice or suite.exact or suite.tasks or not suite.chat:
         raise ValueError(f"{url} is asked by --chat FILE, and by nothing else; a run or a folder is scored otherwise")
     extra = fields_of(suite.extra)
-    files = {
-        str(path): open_problems(str(path), size=1, seed=suite.seed, run_code=suite.run_code) for path in suite.chat
-    }
+    files = {source: _problems(source, suite) for source in suite.chat}
     endpoint = Endpoint(url, key)
     model = extra.get("model") or asyncio.run(first_model(endpoint))
     exam = ChatExam(endpoint, model, suite.attempts, extra, suite.answers)
@@ -73,22 +71,35 @@ def score_endpoint(url: str, key: str, suite: Suite, scores: SuiteScores) -> boo
     return scores.finish([])
 
 
+def _problems(source: str, suite: Suite) -> ProblemSet:
+    """Those of a file, or made; the first `limit`."""
+    if source.startswith(GYM) and suite.limit is None:
+        raise ValueError(f"--chat {source} can make any number of problems; say how many with --limit")
+    problems = open_problems(source, size=suite.limit or 1, seed=suite.seed, run_code=suite.run_code)
+    return replace(problems, problems=problems.problems[: suite.limit])
+
+
 def score_chat(exam: ChatExam, problems: ProblemSet) -> dict[str, Any]:
     """Ask every problem and score the answers; {"failed": sentence} where some were not answered."""
     wanted = {
         key: [exam.request(problem, problems.instruction, sample) for sample in range(exam.attempts.samples)]
         for key, problem in problems.distinct.items()
     }
-    requests = [request for of_problem in wanted.values() for request in of_problem]
+    # Two problems that ask the same and differ in their answers share a request.
+    requests = {request.id: request for of_problem in wanted.values() for request in of_problem}
     with tempfile.TemporaryDirectory() as folder:
         path = exam.answers or Path(folder) / "answers.jsonl"
-        asked = ask_into(path, exam.endpoint, requests, total=len(requests))
+        asked = ask_into(path, exam.endpoint, requests.values(), total=len(requests))
         if not asked.complete:
             return {"failed": f"{len(requests) - asked.done} of {len(requests)} requests were not answered"}
-        ids = {request.id for request in requests}
-        solutions = {line["custom_id"]: _solution(line) for _, line in read_answers(path) if line["custom_id"] in ids}
+        lines = ((line["custom_id"], line) for _, line in read_answers(path))
+        solutions = {name: _solution(line) for name, line in lines if name in requests}
     answered = {key: [solutions[request.id] for request in of_problem] for key, of_problem in wanted.items()}
-    return figures_of(problems, answered) | {"verifier": problems.verifier, "samples": exam.attempts.samples}
+    return figures_of(problems, answered) | {
+        "verifier": problems.verifier,
+        "samples": exam.attempts.samples,
+        "repeated_problems": len(problems.problems) - len(problems.distinct),
+    }
 
 
 def _solution(line: Mapping[str, Any]) -> Solution | None:

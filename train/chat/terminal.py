@@ -36,9 +36,7 @@ class Chat:
         self, endpoint: Endpoint, model: str, console: Console, *, system: str | None, options: Mapping[str, Any]
     ) -> None:
         self._openai = openai_module()
-        self._client = self._openai.OpenAI(
-            base_url=endpoint.base_url, api_key=endpoint.key, timeout=endpoint.timeout_s, max_retries=endpoint.retries
-        )
+        self._client = self._openai.OpenAI(**endpoint.settings())
         self._console, self._model, self._options = console, model, dict(options)
         self._system = [{"role": "system", "content": system}] if system else []
         self._turns: list[dict[str, str]] = []

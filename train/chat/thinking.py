@@ -45,6 +45,8 @@ def solution_of(body: Mapping[str, Any]) -> Solution:
         raise ValueError("the answer is no chat completion") from None
     if not isinstance(content, str) or not isinstance(thoughts, str | None):
         raise ValueError("the answer is no text")
+    # Half of a surrogate pair is legal in JSON but no text: a ValueError too.
+    f"{content}{thoughts}".encode()
     cut_off = finish == "length"
     if thoughts is None:
         thoughts, content = split_thinking(content, cut_off=cut_off)

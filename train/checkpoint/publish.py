@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from train.data.store import file_sha256
+from train.data.whole_file import fsync_directory
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -310,12 +311,3 @@ def _entries(directory: Path) -> list[Path]:
 
 def _sha256_of_body(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def fsync_directory(directory: Path) -> None:
-    """Wait until a directory's names are on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -131,7 +131,8 @@ def open_conversations(config: DataConfig, *, vocab_size: int, seed: int, mtp_de
     """The training stream and the held-out store, checked as `open_stores` does.
 
     Raises:
-        ValueError: also a store of text, or a conversation that is longer than a sample.
+        ValueError: also a store of text, held-out conversations with another first token or template, or a
+            conversation that is longer than a sample.
     """
     store, heldout = open_pair(config, vocab_size=vocab_size)
     for name, each in (("store", store), ("heldout", heldout)):
@@ -141,5 +142,23 @@ def open_conversations(config: DataConfig, *, vocab_size: int, seed: int, mtp_de
                 "`launch/prepare.py --format messages` makes; name such a store"
             )
     if heldout is not None:
+        _check_alike(store, heldout)
         ConversationPacking(heldout, config.sequence_length)
     return ConversationStream(store, config, seed, mtp_depths), heldout
+
+
+def _check_alike(store: TokenStore, heldout: TokenStore) -> None:
+    """Refuse held-out conversations that are written otherwise than those of training."""
+    one, other = store.manifest.chat, heldout.manifest.chat
+    assert one is not None
+    assert other is not None
+    if one.first_token != other.first_token:
+        raise ValueError(
+            f"data.heldout: conversations of {heldout.path} begin with {other.first_token}, those of {store.path} with "
+            f"{one.first_token}: prepare them with --first-token {one.first_token}"
+        )
+    if one.template_sha256 != other.template_sha256:
+        raise ValueError(
+            f"data.heldout: conversations of {heldout.path} have another chat template than those of {store.path}: "
+            "prepare both with one version"
+        )

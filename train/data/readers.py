@@ -237,11 +237,23 @@ def _parquet_rows(stream: Any, text_field: str | None) -> Iterator[Row]:
 
 
 def _whole_rows(table: Any) -> Iterator[Row]:
-    number = 0
+    number, fields = 0, pa.struct(list(table.schema_arrow))
     for rows in table.iter_batches(batch_size=PARQUET_ROWS):
         for value in rows.to_pylist():
             number += 1
-            yield "row", number, value
+            yield "row", number, without_null_fields(value, fields)
+
+
+def without_null_fields(value: Any, kind: pa.DataType) -> Any:
+    """A value of a table as its writer had it, without the fields that it has because other rows have them.
+
+    A field that was written as null cannot be told from one that was not there and is dropped; nulls of lists stay.
+    """
+    if pa.types.is_struct(kind) and isinstance(value, dict):
+        held = {field.name: without_null_fields(value[field.name], field.type) for field in kind}
+        return {name: each for name, each in held.items() if each is not None}
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return [without_null_fields(each, kind.value_type) for each in value] if is_list and value is not None else value
 
 
 def _table_rows(table: Any, text_field: str) -> Iterator[Row]:

@@ -23,7 +23,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from train.data.readers import COMPRESSIONS, NESTING, READERS, Parse, kind_of, no_field, one_line, read_texts
+from train.data.readers import (
+    COMPRESSIONS,
+    NESTING,
+    READERS,
+    Parse,
+    kind_of,
+    no_field,
+    one_line,
+    read_texts,
+    without_null_fields,
+)
 from train.data.store import file_sha256
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -191,9 +201,10 @@ def _hub_texts(source: str, *, split: str, text_field: str, digest: Any, parse: 
 
 
 def _hub_parsed(table: Any, source: str, parse: Parse) -> Iterator[str]:
+    fields = pa.struct(list(table.features.arrow_schema))
     for number, row in enumerate(table, 1):
         try:
-            yield parse(row)
+            yield parse(without_null_fields(row, fields))
         except ValueError as error:
             raise ValueError(f"source: row {number} of {source} is unreadable ({error}); repair or remove it") from None
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +32,7 @@ from numpy.typing import NDArray
 
 from train.data.blocks import BLOCK_BYTES, BlockReader, DamagedData, read_regular, refuse_irregular
 from train.data.index import INDEX_NAME, MASK_DTYPE, Index, parse_index
+from train.data.whole_file import write_whole
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -117,14 +117,8 @@ class Manifest:
         if self.chat is None:
             del body["chat"]
         text = json.dumps(body | {"sha256": _sha256_of(body)}, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        for name, whole in ((INDEX_NAME, content), (MANIFEST_NAME, text.encode())):
-            draft = folder / f".{name}.tmp"
-            draft.unlink(missing_ok=True)
-            with draft.open("xb") as file:
-                file.write(whole)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(folder / name)
+        write_whole(folder / INDEX_NAME, content)
+        write_whole(folder / MANIFEST_NAME, text)
 
 
 def _sha256_of(body: dict[str, Any]) -> str:

@@ -111,7 +111,7 @@ class LanguageModel:
         return self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
 
     def open_store(self, path: Path) -> TokenStore:
-        """A store; ValueError if it has another tokeniser or ids beyond the vocabulary."""
+        """A store; ValueError if it has another tokeniser or first token, or ids beyond the vocabulary."""
         store = TokenStore.open(path)
         store.check(vocab_size=self.model.config.vocab_size)
         known = self.trained_on.tokenizer_sha256 or self.tokenizer.sha256
@@ -119,6 +119,12 @@ class LanguageModel:
             raise ValueError(
                 f"--store {path} was made with tokeniser {store.manifest.tokenizer_sha256[:12]}, {self.name} trained "
                 f"with {known[:12]}; prepare the store with the model's: launch/prepare.py --tokenizer FILE"
+            )
+        chat, first = store.manifest.chat, self.trained_on.first_token
+        if chat is not None and chat.first_token != first:
+            raise ValueError(
+                f"--store {path} has conversations that begin with {chat.first_token}, {self.name} trained on samples "
+                f"that begin with {first}; prepare the store with --first-token {first}"
             )
         return store
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from train.data.store import strict_json
+from train.data.whole_file import write_whole
 from train.evaluate.benchmarks import Task, choose_tasks
 from train.evaluate.exact_match import Attempts, Problem, first_examples, read_problems, score_exact_match
 from train.evaluate.language_model import LanguageModel
@@ -49,8 +50,9 @@ class Suite:
     tasks: str = ""
     limit: int | None = None
     run_code: bool = False
-    # Of an endpoint (`train/chat/score.py`): files, more fields of each request as JSON, and where answers are kept.
-    chat: Sequence[Path] = ()
+    # Of an endpoint (`train/chat/score.py`): files or reasoning-gym:FAMILY, more fields of each request as JSON, and
+    # where answers are kept.
+    chat: Sequence[str] = ()
     extra: str = "{}"
     answers: Path | None = None
 
@@ -62,6 +64,14 @@ class Suite:
                 raise ValueError(f"{flag} {value} must be {least} or more")
         if self.shots and self.dev is None:
             raise ValueError(f"--shots {self.shots} asks for examples: name their file with --dev, or leave it 0")
+        for flag, given, serves, used in (
+            ("--dev", self.dev is not None, "--choice and --exact", bool(self.choice or self.exact)),
+            ("--limit", self.limit is not None, "--tasks and --chat", bool(self.tasks or self.chat)),
+            ("--extra", self.extra != "{}", "--chat", bool(self.chat)),
+            ("--answers", self.answers is not None, "--chat", bool(self.chat)),
+        ):
+            if given and not used:
+                raise ValueError(f"{flag} is used by {serves} only; leave it out, or ask for one of these")
 
 
 def named_stores(arguments: Sequence[str]) -> dict[str, Path]:
@@ -147,14 +157,8 @@ class SuiteScores:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def _write(self) -> None:
-        if self._out is None:
-            return
-        hidden = self._out.with_name(f".{self._out.name}.writing")
-        with hidden.open("w", encoding="utf-8") as file:
-            file.write(strict_json(self.results))
-            file.flush()
-            os.fsync(file.fileno())
-        hidden.replace(self._out)
+        if self._out is not None:
+            write_whole(self._out, strict_json(self.results))
 
 
 def evaluate(model: LanguageModel, suite: Suite, files: SuiteFiles, scores: SuiteScores) -> None:

@@ -31,10 +31,11 @@ from kernels.quantize import quantize_blocks
 from train.chat.template import missing_marks
 from train.checkpoint import publish
 from train.data.tokenizer import TextTokenizer
+from train.data.whole_file import write_whole
 from train.huggingface.config import small_files
 from train.huggingface.names import SCALE_SUFFIX, ExportPlan, Format, ReleasedTensor, export_plan
 from train.huggingface.reader import CONFIG, INDEX
-from train.huggingface.safetensors_files import DTYPES, JOURNAL, Journal, ShardFile, read_json, write_files, write_text
+from train.huggingface.safetensors_files import DTYPES, JOURNAL, Journal, ShardFile, read_json, write_files
 from train.huggingface.weights import WeightSource, tokenizer_of
 
 # Values that are read, converted and written at once; a multiple of 128 rows, at least 128.
@@ -182,7 +183,7 @@ def _write(work: _Work, out: Path) -> Exported:
     # Last: it makes the folder a model.
     for name in sorted(texts, key=lambda name: name == CONFIG):
         if not journal.holds(out / name):
-            write_text(out / name, texts[name])
+            write_whole(out / name, texts[name])
             journal.record(name, publish.entry_of(out / name))
     return Exported(work.plan, written, work.tokenizer)
 

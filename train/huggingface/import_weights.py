@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from train.checkpoint import publish
+from train.data.whole_file import write_whole
 from train.huggingface.export import row_ranges
 from train.huggingface.names import shapes_of
 from train.huggingface.reader import HfReader
-from train.huggingface.safetensors_files import DTYPES, Journal, ShardFile, TensorSpec, write_files, write_text
+from train.huggingface.safetensors_files import DTYPES, Journal, ShardFile, TensorSpec, write_files
 from train.huggingface.weights import tokenizer_of
 from train.model.precision import Precision
 
@@ -96,7 +97,7 @@ def import_hf(
     state = {"config": config, "imported": {"from": source.path.name}, **source.trained_on.to_json()}
     publish.write_json(hidden / publish.STATE, state)
     if source.tokenizer is not None:
-        write_text(hidden / "tokenizer.json", source.tokenizer.read_text(encoding="utf-8"))
+        write_whole(hidden / "tokenizer.json", source.tokenizer.read_text(encoding="utf-8"))
     tensors = {f"{_PREFIX}{name}": {"shape": list(shape), "dtype": str(kind)} for name, (shape, kind) in shapes.items()}
     publish.write_manifest(hidden, tensors, journal.files)
     publish.publish(target)

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from train.checkpoint import publish
+from train.data.whole_file import fsync_directory, write_whole
 
 JOURNAL = "conversion.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn}
@@ -184,7 +185,7 @@ class Journal:
         self.files = saved["files"]
 
     def _write(self) -> None:
-        write_text(self.path, json.dumps({"identity": self.identity, "files": self.files}, indent=1))
+        write_whole(self.path, json.dumps({"identity": self.identity, "files": self.files}, indent=1))
 
     def record(self, name: str, entry: dict[str, Any]) -> None:
         """A file is finished; returns when the journal is on the disk."""
@@ -206,19 +207,8 @@ def write_files(folder: Path, files: Iterable[ShardFile], produce: Produce, jour
         hidden = path.with_name(_HIDDEN + path.name)
         write_file(hidden, file, produce(file))
         entry = publish.entry_of(hidden)
-        _rename(hidden, path)
+        hidden.replace(path)
+        fsync_directory(path.parent)
         journal.record(path.name, entry)
         written += 1
     return written
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file; whatever happens, its name shows the old content or the new one."""
-    hidden = path.with_name(_HIDDEN + path.name)
-    publish.write_text(hidden, text)
-    _rename(hidden, path)
-
-
-def _rename(hidden: Path, path: Path) -> None:
-    hidden.replace(path)
-    publish.fsync_directory(path.parent)

@@ -31,6 +31,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from train.data.whole_file import write_whole
 from train.observe.config import ObserveConfig
 from train.observe.metrics import EVENTS, METRICS, Record, check_record, encode, same_bits
 
@@ -323,15 +324,6 @@ def read_card(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return card if isinstance(card, dict) else {}
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file that a reader in another process sees whole or as it was before."""
-    draft = path.with_name(f"{path.name}.tmp")
-    # Not through a link planted in the draft's place.
-    draft.unlink(missing_ok=True)
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
 
 
 def read_run(run_dir: Path) -> list[Record]:

@@ -27,8 +27,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from train.data.whole_file import write_whole
 from train.observe.metrics import FP8_OPERANDS, METRICS, Record
-from train.observe.sinks import write_whole
 
 _log = logging.getLogger(__name__)
 

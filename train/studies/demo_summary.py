@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.data.ingest import Prepared
-from train.observe.sinks import read_run, write_whole
+from train.data.whole_file import write_whole
+from train.observe.sinks import read_run
 from train.studies.compare import mean_smoothed_gap
 from train.studies.dashboard.run_reader import SUMMARY_FILE
 from train.studies.ngram_baselines import measure_baselines

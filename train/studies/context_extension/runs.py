@@ -13,7 +13,6 @@ of it and read again; a killed one begins again.
 from __future__ import annotations
 
 import json
-import os
 import random
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from parallel.mesh import single
 from train.assemble import assemble
 from train.data.batch import IGNORE_INDEX, Batch
 from train.data.store import strict_json
+from train.data.whole_file import write_whole
 from train.model.config import ModelConfig
 from train.model.init import initialize
 from train.model.precision import Precision
@@ -144,9 +144,7 @@ def _stored(source: Source, folder: Path, size: StudySize, phase: Trained, seed:
     measured = measure(model, source, size, seed=seed) | {"core_s": time.process_time() - begun}
     save_file(model.state_dict(), path)
     # The weights first: a phase is finished when its measurements are there, whole.
-    partial = path.with_suffix(".partial")
-    partial.write_text(strict_json(measured), encoding="utf-8")
-    os.replace(partial, path.with_suffix(".json"))
+    write_whole(path.with_suffix(".json"), strict_json(measured))
     return dict(json.loads(strict_json(measured)))
 
 

@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from train.data.whole_file import write_whole
 from train.observe.metrics import FP8_OPERANDS, METRICS
-from train.observe.sinks import no_run, write_whole
+from train.observe.sinks import no_run
 from train.studies.charts.offline import self_contained
 from train.studies.compare import PAPER_GAP
 from train.studies.dashboard import run_card

@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from train.data.whole_file import write_whole
 from train.observe.metrics import OTHER_PARTS
-from train.observe.sinks import PLAN_FILE, RUN_CARD_FILE, read_card, write_whole
+from train.observe.sinks import PLAN_FILE, RUN_CARD_FILE, read_card
 from train.studies.measured import ROOT, short_commit
 
 KEY = "predicted_vs_measured"

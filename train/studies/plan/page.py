@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.observe.sinks import write_whole
+from train.data.whole_file import write_whole
 from train.studies.charts.offline import self_contained
 from train.studies.plan.schema import KINDS, check
 

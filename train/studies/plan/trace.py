@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.observe.sinks import write_whole
+from train.data.whole_file import write_whole
 from train.studies.plan.schema import KINDS, check
 
 _LANES = 2
