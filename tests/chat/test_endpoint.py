@@ -249,7 +249,7 @@ def test_mistakes_are_named(server: ScriptedServer, tmp_path: Path, monkeypatch:
         with pytest.raises(ValueError, match=r"a\.jsonl line 1 is no answer to a request"):
             ask(path, endpoint, [])
     for fields, message in {
-        ("localhost:8000",): "--url localhost:8000 is no address",
+        ("localhost:8000",): "localhost:8000 is no address",
         ("http://x", "k", 0): "--in-flight 0 must be 1 or more",
         ("http://x", "k", 1, -1): "--retries -1 must be 0 or more",
         ("http://x", "k", 1, 1, 0.0): r"--timeout 0\.0 must be above 0",

@@ -129,7 +129,7 @@ def test_the_end_of_input_ends_a_chat_and_a_pipe_works(server: ScriptedServer, t
 def test_what_a_user_can_do_wrong_is_one_sentence(server: ScriptedServer, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = {
         "runs/x is neither a folder nor an address; give runs/NAME or http://HOST:PORT": ["runs/x"],
-        "--url ftp://x is no address": ["ftp://x"],
+        "ftp://x is no address": ["ftp://x"],
         "--extra '[]' is no JSON object": [server.url, "--extra", "[]"],
         "does not say which models it has": ["http://127.0.0.1:9", "--timeout", "5"],
     }

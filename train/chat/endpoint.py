@@ -69,7 +69,7 @@ class Endpoint:
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ValueError(f"--url {self.url} is no address; write http://HOST:PORT or https://HOST/v1")
+            raise ValueError(f"{self.url} is no address; write http://HOST:PORT or https://HOST/v1")
         for flag, value, least in (("--in-flight", self.in_flight, 1), ("--retries", self.retries, 0)):
             if value < least:
                 raise ValueError(f"{flag} {value} must be {least} or more")
@@ -127,7 +127,7 @@ async def first_model(endpoint: Endpoint) -> str:
         raise ValueError(f"{endpoint.public_url} has no model; name one with --model")
     first = models[0] if isinstance(models, list) else None
     if not isinstance(first, dict) or not isinstance(first.get("id"), str):
-        raise ValueError(f"{endpoint.public_url} does not list models as OpenAI's API does; is --url right?")
+        raise ValueError(f"{endpoint.public_url} does not list models as OpenAI's API does; is the address right?")
     return str(first["id"])
 
 
