@@ -73,7 +73,7 @@ def test_guesses_without_a_model() -> None:
         "3": 0.0,
         "4": 1.0,
     }
-    assert spread([0.5, 0.7, 0.9]) == "70.0% (50.0% to 90.0%)"
+    assert (spread([0.5, 0.7, 0.9]), spread([1.0, 1.0])) == ("70.0% (50.0% to 90.0%)", "100.0%")
 
 
 @pytest.fixture(scope="module")
@@ -175,5 +175,5 @@ def test_problems_are_asked_as_trained_and_answers_scored_by_pythons_integers(
     found = runs.measure(studied / "runs/reasoning-0", test)
     assert len(asked) == len(test)
     assert found["right"] == {"all": 0.4, "2": 0.4, "3": 0.4, "4": 0.4}
-    assert found["malformed"] == 0.4
+    assert (found["working"], found["malformed"]) == (0.4, 0.4)
     assert found["examples"][test[0].text] == "<think>{}</think>{}".format(*sums.solve(test[0]))

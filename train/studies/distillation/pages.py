@@ -19,9 +19,9 @@ def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """The mean in percent, with the least and the most where there are several."""
-    mean = f"{statistics.fmean(values):.1%}"
-    return f"{mean} ({min(values):.1%} to {max(values):.1%})" if len(values) > 1 else mean
+    """The mean in percent, with the least and the most where these differ."""
+    mean, least, most = (f"{value:.1%}" for value in (statistics.fmean(values), min(values), max(values)))
+    return mean if least == most else f"{mean} ({least} to {most})"
 
 
 def tables(result: Mapping[str, Any]) -> str:
@@ -33,12 +33,14 @@ def tables(result: Mapping[str, Any]) -> str:
         cells = (f"{store['conversations']:,}", f"{store['wrong']:.1%}", f"{store['targets']:,}")
         lines.append(f"| {arm} | {' | '.join(cells)} | {store['epochs']:.1f} | {targets:.0f} |")
     parts = list(arms[next(iter(arms))][0]["right"])
-    lines += ["", *_head("right answers", *(part if part == "all" else f"{part} digits" for part in parts))]
+    named = (part if part == "all" else f"{part} digits" for part in parts)
+    lines += ["", *_head("right answers", *named, "of those trained on", "working right")]
     for arm, seeds in arms.items():
-        shares = (spread([seed["right"][part] for seed in seeds]) for part in parts)
+        shares = [spread([seed["right"][part] for seed in seeds]) for part in parts]
+        shares += [spread([seed[name] for seed in seeds]) for name in ("seen", "working")]
         lines.append(f"| {arm} | {' | '.join(shares)} |")
     for name, right in result["guesses"].items():
-        lines.append(f"| {name} | {' | '.join(spread([right[part]]) for part in parts)} |")
+        lines.append(f"| {name} | {' | '.join(spread([right[part]]) for part in parts)} | | |")
     seconds = sum(seed["training_core_s"] + seed["test_core_s"] for seeds in arms.values() for seed in seeds)
     return "\n".join([*lines, "", f"{seconds / 60:.0f} core-minutes; torch {result['torch']}", ""])
 

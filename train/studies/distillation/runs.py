@@ -24,7 +24,7 @@ from train.assemble import build_alone
 from train.chat.answers import same_answer
 from train.chat.messages import read_row
 from train.chat.render import ChatEncoder
-from train.chat.thinking import split_thinking
+from train.chat.thinking import Solution, split_thinking
 from train.config import compose
 from train.data.best_fit import ConversationPacking
 from train.data.store import strict_json
@@ -33,7 +33,7 @@ from train.huggingface.weights import load_model, open_weights, tokenizer_of
 from train.run_directory import locked, run_directory
 from train.studies.distillation import sums
 from train.studies.distillation.stores import ARMS, BASE, VOCAB_SIZE, Distilled, folder_of, make_stores
-from train.studies.distillation.sums import DIGITS, Sum
+from train.studies.distillation.sums import Sum
 from train.trainer import Trainer
 
 # Positions of a sample: two conversations with working, of 56 ids each; of these an answer has 43.
@@ -67,7 +67,7 @@ class DistillationSize:
     test: int = 300
     samples: int = 4
     base_steps: int = 20
-    steps: int = 800
+    steps: int = 600
     sequences: int = 16
     lr: float = 3e-3
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -80,8 +80,9 @@ def study(folder: Path, size: DistillationSize, *, log: Callable[[str], None] = 
     """Distil, train and measure every arm of every seed, or read what is stored.
 
     Returns:
-        size, torch; stores: of each arm what it is trained on; arms: of each for each seed what `measure` returns, and
-        seconds; guesses: without a model, name -> share of right answers.
+        size, torch; stores: of each arm what it is trained on; arms: of each for each seed what `measure` returns, the
+        share right of as many problems of the training (`seen`), and seconds; guesses: without a model, name -> share
+        of right answers.
     Raises:
         ValueError: the folder holds a study of another size or model, or a run was asked to stop.
     """
@@ -96,7 +97,7 @@ def study(folder: Path, size: DistillationSize, *, log: Callable[[str], None] = 
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     for seed in size.seeds:
         for arm in ARMS:
-            compute = partial(_train_and_measure, folder, size, test, arm, seed)
+            compute = partial(_train_and_measure, folder, size, (training[: size.test], test), arm, seed)
             found[arm].append(_stored(folder / "scores" / f"{folder_of(arm)}-{seed}.json", compute))
             log(f"seed {seed}, {arm}: {found[arm][-1]['right']['all']:.1%} right")
     guesses = {
@@ -136,14 +137,16 @@ def _stored(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]
 
 
 def _train_and_measure(
-    folder: Path, size: DistillationSize, test: Sequence[Sum], arm: str, seed: int
+    folder: Path, size: DistillationSize, problems: tuple[Sequence[Sum], Sequence[Sum]], arm: str, seed: int
 ) -> dict[str, Any]:
+    """Of a model of its own; `problems`: some of the training, and those of the test."""
     fit(_base(folder, size, seed))
     begun = time.process_time()
     run = fit(_tuned(folder, size, arm, seed))
     trained = time.process_time()
-    measured = measure(run, test)
-    return measured | {"training_core_s": trained - begun, "test_core_s": time.process_time() - trained}
+    seen, unseen = (measure(run, part) for part in problems)
+    seconds = {"training_core_s": trained - begun, "test_core_s": time.process_time() - trained}
+    return unseen | {"seen": seen["right"]["all"]} | seconds
 
 
 def _shared(folder: Path, size: DistillationSize, name: str, seed: int, steps: int) -> list[str]:
@@ -206,8 +209,9 @@ def measure(run: Path, test: Sequence[Sum]) -> dict[str, Any]:
     """Ask a run for the answers to all problems.
 
     Returns:
-        right: share of right answers, of all and by number of digits; malformed: share without an end, or whose marks
-        of thinking do not pair; examples: what was written for the first problem of each number of digits.
+        right: share of right answers, of all and by number of digits; working: share whose working is right in every
+        column; malformed: share without an end, or whose marks of thinking do not pair; examples: what was written for
+        the first problem of each number of digits.
     """
     source = open_weights(run)
     device = torch.device("cpu")
@@ -223,13 +227,16 @@ def measure(run: Path, test: Sequence[Sum]) -> dict[str, Any]:
     encoder = ChatEncoder(model.tokenizer, first_token=source.trained_on.first_token)
     written = model.generate(list(prompts(encoder, test)), max_new_tokens=NEW_TOKENS, temperature=0.0, seed=0)
     end, texts = model.tokenizer.special_ids.eos, [model.text_of(ids) for ids in written]
-    answers = [_answer(text) if end in ids else None for text, ids in zip(texts, written, strict=True)]
-    right = [same_answer(found, str(asked.total)) for found, asked in zip(answers, test, strict=True)]
-    firsts = [next(i for i, asked in enumerate(test) if asked.num_digits == digits) for digits in DIGITS]
+    solutions = [_solution(text, has_end=end in ids) for text, ids in zip(texts, written, strict=True)]
+    pairs = list(zip(solutions, test, strict=True))
+    right = [not said.cut_off and same_answer(said.answer, str(asked.total)) for said, asked in pairs]
+    # The last of equal keys stays: in reverse order the first.
+    examples = {asked.num_digits: (asked.text, text) for asked, text in reversed([*zip(test, texts, strict=True)])}
     return {
         "right": sums.share_right(right, test),
-        "malformed": sum(answer is None for answer in answers) / len(answers),
-        "examples": {test[first].text: texts[first] for first in firsts},
+        "working": sum(said.thoughts == sums.solve(asked)[0] for said, asked in pairs) / len(pairs),
+        "malformed": sum(said.cut_off for said in solutions) / len(pairs),
+        "examples": dict(examples[digits] for digits in sorted(examples)),
     }
 
 
@@ -240,9 +247,10 @@ def prompts(encoder: ChatEncoder, problems: Sequence[Sum]) -> Iterator[list[int]
         yield encoded.ids[: int(encoded.loss_mask.argmax())].tolist()
 
 
-def _answer(text: str) -> str | None:
-    """What follows the thoughts; None where their marks do not pair."""
+def _solution(text: str, *, has_end: bool) -> Solution:
+    """Thoughts and answer; cut off where it has no end, or where their marks do not pair."""
     try:
-        return split_thinking(text)[1].strip()
+        thoughts, answer = split_thinking(text, cut_off=not has_end)
     except ValueError:
-        return None
+        return Solution("", cut_off=True)
+    return Solution(answer, thoughts, cut_off=not has_end)

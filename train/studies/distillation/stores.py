@@ -93,10 +93,9 @@ def _without_thoughts(source: Path, out: Path) -> None:
     """The conversations of a file without their reasoning."""
     with source.open(encoding="utf-8") as lines, out.open("w", encoding="utf-8") as written:
         for line in lines:
-            user, assistant = json.loads(line)["messages"]
-            written.write(
-                json.dumps({"messages": [user, {"role": "assistant", "content": assistant["content"]}]}) + "\n"
-            )
+            user, said = json.loads(line)["messages"]
+            row = {"messages": [user, {"role": "assistant", "content": said["content"]}]}
+            written.write(json.dumps(row) + "\n")
 
 
 def _share_wrong(source: Path) -> float:

@@ -142,6 +142,6 @@ def most_frequent_answer(training: Sequence[Sum]) -> int:
 def share_right(right: Sequence[bool], problems: Sequence[Sum]) -> dict[str, float]:
     """The share of right answers, of all problems (`all`) and by number of digits."""
     parts = {"all": list(right)}
-    for digits in DIGITS:
-        parts[str(digits)] = [each for each, asked in zip(right, problems, strict=True) if asked.num_digits == digits]
+    for each, asked in sorted(zip(right, problems, strict=True), key=lambda pair: pair[1].num_digits):
+        parts.setdefault(str(asked.num_digits), []).append(each)
     return {name: sum(part) / len(part) for name, part in parts.items()}
