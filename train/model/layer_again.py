@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from kernels import deferred
 from kernels.probe import current, watching
@@ -55,9 +56,9 @@ class _Again(torch.autograd.Function):
             residual, delta, routing = ctx.layer(x)
         outputs = [(residual, d_total), (delta, d_total)]
         outputs += [] if routing is None else [(routing.balance, d_balance)]
-        del residual, delta, routing
-        roots = [each for each in outputs if each[1] is not None]
-        del outputs
+        # Nodes instead of tensors, so that what leaves the layer does not live through its backward.
+        roots = [(get_gradient_edge(output), grad) for output, grad in outputs if grad is not None]
+        del residual, delta, routing, outputs
         with deferred.at_once():
             torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])
         return x.grad, None, None

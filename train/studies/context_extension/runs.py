@@ -73,7 +73,7 @@ class StudySize:
     """How much is trained and measured."""
 
     base_steps: int = 400
-    extend_steps: int = 30
+    extend_steps: int = 100
     tokens_per_step: int = 4096
     base_lr: float = 4e-3
     extend_lr: float = 3e-4
