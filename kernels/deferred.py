@@ -1,10 +1,10 @@
 """Weight gradients that run later: the W slot of zero-bubble pipeline schedules (arXiv:2412.19437 §3.2.1).
 
 The linears compute dgrad in backward and `push` their wgrad as a closure. While a schedule holds `deferred()` open the
-closures queue up, and `PipelineStage(dw_builder=deferred.take)` runs them in the W slot; otherwise a pushed closure
-runs at once. `check_drained()` belongs before gradients are read. Weight gradients reach the weight through
-`accumulate_grad` or `accumulate_product`: autograd's accumulation hooks do not fire for them. So do the gains of norms,
-at once, where they have a `main_grad`.
+closures queue up, and `PipelineStage(dw_builder=deferred.take)` runs them in the W slot; otherwise, and in an inner
+block `at_once()`, a pushed closure runs at once. `check_drained()` belongs before gradients are read. Weight gradients
+reach the weight through `accumulate_grad` or `accumulate_product`: autograd's accumulation hooks do not fire for them.
+So do the gains of norms, at once, where they have a `main_grad`.
 
 The first gradient of a step replaces what is in `main_grad`, the others are added: no bytes are spent on zeros
 (`forget`). What a step left without a gradient is zeroed where gradients are read (`settle`).
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -58,23 +58,32 @@ class WgradQueue:
 _queue = WgradQueue()
 # The `dw_builder` of a pipeline stage, and the number of weight gradients not yet run.
 take, pending = _queue.take, _queue.pending
-# One entry per open `deferred()` block.
-_open_blocks: list[WgradQueue] = []
+# One entry per open block: whether it queues.
+_open_blocks: list[bool] = []
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
-    """Queue weight gradients instead of running them inside backward, until the block ends."""
-    _open_blocks.append(_queue)
+def _block(queues: bool) -> Iterator[None]:
+    _open_blocks.append(queues)
     try:
         yield
     finally:
         _open_blocks.pop()
 
 
+def deferred() -> AbstractContextManager[None]:
+    """Queue weight gradients instead of running them inside backward, until the block ends."""
+    return _block(True)
+
+
+def at_once() -> AbstractContextManager[None]:
+    """Run weight gradients inside backward until the block ends, although an outer block queues them."""
+    return _block(False)
+
+
 def push(closure: Closure) -> None:
-    """Run `closure` at once, or queue it while a `deferred()` block is open."""
-    if _open_blocks:
+    """Run `closure` at once, or queue it where the innermost open block is `deferred()`."""
+    if _open_blocks and _open_blocks[-1]:
         _queue.push(closure)
     else:
         closure()

@@ -76,6 +76,23 @@ def test_inner_blocks_and_exceptions_leave_the_outer_block_open() -> None:
     assert ran == ["queued", "at once"]
 
 
+def test_an_inner_block_at_once_leaves_what_waits_and_ends() -> None:
+    ran: list[str] = []
+
+    def fails() -> None:
+        ran.append("inside")
+        raise KeyError
+
+    with deferred.deferred():
+        deferred.push(lambda: ran.append("before"))
+        with pytest.raises(KeyError), deferred.at_once():
+            deferred.push(fails)
+        deferred.push(lambda: ran.append("after"))
+        assert ran == ["inside"]
+        deferred.take()()
+    assert ran == ["inside", "before", "after"]
+
+
 def test_main_grad_sums_in_fp32_and_leaves_grad_alone() -> None:
     weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
     weight.main_grad = torch.ones(2)  # type: ignore[attr-defined]

@@ -1,13 +1,14 @@
 """A layer of which only its input is kept, and which runs again in backward (activation checkpoints, arXiv:1604.06174).
 
     forward     no graph: of what the layer computes, the sum that leaves it stays
-    backward    the layer again, with a graph; its backward; its weight gradients, at once
+    backward    the layer again, with a graph; its backward, each weight gradient as soon as it can be
 
 Between forward and backward a layer holds one hidden state, 59 MB at V3's size and 4096 tokens. The price is a second
 forward with its exchange of tokens. The report recomputes less (arXiv:2412.19437 §3.2.3): this is for long sequences,
 of which that would hold too much. Values are the same bits, for the stream is rounded where it always is.
 
-Weight gradients do not wait for their slot in a pipeline: what they read would be held for all layers of a stage.
+Weight gradients do not wait for their slot in a pipeline, nor for the layer's end: what those of the MoE read, 6.1 GB
+at V3's size and 32K tokens, would be held beside the 12 GB of attention's backward (counted, `stage_bytes.py`).
 
 Shapes: x, total [sequences, tokens, hidden].
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from kernels import deferred
 from kernels.probe import current, watching
@@ -47,17 +49,18 @@ class _Again(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
         d_total, d_balance = grads
+        # What those of later parts of the stage hold would be there all the while.
+        deferred.take()()
         x = ctx.saved_tensors[0].detach().requires_grad_()
         with torch.enable_grad(), watching(ctx.probe):
             residual, delta, routing = ctx.layer(x)
         outputs = [(residual, d_total), (delta, d_total)]
         outputs += [] if routing is None else [(routing.balance, d_balance)]
-        del residual, delta, routing
-        roots = [each for each in outputs if each[1] is not None]
-        del outputs
-        torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])
-        del roots
-        deferred.take()()
+        # Nodes instead of tensors, so that what leaves the layer does not live through its backward.
+        roots = [(get_gradient_edge(output), grad) for output, grad in outputs if grad is not None]
+        del residual, delta, routing, outputs
+        with deferred.at_once():
+            torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])
         return x.grad, None, None
 
 

@@ -24,7 +24,7 @@ from train.studies.plan.footprint import Footprint, breaking_imbalance, footprin
 from train.studies.plan.kept import Work
 from train.studies.plan.live_bytes import LiveBytes
 from train.studies.plan.memory import Memory, balanced_dispatcher
-from train.studies.plan.moments import Moment, _in_flight, _messages, moments
+from train.studies.plan.moments import Moment, _in_flight, _messages, moments, moments_of
 from train.studies.plan.orders import SCHEDULES, Action, Orders, orders
 from train.studies.plan.stage_bytes import StageShape, stage_bytes
 from train.studies.plan.stand_ins import ChunkBytes, StageKind, observe
@@ -267,6 +267,15 @@ def test_beyond_a_limit_on_rows_a_popular_expert_costs_less_memory() -> None:
     assert after is not None
     assert after > 1.6
     assert most(after - 2e-3) <= most(1.5) < most(after)
+
+
+def test_v3_at_32k_leaves_room_for_cuda_and_nccl() -> None:
+    """Its layers run again, and no weight gradient waits: with those of a layer that did it would be 81 GB of 80."""
+    config = compose(["+cluster=h800_2048", "+stage=extend_32k", "run.init_from=runs/v3"])
+    candidate, count = candidate_of(config), 1920 // 128
+    found = footprint(config, candidate, moments_of(candidate, count, at_first=count))
+    assert min(each.reserved for each in found) == 4e9
+    assert max(each.total for each in found) < 76e9
 
 
 def test_two_copies_of_every_stage_share_their_states() -> None:

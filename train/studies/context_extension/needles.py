@@ -1,11 +1,12 @@
-"""Documents with needles: text, one token a character, in which keys get a value once and are asked for once, later.
+"""Documents with needles: text, one token a character, in which keys get values and are asked for once, later.
 
-    ... and the <C=3> earth was without form, and vo<C?> 3 id; and darkness ...
-                planted                               asked, answered
+    ... and the <C=5> earth was <C=3> without form, and vo<C?> 3 id; and darkness ...
+                stale           the needle              asked, answered
 
 One token plants a key with its value, so that one look back answers a question: small models learn it. A question is a
-token of the key alone; the token after it is the value. No key is planted or asked twice in a document, so the answer
-stands at one place, at whatever distance. Text fills what is left, lower-case, a random piece of it for each document.
+token of the key alone; the token after it is the value. A key may be planted twice, with two values, of which the later
+one counts: whoever finds the key and cannot tell the order of two distant places is right every second time. Text fills
+what is left, lower-case, a random piece of it for each document.
 
 Shapes: tokens [documents, length + 1] int64, of which a model reads the first `length`.
 """
@@ -24,8 +25,8 @@ from torch import Tensor
 from train.data.batch import IGNORE_INDEX
 
 NUM_KEYS, NUM_VALUES = 4, 8
-# Of a guess among the values.
-CHANCE = 1 / NUM_VALUES
+# Of a guess among the values, and of one among the values that the key has had.
+CHANCE, WITHOUT_ORDER = 1 / NUM_VALUES, 1 / 2
 
 
 @dataclass(frozen=True)
@@ -74,21 +75,32 @@ class Source:
         return list(self.ids[start : start + length])
 
 
+def _values(chance: random.Random) -> list[int]:
+    """A stale value of a key, and another one that counts."""
+    return chance.sample(range(NUM_VALUES), 2)
+
+
 def document(source: Source, length: int, chance: random.Random, *, num_needles: int) -> list[int]:
-    """`length` tokens with so many needles, each planted before it is asked for, at random places."""
-    symbols, keys = source.symbols, chance.sample(range(NUM_KEYS), num_needles)
-    filler = length - 3 * num_needles
+    """`length` tokens with so many needles, each asked for after it, about half behind a stale plant of their key."""
+    symbols = source.symbols
+    inserted: list[list[list[int]]] = []
+    for key in chance.sample(range(NUM_KEYS), num_needles):
+        values = _values(chance)[chance.randrange(2) :]
+        plants = [[symbols.plant(key, value)] for value in values]
+        inserted.append([*plants, [symbols.question(key), symbols.value(values[-1])]])
+    filler = length - sum(len(tokens) for events in inserted for tokens in events)
     assert filler >= 0, (length, num_needles)
-    # Of each key two places in the text; both may lie at the same one.
-    events: list[tuple[int, float, list[int]]] = []
-    for key in keys:
-        value = chance.randrange(NUM_VALUES)
-        first, second = sorted((chance.randint(0, filler), chance.random()) for _ in range(2))
-        events.append((*first, [symbols.plant(key, value)]))
-        events.append((*second, [symbols.question(key), symbols.value(value)]))
+    # Each event has a place in the text; several may have the same one. Half of the keys are asked for at the end, so
+    # that large distances are as frequent as small ones.
+    placed: list[tuple[int, float, list[int]]] = []
+    for events in inserted:
+        places = sorted((chance.randint(0, filler), chance.random()) for _ in events)
+        if chance.randrange(2):
+            places[-1] = (filler, 1 + chance.random())
+        placed += [(*place, event) for place, event in zip(places, events, strict=True)]
     text, tokens, last = source.piece(filler, chance), list[int](), 0
-    for place, _, inserted in sorted(events):
-        tokens += text[last:place] + inserted
+    for place, _, event in sorted(placed):
+        tokens += text[last:place] + event
         last = place
     return tokens + text[last:]
 
@@ -99,24 +111,24 @@ def training_documents(source: Source, count: int, length: int, chance: random.R
     return torch.tensor([document(source, length + 1, chance, num_needles=number) for number in numbers])
 
 
-def haystack(
-    source: Source, length: int, depth: float, chance: random.Random, *, distractors: int
-) -> tuple[list[int], int]:
-    """A document that ends with a question, and its answer.
+def haystack(source: Source, length: int, depth: float, chance: random.Random) -> tuple[list[int], int]:
+    """A document that ends with a question, and its answer; every key is planted twice.
 
     Args:
         length: tokens, the question included.
-        depth: where its key is planted, 0 at the beginning, 1 right before the question.
-        distractors: other keys that are planted at random places and not asked for.
+        depth: where the needle is, above 0, 1 right before the question; its stale plant is somewhere before.
     """
-    symbols, (key, *others) = source.symbols, chance.sample(range(NUM_KEYS), 1 + distractors)
-    value = chance.randrange(NUM_VALUES)
+    symbols, (key, *others) = source.symbols, chance.sample(range(NUM_KEYS), NUM_KEYS)
     tokens = source.piece(length - 1, chance)
-    planted = round(depth * (length - 2))
-    places = chance.sample([place for place in range(length - 1) if place != planted], distractors)
-    tokens[planted] = symbols.plant(key, value)
-    for other, place in zip(others, places, strict=True):
-        tokens[place] = symbols.plant(other, chance.randrange(NUM_VALUES))
+    place = round(depth * (length - 2))
+    stale_place = chance.randrange(place)
+    stale, value = _values(chance)
+    tokens[place], tokens[stale_place] = symbols.plant(key, value), symbols.plant(key, stale)
+    free = [each for each in range(length - 1) if each not in (place, stale_place)]
+    places = iter(chance.sample(free, 2 * len(others)))
+    for other in others:
+        for distractor in _values(chance):
+            tokens[next(places)] = symbols.plant(other, distractor)
     return [*tokens, symbols.question(key)], symbols.value(value)
 
 

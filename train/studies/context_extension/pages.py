@@ -2,7 +2,7 @@
 
 result.json             everything measured
 tables.md               needles by length and depth, loss by position: what docs/post_training.md shows
-context_extension.html  both, 960 x 760 pixels, with plotly.js inside; docs/numerics.md says how a page becomes PNG
+context_extension.html  both, 940 x 700 pixels, with plotly.js inside; docs/numerics.md says how a page becomes PNG
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from train.data.store import strict_json
-from train.studies.context_extension.needles import CHANCE
+from train.studies.context_extension.needles import CHANCE, WITHOUT_ORDER
 
-COLOURS = ("#7a7a7a", "#c0a030", "#d1662a", "#2f8f5b", "#8a2f2f", "#1f5fa8")
+# Of lengths; YaRN is a full line, without it a dashed one.
+COLOURS = {128: "#7a7a7a", 512: "#d1662a", 2048: "#1f5fa8"}
 
 
 def write(result: Mapping[str, Any], directory: Path) -> list[Path]:
@@ -47,7 +48,8 @@ def tables(result: Mapping[str, Any]) -> str:
     phases = result["phases"]
     first = next(iter(phases.values()))[0]
     cells = [(length, depth) for length, depths in first["needles"].items() for depth in depths]
-    lines = [f"Needles answered, a guess is {CHANCE:.1%}, depth 0 is the beginning", ""]
+    guesses = f"a guess is {CHANCE:.1%}, the key without the order {WITHOUT_ORDER:.0%}"
+    lines = [f"Needles answered: {guesses}, depth 1 is the end", ""]
     lines += _head("tokens", "depth", *phases)
     for length, depth in cells:
         found = (spread_of(seeds, "needles", length, depth) for seeds in phases.values())
@@ -65,25 +67,34 @@ def _head(*names: str) -> list[str]:
 
 
 def picture(result: Mapping[str, Any]) -> Any:
-    """Loss by position above, needles by length and depth below."""
+    """Loss by position above, needles by depth below, one field for each length."""
     from plotly.subplots import make_subplots
 
     phases = result["phases"]
-    titles = ("loss of text, nats a character, by position", "needles answered, by length and depth")
-    figure = make_subplots(rows=2, cols=1, subplot_titles=titles, row_heights=[0.5, 0.5], vertical_spacing=0.16)
-    for (name, seeds), colour in zip(phases.items(), COLOURS, strict=True):
-        curve = {int(position): mean_of(seeds, "loss", position) for position in seeds[0]["loss"]}
-        style = {"mode": "lines+markers", "line": {"color": colour}}
-        figure.add_scatter(x=list(curve), y=list(curve.values()), name=name, row=1, col=1, **style)
-    cells = [(length, depth) for length, depths in seeds[0]["needles"].items() for depth in depths]
-    shares = [[mean_of(seeds, "needles", *cell) for cell in cells] for seeds in phases.values()]
-    labels = [f"{length} at {float(depth):.2f}" for length, depth in cells]
-    figure.add_heatmap(
-        z=shares, x=labels, y=list(phases), zmin=0, zmax=1, colorscale="Viridis", texttemplate="%{z:.0%}",
-        colorbar={"len": 0.45, "y": 0.2, "tickformat": ".0%"}, row=2, col=1,
+    needles = next(iter(phases.values()))[0]["needles"]
+    above = "loss of text by position in 2,048 tokens, nats a character"
+    titles = (above, *(f"needles answered in {int(length):,}, by depth" for length in needles))
+    top = [{"colspan": len(needles)}, *[None] * (len(needles) - 1)]
+    figure = make_subplots(
+        rows=2, cols=len(needles), specs=[top, [{}] * len(needles)], subplot_titles=titles, shared_yaxes=True,
+        row_heights=[0.5, 0.5], vertical_spacing=0.17, horizontal_spacing=0.02,
     )  # fmt: skip
-    figure.update_xaxes(type="log", tickvals=[32, 128, 512, 2048], row=1, col=1)
-    figure.update_yaxes(autorange="reversed", row=2, col=1)
-    margin = {"l": 90, "r": 20, "t": 50, "b": 60}
-    figure.update_layout(template="plotly_white", font={"size": 13}, margin=margin, width=960, height=760)
+    for name, seeds in phases.items():
+        length, kind = name.split()
+        curve = {int(position): mean_of(seeds, "loss", position) for position in seeds[0]["loss"]}
+        line = {"color": COLOURS[int(length)], "dash": "solid" if kind == "YaRN" else "dot"}
+        style = {"mode": "lines+markers", "line": line}
+        figure.add_scatter(x=list(curve), y=list(curve.values()), name=name, row=1, col=1, **style)
+    for column, (length, depths) in enumerate(needles.items(), start=1):
+        shares = [[mean_of(seeds, "needles", length, depth) for depth in depths] for seeds in phases.values()]
+        figure.add_heatmap(
+            z=shares, x=list(depths), y=list(phases), zmin=0, zmax=1,
+            colorscale="Viridis", texttemplate="%{z:.0%}", showscale=False, row=2, col=column,
+        )  # fmt: skip
+    figure.update_xaxes(type="log", tickvals=list(curve), row=1, col=1)
+    figure.update_xaxes(type="category", row=2)
+    figure.update_yaxes(autorange="reversed", row=2)
+    figure.update_annotations(font_size=14)
+    look = {"template": "plotly_white", "font": {"size": 13}, "margin": {"l": 90, "r": 20, "t": 40, "b": 30}}
+    figure.update_layout(**look, legend={"x": 0.02, "y": 0.99}, width=940, height=700)
     return figure

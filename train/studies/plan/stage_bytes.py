@@ -145,10 +145,9 @@ def _ending(work: Work) -> Iterator[_Part]:
 def _block(work: Work, *, moe: bool) -> _Part:
     if not work.layers_again:
         return _whole_block(work, moe=moe)
-    # Both passes and the weight gradients in one, beside the gradient that came. Without a graph forward needs no more.
-    layer = _whole_block(work, moe=moe)
-    products = _expert_products(work) if moe and not work.fp8 else 0.0
-    backward = max(layer.forward, layer.backward, (layer.waiting + products) * work.deferred) + work.hidden
+    # Both passes in one, beside the gradient that came. Forward alone needs no more. No weight gradient waits.
+    layer = _whole_block(replace(work, deferred=False), moe=moe)
+    backward = max(layer.forward, layer.backward) + work.hidden
     return _Part(kept=work.hidden, waiting=0.0, forward=layer.forward, backward=backward, runs_wgrads=True)
 
 
