@@ -444,6 +444,22 @@ def test_messages_between_stages_are_in_the_total() -> None:
     assert shown_bytes(shown, "messages between stages, at most") == pytest.approx(plan.memory.messages, abs=5e3)
 
 
+def test_exchanges_in_flight_in_a_pair_are_in_the_total() -> None:
+    """DualPipeV, two nodes of two: a token to both nodes, from there to 2 ranks; sent and received, two at once."""
+    changes: dict[str, object] = {"layout_pp": 2, "layout_dp": 4, "layout_ep": 4, "model_num_hidden_layers": 4}
+    changes |= {"layout_dispatch": "node", "layout_ranks_per_node": 2}
+    changes |= {"schedule_batch_start_sequences": 16, "schedule_batch_full_sequences": 16}
+    plan = planned.plan_pipeline_rank(small(layout_schedule="DualPipeV", **changes), 0, {})
+    exchange = 2 * (80 + 80) * 128 * 2
+    assert plan.memory.in_flight == 2 * exchange
+    assert plan.memory.total == sum(
+        (plan.memory.state, plan.memory.held, plan.memory.transient, plan.memory.messages, 2 * exchange)
+    )
+    line = next(line for line in planned._memory_table(plan.memory) if line.startswith("exchanges in flight in a pair"))
+    assert line.split()[-2:] == [f"{2 * exchange / 1e6:.2f}", "MB"]
+    assert planned.plan_pipeline_rank(small(layout_schedule="ZBVZeroBubble", **changes), 0, {}).memory.in_flight == 0
+
+
 def test_uneven_routing_is_added_to_the_total_and_said_where_it_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small(layout_dp=4, layout_ep=4, data_sequence_length=1024)
     monkeypatch.setattr(planned, "size", lambda num_bytes: f"{num_bytes:.0f} B")

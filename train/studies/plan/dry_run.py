@@ -8,9 +8,9 @@ A rank's own model, optimizer and pipeline schedule run: forward, backward, redu
 of one pipeline rank differ by the padding of their shares only; the fullest is found over all ranks. FLOPs and bytes on
 the wire are closed forms (`train/model/sizes.py`, `traffic.py`).
 
-Messages between stages that no micro-batch holds are the most that two neighbours allow (`moments.py`). Routing is
-never perfectly balanced: what more a rank needs then, and where it no longer fits, are differences in closed form
-(`footprint.py`).
+Messages between stages that no micro-batch holds are the most that two neighbours allow (`moments.py`), exchanges in
+flight in a pair of DualPipeV two whole ones. Routing is never perfectly balanced: what more a rank needs then, and
+where it no longer fits, are differences in closed form (`footprint.py`).
 
 Left out: what CUDA, NCCL and the allocator take for themselves (some GB) and temporaries inside kernels. Attention is
 counted as cuDNN's, also with `data.mask_documents`, where flash keeps v and o as wide as q. The batch
@@ -45,7 +45,15 @@ from train.stage import stage_specs
 from train.studies import measured
 from train.studies.measured import Rate, rate
 from train.studies.plan.candidate import candidate_of
-from train.studies.plan.footprint import IMBALANCES, RESERVED_BYTES, Footprint, breaking_imbalance, footprint, rows_at
+from train.studies.plan.footprint import (
+    IMBALANCES,
+    RESERVED_BYTES,
+    Footprint,
+    breaking_imbalance,
+    footprint,
+    in_flight_bytes,
+    rows_at,
+)
 from train.studies.plan.memory import Memory, measure, share_bytes
 from train.studies.plan.moments import moments_of
 from train.studies.plan.stand_ins import ChunkBytes, StageKind
@@ -128,7 +136,8 @@ def _measured(config: PretrainConfig, rank: int, known: dict[StageKind, ChunkByt
     with as_rank(config, rank) as mesh:
         planned = [measure(config, mesh, num_micro_batches=count, known=known) for count in counts]
     memory = max(planned, key=lambda each: each.total)
-    return replace(memory, messages=round(_closed_form(config, rank, 1.0).messages))
+    in_flight = round(in_flight_bytes(config, candidate_of(config)))
+    return replace(memory, messages=round(_closed_form(config, rank, 1.0).messages), in_flight=in_flight)
 
 
 def _closed_form(config: PretrainConfig, rank: int, imbalance: float) -> Footprint:
@@ -166,7 +175,8 @@ def _all_table(config: PretrainConfig, plans: list[RankPlan]) -> list[str]:
     lines = [f"{'ranks':<13}{'pipeline rank':>13}" + "".join(f"{name:>13}" for name in columns) + f"{'of 80 GB':>13}"]
     for pp_rank, plan in enumerate(plans):
         memory = plan.memory
-        parts = (memory.state, memory.held, memory.transient, memory.messages, memory.total)
+        messages = memory.messages + memory.in_flight
+        parts = (memory.state, memory.held, memory.transient, messages, memory.total)
         sizes = "".join(f"{size(n):>13}" for n in parts)
         first, last = plan.ranks[0], plan.ranks[-1]
         left = DEVICE_GB - memory.total / GB
@@ -276,6 +286,7 @@ def _memory_table(memory: Memory) -> list[str]:
         ("temporaries above that, dispatch buffers apart", memory.transient - memory.dispatch),
         ("dispatch buffers", memory.dispatch),
         *([("messages between stages, at most", memory.messages)] if memory.messages else []),
+        *([("exchanges in flight in a pair, at most", memory.in_flight)] if memory.in_flight else []),
         ("total", memory.total),
     ]
     left = DEVICE_GB - memory.total / GB

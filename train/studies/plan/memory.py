@@ -40,9 +40,9 @@ class Memory:
     """Bytes of one rank.
 
     held: kept for backward at the schedule's peak. transient: above that, for a moment. dispatch: buffers of one
-    exchange of a MoE layer, counted in transient too. messages: between stages, which one process does not see and
-    `measure` leaves 0. With `optim.offload=cpu`, host: pinned blocks of masters and
-    moments, not in the total; staging: the buffers on the device through which they pass.
+    exchange of a MoE layer, counted in transient too. messages: between stages; in_flight: exchanges of a pair beside
+    both micro-batches; one process sees neither, and `measure` leaves them 0. With `optim.offload=cpu`, host: pinned
+    blocks of masters and moments, not in the total; staging: the buffers on the device through which they pass.
     """
 
     weights: int
@@ -54,6 +54,7 @@ class Memory:
     transient: int
     dispatch: int
     messages: int = 0
+    in_flight: int = 0
     staging: int = 0
     host: int = 0
 
@@ -65,7 +66,7 @@ class Memory:
     @property
     def total(self) -> int:
         """At the highest moment of the step."""
-        return self.state + self.held + self.transient + self.messages
+        return self.state + self.held + self.transient + self.messages + self.in_flight
 
 
 def measure(
