@@ -35,7 +35,7 @@ from train.trainer import Trainer
 BACKENDS = ("native", "deepspeed")
 SHORT = ["schedule.total_tokens=512", "checkpoint.every_steps=2", "schedule.lr_peak=0.02", "schedule.warmup_steps=0"]
 DP2, EP2 = "layout.dp=2", "layout.ep=2"
-CLIP_NORM, LOGIT = 0.5, 0.25
+CLIP_NORM, LOGIT = 0.5, 0.03
 THREE_STEPS = "schedule.total_tokens=384"
 FOUR_LAYERS = ["model.num_hidden_layers=4", THREE_STEPS]
 ROWS = {

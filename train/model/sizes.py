@@ -129,7 +129,7 @@ def weights(config: ModelConfig, held: Held, *, ep: int) -> list[Weight]:
         table += [Weight("norms", 1, hidden), Weight("head", vocab, hidden, uses=1 + len(mtp_layer_ids))]
     for layer_id in mtp_layer_ids:
         # enorm and hnorm; at the end the depth's own last norm.
-        table += [Weight("norms", 2, hidden), Weight("mtp_projection", hidden, 2 * hidden, uses=1)]
+        table += [Weight("norms", 1, hidden)] * 2 + [Weight("mtp_projection", hidden, 2 * hidden, uses=1)]
         table += [*_layer(config, layer_id, ep=ep), Weight("norms", 1, hidden)]
     return table
 

@@ -16,9 +16,10 @@ from train.model.sizes import Held, held_by, weights
 from train.optim.muon import Muon, orthogonalize
 from train.optim.newton_schulz import orthogonalize_flops
 from train.stage import build_stages, stage_specs
+from train.studies.plan.bucketed import groups_of
 from train.studies.plan.candidate import candidate_of
 from train.studies.plan.dry_run import as_rank
-from train.studies.plan.muon import RankShare, groups_of, newton_schulz_s, shares
+from train.studies.plan.muon import RankShare, newton_schulz_s, shares
 from train.studies.plan.products import Implementation, Setup, machine
 from train.studies.plan.update import update_s
 
@@ -60,10 +61,10 @@ def test_each_rank_computes_and_sends_what_the_trainer_has_it_do(precision: str)
     with as_rank(config, 0) as mesh:
         held = held_by(config.model, stage_specs(config.model, mesh).values())
     groups = groups_of(weights(config.model, held, ep=2), precision=precision)
-    # Rank 1 shares experts with rank 3; the trainer's last group is that of the tied embedding.
+    # Rank 1 shares experts with rank 3.
     sent = 0
     for rank in (1, 3):
-        for group, (place, real) in zip(groups, exchanged(config, rank), strict=False):
+        for group, (place, real) in zip(groups, exchanged(config, rank), strict=True):
             if not group:
                 continue
             axis = 2 if group[0].expert else 4
@@ -80,7 +81,7 @@ def test_a_layer_of_kimi_k2_by_hand() -> None:
     assert matrix == 687_194_767_360
     candidate = candidate_of(KIMI_K2)
     table = weights(KIMI_K2.model, Held((7,), embedding=False, head=False), ep=64)
-    *_, experts = groups_of(table, precision="fp8")
+    _, _, experts, _ = groups_of(table, precision="fp8")
     assert [each.flops for each in shares(experts, ranks=2, precision="fp8")] == [9 * matrix] * 2
     assert [each.sent for each in shares(experts, ranks=2, precision="fp8")] == [0, 0]
     setup = Setup(KIMI_K2.model, candidate, Implementation("as written"), machine("H800"), 4096, muon=True)

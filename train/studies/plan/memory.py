@@ -17,19 +17,20 @@ from parallel.expert import ExpertParallelDispatcher
 from parallel.grads import reduce_and_clip
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline
-from train.assemble import assemble, build_optimizer
+from train.assemble import assemble
 from train.config import PretrainConfig
 from train.losses import LossWeights
 from train.model.config import ModelConfig
 from train.model.precision import Precision
 from train.model.precision_config import PrecisionConfig
-from train.model.sizes import FP32_BYTES
+from train.model.sizes import FP32_BYTES, held_by, weights
 from train.model.transformer import recompute_as_asked
 from train.optim import offload
 from train.optim.config import MOMENT_BYTES
 from train.schedules import scheduled_values
-from train.stage import StepMetrics, build_stages
+from train.stage import StepMetrics, build_stages, stage_specs
 from train.step import Engine
+from train.studies.plan.bucketed import buckets_of, groups_of
 from train.studies.plan.live_bytes import LiveBytes
 from train.studies.plan.stand_ins import ChunkBytes, StageKind, StandIn, fp8_copy, observe, storage_bytes
 from train.studies.plan.traffic import most_nodes
@@ -142,25 +143,27 @@ def share_bytes(config: PretrainConfig, mesh: Mesh) -> list[int]:
 
     With `optim.offload=cpu` of the buffers through which they pass: they differ by where the longest shard is cut.
     """
-    layout, moment = config.layout, MOMENT_BYTES[config.optim.moments_dtype]
-    with FakeTensorMode():
-        models = [stage.model for stage in build_stages(config.model, config.precision, mesh).values()]
-        optimizer = build_optimizer(models, replace(config.optim, backend="native"), mesh)
-    shares = []
-    for dp_rank in range(layout.dp):
-        sizes = [
-            (stop - start, len(optimizer.moments_of(name)), bucket.parameters[name].dtype == torch.float32)
-            for bucket in optimizer.buckets
-            for name, (start, stop) in bucket.shards_of(
-                dp_rank // layout.ep if bucket.axis.name == "edp" else dp_rank
-            ).items()
-        ]
-        if config.optim.offload == "cpu":
-            longest = min(offload.SEGMENT_ELEMENTS, max((elements for elements, *_ in sizes), default=0))
-            shares.append(2 * longest * (FP32_BYTES + 2 * moment))
-        else:
-            shares.append(sum(n * (count * moment + (0 if is_own else FP32_BYTES)) for n, count, is_own in sizes))
-    return shares
+    layout, name, moment = config.layout, config.precision.name, MOMENT_BYTES[config.optim.moments_dtype]
+    held = held_by(config.model, stage_specs(config.model, mesh).values())
+    table = weights(config.model, held, ep=layout.ep)
+    sizes: list[list[tuple[int, int, bool]]] = [[] for _ in range(layout.dp)]
+    for group in groups_of(table, precision=name, tied=mesh.tied.size > 1):
+        # Data ranks that hold the same experts are `ep` apart.
+        ranks, apart = (layout.edp, layout.ep) if any(weight.expert for weight in group) else (layout.dp, 1)
+        ranks = ranks if layout.zero else 1
+        for bucket in buckets_of(group, shards=ranks, precision=name):
+            for dp_rank, of_rank in enumerate(sizes):
+                for each, start, stop in bucket.owned(dp_rank // apart % ranks, shards=ranks):
+                    weight = group[int(each.name)]
+                    count = config.optim.moments_of_matrices if weight.by_muon else 2
+                    of_rank.append((max(0, stop - start), count, bucket.dtype))
+    if config.optim.offload == "cpu":
+        longest = (max((elements for elements, *_ in of_rank), default=0) for of_rank in sizes)
+        return [2 * min(offload.SEGMENT_ELEMENTS, each) * (FP32_BYTES + 2 * moment) for each in longest]
+    return [
+        sum(elements * (count * moment + (0 if is_own else FP32_BYTES)) for elements, count, is_own in of_rank)
+        for of_rank in sizes
+    ]
 
 
 class _FakeStep:

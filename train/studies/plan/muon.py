@@ -15,9 +15,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from parallel.buckets import BUCKET_BYTES, owners, plan_buckets
+from parallel.buckets import owners
 from train.model.sizes import FP32_BYTES, Weight
 from train.optim.newton_schulz import STEPS, orthogonalize_flops, products_of_step
+from train.studies.plan.bucketed import Group, buckets_of, groups_of
 from train.studies.plan.products import Setup, product_s
 
 # Of an element, beside the products: the norm reads it; divided, rounded to BF16, back to FP32 and scaled, it is read
@@ -38,22 +39,13 @@ class RankShare:
         return sum(orthogonalize_flops(*each) for each in self.matrices)
 
 
-def groups_of(table: Sequence[Weight], *, precision: str) -> list[tuple[Weight, ...]]:
-    """Weights whose matrices are balanced together, as `train.assemble.build_optimizer` buckets them; experts last."""
-    dense = [weight for weight in table if weight.trained and not weight.expert]
-    in_fp8 = [weight.fp8 and precision == "fp8" for weight in dense]
-    others, linears = (tuple(w for w, is_fp8 in zip(dense, in_fp8, strict=True) if is_fp8 == side) for side in (0, 1))
-    return [others, linears, tuple(weight for weight in table if weight.expert)]
-
-
 @functools.cache
-def shares(group: tuple[Weight, ...], *, ranks: int, precision: str) -> list[RankShare]:
+def shares(group: Group, *, ranks: int, precision: str) -> list[RankShare]:
     """Of each rank of an axis that shards the weights of a group."""
-    sizes = ((str(index), weight.elements, weight.stored_fp32(precision)) for index, weight in enumerate(group))
     places = {
-        int(each.name): (each.start, plan.numel // ranks)
-        for plan in plan_buckets(sizes, shards=ranks, bucket_bytes=BUCKET_BYTES)
-        for each in plan.ranges
+        int(each.name): (each.start, bucket.numel // ranks)
+        for bucket in buckets_of(group, shards=ranks, precision=precision)
+        for each in bucket.ranges
     }
     matrices: list[tuple[int, int]] = []
     held: list[dict[int, int]] = []
@@ -94,6 +86,7 @@ def muon_s(setup: Setup, table: Sequence[Weight], *, dense_ranks: int, expert_ra
     candidate = setup.candidate
     matrix_s = functools.cache(functools.partial(newton_schulz_s, setup))
     parts = dict.fromkeys(("Newton-Schulz", "matrices, there and back"), 0.0)
+    # Experts on their own axis; each group is balanced alone.
     for group in groups_of(table, precision=candidate.precision):
         is_expert = any(weight.expert for weight in group)
         ranks, stride = (expert_ranks, candidate.ep) if is_expert else (dense_ranks, 1)
