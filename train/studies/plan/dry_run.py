@@ -54,9 +54,8 @@ from train.studies.plan.footprint import (
     in_flight_bytes,
     rows_at,
 )
-from train.studies.plan.memory import Memory, measure, share_bytes
+from train.studies.plan.memory import Known, Memory, measure, share_bytes
 from train.studies.plan.moments import moments_of
-from train.studies.plan.stand_ins import ChunkBytes, StageKind
 from train.studies.plan.traffic import destinations_by_hop, expert_bytes, pipeline_bytes, update_bytes
 
 GB = 1e9
@@ -85,7 +84,7 @@ def dry_run(config: PretrainConfig) -> str:
         ValueError: `config.rank` is no rank of the layout.
     """
     started, world = time.perf_counter(), config.layout.world
-    known: dict[StageKind, ChunkBytes] = {}
+    known = Known()
     if isinstance(config.rank, int):
         if not 0 <= config.rank < world:
             raise ValueError(f"rank={config.rank} is not one of the {world} ranks: use 0 to {world - 1}, or all")
@@ -114,7 +113,7 @@ def as_rank(config: PretrainConfig, rank: int) -> Iterator[Mesh]:
         dist.destroy_process_group()
 
 
-def plan_pipeline_rank(config: PretrainConfig, pp_rank: int, known: dict[StageKind, ChunkBytes]) -> RankPlan:
+def plan_pipeline_rank(config: PretrainConfig, pp_rank: int, known: Known) -> RankPlan:
     """The fullest data rank of a pipeline rank; `known` as for `measure`."""
     layout = config.layout
     ranks = range(pp_rank * layout.dp, (pp_rank + 1) * layout.dp)
@@ -124,7 +123,7 @@ def plan_pipeline_rank(config: PretrainConfig, pp_rank: int, known: dict[StageKi
     return RankPlan(rank, ranks, _measured(config, rank, known), max(shares) - min(shares))
 
 
-def _measured(config: PretrainConfig, rank: int, known: dict[StageKind, ChunkBytes]) -> Memory:
+def _measured(config: PretrainConfig, rank: int, known: Known) -> Memory:
     # The full batch's peak: more micro-batches only repeat the same round. Fewer may have more in flight, but weight
     # gradients that wait for their slot hold more than the activations that they replace, and most of them wait from
     # 2 pp - 1 micro-batches on. One more lets a receive buffer meet them.
