@@ -28,10 +28,11 @@ from kernels.block_ranges import block_scales, blocks_shape, quantize_range, ran
 from kernels.formats import Quantized, ceil_div
 from kernels.fp8_linear import keep_only_fp8
 from kernels.quantize import quantize_blocks
+from parallel.buckets import BucketRange
 from parallel.mesh import Axis
 from parallel.shards import Shard
 from parallel.waiting import waiting
-from parallel.zero import GATHERS_IN_FLIGHT, Bucket, BucketRange, GradientBuckets, WeightUpdate, all_gather
+from parallel.zero import GATHERS_IN_FLIGHT, Bucket, GradientBuckets, WeightUpdate, all_gather
 
 # Scales of a weight begin at a multiple: 128 bytes.
 _SCALES_ALIGNMENT = 32

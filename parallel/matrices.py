@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.buckets import owners
 from parallel.waiting import waiting
 from parallel.zero import GradientBuckets
 
@@ -58,28 +59,6 @@ class _Round:
     here: list[tuple[slice, Tensor]]  # what of it this rank holds; tensors are views of its shards
     others: list[tuple[int, slice]]  # what of it other ranks hold
     away: list[tuple[int, Tensor]]  # what this rank holds of the matrices of other ranks
-
-
-def owners(flops: Sequence[int], held: Sequence[Mapping[int, int]], *, ranks: int) -> list[int]:
-    """Which rank computes each matrix; a pure function of its arguments, so equal on all ranks.
-
-    Args:
-        flops: of each matrix.
-        held: of each matrix the elements that ranks hold, by rank.
-        ranks: of the axis.
-    """
-    loads, chosen = [0] * ranks, [-1] * len(flops)
-    by_size = sorted(range(len(flops)), key=lambda index: -flops[index])
-    for index in by_size:
-        holder = max(held[index], key=held[index].__getitem__)
-        if (loads[holder] + flops[index]) * ranks <= sum(flops):
-            chosen[index] = holder
-            loads[holder] += flops[index]
-    for index in by_size:
-        if chosen[index] < 0:
-            chosen[index] = loads.index(min(loads))
-            loads[chosen[index]] += flops[index]
-    return chosen
 
 
 class MatrixExchange:

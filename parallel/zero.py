@@ -1,7 +1,8 @@
 """ZeRO-1 (arXiv:1910.02054 §5.1): FP32 gradient buckets, and the shard of them that each rank owns.
 
 arXiv:2412.19437 §3.2, §3.3.3. Ranks of one axis hold the same parameters and different tokens. Their gradients are
-stored in flat FP32 buckets, `main_grad` is a view of one. A bucket is cut into `axis.size` equal shards:
+stored in flat FP32 buckets (`parallel/buckets.py`), `main_grad` is a view of one. A bucket is cut into `axis.size`
+equal shards:
 
     backward   main_grad = or += ...                every rank, its own tokens
     reduce     reduce-scatter, sum                  rank r holds the finished sums of shard r (`early_reduction`)
@@ -15,8 +16,7 @@ Which axis: dense parameters the data axis; experts the expert-data axis only, b
 holds the tokens of all ranks of its expert group. Copies of one embedding on two pipeline ranks are summed over both
 (`tied`), updated by both alike and counted in the norm by one.
 
-Shapes: [elements] flat FP32 for buckets and shards; `start` and `numel` count elements. Each parameter starts at a
-multiple of ALIGNMENT in its bucket and a bucket's length is a multiple of ALIGNMENT x axis.size; padding is zero.
+Shapes: [elements] flat FP32 for buckets and shards; `start` and `numel` count elements; padding is zero.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.deferred import accumulate_grad, backwards_due, forget, is_fresh, settle
+from parallel import buckets
+from parallel.buckets import BUCKET_BYTES, BucketRange, plan_buckets
 from parallel.mesh import Axis
 from parallel.shards import Shard
 from parallel.waiting import waiting
 
-# Elements: 512 bytes of FP32, 256 of BF16; wider than any vector load or TMA box asks for.
-ALIGNMENT = 128
-BUCKET_BYTES = 256 * 2**20
 # One all-gather runs while the weights of the one before are copied; more would only hold more buffers.
 GATHERS_IN_FLIGHT = 2
 
@@ -45,56 +44,10 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+BucketPlan = buckets.BucketPlan[torch.dtype]
+
 # What updates one parameter shard: name, and where its new weights are to be written, [elements] of any dtype.
 WeightUpdate = Callable[[str, Tensor], None]
-
-
-@dataclass(frozen=True)
-class BucketRange:
-    """A parameter's range in a flat gradient bucket."""
-
-    name: str
-    start: int
-    numel: int
-
-
-@dataclass(frozen=True)
-class BucketPlan:
-    """One bucket: its parameters, all of one dtype, and its length in elements, padding included."""
-
-    dtype: torch.dtype
-    ranges: tuple[BucketRange, ...]
-    numel: int
-
-
-def plan_buckets(
-    sizes: Iterable[tuple[str, int, torch.dtype]], *, shards: int, bucket_bytes: int
-) -> tuple[BucketPlan, ...]:
-    """Assign parameters to buckets, in the order given; a pure function of its arguments, so equal on all ranks.
-
-    Args:
-        sizes: (name, elements, dtype) of each parameter. Dtypes do not mix, because weights are gathered by bucket.
-        shards: number of equal shards per bucket.
-        bucket_bytes: FP32 bytes of a bucket before its padding; a larger parameter gets a bucket of its own, uncut.
-    """
-    assert shards >= 1, shards
-    assert bucket_bytes >= 4, bucket_bytes
-    by_dtype: dict[torch.dtype, list[tuple[str, int]]] = {}
-    for name, numel, dtype in sizes:
-        by_dtype.setdefault(dtype, []).append((name, numel))
-    plans: list[BucketPlan] = []
-    for dtype, named in by_dtype.items():
-        ranges: list[BucketRange] = []
-        end = 0
-        for name, numel in named:
-            start = _round_up(end, ALIGNMENT)
-            if ranges and (start + numel) * 4 > bucket_bytes:
-                plans.append(BucketPlan(dtype, tuple(ranges), _round_up(end, ALIGNMENT * shards)))
-                ranges, start = [], 0
-            ranges.append(BucketRange(name, start, numel))
-            end = start + numel
-        plans.append(BucketPlan(dtype, tuple(ranges), _round_up(end, ALIGNMENT * shards)))
-    return tuple(plans)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,10 +146,7 @@ class GradientBuckets:
 
     def _owned(self, plan: BucketPlan, rank: int) -> Iterator[tuple[BucketRange, int, int]]:
         """Each range of a bucket with the elements that a rank of the axis updates: from, to."""
-        length = plan.numel // self.axis.size if self.sharded else plan.numel
-        first = rank * length if self.sharded else 0
-        for each in plan.ranges:
-            yield each, max(first, each.start), min(first + length, each.start + each.numel)
+        return plan.owned(rank, shards=self.axis.size) if self.sharded else plan.owned(0, shards=1)
 
     def shards_of(self, rank: int) -> dict[str, tuple[int, int]]:
         """Name -> elements of the flattened parameter that a rank of the axis updates: from, to."""
@@ -394,7 +344,3 @@ def _move_into_main_grad(parameter: Tensor) -> None:
     if parameter.grad is not None:
         accumulate_grad(parameter, parameter.grad)
         parameter.grad = None
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -27,7 +27,7 @@ from kernels.gpu import (
     router_linear,
     swiglu,
 )  # fmt: skip
-from parallel.zero import BUCKET_BYTES
+from parallel.buckets import BUCKET_BYTES
 from tests.gpu.launcher_cases import ADAMW
 from tests.kernels.gemm_cases import TOKENS, bf16, tiles
 

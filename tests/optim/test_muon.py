@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from parallel.buckets import owners
 from parallel.layout import Layout
-from parallel.matrices import owners
 from parallel.mesh import Mesh, make_mesh, single
 from parallel.shards import LocalShard
 from tests.ranks import run_ranks

@@ -8,12 +8,14 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.attention import documents_of
 from parallel.layout import Layout
 from parallel.mesh import make_mesh, single
 from tests.ranks import run_ranks
+from tests.studies.plan.test_dry_run import small
 from tests.tiny_model import DISTINCT, FP32
 from train.assemble import build_engine
 from train.data.batch import Batch
@@ -27,6 +29,8 @@ from train.optim.config import OptimConfig
 from train.optim.qk_clip import attentions, row_factors
 from train.schedules import ScheduledValues
 from train.step import apply_update, compute_gradients
+from train.studies.plan.live_bytes import LiveBytes
+from train.studies.plan.memory import measure
 
 CPU, ROUNDING = torch.device("cpu"), 100 * 2**-24
 NOW = ScheduledValues(lr=0.02, batch_sequences=2, bias_speed=0.0, mtp_weight=0.3, balance_alpha=0.0)
@@ -74,6 +78,37 @@ def test_at_4096_tokens_it_takes_two_percent_of_the_cores_products() -> None:
         max_logits(q, k, scale=0.1, documents=None)
     core = 128 * 4096**2 * (4 * 192 + 3 * 128)
     assert 0.02 < counter.get_total_flops() / core < 0.025
+
+
+@pytest.mark.parametrize("tokens", [64, 8192])
+def test_scores_take_bounded_memory_at_any_length(tokens: int) -> None:
+    """V3's widths, 8 heads, keys in memory token by token; two sequences take as much as one."""
+    heads, peaks = 8, []
+    with FakeTensorMode(), LiveBytes() as live:
+        for sequences in (1, 2):
+            q, k = (torch.empty(sequences, tokens, heads, 192, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+            live.peak = before = live.now
+            max_logits(q, k, scale=0.1, documents=None)
+            peaks.append(live.peak - before)
+    # BF16 scores of at most 64 queries, and 2^18 a head; three masks of a byte; the queries of a block; and of each
+    # token its place and the start of its document, int64, flipped and compared.
+    scores = heads * min(64 * tokens, 2**18) * 2
+    assert peaks[0] <= scores + 3 * min(64 * tokens, 2**18) + 64 * heads * 192 * 2 + 8 * 8 * tokens
+    assert peaks[1] <= peaks[0] + 2 * 8 * tokens
+    # The core's output comes right after them.
+    assert scores <= heads * tokens * 128 * 2 / 2
+
+
+def test_the_peak_that_is_planned_does_not_move() -> None:
+    """One number a head and layer more is there between steps; `run.recompute` multiplies the scores again."""
+    config = small(run_recompute="true", model_num_hidden_layers=1, model_num_nextn_predict_layers=0)
+    memory, watched = (
+        measure(replace(config, optim=replace(config.optim, qk_clip=clip)), single("cpu"), num_micro_batches=1)
+        for clip in (None, 100.0)
+    )
+    logits = config.model.num_attention_heads * 4
+    assert watched.state - memory.state == logits
+    assert 0 <= watched.total - memory.total <= 2 * logits
 
 
 def heads_of(attention: MultiHeadLatentAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

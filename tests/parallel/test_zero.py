@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from kernels.deferred import accumulate_grad
 from kernels.fp8_linear import fp8_linear
+from parallel.buckets import ALIGNMENT, BucketPlan, BucketRange, plan_buckets
 from parallel.grads import GradNorm, reduce_and_clip
 from parallel.mesh import Axis
 from parallel.shards import Shard
-from parallel.zero import ALIGNMENT, BucketPlan, BucketRange, GradientBuckets, plan_buckets
+from parallel.zero import GradientBuckets
 from tests.ranks import run_ranks
 from train.optim.adamw import AdamW
 from train.optim.config import OptimConfig

@@ -36,6 +36,7 @@ ELSEWHERE = {
     "python -m train.studies.bench.bubble": "tests/studies/bench/test_bubble.py",
     "python -m train.studies.context_extension": "tests/studies/test_context_extension.py",
     "python -m train.studies.distillation": "tests/studies/test_distillation.py",
+    "python -m train.studies.optimizers": "tests/studies/test_optimizers.py",
     "python -m tests.fuzz_files": "tests/system/test_fuzz_files.py",
     "python -m tests.fuzz_layouts": "tests/parity/test_fuzz_layouts.py",
     "python -m tests.kernels.hopper_codegen": "tests/kernels/test_hopper_codegen.py",

@@ -35,18 +35,18 @@ from train.trainer import Trainer
 BACKENDS = ("native", "deepspeed")
 SHORT = ["schedule.total_tokens=512", "checkpoint.every_steps=2", "schedule.lr_peak=0.02", "schedule.warmup_steps=0"]
 DP2, EP2 = "layout.dp=2", "layout.ep=2"
-CLIP_NORM = 0.5
+CLIP_NORM, LOGIT = 0.5, 0.03
 THREE_STEPS = "schedule.total_tokens=384"
 FOUR_LAYERS = ["model.num_hidden_layers=4", THREE_STEPS]
 ROWS = {
     "dp2 BF16": ["precision=bf16", DP2, THREE_STEPS],
     "dp2 FP8, clipped": ["precision=fp8", DP2, f"optim.clip_norm={CLIP_NORM}"],
-    "ep2 BF16": ["precision=bf16", DP2, EP2, THREE_STEPS],
+    "ep2 BF16, logits clipped": ["precision=bf16", DP2, EP2, THREE_STEPS, f"optim.qk_clip={LOGIT}"],
     "pp2 1F1B BF16, tied embedding": ["precision=bf16", "layout.pp=2", "layout.schedule=1F1B", THREE_STEPS],
     "pp2 ZBVZeroBubble FP8": ["precision=fp8", "layout.pp=2", "layout.schedule=ZBVZeroBubble", *FOUR_LAYERS],
     "dp2 BF16, a gradient not finite": ["precision=bf16", DP2, THREE_STEPS],
 }
-CLIPPED, POISONED = list(ROWS)[1], list(ROWS)[-1]
+CLIPPED, OF_LOGITS, POISONED = list(ROWS)[1], list(ROWS)[2], list(ROWS)[-1]
 # What resumes from step 2 of the clipped FP8 row: (backend that saved, backend that resumes, layout).
 WAYS = [("native", "deepspeed"), ("deepspeed", "native")]
 CROSSINGS = [(*way, [DP2]) for way in WAYS]
@@ -153,7 +153,7 @@ def on_two_ranks(rank: int, world: int, folder: Path) -> dict[str, Any]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(deepspeed_backend, "group_of_one", lambda: None)
             with pytest.raises(AssertionError) as refused:
-                trainer_for("mixed", "deepspeed", ROWS["ep2 BF16"])
+                trainer_for("mixed", "deepspeed", ROWS[OF_LOGITS])
             seen["refused"] = str(refused.value)
         seen["of all"], seen["of one"] = (gathered(rank, each) for each in (None, group_of_one()))
     return seen
@@ -193,6 +193,10 @@ def test_losses_norms_and_state_are_those_of_the_native_optimizer(
     assert_same_state([rank[row, "deepspeed"] for rank in seen], [rank[row, "native"] for rank in seen])
     if row == CLIPPED:
         assert min(values[-1] for values in theirs.values()) > CLIP_NORM
+    if row == OF_LOGITS:
+        # Of every head of some layer in every step: all of its rows are scaled.
+        tables = [record["attention/head_max_logit"] for record in read_run(runs / run_name(row, "deepspeed"))]
+        assert all(any(min(heads) > LOGIT for heads in table) for table in tables), tables
     if row == POISONED:
         skips = [
             [event["nonfinite"] for event in read_events(runs / run_name(row, each)) if event["event"] == "skip"]

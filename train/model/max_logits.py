@@ -12,6 +12,8 @@ Shapes: q, k [sequences, heads, tokens, qk].
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -19,8 +21,9 @@ from kernels.attention import Packed
 from kernels.formats import ceil_div
 
 QUERIES = 512
-# Queries of one product: with V3's heads and 4096 keys its scores are 67 MB a sequence in BF16.
-BLOCK = 64
+# Scores of one product and head, and its queries at most: 67 MB with V3's heads in BF16, of 64 queries at 4096 tokens,
+# of 2 at 131,072. So they are at most half of what attention writes right after them.
+SCORES, BLOCK = 64 * 4096, 64
 
 
 @torch.no_grad()
@@ -35,15 +38,20 @@ def max_logits(q: Tensor, k: Tensor, *, scale: float, documents: Packed | None) 
     places, starts = torch.arange(tokens, device=q.device), _document_starts(q, documents)
     sampled = places.flip(0)[::stride].flip(0)  # [queries]
     found = torch.full(q.shape[1:2], float("-inf"), device=q.device)  # [heads]
-    for first in range(0, len(sampled), BLOCK):
+    block = max(1, min(BLOCK, SCORES // tokens))
+    # Of one sequence at a time: a product of several would copy all keys.
+    for (queries, every_key, start), first in product(zip(q, k, starts, strict=True), range(0, len(sampled), block)):
         # Keys after the last query of the block are read by none; its place is known without asking the device.
-        end = tokens - stride * max(len(sampled) - first - BLOCK, 0)
-        rows, keys = sampled[first : first + BLOCK], places[:end]
-        scores = q[:, :, rows] @ k[:, :, :end].mT  # [sequences, heads, rows, keys]
-        hidden = (keys > rows[:, None]) | (keys < starts[:, rows, None])  # [sequences, rows, keys]
-        scores = scores.masked_fill_(hidden[:, None], float("-inf"))
-        found = torch.maximum(found, scores.amax((0, 2, 3)).float() * scale)
+        end = tokens - stride * max(len(sampled) - first - block, 0)
+        rows, keys = sampled[first : first + block], places[:end]
+        hidden = (keys > rows[:, None]) | (keys < start[rows, None])  # [rows, keys]
+        found = torch.maximum(found, _largest_scores(queries[:, rows], every_key[:, :end], hidden) * scale)
     return found
+
+
+def _largest_scores(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
+    """[heads] fp32; the scores, [heads, rows, keys], are gone at the end, so that two products never hold theirs."""
+    return (q @ k.mT).masked_fill_(hidden, float("-inf")).amax((1, 2)).float()
 
 
 def _document_starts(q: Tensor, documents: Packed | None) -> Tensor:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from train.model.config import ModelConfig, StageSpec
 
@@ -66,6 +67,7 @@ class Weight:
         fp32: stored FP32 in every recipe.
         expert: replicated over the expert-data axis only; else over the data axis.
         trained: has a gradient; only the router's bias has none.
+        parts: rows of the tensors of the released checkpoint that are fused in it; (): it is one of them.
     """
 
     part: str
@@ -77,6 +79,7 @@ class Weight:
     fp32: bool = False
     expert: bool = False
     trained: bool = True
+    parts: tuple[int, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -87,6 +90,11 @@ class Weight:
     def by_muon(self) -> bool:
         """Whether `optim=muon` moves it: linears and experts, not embedding, head, router and norms."""
         return self.fp8 or self.part == "mtp_projection"
+
+    def matrices(self) -> Iterator[tuple[int, int]]:
+        """[rows, cols] of the tensors of the released checkpoint, in order."""
+        for _ in range(self.copies):
+            yield from ((rows, self.cols) for rows in self.parts or (self.rows,))
 
     def stored_fp32(self, precision: str) -> bool:
         """Whether the weight itself is FP32 in a recipe, 'fp32', 'bf16' or 'fp8'."""
@@ -105,45 +113,52 @@ def weights(config: ModelConfig, held: Held, *, ep: int) -> list[Weight]:
         held: what this rank holds.
         ep: ranks that share one copy of the experts.
     Returns:
-        The table; its elements over one column of the pipeline and one expert group are the whole model's.
+        The table, in the order of the model's parameters; its elements over one column of the pipeline and one expert
+        group are the whole model's.
     """
     hidden, vocab = config.hidden_size, config.vocab_size
     table: list[Weight] = []
     if held.embedding:
         table.append(Weight("embedding", vocab, hidden))
+    mtp_layer_ids = [layer_id for layer_id in held.layer_ids if layer_id in config.mtp_layer_ids]
     for layer_id in held.layer_ids:
-        if layer_id in config.mtp_layer_ids:
-            # enorm, hnorm and the depth's own last norm.
-            table += [Weight("norms", 3, hidden), Weight("mtp_projection", hidden, 2 * hidden, uses=1)]
-        table += _attention(config)
-        table += _experts(config, ep=ep) if config.is_moe(layer_id) else _feed_forward(config)
+        if layer_id not in mtp_layer_ids:
+            table += _layer(config, layer_id, ep=ep)
     if held.head:
-        depths = len([layer_id for layer_id in held.layer_ids if layer_id in config.mtp_layer_ids])
         # One head serves the main model and every MTP depth.
-        table += [Weight("norms", 1, hidden), Weight("head", vocab, hidden, uses=1 + depths)]
+        table += [Weight("norms", 1, hidden), Weight("head", vocab, hidden, uses=1 + len(mtp_layer_ids))]
+    for layer_id in mtp_layer_ids:
+        # enorm and hnorm; at the end the depth's own last norm.
+        table += [Weight("norms", 1, hidden)] * 2 + [Weight("mtp_projection", hidden, 2 * hidden, uses=1)]
+        table += [*_layer(config, layer_id, ep=ep), Weight("norms", 1, hidden)]
     return table
+
+
+def _layer(config: ModelConfig, layer_id: int, *, ep: int) -> Iterator[Weight]:
+    yield from _attention(config)
+    yield from _experts(config, ep=ep) if config.is_moe(layer_id) else _feed_forward(config)
 
 
 def _attention(config: ModelConfig) -> Iterator[Weight]:
     """MLA and the two norms of its block, eq. 1-11."""
     hidden, heads, latent = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
-    shapes = [
-        (config.q_width + latent + config.qk_rope_head_dim, hidden),
-        (heads * (config.qk_nope_head_dim + config.v_head_dim), latent),
-        (hidden, heads * config.v_head_dim),
-    ]
-    gains = [hidden, hidden, latent]
+    linear = partial(Weight, "attention", uses=1, fp8=True)
+    a_parts = (config.q_width, latent + config.qk_rope_head_dim)
+    yield Weight("norms", 1, hidden)
+    yield linear(sum(a_parts), hidden, parts=a_parts)
     if config.q_lora_rank is not None:
-        shapes.append((heads * config.qk_head_dim, config.q_lora_rank))
-        gains.append(config.q_lora_rank)
-    yield from (Weight("norms", 1, gain) for gain in gains)
-    yield from (Weight("attention", rows, cols, uses=1, fp8=True) for rows, cols in shapes)
+        yield Weight("norms", 1, config.q_lora_rank)
+        yield linear(heads * config.qk_head_dim, config.q_lora_rank)
+    yield Weight("norms", 1, latent)
+    yield linear(heads * (config.qk_nope_head_dim + config.v_head_dim), latent)
+    yield linear(hidden, heads * config.v_head_dim)
+    yield Weight("norms", 1, hidden)
 
 
 def _feed_forward(config: ModelConfig) -> Iterator[Weight]:
     hidden, inter = config.hidden_size, config.intermediate_size
-    for rows, cols in ((2 * inter, hidden), (hidden, inter)):
-        yield Weight("dense_ffn", rows, cols, uses=1, fp8=True)
+    yield Weight("dense_ffn", 2 * inter, hidden, uses=1, fp8=True, parts=(inter, inter))
+    yield Weight("dense_ffn", hidden, inter, uses=1, fp8=True)
 
 
 def _experts(config: ModelConfig, *, ep: int) -> Iterator[Weight]:
@@ -154,13 +169,13 @@ def _experts(config: ModelConfig, *, ep: int) -> Iterator[Weight]:
     if config.scoring_func == "sigmoid":
         yield Weight("router_bias", 1, routed, fp32=True, trained=False)
     shared = config.n_shared_experts * inter
-    for rows, cols in ((2 * shared, hidden), (hidden, shared)):
-        if shared:
-            yield Weight("shared_experts", rows, cols, uses=1, fp8=True)
+    if shared:
+        yield Weight("shared_experts", 2 * shared, hidden, uses=1, fp8=True, parts=(shared, shared))
+        yield Weight("shared_experts", hidden, shared, uses=1, fp8=True)
     # A token of this rank meets topk experts somewhere in the group; balanced, this rank serves as many in return.
-    topk = config.num_experts_per_tok
-    for rows, cols in ((2 * inter, hidden), (hidden, inter)):
-        yield Weight("routed_experts", rows, cols, copies=routed // ep, uses=topk, fp8=True, expert=True)
+    local, topk = routed // ep, config.num_experts_per_tok
+    for rows, cols, parts in ((2 * inter, hidden, (inter, inter)), (hidden, inter, ())):
+        yield Weight("routed_experts", rows, cols, copies=local, uses=topk, fp8=True, expert=True, parts=parts)
 
 
 @dataclass(frozen=True)

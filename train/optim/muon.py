@@ -32,11 +32,9 @@ from train.model.moe import Experts
 from train.model.transformer import Transformer
 from train.optim.adamw import AdamW
 from train.optim.config import OptimConfig
+from train.optim.newton_schulz import COEFFICIENTS, STEPS, orthogonalize_flops
 from train.optim.offload import Segment
 
-# Quintic a x + b x^3 + c x^5, that takes singular values from (0, 1] to about 1, between 0.7 and 1.2, in five steps:
-# arXiv:2502.16982 §2.1.
-COEFFICIENTS, STEPS = (3.4445, -4.7750, 2.0315), 5
 # Root mean square of an update's elements, as AdamW's: arXiv:2502.16982 §2.2.
 UPDATE_RMS = 0.2
 _NORM_EPS = 1e-7
@@ -60,12 +58,6 @@ def orthogonalize(matrix: Tensor) -> Tensor:
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     orthogonal: Tensor = x.mT if tall else x
     return orthogonal.float()
-
-
-def orthogonalize_flops(rows: int, cols: int) -> int:
-    """Multiplications and additions of `orthogonalize`'s GEMMs."""
-    small, large = sorted((rows, cols))
-    return STEPS * (4 * small**2 * large + 2 * small**3)
 
 
 def rms_matched(matrix: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from train.stage import build_stages, stage_specs
 from train.studies.plan import dry_run as planned
 from train.studies.plan import memory as planner
 from train.studies.plan.dry_run import dry_run
-from train.studies.plan.memory import Memory, measure
+from train.studies.plan.memory import Known, Memory, measure
 from train.studies.plan.state_bytes import StateBytes, state_bytes
 
 GB = 1e9
@@ -107,7 +107,7 @@ def test_without_bf16_weights_a_rank_holds_two_bytes_a_weight_less() -> None:
             small(model_num_hidden_layers=4, precision_keep_bf16_weights=keep, **changes),
             rank=0,
             num_micro_batches=4,
-            known={},
+            known=Known(),
         )
         for keep in ("true", "false")
     )
@@ -435,7 +435,7 @@ def shown_bytes(output: str, name: str) -> float:
 def test_messages_between_stages_are_in_the_total() -> None:
     """1F1B on two ranks; the last holds one micro-batch when it is fullest, in backward."""
     config = small(layout_pp=2)
-    plan = planned.plan_pipeline_rank(config, 1, {})
+    plan = planned.plan_pipeline_rank(config, 1, Known())
     # Before its backward of micro-batch i: the gradient of i - 1 may be on its way, hidden state i + 1 may have come.
     assert plan.memory.messages == 2 * config.data.sequence_length * config.model.hidden_size * 2
     parts = plan.memory.state + plan.memory.held + plan.memory.transient
@@ -444,10 +444,28 @@ def test_messages_between_stages_are_in_the_total() -> None:
     assert shown_bytes(shown, "messages between stages, at most") == pytest.approx(plan.memory.messages, abs=5e3)
 
 
+def test_exchanges_in_flight_in_a_pair_are_in_the_total() -> None:
+    """DualPipeV, two nodes of two: a token to both nodes, from there to 2 ranks; sent and received, two at once."""
+    changes: dict[str, object] = {"layout_pp": 2, "layout_dp": 4, "layout_ep": 4, "model_num_hidden_layers": 4}
+    changes |= {"layout_dispatch": "node", "layout_ranks_per_node": 2}
+    changes |= {"schedule_batch_start_sequences": 16, "schedule_batch_full_sequences": 16}
+    plan = planned.plan_pipeline_rank(small(layout_schedule="DualPipeV", **changes), 0, Known())
+    exchange = 2 * (80 + 80) * 128 * 2
+    assert plan.memory.in_flight == 2 * exchange
+    assert plan.memory.total == sum(
+        (plan.memory.state, plan.memory.held, plan.memory.transient, plan.memory.messages, 2 * exchange)
+    )
+    line = next(line for line in planned._memory_table(plan.memory) if line.startswith("exchanges in flight in a pair"))
+    assert line.split()[-2:] == [f"{2 * exchange / 1e6:.2f}", "MB"]
+    assert (
+        planned.plan_pipeline_rank(small(layout_schedule="ZBVZeroBubble", **changes), 0, Known()).memory.in_flight == 0
+    )
+
+
 def test_uneven_routing_is_added_to_the_total_and_said_where_it_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small(layout_dp=4, layout_ep=4, data_sequence_length=1024)
     monkeypatch.setattr(planned, "size", lambda num_bytes: f"{num_bytes:.0f} B")
-    shown, memory = dry_run(config), planned.plan_pipeline_rank(config, 0, {}).memory
+    shown, memory = dry_run(config), planned.plan_pipeline_rank(config, 0, Known()).memory
     totals = [shown_bytes(shown, name) for name in ("1.0", "1.2", "1.5", "2.0", "total")]
     assert totals[0] == totals[-1] == memory.total
     assert totals[:4] == sorted(set(totals[:4]))

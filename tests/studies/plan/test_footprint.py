@@ -23,7 +23,7 @@ from train.studies.plan.dry_run import as_rank, plan_pipeline_rank
 from train.studies.plan.footprint import Footprint, breaking_imbalance, footprint, rows_at
 from train.studies.plan.kept import Work
 from train.studies.plan.live_bytes import LiveBytes
-from train.studies.plan.memory import Memory, balanced_dispatcher
+from train.studies.plan.memory import Known, Memory, balanced_dispatcher
 from train.studies.plan.moments import Moment, _in_flight, _messages, moments, moments_of
 from train.studies.plan.orders import SCHEDULES, Action, Orders, orders
 from train.studies.plan.stage_bytes import StageShape, stage_bytes
@@ -63,7 +63,9 @@ def observed(config: PretrainConfig, rank: int) -> dict[StageKind, ChunkBytes]:
         found = {}
         for stage in engine.stages.values():
             stage.begin(weights, StepMetrics(config.model, mesh.device))
-            found[StageKind.of(stage)] = observe(stage, hidden, inputs, live=live, traffic=Traffic())
+            found[StageKind.of(config.model, stage.model.spec)] = observe(
+                stage, hidden, inputs, live=live, traffic=Traffic()
+            )
     return found
 
 
@@ -122,7 +124,7 @@ def check_against_dry_run(
     candidate = candidate_of(config)
     written = orders(layout.schedule, layout.pp, candidate.chunks, count)
     held = moments(written, max_waiting_wgrads=layout.max_waiting_wgrads)
-    found, known = footprint(config, candidate, held), {}
+    found, known = footprint(config, candidate, held), Known()
     pairs = [(found[pp_rank], plan_pipeline_rank(config, pp_rank, known).memory) for pp_rank in pp_ranks]
     for closed, counted in pairs:
         for name in ("weights", "fp8_copies", "gradients", "masters", "moments", "dispatch"):

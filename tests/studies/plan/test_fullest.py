@@ -16,7 +16,7 @@ from tests.studies.plan.test_dry_run import small
 from train.config import ConfigError, PretrainConfig, changed_world, compose
 from train.studies.plan import dry_run as planner
 from train.studies.plan.dry_run import dry_run, plan_pipeline_rank, size
-from train.studies.plan.memory import Memory, measure
+from train.studies.plan.memory import Known, Memory, measure
 
 V = {"layout_pp": 2, "layout_schedule": "ZBVZeroBubble", "model_num_hidden_layers": 4, "run_recompute": "true"}
 
@@ -31,9 +31,9 @@ def by_brute_force(config: PretrainConfig, rank: int) -> Memory:
         dist.destroy_process_group()
 
 
-def check_against_brute_force(config: PretrainConfig) -> None:
+def check_against_brute_force(config: PretrainConfig) -> Known:
     """Every rank of the world is measured, to 4 bytes: the first step of a process makes one constant more."""
-    world, known = range(config.layout.world), {}
+    world, known = range(config.layout.world), Known()
     plans = [plan_pipeline_rank(config, pp_rank, known) for pp_rank in range(config.layout.pp)]
     real = [by_brute_force(config, rank) for rank in world]
     for plan in plans:
@@ -45,6 +45,7 @@ def check_against_brute_force(config: PretrainConfig) -> None:
         assert abs(alone.total - max(real[rank].total for rank in plan.ranks)) <= 4
     assert [rank for plan in plans for rank in plan.ranks] == list(world)
     assert len({plan.memory.total for plan in plans}) > 1, "ranks that are equal would prove nothing"
+    return known
 
 
 def test_the_fullest_rank_is_that_of_brute_force() -> None:
@@ -53,7 +54,7 @@ def test_the_fullest_rank_is_that_of_brute_force() -> None:
 
 def test_with_an_offloaded_state_it_is_the_data_rank_of_the_largest_buffers() -> None:
     config = small(layout_dp=4, optim_offload="cpu")
-    plan = plan_pipeline_rank(config, 0, {})
+    plan = plan_pipeline_rank(config, 0, Known())
     real = [by_brute_force(config, rank) for rank in range(4)]
     buffers = [memory.staging for memory in real]
     assert plan.rank == buffers.index(max(buffers))
@@ -74,6 +75,14 @@ def test_with_an_offloaded_state_it_is_the_data_rank_of_the_largest_buffers() ->
 )
 def test_the_fullest_rank_of_larger_worlds_is_that_of_brute_force(changes: dict[str, Any]) -> None:
     check_against_brute_force(small(**changes))
+
+
+@pytest.mark.long
+def test_a_rank_like_another_is_not_built_again() -> None:
+    """Of four ranks with a layer each the inner two differ in their place alone."""
+    layers = {"model_num_hidden_layers": 4, "layout_stage_layers": "[1,1,1,1]"}
+    known = check_against_brute_force(small(layout_pp=4, precision="fp8", **layers))
+    assert len(known.ranks) == len(known.stages) == 3
 
 
 def made_up(gigabytes: list[float], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.operators import FLOP_FORMULAS
 from kernels.router import select_experts
+from parallel.buckets import ALIGNMENT
 from parallel.layout import Layout
 from parallel.mesh import Axis
-from parallel.zero import ALIGNMENT, GradientBuckets
+from parallel.zero import GradientBuckets
 from tests.tiny_model import TINY
 from train.config import compose
 from train.model.attention import RopeTables

@@ -173,7 +173,12 @@ def base_config(store: Path, directory: Path, size: Size, overrides: Sequence[st
 
 
 def run(base: PretrainConfig, variant: Variant, seed: int) -> dict[str, Any]:
-    """Train one variant with one seed, or read its finished run.
+    """`train_or_read` of one variant with one seed."""
+    return train_or_read(run_config(base, variant, seed))
+
+
+def train_or_read(config: PretrainConfig) -> dict[str, Any]:
+    """Train a run, or read a finished one.
 
     Returns:
         records: the run's log; stopped: why it ended early (non-finite steps), or None; seconds: of this call.
@@ -181,7 +186,6 @@ def run(base: PretrainConfig, variant: Variant, seed: int) -> dict[str, Any]:
         ValueError: it was asked to stop before its end; or its folder holds a run with other settings or other losses.
     """
     start = time.monotonic()
-    config = run_config(base, variant, seed)
     # First, since a checkpoint of another model is refused for its tensors, and a killed run has no checkpoint.
     refuse_another(config)
     with locked(run_directory(config.run)):
@@ -189,7 +193,7 @@ def run(base: PretrainConfig, variant: Variant, seed: int) -> dict[str, Any]:
 
 
 def _run_locked(config: PretrainConfig, start: float) -> dict[str, Any]:
-    """The rest of `run`, in a directory that no other trainer uses."""
+    """The rest of `train_or_read`, in a directory that no other trainer uses."""
     trainer = Trainer(config, build_alone(config))
     trainer.resume()
     _refuse_changed(trainer.directory, trainer.changed)

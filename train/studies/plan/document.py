@@ -91,6 +91,7 @@ class Planner:
             implementation or self.ours,
             self.assumed.machine,
             self.config.data.sequence_length,
+            muon=self.config.optim.name == "muon",
         )
 
     def micro_batches(self, candidate: Candidate, batch: int | None = None) -> int:

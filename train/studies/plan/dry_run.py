@@ -8,9 +8,9 @@ A rank's own model, optimizer and pipeline schedule run: forward, backward, redu
 of one pipeline rank differ by the padding of their shares only; the fullest is found over all ranks. FLOPs and bytes on
 the wire are closed forms (`train/model/sizes.py`, `traffic.py`).
 
-Messages between stages that no micro-batch holds are the most that two neighbours allow (`moments.py`). Routing is
-never perfectly balanced: what more a rank needs then, and where it no longer fits, are differences in closed form
-(`footprint.py`).
+Messages between stages that no micro-batch holds are the most that two neighbours allow (`moments.py`), exchanges in
+flight in a pair of DualPipeV two whole ones. Routing is never perfectly balanced: what more a rank needs then, and
+where it no longer fits, are differences in closed form (`footprint.py`).
 
 Left out: what CUDA, NCCL and the allocator take for themselves (some GB) and temporaries inside kernels. Attention is
 counted as cuDNN's, also with `data.mask_documents`, where flash keeps v and o as wide as q. The batch
@@ -45,10 +45,17 @@ from train.stage import stage_specs
 from train.studies import measured
 from train.studies.measured import Rate, rate
 from train.studies.plan.candidate import candidate_of
-from train.studies.plan.footprint import IMBALANCES, RESERVED_BYTES, Footprint, breaking_imbalance, footprint, rows_at
-from train.studies.plan.memory import Memory, measure, share_bytes
+from train.studies.plan.footprint import (
+    IMBALANCES,
+    RESERVED_BYTES,
+    Footprint,
+    breaking_imbalance,
+    footprint,
+    in_flight_bytes,
+    rows_at,
+)
+from train.studies.plan.memory import Known, Memory, measure, share_bytes
 from train.studies.plan.moments import moments_of
-from train.studies.plan.stand_ins import ChunkBytes, StageKind
 from train.studies.plan.traffic import destinations_by_hop, expert_bytes, pipeline_bytes, update_bytes
 
 GB = 1e9
@@ -77,7 +84,7 @@ def dry_run(config: PretrainConfig) -> str:
         ValueError: `config.rank` is no rank of the layout.
     """
     started, world = time.perf_counter(), config.layout.world
-    known: dict[StageKind, ChunkBytes] = {}
+    known = Known()
     if isinstance(config.rank, int):
         if not 0 <= config.rank < world:
             raise ValueError(f"rank={config.rank} is not one of the {world} ranks: use 0 to {world - 1}, or all")
@@ -106,7 +113,7 @@ def as_rank(config: PretrainConfig, rank: int) -> Iterator[Mesh]:
         dist.destroy_process_group()
 
 
-def plan_pipeline_rank(config: PretrainConfig, pp_rank: int, known: dict[StageKind, ChunkBytes]) -> RankPlan:
+def plan_pipeline_rank(config: PretrainConfig, pp_rank: int, known: Known) -> RankPlan:
     """The fullest data rank of a pipeline rank; `known` as for `measure`."""
     layout = config.layout
     ranks = range(pp_rank * layout.dp, (pp_rank + 1) * layout.dp)
@@ -116,7 +123,7 @@ def plan_pipeline_rank(config: PretrainConfig, pp_rank: int, known: dict[StageKi
     return RankPlan(rank, ranks, _measured(config, rank, known), max(shares) - min(shares))
 
 
-def _measured(config: PretrainConfig, rank: int, known: dict[StageKind, ChunkBytes]) -> Memory:
+def _measured(config: PretrainConfig, rank: int, known: Known) -> Memory:
     # The full batch's peak: more micro-batches only repeat the same round. Fewer may have more in flight, but weight
     # gradients that wait for their slot hold more than the activations that they replace, and most of them wait from
     # 2 pp - 1 micro-batches on. One more lets a receive buffer meet them.
@@ -128,7 +135,8 @@ def _measured(config: PretrainConfig, rank: int, known: dict[StageKind, ChunkByt
     with as_rank(config, rank) as mesh:
         planned = [measure(config, mesh, num_micro_batches=count, known=known) for count in counts]
     memory = max(planned, key=lambda each: each.total)
-    return replace(memory, messages=round(_closed_form(config, rank, 1.0).messages))
+    in_flight = round(in_flight_bytes(config, candidate_of(config)))
+    return replace(memory, messages=round(_closed_form(config, rank, 1.0).messages), in_flight=in_flight)
 
 
 def _closed_form(config: PretrainConfig, rank: int, imbalance: float) -> Footprint:
@@ -166,7 +174,8 @@ def _all_table(config: PretrainConfig, plans: list[RankPlan]) -> list[str]:
     lines = [f"{'ranks':<13}{'pipeline rank':>13}" + "".join(f"{name:>13}" for name in columns) + f"{'of 80 GB':>13}"]
     for pp_rank, plan in enumerate(plans):
         memory = plan.memory
-        parts = (memory.state, memory.held, memory.transient, memory.messages, memory.total)
+        messages = memory.messages + memory.in_flight
+        parts = (memory.state, memory.held, memory.transient, messages, memory.total)
         sizes = "".join(f"{size(n):>13}" for n in parts)
         first, last = plan.ranks[0], plan.ranks[-1]
         left = DEVICE_GB - memory.total / GB
@@ -276,6 +285,7 @@ def _memory_table(memory: Memory) -> list[str]:
         ("temporaries above that, dispatch buffers apart", memory.transient - memory.dispatch),
         ("dispatch buffers", memory.dispatch),
         *([("messages between stages, at most", memory.messages)] if memory.messages else []),
+        *([("exchanges in flight in a pair, at most", memory.in_flight)] if memory.in_flight else []),
         ("total", memory.total),
     ]
     left = DEVICE_GB - memory.total / GB

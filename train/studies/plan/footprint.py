@@ -26,6 +26,7 @@ from train.model.sizes import BF16_BYTES, FP32_BYTES, Held, weights
 from train.studies.plan.candidate import Candidate
 from train.studies.plan.kept import Work
 from train.studies.plan.moments import Moment
+from train.studies.plan.orders import SCHEDULES
 from train.studies.plan.stage_bytes import StageBytes, StageShape, stage_bytes
 from train.studies.plan.state_bytes import StateBytes, state_bytes
 
@@ -107,6 +108,15 @@ def breaking_imbalance(
 def rows_at(config: PretrainConfig, candidate: Candidate, imbalance: float) -> int:
     """Rows of a rank's experts in one layer and micro-batch."""
     return replace(_work(config, candidate), imbalance=imbalance).rows
+
+
+def in_flight_bytes(config: PretrainConfig, candidate: Candidate) -> float:
+    """What exchanges in flight hold beside the two micro-batches of a pair, at most: one combine of each, all hops."""
+    work, waits = _work(config, candidate), candidate.dispatch == "deepep"
+    if not SCHEDULES[candidate.schedule].pairs or candidate.pp == 1 or candidate.ep == 1 or waits:
+        return 0.0
+    copies = work.sent + work.received + 2 * work.crossing
+    return 2.0 * sum(work.plain(copies, config.model.hidden_size))
 
 
 def _work(config: PretrainConfig, candidate: Candidate) -> Work:

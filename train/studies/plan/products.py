@@ -85,6 +85,7 @@ class Setup:
     implementation: Implementation
     machine: Machine
     sequence_length: int
+    muon: bool = False  # whether matrices are moved by it
 
     @property
     def tokens(self) -> int:

@@ -143,7 +143,8 @@ def _timed(
 
 
 def _setup(config: PretrainConfig, implementation: Implementation, machine: Machine, candidate: Candidate) -> Setup:
-    return Setup(config.model, candidate, implementation, machine, config.data.sequence_length)
+    muon = config.optim.name == "muon"
+    return Setup(config.model, candidate, implementation, machine, config.data.sequence_length, muon=muon)
 
 
 def shells(config: PretrainConfig, scope: Scope) -> Iterator[Candidate]:

@@ -1,9 +1,10 @@
 """Stand-ins for pipeline stages: one micro-batch of each kind of stage is measured, the others allocate what it did.
 
 Every micro-batch of a stage allocates the same, and so do stages with as many layers of each kind. So a plan runs two
-micro-batches through each kind of stage (`observe`), and the schedule of every rank (arXiv:2412.19437 §3.2.1) on
-modules that only allocate those bytes (`StandIn`). Order, receive buffers and waiting weight gradients stay those of
-the real pipeline; tests/studies/plan/test_fullest.py compares both, to 4 bytes.
+micro-batches through each kind of stage (`observe`), builds and updates each kind of rank once, and runs the schedule
+of every rank (arXiv:2412.19437 §3.2.1) on modules that only allocate those bytes (`StandIn`). Order, receive buffers
+and waiting weight gradients stay those of the real pipeline; tests/studies/plan/test_fullest.py compares both, to 4
+bytes.
 
 Shapes: inbound and output [sequences, tokens, hidden]; the output of the last stage is a scalar.
 """
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from kernels import deferred
 from kernels.formats import Quantized
 from parallel.collectives import Traffic
+from train.model.config import ModelConfig, StageSpec
 from train.stage import Stage
 from train.studies.plan.live_bytes import LiveBytes
 
@@ -33,10 +35,9 @@ class StageKind(NamedTuple):
     is_last: bool
 
     @classmethod
-    def of(cls, stage: Stage) -> StageKind:
-        """The kind of a stage."""
-        spec = stage.model.spec
-        moe = sum(stage.model.config.is_moe(layer_id) for layer_id in spec.layer_ids)
+    def of(cls, config: ModelConfig, spec: StageSpec) -> StageKind:
+        """The kind of a stage; `config` is of the whole model."""
+        moe = sum(config.is_moe(layer_id) for layer_id in spec.layer_ids)
         return cls(len(spec.layer_ids) - moe, moe, spec.is_first, spec.is_last)
 
 
@@ -113,13 +114,12 @@ def _run_chunk(stage: Stage, hidden: Tensor, inputs: Mapping[str, Tensor], live:
 class StandIn(nn.Module):
     """A module that allocates what a stage does, and returns an output of its shape.
 
-    keeps: whether it holds for the whole step what the stage's first micro-batch would have made.
+    What the stage's first micro-batch would make for all, it holds from the beginning.
     """
 
-    def __init__(self, found: ChunkBytes, *, output: Tensor, keeps: bool) -> None:
+    def __init__(self, found: ChunkBytes, *, output: Tensor) -> None:
         super().__init__()
-        self.found, self.like = found, output
-        self.kept = _empty(found.kept) if keeps else None
+        self.found, self.like, self.kept = found, output, _empty(found.kept)
         # Without a parameter the first stage's output would need no backward.
         self.anchor = nn.Parameter(torch.empty(0))
 

@@ -1,7 +1,8 @@
 """Seconds of an optimizer step on one pipeline rank, part by part (arXiv:2412.19437 §3.2, ZeRO-1).
 
     reduce gradients    FP32, over the data ranks of dense weights and the replicas of experts
-    AdamW               on the rank's shard: sum, master and moments, and the new weight
+    AdamW               on the rank's shard: sum, master and moments, and the new weight; or Muon's elementwise part
+    Newton-Schulz       and what travels for it: `muon.py`, with `optim=muon`
     gather weights      BF16, or E4M3 for FP8 linears whose BF16 weights are not kept
     FP8 copies          of all weights of FP8 linears, also transposed
 
@@ -17,6 +18,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from train.model.sizes import BF16_BYTES, E4M3_BYTES, FP32_BYTES, Held, Weight, weights
+from train.studies.plan.muon import muon_s
 from train.studies.plan.orders import SCHEDULES
 from train.studies.plan.products import Setup
 from train.studies.plan.traffic import gathered_bytes
@@ -24,6 +26,9 @@ from train.studies.plan.traffic import gathered_bytes
 # Bytes an element of a shard: the norm reads the sum; AdamW reads sum, master and two BF16 moments, and writes the last
 # three (`kernels/adamw.py`).
 NORM_BYTES, ADAMW_BYTES = 4, 4 + 2 * 4 + 2 * 2 * 2
+# Of an element that Muon moves, an operator at a time (`train/optim/muon.py`): momentum widened, decayed, the gradient
+# added, added to the gradient, rounded; then the master decayed and moved, and read for the new weight.
+MUON_BYTES = (2 + 4) + 2 * 4 + 3 * 4 + 3 * 4 + (4 + 2) + 2 * 4 + 3 * 4 + 4
 # Of an element of an FP8 linear: payload and transposed payload made from BF16, or the second from the first.
 CAST_BYTES, TRANSPOSE_BYTES = BF16_BYTES + 2 * E4M3_BYTES, 2 * E4M3_BYTES
 
@@ -48,8 +53,13 @@ def update_s(setup: Setup, held: Held) -> dict[str, float]:
         gathered = sum(map(travelling, mine)) if candidate.zero else FP32_BYTES * elements
         parts["gather weights"] += _ring_s(setup, gathered, ranks, stride)
         written = sum(_written_bytes(setup, weight) for weight in mine) / max(1, elements)
-        parts["AdamW"] += shard * (NORM_BYTES + ADAMW_BYTES + written) / memory
+        by_muon = sum(weight.elements for weight in mine if weight.by_muon and setup.muon) / max(1, elements)
+        moved = NORM_BYTES + by_muon * MUON_BYTES + (1 - by_muon) * ADAMW_BYTES
+        parts["AdamW"] += shard * (moved + written) / memory
     parts["FP8 copies"] = _fp8_bytes(setup, table) / memory
+    if setup.muon:
+        (_, dense_ranks, _), (_, expert_ranks, _) = axes
+        parts |= muon_s(setup, table, dense_ranks=dense_ranks, expert_ranks=expert_ranks)
     return parts
 
 
