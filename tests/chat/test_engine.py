@@ -137,6 +137,31 @@ def test_a_signal_ends_the_engine_and_is_no_failure_of_it(
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
+def test_a_signal_while_the_engine_starts_leaves_none_behind(
+    engine: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, "import time; time.sleep(600)")
+    begun = list[int]()
+
+    class Signalled(subprocess.Popen[bytes]):
+        def __init__(self, words: list[str], **settings: Any) -> None:
+            super().__init__(words, **settings)
+            if words[0] == sys.executable:
+                begun.append(self.pid)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Signalled)
+    with pytest.raises(SystemExit):
+        serve(engine, lambda: pytest.fail("it never answered"))
+    try:
+        with pytest.raises(ProcessLookupError):
+            os.kill(begun[0], 0)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(begun[0], signal.SIGKILL)
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
 def test_a_hangup_that_nohup_ignores_stays_ignored(engine: ModelServer, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, HEALTHY)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

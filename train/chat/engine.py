@@ -41,6 +41,7 @@ _NEEDS = {
     "vllm": (("vllm",), "pip install vllm"),
 }
 LOOK_EVERY_S, END_WITHIN_S = 0.1, 15.0
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -169,22 +170,26 @@ def running(
         _handled(_leave, signal.SIGTERM, signal.SIGHUP),
         _killer_of_orphans() as killer,
     ):
-        words, variables = engine.command(Path(scratch))
-        # A session of its own: Ctrl-C in the terminal reaches it through us only.
-        process = subprocess.Popen(
-            words, env={**environment, **variables}, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            start_new_session=True,
-        )  # fmt: skip
+        process = None
         try:
-            killer.write(b"%d\n" % process.pid)
+            words, variables = engine.command(Path(scratch))
+            # A signal while it starts would leave it behind.
+            with _held(*ENDING):
+                # A session of its own: Ctrl-C in the terminal reaches it through us only.
+                process = subprocess.Popen(
+                    words, env={**environment, **variables}, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                    start_new_session=True,
+                )  # fmt: skip
+                killer.write(b"%d\n" % process.pid)
             while process.poll() is None and not engine.is_healthy():
                 time.sleep(LOOK_EVERY_S)
             if process.poll() is None:
                 yield process
         finally:
-            ended_by_itself = process.poll() is not None
-            with _handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                _end(process)
+            ended_by_itself = process is not None and process.poll() is not None
+            with _handled(signal.SIG_IGN, *ENDING):
+                if process is not None:
+                    _end(process)
             if not ended_by_itself:
                 Path(log).unlink()
     if ended_by_itself:
@@ -217,6 +222,16 @@ def _handled(handler: Any, *numbers: int) -> Iterator[None]:
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+@contextmanager
+def _held(*numbers: int) -> Iterator[None]:
+    """Signals wait until the block has ended."""
+    came = list[int]()
+    with _handled(lambda number, _: came.append(number), *numbers):
+        yield
+    for number in came:
+        signal.raise_signal(number)
 
 
 def _leave(number: int, _: object) -> None:
