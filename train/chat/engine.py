@@ -41,6 +41,8 @@ _NEEDS = {
     "vllm": (("vllm",), "pip install vllm"),
 }
 LOOK_EVERY_S, END_WITHIN_S = 0.1, 15.0
+# At most, of a model, as hubs have it.
+NAME_CHARACTERS = 96
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -136,9 +138,9 @@ class ModelServer:
 
 
 def name_for_clients(folder: Path) -> str:
-    """A folder's name as engines take it: letters, digits and single `_`, `-` or `.`, at most 96."""
+    """A folder's name as engines take it: letters, digits and single `_`, `-` or `.`."""
     name = re.sub(r"([-.])[-.]+", r"\1", re.sub(r"[^\w.-]", "-", folder.resolve().name, flags=re.ASCII))
-    return name[:96].strip("-.") or "model"
+    return name[:NAME_CHARACTERS].strip("-.") or "model"
 
 
 def free_port(host: str) -> int:
