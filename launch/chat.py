@@ -52,9 +52,9 @@ def main(arguments: list[str]) -> int:
             **fields_of(given.extra),
         }
         options = {name: value for name, value in options.items() if value is not None}
-        with answering(given.where, given.engine, given.format, os.environ) as (url, name):
+        with answering(given.where, given.engine, given.format, os.environ, named=given.model) as (url, name):
             endpoint = Endpoint(url, os.environ.get(given.key_variable, "none"), retries=2, timeout_s=given.timeout)
-            model = given.model or name or asyncio.run(first_model(endpoint))
+            model = name or asyncio.run(first_model(endpoint))
             Chat(endpoint, model, Console(highlight=False), system=given.system, options=options).run(line_reader())
     except ChildProcessError as error:
         print(f"chat: {error}", file=sys.stderr)

@@ -84,10 +84,11 @@ def main(arguments: list[str]) -> int:
     try:
         problems = open_problems(options.source, size=options.size, seed=options.seed, run_code=options.run_code)
         settings = settings_of(options, options.model or "")
-        with answering(options.teacher, options.engine, options.format, os.environ) as (url, name):
+        teacher = answering(options.teacher, options.engine, options.format, os.environ, named=options.model)
+        with teacher as (url, name):
             key = os.environ.get(options.key_variable, "none")
             endpoint = Endpoint(url, key, options.in_flight, options.retries, options.timeout)
-            settings = replace(settings, model=options.model or name or asyncio.run(first_model(endpoint)))
+            settings = replace(settings, model=name or asyncio.run(first_model(endpoint)))
             claim(options.out, settings, problems)
             total = len(problems.distinct) * settings.samples
             asked = ask_into(options.out / SAMPLES, endpoint, settings.requests(problems), total=total)

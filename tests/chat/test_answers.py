@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from train.chat.answers import canonical, final_answer, same_answer
+from train.chat.problems import code_of
 from train.chat.thinking import Solution, solution_of, split_thinking
 from train.evaluate.unit_tests import CodeLimits, run_tests
 
@@ -43,6 +44,9 @@ def test_the_final_answer_is_what_the_text_states_last(text: str, answer: str | 
 def test_a_model_that_repeats_itself_costs_no_time() -> None:
     text = "<answer>" * 50000
     assert final_answer(text) == text
+    # Quadratic, it would take minutes.
+    text = "```" + " " * 500_000 + "`"
+    assert code_of(text) == text
 
 
 SAME = [

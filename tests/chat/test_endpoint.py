@@ -172,6 +172,20 @@ def test_too_many_requests_are_no_failure_of_the_endpoint(tmp_path: Path) -> Non
     assert (asked.failed, contents(tmp_path / "a.jsonl")) == ({"status 429": 1}, {"ill": "cured"})
 
 
+def test_no_proxy_leads_to_this_machine(
+    server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.delenv("no_proxy", raising=False)
+        endpoint = Endpoint(server.url, in_flight=1, retries=0)
+        assert ask(tmp_path / "a.jsonl", endpoint, requests("a")).answered == 1
+        assert [model.id for model in endpoint.client().models.list()] == list(server.models)
+    assert Endpoint("https://x").is_elsewhere
+
+
 def test_an_address_where_nobody_listens_is_given_up_long_before_an_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

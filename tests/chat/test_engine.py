@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -19,13 +21,14 @@ from typing import Any
 import pytest
 
 from launch import serve as serve_command
-from tests.huggingface.hf_folders import BF16, RAGGED, lively, save_checkpoint
+from tests.huggingface.hf_folders import BF16, RAGGED, lively, save_checkpoint, saved
 from train.chat import engine as engine_module
 from train.chat.engine import ModelServer, name_for_clients, running
 from train.data.store import file_sha256
 from train.huggingface import served
 from train.huggingface.answering import answering
-from train.huggingface.export import Exported, ExportOptions, refresh
+from train.huggingface.export import Exported, ExportOptions, export, refresh, remove
+from train.huggingface.safetensors_files import JOURNAL
 from train.huggingface.served import served_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +137,31 @@ def test_a_signal_ends_the_engine_and_is_no_failure_of_it(
     assert signal.getsignal(number) == before
     assert not engine.is_healthy()
     # Neither a log nor the links to the model.
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_a_signal_while_the_engine_starts_leaves_none_behind(
+    engine: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, "import time; time.sleep(600)")
+    begun = list[int]()
+
+    class Signalled(subprocess.Popen[bytes]):
+        def __init__(self, words: list[str], **settings: Any) -> None:
+            super().__init__(words, **settings)
+            if words[0] == sys.executable:
+                begun.append(self.pid)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Signalled)
+    with pytest.raises(SystemExit):
+        serve(engine, lambda: pytest.fail("it never answered"))
+    try:
+        with pytest.raises(ProcessLookupError):
+            os.kill(begun[0], 0)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(begun[0], signal.SIGKILL)
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
@@ -348,6 +376,54 @@ def test_an_export_that_is_served_stays_whole(tmp_path: Path) -> None:
     with served_folder(checkpoint, ExportOptions(), print) as again:
         assert files(again.path).keys() == before.keys()
         assert files(again.path) != before
+
+
+@pytest.mark.parametrize("deleted", [1, 3])
+def test_a_removal_that_is_killed_is_finished_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deleted: int
+) -> None:
+    """Killed after so many files, in whatever order the folder lists them."""
+    source, out, files = saved(lively(RAGGED, BF16), tmp_path / "run"), tmp_path / "out", list[Path]()
+    export(source, out, ExportOptions())
+    whole = {path.name for path in out.iterdir()}
+    unlink = Path.unlink
+
+    def until_killed(path: Path) -> None:
+        if len(files) == deleted:
+            raise KeyboardInterrupt
+        files.append(path)
+        unlink(path)
+
+    journal_first = [out / JOURNAL, *(path for path in out.iterdir() if path.name != JOURNAL)]
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "iterdir", lambda _: iter(journal_first))
+        killed.setattr(Path, "unlink", until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove(out)
+    assert (len(files), JOURNAL in {path.name for path in out.iterdir()}) == (deleted, True)
+    assert refresh(source, out, ExportOptions()).written in (0, 1)
+    assert {path.name for path in out.iterdir()} == whole
+
+
+def test_without_locks_nobodys_export_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    save_checkpoint(tmp_path / "run/checkpoints/step_00000001", lively(RAGGED, BF16))
+    with served_folder(tmp_path / "run", ExportOptions(), print) as first:
+        save_checkpoint(tmp_path / "run/checkpoints/step_00000002", lively(RAGGED, BF16))
+        with served_folder(tmp_path / "run", ExportOptions(), print) as second:
+            assert (first.path.name, second.path.name) == ("step_00000001", "step_00000002")
+            assert (first.path / "config.json").exists()
+
+
+def test_a_long_name_still_tells_checkpoints_apart(tmp_path: Path) -> None:
+    run = tmp_path / ("r" * 100)
+    save_checkpoint(run / "checkpoints/step_00000001", lively(RAGGED, BF16))
+    with served_folder(run, ExportOptions(), print) as folder:
+        assert (folder.name, folder.exact_name) == ("r" * 96, "r" * 77 + "-step_00000001-bf16")
+        assert name_for_clients(Path(folder.exact_name)) == folder.exact_name
 
 
 def test_of_two_that_serve_a_run_at_once_one_exports_and_the_other_waits(

@@ -211,6 +211,11 @@ def test_a_conversation_is_saved_once_and_brought_up_to_date(server: ScriptedSer
     # Where somebody took the line away, it comes again.
     assert put_line(path, "new\n", in_place_of="gone\n")
     assert path.read_text().endswith('again\'", "reasoning_content": "let me think"}]}\nnew\n')
+    # After a last line that an editor left without its end.
+    path.write_text("another's")
+    assert put_line(path, "old\n", in_place_of=None)
+    assert not put_line(path, "new\n", in_place_of="old\n")
+    assert path.read_text() == "another's\nnew\n"
 
 
 def test_a_message_ends_where_its_lines_do() -> None:

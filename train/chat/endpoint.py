@@ -93,11 +93,24 @@ class Endpoint:
         timeout = openai_module().Timeout(self.timeout_s, connect=min(CONNECT_S, self.timeout_s))
         return {"base_url": self.base_url, "api_key": self.key, "max_retries": self.retries, "timeout": timeout}
 
-    def client(self, *, sent: Callable[[Any], Any] | None = None) -> Any:
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether a proxy (`HTTP_PROXY`) may lead there: not to this machine."""
+        return urlsplit(self.url).hostname not in ("127.0.0.1", "localhost", "::1")
+
+    def client(self) -> Any:
+        """An `OpenAI`."""
+        openai, settings = openai_module(), self.settings()
+        http = openai.DefaultHttpxClient(timeout=settings["timeout"], trust_env=self.is_elsewhere)
+        return openai.OpenAI(http_client=http, **settings)
+
+    def async_client(self, *, sent: Callable[[Any], Any] | None = None) -> Any:
         """An `AsyncOpenAI`; `sent`, a coroutine function, is called with each HTTP request, retries included."""
         openai, settings = openai_module(), self.settings()
         hooks = {"request": [sent] if sent else []}
-        http = openai.DefaultAsyncHttpxClient(event_hooks=hooks, timeout=settings["timeout"])
+        http = openai.DefaultAsyncHttpxClient(
+            event_hooks=hooks, timeout=settings["timeout"], trust_env=self.is_elsewhere
+        )
         return openai.AsyncOpenAI(http_client=http, **settings)
 
 
@@ -116,7 +129,7 @@ async def first_model(endpoint: Endpoint) -> str:
     """The first model that the endpoint names; ValueError where it does not answer or has none."""
     openai = openai_module()
     try:
-        async with endpoint.client() as client:
+        async with endpoint.async_client() as client:
             listed = await client.get("/models", cast_to=object)
     except openai.OpenAIError as error:
         raise ValueError(f"{endpoint.public_url} does not say which models it has ({sentence_of(error)})") from None
@@ -221,7 +234,7 @@ async def ask_all(
             if asked.stopped:
                 return
 
-    async with endpoint.client(sent=count) as client:
+    async with endpoint.async_client(sent=count) as client:
         once = client.with_options(max_retries=0)
         await asyncio.gather(*(work(client, once) for _ in range(endpoint.in_flight)))
     return asked

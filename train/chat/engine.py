@@ -41,6 +41,9 @@ _NEEDS = {
     "vllm": (("vllm",), "pip install vllm"),
 }
 LOOK_EVERY_S, END_WITHIN_S = 0.1, 15.0
+# At most, of a model, as hubs have it.
+NAME_CHARACTERS = 96
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -135,9 +138,9 @@ class ModelServer:
 
 
 def name_for_clients(folder: Path) -> str:
-    """A folder's name as engines take it: letters, digits and single `_`, `-` or `.`, at most 96."""
+    """A folder's name as engines take it: letters, digits and single `_`, `-` or `.`."""
     name = re.sub(r"([-.])[-.]+", r"\1", re.sub(r"[^\w.-]", "-", folder.resolve().name, flags=re.ASCII))
-    return name[:96].strip("-.") or "model"
+    return name[:NAME_CHARACTERS].strip("-.") or "model"
 
 
 def free_port(host: str) -> int:
@@ -169,22 +172,26 @@ def running(
         _handled(_leave, signal.SIGTERM, signal.SIGHUP),
         _killer_of_orphans() as killer,
     ):
-        words, variables = engine.command(Path(scratch))
-        # A session of its own: Ctrl-C in the terminal reaches it through us only.
-        process = subprocess.Popen(
-            words, env={**environment, **variables}, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            start_new_session=True,
-        )  # fmt: skip
+        process = None
         try:
-            killer.write(b"%d\n" % process.pid)
+            words, variables = engine.command(Path(scratch))
+            # A signal while it starts would leave it behind.
+            with _held(*ENDING):
+                # A session of its own: Ctrl-C in the terminal reaches it through us only.
+                process = subprocess.Popen(
+                    words, env={**environment, **variables}, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                    start_new_session=True,
+                )  # fmt: skip
+                killer.write(b"%d\n" % process.pid)
             while process.poll() is None and not engine.is_healthy():
                 time.sleep(LOOK_EVERY_S)
             if process.poll() is None:
                 yield process
         finally:
-            ended_by_itself = process.poll() is not None
-            with _handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                _end(process)
+            ended_by_itself = process is not None and process.poll() is not None
+            with _handled(signal.SIG_IGN, *ENDING):
+                if process is not None:
+                    _end(process)
             if not ended_by_itself:
                 Path(log).unlink()
     if ended_by_itself:
@@ -217,6 +224,16 @@ def _handled(handler: Any, *numbers: int) -> Iterator[None]:
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+@contextmanager
+def _held(*numbers: int) -> Iterator[None]:
+    """Signals wait until the block has ended."""
+    came = list[int]()
+    with _handled(lambda number, _: came.append(number), *numbers):
+        yield
+    for number in came:
+        signal.raise_signal(number)
 
 
 def _leave(number: int, _: object) -> None:

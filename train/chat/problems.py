@@ -58,7 +58,8 @@ LETTER = "Put the letter of the right option within \\boxed{}."
 # Any of them makes a line a question with options.
 CHOICE_FIELDS = frozenset(("options", "choices", "correct answer"))
 # The line that begins a block of Markdown, and what the block is marked as.
-_FENCE = re.compile(r"[^`]*(`{3,})[ \t]*([^\s`]*)[^`]*")
+# Possessive: what does not match is given up at once.
+_FENCE = re.compile(r"[^`]*+(`{3,}+)[ \t]*+([^\s`]*+)[^`]*+")
 _PYTHON = re.compile(r"(python|py)[\d.]*", re.IGNORECASE)
 
 

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from train.chat.endpoint import Endpoint, openai_module, printable, sentence_of
 from train.chat.thinking import FIELDS, Solution, ThinkingStream, split_thinking
+from train.data.whole_file import write_whole
 
 QUOTES = '"""'
 HELP = """\
@@ -36,7 +37,7 @@ class Chat:
         self, endpoint: Endpoint, model: str, console: Console, *, system: str | None, options: Mapping[str, Any]
     ) -> None:
         self._openai = openai_module()
-        self._client = self._openai.OpenAI(**endpoint.settings())
+        self._client = endpoint.client()
         self._console, self._model, self._options = console, model, dict(options)
         self._system = [{"role": "system", "content": system}] if system else []
         self._turns: list[dict[str, str]] = []
@@ -81,7 +82,7 @@ class Chat:
         if not name or not self._turns:
             self._say("nothing to save yet" if name else "/save FILE: name a file")
             return
-        path = Path(name).absolute()
+        path = Path(name).resolve()
         line = json.dumps({"messages": self._system + self._turns}, ensure_ascii=False) + "\n"
         try:
             is_new = put_line(path, line, in_place_of=self._saved.get(path))
@@ -150,15 +151,14 @@ class Chat:
 def put_line(path: Path, line: str, *, in_place_of: str | None) -> bool:
     """Add a line to a file, unless an earlier one is still there, which it replaces; returns whether it was added."""
     new, old = line.encode(), (in_place_of or "").encode()
-    text = path.read_bytes() if old and path.exists() else b""
-    if not old or old not in text:
-        with path.open("ab") as file:
-            file.write(new)
-        return True
-    hidden = path.with_name(f".{path.name}.writing")
-    hidden.write_bytes(text.replace(old, new, 1))
-    hidden.replace(path)
-    return False
+    text = path.read_bytes() if path.is_file() else b""
+    if old and old in text:
+        write_whole(path, text.replace(old, new, 1))
+        return False
+    with path.open("ab") as file:
+        # An editor may have left the last line without its end.
+        file.write(b"\n" + new if text and not text.endswith(b"\n") else new)
+    return True
 
 
 def read_message(read: Callable[[str], str]) -> str:

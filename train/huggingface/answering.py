@@ -19,19 +19,21 @@ HOST = "127.0.0.1"
 
 @contextmanager
 def answering(
-    model: str, kind: EngineName, format: Format, environment: Mapping[str, str]
+    model: str, kind: EngineName, format: Format, environment: Mapping[str, str], *, named: str | None = None
 ) -> Iterator[tuple[str, str | None]]:
-    """(address, name of the model) of a run or folder that an engine serves; of an address as it is, (address, None).
+    """(address, name of the model) of a run or folder that an engine serves; of an address as it is, (address, named).
 
     The engine listens on a free port of loopback and ends with the block. Progress goes to stderr.
 
     Raises:
-        ValueError: there is nothing to serve, or it has no chat template.
+        ValueError: there is nothing to serve, or it has no chat template, or another name.
         ChildProcessError: the engine ended by itself.
     """
     if "://" in model:
-        yield model, None
+        yield model, named
         return
+    if named is not None:
+        raise ValueError(f"--model {named} names a model at an address, and {model} is none; leave it out")
     # Imported late: who asks an address should not wait for torch.
     from train.huggingface.export import ExportOptions
     from train.huggingface.served import served_folder
@@ -45,7 +47,8 @@ def answering(
         if not engine.chats:
             raise ValueError(
                 f"{folder.path} has no chat template: its tokeniser is not known, or has no marks for conversations "
-                "(launch/prepare.py --chat-marks)"
+                "(launch/prepare.py --chat-marks); where the store of its run is gone, "
+                "`python launch/serve.py RUN --tokenizer FILE` serves it"
             )
         with running(engine, environment, say):
             yield engine.url, engine.name

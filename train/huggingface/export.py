@@ -153,8 +153,16 @@ def refresh(source: WeightSource, out: Path, options: ExportOptions) -> Exported
         return done
     found = _journal(out).get("identity")
     if isinstance(found, dict) and found.get("direction") == "export" and found != work.identity:
-        shutil.rmtree(out)
+        remove(out)
     return _write(work, out)
+
+
+def remove(out: Path) -> None:
+    """Delete an export, its journal last: what a kill leaves is still known as one, to be finished or deleted."""
+    for path in out.iterdir():
+        if path.name != JOURNAL and not path.is_dir():
+            path.unlink()
+    shutil.rmtree(out)
 
 
 def _journal(out: Path) -> dict[str, Any]:

@@ -4,22 +4,21 @@
     RUN/served/bf16/lock             held while exports are made and removed
 
 Exports of other checkpoints that nobody serves are removed before one is made. Locks are the kernel's (`flock`): they
-go with their process.
+go with their process. Where the file system has none, no other export is removed.
 """
 
 from __future__ import annotations
 
 import fcntl
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from train.chat.engine import name_for_clients
+from train.chat.engine import NAME_CHARACTERS, name_for_clients
 from train.checkpoint.publish import NO_LOCKS
-from train.huggingface.export import Exported, ExportOptions, finished, refresh
+from train.huggingface.export import Exported, ExportOptions, finished, refresh, remove
 from train.huggingface.safetensors_files import JOURNAL
 from train.huggingface.weights import CheckpointReader, open_weights
 
@@ -57,13 +56,15 @@ def served_folder(model: Path, options: ExportOptions, say: Callable[[str], None
         for note in (*source.notes, *done.notes):
             say(f"  {note}")
         name = name_for_clients(run)
-        yield ServedFolder(out, name, name_for_clients(Path(f"{name}-{source.path.name}-{options.format}")))
+        # What tells exports apart is never cut off.
+        which = f"-{source.path.name}-{options.format}"
+        yield ServedFolder(out, name, name_for_clients(Path(name[: NAME_CHARACTERS - len(which)] + which)))
 
 
 def _export(source: CheckpointReader, out: Path, options: ExportOptions) -> Exported:
     for journal in out.parent.glob(f"*/{JOURNAL}"):
-        if journal.parent != out and not _is_in_use(journal):
-            shutil.rmtree(journal.parent)
+        if journal.parent != out and _is_in_use(journal) is False:
+            remove(journal.parent)
     if not (out / JOURNAL).exists() or not _is_in_use(out / JOURNAL):
         return refresh(source, out, options)
     if done := finished(source, out, options):
@@ -84,19 +85,21 @@ def _alone_in(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
             f"{folder} cannot be written ({error.strerror}); export elsewhere with launch/convert.py, and serve that"
         ) from None
     with file:
-        if not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        if _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is False:
             say(f"{folder}: waiting for another process, which exports there")
             _lock(file, fcntl.LOCK_EX)
         yield
 
 
-def _is_in_use(journal: Path) -> bool:
+def _is_in_use(journal: Path) -> bool | None:
+    """Whether somebody serves it; None where nobody can tell."""
     with journal.open("rb+") as file:
-        return not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        got = _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return None if got is None else not got
 
 
-def _lock(file: IO[bytes], how: int) -> bool:
-    """Whether the lock was got; a file system without locks gives it to everyone."""
+def _lock(file: IO[bytes], how: int) -> bool | None:
+    """Whether the lock was got; None on a file system without locks."""
     try:
         fcntl.flock(file, how)
     except BlockingIOError:
@@ -104,4 +107,5 @@ def _lock(file: IO[bytes], how: int) -> bool:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
+        return None
     return True
