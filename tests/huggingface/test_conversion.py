@@ -139,10 +139,10 @@ def killed_before(owner: object, function: str, names: str | tuple[str, ...], pa
 
 DEATHS: dict[str, Death] = {
     "in values": killed_in_values,
-    "with the second file under its hidden name": partial(killed_before, safetensors_files, "_rename", SECOND),
+    "with the second file under its hidden name": partial(killed_before, Path, "replace", SECOND),
     "with the second file not in the journal": partial(killed_before, Journal, "record", SECOND),
     # Nor may config.json be there, which makes the folder a model.
-    "with all weights but no index": partial(killed_before, safetensors_files, "_rename", INDEX),
+    "with all weights but no index": partial(killed_before, Path, "replace", INDEX),
 }
 
 
