@@ -66,20 +66,18 @@ def locked(directory: Path) -> Iterator[None]:
 
 def _lock(file: int, directory: Path) -> None:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        got = publish.lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise _unusable(directory, error) from error
+    if got is None:
+        _log.warning("%s: this file system has no locks, so a second trainer there would not be noticed", directory)
+    elif not got:
         try:
             owner = json.loads(os.pread(file, 4096, 0))
             who = publish.one_line(f"process {owner['pid']} on {owner['host']}")
         except (ValueError, KeyError, TypeError, RecursionError):
             who = "another process"
-        raise ValueError(
-            f"{directory} is in use: {who} trains there; wait for it, stop it, or choose another run.name"
-        ) from None
-    except OSError as error:
-        if error.errno not in publish.NO_LOCKS:
-            raise _unusable(directory, error) from error
-        _log.warning("%s: this file system has no locks, so a second trainer there would not be noticed", directory)
+        raise ValueError(f"{directory} is in use: {who} trains there; wait for it, stop it, or choose another run.name")
 
 
 def refuse_links(directory: Path) -> None:

@@ -20,6 +20,13 @@ def test_text_bytes_and_lines_are_written_in_place_of_what_was_there(tmp_path: P
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_for_few_eyes_stays_so(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.touch(mode=0o600)
+    write_whole(path, "after")
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
 def test_what_fails_leaves_the_file_as_it_was_and_no_draft(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("before")

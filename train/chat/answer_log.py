@@ -26,6 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from train.checkpoint.publish import lock
+
 FSYNC_EVERY_S = 5.0
 # Of every line: `json.dumps` keeps the order of `endpoint._line`.
 BEGINNING = b'{"custom_id"'
@@ -39,15 +41,13 @@ class AnswerLog:
         self.path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB) is False:
+                raise ValueError(f"{path} is written by another process; wait for it, or name another file")
             torn, self.ids = self._torn_line(), {line["custom_id"] for _, line in read_answers(path, whole_only=True)}
             if torn and not _is_torn(torn):
                 raise ValueError(f"{path} is no answer file; name another file to write to")
             os.ftruncate(self._file, os.fstat(self._file).st_size - len(torn))
-        except BlockingIOError:
-            os.close(self._file)
-            raise ValueError(f"{path} is written by another process; wait for it, or name another file") from None
-        except ValueError:
+        except (ValueError, OSError):
             os.close(self._file)
             raise
         self._synced_s = time.monotonic()

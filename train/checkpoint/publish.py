@@ -21,6 +21,7 @@ against that one guards that nothing here or in `train.checkpoint.dcp` can execu
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from train.data.store import file_sha256
 from train.data.whole_file import fsync_directory
@@ -40,7 +41,7 @@ DEEPEST = 64
 STATE = "state.json"
 SHARD_SUFFIX = ".safetensors"
 # What `flock` raises on a file system without locks.
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 _WRITING, _REPLACED, _PRUNED = ".writing-", ".replaced-", ".pruned-"
@@ -60,22 +61,30 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
+def lock(file: int | IO[bytes], how: int) -> bool | None:
+    """Whether `flock` got the lock of an open file; None on a file system without locks."""
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
+    return True
+
+
 def writing_path(target: Path) -> Path:
     """The hidden directory '.writing-<name>' in which `target` is prepared."""
     return target.with_name(_WRITING + target.name)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write a small file and wait until it is on the disk."""
     with path.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.write(json.dumps(value, indent=1, allow_nan=False))
         file.flush()
         os.fsync(file.fileno())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_text` of JSON."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False))
 
 
 def group_into_files(

@@ -10,14 +10,21 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
+def draft_of(path: Path) -> Path:
+    """Where a file is prepared: what a kill leaves behind."""
+    return path.with_name(f".writing-{path.name}")
+
+
 def write_whole(path: Path, content: str | bytes | Iterable[str]) -> None:
-    """Write a file, in place of an older one; what goes wrong leaves that as it was, and an OSError names it."""
+    """Write a file, in place of an older one with its mode; what goes wrong leaves that, and an OSError names it."""
     parts = [content] if isinstance(content, str | bytes) else content
-    draft = path.with_name(f".writing-{path.name}")
+    draft = draft_of(path)
     try:
         # Not through a link planted in the draft's place.
         draft.unlink(missing_ok=True)
         with draft.open("xb") as file:
+            if path.exists():
+                os.fchmod(file.fileno(), path.stat().st_mode & 0o7777)
             for part in parts:
                 file.write(part if isinstance(part, bytes) else part.encode())
             file.flush()

@@ -26,14 +26,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from train.checkpoint import publish
-from train.data.whole_file import fsync_directory, write_whole
+from train.data.whole_file import draft_of, fsync_directory, write_whole
 
 JOURNAL = "conversion.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn}
 # A released model has 163 files and a checkpoint may have thousands, but a process has only so many descriptors.
 OPEN_FILES = 32
 READ_ERRORS = (SafetensorError, OSError)
-_HIDDEN = ".writing-"
 _LFS = b"version https://git-lfs"
 
 
@@ -163,9 +162,7 @@ class Journal:
             self._read()
             return
         # A conversion killed at its very first write leaves the journal's hidden file.
-        if folder.exists() and (
-            not folder.is_dir() or any(path.name != f"{_HIDDEN}{JOURNAL}" for path in folder.iterdir())
-        ):
+        if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - {draft_of(self.path)}):
             raise ValueError(f"{folder} already holds something else; name a new or empty folder")
         folder.mkdir(parents=True, exist_ok=True)
         self._write()
@@ -204,7 +201,7 @@ def write_files(folder: Path, files: Iterable[ShardFile], produce: Produce, jour
         path = folder / file.name
         if journal.holds(path):
             continue
-        hidden = path.with_name(_HIDDEN + path.name)
+        hidden = draft_of(path)
         write_file(hidden, file, produce(file))
         entry = publish.entry_of(hidden)
         hidden.replace(path)

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from train.chat.engine import NAME_CHARACTERS, name_for_clients
-from train.checkpoint.publish import NO_LOCKS
+from train.checkpoint.publish import lock
 from train.huggingface.export import Exported, ExportOptions, finished, refresh, remove
 from train.huggingface.safetensors_files import JOURNAL
 from train.huggingface.weights import CheckpointReader, open_weights
@@ -51,7 +50,7 @@ def served_folder(model: Path, options: ExportOptions, say: Callable[[str], None
     with ExitStack() as in_use:
         with _alone_in(out.parent, say):
             done = _export(source, out, options)
-            _lock(in_use.enter_context((out / JOURNAL).open("rb")), fcntl.LOCK_SH)
+            lock(in_use.enter_context((out / JOURNAL).open("rb")), fcntl.LOCK_SH)
         say(f"{out}: {source.path} as {options.format}, {'written' if done.written else 'as it was'}")
         for note in (*source.notes, *done.notes):
             say(f"  {note}")
@@ -85,27 +84,14 @@ def _alone_in(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
             f"{folder} cannot be written ({error.strerror}); export elsewhere with launch/convert.py, and serve that"
         ) from None
     with file:
-        if _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is False:
+        if lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is False:
             say(f"{folder}: waiting for another process, which exports there")
-            _lock(file, fcntl.LOCK_EX)
+            lock(file, fcntl.LOCK_EX)
         yield
 
 
 def _is_in_use(journal: Path) -> bool | None:
     """Whether somebody serves it; None where nobody can tell."""
     with journal.open("rb+") as file:
-        got = _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        got = lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return None if got is None else not got
-
-
-def _lock(file: IO[bytes], how: int) -> bool | None:
-    """Whether the lock was got; None on a file system without locks."""
-    try:
-        fcntl.flock(file, how)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        return None
-    return True
