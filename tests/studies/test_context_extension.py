@@ -14,7 +14,7 @@ from train.data.batch import IGNORE_INDEX
 from train.studies.context_extension import __main__ as command
 from train.studies.context_extension import needles, runs
 from train.studies.context_extension.needles import NUM_KEYS, NUM_VALUES, Source, Symbols
-from train.studies.context_extension.pages import mean_of, spread_of
+from train.studies.context_extension.pages import mean_of
 
 SYMBOLS = Symbols(string.ascii_lowercase)
 SOURCE = Source([i % 26 for i in range(5000)], SYMBOLS)
@@ -81,10 +81,9 @@ def test_what_was_drawn_is_no_target_and_text_is_told_from_needles() -> None:
     assert needles.text_labels(SOURCE, labels).tolist() == [3, *[IGNORE_INDEX] * 3]
 
 
-def test_means_and_spreads_over_seeds() -> None:
+def test_means_over_seeds() -> None:
     seeds = [{"needles": {"128": {"0.0": share}}} for share in (0.5, 0.7, 0.9)]
     assert mean_of(seeds, "needles", "128", "0.0") == pytest.approx(0.7)
-    assert spread_of(seeds, "needles", "128", "0.0") == "70% (50% to 90%)"
 
 
 @pytest.mark.long

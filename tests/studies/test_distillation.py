@@ -17,7 +17,6 @@ from train.evaluate.language_model import LanguageModel
 from train.observe.sinks import read_run
 from train.studies.distillation import __main__ as command
 from train.studies.distillation import runs, stores, sums
-from train.studies.distillation.pages import spread
 from train.studies.distillation.stores import ANSWER_ONLY, ARMS, REASONING, UNVERIFIED, Distilled
 from train.studies.distillation.sums import DIGITS, Sum
 
@@ -73,7 +72,6 @@ def test_guesses_without_a_model() -> None:
         "3": 0.0,
         "4": 1.0,
     }
-    assert (spread([0.5, 0.7, 0.9]), spread([1.0, 1.0])) == ("70.0% (50.0% to 90.0%)", "100.0%")
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from train.config import PretrainConfig
 from train.data.ingest import Prepared, Recipe, prepare
 from train.data.store import strict_json
 from train.studies.ablation.runs import Size, base_config, interval, train_or_read
+from train.studies.recorded import head, write_files
 
 OPTIMIZERS = ("adamw", "muon")
 # The demo's peak in the middle.
@@ -88,15 +89,11 @@ def study(score: Score, seeds: Sequence[int]) -> dict[str, Any]:
 def tables(result: Mapping[str, Any]) -> str:
     """What was tuned and what was scored, as Markdown."""
     peaks = sorted({lr for name in OPTIMIZERS for lr in result[name]["grid"]})
-    lines = [
-        f"| seed {GRID_SEED}, peak of | {' | '.join(f'{lr:g}' for lr in peaks)} |",
-        "|---" * (len(peaks) + 1) + "|",
-    ]
+    lines = head(f"seed {GRID_SEED}, peak of", *(f"{lr:g}" for lr in peaks))
     for name in OPTIMIZERS:
         grid = result[name]["grid"]
         lines.append(f"| {name} | " + " | ".join(f"{grid[lr]:.4f}" if lr in grid else "" for lr in peaks) + " |")
-    seeds = " | ".join(f"seed {seed}" for seed in result["size"]["seeds"])
-    lines += ["", f"| | peak | {seeds} | mean (range) |", "|---" * (len(result["size"]["seeds"]) + 3) + "|"]
+    lines += ["", *head("", "peak", *(f"seed {seed}" for seed in result["size"]["seeds"]), "mean (range)")]
     for name in OPTIMIZERS:
         lines.append(_row(name, f"{result[name]['best']:g}", result[name]["bits_per_byte"]))
     differences = result["differences"]
@@ -134,8 +131,7 @@ def main(arguments: list[str]) -> int:
         found = study(score, size.seeds)
         result = found | {"size": asdict(size), "overrides": options.overrides, "torch": torch.__version__}
         texts = {"result.json": strict_json(result), "tables.md": tables(result)}
-        for name, text in texts.items():
-            (options.out / name).write_text(text, encoding="utf-8")
+        write_files(options.out, texts)
     except (ValueError, OSError) as error:
         print(f"optimizers: {error}", file=sys.stderr)
         return 2

@@ -14,6 +14,7 @@ from typing import Any
 
 from train.data.store import strict_json
 from train.studies.context_extension.needles import CHANCE, WITHOUT_ORDER
+from train.studies.recorded import head, spread, write_files
 
 # Of lengths; YaRN is a full line, without it a dashed one.
 COLOURS = {128: "#7a7a7a", 512: "#d1662a", 2048: "#1f5fa8"}
@@ -23,9 +24,7 @@ def write(result: Mapping[str, Any], directory: Path) -> list[Path]:
     """Write all files into a folder and return their paths."""
     texts = {"result.json": strict_json(result), "tables.md": tables(result)}
     texts["context_extension.html"] = picture(result).to_html(include_plotlyjs=True, config={"displayModeBar": False})
-    for name, text in texts.items():
-        (directory / name).write_text(text, encoding="utf-8")
-    return [directory / name for name in texts]
+    return write_files(directory, texts)
 
 
 def mean_of(seeds: Sequence[Mapping[str, Any]], *keys: str) -> float:
@@ -36,13 +35,6 @@ def mean_of(seeds: Sequence[Mapping[str, Any]], *keys: str) -> float:
     return statistics.fmean(values)
 
 
-def spread_of(seeds: Sequence[Mapping[str, Any]], *keys: str) -> str:
-    """The mean over seeds in percent, with the least and the most where there are several."""
-    each = [mean_of([seed], *keys) for seed in seeds]
-    whole = f"{statistics.fmean(each):.0%}"
-    return f"{whole} ({min(each):.0%} to {max(each):.0%})" if len(each) > 1 else whole
-
-
 def tables(result: Mapping[str, Any]) -> str:
     """Both tables as Markdown; the mean over seeds, least and most in brackets."""
     phases = result["phases"]
@@ -50,20 +42,16 @@ def tables(result: Mapping[str, Any]) -> str:
     cells = [(length, depth) for length, depths in first["needles"].items() for depth in depths]
     guesses = f"a guess is {CHANCE:.1%}, the key without the order {WITHOUT_ORDER:.0%}"
     lines = [f"Needles answered: {guesses}, depth 1 is the end", ""]
-    lines += _head("tokens", "depth", *phases)
+    lines += head("tokens", "depth", *phases)
     for length, depth in cells:
-        found = (spread_of(seeds, "needles", length, depth) for seeds in phases.values())
+        found = (spread([seed["needles"][length][depth] for seed in seeds]) for seeds in phases.values())
         lines.append(f"| {length} | {depth} | {' | '.join(found)} |")
-    lines += ["", "Nats a character of text, by the last position of a range", "", *_head("position", *phases)]
+    lines += ["", "Nats a character of text, by the last position of a range", "", *head("position", *phases)]
     for position in first["loss"]:
         losses = (f"{mean_of(seeds, 'loss', position):.3f}" for seeds in phases.values())
         lines.append(f"| {position} | {' | '.join(losses)} |")
     seconds = sum(seed["core_s"] for seeds in phases.values() for seed in seeds)
     return "\n".join([*lines, "", f"{seconds / 60:.0f} core-minutes; torch {result['torch']}", ""])
-
-
-def _head(*names: str) -> list[str]:
-    return [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
 
 
 def picture(result: Mapping[str, Any]) -> Any:

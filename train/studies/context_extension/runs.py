@@ -42,6 +42,7 @@ from train.stage import build_stages
 from train.step import apply_update, compute_gradients
 from train.studies.context_extension import needles
 from train.studies.context_extension.needles import Source
+from train.studies.recorded import claim_folder
 
 LENGTHS = (128, 512, 2048)
 # Of a step of the first training, drawn: in short documents a needle is found sooner. Of needles of an easier form 400
@@ -114,12 +115,7 @@ def study(source: Source, folder: Path, size: StudySize, *, log: Callable[[str],
     Raises:
         ValueError: the folder holds a study of another size or model.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = strict_json({"size": asdict(size), "model": MODEL, "yarn": asdict(YARN)})
-    known = folder / "settings.json"
-    if known.exists() and known.read_text(encoding="utf-8") != settings:
-        raise ValueError(f"{folder} holds a study with other settings: give --out another folder, or delete it")
-    known.write_text(settings, encoding="utf-8")
+    claim_folder(folder, {"size": asdict(size), "model": MODEL, "yarn": asdict(YARN)})
     found: dict[str, list[dict[str, Any]]] = {phase.name: [] for phase in PHASES}
     for seed in size.seeds:
         for phase in PHASES:

@@ -13,7 +13,6 @@ from pathlib import Path
 import datasets
 import torch
 
-from train.observe.guards import TrainingStopped
 from train.studies.distillation.pages import tables, write
 from train.studies.distillation.runs import SMOKE, DistillationSize, study
 
@@ -30,7 +29,7 @@ def main(arguments: list[str]) -> int:
     try:
         result = study(options.out, SMOKE if options.smoke else DistillationSize())
         paths = write(result, options.out)
-    except (ValueError, OSError, TrainingStopped) as error:
+    except (ValueError, OSError) as error:
         print(f"distillation: {error}", file=sys.stderr)
         return 2
     print(f"\n{tables(result)}\n{', '.join(map(str, paths))}")

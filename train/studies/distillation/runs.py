@@ -10,7 +10,6 @@ A run that was stopped goes on from its checkpoint; what was measured of one is 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,6 @@ from typing import Any
 
 import torch
 
-from train.assemble import build_alone
 from train.chat.answers import same_answer
 from train.chat.messages import read_row
 from train.chat.render import ChatEncoder
@@ -28,15 +26,17 @@ from train.chat.thinking import Solution, split_thinking
 from train.config import compose
 from train.data.best_fit import ConversationPacking
 from train.data.store import strict_json
+from train.data.whole_file import write_whole
 from train.evaluate.language_model import LanguageModel
 from train.huggingface.weights import load_model, open_weights, tokenizer_of
-from train.run_directory import locked, run_directory
+from train.run_directory import run_directory
+from train.studies.ablation.runs import train_or_read
 from train.studies.distillation import sums
 from train.studies.distillation.stores import ARMS, BASE, VOCAB_SIZE, Distilled, folder_of, make_stores
 from train.studies.distillation.sums import Sum
-from train.trainer import Trainer
+from train.studies.recorded import claim_folder
 
-# Positions of a sample: two conversations with working, of 56 ids each; of these an answer has 43.
+# Positions of a sample: two conversations with working, of 55 each; of these an answer has 43 ids.
 LENGTH, NEW_TOKENS = 110, 64
 MODEL = {
     "vocab_size": VOCAB_SIZE,
@@ -86,12 +86,7 @@ def study(folder: Path, size: DistillationSize, *, log: Callable[[str], None] = 
     Raises:
         ValueError: the folder holds a study of another size or model, or a run was asked to stop.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = strict_json({"size": asdict(size), "model": MODEL})
-    known = folder / "settings.json"
-    if known.exists() and known.read_text(encoding="utf-8") != settings:
-        raise ValueError(f"{folder} holds a study with other settings: give --out another folder, or delete it")
-    known.write_text(settings, encoding="utf-8")
+    claim_folder(folder, {"size": asdict(size), "model": MODEL})
     training, test = sums.draw(size.training, size.test, seed=0)
     stores = {arm: _describe(each, size) for arm, each in make_stores(folder, training, samples=size.samples).items()}
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
@@ -126,13 +121,10 @@ def _describe(arm: Distilled, size: DistillationSize) -> dict[str, Any]:
 
 
 def _stored(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What the file holds; computed and written first, in one rename, unless it is there."""
+    """What the file holds; computed and written first unless it is there."""
     if not path.exists():
-        text = strict_json(compute())
         path.parent.mkdir(exist_ok=True)
-        unfinished = path.with_suffix(".partial")
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
+        write_whole(path, strict_json(compute()))
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -193,16 +185,11 @@ def _tuned(folder: Path, size: DistillationSize, arm: str, seed: int) -> list[st
 
 
 def fit(overrides: Sequence[str]) -> Path:
-    """A run of the trainer to its end, from where it stopped; its folder. ValueError where it was asked to stop."""
+    """A run of the trainer to its end, from where it stopped; its folder. ValueError where it did not reach it."""
     config = compose(list(overrides))
-    with locked(run_directory(config.run)):
-        trainer = Trainer(config, build_alone(config))
-        trainer.resume()
-        if not trainer.budget_is_spent():
-            trainer.fit()
-        if not trainer.budget_is_spent():
-            raise ValueError(f"stopped in {config.run.name} at step {trainer.state.step}; the same command goes on")
-        return trainer.directory
+    if stopped := train_or_read(config)["stopped"]:
+        raise ValueError(f"{config.run.name}: {stopped}")
+    return run_directory(config.run)
 
 
 def measure(run: Path, test: Sequence[Sum]) -> dict[str, Any]:
