@@ -28,8 +28,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="chat", description="Chat with a model.")
     add = parser.add_argument
     add("where", metavar="RUN|FOLDER|URL", help="a run, a Hugging Face folder, or an endpoint, http://HOST:PORT")
-    add("--engine", default="transformers", choices=("transformers", "vllm"), help="of a run or folder (%(default)s)")
-    add("--format", default="bf16", choices=("bf16", "fp8", "fp32"), help="of a run's export (%(default)s)")
+    add("--engine", choices=("transformers", "vllm"), help="of a run or folder (transformers)")
+    add("--format", choices=("bf16", "fp8", "fp32"), help="of a run's export (bf16)")
     add("--model", help="its name at an endpoint (default: the first that it has)")
     add("--system", help="the system's message, before all others")
     add("--temperature", type=float, default=0.6, help="(%(default)s)")

@@ -36,8 +36,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("source", help="JSONL of problems with answers or tests, or reasoning-gym:FAMILY")
     add("--teacher", required=True, help="an endpoint of OpenAI's form, http://HOST:PORT, a run or an exported folder")
-    add("--engine", default="transformers", choices=("transformers", "vllm"), help="of a run or folder (%(default)s)")
-    add("--format", default="bf16", choices=("bf16", "fp8", "fp32"), help="of a run's export (%(default)s)")
+    add("--engine", choices=("transformers", "vllm"), help="of a run or folder (transformers)")
+    add("--format", choices=("bf16", "fp8", "fp32"), help="of a run's export (bf16)")
     add("--out", type=Path, required=True, help="folder to make, or to go on with")
     add("--model", help="name of the teacher at an endpoint (default: the first that it has)")
     add("--key-variable", default="OPENAI_API_KEY", help="environment variable with the endpoint's key (%(default)s)")

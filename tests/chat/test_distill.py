@@ -249,6 +249,10 @@ def test_a_folder_is_served_for_as_long_as_it_is_the_teacher(
     asked = [str(problems), "--teacher", str(folder), "--out", str(tmp_path / "out"), "--samples", "1"]
     assert main(asked) == 2
     assert "teacher has no chat template" in capsys.readouterr().err
+    assert main([*asked[:1], "--teacher", "http://127.0.0.1:1", "--out", asked[4], "--format", "fp8"]) == 2
+    assert (
+        "--engine and --format are of what is served here, and http://127.0.0.1:1 is served" in capsys.readouterr().err
+    )
     assert main([*asked, "--model", "x"]) == 2
     assert f"--model x names a model at an address, and {folder} is none" in capsys.readouterr().err
     (folder / "chat_template.jinja").touch()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import io
 import json
 import re
@@ -249,6 +251,15 @@ def test_the_words_of_a_server_are_no_markup_and_do_not_steer_the_terminal(
     ask_into(tmp_path / "a", Endpoint("http://x"), [], total=0, console=Console(file=shown, width=200))
     assert shown.getvalue().count("no ]0;title[/b] model") == 2
     assert "\x1b" not in shown.getvalue()
+
+
+def test_a_file_system_without_locks_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with AnswerLog(tmp_path / "a.jsonl") as log:
+        assert log.ids == set()
 
 
 def test_mistakes_are_named(server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

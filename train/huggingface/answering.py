@@ -19,17 +19,25 @@ HOST = "127.0.0.1"
 
 @contextmanager
 def answering(
-    model: str, kind: EngineName, format: Format, environment: Mapping[str, str], *, named: str | None = None
+    model: str,
+    kind: EngineName | None,
+    format: Format | None,
+    environment: Mapping[str, str],
+    *,
+    named: str | None = None,
 ) -> Iterator[tuple[str, str | None]]:
     """(address, name of the model) of a run or folder that an engine serves; of an address as it is, (address, named).
 
-    The engine listens on a free port of loopback and ends with the block. Progress goes to stderr.
+    The engine, transformers if not said, listens on a free port of loopback and ends with the block; a run is exported
+    in BF16 if not said. Progress goes to stderr.
 
     Raises:
-        ValueError: there is nothing to serve, or it has no chat template, or another name.
+        ValueError: there is nothing to serve, or it has no chat template, or what is said is of the other kind.
         ChildProcessError: the engine ended by itself.
     """
     if "://" in model:
+        if kind or format:
+            raise ValueError(f"--engine and --format are of what is served here, and {model} is served; leave them out")
         yield model, named
         return
     if named is not None:
@@ -41,8 +49,9 @@ def answering(
     if not Path(model).is_dir():
         raise ValueError(f"{model} is neither a folder nor an address; give runs/NAME or http://HOST:PORT")
     say = partial(print, file=sys.stderr, flush=True)
+    kind = kind or "transformers"
     ModelServer(kind, Path(model), "model", HOST, 0).check_machine()
-    with served_folder(Path(model), ExportOptions(format), say) as folder:
+    with served_folder(Path(model), ExportOptions(format or "bf16"), say) as folder:
         engine = ModelServer(kind, folder.path, folder.exact_name, HOST, free_port(HOST))
         if not engine.chats:
             raise ValueError(
