@@ -65,6 +65,7 @@ def test_short_sequences_show_every_query(tokens: int) -> None:
 def test_of_a_long_sequence_every_stride_th_query_up_to_the_last_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampled, "QUERIES", 33)
     monkeypatch.setattr(sampled, "BLOCK", 4)
+    monkeypatch.setattr(sampled, "KEYS", 10)
     q, k = queries_and_keys(129)
     expected = every_logit(q, k, None)[:, :, torch.arange(0, 129, 4)].amax((0, 2, 3))
     found = max_logits(q, k, scale=0.3, documents=None)

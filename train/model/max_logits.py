@@ -21,9 +21,8 @@ from kernels.attention import Packed
 from kernels.formats import ceil_div
 
 QUERIES = 512
-# Scores of one product and head, and its queries at most: 67 MB with V3's heads in BF16, of 64 queries at 4096 tokens,
-# of 2 at 131,072. So they are at most half of what attention writes right after them.
-SCORES, BLOCK = 64 * 4096, 64
+# Queries and keys of one product at most: 67 MB of scores with V3's heads in BF16, less than attention writes after it.
+BLOCK, KEYS = 64, 4096
 
 
 @torch.no_grad()
@@ -38,14 +37,14 @@ def max_logits(q: Tensor, k: Tensor, *, scale: float, documents: Packed | None) 
     places, starts = torch.arange(tokens, device=q.device), _document_starts(q, documents)
     sampled = places.flip(0)[::stride].flip(0)  # [queries]
     found = torch.full(q.shape[1:2], float("-inf"), device=q.device)  # [heads]
-    block = max(1, min(BLOCK, SCORES // tokens))
     # Of one sequence at a time: a product of several would copy all keys.
-    for (queries, every_key, start), first in product(zip(q, k, starts, strict=True), range(0, len(sampled), block)):
+    for (queries, every_key, start), first in product(zip(q, k, starts, strict=True), range(0, len(sampled), BLOCK)):
         # Keys after the last query of the block are read by none; its place is known without asking the device.
-        end = tokens - stride * max(len(sampled) - first - block, 0)
-        rows, keys = sampled[first : first + block], places[:end]
-        hidden = (keys > rows[:, None]) | (keys < start[rows, None])  # [rows, keys]
-        found = torch.maximum(found, _largest_scores(queries[:, rows], every_key[:, :end], hidden) * scale)
+        end = tokens - stride * max(len(sampled) - first - BLOCK, 0)
+        rows = sampled[first : first + BLOCK]
+        for keys, of_keys in zip(places[:end].split(KEYS), every_key[:, :end].split(KEYS, dim=1), strict=True):
+            hidden = (keys > rows[:, None]) | (keys < start[rows, None])  # [rows, keys]
+            found = torch.maximum(found, _largest_scores(queries[:, rows], of_keys, hidden) * scale)
     return found
 
 
