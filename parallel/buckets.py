@@ -38,7 +38,7 @@ class BucketPlan(Generic[Dtype]):
     numel: int
 
     def owned(self, rank: int, *, shards: int) -> Iterator[tuple[BucketRange, int, int]]:
-        """Each range with its elements in one of so many equal shards: from, to; not below to where it has none."""
+        """Each range with its elements in one of so many equal shards: from, to; from >= to where it has none."""
         length = self.numel // shards
         for each in self.ranges:
             yield each, max(rank * length, each.start), min((rank + 1) * length, each.start + each.numel)

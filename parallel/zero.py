@@ -30,8 +30,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.deferred import accumulate_grad, backwards_due, forget, is_fresh, settle
-from parallel import buckets
 from parallel.buckets import BUCKET_BYTES, BucketRange, plan_buckets
+from parallel.buckets import BucketPlan as PlanOf
 from parallel.mesh import Axis
 from parallel.shards import Shard
 from parallel.waiting import waiting
@@ -44,7 +44,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-BucketPlan = buckets.BucketPlan[torch.dtype]
+BucketPlan = PlanOf[torch.dtype]
 
 # What updates one parameter shard: name, and where its new weights are to be written, [elements] of any dtype.
 WeightUpdate = Callable[[str, Tensor], None]

@@ -19,7 +19,7 @@ PAIR_S = 0.061
 BIAS = 1.24
 COMPONENTS = {
     "weights": 3.3, "fp8_copies": 3.3, "gradients": 6.6, "masters": 1.0, "moments": 1.0, "activations": 40.0,
-    "messages": 0.9, "temporaries": 2.5, "dispatch": 1.6, "reserved": 4.0,
+    "messages": 0.9, "temporaries": 2.5, "dispatch": 1.6, "in_flight": 0.0, "reserved": 4.0,
 }  # fmt: skip
 SCHEDULES = ("DualPipeV", "ZBVZeroBubble", "1F1B", "Interleaved1F1B")
 LOADS = {"run": "runs/before", "first_step": 901, "last_step": 1000, "in_time": 1.3, "in_memory": 1.1}

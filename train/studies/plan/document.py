@@ -26,7 +26,18 @@ from train.studies.plan.moments import Moment, moments_of
 from train.studies.plan.orders import refusal, stages_of_rank
 from train.studies.plan.predict import Prediction, predict
 from train.studies.plan.products import Implementation, Machine, Setup, mean_octaves
-from train.studies.plan.search import ALL, TODAY, Found, Scope, crosses, flips, runs_today, search, split_by_time
+from train.studies.plan.search import (
+    ALL,
+    TODAY,
+    Found,
+    Scope,
+    crosses,
+    flips,
+    runs_today,
+    search,
+    setup_for,
+    split_by_time,
+)
 from train.studies.plan.tables import Figure
 from train.studies.plan.timeline import seconds_by_class
 from train.studies.plan.words import words
@@ -85,14 +96,7 @@ class Planner:
 
     def setup(self, candidate: Candidate, implementation: Implementation | None = None) -> Setup:
         """What decides the time of a layout."""
-        return Setup(
-            self.config.model,
-            candidate,
-            implementation or self.ours,
-            self.assumed.machine,
-            self.config.data.sequence_length,
-            muon=self.config.optim.name == "muon",
-        )
+        return setup_for(self.config, implementation or self.ours, self.assumed.machine, candidate)
 
     def micro_batches(self, candidate: Candidate, batch: int | None = None) -> int:
         """Of one pipeline and step of so many sequences; None: of the full batch."""

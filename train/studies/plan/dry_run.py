@@ -45,15 +45,7 @@ from train.stage import stage_specs
 from train.studies import measured
 from train.studies.measured import Rate, rate
 from train.studies.plan.candidate import candidate_of
-from train.studies.plan.footprint import (
-    IMBALANCES,
-    RESERVED_BYTES,
-    Footprint,
-    breaking_imbalance,
-    footprint,
-    in_flight_bytes,
-    rows_at,
-)
+from train.studies.plan.footprint import IMBALANCES, RESERVED_BYTES, Footprint, breaking_imbalance, footprint, rows_at
 from train.studies.plan.memory import Known, Memory, measure, share_bytes
 from train.studies.plan.moments import moments_of
 from train.studies.plan.traffic import destinations_by_hop, expert_bytes, pipeline_bytes, update_bytes
@@ -135,8 +127,8 @@ def _measured(config: PretrainConfig, rank: int, known: Known) -> Memory:
     with as_rank(config, rank) as mesh:
         planned = [measure(config, mesh, num_micro_batches=count, known=known) for count in counts]
     memory = max(planned, key=lambda each: each.total)
-    in_flight = round(in_flight_bytes(config, candidate_of(config)))
-    return replace(memory, messages=round(_closed_form(config, rank, 1.0).messages), in_flight=in_flight)
+    closed = _closed_form(config, rank, 1.0)
+    return replace(memory, messages=round(closed.messages), in_flight=round(closed.in_flight))
 
 
 def _closed_form(config: PretrainConfig, rank: int, imbalance: float) -> Footprint:

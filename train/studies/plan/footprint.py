@@ -5,6 +5,7 @@
                   leaves most of them
     temporaries   how far the highest moment of a step lies above that, buffers of the exchange apart
     messages      hidden states and gradients between ranks that micro-batches do not hold (`moments.py`)
+    in_flight     exchanges of a pair, beside both micro-batches
     reserved      what CUDA, NCCL and the allocator take: assumed, not measured
 
 Of the ranks with equal layers, the one with the largest share of the optimizer's states. Routing is as even as
@@ -50,6 +51,7 @@ class Footprint:
     messages: float
     temporaries: float
     dispatch: float
+    in_flight: float
     reserved: float = RESERVED_BYTES
 
     @property
@@ -110,15 +112,6 @@ def rows_at(config: PretrainConfig, candidate: Candidate, imbalance: float) -> i
     return replace(_work(config, candidate), imbalance=imbalance).rows
 
 
-def in_flight_bytes(config: PretrainConfig, candidate: Candidate) -> float:
-    """What exchanges in flight hold beside the two micro-batches of a pair, at most: one combine of each, all hops."""
-    work, waits = _work(config, candidate), candidate.dispatch == "deepep"
-    if not SCHEDULES[candidate.schedule].pairs or candidate.pp == 1 or candidate.ep == 1 or waits:
-        return 0.0
-    copies = work.sent + work.received + 2 * work.crossing
-    return 2.0 * sum(work.plain(copies, config.model.hidden_size))
-
-
 def _work(config: PretrainConfig, candidate: Candidate) -> Work:
     return Work(
         model=config.model,
@@ -173,7 +166,17 @@ def _of_rank(
         if highest + under_way > peak + messages:
             peak, messages = highest, under_way
     dispatch = max(each.dispatch for each in held.values())
-    return Footprint(*state, activations, messages, max(0.0, peak - activations - dispatch), dispatch)
+    temporaries = max(0.0, peak - activations - dispatch)
+    return Footprint(*state, activations, messages, temporaries, dispatch, _in_flight(candidate, work))
+
+
+def _in_flight(candidate: Candidate, work: Work) -> float:
+    """At most: one combine of each of a pair's two micro-batches, all hops."""
+    waits = candidate.dispatch == "deepep"
+    if not SCHEDULES[candidate.schedule].pairs or candidate.pp == 1 or candidate.ep == 1 or waits:
+        return 0.0
+    copies = work.sent + work.received + 2 * work.crossing
+    return 2.0 * sum(work.plain(copies, work.model.hidden_size))
 
 
 def _rise(stage: StageBytes, kind: str) -> float:

@@ -35,8 +35,6 @@ STATE = {
     "masters": "FP32 masters, this rank's share",
     "moments": "moments, this rank's share",
 }
-# Components of a plan that one peak measures together.
-STEP = ("activations", "messages", "temporaries", "dispatch")
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 Unit = Literal["s", "tokens/s", "bytes"]
@@ -166,7 +164,8 @@ def _memory(document: Any, measured: Measured) -> Iterable[Compared]:
     found = measured.memory_bytes
     for name, what in STATE.items():
         yield Compared(f"{name}_bytes", what, "bytes", _figure(planned[name]), found[name])
-    step = sum(_figure(planned[name]) for name in STEP)
+    # What one peak measures together.
+    step = sum(_figure(value) for name, value in planned.items() if name not in (*STATE, "reserved"))
     yield Compared("step_bytes", "above them at the peak", "bytes", step, found.get("step"))
     yield Compared("reserved_bytes", "CUDA, NCCL", "bytes", _figure(planned["reserved"]), found.get("reserved"))
     total = step + sum(_figure(planned[name]) for name in (*STATE, "reserved"))

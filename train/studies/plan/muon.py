@@ -1,7 +1,8 @@
 """Seconds of Muon's whole matrices on one pipeline rank (arXiv:2502.16982 §2.3; `parallel/matrices.py`).
 
     Newton-Schulz    of the rank of each axis that has most to compute: BF16 products at measured speeds, and what is
-                     elementwise at the memory's rate; without ZeRO of all matrices
+                     elementwise at the memory's rate, copies into and out of whole matrices apart; without ZeRO of all
+                     matrices
     matrices         FP32 elements that their owner does not hold, there and back
 
 Buckets, shards and owners are found by the trainer's own functions of the sizes (`parallel/buckets.py`). Nothing
@@ -32,11 +33,6 @@ class RankShare:
 
     matrices: tuple[tuple[int, int], ...]
     sent: int
-
-    @property
-    def flops(self) -> int:
-        """Of its products."""
-        return sum(orthogonalize_flops(*each) for each in self.matrices)
 
 
 @functools.cache

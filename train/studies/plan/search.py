@@ -97,7 +97,7 @@ def search(
     limit_bytes: float,
 ) -> list[Found]:
     """All layouts of `config.layout.world` GPUs, the fastest first, then those that do not fit."""
-    setup_of = functools.partial(_setup, config, implementation, machine)
+    setup_of = functools.partial(setup_for, config, implementation, machine)
     found = [
         _timed(shell, setup_of, scope, config.schedule.batch_full_sequences, memory_of, limit_bytes)
         for shell in shells(config, scope)
@@ -142,7 +142,8 @@ def _timed(
     return Found(smallest, count, quick(setup_of(smallest), micro_batches=count), memory_of(smallest), fits=False)
 
 
-def _setup(config: PretrainConfig, implementation: Implementation, machine: Machine, candidate: Candidate) -> Setup:
+def setup_for(config: PretrainConfig, implementation: Implementation, machine: Machine, candidate: Candidate) -> Setup:
+    """What decides the time of a layout."""
     muon = config.optim.name == "muon"
     return Setup(config.model, candidate, implementation, machine, config.data.sequence_length, muon=muon)
 
@@ -328,7 +329,7 @@ def flips(
     winners: dict[str, Candidate | None] = {}
     for change in CHANGES:
         changed = functools.partial(
-            _setup, config, change.of_implementation(implementation), change.of_machine(machine)
+            setup_for, config, change.of_implementation(implementation), change.of_machine(machine)
         )
 
         def seconds(found: Found, change: Change = change, changed: Callable[[Candidate], Setup] = changed) -> float:
