@@ -96,12 +96,15 @@ def test_no_alert_hides_another_one(tmp_path: Path) -> None:
 
 def test_ranks_that_are_slow_in_the_same_step_are_one_alert(tmp_path: Path) -> None:
     """All of them named; one that was named before is not again."""
-    with opened(tmp_path, f"tee -a {tmp_path / 'got'}") as sinks:
+    # A file for each: two commands at once would mix what they append.
+    with opened(tmp_path, f"sh -c 'cat > {tmp_path}/$$.got'") as sinks:
         sinks.events("straggler", [SLOW | {"rank": rank} for rank in range(64)], step=7)
         sinks.events("straggler", [SLOW | {"rank": rank} for rank in (63, 64)], step=9)
         sinks.events("straggler", [], step=11)
-    messages = {alert["step"]: alert["message"] for alert in map(json.loads, (tmp_path / "got").open())}
+    alerts_sent = [json.loads(file.read_text()) for file in tmp_path.glob("*.got")]
+    messages = {alert["step"]: alert["message"] for alert in alerts_sent}
     assert sorted(messages) == [7, 9]
+    assert len(alerts_sent) == 2
     assert [f"rank {rank} (" in messages[7] for rank in range(65)] == [True] * 64 + [False]
     assert [f"rank {rank} (" in messages[9] for rank in (62, 63, 64)] == [False, False, True]
 
