@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels import deferred
+from parallel.collectives import Traffic
+from parallel.expert import ExpertParallelDispatcher
 from parallel.layout import Layout
 from parallel.mesh import make_mesh
 from tests.parity.layout_theorem import named_gradients
@@ -18,6 +21,7 @@ from tests.tiny_model import DISTINCT
 from train.assemble import build_engine
 from train.data.batch import Batch
 from train.losses import LossWeights
+from train.model.block import MoE
 from train.model.config import ModelConfig
 from train.model.init import initialize
 from train.model.precision import Precision
@@ -92,24 +96,31 @@ def test_layers_run_again_to_the_same_bits(name: str) -> None:
     assert all(bool(kept[key].any()) for key in kept)
 
 
-def gradients_of(rank: int, world: int, layout: Layout, precision: str) -> list[str]:
-    """Names of what differs on this rank between a step that keeps layers and one that runs them again."""
+def gradients_of(rank: int, world: int, layout: Layout, precision: str) -> tuple[list[str], list[Counter[str]]]:
+    """What differs on this rank between a step that keeps layers and one that runs them again; rows sent in each."""
     mesh = make_mesh(layout, device=torch.device("cpu"), tied_embedding=True, timeout_s=60)
     generator = torch.Generator().manual_seed(9)
     tokens = torch.randint(CONFIG.vocab_size, (8 * layout.dp, 25), generator=generator)
     batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).share(mesh.dp.rank, layout.dp)
     now = ScheduledValues(lr=1e-3, batch_sequences=len(tokens), bias_speed=1e-3, mtp_weight=0.3, balance_alpha=0.01)
-    found = []
+    found, sent = [], []
     for again in (False, "layers"):
         config, numbers = replace(CONFIG, num_hidden_layers=5, n_routed_experts=8), Precision(precision)
         engine = build_engine(config, numbers, OptimConfig(), mesh, seed=2, recompute=again)
+        traffic = Traffic()
+        for module in (module for model in engine.models for module in model.modules() if isinstance(module, MoE)):
+            if isinstance(module.dispatcher, ExpertParallelDispatcher):
+                module.dispatcher._planner = replace(module.dispatcher._planner, traffic=traffic)
         result = compute_gradients(engine, batch, num_micro_batches=8, now=now)
+        sent.append(traffic.rows)
         found.append(named_gradients(engine) | {"counts": torch.stack([*result.counts.values()])} | result.logged)
     kept, again = found
     assert len(kept) > 20
-    return [name for name, tensor in kept.items() if not torch.equal(tensor, again[name])]
+    return [name for name, tensor in kept.items() if not torch.equal(tensor, again[name])], sent
 
 
+# Halves of what a step sends without: forward and backward send dispatches and combines once each.
+AGAIN = {"counts": 4, "routing": 4, "dispatch": 3, "combine": 2, "gates": 2}
 LAYOUTS = {
     "pairs over experts": (Layout(pp=2, dp=2, ep=2, schedule="DualPipeV"), "fp8"),
     "weight gradients that wait": (Layout(pp=2, schedule="ZBVZeroBubble", max_waiting_wgrads=1), "fp8"),
@@ -119,5 +130,10 @@ LAYOUTS = {
 @pytest.mark.long
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_over_ranks_they_run_again_to_the_same_bits(name: str) -> None:
+    """The second forward sends tokens out, and no sums home."""
     layout, precision = LAYOUTS[name]
-    assert run_ranks(layout.world, gradients_of, layout, precision) == [[]] * layout.world
+    for different, (once, twice) in run_ranks(layout.world, gradients_of, layout, precision):
+        assert different == []
+        # Out in forward, and with the gradients of their sums in backward; home in forward, and with their own.
+        assert twice == Counter({kind: rows * of // 2 for kind, rows in once.items() if (of := AGAIN[kind])})
+        assert bool(once) == (layout.ep > 1)

@@ -81,8 +81,8 @@ class _Block(nn.Module):
         if not (self.recompute and torch.is_grad_enabled()):
             return (yield from self.phases(run, residual, delta, documents))
 
-        def layer(x: Tensor) -> LayerOutput:
-            return finish(self.phases(at_once, x, None, documents))
+        def layer(run: Run, x: Tensor) -> LayerOutput:
+            return finish(self.phases(run, x, None, documents))
 
         total, routing = yield from run("layer", layer_again, layer, residual, delta)
         return total, None, routing

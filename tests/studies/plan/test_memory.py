@@ -248,6 +248,10 @@ def test_bytes_of_the_expert_axis() -> None:
         "gates": copies * 32,
         "counts": 2 * 64 * 5 * 8,
     }
+    # Where layers run again, tokens go out once more, and no sums come home.
+    twice = expert_bytes(V3, H800, held, tokens=4096, precision="fp8", destinations=(8,), forwards=2)
+    more = {"dispatch": copies * 7392, "combine": 0, "routing": copies * 64, "gates": 0, "counts": sent["counts"]}
+    assert {kind: twice[kind] - sent[kind] for kind in sent} == more
     # Each token to four nodes, 6,656 bytes of counts a layer.
     by_node = replace(H800, dispatch="node")
     sent = expert_bytes(V3, by_node, held, tokens=4096, precision="fp8", destinations=(4, 8))

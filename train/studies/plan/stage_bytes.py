@@ -146,18 +146,18 @@ def _block(work: Work, *, moe: bool) -> _Part:
     if not work.layers_again:
         return _whole_block(work, moe=moe)
     # Both passes in one, beside the gradient that came. Forward alone needs no more. No weight gradient waits.
-    layer = _whole_block(replace(work, deferred=False), moe=moe)
-    backward = max(layer.forward, layer.backward) + work.hidden
+    layer, again = (_whole_block(replace(work, deferred=False), moe=moe, combines=first) for first in (True, False))
+    backward = max(again.forward, again.backward) + work.hidden
     return _Part(kept=work.hidden, waiting=0.0, forward=layer.forward, backward=backward, runs_wgrads=True)
 
 
 @cache
-def _whole_block(work: Work, *, moe: bool) -> _Part:
+def _whole_block(work: Work, *, moe: bool, combines: bool = True) -> _Part:
     attention, inner = _bytes(attention_kept(work)), work.model.intermediate_size
     waits = attention_waiting(work)
     if moe:
         ffn, ffn_waits = _bytes(moe_kept(work)), moe_waiting(work)
-        forward, backward = _moe_peaks(work)
+        forward, backward = _moe_peaks(work, combines=combines)
     else:
         ffn, ffn_waits = _sum(swiglu_kept(work, work.tokens, inner)), swiglu_waiting(work, work.tokens, inner)
         forward, backward = _swiglu_peaks(work, work.tokens, inner)
@@ -201,8 +201,8 @@ def _swiglu_peaks(work: Work, rows: int, inter: int) -> tuple[float, float]:
     return forward + out, kept + wide / 2 + 2 * _sum(work.tiles(rows, 2 * inter))
 
 
-def _moe_peaks(work: Work) -> tuple[float, float]:
-    """The same of a MoE layer: rows of the experts, their sums, and the sums on their way home."""
+def _moe_peaks(work: Work, *, combines: bool) -> tuple[float, float]:
+    """The same of a MoE layer: rows of the experts, their sums, and, where forward `combines`, those on their way."""
     model, inter = work.model, work.model.moe_intermediate_size
     kept = _bytes(moe_kept(work)) - _sum(moe_kept(work).get("gate and up of the shared expert", (0.0,)))
     sums = _sum(work.plain(work.received, model.hidden_size))
@@ -216,7 +216,8 @@ def _moe_peaks(work: Work) -> tuple[float, float]:
     rows_of = _rows_in_parts if work.again and work.regroups else _rows_at_once
     up, backward = rows_of(work, kept, sums)
     backward = max(backward, _gradients_on_their_way(work, sums + home))
-    return max(up, kept + sums + home), kept + done + backward
+    # A forward that does not combine adds the shared expert to nothing.
+    return max(up, kept + sums + (home if combines else work.hidden)), kept + done + backward
 
 
 def _gradients_on_their_way(work: Work, sums: float) -> float:

@@ -83,7 +83,7 @@ def expert_bytes(
     """Bytes that a rank sends to experts in forward and backward of one micro-batch, on average over the ranks.
 
     Args:
-        forwards: of each layer; two where it runs again in backward.
+        forwards: of each layer; two where it runs again in backward, whose sums stay where they are.
     Returns:
         kind of `parallel.collectives.Traffic` -> bytes; empty without the axis. `destinations` are those of a token at
         each hop: ranks; or nodes, then ranks.
@@ -93,7 +93,7 @@ def expert_bytes(
         return {}
     kinds = {
         "dispatch": (forwards + 1) * dispatch_bytes(config.hidden_size, precision=precision),
-        "combine": (forwards + 1) * hidden_bytes(config.hidden_size, precision=precision),
+        "combine": 2 * hidden_bytes(config.hidden_size, precision=precision),
         "routing": forwards * topk * (INT32_BYTES + FP32_BYTES),
         "gates": topk * FP32_BYTES,
     }
