@@ -8,13 +8,14 @@ import random
 import shutil
 import sys
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 
 from train.assemble import build_alone
-from train.config import compose
+from train.config import PretrainConfig, compose
 from train.data.ingest import Recipe, prepare
 from train.trainer import Trainer
 
@@ -82,6 +83,23 @@ def small_overrides(store: Path, *changes: str) -> list[str]:
 def small_run(store: Path) -> Callable[..., list[str]]:
     """`small_overrides` on the small store: a function (*changes) -> overrides."""
     return partial(small_overrides, store)
+
+
+@cache
+def composed(*overrides: str) -> PretrainConfig:
+    """`compose`, once in a process: reading the same files again takes as long as several steps of a small run."""
+    return compose(list(overrides))
+
+
+@pytest.fixture(scope="session")
+def small_config(store: Path) -> Callable[..., PretrainConfig]:
+    """`small_overrides` composed: a function (directory, *changes) -> configuration of the run `run` in it."""
+
+    def made(directory: Path, *changes: str) -> PretrainConfig:
+        config = composed(*small_overrides(store, "run.name=run", *changes))
+        return replace(config, run=replace(config.run, directory=str(directory)))
+
+    return made
 
 
 @pytest.fixture(scope="session")
