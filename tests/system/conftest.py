@@ -42,7 +42,8 @@ def small_store(folder: Path) -> Path:
         for _ in range(60):
             text = " ".join(chooser.choice(words[i % 5 :]) for i in range(120))
             lines.write(json.dumps({"text": text}) + "\n")
-    prepare(Recipe(source=str(source), vocab_size=300), folder / "store")
+    # Three documents are scored: each evaluation of these short runs costs as much as a few of their steps.
+    prepare(Recipe(source=str(source), vocab_size=300, heldout=0.05), folder / "store")
     return folder / "store"
 
 
@@ -60,7 +61,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small_overrides(store: Path, *changes: str) -> list[str]:
-    """A run of 24 steps of 2 x 32 tokens, one thread, a checkpoint every 5 steps; changes replace what was said."""
+    """A run of 24 steps of 2 x 32 tokens, one micro-batch each, one thread, a checkpoint every 5 steps.
+
+    Changes replace what was said; two data ranks take `run.micro_batch_sequences=1`.
+    """
     overrides = [
         "experiment=tiny",
         *SMALLER,
@@ -70,7 +74,7 @@ def small_overrides(store: Path, *changes: str) -> list[str]:
         "schedule.total_tokens=1536",
         "schedule.batch_start_sequences=2",
         "schedule.batch_full_sequences=2",
-        "run.micro_batch_sequences=1",
+        "run.micro_batch_sequences=2",
         "run.threads=1",
         "run.device=cpu",
         "checkpoint.every_steps=5",
