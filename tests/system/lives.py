@@ -102,6 +102,8 @@ def _live(rank: int, world: int, plan: Plan) -> Life:
             (checkpoints / name).rename(checkpoints.parent / f"forgotten_{name}")
     dist.barrier()
     trainer = trainer_on(plan.config, world)
+    # Looks score.
+    trainer.evaluation_is_due = lambda: False  # type: ignore[method-assign]
     trainer.resume()
     before = look(trainer, score=plan.score) if plan.look == "before" else None
     if plan.stop_after is not None and rank == world - 1:

@@ -188,10 +188,9 @@ def test_a_run_of_one_process_resumes_on_four_ranks(
 def test_on_the_same_layout_a_resumed_run_and_a_replayed_one_are_the_unbroken_one_bit_for_bit(
     saved_on_four: Saved, base: Configs, tmp_path: Path
 ) -> None:
-    unscored = replace(base["fp32"], data=replace(base["fp32"].data, heldout=None))
-    config = on(unscored, PP2_EP2, saved_on_four.copy(tmp_path / "resumed"))
+    config = on(base["fp32"], PP2_EP2, saved_on_four.copy(tmp_path / "resumed"))
     # The third life has lost the second one's checkpoint, not its log: it repeats the logged steps.
-    plans = [Plan(on(unscored, PP2_EP2, tmp_path / "unbroken"), "after"), Plan(config, "after")]
+    plans = [Plan(on(base["fp32"], PP2_EP2, tmp_path / "unbroken"), "after"), Plan(config, "after")]
     plans += [Plan(config, "after", forget=(step_name(STEPS),))]
     unbroken, resumed, replayed = lives(PP2_EP2, plans)
     assert_same_state([rank.look for rank in unbroken], [rank.look for rank in resumed])
