@@ -22,8 +22,8 @@ from train.observe.sinks import read_events
 from train.trainer import Trainer
 
 DATA = "data-00000-of-00001.arrow"
-# The damaged sequence is the first of step 4, after a checkpoint.
-STEPS, SEQUENCES, SAVED_AT, POSITION = 6, 2, 3, 6
+# The damaged sequence is the second of step 4, after a checkpoint: of two data ranks the second one reads it.
+STEPS, SEQUENCES, SAVED_AT, POSITION = 6, 2, 3, 7
 
 
 @pytest.fixture
