@@ -13,7 +13,6 @@ import sys
 from torch.distributed.rendezvous import rendezvous
 
 from launch.ending import tell_launcher
-from parallel.layout import check_world
 from train.config import PretrainConfig
 from train.run_directory import run_directory
 from train.worker import WorkerInfo
@@ -30,7 +29,6 @@ def network_environment(config: PretrainConfig) -> dict[str, str]:
 
 def meet(config: PretrainConfig, *, rank: int, world: int) -> WorkerInfo:
     """This process among all, as torchrun gives it; NCCL's settings are put where NCCL looks for them."""
-    check_world(config.layout, world)
     if world == 1:
         return WorkerInfo(tell_launcher=tell_launcher)
     for name, value in network_environment(config).items():

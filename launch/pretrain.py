@@ -28,6 +28,7 @@ if __name__ == "__main__":
     handle_early(sys.argv[1:])
 
 # Nothing here loads torch, which takes seconds: a mistake in the configuration is refused before.
+from parallel.layout import check_world
 from train.config import PretrainConfig, changed_world, compose, to_yaml
 
 # How long the first rank may start after the others and still be heard when it refuses a configuration.
@@ -62,6 +63,7 @@ def run(arguments: list[str], *, rank: int, world: int) -> None:
             print(f"{sentence}\n")
         print(dry_run(config))
     else:
+        check_world(config.layout, world)
         start(config, rank=rank, world=world)
 
 

@@ -8,13 +8,14 @@ import random
 import shutil
 import sys
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 
 from train.assemble import build_alone
-from train.config import compose
+from train.config import PretrainConfig, compose
 from train.data.ingest import Recipe, prepare
 from train.trainer import Trainer
 
@@ -41,7 +42,8 @@ def small_store(folder: Path) -> Path:
         for _ in range(60):
             text = " ".join(chooser.choice(words[i % 5 :]) for i in range(120))
             lines.write(json.dumps({"text": text}) + "\n")
-    prepare(Recipe(source=str(source), vocab_size=300), folder / "store")
+    # Three documents are scored: each evaluation of these short runs costs as much as a few of their steps.
+    prepare(Recipe(source=str(source), vocab_size=300, heldout=0.05), folder / "store")
     return folder / "store"
 
 
@@ -59,7 +61,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small_overrides(store: Path, *changes: str) -> list[str]:
-    """A run of 24 steps of 2 x 32 tokens, one thread, a checkpoint every 5 steps; changes replace what was said."""
+    """A run of 24 steps of 2 x 32 tokens, one micro-batch each, one thread, a checkpoint every 5 steps.
+
+    Changes replace what was said; two data ranks take `run.micro_batch_sequences=1`.
+    """
     overrides = [
         "experiment=tiny",
         *SMALLER,
@@ -69,7 +74,7 @@ def small_overrides(store: Path, *changes: str) -> list[str]:
         "schedule.total_tokens=1536",
         "schedule.batch_start_sequences=2",
         "schedule.batch_full_sequences=2",
-        "run.micro_batch_sequences=1",
+        "run.micro_batch_sequences=2",
         "run.threads=1",
         "run.device=cpu",
         "checkpoint.every_steps=5",
@@ -82,6 +87,23 @@ def small_overrides(store: Path, *changes: str) -> list[str]:
 def small_run(store: Path) -> Callable[..., list[str]]:
     """`small_overrides` on the small store: a function (*changes) -> overrides."""
     return partial(small_overrides, store)
+
+
+@cache
+def composed(*overrides: str) -> PretrainConfig:
+    """`compose`, once in a process: reading the same files again takes as long as several steps of a small run."""
+    return compose(list(overrides))
+
+
+@pytest.fixture(scope="session")
+def small_config(store: Path) -> Callable[..., PretrainConfig]:
+    """`small_overrides` composed: a function (directory, *changes) -> configuration of the run `run` in it."""
+
+    def made(directory: Path, *changes: str) -> PretrainConfig:
+        config = composed(*small_overrides(store, "run.name=run", *changes))
+        return replace(config, run=replace(config.run, directory=str(directory)))
+
+    return made
 
 
 @pytest.fixture(scope="session")

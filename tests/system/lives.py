@@ -102,6 +102,8 @@ def _live(rank: int, world: int, plan: Plan) -> Life:
             (checkpoints / name).rename(checkpoints.parent / f"forgotten_{name}")
     dist.barrier()
     trainer = trainer_on(plan.config, world)
+    # Looks score.
+    trainer.evaluation_is_due = lambda: False  # type: ignore[method-assign]
     trainer.resume()
     before = look(trainer, score=plan.score) if plan.look == "before" else None
     if plan.stop_after is not None and rank == world - 1:
@@ -135,12 +137,15 @@ def wait_for_step(
     process: subprocess.Popen[str], run: Path, reached: Callable[[int], bool], output: Callable[[], str] | None = None
 ) -> None:
     """Until the log shows a step that is `reached`; a process that ended before fails with its output."""
+    log, size, step = run / "metrics.jsonl", 0, 0
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        if (run / "metrics.jsonl").exists():
-            records = read_run(run)
-            if records and reached(records[-1]["step"]):
-                return
+        # Read anew only what has grown: the run needs the cores.
+        if log.exists() and log.stat().st_size != size:
+            size, records = log.stat().st_size, read_run(run)
+            step = records[-1]["step"] if records else 0
+        if step and reached(step):
+            return
         assert process.poll() is None, output() if output else process.communicate()[0]
         time.sleep(0.005)
     raise AssertionError("the run made no progress")

@@ -108,6 +108,7 @@ def test_the_job_saves_asks_for_another_turn_restarts_what_dies_and_ends(
 ) -> None:
     overrides = small_run(
         "data.heldout=null", f"schedule.total_tokens={STEPS * 64}", "layout.dp=2", "layout.ep=2",
+        "run.micro_batch_sequences=1",
         "layout.ranks_per_node=1", "run.name=run", f"run.directory={tmp_path}", "network.peer_timeout_s=5",
         f"job.port={free_port()}", "job.max_restarts=1", "checkpoint.every_steps=20",
     )  # fmt: skip

@@ -22,8 +22,8 @@ from train.observe.sinks import read_events
 from train.trainer import Trainer
 
 DATA = "data-00000-of-00001.arrow"
-# Of 10 steps of two sequences. The damaged one is the first of step 6, after a checkpoint.
-SAVED_AT, POSITION = 5, 10
+# The damaged sequence is the second of step 4, after a checkpoint: of two data ranks the second one reads it.
+STEPS, SEQUENCES, SAVED_AT, POSITION = 6, 2, 3, 7
 
 
 @pytest.fixture
@@ -31,12 +31,13 @@ def config(small_run: Callable[..., list[str]], store: Path, tmp_path: Path) -> 
     """A run on its own copy of the store, in blocks of 1 KiB."""
     copy = resealed(shutil.copytree(store / "train", tmp_path / "store/train"), block_bytes=1024)
     shutil.copy(store / "tokenizer.json", copy.parent)
-    changes = ("schedule.total_tokens=640", f"run.directory={tmp_path}", "run.name=run", "precision=fp32")
+    budget = (f"schedule.total_tokens={STEPS * SEQUENCES * 32}", f"checkpoint.every_steps={SAVED_AT}")
+    changes = (*budget, f"run.directory={tmp_path}", "run.name=run", "precision=fp32")
     return compose(small_run(*changes, f"data.store={copy}", "data.heldout=null", "data.fim_rate=0.0"))
 
 
-def named(config: PretrainConfig, name: str, *, layout: Layout | None = None) -> PretrainConfig:
-    return replace(config, run=replace(config.run, name=name), layout=layout or config.layout)
+def named(config: PretrainConfig, name: str) -> PretrainConfig:
+    return replace(config, run=replace(config.run, name=name))
 
 
 def trainer_of(config: PretrainConfig) -> Trainer:
@@ -68,27 +69,29 @@ def quarantined(run: Path) -> list[int]:
     return sorted(window["position"] for event in events for window in event["windows"])
 
 
-@pytest.mark.parametrize("flipped_after_step", [0, 4])
 def test_a_flipped_byte_ends_the_run_before_the_step_and_restored_it_goes_on_bit_for_bit(
-    config: PretrainConfig, flipped_after_step: int
+    config: PretrainConfig,
 ) -> None:
-    trainer_of(named(config, "unbroken")).fit()
+    unbroken = trainer_of(named(config, "unbroken"))
+    unbroken.fit()
     file, at = Path(config.data.store) / DATA, place_of(config, POSITION)
-    trainer = trainer_of(config)
-    if flipped_after_step:
-        flip_after(trainer, flipped_after_step, file, at)
-    else:
+    for flipped_after_step in (0, 2):
+        broken = named(config, f"flipped_after_{flipped_after_step}")
+        trainer = trainer_of(broken)
+        if flipped_after_step:
+            flip_after(trainer, flipped_after_step, file, at)
+        else:
+            flip(file, at)
+        sentence = rf"{DATA} does not have the sha256 of its block {at // 1024} .*data.on_damage=quarantine goes on"
+        with pytest.raises(DataRefused, match=sentence) as refused:
+            trainer.fit()
+        assert refused.value.exit_code == 2
+        stop = read_events(trainer.directory)[-1]
+        assert (stop["event"], stop["reason"]) == ("stop", str(refused.value))
+        assert stop["step"] <= SAVED_AT
         flip(file, at)
-    sentence = rf"{DATA} does not have the sha256 of its block {at // 1024} .*data.on_damage=quarantine goes on"
-    with pytest.raises(DataRefused, match=sentence) as refused:
-        trainer.fit()
-    assert refused.value.exit_code == 2
-    stop = read_events(trainer.directory)[-1]
-    assert (stop["event"], stop["reason"]) == ("stop", str(refused.value))
-    assert stop["step"] <= SAVED_AT
-    flip(file, at)
-    trainer_of(config).fit()
-    assert losses(trainer.directory) == losses(Path(config.run.directory) / "unbroken")
+        trainer_of(broken).fit()
+        assert losses(trainer.directory) == losses(unbroken.directory)
 
 
 def test_held_out_data_that_are_damaged_end_the_run_with_every_step_saved(
@@ -116,7 +119,7 @@ def test_quarantine_leaves_samples_out_and_is_the_same_after_a_resume_and_on_any
     trainer.fit()
     dropped = trainer.spikes.dropped
     assert any(first <= POSITION < first + count for first, count in dropped)
-    assert trainer.state.sequences_seen == 20, "as many as without damage"
+    assert trainer.state.sequences_seen == STEPS * SEQUENCES, "as many as without damage"
     events = [event for event in read_events(runs / "run") if event["event"] == "quarantine"]
     assert all(DATA in window["error"] and window["block"] == place // 1024 for e in events for window in e["windows"])
     positions = quarantined(runs / "run")
@@ -130,7 +133,7 @@ def test_quarantine_leaves_samples_out_and_is_the_same_after_a_resume_and_on_any
     flip(Path(config.data.store) / DATA, place)
 
     interrupted = trainer_of(named(quarantine, "resumed"))
-    interrupted.evaluation_is_due = lambda: interrupted.state.step == SAVED_AT + 2 and 1 / 0 > 0  # type: ignore[method-assign]
+    interrupted.evaluation_is_due = lambda: interrupted.state.step == SAVED_AT + 1 and 1 / 0 > 0  # type: ignore[method-assign]
     with pytest.raises(ZeroDivisionError):
         interrupted.fit()
     resumed = trainer_of(named(quarantine, "resumed"))
@@ -140,7 +143,8 @@ def test_quarantine_leaves_samples_out_and_is_the_same_after_a_resume_and_on_any
     assert (resumed.state, resumed.spikes) == (trainer.state, trainer.spikes)
 
     for name, layout in {"dp2": Layout(dp=2), "pp2": Layout(pp=2)}.items():
-        lives = run_ranks(2, live, [Plan(named(quarantine, name, layout=layout), "after")])
+        run = replace(quarantine.run, name=name, micro_batch_sequences=1)
+        lives = run_ranks(2, live, [Plan(replace(quarantine, run=run, layout=layout), "after")])
         assert [life.look.counters for (life,) in lives] == [trainer.state.to_json()] * 2
         assert quarantined(runs / name) == positions
         # FP32 sums regrouped over ranks; bound and measurement: tests/system/test_layouts.py.

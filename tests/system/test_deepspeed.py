@@ -11,6 +11,7 @@ import io
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from kernels.quantize import quantize_blocks
 from parallel.mesh import group_of_one
 from tests.golden.runs import COMMON, SMALL, standing_in, write_golden_store
 from tests.ranks import run_ranks
+from tests.system.conftest import composed
 from tests.system.lives import Look, look, trainer_on, whole
 from train.config import ConfigError, compose
 from train.observe.sinks import read_events, read_run
@@ -36,17 +38,21 @@ BACKENDS = ("native", "deepspeed")
 SHORT = ["schedule.total_tokens=512", "checkpoint.every_steps=2", "schedule.lr_peak=0.02", "schedule.warmup_steps=0"]
 DP2, EP2 = "layout.dp=2", "layout.ep=2"
 CLIP_NORM, LOGIT = 0.5, 0.03
-THREE_STEPS = "schedule.total_tokens=384"
-FOUR_LAYERS = ["model.num_hidden_layers=4", THREE_STEPS]
+TWO_STEPS, THREE_STEPS = "schedule.total_tokens=256", "schedule.total_tokens=384"
+# Of the four sequences of a step: one micro-batch on a data rank, two in a pipeline.
+PAIRS = "run.micro_batch_sequences=2"
+PP2 = ["layout.pp=2", TWO_STEPS, PAIRS]
 ROWS = {
-    "dp2 BF16": ["precision=bf16", DP2, THREE_STEPS],
+    # Four steps of two micro-batches, whose gradients are added.
     "dp2 FP8, clipped": ["precision=fp8", DP2, f"optim.clip_norm={CLIP_NORM}"],
-    "ep2 BF16, logits clipped": ["precision=bf16", DP2, EP2, THREE_STEPS, f"optim.qk_clip={LOGIT}"],
-    "pp2 1F1B BF16, tied embedding": ["precision=bf16", "layout.pp=2", "layout.schedule=1F1B", THREE_STEPS],
-    "pp2 ZBVZeroBubble FP8": ["precision=fp8", "layout.pp=2", "layout.schedule=ZBVZeroBubble", *FOUR_LAYERS],
-    "dp2 BF16, a gradient not finite": ["precision=bf16", DP2, THREE_STEPS],
+    "ep2 BF16, logits clipped": ["precision=bf16", DP2, EP2, TWO_STEPS, PAIRS, f"optim.qk_clip={LOGIT}"],
+    "pp2 1F1B BF16, tied embedding": ["precision=bf16", "layout.schedule=1F1B", *PP2],
+    "pp2 ZBVZeroBubble FP8": ["precision=fp8", "layout.schedule=ZBVZeroBubble", "model.num_hidden_layers=4", *PP2],
+    # The first step and the third are those of any BF16 run.
+    "dp2 BF16, a gradient not finite": ["precision=bf16", DP2, THREE_STEPS, PAIRS],
 }
-CLIPPED, OF_LOGITS, POISONED = list(ROWS)[1], list(ROWS)[2], list(ROWS)[-1]
+CLIPPED, OF_LOGITS, *_, POISONED = ROWS
+NUM_STEPS = {CLIPPED: 4, POISONED: 3}
 # What resumes from step 2 of the clipped FP8 row: (backend that saved, backend that resumes, layout).
 WAYS = [("native", "deepspeed"), ("deepspeed", "native")]
 CROSSINGS = [(*way, [DP2]) for way in WAYS]
@@ -59,8 +65,9 @@ def run_name(*words: str) -> str:
 
 
 def trainer_for(name: str, backend: str, overrides: list[str]) -> Trainer:
-    changes = [*SMALL, *SHORT, f"run.name={name}", f"optim.backend={backend}", *overrides]
-    return trainer_on(compose(list({text.split("=")[0]: text for text in [*COMMON, *changes]}.values())), world=2)
+    config = composed(*{text.split("=")[0]: text for text in [*COMMON, *SMALL, *SHORT, *overrides]}.values())
+    run, optim = replace(config.run, name=name), replace(config.optim, backend=backend)
+    return trainer_on(replace(config, run=run, optim=optim), world=2)
 
 
 def poison(trainer: Trainer, *, rank: int) -> None:
@@ -186,7 +193,7 @@ def test_losses_norms_and_state_are_those_of_the_native_optimizer(
 ) -> None:
     runs, seen = ranks
     ours, theirs = (logged(runs / run_name(row, backend)) for backend in reversed(BACKENDS))
-    assert len(theirs) == (4 if row == CLIPPED else 3)
+    assert len(theirs) == NUM_STEPS.get(row, 2)
     assert {step: values for step, values in ours.items() if row != POISONED or step != 2} == {
         step: values for step, values in theirs.items() if row != POISONED or step != 2
     }

@@ -113,7 +113,7 @@ def test_a_reader_that_has_seen_enough_ends_it_without_a_word(trained_run: Path,
 def test_measure_says_what_drafting_gains(trained_run: Path, store: Path, generated: Any) -> None:
     measured = ["--measure", str(store / "heldout"), "--prompt-tokens", "8", "--max-tokens", "5"]
     lines = generated(trained_run, *measured).out.splitlines()
-    assert lines[0].startswith("6 prompts, 5 new tokens each")
+    assert lines[0].startswith("3 prompts, 5 new tokens each")
     assert re.match(r"acceptance rate [\d.]+% of \d+ drafts", lines[1])
 
 

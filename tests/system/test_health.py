@@ -25,15 +25,14 @@ from train.observe.sinks import read_events, read_run
 from train.optim.balance import routers
 from train.trainer import Trainer
 
-STEPS, LENGTH, SEQUENCES = 4, 128, 2
+STEPS, LENGTH, SEQUENCES = 2, 128, 2
 NARROW = ("hidden_size", "intermediate_size", "moe_intermediate_size", "q_lora_rank", "kv_lora_rank")
 TABLES = ("fp8/amax", "fp8/scale_spread_ratio", "fp8/saturated_ratio", "fp8/underflow_ratio", "fp8/snr_db")
 # A dense one, two with experts, one of MTP.
 LAYERS = 4
 
 
-@pytest.fixture
-def config(small_run: Callable[..., list[str]], tmp_path: Path) -> PretrainConfig:
+def configured(small_run: Callable[..., list[str]], folder: Path) -> PretrainConfig:
     changes = {
         "precision": "fp8",
         "model.num_hidden_layers": 3,
@@ -42,17 +41,32 @@ def config(small_run: Callable[..., list[str]], tmp_path: Path) -> PretrainConfi
         "model.qk_rope_head_dim": 16,
         "model.v_head_dim": 32,
         **{f"model.{name}": 64 for name in NARROW},
+        "data.heldout": "null",
         "data.sequence_length": LENGTH,
         "schedule.total_tokens": STEPS * LENGTH * SEQUENCES,
         "schedule.batch_start_sequences": SEQUENCES,
         "schedule.batch_full_sequences": SEQUENCES,
+        "run.micro_batch_sequences": 1,
         "checkpoint.every_steps": 1000,
         "observe.fp8_health_every_steps": 2,
         "observe.bias_every_steps": 3,
-        "run.directory": tmp_path,
+        "run.directory": folder,
         "run.name": "run",
     }
     return compose(small_run(*(f"{name}={value}" for name, value in changes.items())))
+
+
+@pytest.fixture
+def config(small_run: Callable[..., list[str]], tmp_path: Path) -> PretrainConfig:
+    return configured(small_run, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def four_steps(small_run: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """After a run of four steps."""
+    config = configured(small_run, tmp_path_factory.mktemp("four"))
+    longer = replace(config.schedule, total_tokens=2 * config.schedule.total_tokens)
+    return trained(replace(config, schedule=longer), "run")
 
 
 def watched(config: PretrainConfig, **observe: Any) -> PretrainConfig:
@@ -60,7 +74,8 @@ def watched(config: PretrainConfig, **observe: Any) -> PretrainConfig:
 
 
 def trained(config: PretrainConfig, name: str) -> Trainer:
-    trainer = trainer_on(replace(config, run=replace(config.run, name=name)), 1)
+    """The trainer after a run of one micro-batch a step."""
+    trainer = trainer_on(replace(config, run=replace(config.run, name=name, micro_batch_sequences=SEQUENCES)), 1)
     trainer.fit()
     return trainer
 
@@ -84,8 +99,8 @@ def test_training_is_bit_equal_with_and_without_the_probe(config: PretrainConfig
     assert all(10 < x < 60 for r in logs[0] for row in r["fp8/snr_db"] for x in row)
 
 
-def test_tables_come_on_the_steps_that_are_due(config: PretrainConfig) -> None:
-    records = read_run(trained(config, "run").directory)
+def test_tables_come_on_the_steps_that_are_due(four_steps: Trainer) -> None:
+    records = read_run(four_steps.directory)
     assert [r["step"] for r in records if "fp8/amax" in r] == [1, 3]
     assert [r["step"] for r in records if "moe/expert_bias" in r] == [1, 4]
 
@@ -97,18 +112,17 @@ def test_a_bf16_run_logs_no_fp8_health(config: PretrainConfig) -> None:
     assert not [name for r in records for name in r if name.startswith("fp8/")]
 
 
-def test_logged_biases_are_those_of_the_routers(config: PretrainConfig) -> None:
-    trainer = trained(watched(config, bias_every_steps=1), "run")
-    last = read_run(trainer.directory)[-1]["moe/expert_bias"]
-    biases = [r.e_score_correction_bias for _, r in sorted(routers(trainer.engine.models).items())]
+def test_logged_biases_are_those_of_the_routers(four_steps: Trainer) -> None:
+    last = read_run(four_steps.directory)[-1]["moe/expert_bias"]
+    biases = [r.e_score_correction_bias for _, r in sorted(routers(four_steps.engine.models).items())]
     assert torch.stack(biases).abs().max() > 0
     # Six digits are logged.
     torch.testing.assert_close(torch.tensor(last), torch.stack(biases), rtol=1e-5, atol=0)
 
 
 def test_an_expert_without_tokens_is_counted_and_told_of_once(config: PretrainConfig) -> None:
-    config = watched(config, dead_expert_steps=2)
-    trainer = trainer_on(config, 1)
+    config = replace(config, schedule=replace(config.schedule, total_tokens=3 * LENGTH * SEQUENCES))
+    trainer = trainer_on(watched(config, dead_expert_steps=2), 1)
     router = routers(trainer.engine.models)[1]
     # Scores are below 1: no token chooses expert 5 of layer 1.
     router.e_score_correction_bias[5] = -9.0

@@ -34,23 +34,16 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def config(small_run: Callable[..., list[str]], tmp_path: Path) -> PretrainConfig:
-    return compose(small_run(f"run.directory={tmp_path}", "run.name=new", f"run.init_from={tmp_path}/old"))
-
-
-@pytest.fixture(scope="module")
-def finished(small_run: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run."""
-    root = tmp_path_factory.mktemp("finished")
-    config = compose(small_run(f"run.directory={root}", "run.name=old"))
-    Trainer(config, build_alone(config)).fit()
-    return root / "old"
+def config(small_config: Callable[..., PretrainConfig], tmp_path: Path) -> PretrainConfig:
+    """Two steps, not scored."""
+    config = small_config(tmp_path, "schedule.total_tokens=128", "data.heldout=null", "run.name=new")
+    return replace(config, run=replace(config.run, init_from=str(tmp_path / "old")))
 
 
 @pytest.fixture
-def old(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it that a test may spoil."""
-    shutil.copytree(finished, tmp_path / "old")
+def old(trained_run: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run that a test may spoil."""
+    shutil.copytree(trained_run, tmp_path / "old")
     return tmp_path / "old"
 
 
@@ -135,7 +128,7 @@ def test_context_extension_goes_from_run_to_run(small_run: Callable[..., list[st
     source, place = old, f"run.directory={tmp_path}"
     for name, length in (("extend_32k", 64), ("extend_128k", 128)):
         budget = f"schedule.total_tokens={2 * 2 * length}"
-        phase = [f"+stage={name}", ORIGINAL, f"data.sequence_length={length}", budget, place]
+        phase = [f"+stage={name}", ORIGINAL, f"data.sequence_length={length}", budget, "data.heldout=null", place]
         config = compose(small_run(*phase, f"run.init_from={source}"))
         trainer = Trainer(config, build_alone(config))
         assert torch.equal(trainer.engine.models[0].lm_head.weight, open_weights(source).read("lm_head.weight"))

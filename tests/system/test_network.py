@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 
 from parallel.watchdog import DEATH_EXIT_CODE
-from tests.system.lives import losses, wait_for_step
-from tests.system.test_torchrun import ONE_NODE, TWO_RANKS, Launch
+from tests.ranks import run_ranks
+from tests.system.lives import Plan, live, losses, wait_for_step
+from tests.system.test_torchrun import TWO_RANKS, Launch
+from train.config import compose
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT, PEER_TIMEOUT_S, CUT_S = 29511, 10, 4
@@ -89,11 +91,7 @@ def test_a_cut_that_heals_changes_no_bit(hosts: Hosts, small_run: Overrides, tmp
     time.sleep(CUT_S)
     hosts.link("up")
     assert [node.wait() for node in hosts.nodes] == [0, 0], [node.said() for node in hosts.nodes]
-    unbroken = Launch(tmp_path / "said", ONE_NODE, overrides("run.name=unbroken"), {})
-    try:
-        assert unbroken.wait() == 0, unbroken.said()
-    finally:
-        unbroken.end()
+    run_ranks(2, live, [Plan(compose(overrides("run.name=unbroken")), "after")])
     assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
 
 

@@ -31,7 +31,7 @@ from train.worker import WorkerInfo
 
 Overrides = Callable[..., list[str]]
 # Few batches are the whole held-out text.
-LONG = "data.sequence_length=256"
+LONG = ("data.sequence_length=128", "run.micro_batch_sequences=1")
 
 
 def signalled(function: Callable[..., Any], *, call: int) -> Callable[..., Any]:
@@ -56,10 +56,10 @@ MOMENTS = {
 }
 
 
-def life(rank: int, world: int, overrides: list[str], method: str = "resume", call: int = 0) -> tuple[int, int]:
+def life(rank: int, world: int, config: PretrainConfig, method: str = "resume", call: int = 0) -> tuple[int, int]:
     """One life of a run with a signal in the n-th call of a method at the last rank: its last step, batches scored."""
     with TerminationGuard():
-        trainer = trainer_on(compose(overrides), world)
+        trainer = trainer_on(config, world)
         scored: list[int] = []
         count = trainer.negative_log_likelihood
         trainer.negative_log_likelihood = lambda batch: scored.append(1) or count(batch)  # type: ignore[method-assign]
@@ -68,10 +68,11 @@ def life(rank: int, world: int, overrides: list[str], method: str = "resume", ca
         return trainer.fit().step, len(scored)
 
 
-def lives(rank: int, world: int, overrides: list[str]) -> list[tuple[int, int]]:
+def lives(rank: int, world: int, config: PretrainConfig) -> list[tuple[int, int]]:
     """A stopped run for each moment, and the rest of the last one."""
-    stopped = [life(rank, world, [*overrides, f"run.name={moment[0]}"], *moment) for moment in MOMENTS]
-    return [*stopped, life(rank, world, [*overrides, f"run.name={list(MOMENTS)[-1][0]}"])]
+    runs = {name: replace(config, run=replace(config.run, name=name)) for name, _ in MOMENTS}
+    stopped = [life(rank, world, runs[name], name, call) for name, call in MOMENTS]
+    return [*stopped, life(rank, world, runs[list(MOMENTS)[-1][0]])]
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -79,9 +80,9 @@ def test_all_ranks_stop_within_a_step_and_the_same_command_finishes(
     world: int, small_run: Overrides, tmp_path: Path
 ) -> None:
     layout = ("layout.dp=2", "layout.ep=2") if world == 2 else ()
-    changes = ("run.eval_every_steps=3", "checkpoint.every_steps=2", "schedule.total_tokens=2048", LONG)
-    overrides = small_run(*layout, *changes, f"run.directory={tmp_path}")
-    by_rank = run_ranks(world, lives, overrides) if world > 1 else [lives(0, 1, overrides)]
+    changes = ("run.eval_every_steps=3", "checkpoint.every_steps=2", "schedule.total_tokens=1024", *LONG)
+    config = compose(small_run(*layout, *changes, f"run.directory={tmp_path}"))
+    by_rank = run_ranks(world, lives, config) if world > 1 else [lives(0, 1, config)]
     wanted = [(steps[world - 1], batches) for *steps, batches in MOMENTS.values()]
     assert [ends[:-1] for ends in by_rank] == [wanted] * world
     for (name, _), (step, _) in zip(MOMENTS, wanted, strict=True):
@@ -100,7 +101,7 @@ def test_asked_to_stop_in_the_last_evaluation_the_next_start_scores_the_same(
 ) -> None:
     scores = []
     for name, call in (("whole", 0), ("stopped", 2)):
-        overrides = small_run("schedule.total_tokens=512", LONG, f"run.directory={tmp_path}", f"run.name={name}")
+        overrides = small_run("schedule.total_tokens=256", *LONG, f"run.directory={tmp_path}", f"run.name={name}")
         trainer = Trainer(compose(overrides), build_alone(compose(overrides)))
         trainer.negative_log_likelihood = signalled(trainer.negative_log_likelihood, call=call)  # type: ignore[method-assign]
         trainer.fit()
@@ -139,7 +140,7 @@ def test_a_signal_to_one_of_several_ranks_before_they_meet_ends_all_of_them(
     monkeypatch.setattr(train.worker, "pretrain", pretrain_on_both_ranks)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert pretrain.main(small_run("layout.dp=2", "layout.ep=2")) == 0
+    assert pretrain.main(small_run("layout.dp=2", "layout.ep=2", "run.micro_batch_sequences=1")) == 0
     assert len(infos) == 2
 
 

@@ -18,15 +18,14 @@ import torch.distributed as dist
 from parallel import waiting
 from tests.ranks import run_ranks
 from tests.system.lives import trainer_on
-from train.config import compose
+from train.config import PretrainConfig
 from train.data.stream import TokenStream
 from train.observe.guards import Straggler, StragglerGuard
 from train.observe.sinks import read_events, read_run
 from train.optim.adamw import AdamW
 from train.stage import Stage
 
-Overrides = Callable[..., list[str]]
-SLOW_RANK, FACTOR, STEPS, MESSAGE_S = 1, 3.0, 4, 1000.0
+SLOW_RANK, FACTOR, STEPS, MESSAGE_S = 1, 3.0, 2, 1000.0
 DATA_S, UPDATE_S = 0.25, 0.125
 # Layout -> stages on a rank; four sequences a step are 4 / dp micro-batches.
 LAYOUTS = {
@@ -37,7 +36,7 @@ LAYOUTS = {
 }
 
 
-def train(rank: int, world: int, overrides: list[str]) -> None:
+def train(rank: int, world: int, config: PretrainConfig) -> None:
     clock = SimpleNamespace(s=0.0)
 
     def taking(seconds: float, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,17 +53,19 @@ def train(rank: int, world: int, overrides: list[str]) -> None:
     TokenStream.take = taking(DATA_S, TokenStream.take)  # type: ignore[method-assign]
     AdamW.step = taking(UPDATE_S, AdamW.step)  # type: ignore[method-assign]
     Stage.forward = taking(FACTOR if rank == SLOW_RANK else 1.0, Stage.forward)  # type: ignore[method-assign]
-    trainer_on(compose(overrides), world).fit()
+    trainer_on(config, world).fit()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_work_is_told_apart_from_waiting_and_the_slow_rank_is_named_once(
-    small_run: Overrides, tmp_path: Path, layout: str
+    small_config: Callable[..., PretrainConfig], tmp_path: Path, layout: str
 ) -> None:
     axes = dict(each.split("=") for each in layout.split(","))
     pp, dp = int(axes.get("pp", 1)), int(axes["dp"])
     changes = [f"layout.{axis}={value}" for axis, value in axes.items()]
-    changes += ["model.num_hidden_layers=4", "data.heldout=null", "schedule.total_tokens=896"]
+    # A stage's time is the clock's, however few layers it has; two steps more than it takes to name a rank.
+    changes += [f"model.num_hidden_layers={2 * pp}", "data.heldout=null"]
+    changes += ["run.micro_batch_sequences=1", f"schedule.total_tokens={128 * (STEPS + 3)}"]
     # A save has messages in a thread of its own.
     changes += ["checkpoint.every_steps=1000"]
     changes += [
@@ -72,13 +73,14 @@ def test_work_is_told_apart_from_waiting_and_the_slow_rank_is_named_once(
         "schedule.batch_full_sequences=4",
         f"observe.straggler_steps={STEPS}",
     ]
-    run_ranks(pp * dp, train, small_run(*changes, f"run.directory={tmp_path}", "run.name=run"))
+    run_ranks(pp * dp, train, small_config(tmp_path, *changes))
     gradients_ms = [1e3 * LAYOUTS[layout] * 4 / dp * (FACTOR if rank == SLOW_RANK else 1.0) for rank in range(pp * dp)]
     phases_ms = {"data": [1e3 * DATA_S] * pp * dp, "gradients": gradients_ms, "update": [1e3 * UPDATE_S] * pp * dp}
     busy_ms = [sum(phases) for phases in zip(*phases_ms.values(), strict=True)]
     for name, times in {"busy": busy_ms, **phases_ms}.items():
         table = [times[stage * dp : (stage + 1) * dp] for stage in range(pp)]
-        assert [record.get(f"step/{name}_ms") for record in read_run(tmp_path / "run")] == [None, *[table] * 6], name
+        logged = [record.get(f"step/{name}_ms") for record in read_run(tmp_path / "run")]
+        assert logged == [None, *[table] * (STEPS + 2)], name
     (event,) = [event for event in read_events(tmp_path / "run") if event["event"] == "straggler"]
     expected = {"step": STEPS + 1, "rank": SLOW_RANK, "pipeline_rank": 0, "data_rank": 1, "steps": STEPS}
     expected |= {"busy_ms": busy_ms[SLOW_RANK], "usual_ms": busy_ms[0], "phase": "gradients"}

@@ -46,15 +46,14 @@ from train.trainer import Trainer
 
 
 @pytest.fixture
-def config(small_run: Callable[..., list[str]], tmp_path: Path) -> PretrainConfig:
-    return compose(small_run("schedule.total_tokens=640", f"run.directory={tmp_path}", "run.name=run"))
+def config(small_config: Callable[..., PretrainConfig], tmp_path: Path) -> PretrainConfig:
+    return small_config(tmp_path, "schedule.total_tokens=640")
 
 
 @pytest.fixture
-def short(small_run: Callable[..., list[str]], tmp_path: Path) -> PretrainConfig:
+def short(small_config: Callable[..., PretrainConfig], tmp_path: Path) -> PretrainConfig:
     """One step, not scored."""
-    changes = ("schedule.total_tokens=64", "data.heldout=null", f"run.directory={tmp_path}", "run.name=run")
-    return compose(small_run(*changes))
+    return small_config(tmp_path, "schedule.total_tokens=64", "data.heldout=null")
 
 
 def trainer_of(config: PretrainConfig) -> Trainer:
@@ -74,12 +73,13 @@ def updated(config: PretrainConfig, parts: Components, step: int, **changes: flo
 def test_every_step_follows_the_schedules(config: PretrainConfig) -> None:
     config = replace(
         config,
+        data=replace(config.data, heldout=None),
         schedule=replace(
             config.schedule,
             total_tokens=1600,
             batch_full_sequences=6,
             batch_ramp_tokens=1000,
-            batch_multiple_sequences=1,
+            batch_multiple_sequences=2,
             warmup_steps=3,
             constant_until_tokens=600,
             decay_until_tokens=1200,
@@ -99,7 +99,7 @@ def test_every_step_follows_the_schedules(config: PretrainConfig) -> None:
         assert record["schedule/mtp_weight"] == now.mtp_weight
         tokens += now.batch_sequences * config.data.sequence_length
         assert record["tokens_seen"] == tokens
-    assert {r["schedule/batch_sequences"] for r in records} == {2, 3, 4, 5, 6}
+    assert {r["schedule/batch_sequences"] for r in records} == {2, 4, 6}
     assert {r["schedule/mtp_weight"] for r in records} == {0.3, 0.1}
     assert records[-2]["tokens_seen"] < 1600 <= records[-1]["tokens_seen"]
 
@@ -144,11 +144,12 @@ def test_the_bias_balances_a_skewed_router_and_gamma_0_does_not(config: Pretrain
             seen.append(float(counts.max() / counts.mean() - 1))
         return seen
 
-    still, moving = violations(0.0, 10), violations(0.04, 30)
+    still, moving = violations(0.0, 6), violations(0.04, 16)
     # 8 experts, top 2: an expert that every token takes has 4 times the mean load, MaxVio 3.
     assert still[0] == moving[0] == 3.0
     assert min(still) > 2.5
-    assert sum(moving[-10:]) / 10 < 1.0
+    # Measured: 0.5 to 1.1, 0.73 in the mean.
+    assert sum(moving[-8:]) / 8 < 1.0
 
 
 def test_a_bad_step_is_skipped_and_counted(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,23 +222,23 @@ def test_the_random_state_is_resumed(short: PretrainConfig) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_sigterm_during_the_last_save_is_survived(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_during_the_last_save_is_survived(short: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Saver.save_async
 
     def terminated(self: Saver, *args: object, **named: object) -> None:
         signal.raise_signal(signal.SIGTERM)
         original(self, *args, **named)  # type: ignore[arg-type]
 
-    # One save only, the last: no other is due within ten steps.
-    trainer = trainer_of(replace(config, checkpoint=replace(config.checkpoint, every_steps=1000)))
+    # One save only, the last.
+    trainer = trainer_of(short)
     monkeypatch.setattr(Saver, "save_async", terminated)
     before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM reached the process while it saved"))
     try:
-        assert trainer.fit().step == 10
+        assert trainer.fit().step == 1
     finally:
         signal.signal(signal.SIGTERM, before)
     checkpoints = trainer.directory / "checkpoints"
-    assert latest(checkpoints) == checkpoints / "step_00000010"
+    assert latest(checkpoints) == checkpoints / "step_00000001"
 
 
 def test_events_are_logged_when_they_happen(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,10 +365,12 @@ def test_a_run_of_a_version_with_another_eps_in_the_latents_norms_is_not_resumed
 
 
 @pytest.fixture(scope="module")
-def prolonged(small_run: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def prolonged(
+    small_config: Callable[..., PretrainConfig], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[str]]:
     """Ten steps of a run in whose directory a plan lies, then one more in a new process; what both said."""
     place, said = tmp_path_factory.mktemp("prolonged"), []
-    first = compose(small_run("schedule.total_tokens=640", f"run.directory={place}", "run.name=run"))
+    first = small_config(place, "schedule.total_tokens=640")
     for total_tokens in (640, 704):
         config = replace(first, schedule=replace(first.schedule, total_tokens=total_tokens))
         if not (place / "run").exists():
