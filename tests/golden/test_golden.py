@@ -50,10 +50,9 @@ def assert_same(actual: list[dict[str, str]], expected: list[dict[str, str]]) ->
     )
 
 
-# BF16's first steps in `make test`, through warmup and past it; the others, whole, in `make test-long`.
+# BF16's first steps in `make test`, through warmup and past it; all runs, whole, in `make test-long`.
 @pytest.mark.parametrize(
-    ("name", "steps"),
-    [("bf16", 7), *(pytest.param(name, runs.STEPS, marks=pytest.mark.long) for name in runs.RUNS if name != "bf16")],
+    ("name", "steps"), [("bf16", 7), *(pytest.param(name, runs.STEPS, marks=pytest.mark.long) for name in runs.RUNS)]
 )
 def test_every_logged_loss_and_norm_keeps_its_bits(
     tmp_path: Path, name: str, steps: int, monkeypatch: pytest.MonkeyPatch
