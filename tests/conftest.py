@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import os
@@ -57,6 +58,11 @@ if importlib.util.find_spec("hypothesis"):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the long files first; within each part the order stays."""
     items.sort(key=lambda item: not item.nodeid.startswith(LONG_FIRST))
+
+
+def pytest_collection_finish() -> None:
+    """Let no later garbage collection look at what imports and collected tests hold until the end."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ again.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import time
@@ -163,6 +164,8 @@ class RankPool:
 
 def _serve(rank: int, world: int, folder: str, connection: Connection) -> None:
     """One rank of a pool: functions as they come."""
+    # What the server has imported stays until the end.
+    gc.freeze()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     make_deterministic()
     dist.init_process_group("gloo", init_method=f"file://{Path(folder) / 'store'}", rank=rank, world_size=world)
@@ -183,6 +186,7 @@ def _rank_main(
     rank: int, world: int, folder: str, sender: Connection, function: Callable[..., Any], arguments: tuple[object, ...]
 ) -> None:
     """One rank: settings of every test, a gloo group through a file, the function, its result."""
+    gc.freeze()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     make_deterministic()
     try:

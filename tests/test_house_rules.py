@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import re
@@ -68,9 +69,25 @@ def kernel_files() -> list[Path]:
     return [path for path in sources("kernels") if path.parent.name == "kernels" and path.stem not in NOT_KERNELS]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def parsed_once() -> Iterator[None]:
+    """900,000 nodes, none of them garbage: collections while they are made take four times as long as making them."""
+    gc.disable()
+    yield
+    for cache in (tree, nodes, functions):
+        cache.cache_clear()
+    gc.enable()
+
+
 @functools.cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), filename=str(path))
+
+
+@functools.cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """Every node of a file, walked once for all rules."""
+    return tuple(ast.walk(tree(path)))
 
 
 def place(path: Path, node: ast.AST | None = None) -> str:
@@ -78,18 +95,21 @@ def place(path: Path, node: ast.AST | None = None) -> str:
     return f"{path.relative_to(ROOT)}{line}"
 
 
-def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+@functools.cache
+def functions(path: Path) -> tuple[ast.FunctionDef | ast.AsyncFunctionDef, ...]:
     """Every function of a file but device code (`@triton.jit`, `@gluon.jit`)."""
-    for node in ast.walk(tree(path)):
+    found = []
+    for node in nodes(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             decorators = {ast.unparse(decorator).partition("(")[0] for decorator in node.decorator_list}
             if not decorators & {"triton.jit", "gluon.jit"}:
-                yield node
+                found.append(node)
+    return tuple(found)
 
 
 def imported(path: Path) -> Iterator[tuple[ast.AST, str]]:
     """(node, dotted name) of everything a file imports: `import a.b` and `from a import b` both give a.b."""
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from ((node, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -99,9 +119,18 @@ def imported(path: Path) -> Iterator[tuple[ast.AST, str]]:
 def mentioned(path: Path) -> Iterator[tuple[ast.AST, str]]:
     """(node, dotted name) of everything a file imports, and of every expression such as os.environ."""
     yield from imported(path)
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Attribute | ast.Name):
-            yield node, ast.unparse(node)
+    for node in nodes(path):
+        if isinstance(node, ast.Attribute | ast.Name) and (name := dotted(node)):
+            yield node, name
+
+
+def dotted(node: ast.expr) -> str | None:
+    """`os.environ` of such an expression; None where a call or an index is in it, which has its own name inside."""
+    names = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(names)]) if isinstance(node, ast.Name) else None
 
 
 def test_a_long_file_says_why_it_is_one_idea() -> None:
@@ -165,7 +194,7 @@ def public_doors() -> Iterator[tuple[Path, ast.FunctionDef | ast.ClassDef]]:
         modules = {name for _, name in imported(path)}
         used |= modules
         aliases = {name.rpartition(".")[2]: name for name in modules}
-        for node in ast.walk(tree(path)):
+        for node in nodes(path):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
                 used.add(f"{aliases[node.value.id]}.{node.attr}")
     for path in sources(*ROOMS):
@@ -185,8 +214,8 @@ def test_public_doors_have_docstrings() -> None:
 
 def docstring_lines(path: Path) -> set[int]:
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node.body[0] for node in ast.walk(tree(path)) if isinstance(node, kinds) and ast.get_docstring(node)]
-    return {line for node in nodes for line in range(node.lineno, (node.end_lineno or 0) + 1)}
+    found = [node.body[0] for node in nodes(path) if isinstance(node, kinds) and ast.get_docstring(node)]
+    return {line for node in found for line in range(node.lineno, (node.end_lineno or 0) + 1)}
 
 
 def code_lines(path: Path) -> set[int]:
@@ -209,7 +238,7 @@ def test_docstrings_stay_short() -> None:
 def test_no_class_name_is_used_twice() -> None:
     places: dict[str, list[str]] = defaultdict(list)
     for path in sources(*ROOMS):
-        for node in ast.walk(tree(path)):
+        for node in nodes(path):
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(place(path, node))
     repeated = [f"{name}: {', '.join(at)}" for name, at in places.items() if len(at) > 1]
@@ -220,7 +249,7 @@ def test_nothing_is_a_stub() -> None:
     """A function does what it says: no NotImplementedError, no empty body outside a Protocol."""
     offenders = []
     for path in sources(*ROOMS):
-        classes = [node for node in ast.walk(tree(path)) if isinstance(node, ast.ClassDef)]
+        classes = [node for node in nodes(path) if isinstance(node, ast.ClassDef)]
         protocols = [node for node in classes if any("Protocol" in ast.unparse(base) for base in node.bases)]
         promised = [statement for protocol in protocols for statement in protocol.body]
         for node in functions(path):
@@ -345,7 +374,7 @@ def test_no_assert_has_an_effect() -> None:
     offenders = [
         place(path, check)
         for path in sources(*ROOMS)
-        for check in ast.walk(tree(path))
+        for check in nodes(path)
         if isinstance(check, ast.Assert)
         for node in ast.walk(check.test)
         if isinstance(node, ast.NamedExpr)
@@ -417,7 +446,7 @@ def test_every_test_that_a_document_names_exists() -> None:
 def names_in(path: Path) -> set[str]:
     """Every identifier and every whole text constant of a Python file."""
     fields = ("name", "id", "arg", "attr", "value")
-    found = {getattr(node, field, None) for node in ast.walk(tree(path)) for field in fields}
+    found = {getattr(node, field, None) for node in nodes(path) for field in fields}
     return {each for each in found if isinstance(each, str)}
 
 

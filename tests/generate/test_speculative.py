@@ -98,7 +98,7 @@ def test_a_perfect_predictor_is_always_accepted_and_an_opposite_one_never(sign: 
         assert (drafted.passes, plain.passes) == (passes, 29)
 
 
-@pytest.mark.parametrize("depths", [1, 2, 3])
+@pytest.mark.parametrize("depths", [1, 3])
 def test_drafts_are_those_of_the_training_forward_after_any_rejection(
     depths: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -217,3 +217,26 @@ CASES: dict[str, Callable[[], object]] = {
     "sum_rows, gates of copies": partial(permute.sum_rows, fp32(ROWS, TOPK), int64(TOKENS, TOPK), True, torch.float32),
     "scatter_gates": partial(permute.scatter_gates, fp32(ROWS), int64(ROWS), TOKENS, TOPK),
 }  # fmt: skip
+# Of kernels that another case compiles with other constants.
+AGAIN = (
+    "quantize_tiles, FP32 scales",
+    "swiglu_quantize, dense",
+    "swiglu_quantize, expert, FP32 scales",
+    "swiglu_quantize_transposed, dense",
+    "swiglu_backward_quantize_both, dense",
+    "swiglu_backward_quantize_both, expert, FP32 scales",
+    "gather_requantize_transposed, of packets",
+    "add_norm_quantize",
+    "add_norm_quantize, FP32 scales",
+    "add_norm_quantize, BF16 only",
+    "add_norm_quantize, 512 of 2112 columns",
+    "norm_again",
+    "norm_again, 512 of 2112 columns, FP32 scales",
+    "norm_backward, 1 reader",
+    "norm_backward, 512 of 2112 columns",
+    "pack_e5m6, FP32 scales",
+    "quantize_pack, FP32 scales",
+    "lay_out, 4 experts",
+    "sum_rows, gates of copies",
+    "cross_entropy, loss",
+)

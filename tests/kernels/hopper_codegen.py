@@ -2,6 +2,7 @@
 
     python -m tests.kernels.hopper_codegen            prints the table of docs/kernels.md
     python -m tests.kernels.hopper_codegen --json     prints the figures
+    python -m tests.kernels.hopper_codegen --part first   one case at least of each kernel; `rest`: the others
     python -m tests.kernels.hopper_codegen --portable 89 101376     the portable products on another GPU
 
 Each case of `CASES` calls a product launcher at a size of DeepSeek-V3 on untouched CPU memory; the stand-in driver
@@ -28,9 +29,12 @@ import triton
 
 from kernels.gpu import gemm_portable, router_linear
 from tests.kernels import stand_in_driver
-from tests.kernels.gemm_cases import GEMM_CASES, PORTABLE_CASES, TRIED_CASES
-from tests.kernels.hopper_cases import CASES, ROUTER_PRODUCTS
+from tests.kernels.gemm_cases import GEMM_AGAIN, GEMM_CASES, PORTABLE_CASES, SPILLING_CASES, TRIED_CASES
+from tests.kernels.hopper_cases import AGAIN, CASES, ROUTER_PRODUCTS
 
+ALL_CASES = GEMM_CASES | CASES | TRIED_CASES
+REST = {*GEMM_AGAIN, *AGAIN, *(TRIED_CASES.keys() - SPILLING_CASES.keys())}
+PARTS = {"all": ALL_CASES.keys(), "first": ALL_CASES.keys() - REST, "rest": REST}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -199,14 +203,21 @@ def main() -> None:
     """Print the table, or everything as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--part", choices=PARTS, default="all")
     parser.add_argument("--portable", nargs=2, type=int, metavar=("CAPABILITY", "SHARED_BYTES"))
     arguments = parser.parse_args()
     if arguments.portable:
         rows = measure_portable(*arguments.portable)
     else:
-        rows = measure(GEMM_CASES | CASES | TRIED_CASES, stand_in_driver.install())
+        part = PARTS[arguments.part]
+        rows = measure({name: call for name, call in ALL_CASES.items() if name in part}, stand_in_driver.install())
     table = render(rows)
-    report = {"triton": triton.__version__, "rows": [asdict(row) for row in rows], "table": table}
+    report = {
+        "triton": triton.__version__,
+        "cases": list(ALL_CASES),
+        "rows": [asdict(row) for row in rows],
+        "table": table,
+    }
     print(json.dumps(report) if arguments.json else table)
 
 

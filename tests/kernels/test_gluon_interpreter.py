@@ -362,10 +362,10 @@ def test_the_bounds_of_a_pointer_are_those_of_its_storage() -> None:
         scalar_kernel[(1,)](numbers[2:4].clone(), out, 136)
 
 
-@pytest.mark.parametrize("triton_interprets", ["0", "1"])
 def test_it_works_whether_or_not_triton_interprets_its_own_kernels(
-    triton_interprets: str, run_command: Callable[..., subprocess.CompletedProcess[str]]
+    run_command: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
+    """Here it does (tests/conftest.py); there it does not."""
     script = """
 import torch
 from tests.kernels.gluon_interpreter import ADVERSARIAL, interpret
@@ -375,5 +375,5 @@ with interpret(**ADVERSARIAL):
     d = launch_ring_gemm(ones, ones, row_scales=torch.ones(2, 64), weights=torch.ones(2))
 print(d.unique().tolist())
 """
-    done = run_command("-c", script, TRITON_INTERPRET=triton_interprets)
+    done = run_command("-c", script, TRITON_INTERPRET="0")
     assert done.stdout.strip() == "[256.0]"

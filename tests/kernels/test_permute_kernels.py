@@ -56,12 +56,11 @@ def test_blocks_of_tokens_are_added_up_in_several_steps(monkeypatch: pytest.Monk
 
 
 # More columns than one program takes, and fewer; neither a power of two.
-WIDTHS = [(63, 1100), (129, 24), (4097, 16)]
+WIDTHS = [(63, 1100, BF16), (129, 24, BF16), (129, 24, FP32), (4097, 16, FP32)]
 
 
 @pytest.mark.parametrize("which", ["whole", "partial"])
-@pytest.mark.parametrize("dtype", [BF16, FP32])
-@pytest.mark.parametrize(("tokens", "hidden"), WIDTHS)
+@pytest.mark.parametrize(("tokens", "hidden", "dtype"), WIDTHS)
 def test_copies_and_sums_are_those_of_the_reference_and_of_each_others_gradients(
     tokens: int, hidden: int, dtype: torch.dtype, which: str
 ) -> None:

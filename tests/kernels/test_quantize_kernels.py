@@ -20,6 +20,14 @@ SHAPES = [(1, 128), (63, 576), (128, 256), (129, 2112), (4097, 128)]
 pytestmark = pytest.mark.parametrize("power_of_two", [True, False], ids=["power of two", "FP32 scales"])
 
 
+@pytest.fixture(autouse=True)
+def few_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes a millisecond an operation and program, however large the program is."""
+    if request.node.callspec.params.get("rows", 0) > 1000:
+        monkeypatch.setattr(gpu, "ROWS", 512)
+        monkeypatch.setattr(gpu, "TILES", 1)
+
+
 def example(rows: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Rows of very different size, a tile of zeros, a subnormal tile, and amax on either side of a power of two."""
     x = torch.randn(rows, cols) * torch.randn(rows, 1).mul(4).exp()

@@ -39,8 +39,12 @@ UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _plain_binary = interpreter.InterpreterBuilder.binary_op
 _plain_launch = interpreter.GridExecutor.__call__
 _plain_patch = interpreter._patch_lang
+_plain_np_dtype = interpreter._get_np_dtype
 # What of Triton's language the present launch has turned into NumPy.
 _patched: set[str] = set()
+# Module -> what of the language its functions use; name of a type -> NumPy's.
+_languages: dict[str, set[str]] = {}
+_np_dtypes: dict[str, np.dtype[Any]] = {}
 
 
 def _as_torch(data: np.ndarray, dtype: tl.dtype) -> torch.Tensor:
@@ -92,9 +96,21 @@ def _binary(self: Any, left: Any, right: Any, operation: Callable[[Any, Any], np
     return interpreter.TensorHandle(_convert(result.astype(np.float32), tl.float32, dtype, None), dtype)
 
 
+def _np_dtype(dtype: Any) -> np.dtype[Any]:
+    """Looked up, where Triton makes the table of all types again for each operation."""
+    scalar = dtype.scalar
+    name = "pointer" if isinstance(scalar, tl.pointer_type) else scalar.name
+    if name not in _np_dtypes:
+        _np_dtypes[name] = _plain_np_dtype(scalar)
+    return _np_dtypes[name]
+
+
 def _patch_once(function: Any) -> Any:
     """Once a launch, where Triton searches its whole language again for each call of a device function."""
-    modules = {value.__name__ for value in function.__globals__.values() if value is tl or value is tl.core}
+    if function.__module__ not in _languages:
+        found = {value.__name__ for value in function.__globals__.values() if value is tl or value is tl.core}
+        _languages[function.__module__] = found
+    modules = _languages[function.__module__]
     if modules <= _patched:
         return interpreter._LangPatchScope()
     _patched.update(modules)
@@ -116,3 +132,4 @@ def mend() -> None:
     interpreter.InterpreterBuilder.binary_op = _binary
     interpreter.GridExecutor.__call__ = _launch
     interpreter._patch_lang = _patch_once
+    interpreter._get_np_dtype = _np_dtype

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.fp8_linear import has_numbers
 from kernels.operators import FLOP_FORMULAS
+from launch import bench as launch_bench
 from parallel.layout import Layout
 from train.model.config import ModelConfig
 from train.model.sizes import Held, weights
@@ -192,16 +191,19 @@ def test_all_precisions_are_measured_alike_with_and_without_determinism(sizes: S
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible here, so the bench runs; `make test` hides it")
-def test_without_a_gpu_the_command_says_so(run_command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    done = run_command("-m", "launch.bench", "layer", check=False)
-    assert done.returncode == 2
-    (sentence,) = done.stderr.strip().splitlines()
+def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["bench", "layer"])
+    assert launch_bench.main() == 2
+    shown = capsys.readouterr()
+    (sentence,) = shown.err.strip().splitlines()
     assert "needs a CUDA GPU" in sentence
-    assert not done.stdout
+    assert not shown.out
 
 
-def test_a_tiny_layer_runs_anywhere(run_command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    shown = run_command("-m", "launch.bench", "layer", "--tiny").stdout
+def test_a_tiny_layer_runs_anywhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["bench", "layer", "--tiny"])
+    assert launch_bench.main() == 0
+    shown = capsys.readouterr().out
     assert "RED" not in shown
     places = [shown.index(words) for words in ("green", "| bf16 |", "| fp8 |", "| fp8_v3 |")]
     assert places == sorted(places)

@@ -21,12 +21,12 @@ from train.studies.plan.memory import Known, Memory, measure
 V = {"layout_pp": 2, "layout_schedule": "ZBVZeroBubble", "model_num_hidden_layers": 4, "run_recompute": "true"}
 
 
-def by_brute_force(config: PretrainConfig, rank: int) -> Memory:
+def by_brute_force(config: PretrainConfig, rank: int, *, num_micro_batches: int) -> Memory:
     """A rank whose real stages run every micro-batch."""
     init_processes(rank=rank, world=config.layout.world, backend="fake", store=None)
     try:
         mesh = make_mesh(config.layout, device=torch.device("cpu"), tied_embedding=True)
-        return measure(config, mesh, num_micro_batches=2 * config.layout.pp)
+        return measure(config, mesh, num_micro_batches=num_micro_batches)
     finally:
         dist.destroy_process_group()
 
@@ -35,7 +35,7 @@ def check_against_brute_force(config: PretrainConfig) -> Known:
     """Every rank of the world is measured, to 4 bytes: the first step of a process makes one constant more."""
     world, known = range(config.layout.world), Known()
     plans = [plan_pipeline_rank(config, pp_rank, known) for pp_rank in range(config.layout.pp)]
-    real = [by_brute_force(config, rank) for rank in world]
+    real = [by_brute_force(config, rank, num_micro_batches=2 * config.layout.pp) for rank in world]
     for plan in plans:
         # Messages of other ranks do not exist in a world of one process.
         alone = replace(plan.memory, messages=0)
@@ -55,7 +55,7 @@ def test_the_fullest_rank_is_that_of_brute_force() -> None:
 def test_with_an_offloaded_state_it_is_the_data_rank_of_the_largest_buffers() -> None:
     config = small(layout_dp=4, optim_offload="cpu")
     plan = plan_pipeline_rank(config, 0, Known())
-    real = [by_brute_force(config, rank) for rank in range(4)]
+    real = [by_brute_force(config, rank, num_micro_batches=1) for rank in range(4)]
     buffers = [memory.staging for memory in real]
     assert plan.rank == buffers.index(max(buffers))
     assert plan.spread == max(buffers) - min(buffers) > 0
