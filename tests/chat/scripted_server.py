@@ -69,6 +69,7 @@ class ScriptedServer(ThreadingHTTPServer):
         self.script, self.models = script, models
         # Sent in place of the list of models.
         self.listing: bytes | None = None
+        self.listing_status = 200
         self.lock = threading.Lock()
         self.in_flight = self.most_in_flight = 0
         self.bodies: list[dict[str, Any]] = []
@@ -88,7 +89,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         listed = [{"id": name, "object": "model", "created": 0, "owned_by": "x"} for name in self.server.models]
-        self._send(200, self.server.listing or json.dumps({"object": "list", "data": listed}).encode())
+        self._send(
+            self.server.listing_status, self.server.listing or json.dumps({"object": "list", "data": listed}).encode()
+        )
 
     def do_POST(self) -> None:
         server = self.server

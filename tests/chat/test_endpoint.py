@@ -174,6 +174,32 @@ def test_too_many_requests_are_no_failure_of_the_endpoint(tmp_path: Path) -> Non
     assert (asked.failed, contents(tmp_path / "a.jsonl")) == ({"status 429": 1}, {"ill": "cured"})
 
 
+def test_an_endpoint_that_stays_busy_is_given_up_after_one_more_than_are_in_flight(tmp_path: Path) -> None:
+    many = requests(*map(str, range(20)))
+    with served(lambda body: Reply(status=429, headers=SLOW)) as server:
+        asked = ask(tmp_path / "a.jsonl", Endpoint(server.url, in_flight=2, retries=1), many)
+        # The third in a row, and at most the one that was under way.
+        assert 3 <= asked.failed["status 429"] <= 4
+        assert asked.stopped == "the endpoint is too busy (3 in a row got status 429 to the end)"
+        assert len(server.bodies) <= 2 * 4
+
+
+def test_a_prompt_that_is_forbidden_fails_alone(tmp_path: Path) -> None:
+    replies = {"bad": Reply(status=403), "worse": Reply(status=403)}
+    with served(lambda body: replies.get(body["messages"][0]["content"], Reply("fine"))) as server:
+        asked = ask(tmp_path / "a.jsonl", Endpoint(server.url, in_flight=1), requests("bad", "worse", *"abc"))
+    assert (asked.failed, asked.stopped, len(server.bodies)) == ({"status 403": 2}, "", 5)
+    assert set(contents(tmp_path / "a.jsonl")) == set("abc")
+
+
+def test_where_the_models_are_forbidden_too_the_rest_is_not_asked(tmp_path: Path) -> None:
+    with served(lambda body: Reply(status=403)) as server:
+        server.listing_status = 403
+        asked = ask(tmp_path / "a.jsonl", Endpoint(server.url, in_flight=2), requests(*map(str, range(20))))
+    assert re.fullmatch(r"access is forbidden \([23] failed in a row\)", asked.stopped)
+    assert asked.failed["status 403"] <= 4
+
+
 def test_no_proxy_leads_to_this_machine(
     server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,6 +98,10 @@ def wait_for_the_end_of(process_id: int) -> None:
             "print('one'); print('no memory left'); raise SystemExit(3)",
             "ended with exit code 3; its last words: no memory left",
         ),
+        (
+            "print('OSError: no'); print('(W) ERROR 1 [a.py:9] ValueError: too much'); raise SystemExit('see above')",
+            "ended with exit code 1; it says: ValueError: too much; all that it said is in",
+        ),
         ("import os; os.kill(os.getpid(), 9)", "was killed by signal 9; all that it said is in"),
     ],
 )

@@ -9,9 +9,11 @@ The client is OpenAI's own: it retries on 408, 409, 429, 5xx, timeouts and lost 
 fails in the end is not written, so the next call asks again.
 
 Requests that always fail must not keep the others from being asked, nor an endpoint that is gone be asked for all. So
-where it refuses everybody (401 to 404), the rest is not asked. Where as many requests in a row fail as are in flight,
-it is asked for its models: without an answer it is gone, and the rest is not asked; with one, each further request is
-sent once, without retries, until one is answered.
+where it refuses everybody (401, 402, 404), the rest is not asked. A 403 may be about one prompt, which fails alone.
+Where as many requests in a row fail as are in flight, it is asked for its models: without an answer it is gone, and the
+rest is not asked, nor where its models are forbidden too; with one, each further request is sent once, without
+retries, until one is answered. An endpoint that is busy (429) is asked at its own pace, until more in a row than are in
+flight have used up their retries.
 """
 
 from __future__ import annotations
@@ -35,13 +37,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # Characters of an answer's body that an error shows: FastAPI's repeats the request.
 MAX_DETAIL = 500
 # Refusals that are about the endpoint, not about one request.
-REFUSES_ALL = {
-    401: "the key is refused",
-    402: "the account has nothing left",
-    403: "access is forbidden",
-    404: "there is no such model or path",
-}
-# Too many requests: the endpoint is there, and is asked at its own pace.
+REFUSES_ALL = {401: "the key is refused", 402: "the account has nothing left", 404: "there is no such model or path"}
+# Too many requests: the endpoint is there.
 BUSY = "status 429"
 # Seconds until nobody is there; an answer may take as long as `timeout_s`.
 CONNECT_S = 10.0
@@ -170,6 +167,8 @@ class Asked:
     stopped: str = ""
     # Those since the last that were neither answered nor refused, `BUSY` apart.
     failed_in_a_row: int = 0
+    # Those since the last that were `BUSY` to the end of their retries.
+    busy_in_a_row: int = 0
 
     @property
     def done(self) -> int:
@@ -184,6 +183,7 @@ class Asked:
     def add(self, line: Mapping[str, Any] | None, reason: str) -> None:
         """Count one request: its line, None without one, and what went wrong."""
         self.failed_in_a_row = 0 if line or reason == BUSY else self.failed_in_a_row + 1
+        self.busy_in_a_row = self.busy_in_a_row + 1 if reason == BUSY else 0
         if line and reason:
             self.refused[reason] += 1
         elif line:
@@ -226,10 +226,12 @@ async def ask_all(
             if line:
                 log.append(line | {"endpoint": endpoint.public_url})
             asked.add(line, reason)
-            failed = asked.failed_in_a_row
+            failed, busy = asked.failed_in_a_row, asked.busy_in_a_row
+            if busy > endpoint.in_flight:
+                asked.stopped = asked.stopped or f"the endpoint is too busy ({busy} in a row got {BUSY} to the end)"
             all_failed = failed > 0 and failed % endpoint.in_flight == 0
-            if all_failed and not asked.stopped and not await _answers(once, openai):
-                asked.stopped = f"the endpoint is gone ({failed} failed in a row)"
+            if all_failed and not asked.stopped and (trouble := await _trouble(once, openai)):
+                asked.stopped = f"{trouble} ({failed} failed in a row)"
             show(asked)
             if asked.stopped:
                 return
@@ -240,18 +242,20 @@ async def ask_all(
     return asked
 
 
-async def _answers(client: Any, openai: ModuleType) -> bool:
-    """Whether anybody is there: then what fails may be the requests' own fault."""
+async def _trouble(client: Any, openai: ModuleType) -> str:
+    """Why nobody is answered; "" where somebody is there, and what fails may be the requests' own fault."""
     try:
         await client.get("/models", cast_to=object, options={"timeout": CONNECT_S})
+    except openai.PermissionDeniedError:
+        return "access is forbidden"
     except openai.APIStatusError as error:
-        return bool(error.status_code < 500)
+        return "the endpoint is gone" if error.status_code >= 500 else ""
     except openai.APIConnectionError:
-        return False
+        return "the endpoint is gone"
     # What comes with status 200 and is no JSON.
     except (openai.OpenAIError, ValueError):
-        return True
-    return True
+        return ""
+    return ""
 
 
 def _still_to_ask(requests: Iterable[Request], log: AnswerLog, asked: Asked) -> Iterator[Request]:
@@ -275,7 +279,7 @@ async def _ask(client: Any, request: Request, openai: ModuleType) -> tuple[dict[
         status, reason = error.status_code, f"status {error.status_code}"
         if status in REFUSES_ALL:
             return None, f"{REFUSES_ALL[status]} ({sentence_of(error)})"
-        for_good = status not in (408, 409, 429) and status < 500
+        for_good = status not in (403, 408, 409, 429) and status < 500
         return _line(request, status, None, sentence_of(error), begun_s) if for_good else None, reason
     except openai.APITimeoutError:
         return None, "timed out"

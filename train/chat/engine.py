@@ -43,6 +43,8 @@ _NEEDS = {
 LOOK_EVERY_S, END_WITHIN_S = 0.1, 15.0
 # At most, of a model, as hubs have it.
 NAME_CHARACTERS = 96
+# vLLM's worker says why it died, in a line of its log; the last lines only say that it did.
+_CAUSE = re.compile(r" ERROR .*?\] (\w+(?:Error|Exception): .+)")
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -255,8 +257,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _last_words(engine: ModelServer, code: int, log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    causes = [found[1] for line in lines if (found := _CAUSE.search(line))]
     ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
     said = f"; its last words: {lines[-1].strip()}" if lines else ""
+    said = f"; it says: {causes[0]}" if causes else said
     return f"the engine {engine.kind} {ended}{said}; all that it said is in {log}"
 
 
