@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from train.data.index import Index, scan_arrow
 from train.data.store import FileRecord, Manifest, SpecialIds, TokenStore, file_sha256, read_manifest
 
@@ -27,6 +25,9 @@ def write_store(
     block_bytes: int = 2 * 2**20,
 ) -> TokenStore:
     """Write a store of the given documents (the last id of each counts as its end) and open it."""
+    # Here, since ranks import this file for its readers: a second each.
+    import datasets
+
     datasets.disable_progress_bars()
     features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
     rows = {"input_ids": [list(document) for document in documents]}

@@ -15,7 +15,6 @@ from kernels.attention import documents_of
 from parallel.layout import Layout
 from parallel.mesh import make_mesh, single
 from tests.ranks import run_ranks
-from tests.studies.plan.test_dry_run import small
 from tests.tiny_model import DISTINCT, FP32
 from train.assemble import build_engine
 from train.data.batch import Batch
@@ -102,6 +101,9 @@ def test_scores_take_bounded_memory_at_any_length(tokens: int) -> None:
 
 def test_the_peak_that_is_planned_does_not_move() -> None:
     """One number a head and layer more is there between steps; `run.recompute` multiplies the scores again."""
+    # Here: it imports Hydra's commands, which ranks do not need.
+    from tests.studies.plan.test_dry_run import small
+
     config = small(run_recompute="true", model_num_hidden_layers=1, model_num_nextn_predict_layers=0)
     memory, watched = (
         measure(replace(config, optim=replace(config.optim, qk_clip=clip)), single("cpu"), num_micro_batches=1)

@@ -1,7 +1,7 @@
 """What each of two pipeline ranks does and measures for `test_pipeline.py`, beside the same steps of one process.
 
-Each rank takes every step twice, through the pipeline and with the whole model in its own process, and returns what it
-found, in numbers. `WatchedStage` is the product's stage and looks at memory after each of its methods.
+Each rank takes every step through the pipeline, rank 0 also with the whole model in its own process, and returns what
+it found, in numbers. `WatchedStage` is the product's stage and looks at memory after each of its methods.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ from train.stage import Stage
 from train.step import Engine, StepGradients, apply_update, compute_gradients
 
 # Micro-batches, and sequences of each: repeated, fewer, as few but larger, as at first, too few to fill the pipeline.
-CASES = ((8, 2), (8, 2), (4, 2), (4, 4), (8, 2), (2, 2))
-# Of an FP8 step whose operators are counted.
-COUNTED = (4, 2)
+CASES = ((6, 2), (6, 2), (4, 2), (4, 4), (6, 2), (2, 2))
 
 
 @dataclass
@@ -176,9 +174,10 @@ class StepFacts:
 class Calls:
     """Operator -> calls in the first step, the next, and one with recomputation: of this rank, and of one process.
 
-    same_bits: whether recomputation left every gradient as it was.
+    micro_batches: of each of these steps. same_bits: whether recomputation left every gradient as it was.
     """
 
+    micro_batches: int
     pipeline: list[Counter[str]]
     alone: list[Counter[str]]
     same_bits: bool
@@ -231,6 +230,8 @@ def weights_of(engine: Engine) -> dict[str, Tensor]:
     return {f"{i}.{name}": p.clone() for i, model in enumerate(engine.models) for name, p in model.named_parameters()}
 
 
+# Losses, and gradients by name.
+Truth = tuple[list[float], dict[str, Tensor]]
 # Schedule, and every rank's walk under it.
 Walks = tuple[str, list[Walk]]
 
@@ -242,6 +243,7 @@ class Walker:
         parallel.pipeline_stage.ScheduledStage = WatchedStage  # type: ignore[misc]
         self.engine, self.alone = engine_on(layout, "fp32"), engine_on(None, "fp32")
         self.weights = weights_of(self.engine)
+        self.truths: dict[tuple[int, int], Truth] = {}
         self.schedules: list[Any] = []
         self.first: dict[str, Tensor] | None = None
         self.calls: Counter[int] = Counter()
@@ -257,9 +259,21 @@ class Walker:
 
         return counting
 
+    def truth(self, micro_batches: int, sequences: int) -> Truth:
+        """Losses and gradients of one process: that of rank 0, once for each case, since no weight changes."""
+        case = (micro_batches, sequences)
+        if case not in self.truths:
+            found: list[Truth | None] = [None]
+            if dist.get_rank() == 0:
+                losses = losses_of(gradients_of(self.alone, *case))
+                found = [(losses, copied_gradients(self.alone))]
+            dist.broadcast_object_list(found)
+            assert found[0] is not None
+            self.truths[case] = found[0]
+        return self.truths[case]
+
     def step(self, micro_batches: int, sequences: int) -> StepFacts:
-        truth = losses_of(gradients_of(self.alone, micro_batches, sequences))
-        true_gradients = copied_gradients(self.alone)
+        truth, true_gradients = self.truth(micro_batches, sequences)
         WATCH.__init__()  # type: ignore[misc]
         self.calls.clear()
         losses = losses_of(gradients_of(self.engine, micro_batches, sequences))
@@ -307,7 +321,7 @@ class Walker:
         """Digests of this rank's embedding weights, before and after each of so many updates."""
         digests = [digest(weight) for weight in self.embeddings()[:1]]
         for update in range(1, count + 1):
-            result = gradients_of(self.engine, *CASES[0])
+            result = gradients_of(self.engine, *CASES[-1])
             apply_update(self.engine, result, now=NOW, update=update)
             digests += [digest(weight) for weight in self.embeddings()[:1]]
         return digests
@@ -366,9 +380,9 @@ def walk(rank: int, world: int, layout: Layout) -> Walk:
 Announced = dict[tuple[str, int], list[int]]
 
 
-def counted(engine: Engine) -> Counter[str]:
+def counted(engine: Engine, micro_batches: int) -> Counter[str]:
     with OperatorCalls() as calls:
-        gradients_of(engine, *COUNTED)
+        gradients_of(engine, micro_batches, 2)
     counts: Counter[str] = calls.counts
     return counts
 
@@ -377,16 +391,18 @@ def count_calls(layout: Layout) -> Calls:
     """Three FP8 steps on this rank's stages and on the whole model; the last one recomputes up-projections."""
     # In FP8 what backward keeps is not what was received, so these steps are not WATCHed with the others.
     WATCH.__init__()  # type: ignore[misc]
+    # The fewest that the schedule itself takes.
+    count = next(count for count in (2, 4) if SCHEDULES[layout.schedule].takes(layout.pp, count))
     engine = engine_on(layout, "fp8")
     # One rank is enough to count for the one process.
     alone = [engine_on(None, "fp8")] if dist.get_rank() == 0 else []
-    of_pipeline, of_alone = [counted(engine), counted(engine)], [counted(one) for one in alone * 2]
+    of_pipeline, of_alone = [counted(engine, count) for _ in range(2)], [counted(one, count) for one in alone * 2]
     kept = copied_gradients(engine)
     for model in (model for one in (engine, *alone) for model in one.models):
         recompute_up_projections(model)
-    of_pipeline.append(counted(engine))
-    of_alone += [counted(one) for one in alone]
-    return Calls(of_pipeline, of_alone, same_bits(copied_gradients(engine), kept))
+    of_pipeline.append(counted(engine, count))
+    of_alone += [counted(one, count) for one in alone]
+    return Calls(count, of_pipeline, of_alone, same_bits(copied_gradients(engine), kept))
 
 
 def announced(rank: int, world: int, ranks: int, played: list[int], counts: list[int]) -> Announced:

@@ -38,8 +38,8 @@ def test_an_illegal_layout_is_refused_in_one_sentence_and_a_legal_one_is_not() -
 
 
 def test_random_layouts_agree_with_one_process() -> None:
-    # A seed whose five are small, and have both schedules, experts on two ranks and all precisions.
-    assert not fuzz(5, 60, world=2, minimise=False).failures
+    # A seed whose four are small, and have two schedules, experts on two ranks in FP32 and FP8, and all precisions.
+    assert not fuzz(4, 740, world=2, minimise=False).failures
 
 
 @pytest.mark.long

@@ -2,7 +2,8 @@
 
 Bounds (derived in docs/numerics.md, "Layouts"), u = 2^-24: a gradient is a sum over at most 384 tokens; regrouped over
 ranks and micro-batches it moves by sqrt(384) u, times 4 for cancellation: 5e-6. A loss is such a sum without
-cancellation and is then added over ranks: 2e-6. Without any forcing 20 steps stay within the promised 1e-5.
+cancellation and is then added over ranks: 2e-6. Without any forcing 20 steps stay within the promised 1e-5: two layouts
+of several axes take them all, the others the first 6.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ GRADIENT_BOUND, LOSS_BOUND, FREE_BOUND = 5e-6, 2e-6, 1e-5
 # of 16 sequences, times the difference of two nearly equal P near 1/8, about a tenth of it: 1e-4 of six layers' sum.
 FLIP_BOUND = 1e-4
 
+# Enough for an update that goes wrong to reach the losses; drift over 20 steps is looked for in WHOLE.
+FREE_STEPS = 6
 # With and without ZeRO a run is the same, bit for bit: after three updates nothing new comes.
 STEPS_WITHOUT_ZERO = 4
 LAYOUTS = {
@@ -42,6 +45,8 @@ LAYOUTS = {
     "ep4 x pp2 on four nodes": Layout(pp=2, dp=4, ep=4, schedule="ZBVZeroBubble", ranks_per_node=2, dispatch="node"),
 }
 LONG = ("pp2 zero-bubble uneven", "ep4 x pp2 on four nodes")
+# Free for all STEPS: all axes at once, and the same over two hops.
+WHOLE = ("dp2 x ep2 x pp2", "ep4 x pp2 on four nodes")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +68,7 @@ def known() -> dict[Layout, list[tuple[float, ...]]]:
 def ranks(request: pytest.FixtureRequest, reference: tuple[Path, Reference]) -> tuple[Layout, list[Comparison]]:
     """Every rank's comparison on one layout."""
     layout = LAYOUTS[request.param]
-    free = STEPS if layout.zero else STEPS_WITHOUT_ZERO
+    free = (STEPS if request.param in WHOLE else FREE_STEPS) if layout.zero else STEPS_WITHOUT_ZERO
     return layout, run_ranks(layout.world, compare, layout, "fp32", reference[0], free=free)
 
 
@@ -84,7 +89,7 @@ def test_each_teacher_forced_step_gives_the_same_losses_gradients_norm_and_count
     assert steps == {len(FORCED)}
 
 
-def test_a_free_run_of_20_steps_has_the_same_losses(
+def test_a_free_run_has_the_same_losses(
     ranks: tuple[Layout, list[Comparison]],
     reference: tuple[Path, Reference],
     known: dict[Layout, list[tuple[float, ...]]],
@@ -103,8 +108,9 @@ def test_a_free_run_of_20_steps_has_the_same_losses(
     # The largest difference of biased scores that 20 free steps may have; a flip would need half the margin.
     assert reference[1].closest_tie > 4e-6
     for rank in found:
-        assert len(rank.free_losses) == STEPS
-        for ours, theirs in zip(rank.free_losses, reference[1].losses, strict=True):
+        steps = len(rank.free_losses)
+        assert steps in (FREE_STEPS, STEPS)
+        for ours, theirs in zip(rank.free_losses, reference[1].losses[:steps], strict=True):
             assert ours[:3] == pytest.approx(theirs[:3], rel=FREE_BOUND), "total, main and MTP loss"
             assert ours[3] == pytest.approx(theirs[3], rel=FLIP_BOUND), "balance"
 
@@ -119,7 +125,7 @@ DEFECTS = {
 
 
 def compare_with_defect(rank: int, world: int, layout: Layout, folder: Path, defect: str) -> Comparison:
-    """Two steps with a planted mistake."""
+    """A step with a planted mistake."""
     if "attached" in defect:
         train.stage.attach_loss = lambda hidden, loss: hidden
     if "embedding" in defect:
@@ -146,7 +152,7 @@ def compare_with_defect(rank: int, world: int, layout: Layout, folder: Path, def
         train.stage.StepMetrics.reduce = own_counts  # type: ignore[method-assign]
     if "targets" in defect:
         train.step.sum_over = lambda x, axis: x
-    return compare(rank, world, layout, "fp32", folder, steps=range(2))
+    return compare(rank, world, layout, "fp32", folder, steps=range(1))
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
