@@ -41,6 +41,8 @@ from tests.ranks import SEED, make_deterministic  # noqa: E402
 LONG_FIRST = ("tests/parity/", "tests/system/", "tests/studies/plan/test_dry_run.py")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+# What is imported and collected is no garbage: looking for some all the while took half of the 20 s.
+gc.disable()
 # Ctrl-C reaches the processes that tests start, also where a shell runs the tests in the background and ignores it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -63,6 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Let no later garbage collection look at what imports and collected tests hold until the end."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
