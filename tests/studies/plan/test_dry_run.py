@@ -466,6 +466,9 @@ def test_exchanges_in_flight_in_a_pair_are_in_the_total() -> None:
     assert plan.memory.total == sum(
         (plan.memory.state, plan.memory.held, plan.memory.transient, plan.memory.messages, 2 * exchange)
     )
+    # Layers that run again wait for their exchanges.
+    changes["run_recompute"] = "layers"
+    assert planned.plan_pipeline_rank(small(layout_schedule="DualPipeV", **changes), 0, Known()).memory.in_flight == 0
     line = next(line for line in planned._memory_table(plan.memory) if line.startswith("exchanges in flight in a pair"))
     assert line.split()[-2:] == [f"{2 * exchange / 1e6:.2f}", "MB"]
     assert (

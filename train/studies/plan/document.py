@@ -139,7 +139,8 @@ class Planner:
 
     def fullest_bytes(self, candidate: Candidate) -> float:
         """Of the fullest rank; DeepEP's buffers are taken as those of one hop."""
-        return self._fullest_bytes(candidate if candidate.two_hops else replace(candidate, dispatch="direct"))
+        kept = candidate.two_hops or candidate.dispatch == "deepep"
+        return self._fullest_bytes(candidate if kept else replace(candidate, dispatch="direct"))
 
     def _closed_form_bytes(self, candidate: Candidate) -> float:
         return max(each.total for each in self.footprints(candidate))

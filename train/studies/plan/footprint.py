@@ -172,7 +172,7 @@ def _of_rank(
 
 def _in_flight(candidate: Candidate, work: Work) -> float:
     """At most: one combine of each of a pair's two micro-batches, all hops."""
-    waits = candidate.dispatch == "deepep"
+    waits = candidate.dispatch == "deepep" or work.layers_again
     if not SCHEDULES[candidate.schedule].pairs or candidate.pp == 1 or candidate.ep == 1 or waits:
         return 0.0
     copies = work.sent + work.received + 2 * work.crossing
