@@ -10,8 +10,8 @@ sorts what arrives by (source rank, token), which is the order of `parallel/hops
 nodes, `layout.dispatch=node` is the reference. It reads on the host itself how many rows the experts have, once a
 dispatch.
 
-Each call is made where its exchange is put together, and blocks the stream that it is on: a pair of micro-batches hides
-none of them, for who may free DeepEP's own buffers meanwhile is not published.
+In a pair of micro-batches each call is made where its exchange is put together, and blocks the stream that it is on:
+the pair hides none of them, for who may free DeepEP's own buffers meanwhile is not published.
 
 The only file that imports DeepEP. It follows `ElasticBuffer` of version 2.1.0 (commit dd758ca, 2026-07-14), is tested
 against that interface, and has not run on a GPU.
@@ -33,7 +33,7 @@ from torch import Tensor
 from kernels.formats import TILE, Quantized, ceil_div
 from kernels.permute import Grouping, partial_grouping
 from parallel.expert import Delivery, ExpertParallelDispatcher, Wire
-from parallel.flight import Journey, here
+from parallel.flight import Journey, Lane, here
 from parallel.hops import Arrivals, ExpertChoice
 from parallel.mesh import Axis
 
@@ -92,9 +92,8 @@ class DeepEPRoute:
         return here(_tiles(self._again(_operand(tokens))))
 
     def to_tokens(self, sums: Tensor) -> Journey[Tensor]:
-        """As in `TokenRoute`."""
-        tokens, _, _ = self.buffer.combine(sums.bfloat16().contiguous(), self.handle)
-        return here(tokens.to(sums.dtype))
+        """As in `TokenRoute`; but in a pair when the journey begins, which it does not where a layer runs again."""
+        return self._when_begun(sums) if Lane.current is None else here(self._combined(sums))
 
     def gradients_to_tokens(self, sums: Tensor, gates: Tensor) -> Journey[tuple[Tensor, Tensor]]:
         """As in `TokenRoute`."""
@@ -102,6 +101,15 @@ class DeepEPRoute:
             sums.bfloat16().contiguous(), self.handle, topk_weights=gates.contiguous()
         )
         return here((tokens.to(sums.dtype), home))
+
+    def _when_begun(self, sums: Tensor) -> Journey[Tensor]:
+        yield from ()
+        return self._combined(sums)
+
+    def _combined(self, sums: Tensor) -> Tensor:
+        tokens, _, _ = self.buffer.combine(sums.bfloat16().contiguous(), self.handle)
+        home: Tensor = tokens.to(sums.dtype)
+        return home
 
     def _again(self, x: Any) -> Any:
         # Both numbers are in the handle, but 2.1.0 looks at its arguments first.

@@ -122,13 +122,15 @@ def gradients_of(rank: int, world: int, layout: Layout, precision: str) -> tuple
 # Halves of what a step sends without: forward and backward send dispatches and combines once each.
 AGAIN = {"counts": 4, "routing": 4, "dispatch": 3, "combine": 2, "gates": 2}
 LAYOUTS = {
+    "experts": (Layout(dp=2, ep=2), "bf16"),
     "pairs over experts": (Layout(pp=2, dp=2, ep=2, schedule="DualPipeV"), "fp8"),
     "weight gradients that wait": (Layout(pp=2, schedule="ZBVZeroBubble", max_waiting_wgrads=1), "fp8"),
 }
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "experts" else pytest.mark.long) for name in LAYOUTS]
+)
 def test_over_ranks_they_run_again_to_the_same_bits(name: str) -> None:
     """The second forward sends tokens out, and no sums home."""
     layout, precision = LAYOUTS[name]

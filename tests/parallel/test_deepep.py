@@ -53,7 +53,11 @@ def beside_direct(rank: int, world: int) -> dict[str, Any]:
     buffer, few = theirs._buffer, tokens_of("random", rank, TOKENS - 1)
     dispatched = arrived(theirs.dispatch(few.x, routing_of(few.ids, few.gates)))
     arrived(theirs.combine(identity_experts(dispatched), dispatched))
-    return {"differ": differ, "calls": calls, "same buffer": theirs._buffer is buffer}
+    before = len(theirs._buffer.calls)
+    # Of a layer that runs again.
+    next(theirs.combine(identity_experts(dispatched), dispatched))
+    unread = theirs._buffer.calls[before:]
+    return {"differ": differ, "calls": calls, "same buffer": theirs._buffer is buffer, "unread": unread}
 
 
 def test_every_call_binds_to_the_published_interface_and_gives_the_bits_of_direct() -> None:
@@ -61,6 +65,7 @@ def test_every_call_binds_to_the_published_interface_and_gives_the_bits_of_direc
     for result in run_ranks(2, beside_direct):
         assert result["differ"] == []
         assert result["same buffer"]
+        assert result["unread"] == [], "an exchange that does not begin combines nothing"
         # Twice: out, home, the gradient out, its sums and the gates' gradients home.
         assert result["calls"] == [["dispatch", "combine", "dispatch", "combine"] * 2] * 2
 
