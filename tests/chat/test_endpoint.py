@@ -6,6 +6,7 @@ import asyncio
 import errno
 import fcntl
 import io
+import itertools
 import json
 import re
 import resource
@@ -198,6 +199,24 @@ def test_where_the_models_are_forbidden_too_the_rest_is_not_asked(tmp_path: Path
         asked = ask(tmp_path / "a.jsonl", Endpoint(server.url, in_flight=2), requests(*map(str, range(20))))
     assert re.fullmatch(r"access is forbidden \([23] failed in a row\)", asked.stopped)
     assert asked.failed["status 403"] <= 4
+
+
+def test_a_key_that_may_ask_and_not_list_the_models_is_no_trouble(tmp_path: Path) -> None:
+    replies = {"bad": Reply(status=500)}
+    with served(lambda body: replies.get(body["messages"][0]["content"], Reply("fine"))) as server:
+        server.listing_status = 403
+        asked = ask(tmp_path / "a.jsonl", Endpoint(server.url, in_flight=1, retries=0), requests("a", "bad", "b", "c"))
+    assert (asked.answered, asked.failed, asked.stopped) == (3, {"status 500": 1}, "")
+
+
+def test_busy_and_ill_by_turns_each_request_is_sent_once_in_the_end(tmp_path: Path) -> None:
+    turns = itertools.cycle((429, 503))
+    with served(lambda body: Reply(status=next(turns), headers=SLOW)) as server:
+        asked = ask(tmp_path / "a.jsonl", Endpoint(server.url, in_flight=2, retries=1), requests(*map(str, range(40))))
+        assert asked.failed.total() <= 40
+        # Twice each only at the beginning.
+        assert len(server.bodies) <= 40 + 8
+    assert asked.answered == 0
 
 
 def test_no_proxy_leads_to_this_machine(

@@ -40,6 +40,8 @@ MAX_DETAIL = 500
 REFUSES_ALL = {401: "the key is refused", 402: "the account has nothing left", 404: "there is no such model or path"}
 # Too many requests: the endpoint is there.
 BUSY = "status 429"
+# One prompt may be, or all.
+FORBIDDEN = "status 403"
 # Seconds until nobody is there; an answer may take as long as `timeout_s`.
 CONNECT_S = 10.0
 
@@ -165,9 +167,8 @@ class Asked:
     failed: Counter[str] = field(default_factory=Counter)
     # Why the rest was not asked.
     stopped: str = ""
-    # Those since the last that were neither answered nor refused, `BUSY` apart.
+    # Since the last that was answered or refused, `BUSY` apart; and those that were `BUSY` to the end of their retries.
     failed_in_a_row: int = 0
-    # Those since the last that were `BUSY` to the end of their retries.
     busy_in_a_row: int = 0
 
     @property
@@ -182,8 +183,10 @@ class Asked:
 
     def add(self, line: Mapping[str, Any] | None, reason: str) -> None:
         """Count one request: its line, None without one, and what went wrong."""
-        self.failed_in_a_row = 0 if line or reason == BUSY else self.failed_in_a_row + 1
-        self.busy_in_a_row = self.busy_in_a_row + 1 if reason == BUSY else 0
+        if line:
+            self.failed_in_a_row = self.busy_in_a_row = 0
+        elif reason != BUSY:
+            self.failed_in_a_row += 1
         if line and reason:
             self.refused[reason] += 1
         elif line:
@@ -222,15 +225,19 @@ async def ask_all(
 
     async def work(client: Any, once: Any) -> None:
         for request in waiting:
-            line, reason = await _ask(once if asked.failed_in_a_row >= endpoint.in_flight else client, request, openai)
+            is_tried_once = asked.failed_in_a_row >= endpoint.in_flight
+            line, reason = await _ask(once if is_tried_once else client, request, openai)
             if line:
                 log.append(line | {"endpoint": endpoint.public_url})
             asked.add(line, reason)
+            asked.busy_in_a_row += reason == BUSY and not is_tried_once
             failed, busy = asked.failed_in_a_row, asked.busy_in_a_row
             if busy > endpoint.in_flight:
                 asked.stopped = asked.stopped or f"the endpoint is too busy ({busy} in a row got {BUSY} to the end)"
-            all_failed = failed > 0 and failed % endpoint.in_flight == 0
-            if all_failed and not asked.stopped and (trouble := await _trouble(once, openai)):
+            all_failed = reason != BUSY and failed > 0 and failed % endpoint.in_flight == 0
+            # A key may ask and not list.
+            forbidden = reason == FORBIDDEN and not asked.answered
+            if all_failed and not asked.stopped and (trouble := await _trouble(once, openai, forbidden=forbidden)):
                 asked.stopped = f"{trouble} ({failed} failed in a row)"
             show(asked)
             if asked.stopped:
@@ -242,12 +249,15 @@ async def ask_all(
     return asked
 
 
-async def _trouble(client: Any, openai: ModuleType) -> str:
-    """Why nobody is answered; "" where somebody is there, and what fails may be the requests' own fault."""
+async def _trouble(client: Any, openai: ModuleType, *, forbidden: bool) -> str:
+    """Why nobody is answered; "" where somebody is there, and what fails may be the requests' own fault.
+
+    forbidden: the requests are, so that a list of models that is forbidden too means all.
+    """
     try:
         await client.get("/models", cast_to=object, options={"timeout": CONNECT_S})
     except openai.PermissionDeniedError:
-        return "access is forbidden"
+        return "access is forbidden" if forbidden else ""
     except openai.APIStatusError as error:
         return "the endpoint is gone" if error.status_code >= 500 else ""
     except openai.APIConnectionError:

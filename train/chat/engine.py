@@ -174,7 +174,7 @@ def running(
         _handled(_leave, signal.SIGTERM, signal.SIGHUP),
         _killer_of_orphans() as killer,
     ):
-        process = None
+        process, has_answered = None, False
         try:
             words, variables = engine.command(Path(scratch))
             # A signal while it starts would leave it behind.
@@ -188,6 +188,7 @@ def running(
             while process.poll() is None and not engine.is_healthy():
                 time.sleep(LOOK_EVERY_S)
             if process.poll() is None:
+                has_answered = True
                 yield process
         finally:
             ended_by_itself = process is not None and process.poll() is not None
@@ -197,7 +198,7 @@ def running(
             if not ended_by_itself:
                 Path(log).unlink()
     if ended_by_itself:
-        raise ChildProcessError(_last_words(engine, process.returncode, Path(log)))
+        raise ChildProcessError(_last_words(engine, process.returncode, Path(log), started=has_answered))
 
 
 @contextmanager
@@ -255,9 +256,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _last_words(engine: ModelServer, code: int, log: Path) -> str:
+def _last_words(engine: ModelServer, code: int, log: Path, *, started: bool) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    causes = [found[1] for line in lines if (found := _CAUSE.search(line))]
+    # Later errors are those of requests too.
+    causes = [] if started or code < 0 else [found[1] for line in lines if (found := _CAUSE.search(line))]
     ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
     said = f"; its last words: {lines[-1].strip()}" if lines else ""
     said = f"; it says: {causes[0]}" if causes else said
