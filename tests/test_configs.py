@@ -133,7 +133,7 @@ def test_every_option_of_every_group_composes(path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "precision"), [*((name, "fp8") for name in sorted(SIZES)), ("ragged_test", "fp32"), ("v2_lite", "bf16")]
 )
-def test_every_model_composes_in_every_precision_on_the_cluster(model: str, precision: str) -> None:
+def test_every_model_composes_on_the_cluster(model: str, precision: str) -> None:
     """What the command line names wins over the cluster file."""
     more = ASKED.get(f"model={model}", [])
     config = compose(["+cluster=h100_1", f"model={model}", f"precision={precision}", *more])

@@ -36,7 +36,7 @@ def test_a_mistake_on_the_command_line_is_refused_before_torch_is_loaded() -> No
     program = (
         "import json, sys\nfrom launch.pretrain import main\n"
         "codes = [main(['modle=tiny']), main(['model.vocab_size=0']), main(['layout.dp=3', 'layout.ep=2'])]\n"
-        "codes.append(main(['experiment=tiny', 'layout.pp=2']))\n"
+        "codes.append(main(['experiment=tiny', 'layout.dp=2', 'run.micro_batch_sequences=1']))\n"
         "codes.append(main(['experiment=tiny', '--config']))\n"
         f"print(json.dumps([codes, [each for each in {HEAVY} if each in sys.modules]]))"
     )

@@ -84,13 +84,16 @@ def test_two_trainers_in_one_directory_the_second_is_refused_and_the_first_unhar
     run = tmp_path / "run"
     overrides = small_run(f"run.directory={tmp_path}", "run.name=run", "schedule.total_tokens=640000")
     first = launched(overrides)
-    wait_for_step(first, run, lambda step: step >= 1)
-    assert pretrain.main(overrides) == 2
-    assert f"run is in use: process {first.pid} on " in capsys.readouterr().err
-    seen = read_run(run)[-1]["step"]
-    wait_for_step(first, run, lambda step: step > seen)
-    first.terminate()
-    output, _ = first.communicate(timeout=TIMEOUT_S)
+    try:
+        wait_for_step(first, run, lambda step: step >= 1)
+        assert pretrain.main(overrides) == 2
+        assert f"run is in use: process {first.pid} on " in capsys.readouterr().err
+        seen = read_run(run)[-1]["step"]
+        wait_for_step(first, run, lambda step: step > seen)
+        first.terminate()
+        output, _ = first.communicate(timeout=TIMEOUT_S)
+    finally:
+        first.kill()
     assert first.returncode == 0, output
     # Each step once, and the last one saved.
     assert publish.published(run / "checkpoints")[0].name == f"step_{len(losses(run)):08d}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from train.data.store import strict_json
+from train.data.whole_file import write_whole
 
 
 def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -16,13 +17,14 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     known, text = folder / "settings.json", strict_json(settings)
     if known.exists() and known.read_text(encoding="utf-8") != text:
         raise ValueError(f"{folder} holds a study with other settings: give --out another folder, or delete it")
-    known.write_text(text, encoding="utf-8")
+    if not known.exists():
+        write_whole(known, text)
 
 
 def write_files(folder: Path, texts: Mapping[str, str]) -> list[Path]:
     """Write a study's files, name -> text, and return their paths."""
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_whole(folder / name, text)
     return [folder / name for name in texts]
 
 
