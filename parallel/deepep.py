@@ -92,7 +92,7 @@ class DeepEPRoute:
         return here(_tiles(self._again(_operand(tokens))))
 
     def to_tokens(self, sums: Tensor) -> Journey[Tensor]:
-        """As in `TokenRoute`; but in a pair when the journey begins, which it does not where a layer runs again."""
+        """As in `TokenRoute`. Outside a pair called when the journey begins: where a layer runs again it never does."""
         return self._when_begun(sums) if Lane.current is None else here(self._combined(sums))
 
     def gradients_to_tokens(self, sums: Tensor, gates: Tensor) -> Journey[tuple[Tensor, Tensor]]:

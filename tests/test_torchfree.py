@@ -34,9 +34,12 @@ def test_configurations_and_the_planners_models_load_neither_torch_nor_numpy() -
 
 def test_a_mistake_on_the_command_line_is_refused_before_torch_is_loaded() -> None:
     program = (
-        "import json, sys\nfrom launch.pretrain import main\n"
+        "import contextlib, io, json, sys\nfrom launch.pretrain import main\n"
         "codes = [main(['modle=tiny']), main(['model.vocab_size=0']), main(['layout.dp=3', 'layout.ep=2'])]\n"
-        "codes.append(main(['experiment=tiny', 'layout.dp=2', 'run.micro_batch_sequences=1']))\n"
+        "said = io.StringIO()\n"
+        "with contextlib.redirect_stderr(said):\n"
+        "    codes.append(main(['experiment=tiny', 'layout.dp=2', 'run.micro_batch_sequences=1']))\n"
+        "assert '1 process was started' in said.getvalue(), said.getvalue()\n"
         "codes.append(main(['experiment=tiny', '--config']))\n"
         f"print(json.dumps([codes, [each for each in {HEAVY} if each in sys.modules]]))"
     )

@@ -280,6 +280,18 @@ def test_v3_at_32k_leaves_room_for_cuda_and_nccl() -> None:
     assert max(each.total for each in found) < 76e9
 
 
+def test_exchanges_in_flight_grow_with_the_imbalance() -> None:
+    """Of each of a pair's two combines what the experts' rank holds, not what comes home; two nodes of two ranks."""
+    changes = {"layout_pp": 2, "layout_dp": 4, "layout_ep": 4, "model_num_hidden_layers": 4, **BY_NODE}
+    changes |= {"schedule_batch_start_sequences": 16, "schedule_batch_full_sequences": 16}
+    config = small(layout_schedule="DualPipeV", **changes)
+    candidate = candidate_of(config)
+    held = moments_of(candidate, 4, at_first=4)
+    even, more = (footprint(config, candidate, held, imbalance=load)[0].in_flight for load in (1.0, 1.5))
+    # 80 token copies arrive at even load: of each rank 40 tokens, each on two ranks.
+    assert more - even == pytest.approx(2 * 0.5 * 80 * config.model.hidden_size * 2, rel=1e-9)
+
+
 def test_two_copies_of_every_stage_share_their_states() -> None:
     """As many gradients again on the pipeline, and the same masters and moments in all."""
     config = compose(["+cluster=h800_2048"])
